@@ -1,0 +1,116 @@
+"""The demo: built-in scenes, two small LLMs, a small VAE and LI-DiT, all trained here, in minutes on a CPU.
+
+    python -m lidit_jax.main --config=configs/shapes.py --workdir=runs/shapes
+
+It has every part of the paper at toy size; all numbers are ours. The instruction is shorter than the paper's, because
+the text path is what costs on a CPU.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.start_from = ""
+    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+
+    config.data = {
+        "source": "shapes",
+        "num_examples": 1_000_000,
+        "resolution": 32,
+        "captions": {"en": 0.5, "zh": 0.5},
+        "caption_dropout": 0.1,
+    }
+
+    config.text = {"max_length": 32, "system_prompt": "", "instruction": "Describe the objects:"}
+    # Named so that their order, which is alphabetical, is the order of the model's branches.
+    language_model = {
+        "vocab_size": 512,
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 5,  # features come from the third
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+    language_model_train = {
+        "steps": 400,
+        "batch_size": 64,
+        "learning_rate": 2e-3,
+        "warmup_steps": 50,
+        "schedule": "cosine",
+        "weight_decay": 0.01,
+        "log_every": 100,
+    }
+    config.encoders = {
+        name: {
+            "weights": "",
+            "dtype": "float32",
+            "family": family,
+            "model": language_model,
+            "train": language_model_train,
+        }
+        for name, family in (("llama", "llama"), ("qwen", "qwen2"))
+    }
+
+    config.vae = {
+        "weights": "",
+        "dtype": "float32",
+        "model": {
+            "block_out_channels": (32, 32, 64, 64),
+            "layers_per_block": 1,
+            "latent_channels": 16,  # paper
+            "norm_num_groups": 8,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "mid_block_add_attention": False,
+            "sample_size": 32,
+        },
+        "train": {
+            "steps": 1000,
+            "batch_size": 64,
+            "learning_rate": 2e-3,
+            "warmup_steps": 50,
+            "schedule": "cosine",
+            "ema_decay": 0.99,
+            "log_every": 100,
+        },
+        "kl_weight": 1e-4,
+        "reconstruction": "l1",
+    }
+
+    config.model = {
+        "depth": 4,
+        "hidden_size": 128,
+        "num_heads": 4,
+        "patch_size": 1,
+        "latent_channels": 16,
+        "mlp_ratio": 4.0,
+        "refiner_blocks": 2,  # paper
+        "refiner_gated": True,
+        "refiner_causal": False,
+        "refiner_mlp_ratio": 2.0,
+        "fusion": "collaborative",
+        "collaborative_blocks": 1,  # paper
+        "remat": "none",
+        "attention": "auto",
+        "dtype": "float32",
+    }
+    config.diffusion = {"name": "rectified_flow", "shift": 1.0}
+    config.train = {
+        "steps": 1200,
+        "batch_size": 64,
+        "learning_rate": 1e-3,
+        "warmup_steps": 100,
+        "schedule": "cosine",
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+        "ema_decay": 0.995,
+        "log_every": 50,
+        "checkpoint_every": 400,
+        "sample_every": 400,
+    }
+    config.sample = {"sampler": "euler", "steps": 20, "guidance_scale": 3.0, "batch_size": 64}
+    config.evaluate = {"two_objects": 256, "held_out_pairs": 128, "three_objects": 128, "four_objects": 128}
+    return config

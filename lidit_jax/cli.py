@@ -1,0 +1,86 @@
+"""What the command lines share: flags and user errors end in one line and exit code 2, not in a stack trace."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+from lidit_jax.errors import UserError
+
+USER_MISTAKE = 2
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and calls `main`."""
+
+    def guarded(argv: Sequence[str]) -> None:
+        _quieten()
+        try:
+            if len(argv) > 1:
+                raise UserError(f"unexpected argument {argv[1]!r}: every option is a flag, --name=value")
+            main()
+        except UserError as error:
+            _exit(str(error))
+
+    app.run(guarded, flags_parser=_parse)
+
+
+def define_config() -> flags.FlagHolder:
+    """--config=FILE.py[:ARGUMENT], with --config.path.to.key=value on top."""
+    return config_flags.DEFINE_config_file("config", None, "a file of configs/, with its argument after a colon")
+
+
+def read_config(holder: flags.FlagHolder) -> ConfigDict:
+    """The parsed config.
+
+    Raises:
+      UserError: if none was named, or its file does not exist.
+    """
+    if holder.value is None:
+        raise UserError("name a config: --config=configs/shapes.py")
+    try:
+        len(holder.value)
+    except OSError:
+        raise UserError(f"{flags.FLAGS['config'].config_filename}: no such config file") from None
+    return holder.value
+
+
+def require(name: str) -> str:
+    """The value of a string flag that must be given."""
+    value = flags.FLAGS[name].value
+    if not value:
+        raise UserError(f"--{name} is required")
+    return value
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _exit(str(error))
+    except UserError as error:  # raised by a config file, say for an unknown argument
+        _exit(str(error))
+    except (KeyError, AttributeError) as error:
+        # ml_collections' words for a key that the config does not have: 'modle'\nDid you mean "model" …
+        if config_flags.get_config_filename(flags.FLAGS["config"]) is None:
+            raise
+        _exit("unknown config key " + str(error.args[0] if error.args else error))
+
+
+def _exit(message: str) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(USER_MISTAKE)
+
+
+def _quieten() -> None:
+    """Libraries' routine notes would bury the progress line; their warnings stay."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.use_absl_handler()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    ours = logging.getLogger("lidit_jax")
+    ours.setLevel(logging.INFO)
+    ours.handlers, ours.propagate = [handler], False

@@ -1,0 +1,114 @@
+"""From a config file's values to the dataclasses that the library takes, with errors that name the key."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from lidit_jax.errors import UserError
+
+T = TypeVar("T")
+
+CONFIG_FILE = "config.json"
+# Keys that may differ when a run goes on: none changes what a step computes. (`steps` alone may also grow.)
+FREE_KEYS = ("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh")
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T:
+    """`cls(**values, **more)` for a dataclass.
+
+    Raises:
+      UserError: for a key that the dataclass does not have (naming the nearest that it has) or one that is missing.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {**_plain(values), **more}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"config key {where}.{key} is unknown{nearest(key, fields)}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise UserError(f"config key {where}.{name} is missing")
+    return cls(**values)
+
+
+def nearest(name: str, choices: Any) -> str:
+    """ "; did you mean 'x'?" for the nearest choice, or the list of choices."""
+    matches = difflib.get_close_matches(name, list(choices), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(choices)}"
+
+
+def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+    """Writes the config into a new workdir, or checks that an old one belongs to the same config.
+
+    Raises:
+      UserError: if the workdir was made with another config, or can't be written. Nothing is overwritten.
+    """
+    file = workdir / CONFIG_FILE
+    if not file.exists():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            _write(file, config)
+        except OSError as error:
+            raise UserError(
+                f"{workdir}: can't be written ({error.strerror or error}); choose another --workdir"
+            ) from error
+        return
+    before, now = _flat(read_workdir(workdir)), _flat(config)
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) == now.get(key) or any(part in FREE_KEYS for part in key.split(".")):
+            continue
+        if key.endswith("train.steps"):
+            continue
+        raise UserError(
+            f"{workdir} belongs to another config: {key} was {before.get(key, 'absent')!r}, "
+            f"now {now.get(key, 'absent')!r}; use another --workdir"
+        )
+    _write(file, config)
+
+
+def read_workdir(workdir: epath.Path) -> ConfigDict:
+    """The config that a workdir was made with.
+
+    Raises:
+      UserError: if there is none, or it is not JSON.
+    """
+    file = epath.Path(workdir) / CONFIG_FILE
+    if not file.exists():
+        raise UserError(f"{workdir}: no {CONFIG_FILE} there; name the --workdir of a training run")
+    try:
+        values = json.loads(file.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise UserError(f"{file}: not a run's config ({error})") from error
+    return ConfigDict(values)
+
+
+def _write(file: epath.Path, config: ConfigDict) -> None:
+    beside = file.parent / f".{file.name}.new"
+    beside.write_text(json.dumps(_plain(config), indent=2) + "\n")
+    beside.replace(file)
+
+
+def _plain(values: Any) -> Any:
+    """ConfigDicts to dicts, lists to tuples: what JSON gives back equals what was put in."""
+    if isinstance(values, ConfigDict | Mapping):
+        return {key: _plain(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return tuple(_plain(value) for value in values)
+    return values
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in _plain(values).items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,112 @@
+"""Aspect-ratio buckets (paper: multi-scale training, images grouped by aspect ratio) and fitting pictures into them."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lidit_jax.errors import UserError
+
+
+class Bucket(NamedTuple):
+    """A picture size in pixels, the one of all pictures of a batch."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+def make_buckets(resolution: int, multiple: int, max_aspect: float = 1.0) -> tuple[Bucket, ...]:
+    """Sizes of nearly the same area and so of the same cost: for each shorter side, the longest other side that fits.
+
+    Each bucket is one more shape to compile: `multiple` says how many there are (512, 64, 4.0: 9; 512, 16, 4.0: 33).
+
+    Args:
+      resolution: side of the square bucket, in pixels; no bucket's area exceeds its square.
+      multiple: every side is a multiple of it, in pixels (VAE down-sampling times patch size, or more).
+      max_aspect: longest side over shortest; 1 gives the square alone.
+
+    Returns:
+      Buckets by ascending aspect (width / height).
+
+    Raises:
+      UserError: the resolution is not a multiple, or max_aspect needs a side shorter than `multiple`.
+    """
+    if multiple < 1 or resolution < 1 or resolution % multiple:
+        raise UserError(_not_a_multiple(resolution, multiple))
+    if not max_aspect >= 1:
+        raise UserError(f"max_aspect={max_aspect} is under 1: it is the longest side over the shortest")
+    squared = (resolution // multiple) ** 2  # area, in units of multiple²
+    if max_aspect > squared:
+        raise UserError(
+            f"max_aspect={max_aspect:g} at resolution={resolution} needs a side under {multiple}: "
+            f"use max_aspect={squared} or less, or a higher resolution"
+        )
+    sides = ((shorter, squared // shorter) for shorter in range(1, resolution // multiple + 1))
+    landscape = [(multiple * shorter, multiple * longer) for shorter, longer in sides if longer <= max_aspect * shorter]
+    both = {Bucket(*size) for size in landscape} | {Bucket(*reversed(size)) for size in landscape}
+    return tuple(sorted(both, key=lambda bucket: bucket.width / bucket.height))
+
+
+def _not_a_multiple(resolution: int, multiple: int) -> str:
+    if multiple < 1 or resolution < 1:
+        return f"resolution={resolution} and multiple={multiple}: both are at least 1"
+    lower = resolution // multiple * multiple
+    choice = f"{lower} or {lower + multiple}" if lower else str(multiple)
+    return f"resolution={resolution} is not a multiple of {multiple}: use {choice}"
+
+
+def assign(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
+    """The bucket nearest to each picture in log aspect, so that the crop takes as little as possible.
+
+    Args:
+      sizes: int [N, 2], height and width in pixels, all positive.
+
+    Returns:
+      int32 [N], indices into `buckets`.
+    """
+    aspects = np.log([bucket.width / bucket.height for bucket in buckets])
+    order = np.argsort(aspects, kind="stable")
+    borders = (aspects[order][1:] + aspects[order][:-1]) / 2
+    wanted = np.log(sizes[:, 1] / sizes[:, 0])  # [N]
+    return order[np.searchsorted(borders, wanted)].astype(np.int32)
+
+
+def needs_enlarging(sizes: np.ndarray, bucket_of_example: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
+    """bool [N]: whether a picture of sizes [N, 2] has a side shorter than its bucket's."""
+    return (sizes < np.asarray(buckets)[bucket_of_example]).any(axis=1)
+
+
+def resize_to_cover_and_crop(image: np.ndarray, bucket: Bucket, allow_enlarging: bool = True) -> np.ndarray:
+    """Scales by one factor until the picture just covers the bucket, and keeps the middle (paper: no augmentation).
+
+    Args:
+      image: uint8 [H, W, 3].
+
+    Returns:
+      uint8 [bucket.height, bucket.width, 3]; `image` itself where it has that size.
+
+    Raises:
+      UserError: the picture is smaller than the bucket and allow_enlarging is False.
+    """
+    height, width, _ = image.shape
+    if (height, width) == tuple(bucket):
+        return image
+    scale = max(bucket.height / height, bucket.width / width)
+    if scale > 1 and not allow_enlarging:
+        raise UserError(
+            f"a picture of {height}x{width} is smaller than its bucket {bucket}: filter by smallest_side, "
+            "lower the resolution or allow enlarging"
+        )
+    if scale == 1:
+        top, left = (height - bucket.height) // 2, (width - bucket.width) // 2
+        return image[top : top + bucket.height, left : left + bucket.width]
+    # Cropping in source coordinates, which may be fractions of a pixel: rounding the scaled size would distort.
+    crop_height, crop_width = min(bucket.height / scale, height), min(bucket.width / scale, width)
+    top, left = (height - crop_height) / 2, (width - crop_width) / 2
+    box = (left, top, min(left + crop_width, width), min(top + crop_height, height))
+    resized = Image.fromarray(image).resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box)
+    return np.asarray(resized)

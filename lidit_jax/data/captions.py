@@ -1,0 +1,81 @@
+"""Which caption of an example a batch gets: mixed fields, templates and dropout for classifier-free guidance."""
+
+import dataclasses
+import string
+from collections.abc import Mapping
+
+import numpy as np
+
+from lidit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionChooser:
+    """Draws one of an example's captions.
+
+    Attributes:
+      fields: field -> how often it is drawn, in any unit (paper: original and synthetic captions mixed; the share is
+        open). A field that an example lacks leaves its share to those it has. None: all fields alike.
+      dropout: probability of the empty caption, from which the model learns the unconditional prediction
+        (classifier-free guidance, Ho & Salimans 2022).
+      templates: field -> text around it, e.g. {"class": "a photo of {class}"} (paper: its ImageNet ablations); it may
+        name other fields as well.
+
+    Raises:
+      UserError: a probability that is none, a template with something else than field names in its braces.
+    """
+
+    fields: Mapping[str, float] | None = None
+    dropout: float = 0.0
+    templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not 0 <= self.dropout <= 1:
+            raise UserError(f"caption dropout is {self.dropout}: it is a probability, 0 to 1")
+        if self.fields is not None and not (self.fields and all(0 < p < np.inf for p in self.fields.values())):
+            raise UserError(f"caption fields are {dict(self.fields)}: name at least one, each with a share above 0")
+        for field, template in self.templates.items():
+            _check_template(field, template)
+
+    def __call__(self, captions: Mapping[str, str], rng: np.random.Generator) -> str:
+        """Draws from {field: text}; "" with probability `dropout`.
+
+        Raises:
+          UserError: the example has none of the fields, or lacks one that its template names.
+        """
+        # Both are drawn in any case, so that changing the dropout does not change which caption the others get.
+        dropped, position = rng.random() < self.dropout, rng.random()
+        return "" if dropped else self._fill(self._choose(captions, position), captions)
+
+    def _choose(self, captions: Mapping[str, str], position: float) -> str:
+        fields = dict.fromkeys(sorted(captions), 1.0) if self.fields is None else self.fields
+        present = [field for field in fields if captions.get(field)]
+        if not present:
+            raise UserError(
+                f"an example has captions {sorted(captions)} but none of the fields {sorted(fields)}: "
+                "name its fields, or filter out examples without a caption"
+            )
+        shares = np.cumsum([fields[field] for field in present])
+        return present[min(int(np.searchsorted(shares, position * shares[-1], side="right")), len(present) - 1)]
+
+    def _fill(self, field: str, captions: Mapping[str, str]) -> str:
+        if field not in self.templates:
+            return captions[field]
+        try:
+            return self.templates[field].format_map(captions)
+        except KeyError as error:
+            raise UserError(
+                f"caption template {self.templates[field]!r} names {error}, which an example lacks"
+            ) from error
+
+
+def _check_template(field: str, template: str) -> None:
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"caption template {template!r} of field {field!r}: {error}") from error
+    for _, name, specification, conversion in parts:
+        if name is not None and (not name or not name.replace("-", "_").isidentifier() or specification or conversion):
+            raise UserError(
+                f"caption template {template!r} of field {field!r}: write field names in braces, as {{class}}"
+            )

@@ -1,0 +1,114 @@
+"""Encoded pictures (PNG, JPEG, WebP) to 8-bit RGB: the size from the header alone, and the decoded array.
+
+The bytes come from anywhere: no other format is tried, and a picture's pixels are counted before any is decoded.
+"""
+
+import io
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+# Pillow has dozens of little-used decoders; what a file's bytes say counts, not its name, so a GIF named .png is
+# refused like any other format.
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDEWAYS = (5, 6, 7, 8)
+
+
+class BrokenPicture(Exception):
+    """A picture that cannot be used; its message says why in a few words."""
+
+
+def read_size(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
+    """Height and width that `decode` would give, from the header alone.
+
+    Raises:
+      BrokenPicture: not a PNG, JPEG or WebP, a damaged header, or more than `max_pixels`.
+    """
+    picture = _open(file, max_pixels)
+    width, height = picture.size
+    return (width, height) if _orientation(picture) in _SIDEWAYS else (height, width)
+
+
+def decode(data: bytes, max_pixels: int) -> np.ndarray:
+    """The picture as people see it: upright (EXIF), the first frame, transparency on white, colour profiles ignored.
+
+    16-bit values are rounded to 8 bits, CMYK is converted by Pillow's plain formula.
+
+    Returns:
+      uint8 [H, W, 3].
+
+    Raises:
+      BrokenPicture: as `read_size`, or damaged data.
+    """
+    picture = _open(io.BytesIO(data), max_pixels)
+    orientation = _orientation(picture)
+    try:
+        picture.load()
+        rgb = _to_rgb(picture)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise anything from struct.error to IndexError on damaged data
+        raise BrokenPicture("damaged picture") from error
+    if orientation in _UPRIGHT:
+        rgb = rgb.transpose(_UPRIGHT[orientation])
+    return np.array(rgb)
+
+
+def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
+    try:
+        picture = Image.open(file, formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise BrokenPicture("too many pixels") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # as in `decode`
+        raise BrokenPicture("unreadable picture") from error
+    if picture.width * picture.height > max_pixels:
+        raise BrokenPicture("too many pixels")
+    if not picture.width * picture.height:
+        raise BrokenPicture("unreadable picture")
+    return picture
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF orientation, 1 to 8, from what opening read: `getexif` would decode a PNG to look for it at its end."""
+    encoded = picture.info.get("exif")
+    if not encoded:
+        return 1
+    exif = Image.Exif()
+    try:
+        exif.load(encoded)
+        return int(exif.get(_ORIENTATION_TAG, 1))
+    except Exception:  # a camera's damaged notes do not make the picture unusable: it is upright as far as we know
+        return 1
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        return _from_16_bits(picture)
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _from_16_bits(picture: Image.Image) -> Image.Image:
+    """16-bit grey, which Pillow would clip at 255 instead of scaling."""
+    grey = np.asarray(picture).astype(np.int64)
+    scaled = (np.clip(grey, 0, 65535) + 128) // 257
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        scaled[grey == transparent] = 255
+    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")

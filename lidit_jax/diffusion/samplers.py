@@ -1,0 +1,428 @@
+"""Samplers: from noise to a sample, with any model and any schedule.
+
+Every sampler here is a table. At each step the model is evaluated once, at (x, t); its output stands for a clean sample
+x0 and a noise eps; and the next x is a fixed linear combination of x, x0, eps, one remembered array and fresh noise.
+The numbers of a table depend on the schedule and the number of steps alone, so they are computed beforehand in float64,
+and one `jax.lax.scan` runs them all. The numbers are those of diffusers' schedulers without clipping or thresholding
+(samples are latents), all of which end at zero noise:
+
+| name     | schedule      | as diffusers'                                    | timesteps by default           |
+|----------|---------------|--------------------------------------------------|--------------------------------|
+| ddpm     | DDPM          | DDPMScheduler, "fixed_small" variance            | "leading"                      |
+| ddim     | DDPM          | DDIMScheduler, set_alpha_to_one                  | "leading"                      |
+| dpmpp_2m | DDPM          | DPMSolverMultistepScheduler: dpmsolver++,        | "linspace"                     |
+|          |               | order 2, midpoint, lower_order_final, zero final |                                |
+| euler    | RectifiedFlow | FlowMatchEulerDiscreteScheduler                  | s even in [s_min, 1], shifted  |
+| heun     | RectifiedFlow | FlowMatchHeunDiscreteScheduler                   | as euler                       |
+
+Timestep spacings, for n steps in a schedule of T timesteps:
+- "leading": k (T // n) + steps_offset for k = n-1 … 0. With few steps it starts well below T-1, with a single one at
+  `steps_offset`.
+- "trailing": T - k T/n - 1, rounded, for k = 0 … n-1. Can be chosen for the first three. It starts at T-1, where a
+  schedule with zero terminal SNR must start and few-step sampling should (Lin et al. 2024).
+- "linspace": the upper n of n+1 evenly spaced, rounded timesteps from 0 to T-1.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lidit_jax.diffusion.schedules import DDPM, RectifiedFlow, Schedule, noise_from_output, x0_from_output
+from lidit_jax.errors import UserError
+
+Predict = Callable[[jax.Array, jax.Array], jax.Array]
+
+# diffusers gives DPM-Solver++ this signal power at the last timestep of a schedule with zero terminal SNR, where the
+# log-SNR of the exact value would be minus infinity (the smallest float16 above 0).
+_DPM_SOLVER_TERMINAL_ALPHA_CUMPROD = 2.0**-24
+
+
+class StepTable(NamedTuple):
+    """A sampler's numbers, float32, one row a model evaluation; N evaluations.
+
+    Attributes:
+        timesteps: [N], what the model is told.
+        alpha, sigma: [N], scale of the signal and of the noise in the x that the model sees.
+        next_weights: [N, 4], the next x as a combination of (x, x0, eps, memory).
+        memory_weights: [N, 3], the next memory as a combination of (x, x0, eps).
+        noise_scale: [N], standard deviation of the fresh noise in the next x.
+    """
+
+    timesteps: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    next_weights: np.ndarray
+    memory_weights: np.ndarray
+    noise_scale: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A sampler in the registry.
+
+    Attributes:
+        schedule: the schedule class that it goes with.
+        build_table: (schedule, points, eta) -> StepTable; points are timesteps (DDPM) or sigmas (RectifiedFlow), [S].
+        spacings: the timestep spacings to choose from, the default first; none for RectifiedFlow.
+        takes_eta: whether `eta` means something to it.
+        evaluations_per_step: rows between two rows that start a step.
+    """
+
+    schedule: type[Schedule]
+    build_table: Callable[[Schedule, np.ndarray, float], StepTable]
+    spacings: tuple[str, ...] = ()
+    takes_eta: bool = False
+    evaluations_per_step: int = 1
+
+
+def ddpm_timesteps(spacing: str, num_timesteps: int, num_steps: int, steps_offset: int = 0) -> np.ndarray:
+    """Decreasing timesteps to sample at, int64 [num_steps]; see the top of the file.
+
+    Args:
+        spacing: "leading", "trailing" or "linspace" (the one of diffusers' DPMSolverMultistepScheduler).
+        num_timesteps: T of the schedule.
+        num_steps: how many.
+        steps_offset: added to "leading" timesteps (Stable Diffusion uses 1).
+
+    Raises:
+        UserError: if they do not fit in [0, T-1] without repetition.
+    """
+    if spacing == "leading":
+        timesteps = np.arange(num_steps)[::-1] * (num_timesteps // num_steps) + steps_offset
+    elif spacing == "trailing":
+        # Cut: float rounding may give arange one value more.
+        timesteps = np.round(np.arange(num_timesteps, 0, -num_timesteps / num_steps))[:num_steps] - 1
+    else:
+        timesteps = np.round(np.linspace(0, num_timesteps - 1, num_steps + 1))[:0:-1]
+    timesteps = timesteps.astype(np.int64)
+    if timesteps[0] >= num_timesteps or timesteps[-1] < 0 or np.any(np.diff(timesteps) >= 0):
+        raise UserError(
+            f"{num_steps} steps with {spacing!r} spacing and steps_offset {steps_offset} do not fit in a schedule of "
+            f"{num_timesteps} timesteps; use fewer steps or a smaller offset"
+        )
+    return timesteps
+
+
+def flow_sigmas(schedule: RectifiedFlow, num_steps: int) -> np.ndarray:
+    """Decreasing times s to sample at, float64 [num_steps], from 1 on; the final 0 is left out.
+
+    As diffusers does, the lower end of the evenly spaced times has been shifted once already, and all are shifted
+    afterwards.
+    """
+    evenly_spaced = np.linspace(1.0, schedule.shift_times(1.0 / schedule.num_timesteps), num_steps)
+    return schedule.shift_times(evenly_spaced)
+
+
+def _table(timesteps, alpha, sigma, next_weights, memory_weights=None, noise_scale=None) -> StepTable:
+    """Lays weights, given as one array or number per term, out as a float32 table."""
+    num_rows = len(timesteps)
+
+    def columns(terms):
+        return np.stack([np.broadcast_to(np.asarray(term, np.float64), (num_rows,)) for term in terms], axis=1)
+
+    table = StepTable(
+        timesteps=timesteps,
+        alpha=alpha,
+        sigma=sigma,
+        next_weights=columns(next_weights),
+        memory_weights=columns(memory_weights or (0.0, 0.0, 0.0)),
+        noise_scale=np.zeros(num_rows) if noise_scale is None else noise_scale,
+    )
+    return StepTable(*(np.asarray(field, np.float32) for field in table))
+
+
+def _ddpm_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTable:
+    """Ancestral sampling from the posterior q(x_prev | x_t, x_0): Ho et al. 2020, equations 6 and 7."""
+    power = schedule.alphas_cumprod[timesteps]
+    previous_power = np.append(power[1:], 1.0)
+    step_alpha = power / previous_power
+    x_weight = np.sqrt(step_alpha) * (1.0 - previous_power) / (1.0 - power)
+    x0_weight = np.sqrt(previous_power) * (1.0 - step_alpha) / (1.0 - power)
+    variance = (1.0 - previous_power) / (1.0 - power) * (1.0 - step_alpha)
+    return _table(
+        timesteps,
+        np.sqrt(power),
+        np.sqrt(1.0 - power),
+        next_weights=(x_weight, x0_weight, 0.0, 0.0),
+        noise_scale=np.sqrt(variance),
+    )
+
+
+def _ddim_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTable:
+    """Song et al. 2021, equations 12 and 16; eta 0 is deterministic, eta 1 has the variance of DDPM.
+
+    A step goes to the timestep of the next step. diffusers goes to t - T // n, which is the same unless "trailing" is
+    used with a number of steps that does not divide T; there it ends with noise left over.
+    """
+    power = schedule.alphas_cumprod[timesteps]
+    previous_power = np.append(power[1:], 1.0)
+    variance = eta**2 * (1.0 - previous_power) / (1.0 - power) * (1.0 - power / previous_power)
+    # Rounding can leave the difference a hair below zero when eta is 1.
+    direction = np.sqrt(np.maximum(1.0 - previous_power - variance, 0.0))
+    return _table(
+        timesteps,
+        np.sqrt(power),
+        np.sqrt(1.0 - power),
+        next_weights=(0.0, np.sqrt(previous_power), direction, 0.0),
+        noise_scale=np.sqrt(variance),
+    )
+
+
+def _dpmpp_2m_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTable:
+    """DPM-Solver++(2M), midpoint: Lu et al. 2022, algorithm 2; the first and the last step are of first order.
+
+    diffusers' lower_order_final and final_sigmas_type="zero". The memory is the x0 of the step before.
+    """
+    alphas_cumprod = schedule.alphas_cumprod.copy()
+    if schedule.zero_terminal_snr:
+        alphas_cumprod[-1] = _DPM_SOLVER_TERMINAL_ALPHA_CUMPROD
+    power = alphas_cumprod[timesteps]
+    alpha, sigma = np.sqrt(power), np.sqrt(1.0 - power)
+    next_alpha, next_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
+
+    log_snr = np.append(np.log(alpha) - np.log(sigma), np.inf)  # [S + 1]
+    steps = np.diff(log_snr)
+    x0_weight = -next_alpha * np.expm1(-steps)
+    extrapolation = np.zeros_like(x0_weight)
+    extrapolation[1:-1] = 0.5 * x0_weight[1:-1] * steps[1:-1] / steps[:-2]
+    return _table(
+        timesteps,
+        alpha,
+        sigma,
+        next_weights=(next_sigma / sigma, x0_weight + extrapolation, 0.0, -extrapolation),
+        memory_weights=(0.0, 1.0, 0.0),
+    )
+
+
+def _euler_table(schedule: RectifiedFlow, sigmas: np.ndarray, eta: float) -> StepTable:
+    """x + (s_next - s) v, which is the straight line's point (1 - s_next) x0 + s_next eps."""
+    next_sigmas = np.append(sigmas[1:], 0.0)
+    return _table(
+        sigmas * schedule.num_timesteps,
+        1.0 - sigmas,
+        sigmas,
+        next_weights=(0.0, 1.0 - next_sigmas, next_sigmas, 0.0),
+    )
+
+
+def _heun_table(schedule: RectifiedFlow, sigmas: np.ndarray, eta: float) -> StepTable:
+    """Heun's method: an Euler step, then the step again with the mean of the velocities at both of its ends.
+
+    The memory is the step half done, x + (s_next - s) v / 2; the second evaluation adds its half. The last step, to
+    s = 0, stays Euler's. 2 S - 1 rows.
+    """
+    next_sigmas = np.append(sigmas[1:], 0.0)
+    half_steps = (next_sigmas - sigmas) / 2.0
+
+    points = np.repeat(sigmas, 2)[1:]  # [2 S - 1]: s_0 s_1 s_1 s_2 s_2 …
+    half = np.repeat(half_steps, 2)[:-1]
+    target = np.repeat(next_sigmas, 2)[:-1]
+    second = np.arange(len(points)) % 2
+    first = 1 - second
+    # The velocity is eps - x0.
+    return _table(
+        points * schedule.num_timesteps,
+        1.0 - points,
+        points,
+        next_weights=(0.0, first * (1.0 - target) - second * half, first * target + second * half, second),
+        memory_weights=(first, -first * half, first * half),
+    )
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": Sampler(DDPM, _ddpm_table, spacings=("leading", "trailing")),
+    "ddim": Sampler(DDPM, _ddim_table, spacings=("leading", "trailing"), takes_eta=True),
+    "dpmpp_2m": Sampler(DDPM, _dpmpp_2m_table, spacings=("linspace", "trailing")),
+    "euler": Sampler(RectifiedFlow, _euler_table),
+    "heun": Sampler(RectifiedFlow, _heun_table, evaluations_per_step=2),
+}
+
+
+def samplers_for(schedule: Schedule) -> tuple[str, ...]:
+    """Names of the samplers that go with a schedule."""
+    return tuple(name for name, sampler in SAMPLERS.items() if isinstance(schedule, sampler.schedule))
+
+
+def step_table(
+    sampler_name: str,
+    schedule: Schedule,
+    num_steps: int,
+    *,
+    spacing: str | None = None,
+    steps_offset: int = 0,
+    eta: float = 0.0,
+) -> StepTable:
+    """The numbers of a sampler for a schedule and a number of steps; arguments and errors as of `sample`."""
+    sampler = _checked_sampler(sampler_name, schedule, eta)
+    num_steps = _checked_num_steps(num_steps, schedule)
+    spacing = _checked_spacing(sampler_name, schedule, spacing, steps_offset)
+    if isinstance(schedule, RectifiedFlow):
+        points = flow_sigmas(schedule, num_steps)
+    else:
+        points = ddpm_timesteps(spacing, schedule.num_timesteps, num_steps, steps_offset)
+    return sampler.build_table(schedule, points, eta)
+
+
+def _checked_sampler(sampler_name: str, schedule: Schedule, eta: float) -> Sampler:
+    fitting = ", ".join(samplers_for(schedule))
+    schedule_name = type(schedule).__name__
+    if sampler_name not in SAMPLERS:
+        raise UserError(f"unknown sampler {sampler_name!r}; with {schedule_name} choose one of {fitting}")
+    sampler = SAMPLERS[sampler_name]
+    if not isinstance(schedule, sampler.schedule):
+        raise UserError(f"sampler {sampler_name!r} does not go with {schedule_name}; choose one of {fitting}")
+    if not 0.0 <= eta <= 1.0:
+        raise UserError(f"eta must lie in [0, 1], got {eta}")
+    if eta and not sampler.takes_eta:
+        with_eta = ", ".join(name for name, entry in SAMPLERS.items() if entry.takes_eta)
+        raise UserError(f"sampler {sampler_name!r} has no eta; leave it 0 or use {with_eta}")
+    return sampler
+
+
+def _checked_spacing(sampler_name: str, schedule: Schedule, spacing: str | None, steps_offset: int) -> str | None:
+    """The spacing to use: None for RectifiedFlow, whose times have no choice of spacing."""
+    spacings = SAMPLERS[sampler_name].spacings
+    if spacing is not None and spacing not in spacings:
+        choices = f"choose one of {', '.join(spacings)}" if spacings else "leave it unset"
+        raise UserError(f"sampler {sampler_name!r} has no timestep spacing {spacing!r}; {choices}")
+    if spacing is None and spacings:
+        must_start_at_noise = schedule.zero_terminal_snr and spacings[0] == "leading"
+        spacing = "trailing" if must_start_at_noise else spacings[0]
+    if spacing == "leading" and schedule.zero_terminal_snr:
+        raise UserError("a schedule with zero_terminal_snr must be sampled from its last timestep: use 'trailing'")
+    if steps_offset and spacing != "leading":
+        raise UserError(f"steps_offset is for 'leading' timestep spacing, not for {spacing!r}; leave it 0")
+    return spacing
+
+
+def _checked_num_steps(num_steps: int, schedule: Schedule) -> int:
+    try:
+        num_steps = operator.index(num_steps)
+    except TypeError:
+        raise UserError(f"the number of sampling steps must be a whole number, got {num_steps!r}") from None
+    if num_steps < 1:
+        raise UserError(f"the number of sampling steps must be at least 1, got {num_steps}")
+    if isinstance(schedule, DDPM) and num_steps > schedule.num_timesteps:
+        raise UserError(f"{num_steps} sampling steps are more than the schedule's {schedule.num_timesteps} timesteps")
+    return num_steps
+
+
+def step_noise(keys: jax.Array, step: jax.Array | int, sample_shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise, float32 [B, *sample_shape], sample b from fold_in(keys[b], step) alone.
+
+    With JAX's default (threefry) keys a sample's noise does not depend on the rest of the batch.
+    """
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), sample_shape, jnp.float32))(keys)
+
+
+def initial_noise(keys: jax.Array, sample_shape: tuple[int, ...]) -> jax.Array:
+    """x_init for `sample`, float32 [B, *sample_shape], from per-sample keys [B]; independent of all `step_noise`."""
+    return jax.vmap(lambda key: jax.random.normal(key, sample_shape, jnp.float32))(keys)
+
+
+def sample(
+    sampler_name: str,
+    schedule: Schedule,
+    predict: Predict,
+    x_init: jax.Array,
+    num_steps: int,
+    keys: jax.Array | None = None,
+    *,
+    spacing: str | None = None,
+    steps_offset: int = 0,
+    eta: float = 0.0,
+    return_trajectory: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Draws samples: integrates from `x_init` to zero noise in one `jax.lax.scan`.
+
+    Not jitted by itself: call it inside a jitted function, with names, schedule, `num_steps` and the other Python
+    values static. Parameters that `predict` closes over, `x_init` and `keys` may be traced; none of them recompiles.
+
+    Args:
+        sampler_name: a key of `SAMPLERS` that goes with the schedule (`samplers_for`).
+        schedule: the schedule that the model was trained with.
+        predict: (x [B, …] float32, model timesteps [B] float32) -> raw model output [B, …]. Traced once.
+        x_init: standard normal noise [B, …], such as `initial_noise` draws.
+        num_steps: number of steps; "heun" evaluates the model 2 num_steps - 1 times, the others num_steps times.
+        keys: per-sample random keys [B] for the samplers that draw noise ("ddpm"; "ddim" with eta > 0). The noise of
+            step i (0, 1, …) is `step_noise(keys, i, …)`, so a sample does not depend on its batch neighbours.
+        spacing: timestep spacing of DDPM schedules; None takes the sampler's default (see the top of the file;
+            "trailing" instead of "leading" for a schedule with zero terminal SNR).
+        steps_offset: added to the timesteps of "leading" spacing.
+        eta: noise of "ddim", from 0 (deterministic) to 1.
+        return_trajectory: whether to return the x0 predictions too.
+
+    Returns:
+        x0 [B, …] float32; with `return_trajectory` also the x0 prediction at the start of each step,
+        [num_steps, B, …].
+
+    Raises:
+        UserError: for an unknown sampler or one that does not go with the schedule (naming those that do); for a
+            spacing, eta, steps_offset or num_steps that the sampler or the schedule does not have; for a sampler that
+            draws noise without keys, or keys that are not one per sample.
+    """
+    table = step_table(sampler_name, schedule, num_steps, spacing=spacing, steps_offset=steps_offset, eta=eta)
+    batch_size, sample_shape = x_init.shape[0], x_init.shape[1:]
+    draws_noise = bool(np.any(table.noise_scale))
+    if draws_noise:
+        _check_keys(sampler_name, keys, batch_size)
+
+    def step(carry, row_and_index):
+        row, index = row_and_index
+        x, memory = carry
+        output = predict(x, jnp.full((batch_size,), row.timesteps)).astype(jnp.float32)
+        x0 = x0_from_output(schedule.prediction, output, x, row.alpha, row.sigma)
+        noise = noise_from_output(schedule.prediction, output, x, row.alpha, row.sigma)
+        next_x = _combine(row.next_weights, (x, x0, noise, memory))
+        if draws_noise:
+            next_x += row.noise_scale * step_noise(keys, index, sample_shape)
+        next_memory = _combine(row.memory_weights, (x, x0, noise))
+        return (next_x, next_memory), (x0 if return_trajectory else None)
+
+    x = jnp.asarray(x_init, jnp.float32)
+    rows = jax.tree.map(jnp.asarray, table), jnp.arange(len(table.timesteps))
+    (x, _), trajectory = jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)
+    if return_trajectory:
+        return x, trajectory[:: SAMPLERS[sampler_name].evaluations_per_step]
+    return x
+
+
+def _combine(weights: jax.Array, terms: tuple[jax.Array, ...]) -> jax.Array:
+    return sum(weights[index] * term for index, term in enumerate(terms))
+
+
+def _check_keys(sampler_name: str, keys: jax.Array | None, batch_size: int) -> None:
+    if keys is None:
+        raise UserError(f"sampler {sampler_name!r} draws noise: pass keys, one per sample")
+    # Raw uint32 keys (jax.random.PRNGKey) have a trailing axis.
+    keys_shape = keys.shape if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else keys.shape[:-1]
+    if keys_shape != (batch_size,):
+        raise UserError(f"keys must be one per sample, shape ({batch_size},), got {keys_shape}")
+
+
+def guided(predict_both: Predict, guidance_scale: jax.Array | float) -> Predict:
+    """Classifier-free guidance in one batched call: uncond + w (cond - uncond) (Ho & Salimans 2022).
+
+    At w = 1 the result is the conditional prediction; a caller who knows that beforehand should pass the conditional
+    predict function itself to `sample` and save half of the work. Here w may be traced, so its value is not looked at.
+
+    Args:
+        predict_both: (x [2B, …], model timesteps [2B]) -> output [2B, …], where the first half is to be conditioned on
+            the prompts and the second half on the empty prompt; x is the same in both halves.
+        guidance_scale: w, a scalar.
+
+    Returns:
+        A predict function for `sample`, (x [B, …], model timesteps [B]) -> output [B, …] float32.
+    """
+
+    def predict(x: jax.Array, timesteps: jax.Array) -> jax.Array:
+        both = predict_both(jnp.concatenate([x, x]), jnp.concatenate([timesteps, timesteps]))  # [2B, …]
+        conditional, unconditional = jnp.split(both.astype(jnp.float32), 2)  # [B, …] each
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    return predict

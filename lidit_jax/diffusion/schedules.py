@@ -1,0 +1,305 @@
+"""Noise schedules: how a clean sample becomes noise, and what the model is asked to predict about it.
+
+Every schedule mixes a sample x_0 with standard normal noise eps, at a time of each sample's own:
+
+    x_t = alpha(t) x_0 + sigma(t) eps
+
+`DDPM` is the paper's (variance preserving, discrete times 0 … T-1), `RectifiedFlow` the straight line of Stable
+Diffusion 3 (times s in (0, 1)). Samples may have any trailing shape; all arithmetic is float32.
+"""
+
+import abc
+import dataclasses
+import functools
+import math
+import numbers
+import operator
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lidit_jax.errors import UserError
+
+BETA_SCHEDULES = ("scaled_linear", "linear")
+DDPM_PREDICTIONS = ("epsilon", "v")
+
+
+def x0_from_output(prediction: str, output: jax.Array, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The clean sample that a model output stands for.
+
+    Args:
+        prediction: what the model predicts: "epsilon", "v" or "flow".
+        output: model output, any shape.
+        x: the noisy sample that the model saw, same shape.
+        alpha, sigma: scale of the signal and of the noise in `x`, of a shape that broadcasts against `x`.
+    """
+    if prediction == "epsilon":
+        return (x - sigma * output) / alpha
+    if prediction == "v":
+        return alpha * x - sigma * output
+    return x - sigma * output
+
+
+def noise_from_output(
+    prediction: str, output: jax.Array, x: jax.Array, alpha: jax.Array, sigma: jax.Array
+) -> jax.Array:
+    """The noise that a model output stands for; arguments as of `x0_from_output`."""
+    if prediction == "epsilon":
+        return output
+    if prediction == "v":
+        return alpha * output + sigma * x
+    return x + alpha * output
+
+
+def _per_sample(scale: jax.Array, x: jax.Array) -> jax.Array:
+    """[B] -> [B, 1, …, 1], to broadcast against x [B, …]."""
+    return scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
+
+
+def _as_float32(*arrays: jax.Array) -> list[jax.Array]:
+    return [jnp.asarray(array, jnp.float32) for array in arrays]
+
+
+def _require_count(name: str, value: int, minimum: int) -> None:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} must be a whole number, got {value!r}") from None
+    if count < minimum:
+        raise UserError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _require_number(name: str, value: float) -> None:
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, got {value!r}")
+
+
+class Schedule(abc.ABC):
+    """What training and sampling ask of a noise schedule.
+
+    Attributes:
+        num_timesteps: the model's timesteps lie in [0, num_timesteps].
+        prediction: what the model predicts: "epsilon" (the noise), "v" (alpha eps - sigma x_0, Salimans & Ho 2022,
+            appendix D) or "flow" (eps - x_0).
+    """
+
+    num_timesteps: int
+    prediction: str
+
+    @abc.abstractmethod
+    def sample_times(self, key: jax.Array, batch_size: int) -> jax.Array:
+        """Training times, [batch_size]: int32 in [0, T) for `DDPM`, float32 in (0, 1) for `RectifiedFlow`."""
+
+    @abc.abstractmethod
+    def model_timesteps(self, times: jax.Array) -> jax.Array:
+        """Times in the unit of the model's timestep embedding, float32, same shape; diffusers' convention."""
+
+    @abc.abstractmethod
+    def signal_and_noise_scales(self, times: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """alpha and sigma at `times`, float32, each of the shape of `times`."""
+
+    def add_noise(self, x0: jax.Array, noise: jax.Array, times: jax.Array) -> jax.Array:
+        """x_t = alpha x_0 + sigma eps, float32; x0 and noise [B, …], times [B]."""
+        x0, noise = _as_float32(x0, noise)
+        alpha, sigma = self._scales_like(x0, times)
+        return alpha * x0 + sigma * noise
+
+    def target(self, x0: jax.Array, noise: jax.Array, times: jax.Array) -> jax.Array:
+        """What the model should output for x_t, float32; x0 and noise [B, …], times [B]."""
+        x0, noise = _as_float32(x0, noise)
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "v":
+            alpha, sigma = self._scales_like(x0, times)
+            return alpha * noise - sigma * x0
+        return noise - x0
+
+    def to_x0(self, model_output: jax.Array, x: jax.Array, times: jax.Array) -> jax.Array:
+        """The clean sample that `model_output` stands for, float32; model_output and x [B, …], times [B]."""
+        model_output, x = _as_float32(model_output, x)
+        return x0_from_output(self.prediction, model_output, x, *self._scales_like(x, times))
+
+    def to_noise(self, model_output: jax.Array, x: jax.Array, times: jax.Array) -> jax.Array:
+        """The noise that `model_output` stands for, float32; model_output and x [B, …], times [B]."""
+        model_output, x = _as_float32(model_output, x)
+        return noise_from_output(self.prediction, model_output, x, *self._scales_like(x, times))
+
+    def _scales_like(self, x: jax.Array, times: jax.Array) -> tuple[jax.Array, jax.Array]:
+        alpha, sigma = self.signal_and_noise_scales(times)
+        return _per_sample(alpha, x), _per_sample(sigma, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPM(Schedule):
+    """The discrete, variance-preserving schedule of DDPM (Ho et al. 2020), in diffusers' `DDPMScheduler` numbers.
+
+    The default betas are those of latent diffusion (Stable Diffusion); the paper names none.
+
+    Attributes:
+        num_timesteps: T.
+        beta_start, beta_end: the first and the last beta.
+        beta_schedule: "scaled_linear" (sqrt(beta) is linear in t) or "linear".
+        prediction: "epsilon" (the paper, appendix A.1) or "v".
+        zero_terminal_snr: rescale the betas such that x_{T-1} is pure noise (Lin et al. 2024, algorithm 1; diffusers'
+            `rescale_betas_zero_snr`). Needs prediction "v": predicting the noise of pure noise says nothing about x_0.
+
+    Raises:
+        UserError: for values outside those above.
+    """
+
+    num_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction: str = "epsilon"
+    zero_terminal_snr: bool = False
+
+    def __post_init__(self):
+        _require_count("num_timesteps", self.num_timesteps, minimum=2)
+        if self.beta_schedule not in BETA_SCHEDULES:
+            raise UserError(f"unknown beta_schedule {self.beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}")
+        if self.prediction not in DDPM_PREDICTIONS:
+            raise UserError(f"unknown prediction {self.prediction!r}; choose one of {', '.join(DDPM_PREDICTIONS)}")
+        _require_number("beta_start", self.beta_start)
+        _require_number("beta_end", self.beta_end)
+        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
+            raise UserError(
+                f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}"
+            )
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise UserError(
+                "zero_terminal_snr is ill-posed with prediction='epsilon' (x_0 cannot be recovered from pure noise); "
+                "set prediction='v'"
+            )
+        # x_0 = (x - sigma eps) / alpha in float32.
+        if np.sqrt(np.prod(1.0 - self._unscaled_betas())) < np.finfo(np.float32).tiny:
+            raise UserError(f"beta_end {self.beta_end} leaves no signal at the last timestep; lower it")
+
+    @functools.cached_property
+    def betas(self) -> np.ndarray:
+        """float64 [T]."""
+        if self.zero_terminal_snr:
+            alphas_cumprod = self.alphas_cumprod
+            return 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+        return self._unscaled_betas()
+
+    @functools.cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """alpha(t)^2, the cumulative product of 1 - beta, float64 [T]."""
+        alphas_cumprod = np.cumprod(1.0 - self._unscaled_betas())
+        if not self.zero_terminal_snr:
+            return alphas_cumprod
+        signal = np.sqrt(alphas_cumprod)
+        first, last = signal[0], signal[-1]
+        return ((signal - last) * first / (first - last)) ** 2
+
+    def _unscaled_betas(self) -> np.ndarray:
+        if self.beta_schedule == "linear":
+            return np.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=np.float64)
+        return np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_timesteps, dtype=np.float64) ** 2
+
+    def sample_times(self, key: jax.Array, batch_size: int) -> jax.Array:
+        """Uniform over 0 … T-1, int32 [batch_size]."""
+        return jax.random.randint(key, (batch_size,), 0, self.num_timesteps, dtype=jnp.int32)
+
+    def model_timesteps(self, times: jax.Array) -> jax.Array:
+        """The timestep itself, float32 in [0, T-1], shape of `times`."""
+        return jnp.asarray(times, jnp.float32)
+
+    def signal_and_noise_scales(self, times: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at int `times`, float32, each of the shape of `times`."""
+        # The square roots are taken in float64: 1 - alphas_cumprod loses four digits in float32 at small t.
+        alpha = jnp.asarray(np.sqrt(self.alphas_cumprod), jnp.float32)
+        sigma = jnp.asarray(np.sqrt(1.0 - self.alphas_cumprod), jnp.float32)
+        return alpha[times], sigma[times]
+
+
+@dataclasses.dataclass(frozen=True)
+class RectifiedFlow(Schedule):
+    """The straight path x_s = (1 - s) x_0 + s eps with velocity target eps - x_0 (Esser et al. 2024, "SD3").
+
+    Training times are logit-normal, then shifted towards the noise: s' = shift s / (1 + (shift - 1) s), the same shift
+    that sampling uses (diffusers' `FlowMatchEulerDiscreteScheduler`).
+
+    Attributes:
+        shift: resolution shift, > 0; 1 shifts nothing. `resolution_shift` gives SD3's value for a resolution.
+        logit_mean, logit_std: mean and standard deviation of logit(s) before the shift (SD3 section 3.1: 0 and 1).
+        num_timesteps: the model sees s * num_timesteps; also 1/s at the last sampling step before the shift.
+
+    Raises:
+        UserError: for values outside those above.
+    """
+
+    shift: float = 1.0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    num_timesteps: int = 1000
+
+    prediction: ClassVar[str] = "flow"
+
+    def __post_init__(self):
+        _require_count("num_timesteps", self.num_timesteps, minimum=2)
+        for name in ("shift", "logit_mean", "logit_std"):
+            _require_number(name, getattr(self, name))
+        for name in ("shift", "logit_std"):
+            if getattr(self, name) <= 0.0:
+                raise UserError(f"{name} must be greater than 0, got {getattr(self, name)}")
+
+    def shift_times(self, times: Any) -> Any:
+        """s -> shift s / (1 + (shift - 1) s); any array or number in [0, 1]."""
+        return self.shift * times / (1.0 + (self.shift - 1.0) * times)
+
+    def sample_times(self, key: jax.Array, batch_size: int) -> jax.Array:
+        """Logit-normal, then shifted; float32 in (0, 1), [batch_size]."""
+        logits = self.logit_mean + self.logit_std * jax.random.normal(key, (batch_size,), jnp.float32)
+        # A wide distribution rounds to 0 or 1 in float32; the interval is open.
+        eps = float(np.finfo(np.float32).eps)
+        return jnp.clip(self.shift_times(jax.nn.sigmoid(logits)), eps, 1.0 - eps)
+
+    def model_timesteps(self, times: jax.Array) -> jax.Array:
+        """s * num_timesteps, float32, shape of `times`."""
+        return jnp.asarray(times, jnp.float32) * self.num_timesteps
+
+    def signal_and_noise_scales(self, times: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """1 - s and s, float32, each of the shape of `times`."""
+        times = jnp.asarray(times, jnp.float32)
+        return 1.0 - times, times
+
+
+def resolution_shift(num_pixels: int, base_num_pixels: int) -> float:
+    """The `shift` of `RectifiedFlow` that keeps the uncertainty at a time s the same at another resolution.
+
+    SD3 (Esser et al. 2024) equation 23: sqrt(m / n). More pixels average the noise out better, so the same destruction
+    of the image needs more of it. `shift` 1 belongs to the base resolution; pixels may be counted in the image or in
+    the latent, the same in both arguments. SD3 itself settled by eye on 3.0 for 1024 x 1024.
+
+    Args:
+        num_pixels: m, height x width of the images to train on or draw.
+        base_num_pixels: n, height x width of the resolution at which shift 1 is right (SD3: 256 x 256).
+
+    Raises:
+        UserError: if either is not positive.
+    """
+    if num_pixels <= 0 or base_num_pixels <= 0:
+        raise UserError(f"pixel counts must be positive, got {num_pixels} and {base_num_pixels}")
+    return math.sqrt(num_pixels / base_num_pixels)
+
+
+SCHEDULES: dict[str, type[Schedule]] = {"ddpm": DDPM, "rectified_flow": RectifiedFlow}
+
+
+def make_schedule(name: str, **values: Any) -> Schedule:
+    """A schedule by name ("ddpm" or "rectified_flow"), from the fields of its class.
+
+    Raises:
+        UserError: for an unknown name or field, naming the choices, or for a value the schedule refuses.
+    """
+    if name not in SCHEDULES:
+        raise UserError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+    fields = [field.name for field in dataclasses.fields(SCHEDULES[name])]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise UserError(f"schedule {name!r} has no {', '.join(unknown)}; it has {', '.join(fields)}")
+    return SCHEDULES[name](**values)

@@ -1,0 +1,107 @@
+"""What a run says of itself: a progress line, TensorBoard scalars and pictures (clu), and a JSON line per log step."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from etils import epath
+
+from lidit_jax.pictures import save_png
+
+
+class Metrics:
+    """Writes scalars and pictures of one part into its folder; only the first process writes.
+
+    `metrics.jsonl` has one object a logged step; when a run resumes, lines of steps that are taken again are repeated.
+    """
+
+    def __init__(self, folder: str | epath.Path):
+        self.folder = epath.Path(folder)
+        self._writer = None
+        if jax.process_index() == 0:
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its notes on this machine's processor
+            # Imports TensorFlow, which takes seconds: only a process that writes pays for it.
+            from clu import metric_writers
+
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(self.folder)))
+            self._lines = (self.folder / "metrics.jsonl").open("a")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer:
+            self._writer.write_scalars(step, dict(values))
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.flush()
+
+    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Named pictures, uint8 [H, W, 3]: to TensorBoard, and as samples/NAME_STEP.png."""
+        if self._writer:
+            self._writer.write_images(step, {name: picture[None] for name, picture in pictures.items()})
+            for name, picture in pictures.items():
+                save_png(picture, self.folder / "samples" / f"{name}_{step:07d}.png")
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+            self._lines.close()
+            self._writer = None
+
+
+class Progress:
+    """The progress line: loss, speed, time spent waiting for data, time left."""
+
+    def __init__(self, name: str, step: int, steps: int, batch_size: int):
+        self.name, self.steps, self.batch_size = name, steps, batch_size
+        self._step, self._started = step, time.monotonic()
+        self._waiting = self._paused = 0.0
+        self._speed: dict[str, float] = {}
+
+    def waited(self, seconds: float) -> None:
+        """Time that the last step spent waiting for its batch."""
+        self._waiting += seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is neither a step's nor the data's: pictures, checkpoints."""
+        started = time.monotonic()
+        yield
+        self._paused += time.monotonic() - started
+
+    def speed(self, step: int) -> dict[str, float]:
+        """samples_per_second and data_wait (share of the time) since the last call; starts a new interval."""
+        now = time.monotonic()
+        elapsed = max(1e-9, now - self._started - self._paused)
+        taken = step - self._step
+        self._speed = {
+            "samples_per_second": taken * self.batch_size / elapsed,
+            "data_wait": min(1.0, self._waiting / elapsed),
+        }
+        self._step, self._started, self._waiting, self._paused = step, now, 0.0, 0.0
+        return self._speed
+
+    def print(self, step: int, values: Mapping[str, float]) -> None:
+        if jax.process_index():
+            return
+        speed = self._speed["samples_per_second"]
+        left = (self.steps - step) * self.batch_size / max(speed, 1e-9)
+        skipped = f"  skipped {values['skipped']:.0f}" if values["skipped"] else ""
+        print(
+            f"{self.name} {step}/{self.steps} ({100 * step // self.steps}%)  loss {values['loss']:.4f}  "
+            f"grad {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  {speed:.1f} samples/s  "
+            f"data wait {100 * self._speed['data_wait']:.0f}%{skipped}  eta {duration(left)}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def duration(seconds: float) -> str:
+    """3725 -> "1h02m"; 65 -> "1m05s"."""
+    seconds = int(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s"

@@ -1,0 +1,152 @@
+"""Layers shared by the refiners and the diffusion transformer.
+
+Parameters are float32 and carry logical axis names (`parallel/rules.py` maps them to mesh axes). Matrix products run
+in `dtype`; normalisation, modulation and the timestep embedding stay in float32.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lidit_jax.models.attention import dot_product_attention
+
+# Xavier-uniform, as DiT and its descendants use for transformer matrices.
+KERNEL_INIT = nn.initializers.xavier_uniform()
+# Zero: a gate or an output that starts closed leaves the residual stream untouched (adaLN-zero, DiT section 3.2).
+ZERO_INIT = nn.initializers.zeros_init()
+
+
+class Dense(nn.Module):
+    """Affine map over the last axis whose kernel carries the logical axes (`axes[0]`, `axes[1]`)."""
+
+    features: int
+    axes: tuple[str | None, str | None]
+    use_bias: bool = True
+    kernel_init: Any = KERNEL_INIT
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
+        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.use_bias:
+            bias_init = nn.with_logical_partitioning(ZERO_INIT, (self.axes[1],))
+            y = y + self.param("bias", bias_init, (self.features,), jnp.float32).astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis; statistics in float32, result in the dtype of x."""
+
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
+        weight = self.param("weight", weight_init, (x.shape[-1],), jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return (x32 * weight).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """LayerNorm without learned scale or shift, float32 inside and out: adaLN's modulation follows it."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """adaLN: x [B, L, C] scaled and shifted by one vector a sample, shift and scale [B, C]."""
+    return x * (1.0 + scale[:, None]) + shift[:, None]
+
+
+class Modulation(nn.Module):
+    """SiLU and a linear map, zero at the start, from the conditioning vector to `num_vectors` vectors of width C."""
+
+    num_vectors: int
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, conditioning: jax.Array) -> list[jax.Array]:
+        """conditioning [B, C_in] -> `num_vectors` arrays [B, C], float32."""
+        dense = Dense(
+            self.num_vectors * self.features, ("embed", "modulation"), kernel_init=ZERO_INIT, dtype=self.dtype
+        )
+        vectors = dense(nn.silu(conditioning)).astype(jnp.float32)
+        return jnp.split(vectors, self.num_vectors, axis=-1)
+
+
+def timestep_embedding(timesteps: jax.Array, features: int, max_period: float = 10_000.0) -> jax.Array:
+    """Sinusoids of the timestep: [B] in [0, 1000) -> float32 [B, features], cosines first (DDPM; DiT's order)."""
+    half = features // 2
+    frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies  # [B, features / 2]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids, then a two-layer MLP: [B] -> [B, C], float32."""
+
+    features: int
+    frequency_features: int = 256
+
+    @nn.compact
+    def __call__(self, timesteps: jax.Array) -> jax.Array:
+        x = timestep_embedding(timesteps, self.frequency_features)
+        x = Dense(self.features, (None, "embed"), name="in")(x)
+        return Dense(self.features, ("embed", "embed_out"), name="out")(nn.silu(x))
+
+
+class FeedForward(nn.Module):
+    """Dense, tanh-GELU, dense: [B, L, C] -> [B, L, C]."""
+
+    mlp_ratio: float = 4.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = x.shape[-1]
+        x = Dense(int(features * self.mlp_ratio), ("embed", "mlp"), dtype=self.dtype, name="in")(x)
+        x = nn.gelu(x, approximate=True)
+        return Dense(features, ("mlp", "embed"), dtype=self.dtype, name="out")(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x to itself, or to a context.
+
+    With `qk_norm`, queries and keys are RMS-normalised over the head size before the product (paper section 3.3),
+    which bounds the logits and so keeps bfloat16 training of deep models stable.
+    """
+
+    num_heads: int
+    qk_norm: bool = False
+    is_causal: bool = False
+    implementation: str = "auto"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: jax.Array | None = None, key_mask: jax.Array | None = None) -> jax.Array:
+        """x [B, L, C], context [B, M, C] (default: x), key_mask bool [B, M] -> [B, L, C]."""
+        batch, length, features = x.shape
+        context = x if context is None else context
+        head_shape = (self.num_heads, features // self.num_heads)
+        query = Dense(features, ("embed", "heads"), dtype=self.dtype, name="query")(x)
+        key = Dense(features, ("embed", "heads"), dtype=self.dtype, name="key")(context)
+        value = Dense(features, ("embed", "heads"), dtype=self.dtype, name="value")(context)
+        query = query.reshape(batch, length, *head_shape)  # [B, L, H, D]
+        key = key.reshape(batch, -1, *head_shape)  # [B, M, H, D]
+        value = value.reshape(batch, -1, *head_shape)
+        if self.qk_norm:
+            query = RMSNorm(name="query_norm")(query)
+            key = RMSNorm(name="key_norm")(key)
+        y = dot_product_attention(
+            query, key, value, key_mask=key_mask, is_causal=self.is_causal, implementation=self.implementation
+        )
+        y = y.reshape(batch, length, features)
+        return Dense(features, ("heads", "embed"), dtype=self.dtype, name="out")(y)

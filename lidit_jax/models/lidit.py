@@ -1,0 +1,189 @@
+"""LI-DiT: several frozen LLMs' features, refined and fused, condition a diffusion transformer (paper Figure 5)."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lidit_jax.errors import UserError
+from lidit_jax.models.dit import REMAT_POLICIES, DiT
+from lidit_jax.models.layers import Dense, RMSNorm, TimestepEmbedder
+from lidit_jax.models.refiners import CollaborativeRefiner, LinguisticTokenRefiner
+
+FUSIONS = ("collaborative", "concatenate")
+
+
+@flax.struct.dataclass
+class TextFeatures:
+    """What one frozen LLM says of a batch of prompts.
+
+    Attributes:
+      prefix: [P, D], features of the system prompt and the instruction: the same for every prompt, because the LLM is
+        causal, hence without a batch axis. P may be 0.
+      prompt: [B, L, D], features of the prompts, padded on the right.
+      mask: bool [B, L], True on the prompt's tokens; at least one per row (the end token).
+    """
+
+    prefix: jax.Array
+    prompt: jax.Array
+    mask: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LIDiTConfig:
+    """Sizes and switches of LI-DiT (paper Table 7; the switches are those of Tables 2, 3, 5 and 6).
+
+    Attributes:
+      refiner_blocks: blocks of each linguistic token refiner (paper: 2); 0 removes it.
+      refiner_gated, refiner_causal: Table 5's and Table 3's switches.
+      fusion: "collaborative" (collaborative refiner, then concatenation) or "concatenate".
+      collaborative_blocks: blocks of the collaborative refiner (paper: 1).
+      refiner_mlp_ratio: FFN width of the refiners over their width (ours: 4, as in the DiT).
+    """
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int = 2
+    latent_channels: int = 16
+    mlp_ratio: float = 4.0
+    refiner_blocks: int = 2
+    refiner_gated: bool = True
+    refiner_causal: bool = False
+    refiner_mlp_ratio: float = 4.0
+    fusion: str = "collaborative"
+    collaborative_blocks: int = 1
+    remat: str = "full"
+    attention: str = "auto"
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}"
+            )
+        if self.fusion not in FUSIONS:
+            raise UserError(f"model.fusion={self.fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
+        if self.remat not in REMAT_POLICIES:
+            raise UserError(f"model.remat={self.remat!r} is unknown: use one of {', '.join(REMAT_POLICIES)}")
+
+
+class LIDiT(nn.Module):
+    """The trainable model: refiners and DiT. Frozen LLMs and the VAE are outside of it."""
+
+    config: LIDiTConfig
+
+    @nn.compact
+    def __call__(self, latents: jax.Array, timesteps: jax.Array, text: Sequence[TextFeatures]) -> jax.Array:
+        """Predicts the schedule's target (noise, v or velocity) for noised latents.
+
+        Args:
+          latents: [B, H, W, C].
+          timesteps: [B], in [0, 1000).
+          text: one `TextFeatures` an LLM.
+
+        Returns:
+          float32 [B, H, W, C].
+        """
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        time = TimestepEmbedder(config.hidden_size, name="timestep_embedder")(timesteps)  # [B, C]
+
+        condition, mask, pooled = TextCondition(config, name="text_condition")(text, time)
+        self.sow("intermediates", "condition", condition)
+        dit = DiT(
+            depth=config.depth,
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            patch_size=config.patch_size,
+            out_channels=config.latent_channels,
+            mlp_ratio=config.mlp_ratio,
+            remat=config.remat,
+            implementation=config.attention,
+            dtype=dtype,
+            name="dit",
+        )
+        return dit(latents, condition, mask, time + pooled)
+
+
+class TextCondition(nn.Module):
+    """Per LLM: project -> linguistic token refiner; then collaborative refiner -> truncate -> concatenate."""
+
+    config: LIDiTConfig
+
+    @nn.compact
+    def __call__(self, text: Sequence[TextFeatures], time: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """text of n LLMs, time [B, C] -> condition [B, sum L_i, C], mask bool [B, sum L_i], pooled text [B, C]."""
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        refiner = {"num_heads": config.num_heads, "mlp_ratio": config.refiner_mlp_ratio}
+        refiner |= {"implementation": config.attention, "dtype": dtype}
+
+        branches, masks, pooled = [], [], []
+        for i, features in enumerate(text):
+            x, mask = FeatureProjection(config.hidden_size, dtype, name=f"project_{i}")(features)  # [B, P + L, C]
+            pooled.append(PooledText(config.hidden_size, name=f"pool_{i}")(x, mask))  # [B, C]
+            ltr = LinguisticTokenRefiner(
+                config.refiner_blocks,
+                gated=config.refiner_gated,
+                is_causal=config.refiner_causal,
+                **refiner,
+                name=f"token_refiner_{i}",
+            )
+            branches.append(ltr(x, mask, time + pooled[-1]))
+            masks.append(mask)
+
+        if config.fusion == "collaborative":
+            cr = CollaborativeRefiner(config.collaborative_blocks, **refiner, name="collaborative_refiner")
+            branches = cr(branches, masks, [time + p for p in pooled])
+
+        # Only now, after the refiners have used them, the system prompt and the instruction are dropped.
+        branches = [x[:, features.prefix.shape[0] :] for x, features in zip(branches, text, strict=True)]
+        condition = jnp.concatenate(branches, axis=1)
+        mask = jnp.concatenate([features.mask for features in text], axis=1)
+        return condition, mask, sum(pooled)
+
+
+class FeatureProjection(nn.Module):
+    """RMS-normalised LLM features, projected to the DiT's width: the refiners at LLM width would double the 1B model.
+
+    The prefix has no batch axis and is projected once for the whole batch.
+    """
+
+    hidden_size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: TextFeatures) -> tuple[jax.Array, jax.Array]:
+        """-> x [B, P + L, C], mask bool [B, P + L] (the prefix is never padding)."""
+        norm = RMSNorm(name="norm")
+        dense = Dense(self.hidden_size, ("llm_embed", "embed"), dtype=self.dtype, name="dense")
+        batch, prefix_length = features.prompt.shape[0], features.prefix.shape[0]
+        prefix = dense(norm(features.prefix))  # [P, C]
+        prompt = dense(norm(features.prompt))  # [B, L, C]
+        prefix = jnp.broadcast_to(prefix, (batch, *prefix.shape))
+        mask = jnp.concatenate([jnp.ones((batch, prefix_length), bool), features.mask], axis=1)
+        return jnp.concatenate([prefix, prompt], axis=1), mask
+
+
+class PooledText(nn.Module):
+    """Masked mean over the tokens, then a two-layer MLP (ours): joins the timestep embedding."""
+
+    hidden_size: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """x [B, L, C], mask bool [B, L] with at least one True a row -> float32 [B, C]."""
+        weights = mask.astype(jnp.float32)[..., None]
+        mean = jnp.sum(x.astype(jnp.float32) * weights, axis=1) / jnp.sum(weights, axis=1)
+        h = Dense(self.hidden_size, ("embed", "mlp"), name="in")(mean)
+        return Dense(self.hidden_size, ("mlp", "embed"), name="out")(nn.silu(h))
+
+
+def num_parameters(params: Any) -> int:
+    """Number of scalars in a tree of arrays or of `jax.ShapeDtypeStruct`."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,491 @@
+"""The KL-regularised convolutional autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752).
+
+A Flax twin of diffusers' `AutoencoderKL`, NHWC: the same graph, the same hyper-parameter names and (with `_0` for `.0`)
+the same parameter names, so SD 1.x, SDXL, SD3 and FLUX autoencoders load as they are (`weights/diffusers_vae.py`) and
+one trained here loads in diffusers.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lidit_jax.errors import UserError
+
+DOWN_BLOCK_TYPE = "DownEncoderBlock2D"
+UP_BLOCK_TYPE = "UpDecoderBlock2D"
+NORM_EPSILON = 1e-6  # diffusers' AutoencoderKL fixes it; it is in no config
+
+# A config.json is input from outside: beyond these sizes it is a mistake, and building the graph would never end.
+MAX_BLOCKS = 10
+MAX_LAYERS_PER_BLOCK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """The hyper-parameters of an `AutoencoderKL`, named as in diffusers' config.json.
+
+    Attributes:
+        in_channels: channels of the pictures that are encoded.
+        out_channels: channels of the pictures that are decoded.
+        block_out_channels: width of each resolution, finest first; one fewer than their number are halvings.
+        layers_per_block: residual blocks a resolution in the encoder; the decoder has one more.
+        latent_channels: channels of a latent.
+        norm_num_groups: groups of every GroupNorm; divides every width.
+        mid_block_add_attention: self-attention over all positions at the coarsest resolution.
+        use_quant_conv: a 1x1 convolution after the encoder (SD 1.x and SDXL have it, SD3 and FLUX do not).
+        use_post_quant_conv: a 1x1 convolution before the decoder.
+        scaling_factor: what the diffusion model's latents are multiplied by, see `to_model_latents`.
+        shift_factor: what is subtracted before that; None is 0.
+        latents_mean: per-channel mean of the latents, for autoencoders that state it in place of one shift.
+        latents_std: per-channel standard deviation, likewise.
+        sample_size: side in pixels that it was trained on; information only.
+
+    Raises:
+        UserError: a value is out of range or the wrong type; the message names it.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    sample_size: int | tuple[int, ...] = 32
+
+    def __post_init__(self):
+        for name in ("block_out_channels", "latents_mean", "latents_std", "sample_size"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))  # hashable, as a module attribute must be
+        _check_config(self)
+
+    @property
+    def downsampling_factor(self) -> int:
+        """Pixels of a picture's side per latent position."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
+        """The config that the parsed config.json of a diffusers `vae/` folder describes.
+
+        Keys that are absent take diffusers' defaults; keys that change nothing here (`force_upcast`, …) are ignored.
+
+        Raises:
+            UserError: not an AutoencoderKL, or one with blocks or values that this module does not implement.
+        """
+        if not isinstance(config, Mapping):
+            raise UserError(
+                f"VAE config: expected a JSON object, found {type(config).__name__}; give a vae/config.json"
+            )
+        class_name = config.get("_class_name")
+        if class_name != "AutoencoderKL":
+            raise UserError(f"VAE config: _class_name is {class_name!r}; only 'AutoencoderKL' is supported")
+        if config.get("act_fn", "silu") not in ("silu", "swish"):
+            raise UserError(f"VAE config: act_fn is {config['act_fn']!r}; only 'silu' is supported")
+        known = {field.name for field in dataclasses.fields(cls)}
+        vae_config = cls(**{name: value for name, value in config.items() if name in known})
+        for key, supported in (("down_block_types", DOWN_BLOCK_TYPE), ("up_block_types", UP_BLOCK_TYPE)):
+            expected = [supported] * len(vae_config.block_out_channels)
+            found = config.get(key, [supported])
+            if not isinstance(found, list | tuple) or list(found) != expected:
+                raise UserError(f"VAE config: {key} is {found!r}; only {len(expected)} x {supported!r} is supported")
+        return vae_config
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_config(config: VAEConfig) -> None:
+    def refuse(name: str, requirement: str):
+        raise UserError(f"VAE config: {name} is {getattr(config, name)!r}; it must be {requirement}")
+
+    for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
+        if not _is_count(getattr(config, name)):
+            refuse(name, "a positive integer")
+    for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
+        if not isinstance(getattr(config, name), bool):
+            refuse(name, "true or false")
+    if config.layers_per_block > MAX_LAYERS_PER_BLOCK:
+        refuse("layers_per_block", f"at most {MAX_LAYERS_PER_BLOCK}")
+    widths = config.block_out_channels
+    if not isinstance(widths, tuple) or not 0 < len(widths) <= MAX_BLOCKS or not all(map(_is_count, widths)):
+        refuse("block_out_channels", f"1 to {MAX_BLOCKS} positive integers")
+    if any(width % config.norm_num_groups for width in widths):
+        refuse("block_out_channels", f"multiples of norm_num_groups ({config.norm_num_groups})")
+    if not _is_number(config.scaling_factor) or config.scaling_factor == 0:
+        refuse("scaling_factor", "a number other than 0")
+    if config.shift_factor is not None and not _is_number(config.shift_factor):
+        refuse("shift_factor", "a number or null")
+    for name in ("latents_mean", "latents_std"):
+        values = getattr(config, name)
+        if values is None:
+            continue
+        if not isinstance(values, tuple) or len(values) != config.latent_channels or not all(map(_is_number, values)):
+            refuse(name, f"null or {config.latent_channels} numbers, one a latent channel")
+    if config.latents_std is not None and min(config.latents_std) <= 0:
+        refuse("latents_std", "positive numbers")
+    sizes = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,)
+    if not sizes or not all(map(_is_count, sizes)):
+        refuse("sample_size", "a positive integer or two")
+
+
+@flax.struct.dataclass
+class DiagonalGaussian:
+    """A normal distribution with a diagonal covariance, one a picture: the encoder's output.
+
+    Attributes:
+        mean: `[B, h, w, C]` float32.
+        logvar: `[B, h, w, C]` float32, the logarithm of the variance, within [-30, 20].
+    """
+
+    mean: jax.Array
+    logvar: jax.Array
+
+    @classmethod
+    def from_moments(cls, moments: jax.Array) -> "DiagonalGaussian":
+        """Splits the encoder's `[B, h, w, 2C]` into mean and log-variance, clipped as diffusers does."""
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return cls(mean, jnp.clip(logvar, -30.0, 20.0))
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """One draw a picture, `[B, h, w, C]`; differentiable in the moments."""
+        noise = jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        return self.mean + jnp.exp(0.5 * self.logvar) * noise
+
+    def mode(self) -> jax.Array:
+        """The most likely latents, `[B, h, w, C]`."""
+        return self.mean
+
+    def kl(self) -> jax.Array:
+        """Kullback-Leibler divergence to the standard normal in nats, summed over a picture's latents: `[B]`."""
+        terms = self.mean**2 + jnp.exp(self.logvar) - 1.0 - self.logvar
+        return 0.5 * jnp.sum(terms, axis=tuple(range(1, terms.ndim)))
+
+
+def to_model_latents(latents: jax.Array, scaling_factor, shift_factor=None) -> jax.Array:
+    """The autoencoder's latents `[..., C]` in the diffusion model's scale: (latents - shift_factor) * scaling_factor.
+
+    Both factors are scalars (as in a config.json) or arrays `[C]`, one value a channel; no shift is 0.
+    """
+    shift = 0.0 if shift_factor is None else jnp.asarray(shift_factor, latents.dtype)
+    return (latents - shift) * jnp.asarray(scaling_factor, latents.dtype)
+
+
+def from_model_latents(latents: jax.Array, scaling_factor, shift_factor=None) -> jax.Array:
+    """The inverse of `to_model_latents`: what `AutoencoderKL.decode` takes."""
+    shift = 0.0 if shift_factor is None else jnp.asarray(shift_factor, latents.dtype)
+    return latents / jnp.asarray(scaling_factor, latents.dtype) + shift
+
+
+def _bias_init():
+    return nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+
+
+def _conv(features: int, dtype, name: str, kernel_size: int = 3, stride: int = 1, padding="SAME") -> nn.Conv:
+    kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, "conv_in", "conv_out"))
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        strides=stride,
+        padding=padding,
+        dtype=dtype,
+        kernel_init=kernel_init,
+        bias_init=_bias_init(),
+        name=name,
+    )
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation (arXiv 1803.08494) of `[B, H, W, C]`, statistics in float32.
+
+    Sums each channel first and joins the groups on `[B, C]`: splitting C, the axis that a vector unit holds, would cost
+    a quarter of a small autoencoder's step on a CPU. The variance takes a second pass, because E[x^2] - E[x]^2 loses
+    that of a group whose mean is large.
+    """
+
+    num_groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (channels,))
+        bias = self.param("bias", _bias_init(), (channels,))
+        centred = x.astype(jnp.float32)
+        centred = centred - self._group_mean(centred)
+        inverse = jax.lax.rsqrt(self._group_mean(centred**2) + NORM_EPSILON)  # [B, 1, 1, C]
+        return (centred * (inverse * scale) + bias).astype(self.dtype)
+
+    def _group_mean(self, x: jax.Array) -> jax.Array:
+        batch, _, _, channels = x.shape
+        grouped = jnp.mean(x, axis=(1, 2)).reshape(batch, self.num_groups, -1)  # [B, G, C/G]
+        means = jnp.repeat(jnp.mean(grouped, axis=-1), channels // self.num_groups, axis=-1)  # [B, C]
+        return means[:, None, None, :]
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, SiLU and a 3x3 convolution, twice, and a residual: `[B, H, W, C] -> [B, H, W, features]`."""
+
+    features: int
+    norm_num_groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        residual = x
+        x = nn.silu(GroupNorm(self.norm_num_groups, self.dtype, name="norm1")(x))
+        x = _conv(self.features, self.dtype, "conv1")(x)  # [B, H, W, features]
+        x = nn.silu(GroupNorm(self.norm_num_groups, self.dtype, name="norm2")(x))
+        x = _conv(self.features, self.dtype, "conv2")(x)
+        if residual.shape[-1] != self.features:
+            residual = _conv(self.features, self.dtype, "conv_shortcut", kernel_size=1)(residual)
+        return residual + x
+
+
+class AttentionBlock(nn.Module):
+    """One-head self-attention over all positions, around a residual: `[B, H, W, C] -> [B, H, W, C]`."""
+
+    norm_num_groups: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+
+        def dense(name: str) -> nn.Dense:
+            kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("conv_in", "conv_out"))
+            return nn.Dense(channels, dtype=self.dtype, kernel_init=kernel_init, bias_init=_bias_init(), name=name)
+
+        hidden = GroupNorm(self.norm_num_groups, self.dtype, name="group_norm")(x)
+        hidden = hidden.reshape(batch, height * width, 1, channels)  # [B, L, 1 head, C]
+        query, key, value = dense("to_q")(hidden), dense("to_k")(hidden), dense("to_v")(hidden)
+        hidden = jax.nn.dot_product_attention(query, key, value)  # its softmax is float32 whatever the inputs are
+        hidden = dense("to_out_0")(hidden)
+        return x + hidden.reshape(batch, height, width, channels)
+
+
+class MidBlock(nn.Module):
+    """The coarsest resolution: a residual block, attention if asked for, a residual block."""
+
+    norm_num_groups: int
+    add_attention: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        x = ResnetBlock(channels, self.norm_num_groups, self.dtype, name="resnets_0")(x)
+        if self.add_attention:
+            x = AttentionBlock(self.norm_num_groups, self.dtype, name="attentions_0")(x)
+        return ResnetBlock(channels, self.norm_num_groups, self.dtype, name="resnets_1")(x)
+
+
+class Downsample(nn.Module):
+    """Halves both sides with a strided convolution, padded at the bottom and right alone."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _conv(x.shape[-1], self.dtype, "conv", stride=2, padding=((0, 1), (0, 1)))(x)  # [B, H/2, W/2, C]
+
+
+class Upsample(nn.Module):
+    """Doubles both sides: nearest neighbour, then a convolution."""
+
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)  # [B, 2H, 2W, C]
+        return _conv(x.shape[-1], self.dtype, "conv")(x)
+
+
+class DownBlock(nn.Module):
+    """The encoder's residual blocks at one resolution, then a halving unless it is the last."""
+
+    features: int
+    num_layers: int
+    norm_num_groups: int
+    add_downsample: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in range(self.num_layers):
+            x = ResnetBlock(self.features, self.norm_num_groups, self.dtype, name=f"resnets_{layer}")(x)
+        return Downsample(self.dtype, name="downsamplers_0")(x) if self.add_downsample else x
+
+
+class UpBlock(nn.Module):
+    """The decoder's residual blocks at one resolution, then a doubling unless it is the last."""
+
+    features: int
+    num_layers: int
+    norm_num_groups: int
+    add_upsample: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in range(self.num_layers):
+            x = ResnetBlock(self.features, self.norm_num_groups, self.dtype, name=f"resnets_{layer}")(x)
+        return Upsample(self.dtype, name="upsamplers_0")(x) if self.add_upsample else x
+
+
+class Encoder(nn.Module):
+    """Pictures `[B, H, W, in_channels]` -> `[B, h, w, out_channels]`, float32."""
+
+    out_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    norm_num_groups: int
+    mid_block_add_attention: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = _conv(self.block_out_channels[0], self.dtype, "conv_in")(x)
+        last = len(self.block_out_channels) - 1
+        for index, features in enumerate(self.block_out_channels):
+            x = DownBlock(
+                features,
+                self.layers_per_block,
+                self.norm_num_groups,
+                add_downsample=index < last,
+                dtype=self.dtype,
+                name=f"down_blocks_{index}",
+            )(x)
+        x = MidBlock(self.norm_num_groups, self.mid_block_add_attention, self.dtype, name="mid_block")(x)
+        x = nn.silu(GroupNorm(self.norm_num_groups, self.dtype, name="conv_norm_out")(x))
+        return _conv(self.out_channels, jnp.float32, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Latents `[B, h, w, latent_channels]` -> pictures `[B, H, W, out_channels]`, float32."""
+
+    out_channels: int
+    block_out_channels: tuple[int, ...]
+    layers_per_block: int
+    norm_num_groups: int
+    mid_block_add_attention: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = _conv(self.block_out_channels[-1], self.dtype, "conv_in")(x)
+        x = MidBlock(self.norm_num_groups, self.mid_block_add_attention, self.dtype, name="mid_block")(x)
+        last = len(self.block_out_channels) - 1
+        for index, features in enumerate(reversed(self.block_out_channels)):
+            x = UpBlock(
+                features,
+                self.layers_per_block + 1,
+                self.norm_num_groups,
+                add_upsample=index < last,
+                dtype=self.dtype,
+                name=f"up_blocks_{index}",
+            )(x)
+        x = nn.silu(GroupNorm(self.norm_num_groups, self.dtype, name="conv_norm_out")(x))
+        return _conv(self.out_channels, jnp.float32, "conv_out")(x)
+
+
+class AutoencoderKL(nn.Module):
+    """Pictures to a Gaussian over latents and back; float32 parameters, compute in `dtype`.
+
+    Attributes:
+        config: the hyper-parameters.
+        dtype: of the convolutions and the attention. GroupNorm statistics, the attention's softmax, the moments and
+            the decoded pictures are float32 in any case.
+    """
+
+    config: VAEConfig
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        config = self.config
+        shared = {
+            "block_out_channels": config.block_out_channels,
+            "layers_per_block": config.layers_per_block,
+            "norm_num_groups": config.norm_num_groups,
+            "mid_block_add_attention": config.mid_block_add_attention,
+            "dtype": self.dtype,
+        }
+        self.encoder = Encoder(2 * config.latent_channels, **shared)
+        self.decoder = Decoder(config.out_channels, **shared)
+        if config.use_quant_conv:
+            self.quant_conv = _conv(2 * config.latent_channels, jnp.float32, None, kernel_size=1)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = _conv(config.latent_channels, jnp.float32, None, kernel_size=1)
+
+    def __call__(self, images: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, DiagonalGaussian]:
+        """Reconstructs pictures: (`[B, H, W, out_channels]`, their posterior).
+
+        The latents in between are a sample with a `key` (training), the mode without one (evaluation).
+        """
+        posterior = self.encode(images)
+        latents = posterior.mode() if key is None else posterior.sample(key)
+        return self.decode(latents), posterior
+
+    def encode(self, images: jax.Array) -> DiagonalGaussian:
+        """The Gaussian over latents `[B, H/f, W/f, latent_channels]`, f the down-sampling factor.
+
+        Args:
+            images: `[B, H, W, in_channels]` float, values in [-1, 1].
+
+        Raises:
+            UserError: f does not divide H or W, or the number of channels is not the model's.
+        """
+        check_image_size(images.shape[1], images.shape[2], self.config.downsampling_factor)
+        _check_channels("picture", images, self.config.in_channels)
+        moments = self.encoder(images)
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        return DiagonalGaussian.from_moments(moments)
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Pictures `[B, h*f, w*f, out_channels]` float32, about [-1, 1] and not clipped, f the down-sampling factor.
+
+        Args:
+            latents: `[B, h, w, latent_channels]` in the autoencoder's own scale, see `from_model_latents`.
+
+        Raises:
+            UserError: the number of channels is not the model's.
+        """
+        _check_channels("latent", latents, self.config.latent_channels)
+        if self.config.use_post_quant_conv:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)
+
+
+def check_image_size(height: int, width: int, factor: int) -> None:
+    """Raises UserError, naming the nearest sizes that work, if `factor` does not divide both sides (pixels)."""
+    if height % factor == 0 and width % factor == 0:
+        return
+    larger = f"{-(-height // factor) * factor}x{-(-width // factor) * factor}"
+    smaller = f"{height // factor * factor}x{width // factor * factor}"
+    works = f"{smaller} or {larger}" if min(height, width) >= factor else larger
+    raise UserError(
+        f"a picture of {height}x{width} pixels (height x width) does not fit the autoencoder, which reduces each side "
+        f"by {factor}: use {works}"
+    )
+
+
+def _check_channels(what: str, array: jax.Array, expected: int) -> None:
+    if array.shape[-1] != expected:
+        raise UserError(f"a {what} of {array.shape[-1]} channels does not fit the autoencoder, which takes {expected}")

@@ -1,0 +1,312 @@
+"""Pictures that people look at: contact sheets with captions in any script, written as PNG files."""
+
+import functools
+import io
+import logging
+import math
+import os
+import re
+import secrets
+import subprocess
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont
+
+from lidit_jax.errors import UserError
+
+_SHEET_COLOR = (255, 255, 255)
+_FRAME_COLOR = (222, 222, 222)
+_TEXT_COLOR = (48, 48, 48)
+_SMALL_PICTURE = 160  # pixels: pictures are enlarged towards this, and captions get at least this width
+_CAPTION_GAP = 6
+_NO_FONT = "(no font for this caption)"
+
+# For systems without fontconfig, and for those whose default font for Chinese has no Chinese characters.
+_FONT_FILES = (
+    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/google-noto-cjk/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/noto-cjk/NotoSansCJK-Regular.ttc",
+    "/usr/share/fonts/truetype/wqy/wqy-microhei.ttc",
+    "/usr/share/fonts/truetype/wqy/wqy-zenhei.ttc",
+    "/usr/share/fonts/truetype/droid/DroidSansFallbackFull.ttf",
+    "/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf",
+    "/System/Library/Fonts/PingFang.ttc",
+    "/System/Library/Fonts/STHeiti Light.ttc",
+    "/System/Library/Fonts/Hiragino Sans GB.ttc",
+    "C:/Windows/Fonts/msyh.ttc",
+    "C:/Windows/Fonts/simhei.ttf",
+)
+
+
+def grid(
+    images: Sequence[np.ndarray],
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
+    scale: int | None = None,
+    gap: int = 12,
+    font_size: int = 13,
+    max_lines: int = 4,
+) -> Image.Image:
+    """A contact sheet: each picture above its caption.
+
+    Pictures may differ in size. All are enlarged by the same integer factor, pixel by pixel, and keep their
+    proportions; the cells are as large as the largest picture, and the first cell starts at (gap, gap).
+
+    Args:
+      images: uint8 [H, W, 3] each.
+      captions: one string each, any Unicode; wrapped to the cell's width.
+      columns: pictures per row; None makes the sheet about square.
+      scale: the factor; None enlarges pictures under 160 px as far as they stay within that.
+      gap: pixels between cells and around the sheet.
+      font_size: in pixels.
+      max_lines: captions longer than this end in an ellipsis.
+
+    Raises:
+      UserError: there are no pictures, or columns or scale are less than 1.
+      ValueError: an image is not uint8 [H, W, 3], or there are not as many captions as images.
+    """
+    _check_grid_arguments(images, captions, columns, scale)
+    largest_height, largest_width = np.max([image.shape[:2] for image in images], axis=0).tolist()
+    scale = scale or max(1, _SMALL_PICTURE // max(largest_height, largest_width))
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+
+    picture_height = largest_height * scale
+    cell_width = max(largest_width * scale, _SMALL_PICTURE if captions else 0)
+    fonts = _fonts(font_size)
+    line_height = round(1.35 * font_size)
+    lines = [_caption_lines(caption, fonts, cell_width, max_lines) for caption in captions or [""] * len(images)]
+
+    rows = range(0, len(images), columns)
+    caption_heights = [_caption_height(lines[start : start + columns], line_height) for start in rows]
+    height = gap + sum(picture_height + caption_height + gap for caption_height in caption_heights)
+    sheet = Image.new("RGB", (gap + columns * (cell_width + gap), height), _SHEET_COLOR)
+
+    top = gap
+    for start, caption_height in zip(rows, caption_heights, strict=True):
+        for column, index in enumerate(range(start, min(start + columns, len(images)))):
+            left = gap + column * (cell_width + gap)
+            _paste(sheet, images[index], scale, left + cell_width / 2, top + picture_height)
+            baseline = top + picture_height + _CAPTION_GAP + font_size
+            for line in lines[index]:
+                _draw_line(sheet, line, fonts, left + cell_width / 2, baseline)
+                baseline += line_height
+        top += picture_height + caption_height + gap
+    return sheet
+
+
+def save_png(image: Image.Image | np.ndarray, path: epath.PathLike) -> None:
+    """Writes a PNG file so that nobody ever sees half of it; makes the folder if it is missing.
+
+    Args:
+      image: a Pillow image or uint8 [H, W, 3].
+      path: local, or in a bucket (gs://…), where an object appears only when it is complete.
+
+    Raises:
+      OSError: the path cannot be written; a file that was there is kept.
+    """
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, "PNG")
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "://" in str(path):
+        path.write_bytes(file.getvalue())
+        return
+    temporary = Path(path.parent, f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_bytes(file.getvalue())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def wrap(text: str, measure: Callable[[str], float], width: float, max_lines: int) -> list[str]:
+    """Breaks a text into at most `max_lines` lines no wider than `width`; what does not fit becomes an ellipsis.
+
+    Lines break at spaces and between wide (e.g. Chinese) characters; a word that is wider than a line breaks
+    anywhere. Every line holds at least one character, however narrow the width.
+
+    Args:
+      text: its white space counts as single spaces.
+      measure: width of a string, in the unit of `width`.
+    """
+    words = _words(" ".join(text.split()))
+    lines: list[str] = []
+    line = ""
+    while words:
+        word = words.pop(0)
+        if measure((line + word).rstrip()) <= width:
+            line += word
+        elif line:
+            lines.append(line.rstrip())
+            line, words = "", [word.lstrip(), *words]
+        else:
+            length = _fitting_length(word, measure, width)
+            lines.append(word[:length])
+            words = [word[length:], *words] if word[length:] else words
+        if len(lines) > max_lines or (len(lines) == max_lines and words):
+            break
+    if line:
+        lines.append(line.rstrip())
+    if len(lines) <= max_lines and not words:
+        return lines
+    last = lines[max_lines - 1]
+    while last and measure(last + "…") > width:
+        last = last[:-1].rstrip()
+    return [*lines[: max_lines - 1], last + "…"]
+
+
+def _words(text: str) -> list[str]:
+    """The pieces between which a line may break, each with the spaces and closing punctuation that follow it."""
+    wide = "\u1100-\u115f\u2e80-\u303e\u3041-\ua4cf\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003fffd"
+    closing = ",。、;:!?)」』》”’"
+    return re.findall(f"[{wide}][{closing}]*\\s*|[^\\s{wide}]+\\s*", text)
+
+
+def _fitting_length(word: str, measure: Callable[[str], float], width: float) -> int:
+    length = 1
+    while length < len(word) and measure(word[: length + 1]) <= width:
+        length += 1
+    return length
+
+
+# --- the parts of a sheet ---------------------------------------------------------------------------------------
+
+
+def _check_grid_arguments(
+    images: Sequence[np.ndarray], captions: Sequence[str] | None, columns: int | None, scale: int | None
+) -> None:
+    if not len(images):
+        raise UserError("there are no pictures to put on a sheet")
+    for name, value in (("columns", columns), ("scale", scale)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: a sheet of pictures needs 1 or more")
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(f"an image is {image.dtype} {list(image.shape)}: expected uint8 [H, W, 3]")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"{len(captions)} captions for {len(images)} images")
+
+
+def _paste(sheet: Image.Image, image: np.ndarray, scale: int, center: float, bottom: int) -> None:
+    """Puts the enlarged picture on the sheet, in a thin frame, so that pale pictures end visibly."""
+    height, width, _ = image.shape
+    picture = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+    left, top = round(center - picture.width / 2), bottom - picture.height
+    ImageDraw.Draw(sheet).rectangle((left - 1, top - 1, left + picture.width, bottom), outline=_FRAME_COLOR)
+    sheet.paste(picture, (left, top))
+
+
+def _caption_height(lines: list[list[str]], line_height: int) -> int:
+    count = max(len(caption_lines) for caption_lines in lines)
+    return _CAPTION_GAP + count * line_height if count else 0
+
+
+def _caption_lines(caption: str, fonts: tuple[ImageFont.FreeTypeFont, ...], width: int, max_lines: int) -> list[str]:
+    # No character is narrower than a pixel, so more than this is never shown; a caption may be of any length.
+    caption = caption[: max_lines * width + 1]
+    return wrap(_drawable(caption, fonts), lambda text: _line_width(text, fonts), width, max_lines)
+
+
+def _draw_line(
+    sheet: Image.Image, line: str, fonts: tuple[ImageFont.FreeTypeFont, ...], center: float, baseline: int
+) -> None:
+    draw = ImageDraw.Draw(sheet)
+    x = center - _line_width(line, fonts) / 2
+    for font, run in _runs(line, fonts):
+        draw.text((x, baseline), run, _TEXT_COLOR, font, anchor="ls")
+        x += font.getlength(run)
+
+
+# --- fonts ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
+    """Pillow's own font, which has little beyond ASCII, then what the system has for other scripts and Chinese."""
+    fonts = [ImageFont.load_default(size)]
+    for path, index in _system_font_files():
+        try:
+            fonts.append(ImageFont.truetype(path, size, index))
+        except OSError:  # gone, or of a format that FreeType cannot scale: the next one may do
+            logging.info("Captions are drawn without the font %s, which cannot be read.", path)
+    return tuple(fonts)
+
+
+@functools.cache
+def _system_font_files() -> tuple[tuple[str, int], ...]:
+    """(path, index within the file) of fonts to try, best first."""
+    found = [_match_font(pattern) for pattern in ("sans-serif", "sans-serif:lang=zh-cn")]
+    found += [(path, 0) for path in _FONT_FILES if os.path.exists(path)]
+    return tuple(dict.fromkeys(font for font in found if font is not None))
+
+
+def _match_font(pattern: str) -> tuple[str, int] | None:
+    """Fontconfig's best match, which need not cover the language asked for; None without fontconfig."""
+    command = ["fc-match", "--format=%{file}\n%{index}", pattern]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    path, _, index = output.partition("\n")
+    return (path, int(index)) if path and index.isdecimal() else None
+
+
+@functools.lru_cache(maxsize=100_000)
+def _glyph(font: ImageFont.FreeTypeFont, character: str) -> tuple:
+    mask = font.getmask(character)
+    return mask.size, bytes(mask)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _font_of(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> ImageFont.FreeTypeFont | None:
+    """The first font that has the character."""
+    if character.isspace():
+        return fonts[0]
+    # Pillow does not say which characters a font has, but it draws all others like this one, which none has.
+    missing = "\U0010ffff"
+    return next((font for font in fonts if _glyph(font, character) != _glyph(font, missing)), None)
+
+
+def _drawable(text: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> str:
+    """The text in characters that the fonts have: accents dropped or "?" for single ones that they lack.
+
+    If they lack most of it, question marks would be of no use, and a note takes the place of the text.
+    """
+    text = " ".join(unicodedata.normalize("NFC", text).split())
+    characters = [character for character in text if unicodedata.category(character) not in ("Cc", "Cf")]
+    drawn = [character if _font_of(character, fonts) else _simpler(character, fonts) for character in characters]
+    visible = sum(not character.isspace() for character in characters)
+    if 2 * drawn.count(None) > visible:
+        _warn_of_missing_font()
+        return _NO_FONT
+    return "".join("?" if character is None else character for character in drawn)
+
+
+def _simpler(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> str | None:
+    base = unicodedata.normalize("NFKD", character)[0]
+    return base if _font_of(base, fonts) and not base.isspace() else None
+
+
+@functools.cache
+def _warn_of_missing_font() -> None:
+    logging.warning("No font for some captions was found. For Chinese, install e.g. the package fonts-noto-cjk.")
+
+
+def _runs(text: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> list[tuple[ImageFont.FreeTypeFont, str]]:
+    """Pieces of the text that one font draws, in order; characters that none has go to the first."""
+    runs: list[tuple[ImageFont.FreeTypeFont, str]] = []
+    for character in text:
+        font = _font_of(character, fonts) or fonts[0]
+        if runs and runs[-1][0] is font:
+            runs[-1] = font, runs[-1][1] + character
+        else:
+            runs.append((font, character))
+    return runs
+
+
+def _line_width(text: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> float:
+    return sum(font.getlength(run) for font, run in _runs(text, fonts))

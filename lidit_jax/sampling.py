@@ -1,0 +1,96 @@
+"""What the `sample` command does: prompts and a workdir in, a folder of pictures out."""
+
+import dataclasses
+import logging
+
+from etils import epath
+
+from lidit_jax import experiment
+from lidit_jax.diffusion.samplers import step_table
+from lidit_jax.errors import UserError
+from lidit_jax.pictures import grid, save_png
+
+logger = logging.getLogger(__name__)
+
+MAX_PROMPTS_FILE = 64 << 20  # bytes: a larger file is hardly one of prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to draw, with None for what the workdir's config says. Sides in pixels."""
+
+    workdir: epath.Path
+    out: epath.Path
+    prompt: str | None = None
+    prompts_file: str | None = None
+    num_images: int = 1
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    seed: int = 0
+    weights: str = "ema"
+
+
+def draw_to_folder(request: Request) -> None:
+    """Writes out/00000.png, … in the order of the prompts (all pictures of a prompt together) and out/grid.png.
+
+    Raises:
+      UserError: for anything in the request that does not fit; before anything is drawn or written.
+    """
+    prompts = read_prompts(request)
+    if request.num_images < 1:
+        raise UserError(f"--num_images={request.num_images} must be at least 1")
+    if not 0 <= request.seed < 2**32:
+        raise UserError(f"--seed={request.seed} must be from 0 to {2**32 - 1}")
+    if request.out.exists() and not request.out.is_dir():
+        raise UserError(f"--out={request.out} is a file: name a folder")
+    if request.weights not in ("ema", "params"):
+        raise UserError(f"--weights={request.weights}: use ema or params")
+
+    run, pipeline, params, step = experiment.load(request.workdir, request.weights)
+    changes = {"sampler": request.sampler, "steps": request.steps, "guidance_scale": request.guidance_scale}
+    how = dataclasses.replace(run.sample, **{name: value for name, value in changes.items() if value is not None})
+    step_table(how.sampler, pipeline.schedule, how.steps)  # raises for a sampler that does not fit
+    height, width = request.height or run.data.resolution, request.width or run.data.resolution
+    pipeline.check_size(height, width)
+
+    repeated = [prompt for prompt in prompts for _ in range(request.num_images)]
+    how = dataclasses.replace(how, batch_size=min(how.batch_size, len(repeated)))
+    seeds = [(request.seed + i) % 2**32 for i in range(len(repeated))]
+    logger.info(
+        "drawing %d pictures of %dx%d with %s, %d steps, guidance %g, from step %d",
+        *(len(repeated), width, height, how.sampler, how.steps, how.guidance_scale, step),
+    )
+    pictures = pipeline(params, repeated, seeds, height, width, how)
+    request.out.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        save_png(picture, request.out / f"{i:05d}.png")
+    save_png(grid(list(pictures), repeated), request.out / "grid.png")
+    logger.info("%s", request.out / "grid.png")
+
+
+def read_prompts(request: Request) -> list[str]:
+    """From `prompt` or from the lines of `prompts_file` (blank lines left out).
+
+    Raises:
+      UserError: if there is none or are both, or the file is missing, too large, empty or not UTF-8.
+    """
+    if (request.prompt is None) == (request.prompts_file is None):
+        raise UserError('give either --prompt="…" or --prompts_file=FILE')
+    if request.prompt is not None:
+        return [request.prompt]
+    file = epath.Path(request.prompts_file)
+    if not file.exists() or file.is_dir():
+        raise UserError(f"--prompts_file={file}: no such file")
+    if file.stat().length > MAX_PROMPTS_FILE:
+        raise UserError(f"--prompts_file={file}: larger than {MAX_PROMPTS_FILE >> 20} MiB; is it a list of prompts?")
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts_file={file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts_file={file}: no prompt in it; write one a line")
+    return prompts

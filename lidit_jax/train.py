@@ -1,0 +1,321 @@
+"""The one training loop, for every trainable part: small LMs, VAE, LI-DiT.
+
+A part is a `Task`: how to initialise it and what its loss is. All else is here: the jitted step on the mesh, AdamW,
+accumulation, EMA, the guard against non-finite steps, checkpoints and resume.
+"""
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from lidit_jax.checkpoint import Checkpoints
+from lidit_jax.errors import UserError
+from lidit_jax.metrics import Metrics, Progress
+from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated, shardings
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Any]
+SCHEDULES = ("constant", "cosine")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes, and so all that a checkpoint needs.
+
+    Attributes:
+      step: int32 scalar, steps taken (skipped ones included).
+      params: float32 tree.
+      ema: tree like params, or None where no average is kept.
+      opt_state: optax's.
+      skipped, skipped_in_row: int32 scalars, steps left out because their loss or gradient was not finite.
+    """
+
+    step: jax.Array
+    params: Any
+    ema: Any
+    opt_state: Any
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One trainable part.
+
+    Attributes:
+      name: for the log.
+      init: key -> parameters, boxed with their logical axes (what Flax's `Module.init` gives).
+      loss: (params, frozen, batch, key) -> (float32 scalar, dict of float32 scalars). Traced, so pure.
+      frozen: arrays that the loss reads and nothing changes (LLMs, VAE).
+      preview: (state, step) -> named pictures (uint8 [H, W, 3]) to log, or None.
+    """
+
+    name: str
+    init: Callable[[jax.Array], Any]
+    loss: Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    frozen: Any = None
+    preview: Callable[[TrainState, int], dict[str, np.ndarray]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Numbers of one part's training, under `train` in the config.
+
+    Attributes:
+      schedule: learning rate after warm-up: "constant", or "cosine" down to a hundredth at the last step.
+      accumulate: micro-batches a step; their mean gradient equals the whole batch's.
+      ema_decay: 0 keeps no average. The decay is ramped up over the first steps: min(decay, (1 + t) / (10 + t)).
+      max_skipped_in_row: non-finite steps in a row after which the run stops.
+      log_every, checkpoint_every, sample_every, keep: steps, and checkpoints kept; sample_every=0: none.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    accumulate: int = 1
+    ema_decay: float = 0.0
+    max_skipped_in_row: int = 20
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    sample_every: int = 0
+    keep: int = 2
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"train.schedule={self.schedule!r} is unknown: use one of {', '.join(SCHEDULES)}")
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.batch_size % self.accumulate:
+            raise UserError(
+                f"train.batch_size={self.batch_size} is not divisible by train.accumulate={self.accumulate}"
+            )
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up from 0, then constant or cosine."""
+    after = optax.constant_schedule(config.learning_rate)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.learning_rate, max(1, config.steps - config.warmup_steps), 0.01)
+    if not config.warmup_steps:
+        return after
+    # From 1/warmup_steps, not from 0: the first step should move the weights too.
+    start = config.learning_rate / config.warmup_steps
+    warmup = optax.linear_schedule(start, config.learning_rate, config.warmup_steps - 1 or 1)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW with decoupled decay on matrices alone: norms, biases and vectors are not pulled to zero."""
+    return optax.adamw(
+        learning_rate(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix
+    )
+
+
+def _is_matrix(params: Any) -> Any:
+    # Boxed leaves (at initialisation) have one more entry in their path, the box's attribute.
+    named = lambda path: any(getattr(entry, "key", None) in ("kernel", "embed_tokens") for entry in path[-2:])  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, _: named(path), params)
+
+
+class Trainer:
+    """The jitted functions of one part on one mesh."""
+
+    def __init__(self, task: Task, config: TrainConfig, mesh: Mesh, rules: ShardingRules):
+        shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+        if (config.batch_size // config.accumulate) % shards:
+            raise UserError(
+                f"a micro-batch of {config.batch_size // config.accumulate} does not divide over {shards} devices: "
+                f"choose train.batch_size as a multiple of {shards * config.accumulate}"
+            )
+        self.task, self.config, self.mesh, self.rules = task, config, mesh, rules
+        self.optimizer = make_optimizer(config)
+        self.learning_rate = learning_rate(config)
+        self._boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
+        self.state_shardings = shardings(self._boxed, mesh, rules)
+        self.batch_sharding = batch_sharding(mesh, rules)
+        self.step = jax.jit(
+            self._step,
+            in_shardings=(self.state_shardings, None, self.batch_sharding, replicated(mesh)),
+            out_shardings=(self.state_shardings, replicated(mesh)),
+            donate_argnums=0,
+        )
+
+    def init(self, seed: int) -> TrainState:
+        """A fresh state, created sharded: no device ever holds the whole of it."""
+        init = jax.jit(lambda key: nn.unbox(self._init_boxed(key)), out_shardings=self.state_shardings)
+        with self.mesh:
+            return init(jax.random.key(seed))
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, to restore into."""
+        abstract = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+        return jax.tree.map(abstract, nn.unbox(self._boxed), self.state_shardings)
+
+    def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
+        """This process's rows of a batch -> global arrays over the mesh."""
+        return {
+            name: jax.make_array_from_process_local_data(self.batch_sharding, array) for name, array in batch.items()
+        }
+
+    def _init_boxed(self, key: jax.Array) -> TrainState:
+        params = self.task.init(key)
+        # A second tree of its own: donated buffers must not be shared between params and ema.
+        ema = jax.tree.map(jnp.copy, params) if self.config.ema_decay else None
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, ema, self.optimizer.init(params), zero, zero)
+
+    def _step(self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array):
+        config = self.config
+        key = jax.random.fold_in(key, state.step)  # derived, not carried: a resumed run draws the same numbers
+        with nn.logical_axis_rules(self.rules.pairs()):
+            loss, metrics, grads = self._gradients(state.params, frozen, batch, key)
+
+        grad_norm = optax.global_norm(grads)
+        if config.clip_norm:
+            scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+        state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            ema=keep(ema, state.ema),
+            opt_state=keep(opt_state, state.opt_state),
+            skipped=state.skipped + ~finite,
+            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+        )
+        metrics |= {"loss": loss, "grad_norm": grad_norm, "learning_rate": self.learning_rate(state.step - 1)}
+        metrics |= {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
+        return state, metrics
+
+    def _gradients(self, params, frozen, batch, key):
+        grad = jax.value_and_grad(self.task.loss, has_aux=True)
+        count = self.config.accumulate
+        if count == 1:
+            (loss, metrics), grads = grad(params, frozen, batch, key)
+            return loss, metrics, grads
+        # Every count-th row, so that each micro-batch is spread over all devices.
+        split = lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)  # noqa: E731
+        micro_batches = jax.tree.map(split, batch)
+
+        def add(total, i_and_micro_batch):
+            i, micro_batch = i_and_micro_batch
+            result = grad(params, frozen, micro_batch, jax.random.fold_in(key, i))
+            return jax.tree.map(lambda t, r: t + r / count, total, result), None
+
+        first = jax.tree.map(lambda x: x[0], micro_batches)
+        shapes = jax.eval_shape(grad, params, frozen, first, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+        ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, (jnp.arange(count), micro_batches))
+        return loss, metrics, grads
+
+
+def train(
+    trainer: Trainer,
+    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    *,
+    seed: int,
+    facts: Mapping[str, Any],
+    initial_params: Any = None,
+) -> TrainState:
+    """Trains to `config.steps`, going on from the newest checkpoint if there is one.
+
+    Args:
+      batches: first step -> this process's part of the batches from that step on. Batch k is a pure function of k, so
+        the step is the whole state of the data.
+      facts: JSON-able facts that the checkpoint records and a resumed run must agree with (data fingerprint, digests
+        of the frozen parts).
+      initial_params: parameters to start from instead of random ones, when there is no checkpoint (fine-tuning).
+
+    Raises:
+      UserError: after too many non-finite steps in a row, or if the checkpoint's facts differ.
+    """
+    config, task = trainer.config, trainer.task
+    state = checkpoints.restore(trainer.abstract_state(), facts)
+    if state is None:
+        state = trainer.init(seed)
+        if initial_params is not None:
+            state = _start_from(state, initial_params, trainer)
+    step = int(state.step)
+    if step >= config.steps:
+        return state
+    if step:
+        logger.info("%s: going on from step %d", task.name, step)
+
+    key = jax.device_put(jax.random.key(seed + 1), replicated(trainer.mesh))
+    progress = Progress(task.name, step, config.steps, config.batch_size)
+    stream = iter(batches(step))
+    pending = []
+    with trainer.mesh:
+        while step < config.steps:
+            waited = time.monotonic()
+            batch = trainer.put(next(stream))
+            progress.waited(time.monotonic() - waited)
+            state, step_metrics = trainer.step(state, task.frozen, batch, key)
+            step += 1
+            pending.append(step_metrics)  # stays on the device until it is logged: no step waits for the host
+            last = step == config.steps
+            if step % config.log_every == 0 or last:
+                _log(metrics, progress, step, pending, config)
+                pending = []
+            if config.sample_every and task.preview and (step % config.sample_every == 0 or last):
+                with progress.paused():
+                    metrics.images(step, task.preview(state, step))
+            if step % config.checkpoint_every == 0 or last:
+                with progress.paused():
+                    checkpoints.save(step, state, facts)
+    checkpoints.wait()
+    return state
+
+
+def _log(metrics: Metrics, progress: Progress, step: int, pending: list, config: TrainConfig) -> None:
+    rows = jax.device_get(pending)
+    values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    values["skipped"] = int(rows[-1]["skipped"])
+    in_row = max(int(row["skipped_in_row"]) for row in rows)
+    del values["skipped_in_row"]
+    metrics.scalars(step, values | progress.speed(step))
+    progress.print(step, values)
+    if in_row >= config.max_skipped_in_row:
+        raise UserError(
+            f"{in_row} steps in a row had a loss or gradient that is not finite (step {step}): the weights are those "
+            "from before them; lower train.learning_rate or look at the data"
+        )
+
+
+def _start_from(state: TrainState, params: Any, trainer: Trainer) -> TrainState:
+    expected = jax.tree.map(lambda x: x.shape, state.params)
+    given = jax.tree.map(lambda x: x.shape, params)
+    if expected != given:
+        raise UserError("the weights to start from belong to a model of another size: compare the two configs' model")
+    params = jax.device_put(params, trainer.state_shardings.params)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, ema=ema)

@@ -1,0 +1,171 @@
+"""A folder of weights in Hugging Face's layout, read without trusting it and written whole or not at all.
+
+The layout: config.json, and <stem>.safetensors or its shards with <stem>.safetensors.index.json.
+"""
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 - its import teaches NumPy bfloat16, which safetensors then returns
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lidit_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
+
+
+class SafetensorsFolder:
+    """The tensors of a folder by name; each is read from the disk when it is asked for, and no other is.
+
+    A context manager: the files stay mapped until it is left. A shard that is never asked for may be missing.
+    """
+
+    def __init__(self, folder: str | Path, stem: str):
+        """Finds the tensors.
+
+        Args:
+            folder: the folder.
+            stem: the weights file's name without its ending: "model" (transformers), "diffusion_pytorch_model".
+
+        Raises:
+            UserError: there are no safetensors files, or their header or index cannot be read.
+        """
+        self.folder = Path(folder)
+        self._open_files: dict[Path, Any] = {}
+        self._stack = ExitStack()
+        self._file_of_tensor = self._find_tensors(stem)
+
+    def __enter__(self) -> "SafetensorsFolder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open_files.clear()
+        self._stack.close()
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._file_of_tensor)
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Looks the tensor up without reading it.
+
+        Raises:
+            UserError: it, or the file it should be in, is missing or damaged, of another shape, or not floating point.
+        """
+        if name not in self._file_of_tensor:
+            raise UserError(
+                f"{self.folder}: tensor {name} is missing; the weights do not belong to the {CONFIG_FILE} beside them"
+            )
+        file = self._file_of_tensor[name]
+        try:
+            stored = self._open(file).get_slice(name)
+            found, dtype = tuple(stored.get_shape()), stored.get_dtype()
+        except SafetensorError as error:
+            raise _unreadable_tensor(file, name, error) from error
+        if found != shape:
+            raise UserError(f"{file}: tensor {name} has shape {found}, {CONFIG_FILE} asks for {shape}")
+        if dtype not in FLOAT_TYPES:
+            raise UserError(f"{file}: tensor {name} has type {dtype}; only {', '.join(FLOAT_TYPES)} can be read")
+
+    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor, in the type it is stored in. Raises what `check` raises."""
+        self.check(name, shape)
+        file = self._file_of_tensor[name]
+        try:
+            return self._open(file).get_tensor(name)
+        except SafetensorError as error:
+            raise _unreadable_tensor(file, name, error) from error
+
+    def _find_tensors(self, stem: str) -> dict[str, Path]:
+        weights, index = self.folder / f"{stem}.safetensors", self.folder / f"{stem}.safetensors.index.json"
+        if weights.is_file():
+            return dict.fromkeys(self._open(weights).keys(), weights)
+        if index.is_file():
+            return _shards(index)
+        if pickles := sorted(path.name for ending in ("bin", "pt", "pth") for path in self.folder.glob(f"*.{ending}")):
+            raise UserError(
+                f"{self.folder}: {pickles[0]} is a pickle, which can run code when read; convert it to safetensors "
+                "(save_pretrained of the library it came from writes them)"
+            )
+        raise UserError(f"{self.folder}: no {weights.name} and no {index.name} in it")
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._open_files:
+            try:
+                self._open_files[file] = self._stack.enter_context(safe_open(file, framework="numpy"))
+            except FileNotFoundError as error:
+                raise UserError(f"{file} is missing; copy it into the folder") from error
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is not a readable safetensors file ({error}); copy it again") from error
+        return self._open_files[file]
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The folder's config.json.
+
+    Raises:
+        UserError: it is missing, or not a JSON object.
+    """
+    return read_json_object(Path(folder) / CONFIG_FILE)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A JSON file whose outermost value is an object.
+
+    Raises:
+        UserError: it is missing, or something else.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing; give a folder in Hugging Face's layout") from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
+        raise UserError(f"{file} is not a readable JSON file ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is not a JSON object; copy the file again")
+    return values
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """Yields a scratch folder beside `folder` that takes its place when the block ends without an error.
+
+    Raises:
+        UserError: `folder` exists and is not an empty folder, or cannot be written.
+    """
+    folder = Path(folder).absolute()
+    scratch = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} already exists and is not an empty folder: choose another one to write to")
+        scratch.mkdir(parents=True)
+        yield scratch
+        os.replace(scratch, folder)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _shards(index: Path) -> dict[str, Path]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: no weight_map; copy the file again")
+    for shard in weight_map.values():
+        # A path, which could lead out of the folder, is refused.
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            raise UserError(f"{index}: shard {shard!r:.80} is not the name of a safetensors file")
+    return {name: index.parent / shard for name, shard in weight_map.items()}
+
+
+def _unreadable_tensor(file: Path, name: str, error: SafetensorError) -> UserError:
+    return UserError(f"{file}: tensor {name} cannot be read ({error}); copy the file again")

@@ -1,0 +1,281 @@
+"""Properties of the refiners and of LI-DiT."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lidit_jax.errors import UserError
+from lidit_jax.models.dit import patchify, unpatchify
+from lidit_jax.models.lidit import LIDiT, LIDiTConfig, TextFeatures, num_parameters
+from lidit_jax.models.refiners import CollaborativeRefiner, LinguisticTokenRefiner
+
+WIDTH = 32
+SMALL = {"depth": 2, "hidden_size": WIDTH, "num_heads": 4, "patch_size": 1, "latent_channels": 4, "dtype": "float32"}
+
+
+def normal(seed, shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def text_features(seed=0, batch=2, prefix=3, lengths=(5, 2), width=24):
+    """One LLM's features; row i of the prompts has lengths[i] real tokens of max(lengths)."""
+    longest = max(lengths)
+    mask = jnp.arange(longest)[None] < jnp.asarray(lengths)[:, None]
+    return TextFeatures(normal(seed, (prefix, width)), normal(seed + 1, (batch, longest, width)), mask)
+
+
+def opened(params, seed=0):
+    """The parameters with every zero-initialised leaf (gates, output, biases) set to small random numbers."""
+    leaves, tree = jax.tree.flatten(params)
+    rng = np.random.default_rng(seed)
+    leaves = [jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype) if not np.any(x) else x for x in leaves]
+    return jax.tree.unflatten(tree, leaves)
+
+
+@functools.cache
+def model_and_params(**changes):
+    model = LIDiT(LIDiTConfig(**{**SMALL, **changes}))
+    text = [text_features(0), text_features(10, width=16)]
+    init = jax.jit(lambda key: nn.unbox(model.init(key, normal(2, (2, 4, 4, 4)), jnp.ones(2), text))["params"])
+    return model, init(jax.random.key(0)), jax.jit(lambda p, x, t, c: model.apply({"params": p}, x, t, c))
+
+
+def refiner_and_params(module, *args):
+    params = nn.unbox(module.init(jax.random.key(0), *args)).get("params", {})
+    return params, jax.jit(lambda p, *a: module.apply({"params": p}, *a))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_token_refiner_returns_its_input_at_initialisation(causal):
+    x, mask, conditioning = normal(0, (2, 6, WIDTH)), jnp.ones((2, 6), bool), normal(1, (2, WIDTH))
+    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4, is_causal=causal), x, mask, conditioning)
+    np.testing.assert_array_equal(apply(params, x, mask, conditioning), x)
+
+
+def test_ungated_token_refiner_changes_its_input_and_has_no_gate_parameters():
+    x, mask, conditioning = normal(0, (2, 6, WIDTH)), jnp.ones((2, 6), bool), normal(1, (2, WIDTH))
+    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4, gated=False), x, mask, conditioning)
+    assert np.abs(apply(params, x, mask, conditioning) - x).max() > 0.1
+    assert all("gates" not in block for block in params.values())
+
+
+def test_collaborative_refiner_returns_its_input_at_initialisation():
+    branches = [normal(0, (2, 6, WIDTH)), normal(1, (2, 4, WIDTH)), normal(2, (2, 5, WIDTH))]
+    masks = [jnp.ones(x.shape[:2], bool) for x in branches]
+    conditionings = [normal(3 + i, (2, WIDTH)) for i in range(3)]
+    params, apply = refiner_and_params(CollaborativeRefiner(1, 4), branches, masks, conditionings)
+    for refined, x in zip(apply(params, branches, masks, conditionings), branches, strict=True):
+        np.testing.assert_array_equal(refined, x)
+
+
+def test_collaborative_refiner_of_one_llm_is_the_identity_without_parameters():
+    x = normal(0, (2, 6, WIDTH))
+    arguments = ([x], [jnp.ones((2, 6), bool)], [normal(1, (2, WIDTH))])
+    params, apply = refiner_and_params(CollaborativeRefiner(1, 4), *arguments)
+    assert not params
+    np.testing.assert_array_equal(apply(params, *arguments)[0], x)
+
+
+def test_each_collaborative_branch_reads_the_others():
+    branches = [normal(0, (2, 6, WIDTH)), normal(1, (2, 4, WIDTH))]
+    masks = [jnp.ones(x.shape[:2], bool) for x in branches]
+    conditionings = [normal(3 + i, (2, WIDTH)) for i in range(2)]
+    params, apply = refiner_and_params(CollaborativeRefiner(1, 4), branches, masks, conditionings)
+    params = opened(params)
+    before = apply(params, branches, masks, conditionings)
+    changed = apply(params, [branches[0], branches[1].at[:, -1].add(1.0)], masks, conditionings)
+    assert np.abs(changed[0] - before[0]).max() > 1e-3
+    # The branch itself does not attend to itself: its unchanged tokens stay what they were.
+    np.testing.assert_allclose(changed[1][:, :-1], before[1][:, :-1], atol=1e-6)
+
+
+@pytest.mark.parametrize(("causal", "sees_later_tokens"), [(False, True), (True, False)])
+def test_a_late_token_changes_an_early_refined_feature_only_without_the_causal_mask(causal, sees_later_tokens):
+    x, mask, conditioning = normal(0, (1, 6, WIDTH)), jnp.ones((1, 6), bool), normal(1, (1, WIDTH))
+    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4, is_causal=causal), x, mask, conditioning)
+    params = opened(params)
+    difference = apply(params, x.at[:, -1].add(1.0), mask, conditioning) - apply(params, x, mask, conditioning)
+    assert (np.abs(difference[:, 0]).max() > 1e-4) == sees_later_tokens
+
+
+def test_model_returns_zero_at_initialisation():
+    _, params, apply = model_and_params()
+    text = [text_features(0), text_features(10, width=16)]
+    np.testing.assert_array_equal(apply(params, normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0]), text), 0.0)
+
+
+@pytest.mark.parametrize("fusion", ["collaborative", "concatenate"])
+def test_padding_never_changes_a_result(fusion):
+    _, params, apply = model_and_params(fusion=fusion)
+    params = opened(params)
+    x, t = normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0])
+    first, second = text_features(0), text_features(10, width=16)
+    expected = apply(params, x, t, [first, second])
+
+    garbage = jnp.where(first.mask[..., None], first.prompt, 1e3)
+    longer = TextFeatures(
+        first.prefix,
+        jnp.concatenate([garbage, jnp.full((2, 3, 24), -7.0)], axis=1),
+        jnp.concatenate([first.mask, jnp.zeros((2, 3), bool)], axis=1),
+    )
+    np.testing.assert_allclose(apply(params, x, t, [longer, second]), expected, atol=2e-6)
+    # and the prompt's own tokens do matter
+    other = TextFeatures(first.prefix, first.prompt.at[:, 0].add(1.0), first.mask)
+    assert np.abs(apply(params, x, t, [other, second]) - expected).max() > 1e-4
+
+
+def test_prefix_is_read_by_the_refiners_and_then_dropped():
+    model, params, _ = model_and_params()
+    params = opened(params)
+    x, t = normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0])
+    first, second = text_features(0), text_features(10, width=16)
+
+    def condition(first):
+        _, state = model.apply({"params": params}, x, t, [first, second], mutable=["intermediates"])
+        return state["intermediates"]["condition"][0]
+
+    before = condition(first)
+    assert before.shape == (2, 5 + 5, WIDTH)  # prompts alone, of both LLMs
+    changed = condition(first.replace(prefix=first.prefix + 1.0))
+    assert np.abs(changed - before).max() > 1e-3
+
+
+def test_an_empty_prompt_stays_finite_forwards_and_backwards():
+    _, params, apply = model_and_params()
+    params = opened(params)
+    empty = [text_features(0, lengths=(1, 1), prefix=0), text_features(10, lengths=(1, 1), prefix=0, width=16)]
+    x, t = normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0])
+    loss, grads = jax.value_and_grad(lambda p: jnp.sum(jnp.square(apply(p, x, t, empty))))(params)
+    assert np.isfinite(loss)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_a_batch_equals_its_rows_one_by_one():
+    _, params, apply = model_and_params()
+    params = opened(params)
+    x, t = normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0])
+    text = [text_features(0), text_features(10, width=16)]
+    together = apply(params, x, t, text)
+    for row in range(2):
+        alone = [TextFeatures(f.prefix, f.prompt[row : row + 1], f.mask[row : row + 1]) for f in text]
+        np.testing.assert_allclose(
+            apply(params, x[row : row + 1], t[row : row + 1], alone)[0], together[row], atol=2e-6
+        )
+
+
+def _gradients_per_step(params, apply, steps):
+    """Per training step, the parameters (by path) whose gradient is not zero."""
+    optimizer = optax.adam(1e-2)
+    opt_state = optimizer.init(params)
+    text = [text_features(0, batch=4, lengths=(5, 3, 4, 2)), text_features(10, batch=4, lengths=(2, 5, 3, 5), width=16)]
+    x, t, target = normal(5, (4, 4, 4, 4)), jnp.array([10.0, 900.0, 400.0, 700.0]), normal(6, (4, 4, 4, 4))
+    gradient = jax.jit(jax.grad(lambda p: jnp.mean(jnp.square(apply(p, x, t, text) - target))))
+    reached = []
+    for _ in range(steps):
+        grads = gradient(params)
+        paths = jax.tree_util.tree_leaves_with_path(grads)
+        reached.append({jax.tree_util.keystr(path) for path, g in paths if np.any(np.abs(g) > 0)})
+        updates, opt_state = optimizer.update(grads, opt_state)
+        params = optax.apply_updates(params, updates)
+    return reached, {jax.tree_util.keystr(path) for path, _ in paths}
+
+
+def test_every_parameter_gets_a_gradient_within_two_steps_of_open_gates():
+    _, params, apply = model_and_params()
+    reached, every = _gradients_per_step(opened(params), apply, steps=2)
+    assert reached[0] | reached[1] == every
+
+
+def test_from_initialisation_each_zero_layer_opens_the_next_until_every_parameter_learns():
+    # Zero layers stand in series: output, then the DiT's gates, then the refiners' gates, then what these gate. A zero
+    # layer passes no gradient on until it has been updated once, so the innermost parameters learn from step 4 on.
+    _, params, apply = model_and_params()
+    reached, every = _gradients_per_step(params, apply, steps=4)
+    assert all("['output']" in path for path in reached[0])
+    assert any("['blocks']['modulation']" in path for path in reached[1])
+    assert any("['token_refiner_0']['block_0']['gates']" in path for path in reached[2])
+    assert set.union(*reached) == every
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_no_gradient(remat):
+    text = [text_features(0), text_features(10, width=16)]
+    x, t = normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0])
+    grads = []
+    for policy in ("none", remat):
+        _, params, apply = model_and_params(remat=policy)
+        grads.append(jax.grad(lambda p, apply=apply: jnp.sum(jnp.square(apply(p, x, t, text))))(opened(params)))
+    # Of the largest value: small entries are sums of large ones, added up in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), *grads)
+
+
+def test_bfloat16_is_close_to_float32():
+    _, params, apply = model_and_params()
+    _, _, apply_bfloat16 = model_and_params(dtype="bfloat16")
+    text = [text_features(0), text_features(10, width=16)]
+    x, t = normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0])
+    expected, got = apply(opened(params), x, t, text), apply_bfloat16(opened(params), x, t, text)
+    assert got.dtype == jnp.float32
+    assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@settings(max_examples=20, deadline=None)
+@given(h=st.integers(1, 4), w=st.integers(1, 4), patch=st.integers(1, 3), channels=st.integers(1, 3))
+def test_unpatchify_inverts_patchify(h, w, patch, channels):
+    x = normal(0, (2, h * patch, w * patch, channels))
+    np.testing.assert_array_equal(unpatchify(patchify(x, patch), patch), x)
+
+
+def test_any_size_that_the_patch_divides_runs_with_the_same_parameters():
+    _, params, apply = model_and_params()
+    text = [text_features(0), text_features(10, width=16)]
+    for height, width in ((2, 2), (4, 6), (7, 3)):
+        assert apply(params, normal(0, (2, height, width, 4)), jnp.ones(2), text).shape == (2, height, width, 4)
+
+
+def test_the_position_block_tells_corners_apart_without_a_position_table():
+    _, params, apply = model_and_params()
+    text = [text_features(0), text_features(10, width=16)]
+    out = apply(opened(params), jnp.ones((2, 4, 4, 4)), jnp.ones(2), text)[0]
+    tokens = out.reshape(16, 4)
+    distances = np.abs(tokens[:, None] - tokens[None]).max(-1) + np.eye(16)
+    assert distances.min() > 1e-4  # all 16 places of a constant picture are told apart
+
+
+def test_latents_that_the_patch_does_not_divide_are_refused():
+    model = LIDiT(LIDiTConfig(**{**SMALL, "patch_size": 2}))
+    text = [text_features(0)]
+    with pytest.raises(UserError, match="5x4 are not divisible by patch_size=2"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 5, 4, 4)), jnp.ones(2), text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "hidden_size=32 is not divisible by model.num_heads=5"),
+        ({"fusion": "sum"}, "collaborative, concatenate"),
+        ({"remat": "some"}, "full, dots, none"),
+    ],
+)
+def test_impossible_configs_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        LIDiTConfig(**{**SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("depth", "width", "heads", "core", "total"), [(28, 1152, 16, 0.93e9, 1.05e9), (48, 2816, 44, 9.52e9, 10.2e9)]
+)
+def test_sizes_are_those_of_the_paper(depth, width, heads, core, total):
+    model = LIDiT(LIDiTConfig(depth=depth, hidden_size=width, num_heads=heads))
+    text = [text_features(0, width=4096), text_features(1, width=4096)]  # LLaMA3-8B and Qwen1.5-7B
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 4, 4, 16)), jnp.ones(2), text)
+    params = nn.unbox(variables)["params"]
+    assert num_parameters(params["dit"]["blocks"]) == pytest.approx(core, rel=0.002)
+    assert num_parameters(params) == pytest.approx(total, rel=0.03)

@@ -1,0 +1,251 @@
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFont
+
+from lidit_jax import pictures
+from lidit_jax.data.shapes import ShapesSource
+from lidit_jax.errors import UserError
+from lidit_jax.pictures import grid, save_png, wrap
+
+ANY_CHARACTER = st.characters(codec=None, exclude_categories=())
+
+
+def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def enlarged(image: np.ndarray, factor: int) -> np.ndarray:
+    return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+# --- grid -------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_enlarged_exactly_and_stand_in_reading_order():
+    images = [random_image(8, 6, seed) for seed in range(5)]
+    sheet = np.asarray(grid(images, columns=3, scale=4, gap=10))
+    assert sheet.shape == (10 + 2 * (32 + 10), 10 + 3 * (24 + 10), 3)
+    for index, image in enumerate(images):
+        top, left = 10 + (index // 3) * 42, 10 + (index % 3) * 34
+        np.testing.assert_array_equal(sheet[top : top + 32, left : left + 24], enlarged(image, 4))
+
+
+def test_pictures_of_different_sizes_share_the_scale_and_stand_in_the_middle_at_the_bottom():
+    small, large = random_image(4, 8), random_image(12, 10)
+    sheet = np.asarray(grid([small, large], columns=2, scale=2, gap=6))
+    assert sheet.shape == (6 + 24 + 6, 6 + 20 + 6 + 20 + 6, 3)
+    np.testing.assert_array_equal(sheet[6:30, 32:52], enlarged(large, 2))
+    np.testing.assert_array_equal(sheet[22:30, 8:24], enlarged(small, 2))
+
+
+@pytest.mark.parametrize(("side", "scale"), [(32, 5), (64, 2), (100, 1), (512, 1)])
+def test_small_pictures_are_enlarged_and_large_ones_keep_their_size(side, scale):
+    assert grid([random_image(side, side)], gap=0).size == (side * scale, side * scale)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (4, 2), (5, 3), (16, 4)])
+def test_a_sheet_is_about_square(count, columns):
+    assert grid([random_image(8, 8)] * count, scale=1, gap=0).width == columns * 8
+
+
+def test_captions_are_drawn_below_their_picture_and_within_their_cell():
+    image = np.full((32, 32, 3), 255, np.uint8)
+    captions = ["a red circle left of a blue square", "word " * 100, ""]
+    plain, captioned = (np.asarray(grid([image] * 3, texts, columns=3)) for texts in (["", "", ""], captions))
+    assert captioned.shape[1] == plain.shape[1]
+    assert captioned.shape[0] > plain.shape[0]
+    np.testing.assert_array_equal(captioned[: plain.shape[0] - 12], plain[: plain.shape[0] - 12])
+    text = (captioned[plain.shape[0] - 12 :] < 128).any(axis=(0, 2))
+    cells = [text[12 + k * 172 : 12 + k * 172 + 160] for k in range(3)]
+    assert [bool(cell.any()) for cell in cells] == [True, True, False]
+    assert sum(cell.sum() for cell in cells) == text.sum()
+
+
+@given(st.text(ANY_CHARACTER, max_size=60), st.sampled_from([1, 8, 40]))
+@settings(max_examples=150, deadline=None)
+def test_any_unicode_is_drawn_or_replaced(text, side):
+    assert grid([random_image(side, side)], [text], font_size=9).width > 0
+
+
+@pytest.mark.parametrize("text", ["a" * 10**6, "红" * 10**6, "a b " * 10**6, "\u0301" * 10**6, "\n\0\u202e" * 10**6])
+def test_endless_captions_end_in_an_ellipsis_quickly(text):
+    assert grid([random_image(32, 32)], [text], max_lines=2).height < 260
+
+
+def test_a_sheet_of_the_built_in_data_set_has_both_languages():
+    source = ShapesSource(num_examples=6)
+    examples = [source[i] for i in range(6)]
+    for language in ("en", "zh"):
+        sheet = grid(
+            [example["image"] for example in examples], [example["captions"][language] for example in examples]
+        )
+        assert sheet.width == 12 + 3 * (160 + 12)
+
+
+def test_wrong_arguments_are_refused():
+    image = random_image(8, 8)
+    for arguments in ({"images": []}, {"images": [image], "columns": 0}, {"images": [image], "scale": 0}):
+        with pytest.raises(UserError):
+            grid(**arguments)
+    for wrong in (image.astype(np.float32), image[..., 0], image[:0]):
+        with pytest.raises(ValueError, match="uint8"):
+            grid([wrong])
+    with pytest.raises(ValueError, match="2 captions for 1 images"):
+        grid([image], ["a", "b"])
+
+
+# --- wrapping ---------------------------------------------------------------------------------------------------
+
+
+def test_lines_break_at_spaces_and_between_chinese_characters():
+    assert wrap("a red circle  left of\na blue square", len, 12, 5) == ["a red circle", "left of a", "blue square"]
+    assert wrap("红色圆形在蓝色方形左边", len, 4, 5) == ["红色圆形", "在蓝色方", "形左边"]
+    assert wrap("大红色,小蓝", len, 4, 5) == ["大红色,", "小蓝"]
+    assert wrap("extraordinary red", len, 6, 5) == ["extrao", "rdinar", "y red"]
+    assert wrap("", len, 6, 5) == []
+
+
+def test_what_does_not_fit_becomes_an_ellipsis():
+    assert wrap("one two three four", len, 7, 2) == ["one two", "three…"]
+    assert wrap("one two three", len, 7, 1) == ["one tw…"]
+    assert wrap("one two", len, 7, 1) == ["one two"]
+    assert wrap("红色圆形", len, 3, 1) == ["红色…"]
+
+
+@given(st.text(ANY_CHARACTER, max_size=80), st.integers(1, 12), st.integers(1, 4))
+def test_wrapped_text_keeps_its_bounds_and_loses_characters_only_to_the_ellipsis(text, width, max_lines):
+    lines = wrap(text, len, width, max_lines)
+    assert len(lines) <= max_lines
+    assert all(0 < len(line) <= width for line in lines)
+    original, wrapped = "".join(text.split()), "".join("".join(lines).split())
+    assert wrapped == original or (wrapped.endswith("…") and original.startswith(wrapped[:-1]))
+
+
+# --- fonts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_fonts(monkeypatch):
+    """Sets which font files the system has, next to Pillow's own font."""
+
+    def set_fonts(*files):
+        monkeypatch.setattr(pictures, "_system_font_files", lambda: tuple((str(file), 0) for file in files))
+        pictures._fonts.cache_clear()
+        pictures._warn_of_missing_font.cache_clear()
+
+    yield set_fonts
+    pictures._fonts.cache_clear()
+
+
+def drawn(text: str) -> str:
+    return pictures._drawable(text, pictures._fonts(13))
+
+
+def test_without_a_font_a_note_takes_the_caption_s_place_and_says_so_once(only_fonts, caplog):
+    only_fonts()
+    with caplog.at_level(logging.WARNING):
+        assert drawn("红色圆形在蓝色方形左边") == "(no font for this caption)"
+        assert drawn("红色") == "(no font for this caption)"
+    assert len(caplog.records) == 1
+    assert "fonts-noto-cjk" in caplog.text
+
+
+def test_single_missing_characters_lose_their_accent_or_become_a_question_mark(only_fonts):
+    only_fonts()
+    assert drawn("café Ångström") == "cafe Angstrom"
+    assert drawn("a cat 猫 sits") == "a cat ? sits"
+    assert drawn("plain\tASCII \x00\u202etext") == "plain ASCII text"
+
+
+def test_a_font_that_has_the_characters_draws_them(only_fonts, tmp_path):
+    font_builder = pytest.importorskip("fontTools.fontBuilder")
+    glyph_pen = pytest.importorskip("fontTools.pens.ttGlyphPen")
+
+    def box(left, right):
+        pen = glyph_pen.TTGlyphPen(None)
+        pen.moveTo((left, 0))
+        for point in ((left, 700), (right, 700), (right, 0)):
+            pen.lineTo(point)
+        pen.closePath()
+        return pen.glyph()
+
+    names = [".notdef", "red"]
+    builder = font_builder.FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({ord("红"): "red"})
+    builder.setupGlyf({".notdef": box(400, 500), "red": box(100, 900)})
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (1000, 100)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupOS2()
+    builder.setupNameTable({"familyName": "Red", "styleName": "Regular"})
+    builder.setupPost()
+    builder.save(tmp_path / "red.ttf")
+
+    only_fonts(tmp_path / "red.ttf")
+    assert drawn("a 红红 heart") == "a 红红 heart"
+    own, red = pictures._fonts(13)
+    assert pictures._runs("a 红红 b", (own, red)) == [(own, "a "), (red, "红红"), (own, " b")]
+    sheet = np.asarray(grid([np.full((32, 32, 3), 255, np.uint8)], ["红红"]))
+    dark = (sheet[12 + 160 + 2 :] < 100).all(axis=-1)
+    # Two boxes of 0.8 x 0.7 of the font's 13 px each.
+    assert 2 * 60 < dark.sum() < 2 * 130
+
+
+def test_files_that_are_not_fonts_are_passed_over(only_fonts, tmp_path):
+    (tmp_path / "broken.ttf").write_bytes(b"not a font")
+    only_fonts(tmp_path / "broken.ttf", tmp_path / "absent.ttf")
+    assert len(pictures._fonts(13)) == 1
+    assert isinstance(pictures._fonts(13)[0], ImageFont.FreeTypeFont)
+
+
+def test_without_fontconfig_fonts_are_still_looked_for(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert pictures._match_font("sans-serif") is None
+
+
+# --- saving -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make_path", [str, epath.Path, os.fspath], ids=["str", "epath", "fspath"])
+def test_saved_pictures_read_back_and_leave_nothing_beside_them(tmp_path, make_path):
+    image = random_image(9, 7)
+    target = tmp_path / "new" / "folder" / "sheet.png"
+    save_png(image, make_path(target))
+    save_png(Image.fromarray(image), make_path(target))
+    np.testing.assert_array_equal(np.asarray(Image.open(target)), image)
+    assert os.listdir(target.parent) == ["sheet.png"]
+
+
+def test_a_failed_write_keeps_the_old_picture_and_no_leftovers(tmp_path, monkeypatch):
+    target = tmp_path / "sheet.png"
+    save_png(random_image(9, 7), target)
+    before = target.read_bytes()
+
+    def fail(source, destination):
+        assert os.path.getsize(source) > 0
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_png(random_image(9, 7, seed=1), target)
+    assert target.read_bytes() == before
+    assert os.listdir(tmp_path) == ["sheet.png"]
+
+
+def test_pictures_are_written_to_a_bucket_under_their_own_name(tmp_path, monkeypatch):
+    def local(path):
+        return Path(os.fspath(path).replace("gs://bucket", str(tmp_path)))
+
+    bucket_path = type(epath.Path("gs://bucket"))
+    monkeypatch.setattr(bucket_path, "mkdir", lambda path, **options: local(path).mkdir(**options))
+    monkeypatch.setattr(bucket_path, "open", lambda path, mode: local(path).open(mode))
+    image = random_image(9, 7)
+    save_png(image, "gs://bucket/run/sheet.png")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "run" / "sheet.png")), image)

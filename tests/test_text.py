@@ -1,0 +1,307 @@
+"""Prompts to tokens, the demo's own tokenizer, and the frozen encoders."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lidit_jax.errors import UserError
+from lidit_jax.models.llm import LLM, LLMConfig
+from lidit_jax.text.encoders import TextEncoder, encode, tokenize
+from lidit_jax.text.prompts import INSTRUCTION, PromptTokenizer
+from lidit_jax.text.train_tokenizer import END, load_tokenizer, train_tokenizer
+
+CAPTIONS = [
+    "a red circle above a blue square",
+    "two small green triangles to the left of a large yellow star",
+    "一个红色的圆形在蓝色的方形上面",
+    "两个绿色的三角形",
+    INSTRUCTION,
+]
+TOKENIZER = train_tokenizer(CAPTIONS, 500)
+CHINESE = sorted({character for caption in CAPTIONS for character in caption if "\u4e00" <= character <= "\u9fff"})
+PROMPTS = [
+    "",
+    "a red circle",
+    " a red circle",
+    "! , .",
+    "红色的圆形",
+    "a 红 circle，蓝色",
+    "😀 a star 👩‍🚀",
+    "naïve café",
+    "line\nbreak\ttab",
+    "\x00",
+]
+TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
+
+
+def with_begin_token():
+    tokenizer = train_tokenizer(CAPTIONS, 500)
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    return tokenizer
+
+
+def ids_of(text):
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def real_tokens(batch, row):
+    return batch["tokens"][row][batch["mask"][row]].tolist()
+
+
+def without_spaces(text):
+    return text.replace(" ", "")
+
+
+# Prompts to tokens
+
+
+def test_a_prompt_is_its_own_tokens_then_the_end_token_then_padding_that_the_mask_leaves_out():
+    batch = PromptTokenizer(TOKENIZER, max_length=64)(PROMPTS)
+    assert batch["tokens"].shape == batch["mask"].shape == (len(PROMPTS), 64)
+    assert (batch["tokens"].dtype, batch["mask"].dtype, batch["truncated"].dtype) == (np.int32, bool, bool)
+    for row, prompt in enumerate(PROMPTS):
+        expected = [*ids_of(prompt), TOKENIZER.eos_token_id]
+        assert real_tokens(batch, row) == expected
+        assert batch["mask"][row].tolist() == [True] * len(expected) + [False] * (64 - len(expected))
+    assert not batch["truncated"].any()
+
+
+@given(prompts=st.lists(TEXT, max_size=4), max_length=st.integers(1, 12))
+def test_any_prompt_gives_valid_tokens_and_at_least_its_end_token(prompts, max_length):
+    batch = PromptTokenizer(TOKENIZER, max_length)(prompts)
+    assert batch["tokens"].shape == (len(prompts), max_length)
+    assert ((batch["tokens"] >= 0) & (batch["tokens"] < len(TOKENIZER))).all()
+    for row, prompt in enumerate(prompts):
+        tokens, whole = real_tokens(batch, row), ids_of(prompt)
+        assert tokens == [*whole[: max_length - 1], TOKENIZER.eos_token_id]
+        assert batch["truncated"][row] == (len(whole) + 1 > max_length)
+
+
+def test_an_empty_prompt_keeps_exactly_its_end_token():
+    batch = PromptTokenizer(TOKENIZER, max_length=5)([""])
+    assert real_tokens(batch, 0) == [TOKENIZER.eos_token_id]
+    assert not batch["truncated"][0]
+
+
+def test_a_prompt_that_just_fits_is_whole_and_one_token_more_is_cut_at_its_end_and_flagged():
+    prompt = "a red circle above a blue square"
+    whole = ids_of(prompt)
+    fitting = PromptTokenizer(TOKENIZER, max_length=len(whole) + 1)([prompt])
+    assert real_tokens(fitting, 0) == [*whole, TOKENIZER.eos_token_id]
+    assert not fitting["truncated"][0]
+    cut = PromptTokenizer(TOKENIZER, max_length=len(whole))([prompt])
+    assert real_tokens(cut, 0) == [*whole[:-1], TOKENIZER.eos_token_id]
+    assert cut["truncated"][0]
+
+
+@given(prompts=st.lists(TEXT, min_size=1, max_size=4))
+def test_a_prompt_has_the_same_tokens_in_any_batch(prompts):
+    tokenizer = PromptTokenizer(TOKENIZER, max_length=10)
+    batch = tokenizer(prompts)
+    for row, prompt in enumerate(prompts):
+        np.testing.assert_array_equal(batch["tokens"][row], tokenizer([prompt])["tokens"][0])
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_prefix_does_not_depend_on_what_the_prompt_starts_with(prompt):
+    tokenizer = PromptTokenizer(TOKENIZER, max_length=64, system_prompt="You see images.")
+    before = tokenizer.prefix()
+    batch = tokenizer([prompt])
+    np.testing.assert_array_equal(tokenizer.prefix(), before)
+    text = TOKENIZER.decode([*before, *real_tokens(batch, 0)])
+    assert without_spaces(text) == without_spaces(f"You see images. {INSTRUCTION}{prompt}{END}")
+
+
+def test_the_prefix_is_the_system_prompt_and_the_instruction_behind_one_begin_token():
+    assert PromptTokenizer(TOKENIZER, 8).prefix().tolist() == ids_of(INSTRUCTION)
+    tokenizer = PromptTokenizer(with_begin_token(), 8, system_prompt="You see images.")
+    begin = tokenizer.tokenizer.bos_token_id
+    assert tokenizer.prefix().tolist() == [begin, *ids_of(f"You see images. {INSTRUCTION}")]
+    assert tokenizer.prefix().dtype == np.int32
+    assert begin not in tokenizer(PROMPTS)["tokens"]
+
+
+def test_without_instruction_the_prefix_is_the_begin_token_or_nothing():
+    assert PromptTokenizer(TOKENIZER, 8, instruction="").prefix().shape == (0,)
+    tokenizer = with_begin_token()
+    assert PromptTokenizer(tokenizer, 8, instruction="").prefix().tolist() == [tokenizer.bos_token_id]
+
+
+def test_half_a_surrogate_pair_reads_as_a_question_mark():
+    tokenizer = PromptTokenizer(TOKENIZER, max_length=16)
+    caption = json.loads(r'"a \ud83d star"')
+    np.testing.assert_array_equal(tokenizer([caption])["tokens"], tokenizer(["a ? star"])["tokens"])
+
+
+def test_a_tokenizer_without_an_end_token_is_refused():
+    tokenizer = train_tokenizer(CAPTIONS, 300)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end token"):
+        PromptTokenizer(tokenizer, 8)
+
+
+def test_a_length_without_room_for_the_end_token_is_refused():
+    with pytest.raises(UserError, match="max_length=0 leaves no room"):
+        PromptTokenizer(TOKENIZER, 0)
+
+
+# The demo's own tokenizer
+
+
+@pytest.mark.parametrize("prompt", ["红色的圆形", "a红circle在上面blue", " 三角形 ", "蓝"])
+def test_each_chinese_character_is_one_token_of_its_own(prompt):
+    pieces = [TOKENIZER.decode([token]).strip() for token in ids_of(prompt)]
+    characters = [character for character in prompt if character in CHINESE]
+    assert characters
+    assert [piece for piece in pieces if any(c in CHINESE for c in piece)] == characters
+
+
+def test_words_seen_in_training_are_few_tokens():
+    # Frequent words become one token; a byte-level alphabet alone would need one for each letter.
+    tokenizer = train_tokenizer(["a red circle above a blue square"] * 20, 400)
+    assert len(tokenizer("a blue circle", add_special_tokens=False)["input_ids"]) == 3
+
+
+@given(text=TEXT)
+def test_no_text_is_unknown(text):
+    """Spaces aside: the pre-tokenizer puts one before every word and every Chinese character."""
+    decoded = TOKENIZER.decode(ids_of(text), clean_up_tokenization_spaces=False)
+    assert without_spaces(decoded) == without_spaces(text)
+
+
+def test_a_character_never_seen_in_training_is_read_as_its_bytes():
+    assert "龍" not in "".join(CAPTIONS)
+    assert len(ids_of("龍")) == 1 + len("龍".encode())  # the space before it is a token too
+
+
+def test_training_twice_gives_the_same_tokenizer():
+    again = train_tokenizer(iter(CAPTIONS), 500)
+    assert again.backend_tokenizer.to_str() == TOKENIZER.backend_tokenizer.to_str()
+
+
+def test_the_vocabulary_is_no_larger_than_asked_for():
+    for vocab_size in (257, 300, 500):
+        assert len(train_tokenizer(CAPTIONS, vocab_size)) <= vocab_size
+    with pytest.raises(UserError, match="vocab_size=256 is smaller than a byte-level vocabulary"):
+        train_tokenizer(CAPTIONS, 256)
+
+
+def test_a_saved_tokenizer_loads_as_itself(tmp_path):
+    tokenizer = with_begin_token()
+    tokenizer.save_pretrained(str(tmp_path))
+    loaded = load_tokenizer(tmp_path)
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        assert getattr(loaded, name) == getattr(tokenizer, name)
+    expected, actual = PromptTokenizer(tokenizer, 20), PromptTokenizer(loaded, 20)
+    np.testing.assert_array_equal(actual.prefix(), expected.prefix())
+    np.testing.assert_array_equal(actual(PROMPTS)["tokens"], expected(PROMPTS)["tokens"])
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"no tokenizer\.json in it"):
+            load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "[" * 100_000])
+def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path, name, text):
+    TOKENIZER.save_pretrained(str(tmp_path))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="not a tokenizer") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# The frozen encoders
+
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
+CONFIG = LLMConfig(vocab_size=len(TOKENIZER), **SIZES, num_key_value_heads=1, attention_bias=True, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def params():
+    init = jax.jit(LLM(CONFIG.as_encoder()).init)
+    params = nn.meta.unbox(init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+    # Initial matrices are so small that attention would hardly matter; norm scales stay, or it would be all or nothing.
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if "weight" in str(path[-1]) else 10 * x, params)
+
+
+@pytest.mark.parametrize("instruction", [INSTRUCTION, "", "Describe:"])
+def test_the_shared_prefix_gives_the_features_of_prefix_and_prompt_run_together(params, instruction):
+    encoder = TextEncoder(CONFIG, PromptTokenizer(TOKENIZER, 24, instruction=instruction))
+    batch = encoder.tokenizer(PROMPTS)
+    before = encoder.tokenizer.prefix()
+    together = np.concatenate([np.broadcast_to(before, (len(PROMPTS), len(before))), batch["tokens"]], axis=1)
+    expected = np.asarray(jax.jit(LLM(CONFIG.as_encoder()).apply)({"params": params}, together))
+    tolerance = 1e-5 * np.abs(expected).max()
+
+    features = jax.jit(encoder.encode)(encoder.freeze(params), batch["tokens"], batch["mask"])
+    assert features.prefix.shape == (len(before), CONFIG.hidden_size)
+    np.testing.assert_allclose(features.prompt, expected[:, len(before) :], rtol=0, atol=tolerance)
+    for row in range(len(PROMPTS)):
+        np.testing.assert_allclose(features.prefix, expected[row, : len(before)], rtol=0, atol=tolerance)
+    np.testing.assert_array_equal(features.mask, batch["mask"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("instruction", [INSTRUCTION, ""])
+def test_an_empty_prompt_has_finite_features(params, dtype, instruction):
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    encoder = TextEncoder(config, PromptTokenizer(TOKENIZER, 6, instruction=instruction))
+    batch = encoder.tokenizer([""])
+    features = jax.jit(encoder.encode)(encoder.freeze(params), batch["tokens"], batch["mask"])
+    assert features.mask.any()
+    assert np.isfinite(np.asarray(features.prompt, np.float32)).all()
+
+
+def test_the_instruction_changes_the_prompts_features(params):
+    prompts = []
+    for instruction in (INSTRUCTION, ""):
+        encoder = TextEncoder(CONFIG, PromptTokenizer(TOKENIZER, 8, instruction=instruction))
+        batch = encoder.tokenizer(["a red circle"])
+        prompts.append(jax.jit(encoder.encode)(encoder.freeze(params), batch["tokens"], batch["mask"]).prompt)
+    assert np.abs(prompts[0] - prompts[1]).max() > 0.1 * np.abs(prompts[0]).max()
+
+
+def test_no_gradient_reaches_a_frozen_encoder(params):
+    encoder = TextEncoder(CONFIG, PromptTokenizer(TOKENIZER, 8, instruction="Describe:"))
+    batch = encoder.tokenizer(["a red circle"])
+
+    def loss(frozen):
+        features = encoder.encode(frozen, batch["tokens"], batch["mask"])
+        return jnp.sum(features.prompt) + jnp.sum(features.prefix)
+
+    gradients = jax.jit(jax.grad(loss))(encoder.freeze(params))
+    assert not any(np.any(gradient) for gradient in jax.tree.leaves(gradients))
+
+
+def test_encoders_with_their_own_tokenizers_stand_side_by_side(params):
+    small = train_tokenizer(CAPTIONS, 300)
+    encoders = {
+        "qwen": TextEncoder(CONFIG, PromptTokenizer(TOKENIZER, 12, instruction="Describe:")),
+        "llama": TextEncoder(CONFIG, PromptTokenizer(small, 20, instruction="")),
+    }
+    batch = tokenize(encoders, PROMPTS)
+    expected_keys = {f"{name}/{key}" for name in encoders for key in ("tokens", "mask", "truncated")}
+    assert batch.keys() == expected_keys
+    frozen = {name: encoder.freeze(params) for name, encoder in encoders.items()}
+    features = jax.jit(lambda *arguments: encode(encoders, *arguments))(frozen, batch)
+    for (name, encoder), one in zip(encoders.items(), features, strict=True):
+        alone = jax.jit(encoder.encode)(frozen[name], batch[f"{name}/tokens"], batch[f"{name}/mask"])
+        np.testing.assert_allclose(one.prompt, alone.prompt, rtol=0, atol=1e-5 * np.abs(alone.prompt).max())
+        np.testing.assert_array_equal(one.mask, batch[f"{name}/mask"])
+    assert [one.prompt.shape[1] for one in features] == [12, 20]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_llm_has_embeddings_is_refused():
+    config = dataclasses.replace(CONFIG, vocab_size=len(TOKENIZER) - 1)
+    with pytest.raises(UserError, match="do not belong together"):
+        TextEncoder(config, PromptTokenizer(TOKENIZER, 8))
