@@ -1,6 +1,7 @@
-"""LI-DiT-10B fine-tuned at 1024 px from a 512 px run (paper, Table 7), with LLaMA3-8B and Qwen1.5-7B as prompt encoders.
+"""LI-DiT-10B fine-tuned at 1024 px from a 512 px run (paper, Table 7).
 
-    python -m lidit_jax.main --config=configs/10b_1024.py --workdir=gs://BUCKET/10b_1024 --config.start_from=gs://BUCKET/10b \
+    python -m lidit_jax.main --config=configs/10b_1024.py --workdir=gs://BUCKET/10b_1024 \
+        --config.start_from=gs://BUCKET/10b \
         --config.data.path="gs://BUCKET/shards/{00000..99999}.tar" \
         --config.encoders.llama3.weights=FOLDER --config.encoders.qwen.weights=FOLDER --config.vae.weights=FOLDER
 

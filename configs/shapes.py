@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
         "source": "shapes",
         "num_examples": 1_000_000,
         "resolution": 32,
-        "captions": {"en": 0.5, "zh": 0.5},
+        "captions": {"en": 0.6, "zh": 0.4},
         "caption_dropout": 0.1,
     }
 
@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
         "weights": "",
         "dtype": "float32",
         "model": {
-            "block_out_channels": (32, 32, 64, 64),
+            "block_out_channels": (8, 16, 64, 64),
             "layers_per_block": 1,
             "latent_channels": 16,  # paper
             "norm_num_groups": 8,
@@ -68,16 +68,16 @@ def get_config() -> ConfigDict:
             "sample_size": 32,
         },
         "train": {
-            "steps": 1000,
-            "batch_size": 64,
-            "learning_rate": 2e-3,
-            "warmup_steps": 50,
+            "steps": 2400,
+            "batch_size": 16,
+            "learning_rate": 3e-3,
+            "warmup_steps": 100,
             "schedule": "cosine",
             "ema_decay": 0.99,
-            "log_every": 100,
+            "log_every": 200,
         },
         "kl_weight": 1e-4,
-        "reconstruction": "l1",
+        "reconstruction": "l2",
     }
 
     config.model = {

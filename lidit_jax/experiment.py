@@ -153,6 +153,11 @@ class Experiment:
         """Of a VAE that the run trains itself."""
         return build(VAEConfig, self.vae.model, "vae.model")
 
+    def cell(self) -> int:
+        """Pixels that both sides of a picture must be multiples of: a latent cell times a patch."""
+        vae = load_vae(self.vae_folder())[0] if self.vae.weights else self.vae_config()
+        return vae.downsampling_factor * self.model.config.patch_size
+
     def encoder_folder(self, name: str) -> epath.Path:
         return epath.Path(self.encoders[name].weights or self.workdir / "encoders" / name)
 
@@ -204,7 +209,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains every part that has no weights yet, LI-DiT last; then evaluates, where the data can be checked."""
     experiment = Experiment(config, workdir)
     mesh, rules = make_mesh(config.mesh), ShardingRules()
-    dataset = Dataset(experiment.data, cell=_cell(experiment))
+    dataset = Dataset(experiment.data, experiment.cell())
     claim_workdir(workdir, config)
     logger.info("%s", dataset.summary())
 
@@ -218,19 +223,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         evaluation = build(SceneEvaluation, config.evaluate, "evaluate")
         params = state.params if state.ema is None else state.ema
         evaluate_scenes(pipeline, params, experiment.sample, evaluation, dataset, workdir)
-
-
-def _cell(experiment: Experiment) -> int:
-    """Pixels that both sides of a picture must be multiples of: a latent cell times a patch."""
-    config = load_vae_config(experiment)
-    return config.downsampling_factor * experiment.model.config.patch_size
-
-
-def load_vae_config(experiment: Experiment) -> VAEConfig:
-    """Of the VAE that the run uses, whether it exists already or not."""
-    if experiment.vae.weights:
-        return load_vae(experiment.vae_folder())[0]
-    return experiment.vae_config()
 
 
 def _run_part(

@@ -104,6 +104,8 @@ def lidit_task(
         latents = jax.lax.stop_gradient(latents)
         text = encode(encoders, frozen["encoders"], batch)
         predict = lambda x, timesteps: model.apply({"params": params}, x, timesteps, text)  # noqa: E731
-        return diffusion_loss(schedule, predict, latents, diffusion_key)
+        loss, metrics = diffusion_loss(schedule, predict, latents, diffusion_key)
+        truncated = [jnp.mean(batch[f"{name}/truncated"].astype(jnp.float32)) for name in encoders]
+        return loss, metrics | {"truncated_prompts": sum(truncated) / len(truncated)}
 
     return Task(name="lidit", init=init, loss=loss, frozen=frozen, preview=preview)

@@ -1,7 +1,58 @@
 """Set before JAX is imported: tests run on the CPU, which shows itself as eight devices for the sharding tests."""
 
+import importlib.util
 import os
+from pathlib import Path
+from types import ModuleType
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import pytest
+from ml_collections import ConfigDict
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_module(name: str) -> ModuleType:
+    """configs/NAME.py, whose name need not be a Python name."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_config(name: str, *argument: str) -> ConfigDict:
+    """A config as `--config=configs/NAME.py` gives it."""
+    return load_module(name).get_config(*argument)
+
+
+def tiny_config() -> ConfigDict:
+    """The demo's config with everything as small as it gets: trains in seconds, draws noise."""
+    config = load_config("shapes")
+    config.data.num_examples = 1000
+    config.text.max_length = 12
+    for encoder in config.encoders.values():
+        encoder.model.update(hidden_size=16, intermediate_size=32, num_hidden_layers=3, vocab_size=300)
+        encoder.model.update(num_attention_heads=2, num_key_value_heads=1)
+        encoder.train.update(steps=3, batch_size=8, log_every=1)
+    config.vae.model.update(block_out_channels=(8, 8, 8, 8))
+    config.vae.train.update(steps=3, batch_size=8, log_every=1)
+    config.model.update(depth=2, hidden_size=16, num_heads=2)
+    config.train.update(steps=6, batch_size=8, log_every=1, checkpoint_every=2, sample_every=0, warmup_steps=2)
+    config.sample.update(steps=2, batch_size=8)
+    config.evaluate.update(two_objects=8, held_out_pairs=0, three_objects=0, four_objects=0)
+    return config
+
+
+@pytest.fixture(scope="session")
+def trained_workdir(tmp_path_factory):
+    """A workdir in which the tiny demo has run to its end, once for all tests. Not to be changed."""
+    from etils import epath
+
+    from lidit_jax import experiment
+
+    workdir = epath.Path(tmp_path_factory.mktemp("trained"))
+    experiment.run(tiny_config(), workdir)
+    return workdir

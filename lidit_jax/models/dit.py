@@ -1,4 +1,4 @@
-"""The diffusion transformer of LI-DiT (paper section 3.3, Figure 5 right): latents and a text condition in, noise out."""
+"""The diffusion transformer of LI-DiT (paper section 3.3, Figure 5 right): latents and text in, noise out."""
 
 from typing import Any
 

@@ -72,4 +72,5 @@ class PromptTokenizer:
             return []
         # Half a surrogate pair, which captions from JSON can hold, is not text: it becomes a question mark.
         texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        # A prompt that spells out a special token is text: it must not end the prompt early.
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

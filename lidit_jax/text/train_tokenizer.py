@@ -7,6 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lidit_jax.errors import UserError
+from lidit_jax.weights.safetensors_folder import local_folder
 
 END = "<|end|>"
 # One CJK character is one token: merging "red" with "circle" would hide a pair that was never seen from the model.
@@ -40,7 +41,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
       UserError: if the folder holds no readable tokenizer.json.
     """
-    file = Path(folder) / "tokenizer.json"
+    file = local_folder(folder) / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{folder}: no tokenizer.json in it; name a folder that save_pretrained wrote")
     try:

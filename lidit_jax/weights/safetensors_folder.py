@@ -39,7 +39,7 @@ class SafetensorsFolder:
         Raises:
             UserError: there are no safetensors files, or their header or index cannot be read.
         """
-        self.folder = Path(folder)
+        self.folder = local_folder(folder)
         self._open_files: dict[Path, Any] = {}
         self._stack = ExitStack()
         self._file_of_tensor = self._find_tensors(stem)
@@ -142,7 +142,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         UserError: `folder` exists and is not an empty folder, or cannot be written.
     """
-    folder = Path(folder).absolute()
+    folder = local_folder(folder).absolute()
     scratch = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -154,6 +154,17 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def local_folder(folder: str | Path) -> Path:
+    """The folder as a local path.
+
+    Raises:
+        UserError: it is a bucket's (gs://…), whose files can't be mapped into memory.
+    """
+    if "://" in str(folder):
+        raise UserError(f"{folder}: weights are read from and written to local folders only; copy it to a disk")
+    return Path(folder)
 
 
 def _shards(index: Path) -> dict[str, Path]:

@@ -1,0 +1,122 @@
+"""A real data set of image-text pairs, from tar shards: small enough for a CPU or Colab, any folder of shards will do.
+
+    python -m lidit_jax.main --config=configs/emoji.py --workdir=runs/emoji --config.data.path=FOLDER_OF_TAR_SHARDS
+
+Written for a thousand captioned emoji of about 190 px; LLMs and VAE are trained on them too. All numbers are ours.
+"""
+
+from ml_collections import ConfigDict
+
+from lidit_jax.text.prompts import INSTRUCTION
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.start_from = ""
+    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+
+    config.data = {
+        "source": "tar",
+        "path": "",  # to fill in
+        "resolution": 64,
+        "max_aspect": 2.0,
+        "captions": {"txt": 1.0},
+        "class_template": "",
+        "caption_dropout": 0.1,
+        "min_aesthetic": None,
+        "aesthetic_key": "aesthetic",
+        "min_side": 0,
+        "drop_low_quality_captions": False,
+        "num_threads": 2,
+        "num_workers": 0,
+    }
+
+    config.text = {"max_length": 16, "system_prompt": "", "instruction": INSTRUCTION}
+    language_model = {
+        "vocab_size": 1024,
+        "hidden_size": 96,
+        "intermediate_size": 256,
+        "num_hidden_layers": 5,  # features come from the third
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+    language_model_train = {
+        "steps": 300,
+        "batch_size": 64,
+        "learning_rate": 1e-3,
+        "warmup_steps": 50,
+        "schedule": "cosine",
+        "weight_decay": 0.1,
+    }
+    config.encoders = {
+        name: {
+            "weights": "",
+            "dtype": "float32",
+            "family": family,
+            "model": language_model,
+            "train": language_model_train,
+        }
+        for name, family in (("llama", "llama"), ("qwen", "qwen2"))
+    }
+
+    config.vae = {
+        "weights": "",
+        "dtype": "float32",
+        "model": {
+            "block_out_channels": (16, 32, 64, 64),
+            "layers_per_block": 1,
+            "latent_channels": 16,
+            "norm_num_groups": 8,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            "mid_block_add_attention": False,
+            "sample_size": 64,
+        },
+        "train": {
+            "steps": 3000,
+            "batch_size": 16,
+            "learning_rate": 2e-3,
+            "warmup_steps": 100,
+            "schedule": "cosine",
+            "ema_decay": 0.99,
+            "log_every": 100,
+        },
+        "kl_weight": 1e-4,
+        "reconstruction": "l2",
+    }
+
+    config.model = {
+        "depth": 6,
+        "hidden_size": 192,
+        "num_heads": 6,
+        "patch_size": 1,
+        "latent_channels": 16,
+        "mlp_ratio": 4.0,
+        "refiner_blocks": 2,  # paper
+        "refiner_gated": True,
+        "refiner_causal": False,
+        "refiner_mlp_ratio": 2.0,
+        "fusion": "collaborative",
+        "collaborative_blocks": 1,  # paper
+        "remat": "none",
+        "attention": "auto",
+        "dtype": "float32",
+    }
+    config.diffusion = {"name": "rectified_flow", "shift": 1.0}
+    config.train = {
+        "steps": 4000,
+        "batch_size": 32,
+        "learning_rate": 1e-3,
+        "warmup_steps": 100,
+        "schedule": "cosine",
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,
+        "ema_decay": 0.995,
+        "log_every": 50,
+        "checkpoint_every": 500,
+        "sample_every": 500,
+    }
+    config.sample = {"sampler": "euler", "steps": 25, "guidance_scale": 3.0, "batch_size": 16}
+    return config

@@ -1,0 +1,52 @@
+"""A sheet of training batches, as the model gets them."""
+
+import itertools
+import logging
+import time
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from lidit_jax.data.dataset import Dataset
+from lidit_jax.errors import UserError
+from lidit_jax.experiment import Experiment
+from lidit_jax.pictures import grid, save_png
+
+logger = logging.getLogger(__name__)
+
+TIMED_BATCHES = 8
+PER_BATCH = 8  # pictures of a batch on the sheet: several batches show several groups
+
+
+def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> None:
+    """Writes `out` and logs groups, filters and speed.
+
+    Raises:
+      UserError: for a config or data that can't be used, or an `out` that is no .png in a folder that can be written.
+    """
+    if out.suffix != ".png":
+        raise UserError(f"--out={out}: name a .png file")
+    if num_images < 1:
+        raise UserError(f"--num_images={num_images} must be at least 1")
+    experiment = Experiment(config, out.parent)
+    dataset = Dataset(experiment.data, experiment.cell())
+    batches = dataset.batches(
+        experiment.train.batch_size,
+        config.seed,
+        tokenize=None,
+        caption_dropout=experiment.data.caption_dropout,
+        with_captions=True,
+    )
+    pictures, labels = [], []
+    per_batch = min(PER_BATCH, experiment.train.batch_size)
+    for batch in itertools.islice(batches, -(-num_images // per_batch)):
+        height, width = batch["image"].shape[1:3]
+        pictures += list(batch["image"][:per_batch])
+        labels += [f"[{width}x{height}] {caption or '(dropped)'}" for caption in batch["caption"][:per_batch]]
+    logger.info("%s", dataset.summary())
+    save_png(grid(pictures[:num_images], labels[:num_images], columns=PER_BATCH), out)
+
+    started = time.monotonic()
+    count = sum(len(batch["caption"]) for batch in itertools.islice(batches, TIMED_BATCHES))
+    logger.info("loader: %.0f samples/s", count / (time.monotonic() - started))
+    logger.info("%s", out)

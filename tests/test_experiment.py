@@ -1,0 +1,292 @@
+"""Whole runs of the tiny demo: training, resume, sampling, fine-tuning, and what users get wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, load_config, load_module, tiny_config
+from etils import epath
+from PIL import Image
+
+from lidit_jax import experiment
+from lidit_jax.checkpoint import load_weights
+from lidit_jax.errors import UserError
+from lidit_jax.sampling import Request, draw_to_folder
+from lidit_jax.weights.huggingface_llm import load_llm_encoder
+
+CHECKPOINTS = "training/lidit/checkpoints"
+
+
+def test_a_run_leaves_a_workdir_that_describes_itself(trained_workdir):
+    names = {path.name for path in trained_workdir.iterdir()}
+    assert {"config.json", "encoders", "vae", "training", "grid.png", "scores.json"} <= names
+    assert json.loads((trained_workdir / "scores.json").read_text())["two objects"]["objects"]["total"] == 16
+    assert Image.open(trained_workdir / "grid.png").size[0] > 100
+
+
+def test_the_demos_llms_are_transformers_models(trained_workdir):
+    import torch
+    import transformers
+
+    for name, kind in (("llama", "LlamaModel"), ("qwen", "Qwen2Model")):
+        folder = trained_workdir / "encoders" / name
+        model = transformers.AutoModel.from_pretrained(str(folder))
+        assert type(model).__name__ == kind
+        config, params = load_llm_encoder(folder)
+        tokens = np.arange(6)[None]
+        with torch.no_grad():
+            expected = model(torch.from_numpy(tokens), output_hidden_states=True).hidden_states[-3].numpy()
+        from lidit_jax.models.llm import LLM
+
+        got = LLM(config.as_encoder()).apply({"params": params}, tokens)
+        np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_second_start_trains_nothing_and_changes_no_weight(trained_workdir, tmp_path):
+    before, step = load_weights(trained_workdir / CHECKPOINTS, "params")
+    lines = (trained_workdir / "training/lidit/metrics.jsonl").read_text()
+    experiment.run(tiny_config(), trained_workdir)
+    after, same = load_weights(trained_workdir / CHECKPOINTS, "params")
+    assert step == same == 6
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert (trained_workdir / "training/lidit/metrics.jsonl").read_text() == lines
+
+
+def test_sampling_needs_only_the_workdir_and_repeats_itself(trained_workdir, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\n红色圆形\n", encoding="utf-8")
+    for out in ("a", "b"):
+        draw_to_folder(Request(trained_workdir, epath.Path(tmp_path / out), prompts_file=str(prompts), num_images=2))
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png"]
+    for name in files:
+        np.testing.assert_array_equal(Image.open(tmp_path / "a" / name), Image.open(tmp_path / "b" / name))
+    # A picture depends on its prompt and seed, not on what is drawn beside it.
+    draw_to_folder(Request(trained_workdir, epath.Path(tmp_path / "c"), prompt="红色圆形", seed=2))
+    alone = np.asarray(Image.open(tmp_path / "c" / "00000.png"), np.int32)
+    together = np.asarray(Image.open(tmp_path / "a" / "00002.png"), np.int32)
+    assert np.abs(alone - together).max() <= 1
+
+
+def test_sampling_draws_sizes_that_training_never_saw(trained_workdir, tmp_path):
+    request = Request(trained_workdir, epath.Path(tmp_path / "a"), prompt="", height=24, width=40, guidance_scale=1.0)
+    draw_to_folder(request)
+    assert Image.open(tmp_path / "a" / "00000.png").size == (40, 24)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "either --prompt"),
+        ({"prompt": "x", "prompts_file": "y"}, "either --prompt"),
+        ({"prompts_file": "missing.txt"}, "no such file"),
+        ({"prompt": "x", "height": 33}, "height=33 is not a multiple of 8: use 32 or 40"),
+        ({"prompt": "x", "width": 4}, "width=4 is not a multiple of 8"),
+        ({"prompt": "x", "sampler": "ddim"}, "euler"),
+        ({"prompt": "x", "sampler": "eular"}, "euler"),
+        ({"prompt": "x", "steps": 0}, "steps"),
+        ({"prompt": "x", "num_images": 0}, "num_images"),
+        ({"prompt": "x", "seed": -1}, "seed"),
+        ({"prompt": "x", "weights": "best"}, "ema or params"),
+    ],
+)
+def test_what_can_not_be_drawn_is_said_and_nothing_is_written(trained_workdir, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        draw_to_folder(Request(trained_workdir, epath.Path(tmp_path / "out"), **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00bad", b"", b"\n \n"])
+def test_prompt_files_that_are_no_prompts_are_refused(trained_workdir, tmp_path, content):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(UserError, match=r"prompts\.txt"):
+        draw_to_folder(
+            Request(trained_workdir, epath.Path(tmp_path / "out"), prompts_file=str(tmp_path / "prompts.txt"))
+        )
+
+
+def test_a_workdir_of_another_config_is_refused_and_kept(trained_workdir):
+    config = tiny_config()
+    config.model.depth = 3
+    before = (trained_workdir / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"another config: model\.depth was 2, now 3"):
+        experiment.run(config, trained_workdir)
+    assert (trained_workdir / "config.json").read_bytes() == before
+
+
+def test_a_workdir_without_a_run_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        draw_to_folder(Request(epath.Path(tmp_path), epath.Path(tmp_path / "out"), prompt="x"))
+
+
+def test_changed_frozen_weights_are_refused(trained_workdir, tmp_path):
+    import shutil
+
+    workdir = epath.Path(tmp_path / "copy")
+    shutil.copytree(trained_workdir, workdir)
+    file = workdir / "encoders/llama/config.json"
+    file.write_text(file.read_text() + "\n")
+    config = tiny_config()
+    config.train.steps = 7
+    with pytest.raises(UserError, match="frozen"):
+        experiment.run(config, workdir)
+
+
+def test_fine_tuning_starts_from_the_averaged_weights_of_another_run(trained_workdir, tmp_path):
+    config = tiny_config()
+    config.start_from = str(trained_workdir)
+    for name in config.encoders:
+        config.encoders[name].weights = str(trained_workdir / "encoders" / name)
+    config.vae.weights = str(trained_workdir / "vae")
+    config.train.update(steps=1, learning_rate=1e-12)
+    del config.evaluate
+    experiment.run(config, epath.Path(tmp_path / "tuned"))
+    tuned, _ = load_weights(tmp_path / "tuned" / CHECKPOINTS, "params")
+    start, _ = load_weights(trained_workdir / CHECKPOINTS, "ema")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tuned, start)
+
+
+@pytest.mark.parametrize("name", ["shapes", "1b", "10b", "10b_1024", "emoji"])
+def test_configs_are_complete_but_for_paths(name, tmp_path):
+    config = load_config(name)
+    config.data.path = config.data.get("path", "") or "shards"
+    for encoder in config.encoders.values():
+        if encoder.get("model") is None:
+            encoder.weights = "folder"
+    if config.vae.get("model") is None:
+        config.vae.weights = "folder"
+    assert experiment.Experiment(config, epath.Path(tmp_path)).model.config.depth >= 4
+
+
+def test_every_ablation_row_is_a_config(tmp_path):
+    for row in load_module("ablation").ROWS:
+        config = load_config("ablation", row)
+        config.data.path = "shards"
+        for encoder in config.encoders.values():
+            encoder.weights = "folder"
+        config.vae.weights = "folder"
+        experiment.Experiment(config, epath.Path(tmp_path))
+    with pytest.raises(UserError, match="table2_baseline"):
+        load_config("ablation", "table9")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.sample.update(sampler="ddpm"), "euler"),
+        (lambda c: c.data.update(resolution=33), "33"),
+        (lambda c: c.data.update(source="tar", path=""), "data.path is empty"),
+        (lambda c: c.data.update(source="tar", path="/nowhere/at/all"), "/nowhere/at/all"),
+        (lambda c: c.data.update(source="web"), "shapes, tar"),
+        (lambda c: c.encoders.llama.update(family="gpt"), "llama, qwen2"),
+        (lambda c: c.diffusion.update(name="flow"), "rectified_flow"),
+        (lambda c: c.mesh.update(data=3), "mesh"),
+        (lambda c: c.train.update(batch_size=0), "batch_size"),
+    ],
+)
+def test_a_config_that_can_not_work_is_refused_before_anything_is_written(tmp_path, change, message):
+    config = tiny_config()
+    with config.unlocked():
+        change(config)
+    with pytest.raises(UserError, match=message):
+        experiment.run(config, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_key_that_a_config_file_misspells_names_the_nearest():
+    config = tiny_config()
+    with config.unlocked():
+        config.model.dept = 4
+    with pytest.raises(UserError, match=r"model\.dept is unknown; did you mean 'depth'"):
+        experiment.Experiment(config, epath.Path("unused"))
+
+
+def command(*arguments, **kwargs):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, **kwargs
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lidit_jax.main", "--config=configs/shapes.py", "--config.modle.depth=3"], 'Did you mean "model"'),
+        (["lidit_jax.main", "--config=configs/shapes.py", "--config.train.stesp=3"], 'Did you mean "steps"'),
+        (["lidit_jax.main", "--config=configs/shape.py", "--workdir=x"], "no such config file"),
+        (["lidit_jax.main", "--config=configs/shapes.py"], "--workdir is required"),
+        (["lidit_jax.main", "--config=configs/shapes.py", "--config.train.steps=many"], "train.steps"),
+        (["lidit_jax.main", "--config=configs/ablation.py:table9", "--workdir=x"], "table2_baseline"),
+        (["lidit_jax.sample", "--workdri=x"], "Did you mean"),
+        (["lidit_jax.sample", "--workdir=nowhere", "--prompt=x", "--out=out"], "no config.json"),
+        (["lidit_jax.preview", "--config=configs/emoji.py", "--out=sheet.jpg"], "name a .png"),
+    ],
+)
+@pytest.mark.slow
+def test_a_users_mistake_ends_in_one_line_and_exit_code_2(arguments, message):
+    result = command(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_as_one_that_was_never_stopped(trained_workdir, tmp_path):
+    """SIGKILL at several moments of the run: while small parts train, and in the middle of LI-DiT's steps."""
+    workdir = tmp_path / "killed"
+    config_file = tmp_path / "tiny.py"
+    config_file.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nfrom conftest import tiny_config as get_config\n"
+    )
+    arguments = [sys.executable, "-m", "lidit_jax.main", f"--config={config_file}", f"--workdir={workdir}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start():
+        return subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+    for moment in ("llama 2/3", "vae 2/3", "lidit 3/6", "lidit 5/6"):
+        process = start()
+        for line in process.stderr:
+            if line.startswith(moment):
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait()
+        time.sleep(0.1)
+    process = start()
+    output = process.stderr.read()
+    assert process.wait() == 0, output
+
+    for weights in ("params", "ema"):
+        whole, _ = load_weights(trained_workdir / CHECKPOINTS, weights)
+        resumed, _ = load_weights(workdir / CHECKPOINTS, weights)
+        jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+    def losses(folder):
+        lines = (epath.Path(folder) / "training/lidit/metrics.jsonl").read_text().splitlines()
+        return {entry["step"]: entry["loss"] for entry in map(json.loads, lines)}
+
+    assert losses(workdir) == losses(trained_workdir)
+
+
+@pytest.mark.skipif(not (ROOT.parent / "shared/data/fxemoji").is_dir(), reason="needs ../shared/data/fxemoji")
+@pytest.mark.slow
+def test_the_emoji_config_trains_on_tar_shards_in_several_groups(tmp_path):
+    config, tiny = load_config("emoji"), tiny_config()
+    config.data.path = str(ROOT.parent / "shared/data/fxemoji")
+    for name in config.encoders:
+        config.encoders[name] = tiny.encoders.llama.copy_and_resolve_references()
+    config.vae.model.update(tiny.vae.model)
+    config.vae.train.update(tiny.vae.train)
+    config.model.update(tiny.model)
+    config.train.update(steps=12, batch_size=8, sample_every=0, log_every=1)
+    config.sample.update(tiny.sample)
+    experiment.run(config, epath.Path(tmp_path / "run"))
+    draw_to_folder(Request(epath.Path(tmp_path / "run"), epath.Path(tmp_path / "out"), prompt="bear face"))
+    assert Image.open(tmp_path / "out/00000.png").size == (64, 64)

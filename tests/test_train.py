@@ -1,0 +1,258 @@
+"""The one training loop: steps, guard, accumulation, sharding, checkpoints and exact resume, on a toy part."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lidit_jax.checkpoint import Checkpoints, digest, load_weights
+from lidit_jax.errors import UserError
+from lidit_jax.metrics import Metrics, duration
+from lidit_jax.models.layers import Dense
+from lidit_jax.parallel.mesh import fill_in, make_mesh
+from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.train import Task, TrainConfig, Trainer, learning_rate, train
+
+ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
+FACTS = {"data": "random numbers"}
+
+
+class Toy(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(Dense(16, ("embed", "mlp"), name="in")(x))
+        return Dense(8, ("mlp", "embed"), name="out")(x)
+
+
+def toy_task(noise=0.1):
+    model = Toy()
+
+    def loss(params, frozen, batch, key):
+        target = batch["x"][:, ::-1] + noise * jax.random.normal(key, batch["x"].shape)
+        return jnp.mean(jnp.square(model.apply({"params": params}, batch["x"]) - target)), {
+            "bias": params["out"]["bias"][0]
+        }
+
+    return Task("toy", lambda key: model.init(key, jnp.zeros((1, 8)))["params"], loss)
+
+
+def batches(first, bad_from=None, bad_until=None):
+    step = first
+    while True:
+        x = np.random.default_rng(step).normal(size=(16, 8)).astype(np.float32)
+        if bad_from is not None and bad_from <= step < bad_until:
+            x[3, 2] = np.nan
+        yield {"x": x}
+        step += 1
+
+
+def make_trainer(mesh_sizes=ONE_DEVICE, task=None, **changes):
+    values = {"steps": 12, "batch_size": 16, "learning_rate": 1e-2, "ema_decay": 0.9, "log_every": 1}
+    devices = jax.devices()[: int(np.prod(list(mesh_sizes.values())))]
+    mesh = make_mesh(mesh_sizes, devices)
+    return Trainer(
+        task or toy_task(), TrainConfig(**{**values, "checkpoint_every": 5, **changes}), mesh, ShardingRules()
+    )
+
+
+def run(folder, trainer, stream=batches, facts=FACTS):
+    checkpoints, metrics = Checkpoints(folder / "checkpoints", {}, trainer.config.keep), Metrics(folder)
+    try:
+        return train(trainer, stream, checkpoints, metrics, seed=0, facts=facts)
+    finally:
+        checkpoints.close()
+        metrics.close()
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def assert_equal_trees(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7])
+def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path, stop):
+    whole = run(tmp_path / "whole", make_trainer())
+
+    class Stop(Exception):
+        pass
+
+    def stream(first):
+        for step, batch in enumerate(batches(first), start=first):
+            if step == stop:
+                raise Stop
+            yield batch
+
+    with pytest.raises(Stop):
+        run(tmp_path / "stopped", make_trainer(checkpoint_every=1), stream)
+    resumed = run(tmp_path / "stopped", make_trainer())
+    assert_equal_trees(whole, resumed)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+
+
+def test_a_finished_run_started_again_changes_nothing(tmp_path):
+    first = run(tmp_path, make_trainer())
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    assert_equal_trees(first, run(tmp_path, make_trainer()))
+    assert (tmp_path / "metrics.jsonl").read_text() == lines
+
+
+def test_non_finite_steps_are_skipped_and_counted(tmp_path):
+    good = run(tmp_path / "good", make_trainer(steps=4))
+    state = run(tmp_path / "bad", make_trainer(steps=7), lambda first: batches(first, 4, 7))
+    assert int(state.skipped) == 3
+    assert int(state.step) == 7
+    for name in ("params", "ema", "opt_state"):
+        assert_equal_trees(getattr(good, name), getattr(state, name))
+
+
+def test_too_many_non_finite_steps_in_a_row_stop_the_run(tmp_path):
+    with pytest.raises(UserError, match="3 steps in a row"):
+        run(tmp_path, make_trainer(max_skipped_in_row=3), lambda first: batches(first, 4, 99))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_mesh_gives_one_devices_losses_and_weights(tmp_path, sizes):
+    one = run(tmp_path / "one", make_trainer())
+    many = run(tmp_path / "many", make_trainer(sizes))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        jax.device_get(one.params),
+        jax.device_get(many.params),
+    )
+    np.testing.assert_allclose(list(losses(tmp_path / "one").values()), list(losses(tmp_path / "many").values()), 1e-5)
+    kernel = many.params["in"]["kernel"]
+    shard = kernel.addressable_shards[0].data.shape
+    assert shard == (8 // sizes["fsdp"], 16 // sizes["tensor"])
+
+
+def test_a_checkpoint_of_eight_devices_restores_on_one(tmp_path):
+    eight = run(tmp_path, make_trainer({"data": 2, "fsdp": 2, "tensor": 2}))
+    assert_equal_trees(eight.params, run(tmp_path, make_trainer()).params)
+
+
+def test_accumulated_micro_batches_equal_the_whole_batch(tmp_path):
+    whole = run(tmp_path / "whole", make_trainer(task=toy_task(noise=0.0)))
+    parts = run(tmp_path / "parts", make_trainer(task=toy_task(noise=0.0), accumulate=4))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole.params, parts.params)
+
+
+def test_gradients_are_clipped_to_the_norm_before_adam_sees_them():
+    trainer = make_trainer(clip_norm=1e-3, ema_decay=0.0)
+    state = trainer.init(0)
+    batch = trainer.put(next(batches(0)))
+    grads = jax.grad(lambda p: trainer.task.loss(p, None, batch, jax.random.fold_in(jax.random.key(1), 0))[0])(
+        state.params
+    )
+    norm = optax.global_norm(grads)
+    first_moment = trainer.step(state, None, batch, jax.random.key(1))[0].opt_state[0].mu
+    expected = jax.tree.map(lambda g: 0.1 * g * 1e-3 / norm, grads)  # (1 - b1) of the clipped gradient
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9), first_moment, expected)
+
+
+def test_weight_decay_pulls_matrices_alone():
+    still = Task(
+        "still", toy_task().init, lambda params, frozen, batch, key: (0.0 * jnp.sum(params["in"]["kernel"]), {})
+    )
+    trainer = make_trainer(task=still, weight_decay=0.5, ema_decay=0.0)
+    state = trainer.init(0)
+    state = state.replace(params=jax.tree.map(lambda x: x + 1.0, state.params))
+    before = jax.device_get(state.params)
+    after = trainer.step(state, None, trainer.put(next(batches(0))), jax.random.key(1))[0].params
+    np.testing.assert_allclose(after["in"]["kernel"], before["in"]["kernel"] * (1 - 1e-2 * 0.5), rtol=1e-6)
+    np.testing.assert_array_equal(after["in"]["bias"], before["in"]["bias"])
+
+
+def test_the_average_follows_its_formula():
+    trainer = make_trainer()
+    state = trainer.init(0)
+    expected = jax.device_get(state.ema)
+    for step in range(3):
+        state, _ = trainer.step(state, None, trainer.put(next(batches(step))), jax.random.key(1))
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, expected, jax.device_get(state.params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(warmup=st.integers(0, 20), steps=st.integers(30, 100), cosine=st.booleans())
+def test_the_learning_rate_warms_up_to_its_value_and_never_exceeds_it(warmup, steps, cosine):
+    config = TrainConfig(steps, 8, 0.5, warmup_steps=warmup, schedule="cosine" if cosine else "constant")
+    rates = [float(learning_rate(config)(step)) for step in range(steps)]
+    assert max(rates) == pytest.approx(0.5)
+    assert min(rates) > 0
+    assert rates[: max(1, warmup)] == sorted(rates[: max(1, warmup)])
+    assert (rates[-1] < 0.1) == cosine
+
+
+def test_other_data_than_the_checkpoints_are_refused(tmp_path):
+    run(tmp_path, make_trainer(steps=5))
+    with pytest.raises(UserError, match="data = 'random numbers', now it is 'others'"):
+        run(tmp_path, make_trainer(), facts={"data": "others"})
+
+
+def test_weights_are_read_without_the_optimiser(tmp_path):
+    state = run(tmp_path, make_trainer())
+    for name in ("params", "ema"):
+        weights, step = load_weights(tmp_path / "checkpoints", name)
+        assert step == 12
+        assert_equal_trees(weights, getattr(state, name))
+    assert digest(state.params) != digest(state.ema)
+    assert digest(state.params) == digest(jax.device_get(state.params))
+
+
+def test_missing_checkpoints_and_weights_are_said(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint there"):
+        load_weights(tmp_path / "nothing", "ema")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no finished checkpoint there"):
+        load_weights(tmp_path / "empty", "ema")
+    run(tmp_path / "raw", make_trainer(ema_decay=0.0))
+    with pytest.raises(UserError, match="no 'ema' weights; it has params"):
+        load_weights(tmp_path / "raw" / "checkpoints", "ema")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "linear"}, "constant, cosine"),
+        ({"batch_size": 0}, "train.batch_size=0 must be at least 1"),
+        ({"accumulate": 3}, "not divisible by train.accumulate=3"),
+    ],
+)
+def test_impossible_training_numbers_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_trainer(**changes)
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused():
+    with pytest.raises(UserError, match="multiple of 8"):
+        make_trainer({"data": 8, "fsdp": 1, "tensor": 1}, batch_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.integers(1, 6), fsdp=st.integers(1, 6), tensor=st.integers(1, 6), hole=st.integers(0, 2))
+def test_a_missing_mesh_size_is_filled_in(data, fsdp, tensor, hole):
+    shape = (data, fsdp, tensor)
+    sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    sizes[("data", "fsdp", "tensor")[hole]] = -1
+    assert fill_in(sizes, data * fsdp * tensor) == shape
+
+
+@pytest.mark.parametrize("sizes", [{"data": 3, "fsdp": -1}, {"data": 16}, {"data": -1, "fsdp": -1}, {"data": 0}])
+def test_meshes_that_do_not_fit_are_refused(sizes):
+    with pytest.raises(UserError, match="mesh"):
+        fill_in(sizes, 8)
+
+
+def test_durations_read_well():
+    assert [duration(s) for s in (5, 65, 3725)] == ["0m05s", "1m05s", "1h02m"]
