@@ -35,10 +35,10 @@ def get_config() -> ConfigDict:
         "tie_word_embeddings": True,
     }
     language_model_train = {
-        "steps": 400,
+        "steps": 300,
         "batch_size": 64,
-        "learning_rate": 2e-3,
-        "warmup_steps": 50,
+        "learning_rate": 3e-3,
+        "warmup_steps": 30,
         "schedule": "cosine",
         "weight_decay": 0.01,
         "log_every": 100,
@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
         "weights": "",
         "dtype": "float32",
         "model": {
-            "block_out_channels": (8, 16, 64, 64),
+            "block_out_channels": (16, 16, 32, 64),
             "layers_per_block": 1,
             "latent_channels": 16,  # paper
             "norm_num_groups": 8,
@@ -68,15 +68,15 @@ def get_config() -> ConfigDict:
             "sample_size": 32,
         },
         "train": {
-            "steps": 2400,
-            "batch_size": 16,
-            "learning_rate": 3e-3,
+            "steps": 2500,
+            "batch_size": 8,
+            "learning_rate": 2e-3,
             "warmup_steps": 100,
             "schedule": "cosine",
             "ema_decay": 0.99,
-            "log_every": 200,
+            "log_every": 250,
         },
-        "kl_weight": 1e-4,
+        "kl_weight": 1e-3,
         "reconstruction": "l2",
     }
 

@@ -24,7 +24,8 @@ class Metrics:
         self.folder = epath.Path(folder)
         self._writer = None
         if jax.process_index() == 0:
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its notes on this machine's processor
+            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+            os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it prints a note about rounding at every start
             # Imports TensorFlow, which takes seconds: only a process that writes pays for it.
             from clu import metric_writers
 

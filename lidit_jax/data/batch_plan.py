@@ -1,11 +1,14 @@
 """Which examples make up batch k, as a pure function of k: any batch is found without going through those before."""
 
+import functools
 import math
 
 import numpy as np
 from grain.experimental import index_shuffle
 
-_ROUNDS = 8  # of the cipher behind grain's index_shuffle
+_ROUNDS = 4  # of the cipher behind grain's index_shuffle, as grain itself has them
+# The cipher works on at least 16 bits and repeats until its value is an index: 20,000 steps an index for a bucket of 3.
+_MIN_CIPHER_SIZE = 1 << 16
 _JITTER_STEPS = 1 << 20
 # grain's index_shuffle works on 32 bits and wraps silently beyond.
 _MAX_BUCKET_SIZE = 1 << 32
@@ -45,16 +48,24 @@ class BatchPlan:
     def rows(self, batch: int, start: int, stop: int) -> tuple[int, np.ndarray]:
         """As a call, but only the rows [start, stop) of the batch: (bucket, int64 [stop - start])."""
         bucket, nth = self._bucket_of(batch)
-        size = self._sizes[bucket]
-        positions = range(nth * self.batch_size + start, nth * self.batch_size + stop)
-        seeds: dict[int, int] = {}
-        ranks = np.empty(len(positions), np.int64)
-        for row, position in enumerate(positions):
-            epoch, index = divmod(position, size)
-            if epoch not in seeds:
-                seeds[epoch] = self._hash(0, bucket, epoch)
-            ranks[row] = index_shuffle(index, size - 1, seeds[epoch], _ROUNDS)
+        first = nth * self.batch_size
+        ranks = self._shuffled(bucket, range(first + start, first + stop))
         return bucket, self._members[self._starts[bucket] + ranks].astype(np.int64)
+
+    def _shuffled(self, bucket: int, positions: range) -> np.ndarray:
+        """int64 [positions]: where in its bucket's list the example at each position of its stream is."""
+        size = self._sizes[bucket]
+        ranks = np.empty(len(positions), np.int64)
+        seed = epoch = None
+        for row, position in enumerate(positions):
+            if position // size != epoch:
+                epoch = position // size
+                seed = self._hash(0, bucket, epoch)
+            if size < _MIN_CIPHER_SIZE:
+                ranks[row] = _permutation(size, seed)[position % size]
+            else:
+                ranks[row] = index_shuffle(position % size, size - 1, seed, _ROUNDS)
+        return ranks
 
     def neighbour(self, bucket: int, index: int, distance: int) -> int:
         """The example `distance` places after example `index` in its bucket's list, which goes around."""
@@ -104,3 +115,10 @@ class BatchPlan:
 
     def _hash(self, *numbers: int) -> int:
         return int(np.random.SeedSequence((self._seed, *numbers)).generate_state(1)[0])
+
+
+# Enough for the epochs of several threads; 32 MiB at most.
+@functools.lru_cache(maxsize=256)
+def _permutation(size: int, seed: int) -> np.ndarray:
+    """uint16 [size]. From raw bits, which numpy promises never to change, unlike what `permutation` makes of them."""
+    return np.argsort(np.random.Philox(key=seed).random_raw(size), kind="stable").astype(np.uint16)

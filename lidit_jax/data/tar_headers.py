@@ -46,7 +46,7 @@ def walk(descriptor: int) -> Iterator[Member]:
             return
         _check(header, position)
         kind, data = header[156:157], position + BLOCK
-        size = _number(header[124:136])
+        size = _number(header[124:136], position)
         if kind in _WITHOUT_DATA:
             position, overrides = data, {}
             continue
@@ -69,20 +69,24 @@ def walk(descriptor: int) -> Iterator[Member]:
 
 
 def _check(header: bytes, position: int) -> None:
-    stored = _number(header[148:156])
+    stored = _number(header[148:156], position)
     blanked = header[:148] + b" " * 8 + header[156:]
     signed = sum(byte - 256 if byte > 127 else byte for byte in blanked)  # as some old writers sum
     if stored not in (sum(blanked), signed):
-        raise DamagedTar("damaged tar" if position else "not a tar")
+        raise _damaged(position)
 
 
-def _number(field: bytes) -> int:
+def _damaged(position: int) -> DamagedTar:
+    return DamagedTar("damaged tar" if position else "not a tar")
+
+
+def _number(field: bytes, position: int) -> int:
     """A number field: octal digits, or big-endian binary where the first byte is 0x80 (GNU)."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip()
     if digits and not all(0x30 <= digit <= 0x37 for digit in digits):
-        raise DamagedTar("damaged tar")
+        raise _damaged(position)
     return int(digits or b"0", 8)
 
 

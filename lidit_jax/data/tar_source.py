@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lidit_jax.data import pictures, tar_headers
+from lidit_jax.data import decoding, tar_headers
 from lidit_jax.data.sources import BrokenExample
 from lidit_jax.errors import UserError
 
@@ -80,8 +80,8 @@ class TarSource:
         """
         example = self.describe(index)
         try:
-            image = pictures.decode(self._files.read(*self._places[index].tolist()), self._max_pixels)
-        except pictures.BrokenPicture as error:
+            image = decoding.decode(self._files.read(*self._places[index].tolist()), self._max_pixels)
+        except decoding.BrokenPicture as error:
             raise BrokenExample(example["key"], str(error)) from error
         except OSError as error:
             raise BrokenExample(example["key"], "unreadable file") from error
@@ -263,8 +263,8 @@ def _picture_size(descriptor: int, file: tar_headers.Member, max_pixels: int) ->
     if file.size > _MAX_PICTURE_BYTES:
         raise _Unusable("picture file over 256 MiB")
     try:
-        return pictures.read_size(io.BufferedReader(_Region(descriptor, file.offset, file.size)), max_pixels)
-    except pictures.BrokenPicture as error:
+        return decoding.read_size(io.BufferedReader(_Region(descriptor, file.offset, file.size)), max_pixels)
+    except decoding.BrokenPicture as error:
         raise _Unusable(str(error)) from error
 
 

@@ -44,6 +44,8 @@ class ScenePrompt:
 
 def scene_prompts(count: int, num_objects: int, pairs: str, side: int) -> list[ScenePrompt]:
     """Prompts of scenes that no training run has seen, English and Chinese in turn."""
+    if not count:
+        return []
     source = ShapesSource(count, side, side, HELD_OUT_SEED, pairs, num_objects)
     languages = ("en", "zh")
     return [

@@ -1,0 +1,135 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from lidit_jax.data.buckets import Bucket, assign, make_buckets, needs_enlarging, resize_to_cover_and_crop
+from lidit_jax.errors import UserError
+
+# --- make_buckets -----------------------------------------------------------------------------------------------
+
+
+@given(units=st.integers(1, 64), multiple=st.sampled_from([1, 8, 16, 64]), stretch=st.floats(0, 1))
+@settings(derandomize=True, deadline=None)
+def test_sides_are_multiples_and_no_bucket_could_be_larger(units, multiple, stretch):
+    max_aspect = 1 + stretch * (min(units**2, 16) - 1)
+    buckets = make_buckets(units * multiple, multiple, max_aspect)
+    assert len(set(buckets)) == len(buckets)
+    for height, width in buckets:
+        assert height % multiple == width % multiple == 0
+        assert max(height, width) <= max_aspect * min(height, width)
+        assert height * width <= (units * multiple) ** 2 < min(height, width) * (max(height, width) + multiple)
+
+
+def test_buckets_ascend_in_aspect_and_come_with_their_transpose():
+    buckets = make_buckets(512, 64, 4.0)
+    aspects = [bucket.width / bucket.height for bucket in buckets]
+    assert aspects == sorted(aspects)
+    assert len(buckets) == 9
+    assert {Bucket(*reversed(bucket)) for bucket in buckets} == set(buckets)
+    assert Bucket(512, 512) in buckets
+    assert min(bucket.height * bucket.width for bucket in buckets) > 0.9 * 512**2
+
+
+def test_aspect_one_is_the_square_alone():
+    assert make_buckets(96, 16, 1) == (Bucket(96, 96),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((100, 16), "resolution=100 is not a multiple of 16: use 96 or 112"),
+        ((8, 16), "resolution=8 is not a multiple of 16: use 16"),
+        ((0, 16), "at least 1"),
+        ((32, 0), "at least 1"),
+        ((32, 16, 0.5), "max_aspect=0.5 is under 1"),
+        ((32, 16, float("nan")), "max_aspect=nan"),
+        ((32, 16, 5), "needs a side under 16: use max_aspect=4 or less"),
+    ],
+)
+def test_impossible_buckets_say_what_would_do(arguments, says):
+    with pytest.raises(UserError, match=says):
+        make_buckets(*arguments)
+
+
+# --- assign -----------------------------------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=50),
+    order=st.randoms(use_true_random=False),
+)
+@settings(derandomize=True, deadline=None)
+def test_the_bucket_is_the_nearest_in_log_aspect_in_whatever_order_they_are(sizes, order):
+    buckets = list(make_buckets(256, 32, 4.0))
+    order.shuffle(buckets)
+    chosen = assign(np.array(sizes, np.int32), buckets)
+    wanted = np.log([width / height for height, width in sizes])[:, None]
+    distances = np.abs(wanted - np.log([bucket.width / bucket.height for bucket in buckets]))
+    np.testing.assert_allclose(distances[np.arange(len(sizes)), chosen], distances.min(axis=1), atol=1e-9)
+
+
+def test_only_pictures_with_a_side_under_their_buckets_need_enlarging():
+    sizes = np.array([[64, 64], [63, 64], [64, 63], [200, 64], [65, 300]])
+    np.testing.assert_array_equal(
+        needs_enlarging(sizes, np.zeros(5, int), (Bucket(64, 64),)), [False, True, True, False, False]
+    )
+
+
+# --- resize_to_cover_and_crop -----------------------------------------------------------------------------------
+
+
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    bucket=st.builds(Bucket, st.integers(1, 70), st.integers(1, 70)),
+)
+@settings(derandomize=True, deadline=None)
+def test_every_picture_covers_its_bucket(height, width, bucket):
+    color = np.array([10, 200, 77], np.uint8)
+    image = np.broadcast_to(color, (height, width, 3)).copy()
+    fitted = resize_to_cover_and_crop(image, bucket)
+    assert fitted.shape == (*bucket, 3)
+    assert (fitted == color).all()
+
+
+@pytest.mark.parametrize("size", [(300, 300), (300, 433), (517, 300), (60, 41), (47, 130)])
+@pytest.mark.parametrize("bucket", make_buckets(64, 16, 4.0))
+def test_a_circle_stays_round_and_in_the_middle(size, bucket):
+    height, width = size
+    scale = max(bucket.height / height, bucket.width / width)
+    radius = 0.4 * min(bucket) / scale
+    # Drawn large and averaged: Pillow's small circles are lopsided themselves.
+    canvas = Image.new("L", (8 * width, 8 * height))
+    center = np.array([width, height]) * 4
+    ImageDraw.Draw(canvas).ellipse([*(center - 8 * radius), *(center + 8 * radius)], fill=255)
+    image = np.array(canvas.reduce(8).convert("RGB"))
+    mass = resize_to_cover_and_crop(image, bucket)[..., 0].astype(float)
+    rows, columns = mass.sum(axis=1), mass.sum(axis=0)
+    for profile, side in ((rows, bucket.height), (columns, bucket.width)):
+        places = np.arange(side) + 0.5
+        mean = np.average(places, weights=profile)
+        spread = np.sqrt(np.average((places - mean) ** 2, weights=profile))
+        assert mean == pytest.approx(side / 2, abs=0.3)
+        # A disc's standard deviation along an axis is half its radius.
+        assert spread == pytest.approx(0.2 * min(bucket), rel=0.05)
+
+
+def test_a_picture_of_the_buckets_size_is_untouched_and_a_longer_one_only_cut():
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    assert resize_to_cover_and_crop(image, Bucket(32, 48)) is image
+    np.testing.assert_array_equal(resize_to_cover_and_crop(image, Bucket(32, 32)), image[:, 8:40])
+
+
+def test_shrinking_averages_instead_of_skipping_pixels():
+    stripes = np.zeros((640, 640, 3), np.uint8)
+    stripes[:, ::2] = 255
+    np.testing.assert_allclose(resize_to_cover_and_crop(stripes, Bucket(64, 64)), 127.5, atol=8)
+
+
+def test_enlarging_can_be_forbidden():
+    small = np.zeros((30, 64, 3), np.uint8)
+    with pytest.raises(UserError, match="30x64 is smaller than its bucket 32x64"):
+        resize_to_cover_and_crop(small, Bucket(32, 64), allow_enlarging=False)
+    assert resize_to_cover_and_crop(np.zeros((40, 64, 3), np.uint8), Bucket(32, 64), False).shape == (32, 64, 3)

@@ -1,0 +1,494 @@
+import collections
+import datetime
+import io
+import json
+import os
+import pathlib
+import pickle
+import struct
+import tarfile
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lidit_jax.data.sources import BrokenExample
+from lidit_jax.data.tar_source import TarSource, find_shards
+from lidit_jax.errors import UserError
+
+SHARED = pathlib.Path(os.environ.get("LIDIT_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
+EMOJI = SHARED / "data" / "fxemoji"
+needs_emoji = pytest.mark.skipif(not EMOJI.is_dir(), reason=f"no {EMOJI}: set LIDIT_SHARED to the shared folder")
+
+SIDE_BY_SIDE = np.array([[[200, 30, 30], [30, 60, 200]]], np.uint8).repeat(8, axis=0).repeat(6, axis=1)  # [8, 12, 3]
+
+
+def encode(image: np.ndarray | Image.Image, format: str = "PNG", **options) -> bytes:
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def write_tar(path: pathlib.Path, files: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> pathlib.Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def read_one(tmp_path, data: bytes, extension: str = "png") -> np.ndarray:
+    source = TarSource(write_tar(tmp_path / "one.tar", {f"a.{extension}": data, "a.txt": b"a picture"}))
+    image = source[0]["image"]
+    assert image.dtype == np.uint8
+    assert image.shape == (*source.sizes()[0], 3)
+    return image
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def with_chunk(png: bytes, kind: bytes, body: bytes) -> bytes:
+    """The PNG with one more chunk right after its header."""
+    return png[:33] + png_chunk(kind, body) + png[33:]
+
+
+# --- layout -----------------------------------------------------------------------------------------------------
+
+
+def test_captions_come_from_txt_and_json_but_not_from_bookkeeping(tmp_path):
+    note = {"caption": "from json", "url": "http://x/y.png", "status": "success", "score": 5.5, "empty": " "}
+    files = {
+        "0.png": encode(SIDE_BY_SIDE),
+        "0.txt": "\ufeffrotes Quadrat 红\n".encode(),
+        "0.json": json.dumps(note).encode(),
+    }
+    example = TarSource(write_tar(tmp_path / "a.tar", files))[0]
+    assert example["key"] == "0"
+    assert example["captions"] == {"txt": "rotes Quadrat 红", "caption": "from json"}
+    assert example["metadata"] == note
+    np.testing.assert_array_equal(example["image"], SIDE_BY_SIDE)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_tar_format_is_read_with_long_and_non_ascii_names(tmp_path, format):
+    keys = ["0001", "folder/" * 12 + "picture", "字/形"]
+    keys += [] if format == tarfile.USTAR_FORMAT else ["x" * 180]
+    pairs = [{f"{key}.png": encode(SIDE_BY_SIDE), f"{key}.txt": key.encode()} for key in keys]
+    source = TarSource(write_tar(tmp_path / "a.tar", {k: v for pair in pairs for k, v in pair.items()}, format))
+    assert [source[i]["key"] for i in range(len(source))] == keys
+    assert [source[i]["captions"]["txt"] for i in range(len(source))] == keys
+
+
+def test_links_folders_and_foreign_files_are_no_samples(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in (("d", tarfile.DIRTYPE), ("0.png", tarfile.SYMTYPE), ("1.png", tarfile.LNKTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        for name, data in {
+            "._2.png": b"x",
+            "2.pickle": b"x",
+            "2.jpeg": encode(SIDE_BY_SIDE, "JPEG"),
+            "2.txt": b"b",
+        }.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    source = TarSource(tmp_path / "a.tar")
+    assert [source.describe(i)["key"] for i in range(len(source))] == ["2"]
+
+
+def test_a_path_is_a_folder_a_file_a_glob_or_a_brace_range(tmp_path):
+    for number in range(4):
+        write_tar(tmp_path / f"{number:05}.tar", {f"{number}.png": encode(SIDE_BY_SIDE), f"{number}.txt": b"x"})
+    every = tuple(str(tmp_path / f"{number:05}.tar") for number in range(4))
+    assert find_shards(tmp_path) == every
+    assert find_shards(every[2]) == every[2:3]
+    assert find_shards(f"{tmp_path}/0000[12].tar") == every[1:3]
+    assert find_shards(f"{tmp_path}/{{00000..00003}}.tar") == every
+    assert find_shards(f"{tmp_path}/{{00001,00003}}.tar") == every[1::2]
+    assert len(TarSource(f"{tmp_path}/{{00001..00002}}.tar")) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nowhere", "does not exist"),
+        ("empty", "holds no .tar"),
+        ("*.tar", "no file matches"),
+        ("{0..2}.tar", "3 of the 3 files"),
+        ("{0..99999999999}.tar", "more than"),
+    ],
+)
+def test_a_path_without_tars_is_said_in_one_line(tmp_path, name, says):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=says) as error:
+        TarSource(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tar_without_captions_says_what_was_found(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", {f"{i}.png": encode(SIDE_BY_SIDE) for i in range(3)})
+    with pytest.raises(UserError, match=r"3 pictures, 0 captions \(no caption: 3\)"):
+        TarSource(tar)
+
+
+def test_a_file_that_is_no_tar_is_said_to_be_none(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"PK\3\4" + os.urandom(3000))
+    with pytest.raises(UserError, match="not a tar: 1"):
+        TarSource(tmp_path / "a.tar")
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+    first = {"0.png": encode(SIDE_BY_SIDE), "0.txt": b"one"}
+    prints = []
+    for folder, files in (("a", first), ("b", first), ("c", first | {"0.txt": b"two"}), ("d", first | {"1.txt": b"x"})):
+        (tmp_path / folder).mkdir()
+        prints.append(TarSource(write_tar(tmp_path / folder / "0.tar", files)).fingerprint)
+    assert prints[0] == prints[1]
+    assert prints[2] != prints[0]
+    assert prints[3] == prints[0]
+
+
+# --- picture kinds ----------------------------------------------------------------------------------------------
+
+
+def test_grey_one_bit_and_palette_pictures_become_rgb(tmp_path):
+    colors = Image.fromarray(SIDE_BY_SIDE)
+    for mode in ("L", "1", "P"):
+        picture = colors.quantize(4) if mode == "P" else colors.convert(mode)
+        np.testing.assert_array_equal(read_one(tmp_path, encode(picture)), np.array(picture.convert("RGB")))
+
+
+def test_cmyk_jpegs_keep_their_colors(tmp_path):
+    image = read_one(tmp_path, encode(Image.fromarray(SIDE_BY_SIDE).convert("CMYK"), "JPEG", quality=95), "jpg")
+    np.testing.assert_allclose(image[:, [1, 10]], SIDE_BY_SIDE[:, [1, 10]], atol=12)
+
+
+def test_transparency_is_shown_on_white_in_every_way_to_write_it(tmp_path):
+    alpha = np.zeros((8, 12, 1), np.uint8)
+    alpha[:, 6:] = 255
+    rgba = Image.fromarray(np.concatenate([SIDE_BY_SIDE, alpha], axis=2), "RGBA")
+    palette = Image.fromarray((alpha[..., 0] // 255), "P")
+    palette.putpalette([9, 9, 9, 30, 60, 200])
+    ways = {
+        "RGBA": encode(rgba),
+        "WebP": encode(rgba, "WEBP", lossless=True),
+        "palette": encode(palette, transparency=0),
+        "RGB with a transparent color": encode(SIDE_BY_SIDE, transparency=(200, 30, 30)),
+    }
+    for way, data in ways.items():
+        image = read_one(tmp_path, data, "webp" if way == "WebP" else "png")
+        assert (image[:, :6] == 255).all(), way
+        assert (image[:, 6:] == SIDE_BY_SIDE[:, 6:]).all(), way
+
+
+def test_half_transparent_grey_is_mixed_with_white(tmp_path):
+    image = read_one(tmp_path, encode(Image.merge("LA", [Image.new("L", (5, 4), 100), Image.new("L", (5, 4), 128)])))
+    np.testing.assert_allclose(image, 255 + (100 - 255) * 128 / 255, atol=1)
+
+
+def test_transparent_one_bit_and_grey_colors_are_white(tmp_path):
+    for mode, color in (("1", 0), ("L", 70)):
+        assert (read_one(tmp_path, encode(Image.new(mode, (4, 4), color), transparency=color)) == 255).all(), mode
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    grey = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    image = read_one(tmp_path, encode(Image.fromarray(grey)))
+    np.testing.assert_array_equal(image[..., 1], np.round(grey / 257))
+    transparent = with_chunk(encode(Image.fromarray(grey)), b"tRNS", b"\0\0")
+    assert (read_one(tmp_path, transparent)[0, 0] == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_pictures_are_turned_upright_and_their_size_known_without_decoding(tmp_path, orientation, format):
+    # A stored pixel (row, column) of an upright [H, W] picture, for each EXIF orientation: what a camera does.
+    upright = SIDE_BY_SIDE.copy()
+    upright[:4, :6] = (30, 160, 60)
+    store = {
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.swapaxes(0, 1),
+        6: lambda x: np.rot90(x),
+        7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+        8: lambda x: np.rot90(x, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if format == "WEBP" else {"quality": 95} if format == "JPEG" else {}
+    data = encode(np.ascontiguousarray(store(upright)), format, exif=exif.tobytes(), **options)
+    image = read_one(tmp_path, data, format.lower())
+    assert image.shape == upright.shape
+    corners = np.ix_([1, 6], [1, 10])
+    np.testing.assert_allclose(image[corners].astype(int), upright[corners], atol=40 if format == "JPEG" else 0)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_leaves_the_picture_as_it_is(tmp_path):
+    data = with_chunk(encode(SIDE_BY_SIDE), b"eXIf", b"MM\0*\xff\xff\xff\xff garbage")
+    np.testing.assert_array_equal(read_one(tmp_path, data), SIDE_BY_SIDE)
+
+
+def test_formats_go_by_content_and_others_are_refused(tmp_path):
+    files = {
+        "0.png": encode(SIDE_BY_SIDE, "GIF"),
+        "1.png": encode(SIDE_BY_SIDE, "JPEG"),
+        "2.jpg": encode(SIDE_BY_SIDE, "TIFF"),
+    }
+    files |= {f"{i}.txt": b"x" for i in range(3)}
+    source = TarSource(write_tar(tmp_path / "a.tar", files))
+    assert [source[i]["key"] for i in range(len(source))] == ["1"]
+    assert source.report == {"unreadable picture": 2}
+
+
+# --- hostile input ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
+def test_decompression_bombs_are_refused_by_their_header(tmp_path, side):
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1_000_000)))
+    files = {"0.png": bomb, "0.txt": b"bomb", "1.png": encode(SIDE_BY_SIDE), "1.txt": b"fine"}
+    source = TarSource(write_tar(tmp_path / "a.tar", files))
+    assert (len(source), source.report) == (1, {"too many pixels": 1})
+
+
+def test_the_pixel_limit_is_the_callers(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", {"0.png": encode(SIDE_BY_SIDE), "0.txt": b"x"})
+    assert len(TarSource(tar, max_pixels=96)) == 1
+    with pytest.raises(UserError, match="too many pixels: 1"):
+        TarSource(tar, max_pixels=95)
+
+
+def test_unusable_samples_are_left_out_and_counted_by_reason(tmp_path):
+    png = encode(SIDE_BY_SIDE)
+    files = {
+        "empty.png": b"",
+        "empty.txt": b"x",
+        "blank.png": png,
+        "blank.txt": b" \n",
+        "alone.txt": b"x",
+        "latin.png": png,
+        "latin.txt": "Käse".encode("latin-1"),
+        "json.png": png,
+        "json.json": b'{"caption": "x"',
+        "deep.png": png,
+        "deep.json": b"[" * 200_000,
+        "list.png": png,
+        "list.json": b'["x"]',
+        "long.png": png,
+        "long.txt": b"x" * (1 << 21),
+        "header.png": png[:20],
+        "header.txt": b"x",
+        "good.png": png,
+        "good.json": b'{"caption": "half a \\ud83d pair"}',
+    }
+    source = TarSource(write_tar(tmp_path / "a.tar", files))
+    assert [source[i]["key"] for i in range(len(source))] == ["good"]
+    assert source[0]["captions"]["caption"] == "half a ? pair"
+    assert source.report == {
+        "empty picture": 1,
+        "no caption": 1,
+        "no picture": 1,
+        "caption not in UTF-8": 1,
+        "unreadable json": 3,
+        "text over 1 MiB": 1,
+        "unreadable picture": 1,
+    }
+
+
+def test_damaged_pixels_behind_a_good_header_raise_broken_example(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for format in ("PNG", "JPEG"):
+        data = encode(noise, format)
+        files = {"a.png": data[: len(data) // 2], "a.txt": b"x", "b.png": data, "b.txt": b"y"}
+        source = TarSource(write_tar(tmp_path / f"{format}.tar", files))
+        with pytest.raises(BrokenExample, match="'a': damaged picture"):
+            source[0]
+        assert source[1]["key"] == "b"
+
+
+def small_tar(tmp_path) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (3, 24, 20, 3), dtype=np.uint8)
+    files = {
+        "0.png": encode(noise[0]),
+        "0.txt": b"first",
+        "1.jpg": encode(noise[1], "JPEG", exif=Image.Exif().tobytes()),
+        "1.json": b'{"caption": "second", "score": 5}',
+        "folder/" * 15 + "2.webp": encode(noise[2], "WEBP"),
+        "folder/" * 15 + "2.txt": b"third",
+        "3.png": encode(Image.fromarray(noise[0]).quantize(8), transparency=1),
+        "3.txt": b"fourth",
+    }
+    return write_tar(tmp_path / "small.tar", files).read_bytes()
+
+
+def read_all(path) -> int:
+    """How many examples can be read; raises only UserError."""
+    source = TarSource(path)
+    readable = 0
+    for index in range(len(source)):
+        try:
+            example = source[index]
+        except BrokenExample:
+            continue
+        assert example["image"].shape == (*source.sizes()[index], 3)
+        readable += 1
+    return readable
+
+
+def test_a_tar_cut_off_anywhere_keeps_what_is_whole(tmp_path):
+    whole = small_tar(tmp_path)
+    with tarfile.open(tmp_path / "small.tar") as tar:
+        ends = [member.offset_data + member.size for member in tar.getmembers()]
+    for length in range(1, len(whole), 701):
+        (tmp_path / "cut.tar").write_bytes(whole[:length])
+        pairs = sum(end <= length for end in ends) // 2
+        if pairs:
+            assert read_all(tmp_path / "cut.tar") == pairs
+        else:
+            with pytest.raises(UserError, match="cut-off"):
+                TarSource(tmp_path / "cut.tar")
+
+
+def test_a_cut_off_tar_is_counted(tmp_path):
+    whole = small_tar(tmp_path)
+    with tarfile.open(tmp_path / "small.tar") as tar:
+        second = tar.getmembers()[2]
+    (tmp_path / "cut.tar").write_bytes(whole[: second.offset_data + 100])
+    assert TarSource(tmp_path / "cut.tar").report == {"cut-off tar": 1, "cut-off file": 1}
+
+
+def test_a_damaged_header_in_the_middle_is_counted_and_not_taken_for_the_end(tmp_path):
+    whole = bytearray(small_tar(tmp_path))
+    with tarfile.open(tmp_path / "small.tar") as tar:
+        whole[tar.getmembers()[4].offset + 5] ^= 1
+    (tmp_path / "damaged.tar").write_bytes(whole)
+    source = TarSource(tmp_path / "damaged.tar")
+    assert (len(source), source.report) == (2, {"damaged tar": 1})
+
+
+def test_forged_sizes_end_the_walk(tmp_path):
+    whole = small_tar(tmp_path)
+    for size in (b"77777777777\0", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"-0000001000\0", b"0x000000010\0"):
+        header = bytearray(whole[:512])
+        header[124:136] = size
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        (tmp_path / "forged.tar").write_bytes(bytes(header) + whole[512:])
+        with pytest.raises(UserError, match="no usable sample"):
+            TarSource(tmp_path / "forged.tar")
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    return folder / "fuzzed.tar", small_tar(folder)
+
+
+@settings(max_examples=200, derandomize=True, deadline=datetime.timedelta(seconds=20), database=None)
+@given(
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=12)), max_size=6),
+    mend_headers=st.booleans(),
+    cut=st.floats(0.2, 1),
+)
+def test_a_mutated_tar_works_or_raises_user_error_or_broken_example(fuzzed, changes, mend_headers, cut):
+    path, whole = fuzzed
+    data = bytearray(whole)
+    for place, content in changes:
+        start = int(place * len(data))
+        data[start : start + len(content)] = content
+    data = data[: max(int(cut * len(data)), 1) if cut < 0.9 else len(data)]
+    if mend_headers:  # so that not every change to a header is caught by its checksum
+        for start in range(0, len(data) - 511, 512):
+            if data[start + 257 : start + 262] == b"ustar":
+                data[start + 148 : start + 156] = b" " * 8
+                data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + 512])
+    path.write_bytes(data)
+    try:
+        read_all(path)
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+# --- reading from threads and processes -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def numbered(tmp_path):
+    for shard in range(20):  # more than a thread keeps open
+        files = {}
+        for i in range(shard * 5, shard * 5 + 5):
+            files |= {f"{i:03}.png": encode(np.full((4 + i % 3, 5, 3), i, np.uint8)), f"{i:03}.txt": str(i).encode()}
+        write_tar(tmp_path / f"{shard:02}.tar", files)
+    return TarSource(tmp_path)
+
+
+def test_threads_read_the_right_pictures_at_the_same_time(numbered):
+    wrong = []
+
+    def read(seed):
+        for i in np.random.default_rng(seed).permutation(len(numbered)).tolist():
+            example = numbered[i]
+            if not ((example["image"] == i).all() and example["captions"]["txt"] == str(i)):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_files_are_closed_when_their_thread_ends(numbered):
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else pytest.skip("no /proc")
+    thread = threading.Thread(target=lambda: [numbered[i] for i in range(len(numbered))])
+    thread.start()
+    thread.join()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_source_survives_pickling_after_use(numbered):
+    np.testing.assert_array_equal(numbered[7]["image"], 7)
+    copy = pickle.loads(pickle.dumps(numbered))  # our own bytes, not a file's
+    assert copy.fingerprint == numbered.fingerprint
+    np.testing.assert_array_equal(copy.sizes(), numbered.sizes())
+    np.testing.assert_array_equal(copy[42]["image"], 42)
+
+
+def test_a_vanished_shard_breaks_its_examples_only(numbered, tmp_path):
+    (tmp_path / "03.tar").unlink()
+    with pytest.raises(BrokenExample, match="unreadable file"):
+        numbered[17]
+    assert numbered[20]["key"] == "020"
+
+
+# --- real data --------------------------------------------------------------------------------------------------
+
+
+@needs_emoji
+def test_the_emoji_shards_are_read_whole():
+    source = TarSource(EMOJI / "{00000..00003}.tar")
+    assert len(source) == 928
+    assert source.report == {}
+    assert source.sizes().min() >= 50
+    assert source.sizes().max() <= 193
+    for index in range(0, 928, 13):
+        example = source[index]
+        assert example["image"].shape == (example["metadata"]["height"], example["metadata"]["width"], 3)
+        assert example["captions"]["txt"]
+    assert len(collections.Counter(source.describe(i)["key"] for i in range(928))) == 928
