@@ -68,13 +68,13 @@ def get_config() -> ConfigDict:
             "sample_size": 32,
         },
         "train": {
-            "steps": 2500,
+            "steps": 3600,
             "batch_size": 8,
-            "learning_rate": 2e-3,
-            "warmup_steps": 100,
+            "learning_rate": 4e-3,
+            "warmup_steps": 50,
             "schedule": "cosine",
             "ema_decay": 0.99,
-            "log_every": 250,
+            "log_every": 300,
         },
         "kl_weight": 1e-3,
         "reconstruction": "l2",
@@ -83,7 +83,7 @@ def get_config() -> ConfigDict:
     config.model = {
         "depth": 4,
         "hidden_size": 128,
-        "num_heads": 4,
+        "num_heads": 2,
         "patch_size": 1,
         "latent_channels": 16,
         "mlp_ratio": 4.0,
@@ -94,10 +94,11 @@ def get_config() -> ConfigDict:
         "fusion": "collaborative",
         "collaborative_blocks": 1,  # paper
         "remat": "none",
+        "scan_unroll": 4,
         "attention": "auto",
         "dtype": "float32",
     }
-    config.diffusion = {"name": "rectified_flow", "shift": 1.0}
+    config.diffusion = {"name": "rectified_flow", "shift": 4.0}
     config.train = {
         "steps": 1200,
         "batch_size": 64,

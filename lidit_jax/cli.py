@@ -9,6 +9,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from lidit_jax.errors import UserError
+from lidit_jax.parallel.host_memory import keep_freed_memory
 
 USER_MISTAKE = 2
 
@@ -18,6 +19,7 @@ def run(main: Callable[[], None]) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         _quieten()
+        keep_freed_memory()
         try:
             if len(argv) > 1:
                 raise UserError(f"unexpected argument {argv[1]!r}: every option is a flag, --name=value")

@@ -84,6 +84,7 @@ class DiT(nn.Module):
     out_channels: int
     mlp_ratio: float = 4.0
     remat: str = "full"
+    scan_unroll: int = 1
     implementation: str = "auto"
     dtype: Any = jnp.float32
 
@@ -122,6 +123,7 @@ class DiT(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
             length=self.depth,
+            unroll=self.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scan(self.num_heads, self.mlp_ratio, self.implementation, self.dtype, name="blocks")

@@ -43,6 +43,8 @@ class LIDiTConfig:
       fusion: "collaborative" (collaborative refiner, then concatenation) or "concatenate".
       collaborative_blocks: blocks of the collaborative refiner (paper: 1).
       refiner_mlp_ratio: FFN width of the refiners over their width (ours: 4, as in the DiT).
+      remat: what a block keeps for its backward pass, one of `REMAT_POLICIES`.
+      scan_unroll: DiT blocks per turn of the loop over them; more compiles longer and, on a CPU, runs a little faster.
     """
 
     depth: int
@@ -58,6 +60,7 @@ class LIDiTConfig:
     fusion: str = "collaborative"
     collaborative_blocks: int = 1
     remat: str = "full"
+    scan_unroll: int = 1
     attention: str = "auto"
     dtype: str = "bfloat16"
 
@@ -103,6 +106,7 @@ class LIDiT(nn.Module):
             out_channels=config.latent_channels,
             mlp_ratio=config.mlp_ratio,
             remat=config.remat,
+            scan_unroll=config.scan_unroll,
             implementation=config.attention,
             dtype=dtype,
             name="dit",
