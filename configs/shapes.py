@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         "caption_dropout": 0.1,
     }
 
-    config.text = {"max_length": 32, "system_prompt": "", "instruction": "Describe the objects:"}
+    config.text = {"max_length": 24, "system_prompt": "", "instruction": "Describe the objects:"}
     # Named so that their order, which is alphabetical, is the order of the model's branches.
     language_model = {
         "vocab_size": 512,
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
             "ema_decay": 0.99,
             "log_every": 300,
         },
-        "kl_weight": 1e-3,
+        "kl_weight": 1e-2,
         "reconstruction": "l2",
     }
 
@@ -90,7 +90,7 @@ def get_config() -> ConfigDict:
         "refiner_blocks": 2,  # paper
         "refiner_gated": True,
         "refiner_causal": False,
-        "refiner_mlp_ratio": 2.0,
+        "refiner_mlp_ratio": 1.0,
         "fusion": "collaborative",
         "collaborative_blocks": 1,  # paper
         "remat": "none",
@@ -98,12 +98,12 @@ def get_config() -> ConfigDict:
         "attention": "auto",
         "dtype": "float32",
     }
-    config.diffusion = {"name": "rectified_flow", "shift": 4.0}
+    config.diffusion = {"name": "rectified_flow", "shift": 2.0}
     config.train = {
-        "steps": 1200,
-        "batch_size": 64,
-        "learning_rate": 1e-3,
-        "warmup_steps": 100,
+        "steps": 2400,
+        "batch_size": 32,
+        "learning_rate": 2e-3,
+        "warmup_steps": 50,
         "schedule": "cosine",
         "weight_decay": 0.0,
         "clip_norm": 1.0,

@@ -92,7 +92,9 @@ def load_weights(folder: str | epath.Path, weights: str, sharding: Any = None) -
     folder = epath.Path(folder).resolve()
     if not folder.exists():
         raise UserError(f"{folder}: no checkpoint there; train first, or name the --workdir of a run")
-    with ocp.CheckpointManager(folder, item_handlers={"state": ocp.PyTreeCheckpointHandler()}) as manager:
+    handlers = {"state": ocp.PyTreeCheckpointHandler()}
+    handlers |= {name: ocp.JsonCheckpointHandler() for name in ("facts", "config")}  # or Orbax warns of unknown items
+    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
         step = manager.latest_step()
         if step is None:
             raise UserError(f"{folder}: no finished checkpoint there; train first, or name the --workdir of a run")

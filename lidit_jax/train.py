@@ -162,7 +162,7 @@ class Trainer:
     def init(self, seed: int) -> TrainState:
         """A fresh state, created sharded: no device ever holds the whole of it."""
         init = jax.jit(lambda key: nn.unbox(self._init_boxed(key)), out_shardings=self.state_shardings)
-        with self.mesh:
+        with jax.set_mesh(self.mesh):
             return init(jax.random.key(seed))
 
     def abstract_state(self) -> TrainState:
@@ -189,7 +189,7 @@ class Trainer:
         with nn.logical_axis_rules(self.rules.pairs()):
             loss, metrics, grads = self._gradients(state.params, frozen, batch, key)
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         if config.clip_norm:
             scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
@@ -274,7 +274,7 @@ def train(
     progress = Progress(task.name, step, config.steps, config.batch_size)
     stream = iter(batches(step))
     pending = []
-    with trainer.mesh:
+    with jax.set_mesh(trainer.mesh):
         while step < config.steps:
             waited = time.monotonic()
             batch = trainer.put(next(stream))

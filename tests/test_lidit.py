@@ -212,8 +212,9 @@ def test_rematerialisation_changes_no_gradient(remat):
     for policy in ("none", remat):
         _, params, apply = model_and_params(remat=policy)
         grads.append(jax.grad(lambda p, apply=apply: jnp.sum(jnp.square(apply(p, x, t, text))))(opened(params)))
-    # Of the largest value: small entries are sums of large ones, added up in another order.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max()), *grads)
+    # Of the largest gradient: some leaves' gradients are zero but for rounding (a key's bias, which softmax ignores).
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(grads[0]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest), *grads)
 
 
 def test_bfloat16_is_close_to_float32():

@@ -153,7 +153,7 @@ def test_gradients_are_clipped_to_the_norm_before_adam_sees_them():
     grads = jax.grad(lambda p: trainer.task.loss(p, None, batch, jax.random.fold_in(jax.random.key(1), 0))[0])(
         state.params
     )
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     first_moment = trainer.step(state, None, batch, jax.random.key(1))[0].opt_state[0].mu
     expected = jax.tree.map(lambda g: 0.1 * g * 1e-3 / norm, grads)  # (1 - b1) of the clipped gradient
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9), first_moment, expected)
