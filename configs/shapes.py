@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
         "caption_dropout": 0.1,
     }
 
-    config.text = {"max_length": 24, "system_prompt": "", "instruction": "Describe the objects:"}
+    config.text = {"max_length": 32, "system_prompt": "", "instruction": "Describe the objects:"}
     # Named so that their order, which is alphabetical, is the order of the model's branches.
     language_model = {
         "vocab_size": 512,
@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
         "tie_word_embeddings": True,
     }
     language_model_train = {
-        "steps": 300,
+        "steps": 400,
         "batch_size": 64,
         "learning_rate": 3e-3,
         "warmup_steps": 30,
