@@ -1,6 +1,7 @@
 """What the command lines share: flags and user errors end in one line and exit code 2, not in a stack trace."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -44,7 +45,7 @@ def read_config(holder: flags.FlagHolder) -> ConfigDict:
     if holder.value is None:
         raise UserError("name a config: --config=configs/shapes.py")
     try:
-        len(holder.value)
+        holder.value.keys()  # ml_collections tells of a missing file only when the config is used
     except OSError:
         raise UserError(f"{flags.FLAGS['config'].config_filename}: no such config file") from None
     return holder.value
@@ -62,14 +63,26 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        _exit(str(error))
-    except UserError as error:  # raised by a config file, say for an unknown argument
-        _exit(str(error))
+        _exit(_last_words(str(error)))
     except (KeyError, AttributeError) as error:
-        # ml_collections' words for a key that the config does not have: 'modle'\nDid you mean "model" …
-        if config_flags.get_config_filename(flags.FLAGS["config"]) is None:
+        if "config" not in flags.FLAGS:
             raise
-        _exit("unknown config key " + str(error.args[0] if error.args else error))
+        _exit(_unknown_key(str(error)))
+
+
+def _unknown_key(message: str) -> str:
+    """ml_collections' words for a key that the config does not have, as a sentence."""
+    suggestion = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', message)
+    if suggestion:
+        return f"config key {suggestion[2]!r} is unknown; did you mean {suggestion[1]!r}?"
+    return f"config key {message} is unknown"
+
+
+def _last_words(message: str) -> str:
+    """Of a message that carries a config file's stack trace, its last line: what was raised."""
+    if "Traceback" not in message:
+        return message
+    return message.strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
 
 
 def _exit(message: str) -> None:

@@ -217,8 +217,8 @@ def command(*arguments, **kwargs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["lidit_jax.main", "--config=configs/shapes.py", "--config.modle.depth=3"], 'Did you mean "model"'),
-        (["lidit_jax.main", "--config=configs/shapes.py", "--config.train.stesp=3"], 'Did you mean "steps"'),
+        (["lidit_jax.main", "--config=configs/shapes.py", "--config.modle.depth=3"], "did you mean 'model'"),
+        (["lidit_jax.main", "--config=configs/shapes.py", "--config.train.stesp=3"], "did you mean 'steps'"),
         (["lidit_jax.main", "--config=configs/shape.py", "--workdir=x"], "no such config file"),
         (["lidit_jax.main", "--config=configs/shapes.py"], "--workdir is required"),
         (["lidit_jax.main", "--config=configs/shapes.py", "--config.train.steps=many"], "train.steps"),
