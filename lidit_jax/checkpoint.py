@@ -4,12 +4,10 @@ A checkpoint has three items: `state` (step, parameters, EMA, optimiser), `facts
 digests of frozen parts) and `config` (JSON). The position in the data needs no item: batch k is a pure function of k.
 """
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -111,13 +109,3 @@ def load_weights(folder: str | epath.Path, weights: str, sharding: Any = None) -
         )
         restored = manager.restore(step, args=ocp.args.Composite(state=args))
     return restored.state[weights], step
-
-
-def digest(tree: Any) -> str:
-    """Sixteen hexadecimal digits that tell two trees of arrays apart: names, shapes, dtypes and contents."""
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(jax.device_get(leaf))
-        sha.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype}".encode())
-        sha.update(np.ascontiguousarray(array).tobytes())
-    return sha.hexdigest()[:16]

@@ -45,6 +45,7 @@ from lidit_jax.train import Task, TrainConfig, Trainer, TrainState, train
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
 from lidit_jax.weights.digest import folder_digest
 from lidit_jax.weights.huggingface_llm import load_llm_encoder, save_llm
+from lidit_jax.weights.safetensors_folder import read_config
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class Experiment:
 
     def cell(self) -> int:
         """Pixels that both sides of a picture must be multiples of: a latent cell times a patch."""
-        vae = load_vae(self.vae_folder())[0] if self.vae.weights else self.vae_config()
+        vae = VAEConfig.from_dict(read_config(self.vae_folder())) if self.vae.weights else self.vae_config()
         return vae.downsampling_factor * self.model.config.patch_size
 
     def encoder_folder(self, name: str) -> epath.Path:
