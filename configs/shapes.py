@@ -23,19 +23,19 @@ def get_config() -> ConfigDict:
         "caption_dropout": 0.1,
     }
 
-    config.text = {"max_length": 32, "system_prompt": "", "instruction": "Describe the objects:"}
+    config.text = {"max_length": 28, "system_prompt": "", "instruction": "Describe the objects:"}
     # Named so that their order, which is alphabetical, is the order of the model's branches.
     language_model = {
         "vocab_size": 512,
-        "hidden_size": 96,
-        "intermediate_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 192,
         "num_hidden_layers": 5,  # features come from the third
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
     }
     language_model_train = {
-        "steps": 400,
+        "steps": 300,
         "batch_size": 64,
         "learning_rate": 3e-3,
         "warmup_steps": 30,
@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
             "sample_size": 32,
         },
         "train": {
-            "steps": 3600,
+            "steps": 1800,
             "batch_size": 8,
             "learning_rate": 4e-3,
             "warmup_steps": 50,
@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
     }
     config.diffusion = {"name": "rectified_flow", "shift": 2.0}
     config.train = {
-        "steps": 2400,
+        "steps": 1800,
         "batch_size": 32,
         "learning_rate": 2e-3,
         "warmup_steps": 50,

@@ -277,6 +277,7 @@ def _train_language_model(
             experiment.config.seed,
             tokenize=lambda captions: {f"{name}/{key}": value for key, value in prompts(captions).items()},
             first=first,
+            join_captions=True,
             with_images=False,
         )
 

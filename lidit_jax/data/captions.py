@@ -69,6 +69,31 @@ class CaptionChooser:
             ) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class CaptionJoiner:
+    """All of an example's captions in one text, in random order: what a small language model is trained on.
+
+    To continue the first caption with the next (the same content in other words or another language) a model must
+    carry which colour belongs to which object and how the objects relate; to continue a caption alone it need not.
+
+    Attributes:
+      fields: the fields to join, where an example has them; None: all.
+    """
+
+    fields: tuple[str, ...] | None = None
+
+    def __call__(self, captions: Mapping[str, str], rng: np.random.Generator) -> str:
+        """Joins {field: text} with " = ".
+
+        Raises:
+          UserError: the example has none of the fields.
+        """
+        present = [field for field in self.fields or sorted(captions) if captions.get(field)]
+        if not present:
+            raise UserError(f"an example has captions {sorted(captions)} but none of the fields {self.fields}")
+        return " = ".join(captions[present[i]] for i in rng.permutation(len(present)))
+
+
 def _check_template(field: str, template: str) -> None:
     try:
         parts = list(string.Formatter().parse(template))

@@ -11,7 +11,7 @@ import numpy as np
 from lidit_jax.data import filters
 from lidit_jax.data.batch_plan import BatchPlan
 from lidit_jax.data.buckets import Bucket, assign, make_buckets
-from lidit_jax.data.captions import CaptionChooser
+from lidit_jax.data.captions import CaptionChooser, CaptionJoiner
 from lidit_jax.data.loader import make_loader
 from lidit_jax.data.shapes import ShapesSource
 from lidit_jax.data.sources import Source, SubsetSource, describe
@@ -118,16 +118,18 @@ class Dataset:
         *,
         first: int = 0,
         caption_dropout: float = 0.0,
+        join_captions: bool = False,
         with_images: bool = True,
         with_captions: bool = False,
     ) -> Iterator[dict[str, Any]]:
-        """This process's rows of batches first, first + 1, …; see `make_loader`."""
+        """This process's rows of batches first, first + 1, …; see `make_loader` (`join_captions`: `CaptionJoiner`)."""
+        fields = tuple(self.config.captions) if self.config.captions else None
         return make_loader(
             self.source,
             self.buckets,
             batch_size,
             seed,
-            self.config.chooser(caption_dropout),
+            CaptionJoiner(fields) if join_captions else self.config.chooser(caption_dropout),
             tokenize or (lambda captions: {}),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
