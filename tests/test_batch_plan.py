@@ -17,7 +17,7 @@ some_counts = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
 
 
 @given(counts=some_counts, batch_size=st.integers(1, 50), seed=st.integers(0, 2**32))
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, max_examples=60)
 def test_a_batch_holds_one_bucket_and_no_epoch_loses_or_repeats_an_example(counts, batch_size, seed):
     plan, bucket_of_example = plan_of(counts, batch_size, seed)
     streams = collections.defaultdict(list)
@@ -32,7 +32,7 @@ def test_a_batch_holds_one_bucket_and_no_epoch_loses_or_repeats_an_example(count
 
 
 @given(counts=some_counts, seed=st.integers(0, 2**32))
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, max_examples=40)
 def test_every_prefix_has_each_buckets_share_give_or_take_the_number_of_buckets(counts, seed):
     plan, _ = plan_of(counts, 1, seed)
     seen = np.zeros(len(counts))

@@ -11,7 +11,7 @@ from lidit_jax.errors import UserError
 
 
 @given(units=st.integers(1, 64), multiple=st.sampled_from([1, 8, 16, 64]), stretch=st.floats(0, 1))
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 def test_sides_are_multiples_and_no_bucket_could_be_larger(units, multiple, stretch):
     max_aspect = 1 + stretch * (min(units**2, 16) - 1)
     buckets = make_buckets(units * multiple, multiple, max_aspect)
@@ -60,7 +60,7 @@ def test_impossible_buckets_say_what_would_do(arguments, says):
     sizes=st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=50),
     order=st.randoms(use_true_random=False),
 )
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 def test_the_bucket_is_the_nearest_in_log_aspect_in_whatever_order_they_are(sizes, order):
     buckets = list(make_buckets(256, 32, 4.0))
     order.shuffle(buckets)
@@ -85,7 +85,7 @@ def test_only_pictures_with_a_side_under_their_buckets_need_enlarging():
     width=st.integers(1, 90),
     bucket=st.builds(Bucket, st.integers(1, 70), st.integers(1, 70)),
 )
-@settings(derandomize=True, deadline=None)
+@settings(derandomize=True)
 def test_every_picture_covers_its_bucket(height, width, bucket):
     color = np.array([10, 200, 77], np.uint8)
     image = np.broadcast_to(color, (height, width, 3)).copy()

@@ -3,7 +3,7 @@ import collections
 import numpy as np
 import pytest
 
-from lidit_jax.data.captions import CaptionChooser, CaptionJoiner
+from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.errors import UserError
 
 BOTH = {"original": "alt text", "synthetic": "a long description"}
@@ -79,16 +79,12 @@ def test_impossible_settings_are_refused(wrong):
 
 def test_joined_captions_are_all_there_in_either_order():
     captions = {"en": "a red circle", "zh": "红圆圈", "alt": ""}
-    texts = {CaptionJoiner(("en", "zh", "alt"))(captions, np.random.default_rng(seed)) for seed in range(30)}
-    assert texts == {"a red circle = 红圆圈", "红圆圈 = a red circle"}
+    joined = draw(CaptionChooser({"en": 0.6, "zh": 0.4, "alt": 1}, join=True), captions, 60)
+    assert set(joined) == {"a red circle = 红圆圈", "红圆圈 = a red circle"}
 
 
-def test_joined_captions_are_all_fields_by_default_and_one_alone_stays_as_it_is():
-    rng = np.random.default_rng(0)
-    assert CaptionJoiner()({"txt": "a cat"}, rng) == "a cat"
-    assert sorted(CaptionJoiner()({"b": "2", "a": "1"}, rng).split(" = ")) == ["1", "2"]
-
-
-def test_joining_captions_that_are_not_there_is_refused():
-    with pytest.raises(UserError, match="none of the fields"):
-        CaptionJoiner(("en",))({"zh": "红圆圈"}, np.random.default_rng(0))
+def test_joined_captions_keep_their_templates_and_one_alone_stays_as_it_is():
+    chooser = CaptionChooser(templates={"class": "a photo of {class}"}, join=True)
+    assert draw(chooser, {"class": "cat"}, 10) == {"a photo of cat": 1}
+    assert set(draw(chooser, {"class": "cat", "txt": "b"}, 40)) == {"a photo of cat = b", "b = a photo of cat"}
+    assert draw(CaptionChooser(dropout=1.0, join=True), {"a": "x"}, 10) == {"": 1}

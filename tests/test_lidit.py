@@ -227,7 +227,7 @@ def test_bfloat16_is_close_to_float32():
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(h=st.integers(1, 4), w=st.integers(1, 4), patch=st.integers(1, 3), channels=st.integers(1, 3))
 def test_unpatchify_inverts_patchify(h, w, patch, channels):
     x = normal(0, (2, h * patch, w * patch, channels))

@@ -192,7 +192,7 @@ def qwen_params():
     return jax.device_put(random_params(CONFIG)["model"])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(tokens=ROW, padding=ROW, length=st.integers(1, 8))
 def test_no_feature_depends_on_what_comes_after_it(qwen_params, tokens, padding, length):
     padded = [*tokens[:length], *padding[length:]]
@@ -200,7 +200,7 @@ def test_no_feature_depends_on_what_comes_after_it(qwen_params, tokens, padding,
     np.testing.assert_array_equal(actual[0, :length], actual[1, :length])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.lists(ROW, min_size=4, max_size=4))
 def test_a_batch_has_the_features_of_its_rows_one_by_one(qwen_params, rows):
     batch = features(CONFIG, qwen_params, np.array(rows))
@@ -428,7 +428,7 @@ def test_a_truncated_file_is_named(folder, kept):
         load_llm_encoder(folder)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(position=st.integers(0, 600), value=st.binary(min_size=1, max_size=4))
 def test_a_damaged_header_loads_or_ends_in_a_user_error(tmp_path_factory, position, value):
     folder = tmp_path_factory.getbasetemp() / "damaged"

@@ -178,7 +178,7 @@ def test_an_epoch_of_a_bucket_holds_each_of_its_examples_once():
 # --- resuming ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, derandomize=True, deadline=None)
+@settings(max_examples=25, derandomize=True)
 @given(stops=st.lists(st.integers(0, 8), max_size=3), prefetch=st.integers(0, 4))
 def test_stopping_anywhere_and_resuming_equals_never_stopping(plain, stops, prefetch):
     state, batches = None, []

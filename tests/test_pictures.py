@@ -69,7 +69,7 @@ def test_captions_are_drawn_below_their_picture_and_within_their_cell():
 
 
 @given(st.text(ANY_CHARACTER, max_size=60), st.sampled_from([1, 8, 40]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_unicode_is_drawn_or_replaced(text, side):
     assert grid([random_image(side, side)], [text], font_size=9).width > 0
 

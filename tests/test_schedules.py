@@ -89,7 +89,7 @@ def test_flow_shift_noising_and_timesteps_equal_those_of_diffusers(shift):
     np.testing.assert_allclose(schedule.target(x0, noise, times), noise - x0, rtol=0, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(sorted(SCHEDULES)),
     fraction=st.floats(0.001, 0.999),

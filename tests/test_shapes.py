@@ -296,7 +296,7 @@ DEGRADATIONS = {
 
 @pytest.mark.parametrize("degrade", DEGRADATIONS.values(), ids=DEGRADATIONS.keys())
 @given(seed=seeds, size=st.sampled_from([(32, 32), (48, 48), (64, 64), (32, 48)]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_drawing_is_all_right(degrade, seed, size):
     scene = scene_of(seed)
     result = check(degrade(draw(scene, *size)), scene)
@@ -305,7 +305,7 @@ def test_every_drawing_is_all_right(degrade, seed, size):
 
 
 @given(seeds)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_places_do_not_matter_but_relations_do(seed):
     scene = scene_of(seed, 2)
     mirrored = Scene(tuple(dataclasses.replace(o, x=1 - o.x, y=1 - o.y) for o in scene.objects), scene.relations)
@@ -359,7 +359,7 @@ def test_smooth_noise_has_no_object_right():
 
 
 @given(seeds, num_objects, st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_one_wrong_color_or_shape_is_all_that_is_wrong(seed, count, data):
     scene = scene_of(seed, count)
     index = data.draw(st.integers(0, count - 1))
@@ -374,7 +374,7 @@ def test_one_wrong_color_or_shape_is_all_that_is_wrong(seed, count, data):
 
 
 @given(seeds, num_objects, st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_one_wrong_size_is_all_that_is_wrong(seed, count, data):
     scene = scene_of(seed, count)
     index = data.draw(st.integers(0, count - 1))
@@ -386,7 +386,7 @@ def test_one_wrong_size_is_all_that_is_wrong(seed, count, data):
 
 
 @given(seeds, st.integers(2, 4), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_two_swapped_objects_have_only_their_relations_wrong(seed, count, data):
     scene = scene_of(seed, count)
     i = data.draw(st.integers(0, count - 2))
@@ -404,7 +404,7 @@ def test_two_swapped_objects_have_only_their_relations_wrong(seed, count, data):
 
 
 @given(seeds, st.integers(1, 4), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_missing_object_is_wrong_and_breaks_its_relations_alone(seed, count, data):
     scene = scene_of(seed, count)
     index = data.draw(st.integers(0, count - 1))
@@ -420,7 +420,7 @@ def test_a_missing_object_is_wrong_and_breaks_its_relations_alone(seed, count, d
 
 
 @given(seeds, st.integers(2, 4))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_an_added_object_is_extra_and_all_else_is_right(seed, count):
     scene = scene_of(seed, count)
     stated = Scene(scene.objects[:-1], scene.relations[:-1])
@@ -440,7 +440,7 @@ def test_an_object_of_two_colors_has_no_color():
 
 
 @given(st.tuples(*[st.integers(0, 255)] * 3), st.integers(1, 32))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_blocks_of_any_color_are_judged(color, width):
     image = np.full((32, 32, 3), shapes.BACKGROUND, np.uint8)
     image[8:20, :width] = color

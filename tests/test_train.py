@@ -183,7 +183,7 @@ def test_the_average_follows_its_formula():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(warmup=st.integers(0, 20), steps=st.integers(30, 100), cosine=st.booleans())
 def test_the_learning_rate_warms_up_to_its_value_and_never_exceeds_it(warmup, steps, cosine):
     config = TrainConfig(steps, 8, 0.5, warmup_steps=warmup, schedule="cosine" if cosine else "constant")
@@ -237,7 +237,7 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
         make_trainer({"data": 8, "fsdp": 1, "tensor": 1}, batch_size=12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.integers(1, 6), fsdp=st.integers(1, 6), tensor=st.integers(1, 6), hole=st.integers(0, 2))
 def test_a_missing_mesh_size_is_filled_in(data, fsdp, tensor, hole):
     shape = (data, fsdp, tensor)

@@ -20,6 +20,9 @@ class CaptionChooser:
         (classifier-free guidance, Ho & Salimans 2022).
       templates: field -> text around it, e.g. {"class": "a photo of {class}"} (paper: its ImageNet ablations); it may
         name other fields as well.
+      join: all of an example's captions in one text, in random order, instead of one of them: what a small language
+        model is trained on. To continue the first caption with the next (the same content in other words or another
+        language) a model must carry which colour belongs to which object; to continue a caption alone it need not.
 
     Raises:
       UserError: a probability that is none, a template with something else than field names in its braces.
@@ -28,6 +31,7 @@ class CaptionChooser:
     fields: Mapping[str, float] | None = None
     dropout: float = 0.0
     templates: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    join: bool = False
 
     def __post_init__(self):
         if not 0 <= self.dropout <= 1:
@@ -38,16 +42,25 @@ class CaptionChooser:
             _check_template(field, template)
 
     def __call__(self, captions: Mapping[str, str], rng: np.random.Generator) -> str:
-        """Draws from {field: text}; "" with probability `dropout`.
+        """Draws from {field: text}, or joins them with " = "; "" with probability `dropout`.
 
         Raises:
           UserError: the example has none of the fields, or lacks one that its template names.
         """
         # Both are drawn in any case, so that changing the dropout does not change which caption the others get.
         dropped, position = rng.random() < self.dropout, rng.random()
-        return "" if dropped else self._fill(self._choose(captions, position), captions)
+        if dropped:
+            return ""
+        shares = self._shares(captions)
+        if self.join:
+            fields = rng.permutation(list(shares)).tolist()
+            return " = ".join(self._fill(field, captions) for field in fields)
+        bounds = np.cumsum(list(shares.values()))
+        drawn = min(int(np.searchsorted(bounds, position * bounds[-1], side="right")), len(bounds) - 1)
+        return self._fill(list(shares)[drawn], captions)
 
-    def _choose(self, captions: Mapping[str, str], position: float) -> str:
+    def _shares(self, captions: Mapping[str, str]) -> dict[str, float]:
+        """Of the fields that the example has."""
         fields = dict.fromkeys(sorted(captions), 1.0) if self.fields is None else self.fields
         present = [field for field in fields if captions.get(field)]
         if not present:
@@ -55,8 +68,7 @@ class CaptionChooser:
                 f"an example has captions {sorted(captions)} but none of the fields {sorted(fields)}: "
                 "name its fields, or filter out examples without a caption"
             )
-        shares = np.cumsum([fields[field] for field in present])
-        return present[min(int(np.searchsorted(shares, position * shares[-1], side="right")), len(present) - 1)]
+        return {field: fields[field] for field in present}
 
     def _fill(self, field: str, captions: Mapping[str, str]) -> str:
         if field not in self.templates:
@@ -67,31 +79,6 @@ class CaptionChooser:
             raise UserError(
                 f"caption template {self.templates[field]!r} names {error}, which an example lacks"
             ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class CaptionJoiner:
-    """All of an example's captions in one text, in random order: what a small language model is trained on.
-
-    To continue the first caption with the next (the same content in other words or another language) a model must
-    carry which colour belongs to which object and how the objects relate; to continue a caption alone it need not.
-
-    Attributes:
-      fields: the fields to join, where an example has them; None: all.
-    """
-
-    fields: tuple[str, ...] | None = None
-
-    def __call__(self, captions: Mapping[str, str], rng: np.random.Generator) -> str:
-        """Joins {field: text} with " = ".
-
-        Raises:
-          UserError: the example has none of the fields.
-        """
-        present = [field for field in self.fields or sorted(captions) if captions.get(field)]
-        if not present:
-            raise UserError(f"an example has captions {sorted(captions)} but none of the fields {self.fields}")
-        return " = ".join(captions[present[i]] for i in rng.permutation(len(present)))
 
 
 def _check_template(field: str, template: str) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from lidit_jax.data import filters
 from lidit_jax.data.batch_plan import BatchPlan
 from lidit_jax.data.buckets import Bucket, assign, make_buckets
-from lidit_jax.data.captions import CaptionChooser, CaptionJoiner
+from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.loader import make_loader
 from lidit_jax.data.shapes import ShapesSource
 from lidit_jax.data.sources import Source, SubsetSource, describe
@@ -63,9 +63,9 @@ class DataConfig:
             raise UserError("data.path is empty: give --config.data.path=FOLDER_OF_TAR_SHARDS")
         self.chooser(0.0)  # raises for impossible captions
 
-    def chooser(self, dropout: float) -> CaptionChooser:
+    def chooser(self, dropout: float, join: bool = False) -> CaptionChooser:
         template = self.class_template.replace("{}", "{class}")
-        return CaptionChooser(self.captions, dropout, {"class": template} if template else {})
+        return CaptionChooser(self.captions, dropout, {"class": template} if template else {}, join)
 
 
 class Dataset:
@@ -122,14 +122,13 @@ class Dataset:
         with_images: bool = True,
         with_captions: bool = False,
     ) -> Iterator[dict[str, Any]]:
-        """This process's rows of batches first, first + 1, …; see `make_loader` (`join_captions`: `CaptionJoiner`)."""
-        fields = tuple(self.config.captions) if self.config.captions else None
+        """This process's rows of batches first, first + 1, …: `make_loader`; `join_captions`: `CaptionChooser.join`."""
         return make_loader(
             self.source,
             self.buckets,
             batch_size,
             seed,
-            CaptionJoiner(fields) if join_captions else self.config.chooser(caption_dropout),
+            self.config.chooser(caption_dropout, join_captions),
             tokenize or (lambda captions: {}),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
