@@ -193,20 +193,21 @@ class Trainer:
         if config.clip_norm:
             scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
             grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-            ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
 
+        def update(state, grads):
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = state.ema
+            if ema is not None:
+                decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+                ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
+            return state.replace(params=params, ema=ema, opt_state=opt_state)
+
+        # A branch, not a choice element by element: that would read both trees, and copy the donated one.
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
-        state = TrainState(
+        state = jax.lax.cond(finite, update, lambda state, grads: state, state, grads)
+        state = state.replace(
             step=state.step + 1,
-            params=keep(params, state.params),
-            ema=keep(ema, state.ema),
-            opt_state=keep(opt_state, state.opt_state),
             skipped=state.skipped + ~finite,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
         )
