@@ -264,28 +264,40 @@ _CHINESE_RELATIONS = {"left of": "左", "right of": "右", "above": "上", "belo
 class _Template:
     """How a caption is put together: `single` alone, or `first` and then `further` for each more relation.
 
-    In them, {a} and {b} are the two objects' names, {the_a} and {the_b} those with "the", {bare_a} and {bare_b}
-    without article, {relation} the relation.
+    Where there is a `placed`, it takes the place of `first` if two objects are all there are. In them, {a} and {b}
+    are the two objects' names, {the_a} and {the_b} those with "the", {bare_a} and {bare_b} without article,
+    {relation} the relation, {place_a} and {place_b} the halves of the picture that it puts the two into.
     """
 
     single: str
     first: str
     further: str
-    with_sizes: bool
+    placed: str = ""
+    with_sizes: bool = False
 
+
+_PLACES = {
+    "en": {"left of": "on the left", "right of": "on the right", "above": "at the top", "below": "at the bottom"},
+    "zh": _CHINESE_RELATIONS,
+}
+_OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 _TEMPLATES: dict[str, tuple[_Template, ...]] = {
     "en": (
-        _Template("{a}", "{a} {relation} {b}", ", itself {relation} {b}", with_sizes=False),
+        _Template("{a}", "{a} {relation} {b}", ", itself {relation} {b}"),
         _Template("{bare_a}", "{bare_a} {relation} {bare_b}", ", itself {relation} {bare_b}", with_sizes=True),
-        _Template("there is {a}", "there is {a} {relation} {b}", ", itself {relation} {b}", with_sizes=False),
-        _Template("one {bare_a}", "{the_a} is {relation} {the_b}", ", itself {relation} {the_b}", with_sizes=False),
+        _Template("one {bare_a}", "{the_a} is {relation} {the_b}", ", itself {relation} {the_b}"),
+        _Template(
+            "there is {a}", "there is {a} {relation} {b}", ", itself {relation} {b}", "{a} {place_a}, {b} {place_b}"
+        ),
+        _Template("{a}", "{a} {relation} {b}", ", itself {relation} {b}", "{place_a} {a}, {place_b} {b}"),
     ),
     "zh": (
-        _Template("{a}", "{a}在{b}{relation}边", ",它在{b}{relation}边", with_sizes=False),
-        _Template("一个{a}", "{a}在{b}{relation}方", ",它在{b}{relation}方", with_sizes=False),
-        _Template("有{a}", "有{a}在{b}{relation}边", ",它在{b}{relation}边", with_sizes=False),
+        _Template("{a}", "{a}在{b}{relation}边", ",它在{b}{relation}边"),
+        _Template("一个{a}", "{a}在{b}{relation}方", ",它在{b}{relation}方"),
         _Template("{a}", "{a}在{b}{relation}边", ",它在{b}{relation}边", with_sizes=True),
+        _Template("有{a}", "有{a}在{b}{relation}边", ",它在{b}{relation}边", "{a}在{place_a},{b}在{place_b}"),
+        _Template("{a}", "{a}在{b}{relation}边", ",它在{b}{relation}边", "{place_a}边{a},{place_b}边{b}"),
     ),
 }
 
@@ -293,8 +305,9 @@ _TEMPLATES: dict[str, tuple[_Template, ...]] = {
 def caption(scene: Scene, language: Language, rng: np.random.Generator) -> str:
     """Describes the scene in a template drawn from `rng`: every object's colour and shape and every stated relation.
 
-    Some templates state the sizes of one or two objects. "itself" and "它" (it) refer to the object named last, so
-    a caption of three or four objects stays short and unambiguous.
+    Some templates state the sizes of one or two objects; some where each of two objects is in place of how they
+    relate (opposite halves, as `sample_scene` puts them: the same facts). "itself" and "它" (it) refer to the object
+    named last, so a caption of three or four objects stays short and unambiguous.
 
     Args:
       scene: what to describe. Consecutive objects must be related, as `sample_scene` does it.
@@ -312,9 +325,12 @@ def caption(scene: Scene, language: Language, rng: np.random.Generator) -> str:
     names = [name(item, with_sizes) for item in scene.objects]
     if not scene.relations:
         return template.single.format(a=_indefinite(names[0], language), bare_a=names[0])
-    text = ""
+    text, places = "", _PLACES[language]
     for i, relation, j in scene.relations:
-        text += (template.further if text else template.first).format(
+        form = template.further if text else template.first
+        if template.placed and len(scene.objects) == 2:
+            form = template.placed
+        text += form.format(
             a=_indefinite(names[i], language),
             b=_indefinite(names[j], language),
             bare_a=names[i],
@@ -322,6 +338,8 @@ def caption(scene: Scene, language: Language, rng: np.random.Generator) -> str:
             the_a=f"the {names[i]}",
             the_b=f"the {names[j]}",
             relation=relation if language == "en" else _CHINESE_RELATIONS[relation],
+            place_a=places[relation],
+            place_b=places[_OPPOSITES[relation]],
         )
     return text
 
