@@ -34,6 +34,7 @@ setup(
     extras_require={
         "test": [
             "diffusers>=0.42.1",
+            "fonttools>=4.68",
             "hypothesis>=6.170",
             "pytest>=9.2",
             "ruff>=0.17",

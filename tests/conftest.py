@@ -10,8 +10,11 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import hypothesis
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
+
+from lidit_jax.data.shapes import Scene, sample_scene
 
 # A slow or busy machine is no failure: no example has a deadline.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
@@ -49,6 +52,10 @@ def tiny_config() -> ConfigDict:
     config.sample.update(steps=2, batch_size=8)
     config.evaluate.update(two_objects=8, held_out_pairs=0, three_objects=0, four_objects=0)
     return config
+
+
+def scene_of(seed: int, num_objects: int | None = None, pairs: str = "all") -> Scene:
+    return sample_scene(np.random.default_rng(seed), num_objects, pairs)
 
 
 @pytest.fixture(scope="session")

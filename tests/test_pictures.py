@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
@@ -165,11 +167,8 @@ def test_single_missing_characters_lose_their_accent_or_become_a_question_mark(o
 
 
 def test_a_font_that_has_the_characters_draws_them(only_fonts, tmp_path):
-    font_builder = pytest.importorskip("fontTools.fontBuilder")
-    glyph_pen = pytest.importorskip("fontTools.pens.ttGlyphPen")
-
     def box(left, right):
-        pen = glyph_pen.TTGlyphPen(None)
+        pen = TTGlyphPen(None)
         pen.moveTo((left, 0))
         for point in ((left, 700), (right, 700), (right, 0)):
             pen.lineTo(point)
@@ -177,7 +176,7 @@ def test_a_font_that_has_the_characters_draws_them(only_fonts, tmp_path):
         return pen.glyph()
 
     names = [".notdef", "red"]
-    builder = font_builder.FontBuilder(1000, isTTF=True)
+    builder = FontBuilder(1000, isTTF=True)
     builder.setupGlyphOrder(names)
     builder.setupCharacterMap({ord("红"): "red"})
     builder.setupGlyf({".notdef": box(400, 500), "red": box(100, 900)})

@@ -325,12 +325,10 @@ def caption(scene: Scene, language: Language, rng: np.random.Generator) -> str:
     names = [name(item, with_sizes) for item in scene.objects]
     if not scene.relations:
         return template.single.format(a=_indefinite(names[0], language), bare_a=names[0])
+    first = template.placed if template.placed and len(scene.objects) == 2 else template.first
     text, places = "", _PLACES[language]
     for i, relation, j in scene.relations:
-        form = template.further if text else template.first
-        if template.placed and len(scene.objects) == 2:
-            form = template.placed
-        text += form.format(
+        text += (template.further if text else first).format(
             a=_indefinite(names[i], language),
             b=_indefinite(names[j], language),
             bare_a=names[i],
