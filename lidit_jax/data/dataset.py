@@ -122,7 +122,7 @@ class Dataset:
         with_images: bool = True,
         with_captions: bool = False,
     ) -> Iterator[dict[str, Any]]:
-        """This process's rows of batches first, first + 1, …; see `make_loader`, and `CaptionChooser` for the captions."""
+        """This process's rows of batches first, first + 1, …: `make_loader`, and `CaptionChooser` for the captions."""
         return make_loader(
             self.source,
             self.buckets,
