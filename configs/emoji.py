@@ -55,8 +55,8 @@ def get_config() -> ConfigDict:
             "weights": "",
             "dtype": "float32",
             "family": family,
-            "model": language_model,
-            "train": language_model_train,
+            "model": dict(language_model),  # a copy: an override of one must not change the other
+            "train": dict(language_model_train),
         }
         for name, family in (("llama", "llama"), ("qwen", "qwen2"))
     }

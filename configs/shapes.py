@@ -48,8 +48,8 @@ def get_config() -> ConfigDict:
             "weights": "",
             "dtype": "float32",
             "family": family,
-            "model": language_model,
-            "train": language_model_train,
+            "model": dict(language_model),  # a copy: an override of one must not change the other
+            "train": dict(language_model_train),
         }
         for name, family in (("llama", "llama"), ("qwen", "qwen2"))
     }
@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
             "ema_decay": 0.99,
             "log_every": 300,
         },
-        "kl_weight": 1e-2,
+        "kl_weight": 1e-3,
         "reconstruction": "l2",
     }
 

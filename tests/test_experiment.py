@@ -164,6 +164,15 @@ def test_configs_are_complete_but_for_paths(name, tmp_path):
     assert experiment.Experiment(config, epath.Path(tmp_path)).model.config.depth >= 4
 
 
+@pytest.mark.parametrize("name", ["shapes", "emoji"])
+def test_an_override_of_one_encoder_leaves_the_others_as_they_are(name):
+    config = load_config(name)
+    config.encoders.llama.train.steps = 7
+    config.encoders.llama.model.hidden_size = 8
+    assert config.encoders.qwen.train.steps != 7
+    assert config.encoders.qwen.model.hidden_size != 8
+
+
 def test_every_ablation_row_is_a_config(tmp_path):
     for row in load_module("ablation").ROWS:
         config = load_config("ablation", row)
