@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
         "refiner_blocks": 2,  # paper
         "refiner_gated": True,  # paper
         "refiner_causal": False,  # paper
+        "refiner_rotary": True,  # ours
         "refiner_mlp_ratio": 4.0,  # ours
         "fusion": "collaborative",  # paper
         "collaborative_blocks": 1,  # paper

@@ -84,6 +84,7 @@ def get_config(row: str = "") -> ConfigDict:
         "refiner_blocks": 2,  # paper, but for the rows that change it
         "refiner_gated": True,
         "refiner_causal": False,
+        "refiner_rotary": True,  # ours
         "refiner_mlp_ratio": 4.0,
         "fusion": "collaborative",
         "collaborative_blocks": 1,  # paper

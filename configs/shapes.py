@@ -90,6 +90,7 @@ def get_config() -> ConfigDict:
         "refiner_blocks": 2,  # paper
         "refiner_gated": True,
         "refiner_causal": False,
+        "refiner_rotary": True,
         "refiner_mlp_ratio": 1.0,
         "fusion": "collaborative",
         "collaborative_blocks": 1,  # paper

@@ -105,6 +105,52 @@ def test_a_late_token_changes_an_early_refined_feature_only_without_the_causal_m
     assert (np.abs(difference[:, 0]).max() > 1e-4) == sees_later_tokens
 
 
+def reversed_tokens(x):
+    return x[:, ::-1]
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_the_token_refiner_knows_the_order_of_tokens_only_by_rotary_positions(rotary):
+    x, mask, conditioning = normal(0, (2, 6, WIDTH)), jnp.ones((2, 6), bool), normal(1, (2, WIDTH))
+    positions = jnp.arange(6) if rotary else None
+    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4), x, mask, conditioning, positions)
+    params = opened(params)
+    refined = apply(params, x, mask, conditioning, positions)
+    of_reversed = apply(params, reversed_tokens(x), mask, conditioning, positions)
+    assert (np.abs(reversed_tokens(of_reversed) - refined).max() > 1e-3) == rotary
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_a_collaborative_branch_knows_the_order_of_the_others_tokens_only_by_rotary_positions(rotary):
+    branches = [normal(0, (2, 6, WIDTH)), normal(1, (2, 4, WIDTH))]
+    masks = [jnp.ones(x.shape[:2], bool) for x in branches]
+    conditionings = [normal(3 + i, (2, WIDTH)) for i in range(2)]
+    positions = [jnp.arange(6), jnp.arange(4)] if rotary else None
+    params, apply = refiner_and_params(CollaborativeRefiner(1, 4), branches, masks, conditionings, positions)
+    params = opened(params)
+    refined = apply(params, branches, masks, conditionings, positions)[0]
+    of_reversed = apply(params, [branches[0], reversed_tokens(branches[1])], masks, conditionings, positions)[0]
+    assert (np.abs(of_reversed - refined).max() > 1e-4) == rotary
+
+
+def test_only_the_distance_between_refined_tokens_matters_not_where_counting_starts():
+    x, mask, conditioning = normal(0, (2, 6, WIDTH)), jnp.ones((2, 6), bool), normal(1, (2, WIDTH))
+    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4), x, mask, conditioning, jnp.arange(6))
+    params = opened(params)
+    shifted = apply(params, x, mask, conditioning, jnp.arange(6) - 3)
+    np.testing.assert_allclose(shifted, apply(params, x, mask, conditioning, jnp.arange(6)), atol=1e-5)
+
+
+def test_positions_count_from_the_prompts_first_token():
+    np.testing.assert_array_equal(text_features(prefix=3, lengths=(5, 2)).positions(), [-3, -2, -1, 0, 1, 2, 3, 4])
+
+
+def test_an_odd_head_size_is_refused_where_positions_are_rotary():
+    with pytest.raises(UserError, match="refiner_rotary=False"):
+        LIDiTConfig(depth=1, hidden_size=12, num_heads=4)
+    LIDiTConfig(depth=1, hidden_size=12, num_heads=4, refiner_rotary=False)
+
+
 def test_model_returns_zero_at_initialisation():
     _, params, apply = model_and_params()
     text = [text_features(0), text_features(10, width=16)]

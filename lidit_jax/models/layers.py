@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.models.attention import dot_product_attention
+from lidit_jax.models.rotary import rotary_tables, rotate
 
 # Xavier-uniform, as DiT and its descendants use for transformer matrices.
 KERNEL_INIT = nn.initializers.xavier_uniform()
@@ -131,8 +132,19 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: jax.Array | None = None, key_mask: jax.Array | None = None) -> jax.Array:
-        """x [B, L, C], context [B, M, C] (default: x), key_mask bool [B, M] -> [B, L, C]."""
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        key_mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        context_positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """x [B, L, C], context [B, M, C] (default: x), key_mask bool [B, M] -> [B, L, C].
+
+        With `positions` int [L] (and `context_positions` [M], where there is a context) queries and keys are rotated
+        by them, so that a token finds another by how far away it is.
+        """
         batch, length, features = x.shape
         context = x if context is None else context
         head_shape = (self.num_heads, features // self.num_heads)
@@ -145,6 +157,11 @@ class Attention(nn.Module):
         if self.qk_norm:
             query = RMSNorm(name="query_norm")(query)
             key = RMSNorm(name="key_norm")(key)
+        if positions is not None:
+            query = rotate(query, *rotary_tables(positions, head_shape[1]))
+            key = rotate(
+                key, *rotary_tables(positions if context_positions is None else context_positions, head_shape[1])
+            )
         y = dot_product_attention(
             query, key, value, key_mask=key_mask, is_causal=self.is_causal, implementation=self.implementation
         )

@@ -32,6 +32,10 @@ class TextFeatures:
     prompt: jax.Array
     mask: jax.Array
 
+    def positions(self) -> jax.Array:
+        """int32 [P + L]: 0 at the prompt's first token, negative before it."""
+        return jnp.arange(-self.prefix.shape[0], self.prompt.shape[1])
+
 
 @dataclasses.dataclass(frozen=True)
 class LIDiTConfig:
@@ -40,6 +44,8 @@ class LIDiTConfig:
     Attributes:
       refiner_blocks: blocks of each linguistic token refiner (paper: 2); 0 removes it.
       refiner_gated, refiner_causal: Table 5's and Table 3's switches.
+      refiner_rotary: rotary positions in both refiners' attentions (ours), counted from the prompt's first token, so
+        that the same words of two LLMs are near each other whatever comes before them.
       fusion: "collaborative" (collaborative refiner, then concatenation) or "concatenate".
       collaborative_blocks: blocks of the collaborative refiner (paper: 1).
       refiner_mlp_ratio: FFN width of the refiners over their width (ours: 4, as in the DiT).
@@ -56,6 +62,7 @@ class LIDiTConfig:
     refiner_blocks: int = 2
     refiner_gated: bool = True
     refiner_causal: bool = False
+    refiner_rotary: bool = True
     refiner_mlp_ratio: float = 4.0
     fusion: str = "collaborative"
     collaborative_blocks: int = 1
@@ -68,6 +75,11 @@ class LIDiTConfig:
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}"
+            )
+        if self.refiner_rotary and self.hidden_size // self.num_heads % 2:
+            raise UserError(
+                f"model.hidden_size / model.num_heads = {self.hidden_size // self.num_heads} is odd, which rotary "
+                "positions cannot be: choose other sizes, or model.refiner_rotary=False"
             )
         if self.fusion not in FUSIONS:
             raise UserError(f"model.fusion={self.fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
@@ -128,6 +140,7 @@ class TextCondition(nn.Module):
         refiner |= {"implementation": config.attention, "dtype": dtype}
 
         branches, masks, pooled = [], [], []
+        positions = [features.positions() for features in text] if config.refiner_rotary else None
         for i, features in enumerate(text):
             x, mask = FeatureProjection(config.hidden_size, dtype, name=f"project_{i}")(features)  # [B, P + L, C]
             pooled.append(PooledText(config.hidden_size, name=f"pool_{i}")(x, mask))  # [B, C]
@@ -138,12 +151,12 @@ class TextCondition(nn.Module):
                 **refiner,
                 name=f"token_refiner_{i}",
             )
-            branches.append(ltr(x, mask, time + pooled[-1]))
+            branches.append(ltr(x, mask, time + pooled[-1], positions and positions[i]))
             masks.append(mask)
 
         if config.fusion == "collaborative":
             cr = CollaborativeRefiner(config.collaborative_blocks, **refiner, name="collaborative_refiner")
-            branches = cr(branches, masks, [time + p for p in pooled])
+            branches = cr(branches, masks, [time + p for p in pooled], positions)
 
         # Only now, after the refiners have used them, the system prompt and the instruction are dropped.
         branches = [x[:, features.prefix.shape[0] :] for x, features in zip(branches, text, strict=True)]

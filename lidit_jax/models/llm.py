@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
 from lidit_jax.models.layers import Dense, RMSNorm
+from lidit_jax.models.rotary import rotary_tables, rotate
 
 # Variance 1 / width. At the families' widths it is about their 0.02; at a toy's 64 their 0.02 itself would leave
 # every block next to silent for the first hundred steps.
@@ -204,22 +205,6 @@ def encoder_params(params: Any) -> Any:
     model = params["model"]
     layers = jax.tree.map(lambda x: x[: x.shape[0] - BLOCKS_AFTER_FEATURE], model["layers"])
     return {"embed_tokens": model["embed_tokens"], "layers": layers}
-
-
-def rotary_tables(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of RoPE, float32 [L, D], halves repeated as transformers lays them out."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[:, None] * frequencies  # [L, D / 2]
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary position embedding of x [B, L, H, D]; the product is float32, as the tables are."""
-    half = x.shape[-1] // 2
-    x32 = x.astype(jnp.float32)
-    rotated = jnp.concatenate([-x32[..., half:], x32[..., :half]], axis=-1)
-    return (x32 * cos[:, None] + rotated * sin[:, None]).astype(x.dtype)
 
 
 def _after_prefix(prefix: jax.Array, x: jax.Array) -> jax.Array:

@@ -3,6 +3,9 @@
 `LinguisticTokenRefiner` undoes the causal mask: full self-attention lets early tokens see later ones.
 `CollaborativeRefiner` lets several LLMs' features read one another.
 Both start as the identity, because every sublayer ends in a gate that starts at zero.
+
+Both take the tokens' positions, for rotary attention (ours: the paper draws no positions). Without them a token finds
+its neighbour, or itself in another LLM's branch, only by what the features happen to say of where they are.
 """
 
 from collections.abc import Sequence
@@ -29,8 +32,12 @@ class LinguisticTokenRefinerBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, key_mask: jax.Array, conditioning: jax.Array) -> jax.Array:
-        """x [B, L, C], key_mask bool [B, L], conditioning (pooled text + timestep) [B, C] -> [B, L, C]."""
+    def __call__(
+        self, x: jax.Array, key_mask: jax.Array, conditioning: jax.Array, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """x [B, L, C], key_mask bool [B, L], conditioning (pooled text + timestep) [B, C], positions int [L] or None
+        -> [B, L, C].
+        """
         attention = Attention(
             self.num_heads,
             is_causal=self.is_causal,
@@ -43,7 +50,8 @@ class LinguisticTokenRefinerBlock(nn.Module):
         if self.gated:
             gates = Modulation(2, x.shape[-1], dtype=self.dtype, name="gates")
             attention_gate, feed_forward_gate = gates(conditioning)  # [B, C] each
-        x = x + _gate(attention_gate, attention(RMSNorm(name="attention_norm")(x), key_mask=key_mask))
+        h = RMSNorm(name="attention_norm")(x)
+        x = x + _gate(attention_gate, attention(h, key_mask=key_mask, positions=positions))
         return x + _gate(feed_forward_gate, feed_forward(RMSNorm(name="feed_forward_norm")(x)))
 
 
@@ -59,7 +67,10 @@ class LinguisticTokenRefiner(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, key_mask: jax.Array, conditioning: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, key_mask: jax.Array, conditioning: jax.Array, positions: jax.Array | None = None
+    ) -> jax.Array:
+        """As `LinguisticTokenRefinerBlock`."""
         for i in range(self.num_blocks):
             block = LinguisticTokenRefinerBlock(
                 self.num_heads,
@@ -70,7 +81,7 @@ class LinguisticTokenRefiner(nn.Module):
                 self.dtype,
                 name=f"block_{i}",
             )
-            x = block(x, key_mask, conditioning)
+            x = block(x, key_mask, conditioning, positions)
         return x
 
 
@@ -83,8 +94,18 @@ class CollaborativeRefinerBranch(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, others: jax.Array, others_mask: jax.Array, conditioning: jax.Array) -> jax.Array:
-        """x [B, L, C], others [B, M, C], others_mask bool [B, M], conditioning [B, C] -> [B, L, C]."""
+    def __call__(
+        self,
+        x: jax.Array,
+        others: jax.Array,
+        others_mask: jax.Array,
+        conditioning: jax.Array,
+        positions: jax.Array | None = None,
+        others_positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """x [B, L, C], others [B, M, C], others_mask bool [B, M], conditioning [B, C], positions int [L] and [M] or
+        None -> [B, L, C].
+        """
         attention = Attention(
             self.num_heads, implementation=self.implementation, dtype=self.dtype, name="cross_attention"
         )
@@ -94,7 +115,8 @@ class CollaborativeRefinerBranch(nn.Module):
 
         h = modulate(RMSNorm(name="attention_norm")(x).astype(jnp.float32), shift_1, scale_1)
         others = RMSNorm(name="context_norm")(others)
-        x = x + _gate(gate_1, attention(h.astype(self.dtype), others, key_mask=others_mask))
+        y = attention(h.astype(self.dtype), others, others_mask, positions, others_positions)
+        x = x + _gate(gate_1, y)
         h = modulate(RMSNorm(name="feed_forward_norm")(x).astype(jnp.float32), shift_2, scale_2)
         return x + _gate(gate_2, feed_forward(h.astype(self.dtype)))
 
@@ -114,23 +136,36 @@ class CollaborativeRefiner(nn.Module):
 
     @nn.compact
     def __call__(
-        self, branches: Sequence[jax.Array], key_masks: Sequence[jax.Array], conditionings: Sequence[jax.Array]
+        self,
+        branches: Sequence[jax.Array],
+        key_masks: Sequence[jax.Array],
+        conditionings: Sequence[jax.Array],
+        positions: Sequence[jax.Array] | None = None,
     ) -> list[jax.Array]:
-        """Per LLM: features [B, L_i, C], key mask bool [B, L_i], conditioning [B, C] -> features [B, L_i, C]."""
+        """Per LLM: features [B, L_i, C], key mask bool [B, L_i], conditioning [B, C], and positions int [L_i] unless
+        None -> features [B, L_i, C].
+        """
         branches = list(branches)
         if len(branches) == 1:
             return branches
         for block in range(self.num_blocks):
             refined = []
             for i, x in enumerate(branches):
-                others = jnp.concatenate([b for j, b in enumerate(branches) if j != i], axis=1)
-                others_mask = jnp.concatenate([m for j, m in enumerate(key_masks) if j != i], axis=1)
+                others = jnp.concatenate(_without(i, branches), axis=1)
+                others_mask = jnp.concatenate(_without(i, key_masks), axis=1)
+                where = (None, None)
+                if positions is not None:
+                    where = (positions[i], jnp.concatenate(_without(i, positions)))
                 branch = CollaborativeRefinerBranch(
                     self.num_heads, self.mlp_ratio, self.implementation, self.dtype, name=f"block_{block}_branch_{i}"
                 )
-                refined.append(branch(x, others, others_mask, conditionings[i]))
+                refined.append(branch(x, others, others_mask, conditionings[i], *where))
             branches = refined
         return branches
+
+
+def _without(i: int, items: Sequence[Any]) -> list[Any]:
+    return [item for j, item in enumerate(items) if j != i]
 
 
 def _gate(gate: jax.Array, y: jax.Array) -> jax.Array:
