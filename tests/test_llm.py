@@ -1,4 +1,4 @@
-"""The LLM against transformers' LLaMA and Qwen2, its prefix cache, its weights format and its errors."""
+"""The LLM against transformers' LLaMA, Mistral, Qwen and Gemma, its prefix cache, its weights format and its errors."""
 
 import dataclasses
 import json
@@ -12,25 +12,85 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.llm import LLM, CausalLM, LLMConfig, encoder_params
+from lidit_jax.models.rotary import RopeScaling
+from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.text.train_tokenizer import train_tokenizer
+from lidit_jax.weights.huggingface_config import llm_config
 from lidit_jax.weights.huggingface_llm import load_llm_encoder, save_llm
 
 VOCAB_SIZE = 64
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5}
 LLAMA = {**SIZES, "num_attention_heads": 4, "rope_theta": 500_000.0, "rms_norm_eps": 1e-5}
 QWEN = {**SIZES, "num_attention_heads": 4, "rope_theta": 1_000_000.0, "rms_norm_eps": 1e-6}
+GEMMA = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-6}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 MODELS = {
     "llama_mha": (LlamaForCausalLM, LlamaConfig(**LLAMA)),
     "llama_gqa": (LlamaForCausalLM, LlamaConfig(**LLAMA, num_key_value_heads=2)),
     "llama_mqa_tied": (LlamaForCausalLM, LlamaConfig(**LLAMA, num_key_value_heads=1, tie_word_embeddings=True)),
     "llama_wide_heads": (LlamaForCausalLM, LlamaConfig(**LLAMA, num_key_value_heads=2, head_dim=12)),
+    "llama_biases": (LlamaForCausalLM, LlamaConfig(**LLAMA, attention_bias=True, mlp_bias=True)),
+    "llama_3.1": (LlamaForCausalLM, LlamaConfig(**LLAMA, head_dim=16, rope_scaling=LLAMA3_ROPE)),
+    "llama_linear": (LlamaForCausalLM, LlamaConfig(**LLAMA, rope_scaling={"type": "linear", "factor": 2.5})),
+    "llama_dynamic": (LlamaForCausalLM, LlamaConfig(**LLAMA, rope_scaling={"type": "dynamic", "factor": 2.0})),
+    "mistral_sliding": (MistralForCausalLM, MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=4)),
+    "mistral_full": (MistralForCausalLM, MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=None)),
     "qwen_mha": (Qwen2ForCausalLM, Qwen2Config(**QWEN, num_key_value_heads=4)),
     "qwen_gqa_tied": (Qwen2ForCausalLM, Qwen2Config(**QWEN, num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen2.5_yarn": (Qwen2ForCausalLM, Qwen2Config(**QWEN, num_key_value_heads=2, rope_scaling=YARN)),
+    "qwen_sliding": (
+        Qwen2ForCausalLM,
+        Qwen2Config(**QWEN, num_key_value_heads=4, use_sliding_window=True, sliding_window=3, max_window_layers=1),
+    ),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**QWEN, num_key_value_heads=2, head_dim=12)),
+    "gemma": (GemmaForCausalLM, GemmaConfig(**GEMMA)),
+    "gemma_mqa": (GemmaForCausalLM, GemmaConfig(**GEMMA | {"num_key_value_heads": 1})),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**GEMMA, query_pre_attn_scalar=20, attn_logit_softcapping=2.0, sliding_window=3),
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **GEMMA | {"num_hidden_layers": 5},
+            query_pre_attn_scalar=20,
+            sliding_window=3,
+            layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        ),
+    ),
 }
 OURS = LLMConfig(**LLAMA, num_key_value_heads=2, dtype="float32")
 CONFIGS = {
@@ -40,6 +100,18 @@ CONFIGS = {
     "qwen": dataclasses.replace(OURS, attention_bias=True),
     "qwen_tied": dataclasses.replace(OURS, num_key_value_heads=4, attention_bias=True, tie_word_embeddings=True),
 }
+# Everything that Gemma 2 and 3 have: a window shorter than the prefix, another base within it, caps, more norms.
+SLIDING = dataclasses.replace(
+    OURS,
+    sliding_window=3,
+    sliding_layers=(True, False, True, True, False),
+    local_rope_theta=100.0,
+    attention_softcap=2.0,
+    qk_norm=True,
+    sandwich_norm=True,
+    hidden_act="gelu_pytorch_tanh",
+    embedding_scale=3.0,
+)
 
 
 def reference(name):
@@ -88,7 +160,7 @@ def logits(config, params, tokens):
 def every_block(encoder, params, tokens):
     """The features after the first block, after the first two, and so on, each from a model of that many blocks."""
     depths = range(1, encoder.num_hidden_layers + 1)
-    configs = [dataclasses.replace(encoder, num_hidden_layers=depth) for depth in depths]
+    configs = [encoder.first_blocks(depth) for depth in depths]
     return [features(c, first_blocks(params, c.num_hidden_layers), tokens) for c in configs]
 
 
@@ -117,8 +189,8 @@ def test_every_block_matches_transformers_with_right_padding(name, tmp_path):
     model = reference(name)
     model.save_pretrained(tmp_path)
     config, params = load_llm_encoder(tmp_path)
-    tokens = random_tokens(3, 9)
-    mask = np.arange(9) < np.array([[9], [4], [1]])
+    tokens = random_tokens(3, 40)  # longer than any sliding window and any original context
+    mask = np.arange(40) < np.array([[40], [4], [1]])
     expected = hidden_states(model, tokens, mask)
     encoder = config.as_encoder()
     assert encoder.num_hidden_layers == 3
@@ -168,10 +240,10 @@ def test_a_saved_tokenizer_and_its_end_token_stand_beside_the_weights(tmp_path):
 
 
 @pytest.mark.parametrize("prefix_length", [0, 1, 6])
-@pytest.mark.parametrize("name", ["llama", "qwen"])
+@pytest.mark.parametrize("name", ["llama", "qwen", "sliding"])
 def test_prompts_after_a_cached_prefix_have_the_features_of_prefix_and_prompt_together(name, prefix_length):
-    config = CONFIGS[name].as_encoder()
-    params = encoder_params(random_params(CONFIGS[name]))
+    config = (SLIDING if name == "sliding" else CONFIGS[name]).as_encoder()
+    params = encoder_params(random_params(SLIDING if name == "sliding" else CONFIGS[name]))
     before, prompts = random_tokens(prefix_length, seed=1), random_tokens(3, 5, seed=2)
     together = np.concatenate([np.broadcast_to(before, (3, prefix_length)), prompts], axis=1)
     expected = np.asarray(features(config, params, together))
@@ -208,7 +280,7 @@ def test_a_batch_has_the_features_of_its_rows_one_by_one(qwen_params, rows):
         assert_close(batch[index], features(CONFIG, qwen_params, np.array([row]))[0])
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "qwen_mha"])
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen_mha", "qwen3", "gemma", "gemma2", "gemma3"])
 def test_bfloat16_is_as_close_to_float32_as_transformers_own(name, tmp_path):
     model = reference(name)
     model.save_pretrained(tmp_path)
@@ -248,6 +320,155 @@ def test_a_model_saved_without_its_head_loads_too(tmp_path):
     model.model.save_pretrained(tmp_path / "without")
     expected, actual = load_llm_encoder(tmp_path / "with")[1], load_llm_encoder(tmp_path / "without")[1]
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+LLAVA_PREFIXES = {
+    "transformers 4.40": ("language_model.model.", "language_model.lm_head."),
+    "transformers 4.52": ("model.language_model.", "lm_head."),
+    "a base model": ("language_model.", None),
+    "LLaVA's own": ("model.", "lm_head."),
+}
+
+
+@pytest.mark.parametrize("layout", LLAVA_PREFIXES)
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen_mha", "gemma3", "mistral_sliding"])
+def test_the_language_model_inside_a_llava_is_read_from_every_layout(layout, name, tmp_path):
+    reference(name).save_pretrained(tmp_path / "alone")
+    expected_config, expected = load_llm_encoder(tmp_path / "alone")
+    model_prefix, head_prefix = LLAVA_PREFIXES[layout]
+    tensors = {"vision_tower.layers.0.self_attn.q_proj.weight": np.ones((2, 2), np.float32)}
+    for key, value in load_file(tmp_path / "alone/model.safetensors").items():
+        if key.startswith("lm_head."):
+            if head_prefix:
+                tensors[key.replace("lm_head.", head_prefix)] = value
+        else:
+            tensors[key.replace("model.", model_prefix, 1)] = value
+    (tmp_path / "llava").mkdir()
+    save_file(tensors, tmp_path / "llava/model.safetensors")
+    values = json.loads((tmp_path / "alone/config.json").read_text())
+    if layout == "LLaVA's own":
+        own_types = {"llama": "llava_llama", "qwen2": "llava_qwen", "mistral": "llava_mistral"}
+        values["model_type"] = own_types.get(values["model_type"], values["model_type"])
+    else:
+        values = {"model_type": "llava_next", "text_config": values, "vision_config": {"hidden_size": 2}}
+    (tmp_path / "llava/config.json").write_text(json.dumps(values))
+    config, params = load_llm_encoder(tmp_path / "llava")
+    assert config == expected_config
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_a_text_config_that_leaves_sizes_out_means_the_sizes_of_llama_7b():
+    # As llava-hf/llava-1.5-7b-hf writes it.
+    inner = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "vocab_size": 32064}
+    config = llm_config({"model_type": "llava", "text_config": inner}, "config.json", dtype="bfloat16")
+    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (4096, 32, 11008)
+    assert (config.vocab_size, config.rms_norm_eps, config.num_key_value_heads) == (32064, 1e-05, 32)
+
+
+PUBLISHED = {  # the keys that matter, as the models' pages have them
+    "Meta-Llama-3.1-8B": (
+        {
+            "model_type": "llama",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 131072,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "vocab_size": 128256,
+        },
+        {"rope_theta": 500_000.0, "rope_scaling": RopeScaling("llama3", 8.0, 8192, 1.0, 4.0), "sliding_layers": ()},
+    ),
+    "Qwen1.5-7B": (
+        {
+            "model_type": "qwen2",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 28,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        {"attention_bias": True, "attention_output_bias": False, "rope_theta": 1e6, "sliding_layers": ()},
+    ),
+    "gemma-3-4b-it": (
+        {
+            "model_type": "gemma3",
+            "text_config": {
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 34,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+            },
+        },
+        {
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "rope_theta": 1e6,
+            "local_rope_theta": 1e4,
+            "rope_scaling": RopeScaling("linear", 8.0),
+            "sliding_window": 1024,
+            "sliding_layers": tuple(block % 6 != 5 for block in range(34)),
+            "attention_scale": 256**-0.5,
+            "attention_softcap": 0.0,
+            "embedding_scale": 2560**0.5,
+        },
+    ),
+    "gemma-2b": (
+        {
+            "model_type": "gemma",
+            "hidden_act": "gelu",
+            "head_dim": 256,
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 18,
+            "num_key_value_heads": 1,
+            "rope_theta": 10000.0,
+            "vocab_size": 256000,
+        },
+        {"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 1, "head_dim": 256, "sandwich_norm": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_is_read_as_it_is_published(name):
+    values, expected = PUBLISHED[name]
+    config = llm_config(values, "config.json", dtype="bfloat16")
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gemma2"])
+def test_parameters_arrive_cut_over_the_mesh_and_equal_to_those_of_one_device(name, tmp_path):
+    reference(name).save_pretrained(tmp_path)
+    expected = load_llm_encoder(tmp_path)[1]
+    mesh = Mesh(np.array(jax.devices()).reshape(1, 4, 2), ("data", "fsdp", "tensor"))
+    config, params = load_llm_encoder(tmp_path, mesh=mesh, rules=ShardingRules())
+    assert params["layers"]["q_proj"]["kernel"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert params["layers"]["down_proj"]["kernel"].sharding.spec == PartitionSpec(None, "tensor", "fsdp")
+    assert params["embed_tokens"].sharding.spec == PartitionSpec("tensor", "fsdp")
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    tokens = random_tokens(2, 6)
+    encoder = config.as_encoder()
+    assert_close(features(encoder, params, tokens), features(encoder, expected, tokens))
 
 
 @pytest.fixture
@@ -319,39 +540,42 @@ DELETED = object()
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral' is not supported; use one of llama, qwen2"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; use one of llama, mistral, qwen2, "),
         ({"model_type": DELETED}, "model_type None is not supported"),
         ({"model_type": ["qwen2"]}, "model_type"),
-        ({"model_type": "llama", "attention_bias": True}, "attention_bias=True is not supported for llama"),
-        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=True is not supported for llama"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
-        ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ({"hidden_act": "relu"}, "hidden_act='relu' is not supported: use one of silu, gelu"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention"] * 4 + ["chunked_attention"]}, "'chunked_attention' is not supported"),
         ({"layer_types": 3}, "layer_types"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling of type 'llama3' is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear' is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters of type 'yarn' is not supported"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters of type 'default' is not supported"),
+        ({"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0}, "sliding_window=0"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 8.0}}, "config.json"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "config.json"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": -1.0}}, "factor=-1.0 is not a positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2' is not a positive number"),
+        ({"rope_parameters": {"rope_type": "mine"}}, "rope_type 'mine' is not supported: use one of default, linear"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is not supported"),
         ({"rope_parameters": [1]}, "rope_parameters is not an object"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_size": DELETED}, "hidden_size is missing"),
         ({"hidden_size": 33, "head_dim": None}, "hidden_size=33 is not divisible by num_attention_heads=4"),
-        ({"hidden_size": 32.0}, "hidden_size=32.0 is not a positive whole number"),
+        ({"hidden_size": 32.0}, "transformers refuses it .*'hidden_size' expected int"),
         ({"num_attention_heads": 0}, "num_attention_heads=0"),
-        ({"num_attention_heads": True}, "num_attention_heads=True"),
+        ({"num_attention_heads": True}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by num_key_value_heads=3"),
-        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"head_dim": 7}, "even rotary dimension"),
         ({"vocab_size": -1}, "vocab_size=-1"),
-        ({"intermediate_size": "48"}, "intermediate_size='48'"),
+        ({"intermediate_size": "48"}, "'intermediate_size' expected int"),
         ({"num_hidden_layers": 2}, "needs at least 3 blocks"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps=0"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps=0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
         ({"rope_theta": 10**400}, "rope_theta=1"),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta='1e4'"),
-        ({"tie_word_embeddings": 1}, "tie_word_embeddings=1"),
+        ({"tie_word_embeddings": 1}, "'tie_word_embeddings' expected bool"),
         ({"vocab_size": VOCAB_SIZE + 1}, r"embed_tokens.weight has shape \(64, 32\), config.json asks for \(65, 32\)"),
-        ({"intermediate_size": 2**31 - 1}, "gate_proj.weight has shape"),
-        ({"num_hidden_layers": 2**31 - 1}, r"tensor model\.layers\.5\..* is missing"),
+        ({"intermediate_size": 2**31 - 1}, "_proj.weight has shape"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647 is not a whole number from 1 to 1000"),
+        ({"num_hidden_layers": 1000}, "layer_types|num_hidden_layers|is missing"),
         ({"model_type": "llama"}, r"k_proj\.bias' has no place in the model that config.json describes"),
     ],
 )
@@ -408,6 +632,18 @@ def test_integer_weights_are_refused(folder):
     name = "model.layers.0.mlp.up_proj.weight"
     change_tensors(folder, lambda tensors: tensors.update({name: np.zeros((48, 32), np.int8)}))
     with pytest.raises(UserError, match=r"up_proj\.weight has type I8"):
+        load_llm_encoder(folder)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.self_attn.o_proj.weight"])
+def test_weights_that_are_not_finite_are_refused(folder, name, value):
+    def change(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name][1, 2] = value
+
+    change_tensors(folder, change)
+    with pytest.raises(UserError, match=f"tensor {name} has numbers that are not finite"):
         load_llm_encoder(folder)
 
 

@@ -9,47 +9,47 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - its import teaches NumPy bfloat16, which safetensors then returns
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from etils import epath
+from safetensors import SafetensorError
 
 from lidit_jax.errors import UserError
+from lidit_jax.weights.safetensors_file import SafetensorsFile
 
 CONFIG_FILE = "config.json"
-FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 
 
 class SafetensorsFolder:
-    """The tensors of a folder by name; each is read from the disk when it is asked for, and no other is.
+    """The tensors of a folder by name; each is read when it is asked for, and no other is.
 
-    A context manager: the files stay mapped until it is left. A shard that is never asked for may be missing.
+    A context manager: the files stay open until it is left. A shard that is never asked for may be missing.
     """
 
-    def __init__(self, folder: str | Path, stem: str):
+    def __init__(self, folder: str | epath.Path, stem: str):
         """Finds the tensors.
 
         Args:
-            folder: the folder.
+            folder: on a disk or in a bucket (gs://…).
             stem: the weights file's name without its ending: "model" (transformers), "diffusion_pytorch_model".
 
         Raises:
             UserError: there are no safetensors files, or their header or index cannot be read.
         """
-        self.folder = local_folder(folder)
-        self._open_files: dict[Path, Any] = {}
-        self._stack = ExitStack()
+        self.folder = epath.Path(folder)
+        self._files: dict[epath.Path, SafetensorsFile] = {}
         self._file_of_tensor = self._find_tensors(stem)
 
     def __enter__(self) -> "SafetensorsFolder":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._open_files.clear()
-        self._stack.close()
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     @property
     def names(self) -> set[str]:
@@ -61,35 +61,32 @@ class SafetensorsFolder:
         Raises:
             UserError: it, or the file it should be in, is missing or damaged, of another shape, or not floating point.
         """
-        if name not in self._file_of_tensor:
-            raise UserError(
-                f"{self.folder}: tensor {name} is missing; the weights do not belong to the {CONFIG_FILE} beside them"
-            )
-        file = self._file_of_tensor[name]
-        try:
-            stored = self._open(file).get_slice(name)
-            found, dtype = tuple(stored.get_shape()), stored.get_dtype()
-        except SafetensorError as error:
-            raise _unreadable_tensor(file, name, error) from error
-        if found != shape:
-            raise UserError(f"{file}: tensor {name} has shape {found}, {CONFIG_FILE} asks for {shape}")
-        if dtype not in FLOAT_TYPES:
-            raise UserError(f"{file}: tensor {name} has type {dtype}; only {', '.join(FLOAT_TYPES)} can be read")
+        self._containing(name).check(name, shape, CONFIG_FILE)
+
+    def num_bytes(self, name: str) -> int:
+        """On the disk. Raises what `check` raises for a tensor that is missing."""
+        return self._containing(name).num_bytes(name)
 
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor, in the type it is stored in. Raises what `check` raises."""
         self.check(name, shape)
-        file = self._file_of_tensor[name]
-        try:
-            return self._open(file).get_tensor(name)
-        except SafetensorError as error:
-            raise _unreadable_tensor(file, name, error) from error
+        return self._containing(name).read(name)
 
-    def _find_tensors(self, stem: str) -> dict[str, Path]:
+    def _containing(self, name: str) -> SafetensorsFile:
+        if name not in self._file_of_tensor:
+            raise UserError(
+                f"{self.folder}: tensor {name} is missing; the weights do not belong to the {CONFIG_FILE} beside them"
+            )
+        file = self._open(self._file_of_tensor[name])
+        if name not in file.names:
+            raise UserError(f"{file.file}: tensor {name} is missing, which the index says is there; copy both again")
+        return file
+
+    def _find_tensors(self, stem: str) -> dict[str, epath.Path]:
         weights, index = self.folder / f"{stem}.safetensors", self.folder / f"{stem}.safetensors.index.json"
-        if weights.is_file():
-            return dict.fromkeys(self._open(weights).keys(), weights)
-        if index.is_file():
+        if weights.exists():
+            return dict.fromkeys(self._open(weights).names, weights)
+        if index.exists():
             return _shards(index)
         if pickles := sorted(path.name for ending in ("bin", "pt", "pth") for path in self.folder.glob(f"*.{ending}")):
             raise UserError(
@@ -98,34 +95,29 @@ class SafetensorsFolder:
             )
         raise UserError(f"{self.folder}: no {weights.name} and no {index.name} in it")
 
-    def _open(self, file: Path) -> Any:
-        if file not in self._open_files:
-            try:
-                self._open_files[file] = self._stack.enter_context(safe_open(file, framework="numpy"))
-            except FileNotFoundError as error:
-                raise UserError(f"{file} is missing; copy it into the folder") from error
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is not a readable safetensors file ({error}); copy it again") from error
-        return self._open_files[file]
+    def _open(self, file: epath.Path) -> SafetensorsFile:
+        if file not in self._files:
+            self._files[file] = SafetensorsFile(file)
+        return self._files[file]
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
+def read_config(folder: str | epath.Path) -> dict[str, Any]:
     """The folder's config.json.
 
     Raises:
         UserError: it is missing, or not a JSON object.
     """
-    return read_json_object(Path(folder) / CONFIG_FILE)
+    return read_json_object(epath.Path(folder) / CONFIG_FILE)
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
+def read_json_object(file: epath.Path) -> dict[str, Any]:
     """A JSON file whose outermost value is an object.
 
     Raises:
         UserError: it is missing, or something else.
     """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(file.read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing; give a folder in Hugging Face's layout") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
@@ -157,17 +149,17 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def local_folder(folder: str | Path) -> Path:
-    """The folder as a local path.
+    """The folder as a local path, to write to.
 
     Raises:
-        UserError: it is a bucket's (gs://…), whose files can't be mapped into memory.
+        UserError: it is a bucket's (gs://…): a folder can't appear there all at once.
     """
     if "://" in str(folder):
-        raise UserError(f"{folder}: weights are read from and written to local folders only; copy it to a disk")
+        raise UserError(f"{folder}: weights are written to local folders only; copy them from there")
     return Path(folder)
 
 
-def _shards(index: Path) -> dict[str, Path]:
+def _shards(index: epath.Path) -> dict[str, epath.Path]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index}: no weight_map; copy the file again")
@@ -176,7 +168,3 @@ def _shards(index: Path) -> dict[str, Path]:
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise UserError(f"{index}: shard {shard!r:.80} is not the name of a safetensors file")
     return {name: index.parent / shard for name, shard in weight_map.items()}
-
-
-def _unreadable_tensor(file: Path, name: str, error: SafetensorError) -> UserError:
-    return UserError(f"{file}: tensor {name} cannot be read ({error}); copy the file again")

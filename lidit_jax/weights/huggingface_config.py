@@ -1,0 +1,192 @@
+"""A published config.json -> `LLMConfig`: LLaMA, Mistral, Qwen, Gemma, or the language model inside a LLaVA."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from lidit_jax.errors import UserError
+from lidit_jax.models.llm import LLMConfig
+from lidit_jax.models.rotary import RopeScaling
+from lidit_jax.weights.published_config import boolean, parse, positive_integer, positive_number, refuse_quantised
+
+# What transformers calls the decoder-only models that `LLM` computes.
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+# Multi-modal models, and the type of their language model where their `text_config` leaves it open.
+MULTIMODAL_TYPES = {
+    "llava": "llama",
+    "llava_next": "llama",
+    "llava_next_video": "llama",
+    "llava_onevision": "qwen2",
+    "vipllava": "llama",
+    "video_llava": "llama",
+    "mistral3": "mistral",
+    "gemma3": "gemma3_text",
+}
+# LLaVA's own code writes the language model's keys at the top level, under a name of its own.
+LLAVA_TYPES = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+    "llava_gemma": "gemma",
+}
+SUPPORTED = tuple(dict.fromkeys((*MODEL_TYPES, *MULTIMODAL_TYPES, *LLAVA_TYPES)))
+
+# transformers would fill these in with one particular model's sizes; in a `text_config` it means to.
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def llm_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: str = "auto") -> LLMConfig:
+    """The config of a published language model, or of the one inside a multi-modal model.
+
+    Args:
+        values: what its config.json holds. transformers reads it: absent keys have that library's defaults, and keys
+            of its older versions mean what they mean there.
+        file: where they come from, for messages.
+        dtype, attention: `LLMConfig`'s, which config.json does not decide.
+
+    Raises:
+        UserError: a key is missing or has an impossible value, or the model is one that `LLM` does not compute.
+    """
+    model_type, values = _language_model(values, file)
+    config = _parse(model_type, values, file)
+    hidden_size = positive_integer(config, "hidden_size", file)
+    num_heads = positive_integer(config, "num_attention_heads", file)
+    if getattr(config, "head_dim", None) is None and hidden_size % num_heads:
+        raise UserError(f"{file}: hidden_size={hidden_size} is not divisible by num_attention_heads={num_heads}")
+    head_dim = positive_integer(config, "head_dim", file, default=hidden_size // num_heads)
+    if head_dim % 2:
+        raise UserError(f"{file}: head_dim={head_dim} is odd, which rotary positions cannot be")
+    sizes = {
+        "vocab_size": positive_integer(config, "vocab_size", file),
+        "hidden_size": hidden_size,
+        "intermediate_size": positive_integer(config, "intermediate_size", file),
+        "num_hidden_layers": positive_integer(config, "num_hidden_layers", file),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": positive_integer(config, "num_key_value_heads", file, default=num_heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": positive_integer(config, "max_position_embeddings", file),
+        "rms_norm_eps": positive_number(config, "rms_norm_eps", file),
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
+    }
+    try:
+        return LLMConfig(
+            **sizes,
+            **_rotary(config, file),
+            **_windows(config, file),
+            **_switches(model_type, config, file),
+            attention=attention,
+            dtype=dtype,
+        )
+    except UserError as error:
+        raise UserError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from error
+
+
+def norm_offset(values: Mapping[str, Any], file: Any) -> float:
+    """What the stored weights of the norms lack of the scale: Gemma stores w and scales by 1 + w."""
+    return 1.0 if _language_model(values, file)[0].startswith("gemma") else 0.0
+
+
+def _language_model(values: Mapping[str, Any], file: Any) -> tuple[str, dict[str, Any]]:
+    """-> (one of `MODEL_TYPES`, the keys of the language model)."""
+    model_type = values.get("model_type")
+    inner = values.get("text_config")
+    if isinstance(model_type, str) and model_type in MULTIMODAL_TYPES and inner is not None:
+        if not isinstance(inner, dict):
+            raise UserError(f"{file}: text_config is not an object; copy the file again")
+        inner_type = inner.get("model_type", MULTIMODAL_TYPES[model_type])
+        if not isinstance(inner_type, str) or inner_type not in MODEL_TYPES:
+            raise UserError(
+                f"{file}: text_config.model_type {inner_type!r:.80} is not supported; use one of {', '.join(SUPPORTED)}"
+            )
+        refuse_quantised(values, file)
+        return inner_type, dict(inner)
+    if isinstance(model_type, str):
+        model_type = LLAVA_TYPES.get(model_type, model_type)
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        raise UserError(f"{file}: model_type {model_type!r:.80} is not supported; use one of {', '.join(SUPPORTED)}")
+    for key in SIZES:
+        if values.get(key) is None:
+            raise UserError(f"{file}: {key} is missing")
+    return model_type, dict(values)
+
+
+def _parse(model_type: str, values: dict[str, Any], file: Any) -> PreTrainedConfig:
+    for key in ("rope_scaling", "rope_parameters"):
+        if values.get(key) is not None and not isinstance(values[key], dict):
+            raise UserError(f"{file}: {key} is not an object; copy the file again")
+    return parse(model_type, values, file, blocks="num_hidden_layers")
+
+
+def _switches(model_type: str, config: PreTrainedConfig, file: Any) -> dict[str, Any]:
+    """What makes a family that family."""
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UserError(f"{file}: use_bidirectional_attention is not supported: the prompt encoders here are causal")
+    bias = model_type == "qwen2" or boolean(config, "attention_bias", file)
+    switches = {
+        "attention_bias": bias,
+        "attention_output_bias": bias and model_type != "qwen2",
+        "mlp_bias": boolean(config, "mlp_bias", file),
+        "qk_norm": model_type in ("qwen3", "gemma3_text"),
+        "hidden_act": getattr(config, "hidden_activation", None) or config.hidden_act,
+    }
+    if model_type.startswith("gemma"):
+        switches["embedding_scale"] = float(config.hidden_size) ** 0.5
+    if model_type in ("gemma2", "gemma3_text"):
+        switches["sandwich_norm"] = True
+        switches["attention_scale"] = positive_number(config, "query_pre_attn_scalar", file) ** -0.5
+        if config.attn_logit_softcapping is not None:
+            switches["attention_softcap"] = positive_number(config, "attn_logit_softcapping", file)
+    return switches
+
+
+def _windows(config: PreTrainedConfig, file: Any) -> dict[str, Any]:
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if layer_types is None:  # Mistral: every block slides, or none
+        layer_types = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+    if unknown := set(layer_types) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{file}: layer_types: {min(unknown)!r:.80} is not supported")
+    slides = tuple(kind == "sliding_attention" for kind in layer_types)
+    if not any(slides):
+        return {}
+    return {"sliding_window": positive_integer(config, "sliding_window", file), "sliding_layers": slides}
+
+
+def _rotary(config: PreTrainedConfig, file: Any) -> dict[str, Any]:
+    """transformers has gathered what its versions call rope_theta, rope_scaling and rope_parameters in one place."""
+    everywhere = config.rope_parameters
+    rotary = {}
+    if "full_attention" in everywhere:  # Gemma 3: one for each kind of block
+        nearby, everywhere = everywhere["sliding_attention"], everywhere["full_attention"]
+        if _rope_type(nearby) != "default":
+            raise UserError(f"{file}: rope_parameters: only plain rotary positions are supported in sliding blocks")
+        rotary["local_rope_theta"] = positive_number(nearby, "rope_theta", file)
+    if (everywhere.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UserError(f"{file}: partial_rotary_factor={everywhere['partial_rotary_factor']!r:.80} is not supported")
+    rotary["rope_theta"] = positive_number(everywhere, "rope_theta", file)
+    if _rope_type(everywhere) != "default":
+        rotary["rope_scaling"] = _rope_scaling(everywhere, file)
+    return rotary
+
+
+def _rope_type(rope: Mapping[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _rope_scaling(rope: Mapping[str, Any], file: Any) -> RopeScaling:
+    values = {}
+    for field in dataclasses.fields(RopeScaling):
+        if rope.get(field.name) is None:
+            continue
+        if field.name == "rope_type":
+            values["rope_type"] = rope["rope_type"]
+        elif field.name == "truncate":
+            values["truncate"] = boolean(rope, "truncate", file)
+        elif field.name == "original_max_position_embeddings":
+            values[field.name] = positive_integer(rope, field.name, file)
+        else:
+            values[field.name] = positive_number(rope, field.name, file)
+    return RopeScaling(**values)

@@ -1,0 +1,157 @@
+"""A transformers T5 or mT5 folder (config.json + safetensors) -> `T5Config` and the encoder's parameters."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from transformers import PreTrainedConfig
+
+from lidit_jax.errors import UserError
+from lidit_jax.models.t5 import T5Config, T5Encoder
+from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.weights.placing import Placement, check_tensors, place_parameters
+from lidit_jax.weights.published_config import parse, positive_integer, positive_number
+from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, read_config
+
+WEIGHTS_STEM = "model"
+MODEL_TYPES = ("t5", "mt5")
+# transformers would fill these in with the sizes of T5-small.
+SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+DISTANCES = ("relative_attention_num_buckets", "relative_attention_max_distance")
+# feed_forward_proj -> (activation, gated); "gated-gelu" has always meant the tanh approximation.
+FEED_FORWARDS = {
+    "relu": ("relu", False),
+    "gelu": ("gelu", False),
+    "gated-gelu": ("gelu_new", True),
+    "gated-silu": ("silu", True),
+}
+
+# Our name of a block's submodule -> transformers'.
+BLOCK_MODULES = {
+    "attention_norm": "layer.0.layer_norm",
+    "q": "layer.0.SelfAttention.q",
+    "k": "layer.0.SelfAttention.k",
+    "v": "layer.0.SelfAttention.v",
+    "o": "layer.0.SelfAttention.o",
+    "feed_forward_norm": "layer.1.layer_norm",
+    "wi": "layer.1.DenseReluDense.wi",
+    "wi_0": "layer.1.DenseReluDense.wi_0",
+    "wi_1": "layer.1.DenseReluDense.wi_1",
+    "wo": "layer.1.DenseReluDense.wo",
+}
+BLOCKS = "encoder.block."
+OUTSIDE_BLOCKS = {
+    "relative_attention_bias": f"{BLOCKS}0.layer.0.SelfAttention.relative_attention_bias.weight",
+    "final_layer_norm": "encoder.final_layer_norm.weight",
+}
+# One array under two names, of which files have either or both.
+EMBEDDINGS = ("encoder.embed_tokens.weight", "shared.weight")
+
+
+def load_t5_encoder(
+    folder: str | Path | epath.Path,
+    *,
+    dtype: str = "float32",
+    attention: str = "auto",
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> tuple[T5Config, dict[str, Any]]:
+    """Reads the encoder of a transformers T5, from the whole model or from the encoder alone.
+
+    One tensor at a time is in host memory on its way to its place on the devices.
+
+    Args:
+        folder: with config.json and model.safetensors, or that file's shards and their index; shards that hold only
+            the decoder and the head may be missing. On a disk or in a bucket (gs://…).
+        dtype: what the encoder computes in. Its matrices come in this type, because each use would cast them to it
+            anyway. Norm scales come in float32.
+        attention: the implementation (`models/attention.py`).
+        mesh, rules: where the parameters go; default: all on the first device.
+
+    Returns:
+        The config, and the parameters for `T5Encoder(config).apply({"params": params}, tokens, mask)`: a nested dict
+        of arrays, blocks stacked.
+
+    Raises:
+        UserError: the model is not of a supported type; a file or tensor is missing, damaged, of the wrong shape, not
+            floating point or not finite; weights are only there as pickles (.bin, .pt), which are never read.
+    """
+    folder = epath.Path(folder)
+    config = t5_config(read_config(folder), folder / CONFIG_FILE, dtype=dtype, attention=attention)
+    with SafetensorsFolder(folder, WEIGHTS_STEM) as weights:
+        boxed = _boxed_parameters(config)
+        names = {path: _stored_names(config, path, weights) for path in boxed}
+        check_tensors(weights, boxed, names, belonging=(BLOCKS,))
+        params = place_parameters(weights, boxed, names, Placement(mesh, rules), dtype=dtype)
+    return config, params
+
+
+def t5_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: str = "auto") -> T5Config:
+    """The config of a published T5 or mT5.
+
+    Args:
+        values: what its config.json holds. transformers reads it: absent keys other than sizes have its defaults.
+        file: where they come from, for messages.
+        dtype, attention: `T5Config`'s, which config.json does not decide.
+
+    Raises:
+        UserError: a key is missing or has an impossible value, or the model is one that `T5Encoder` does not compute.
+    """
+    config = _parse(values, file)
+    integers = {key: positive_integer(config, key, file) for key in (*SIZES, *DISTANCES)}
+    activation, gated = _feed_forward(config, file)
+    try:
+        return T5Config(
+            **integers,
+            layer_norm_epsilon=positive_number(config, "layer_norm_epsilon", file),
+            activation=activation,
+            gated=gated,
+            attention=attention,
+            dtype=dtype,
+        )
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def _parse(values: Mapping[str, Any], file: Any) -> PreTrainedConfig:
+    model_type = values.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"{file}: model_type {model_type!r:.80} is not supported; use one of {', '.join(MODEL_TYPES)}")
+    return parse(model_type, values, file, sizes=SIZES, blocks="num_layers")
+
+
+def _feed_forward(config: PreTrainedConfig, file: Any) -> tuple[str, bool]:
+    """-> (activation, gated). Files may repeat what feed_forward_proj says, and transformers would believe the copy."""
+    kind = config.feed_forward_proj
+    if kind not in FEED_FORWARDS:
+        raise UserError(
+            f"{file}: feed_forward_proj={kind!r:.80} is not supported; use one of {', '.join(FEED_FORWARDS)}"
+        )
+    for key, meant in zip(("dense_act_fn", "is_gated_act"), FEED_FORWARDS[kind], strict=True):
+        if getattr(config, key) != meant:
+            raise UserError(f"{file}: {key}={getattr(config, key)!r:.80} is not what feed_forward_proj={kind!r} means")
+    return FEED_FORWARDS[kind]
+
+
+@functools.cache
+def _boxed_parameters(config: T5Config) -> dict[tuple[str, ...], nn.LogicallyPartitioned]:
+    """Shape and logical axes of every parameter by its path; computes and allocates nothing."""
+    tokens, mask = jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.bool_)
+    shapes = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), tokens, mask)
+    return flax.traverse_util.flatten_dict(shapes["params"])
+
+
+def _stored_names(config: T5Config, path: tuple[str, ...], weights: SafetensorsFolder) -> list[str]:
+    """transformers' names: one a block, or one in all."""
+    if path[0] == "layers":
+        return [f"{BLOCKS}{block}.{BLOCK_MODULES[path[1]]}.weight" for block in range(config.num_layers)]
+    if path[0] == "embed_tokens":
+        return [next((name for name in EMBEDDINGS if name in weights.names), EMBEDDINGS[-1])]
+    return [OUTSIDE_BLOCKS[path[0]]]

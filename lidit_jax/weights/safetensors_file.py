@@ -1,0 +1,117 @@
+"""One safetensors file, read by ranges: its header is checked before anything else of it is believed.
+
+The safetensors library maps local files into memory. Here a tensor is read when it is asked for and at no other time,
+from a bucket as from a disk, and its bytes are nobody's memory but the caller's.
+"""
+
+import json
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from lidit_jax.errors import UserError
+
+# The format's own names; other types are not floating point, or not weights as transformers and diffusers write them.
+FLOAT_TYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors library
+
+
+class SafetensorsFile:
+    """The tensors of one file by name."""
+
+    def __init__(self, file: epath.Path):
+        """Reads the header.
+
+        Raises:
+          UserError: the file is missing, is no safetensors file, or is shorter or longer than its header says.
+        """
+        self.file = file
+        try:
+            size = file.stat().length
+            self._stream = file.open("rb")
+        except FileNotFoundError as error:
+            raise UserError(f"{file} is missing; copy it into the folder") from error
+        except OSError as error:
+            raise UserError(f"{file} cannot be opened ({error.strerror or error})") from error
+        try:
+            self._start, self._entries = self._read_header(size)
+        except (OSError, ValueError, RecursionError) as error:
+            self.close()
+            raise UserError(f"{file} is not a readable safetensors file ({error}); copy it again") from error
+
+    def close(self) -> None:
+        self._stream.close()
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._entries)
+
+    def check(self, name: str, shape: tuple[int, ...], who_asks: str) -> None:
+        """Raises UserError unless the tensor has this shape and floating-point numbers."""
+        dtype, found, _ = self._entries[name]
+        if found != shape:
+            raise UserError(f"{self.file}: tensor {name} has shape {found}, {who_asks} asks for {shape}")
+        if dtype not in FLOAT_TYPES:
+            raise UserError(f"{self.file}: tensor {name} has type {dtype}; only {', '.join(FLOAT_TYPES)} can be read")
+
+    def num_bytes(self, name: str) -> int:
+        begin, end = self._entries[name][2]
+        return end - begin
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, in the type it is stored in; a read-only array.
+
+        Raises:
+          UserError: the file cannot be read to the tensor's end.
+        """
+        dtype, shape, (begin, end) = self._entries[name]
+        try:
+            self._stream.seek(self._start + begin)
+            data = self._stream.read(end - begin)
+        except OSError as error:
+            raise UserError(f"{self.file}: tensor {name} cannot be read ({error.strerror or error})") from error
+        if len(data) != end - begin:
+            raise UserError(f"{self.file}: the file ends within tensor {name}; copy it again")
+        return np.frombuffer(data, FLOAT_TYPES[dtype]).reshape(shape)
+
+    def _read_header(self, size: int) -> tuple[int, dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]]:
+        """-> where the data starts, {name: (type, shape, (begin, end))}. Raises ValueError for what is no header."""
+        length = int.from_bytes(self._stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise ValueError("no header, or one longer than the file")
+        header = json.loads(self._stream.read(length).decode("utf-8"))
+        if not isinstance(header, dict):
+            raise ValueError("its header is not an object")
+        header.pop("__metadata__", None)
+        data_size = size - 8 - length
+        entries = {name: _entry(name, value, data_size) for name, value in header.items()}
+        covered = sum(end - begin for _, _, (begin, end) in entries.values())
+        if covered != data_size:
+            raise ValueError(f"it has {data_size} bytes of data, its header describes {covered}")
+        return 8 + length, entries
+
+
+def _entry(name: str, value: Any, data_size: int) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    if not isinstance(value, dict):
+        raise ValueError(f"the entry of tensor {name:.80} is not an object")
+    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"the entry of tensor {name:.80} is damaged")
+    begin, end = offsets
+    if not begin <= end <= data_size:
+        raise ValueError(f"tensor {name:.80} would lie outside the file")
+    if dtype in FLOAT_TYPES and math.prod(shape) * FLOAT_TYPES[dtype].itemsize != end - begin:
+        raise ValueError(f"tensor {name:.80} has {end - begin} bytes, which is not what its shape takes")
+    return dtype, tuple(shape), (begin, end)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
