@@ -15,7 +15,9 @@ setup(
         "etils[epath]>=1.15",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "huggingface_hub>=2.4",
         "jax>=0.10.2",
+        "jinja2>=3.1.6",  # of chat templates; transformers has it in an extra only
         "ml-collections>=1.1",
         "numpy>=2.4",
         "optax>=0.2.8",

@@ -38,6 +38,8 @@ def get_config() -> ConfigDict:
             "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial "
             "relationships of the objects:"
         ),
+        "chat_template": True,  # ours: the tokenizer's, where it has one
+        "encode": "in_step",  # ours
     }
     config.encoders = {
         "llama3": {"weights": "", "dtype": "bfloat16"},  # paper: LLaMA3-8B, multi-modally tuned

@@ -71,6 +71,8 @@ def get_config(row: str = "") -> ConfigDict:
         "max_length": 128,  # ours
         "system_prompt": "You are a helpful assistant." if with_instruction else "",  # ours
         "instruction": INSTRUCTION if with_instruction else "",
+        "chat_template": with_instruction,  # ours: a template is an instruction of its own
+        "encode": "in_step",  # ours
     }
     config.encoders = {name: {"weights": "", "dtype": "bfloat16"} for name in encoders}
     config.vae = {"weights": "", "dtype": "bfloat16"}  # paper: 8x, 16 channels

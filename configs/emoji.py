@@ -32,7 +32,13 @@ def get_config() -> ConfigDict:
         "num_workers": 0,
     }
 
-    config.text = {"max_length": 16, "system_prompt": "", "instruction": INSTRUCTION}
+    config.text = {
+        "max_length": 16,
+        "system_prompt": "",
+        "instruction": INSTRUCTION,
+        "chat_template": True,
+        "encode": "in_step",
+    }
     language_model = {
         "vocab_size": 1024,
         "hidden_size": 96,

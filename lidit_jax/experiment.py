@@ -38,13 +38,15 @@ from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.pictures import grid
 from lidit_jax.pipeline import Pipeline, SampleConfig
-from lidit_jax.text.encoders import TextEncoder, tokenize
+from lidit_jax.text.encoders import tokenize
+from lidit_jax.text.load_encoder import load_encoder, open_encoder
 from lidit_jax.text.prompts import PromptTokenizer
-from lidit_jax.text.train_tokenizer import load_tokenizer, train_tokenizer
+from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.train import Task, TrainConfig, Trainer, TrainState, train
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
 from lidit_jax.weights.digest import folder_digest
-from lidit_jax.weights.huggingface_llm import load_llm_encoder, save_llm
+from lidit_jax.weights.folders import find_folder
+from lidit_jax.weights.huggingface_llm import save_llm
 from lidit_jax.weights.safetensors_folder import read_config
 
 logger = logging.getLogger(__name__)
@@ -52,25 +54,38 @@ logger = logging.getLogger(__name__)
 LIDIT = "lidit"
 TOKENIZER_CAPTIONS = 20_000  # captions a tokenizer is trained on
 STATISTICS_BATCHES = 16  # batches that the latents' mean and deviation are measured on
+ENCODE = ("in_step", "ahead")
 # The kinds of decoder-only LLMs that a run can train for itself, by what transformers calls them.
 LLM_FAMILIES = {"llama": {"attention_bias": False}, "qwen2": {"attention_bias": True}}
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Under `text` in the config; see `PromptTokenizer`."""
+    """Under `text` in the config; see `PromptTokenizer`.
+
+    Attributes:
+      encode: where the encoders run in training: "in_step", inside the train step, or "ahead", as a program of their
+        own before it. The features are the same.
+    """
 
     max_length: int
     instruction: str
     system_prompt: str = ""
+    chat_template: bool = True
+    encode: str = "in_step"
+
+    def __post_init__(self):
+        if self.encode not in ENCODE:
+            raise UserError(f"text.encode={self.encode!r} is unknown: use one of {', '.join(ENCODE)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """One entry under `encoders`: an LLM from a folder (`weights`), or one to train here (`family`, `model`, `train`).
+    """One entry under `encoders`: one from a folder (`weights`), or an LLM to train here (`family`, `model`, `train`).
 
     Attributes:
-      weights: folder in Hugging Face's format; "" trains the model on the run's captions.
+      weights: folder in Hugging Face's format (local, or in a bucket) or its name on the hub; "" trains an LLM on the
+        run's captions.
       dtype: of its computation.
       family: "llama" or "qwen2".
       model: fields of `LLMConfig`.
@@ -160,7 +175,8 @@ class Experiment:
         return vae.downsampling_factor * self.model.config.patch_size
 
     def encoder_folder(self, name: str) -> epath.Path:
-        return epath.Path(self.encoders[name].weights or self.workdir / "encoders" / name)
+        weights = self.encoders[name].weights
+        return find_folder(weights) if weights else self.workdir / "encoders" / name
 
     def vae_folder(self) -> epath.Path:
         return epath.Path(self.vae.weights or self.workdir / "vae")
@@ -169,16 +185,29 @@ class Experiment:
         return self.workdir / "training" / part
 
     def prompt_tokenizer(self, tokenizer: Any) -> PromptTokenizer:
-        return PromptTokenizer(tokenizer, self.text.max_length, self.text.instruction, self.text.system_prompt)
+        text = self.text
+        return PromptTokenizer(
+            tokenizer, text.max_length, text.instruction, text.system_prompt, chat_template=text.chat_template
+        )
 
-    def pipeline(self) -> Pipeline:
-        """The frozen parts from their folders, with the model around them."""
+    def check_encoders(self) -> None:
+        """Raises UserError for what is wrong with the encoders that come from folders, short of their weights."""
+        for encoder in self.encoders.values():
+            if encoder.weights:
+                open_encoder(encoder.weights, self.prompt_tokenizer, dtype=encoder.dtype)
+
+    def pipeline(self, mesh: Mesh | None = None, rules: ShardingRules | None = None) -> Pipeline:
+        """The frozen parts from their folders, with the model around them.
+
+        With a mesh the encoders are cut over it by the rules, and the VAE is whole on every device; without one, all is
+        on the first device.
+        """
         encoders, frozen = {}, {}
         for name, encoder in self.encoders.items():
             folder = self.encoder_folder(name)
-            config, params = load_llm_encoder(folder, dtype=encoder.dtype)
-            encoders[name] = TextEncoder(config, self.prompt_tokenizer(load_tokenizer(folder)))
-            frozen[name] = encoders[name].freeze(jax.tree.map(jnp.asarray, params))
+            encoders[name], frozen[name] = load_encoder(
+                folder, self.prompt_tokenizer, dtype=encoder.dtype, mesh=mesh, rules=rules
+            )
         vae_config, vae_params = load_vae(self.vae_folder())
         if vae_config.latent_channels != self.model.config.latent_channels:
             raise UserError(
@@ -186,7 +215,8 @@ class Experiment:
                 f"model.latent_channels={self.model.config.latent_channels}: make them equal"
             )
         vae = AutoencoderKL(vae_config, jnp.dtype(self.vae.dtype))
-        frozen = {"vae": jax.tree.map(jnp.asarray, vae_params), "encoders": frozen}
+        vae_params = jax.device_put(vae_params, replicated(mesh) if mesh else None)
+        frozen = {"vae": vae_params, "encoders": frozen}
         return Pipeline(self.model, self.schedule, encoders, vae, frozen)
 
     def frozen_digests(self) -> dict[str, str]:
@@ -210,6 +240,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains every part that has no weights yet, LI-DiT last; then evaluates, where the data can be checked."""
     experiment = Experiment(config, workdir)
     mesh, rules = make_mesh(config.mesh), ShardingRules()
+    experiment.check_encoders()
     dataset = Dataset(experiment.data, experiment.cell())
     claim_workdir(workdir, config)
     logger.info("%s", dataset.summary())
@@ -327,9 +358,7 @@ def _latent_statistics(model: AutoencoderKL, params: Any, batches: Any) -> tuple
 def _train_lidit(
     experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules
 ) -> tuple[Pipeline, TrainState]:
-    pipeline = experiment.pipeline()
-    frozen = jax.device_put(pipeline.frozen, replicated(mesh))
-    pipeline = dataclasses.replace(pipeline, frozen=frozen)
+    pipeline = experiment.pipeline(mesh, rules)
     config, how = experiment.train, experiment.sample
     prompts = dataset.captions(how.batch_size, experiment.config.seed)
     bucket = dataset.largest_bucket()
@@ -339,7 +368,15 @@ def _train_lidit(
         pictures = pipeline(params, prompts, range(len(prompts)), bucket.height, bucket.width, how)
         return {"sample": np.asarray(grid(list(pictures), prompts))}
 
-    task = tasks.lidit_task(pipeline.model, pipeline.schedule, pipeline.encoders, pipeline.vae, frozen, preview)
+    task = tasks.lidit_task(
+        pipeline.model,
+        pipeline.schedule,
+        pipeline.encoders,
+        pipeline.vae,
+        pipeline.frozen,
+        preview,
+        encode_in_step=experiment.text.encode == "in_step",
+    )
 
     def batches(first: int):
         return dataset.batches(

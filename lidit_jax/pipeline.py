@@ -14,7 +14,7 @@ from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.errors import UserError
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
-from lidit_jax.text.encoders import TextEncoder, encode, tokenize
+from lidit_jax.text.encoders import PromptEncoder, encode, tokenize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Pipeline:
     """Everything but LI-DiT's own parameters, which are passed in: a training run draws with its live EMA weights.
 
     Attributes:
-      frozen: {"vae": parameters, "encoders": {name: FrozenEncoder}}.
+      frozen: {"vae": parameters, "encoders": {name: what the encoder's `freeze` gave}}.
     """
 
     model: LIDiT
     schedule: Schedule
-    encoders: Mapping[str, TextEncoder]
+    encoders: Mapping[str, PromptEncoder]
     vae: AutoencoderKL
     frozen: Mapping[str, Any]
 

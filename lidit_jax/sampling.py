@@ -9,6 +9,7 @@ from lidit_jax import experiment
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
 from lidit_jax.pictures import grid, save_png
+from lidit_jax.text.encoders import truncated_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,13 @@ def draw_to_folder(request: Request) -> None:
     step_table(how.sampler, pipeline.schedule, how.steps)  # raises for a sampler that does not fit
     height, width = request.height or run.data.resolution, request.width or run.data.resolution
     pipeline.check_size(height, width)
+
+    for name, count in truncated_prompts(pipeline.encoders, prompts).items():
+        if count:
+            logger.warning(
+                "%d of %d prompts are longer than the %d tokens of text.max_length for %s: they are cut at their end",
+                *(count, len(prompts), run.text.max_length, name),
+            )
 
     repeated = [prompt for prompt in prompts for _ in range(request.num_images)]
     how = dataclasses.replace(how, batch_size=min(how.batch_size, len(repeated)))

@@ -13,7 +13,7 @@ from lidit_jax.models.lidit import LIDiT, TextFeatures
 from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.vae import AutoencoderKL, to_model_latents
 from lidit_jax.models.vae_loss import psnr, vae_loss
-from lidit_jax.text.encoders import TextEncoder, encode
+from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.train import Task, TrainState
 
@@ -70,17 +70,21 @@ def vae_task(model: AutoencoderKL, *, kl_weight: float, reconstruction: str) -> 
 def lidit_task(
     model: LIDiT,
     schedule: Schedule,
-    encoders: Mapping[str, TextEncoder],
+    encoders: Mapping[str, PromptEncoder],
     vae: AutoencoderKL,
     frozen: Mapping[str, Any],
     preview: Callable[[TrainState, int], dict[str, np.ndarray]] | None = None,
+    *,
+    encode_in_step: bool = True,
 ) -> Task:
-    """The diffusion objective on latents, with the LLMs and the VAE's encoder frozen inside the step.
+    """The diffusion objective on latents, with the LLMs and the VAE's encoder frozen.
 
     A batch has {"image": uint8 [B, H, W, 3]} and every encoder's tokens and mask.
 
     Args:
-      frozen: {"vae": parameters, "encoders": {name: FrozenEncoder}}.
+      frozen: {"vae": parameters, "encoders": {name: what the encoder's `freeze` gave}}.
+      encode_in_step: the LLMs run inside the train step; else as a program of their own before it, whose features are
+        kept in memory from the one to the other. Both compute the same.
     """
 
     def init(key):
@@ -88,8 +92,8 @@ def lidit_task(
         latents = jnp.zeros((1, side, side, vae.config.latent_channels))
         text = [
             TextFeatures(
-                prefix=jnp.zeros((1, encoder.config.hidden_size)),
-                prompt=jnp.zeros((1, 1, encoder.config.hidden_size)),
+                prefix=jnp.zeros((1, encoder.hidden_size)),
+                prompt=jnp.zeros((1, 1, encoder.hidden_size)),
                 mask=jnp.ones((1, 1), bool),
             )
             for encoder in encoders.values()
@@ -108,4 +112,14 @@ def lidit_task(
         truncated = [jnp.mean(batch[f"{name}/truncated"].astype(jnp.float32)) for name in encoders]
         return loss, metrics | {"truncated_prompts": sum(truncated) / len(truncated)}
 
-    return Task(name="lidit", init=init, loss=loss, frozen=frozen, preview=preview)
+    def prepare(frozen, batch):
+        return encode_ahead(encoders, frozen["encoders"], batch)
+
+    return Task(
+        name="lidit",
+        init=init,
+        loss=loss,
+        frozen=frozen,
+        preview=preview,
+        prepare=None if encode_in_step else prepare,
+    )

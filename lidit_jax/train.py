@@ -60,6 +60,8 @@ class Task:
       loss: (params, frozen, batch, key) -> (float32 scalar, dict of float32 scalars). Traced, so pure.
       frozen: arrays that the loss reads and nothing changes (LLMs, VAE).
       preview: (state, step) -> named pictures (uint8 [H, W, 3]) to log, or None.
+      prepare: (frozen, batch) -> batch, a program of its own before the step, or None. Traced, so pure; its results
+        keep the batch as their first axis.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Task:
     loss: Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     frozen: Any = None
     preview: Callable[[TrainState, int], dict[str, np.ndarray]] | None = None
+    prepare: Callable[[Any, Batch], Batch] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +161,9 @@ class Trainer:
             out_shardings=(self.state_shardings, replicated(mesh)),
             donate_argnums=0,
         )
+        self.prepare = task.prepare and jax.jit(
+            self._prepare, in_shardings=(None, self.batch_sharding), out_shardings=self.batch_sharding
+        )
 
     def init(self, seed: int) -> TrainState:
         """A fresh state, created sharded: no device ever holds the whole of it."""
@@ -182,6 +188,10 @@ class Trainer:
         ema = jax.tree.map(jnp.copy, params) if self.config.ema_decay else None
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, params, ema, self.optimizer.init(params), zero, zero)
+
+    def _prepare(self, frozen: Any, batch: Batch) -> Batch:
+        with nn.logical_axis_rules(self.rules.pairs()):
+            return self.task.prepare(frozen, batch)
 
     def _step(self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array):
         config = self.config
@@ -280,6 +290,8 @@ def train(
             waited = time.monotonic()
             batch = trainer.put(next(stream))
             progress.waited(time.monotonic() - waited)
+            if trainer.prepare:
+                batch = trainer.prepare(task.frozen, batch)
             state, step_metrics = trainer.step(state, task.frozen, batch, key)
             step += 1
             pending.append(step_metrics)  # stays on the device until it is logged: no step waits for the host

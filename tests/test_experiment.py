@@ -58,6 +58,28 @@ def test_a_second_start_trains_nothing_and_changes_no_weight(trained_workdir, tm
     assert (trained_workdir / "training/lidit/metrics.jsonl").read_text() == lines
 
 
+def test_encoders_from_folders_ahead_of_the_step_train_the_same_model(trained_workdir, tmp_path):
+    config = tiny_config()
+    for name in config.encoders:
+        config.encoders[name].weights = str(trained_workdir / "encoders" / name)
+    config.vae.weights = str(trained_workdir / "vae")
+    config.text.encode = "ahead"
+    del config.evaluate
+    experiment.run(config, epath.Path(tmp_path))
+    assert not (tmp_path / "encoders").exists()
+    expected, got = (load_weights(folder / CHECKPOINTS, "params")[0] for folder in (trained_workdir, tmp_path))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), got, expected)
+
+
+def test_an_encoder_that_does_not_fit_is_refused_before_anything_is_trained(trained_workdir, tmp_path):
+    config = tiny_config()
+    config.encoders.qwen.weights = str(trained_workdir / "encoders" / "qwen")
+    config.text.max_length = 5000
+    with pytest.raises(UserError, match="the LLM was made for 4096: lower"):
+        experiment.run(config, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_sampling_needs_only_the_workdir_and_repeats_itself(trained_workdir, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\n红色圆形\n", encoding="utf-8")

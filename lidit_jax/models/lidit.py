@@ -19,11 +19,12 @@ FUSIONS = ("collaborative", "concatenate")
 
 @flax.struct.dataclass
 class TextFeatures:
-    """What one frozen LLM says of a batch of prompts.
+    """What one frozen encoder says of a batch of prompts.
 
     Attributes:
-      prefix: [P, D], features of the system prompt and the instruction: the same for every prompt, because the LLM is
-        causal, hence without a batch axis. P may be 0.
+      prefix: features of the system prompt and the instruction. An LLM, being causal, gives every prompt the same ones,
+        and they have no batch axis: [P, D]; a bidirectional encoder (T5) gives each prompt its own: [B, P, D]. P may
+        be 0.
       prompt: [B, L, D], features of the prompts, padded on the right.
       mask: bool [B, L], True on the prompt's tokens; at least one per row (the end token).
     """
@@ -32,9 +33,14 @@ class TextFeatures:
     prompt: jax.Array
     mask: jax.Array
 
+    @property
+    def prefix_length(self) -> int:
+        """P."""
+        return self.prefix.shape[-2]
+
     def positions(self) -> jax.Array:
         """int32 [P + L]: 0 at the prompt's first token, negative before it."""
-        return jnp.arange(-self.prefix.shape[0], self.prompt.shape[1])
+        return jnp.arange(-self.prefix_length, self.prompt.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +165,7 @@ class TextCondition(nn.Module):
             branches = cr(branches, masks, [time + p for p in pooled], positions)
 
         # Only now, after the refiners have used them, the system prompt and the instruction are dropped.
-        branches = [x[:, features.prefix.shape[0] :] for x, features in zip(branches, text, strict=True)]
+        branches = [x[:, features.prefix_length :] for x, features in zip(branches, text, strict=True)]
         condition = jnp.concatenate(branches, axis=1)
         mask = jnp.concatenate([features.mask for features in text], axis=1)
         return condition, mask, sum(pooled)
@@ -168,7 +174,7 @@ class TextCondition(nn.Module):
 class FeatureProjection(nn.Module):
     """RMS-normalised LLM features, projected to the DiT's width: the refiners at LLM width would double the 1B model.
 
-    The prefix has no batch axis and is projected once for the whole batch.
+    A prefix without a batch axis is projected once for the whole batch.
     """
 
     hidden_size: int
@@ -179,10 +185,10 @@ class FeatureProjection(nn.Module):
         """-> x [B, P + L, C], mask bool [B, P + L] (the prefix is never padding)."""
         norm = RMSNorm(name="norm")
         dense = Dense(self.hidden_size, ("llm_embed", "embed"), dtype=self.dtype, name="dense")
-        batch, prefix_length = features.prompt.shape[0], features.prefix.shape[0]
-        prefix = dense(norm(features.prefix))  # [P, C]
+        batch, prefix_length = features.prompt.shape[0], features.prefix_length
+        prefix = dense(norm(features.prefix))  # [P, C] or [B, P, C]
         prompt = dense(norm(features.prompt))  # [B, L, C]
-        prefix = jnp.broadcast_to(prefix, (batch, *prefix.shape))
+        prefix = jnp.broadcast_to(prefix, (batch, *prefix.shape[-2:]))
         mask = jnp.concatenate([jnp.ones((batch, prefix_length), bool), features.mask], axis=1)
         return jnp.concatenate([prefix, prompt], axis=1), mask
 

@@ -1,6 +1,7 @@
 """Prompts to tokens: the instruction before them, an end token after them, padding on the right."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ INSTRUCTION = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial relationships of "
     "the objects:"
 )
+# Stands for the prompt in a rendered chat template: private-use characters, which no template writes itself.
+PLACEHOLDER = "\ue000prompt\ue001"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +29,16 @@ class PromptTokenizer:
       tokenizer: a transformers tokenizer; its end token closes every prompt.
       max_length: L, tokens a prompt may have, its end token included. Longer ones are cut at their end.
       instruction, system_prompt: text before every prompt; "" leaves it out.
+      chat_template: where the tokenizer has a chat template, the prefix is what that template writes up to the prompt:
+        the system prompt in its place, then the user's turn, which begins with the instruction. Where it has none, or
+        with False, the two are plain text.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     instruction: str = INSTRUCTION
     system_prompt: str = ""
+    chat_template: bool = True
 
     def __post_init__(self):
         if self.tokenizer.eos_token_id is None:
@@ -44,12 +51,60 @@ class PromptTokenizer:
         return len(self.tokenizer)
 
     def prefix(self) -> np.ndarray:
-        """The tokens before every prompt: int32 [P], the begin token first if the tokenizer has one."""
+        """The tokens before every prompt: int32 [P], the begin token first if the tokenizer has one.
+
+        Raises:
+          UserError: if the chat template fails, or changes the user's words.
+        """
+        return np.asarray(self._prefix, np.int32)
+
+    @functools.cached_property
+    def _prefix(self) -> list[int]:
+        if self.chat_template and self.tokenizer.chat_template:
+            # The template's own special tokens are special here, and the begin token is among them if it wants one.
+            return self.tokenizer(self._chat_prefix(), add_special_tokens=False, verbose=False)["input_ids"]
         text = " ".join(part for part in (self.system_prompt, self.instruction) if part)
         tokens = self._encode([text])[0] if text else []
         if self.tokenizer.bos_token_id is not None:
             tokens = [self.tokenizer.bos_token_id, *tokens]
-        return np.asarray(tokens, np.int32)
+        return tokens
+
+    def _chat_prefix(self) -> str:
+        instruction = f"{self.instruction}{PLACEHOLDER}"
+        user = {"role": "user", "content": instruction}
+        conversations = [[user]]
+        if self.system_prompt:
+            # Some templates (Gemma's) have no place for a system prompt and say so: then it opens the user's turn.
+            system = {"role": "system", "content": self.system_prompt}
+            conversations = [[system, user], [{**user, "content": f"{self.system_prompt} {instruction}"}]]
+        errors = []
+        for conversation in conversations:
+            try:
+                text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
+            except Exception as error:  # a template is a program, and fails in its own way
+                errors.append(" ".join(str(error).split())[:200])
+                continue
+            before, found, _ = text.partition(PLACEHOLDER)
+            if found and before.rstrip().endswith(self.instruction.rstrip()):
+                return before
+            errors.append("it does not keep the user's words")
+        raise UserError(f"the tokenizer's chat template fails ({errors[-1]}): set text.chat_template=False")
+
+    @functools.cached_property
+    def _separator(self) -> str:
+        """What makes a prompt's first word the token that it would be behind the instruction.
+
+        A byte-level tokenizer writes the space before a word into its token, so the prompt needs one; a SentencePiece
+        tokenizer adds it by itself, and a second one would be a token of its own.
+        """
+        if not self.instruction:
+            return ""
+        together = self._encode([f"{self.instruction} a"])[0]
+        alone = self._encode([self.instruction])[0]
+        for separator in ("", " "):
+            if alone + self._encode([f"{separator}a"])[0] == together:
+                return separator
+        return " "
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """-> {"tokens": int32 [B, L], "mask": bool [B, L], "truncated": bool [B]}.
@@ -60,7 +115,8 @@ class PromptTokenizer:
         tokens = np.full(shape, self.tokenizer.eos_token_id, np.int32)  # padding is masked: any valid token will do
         mask = np.zeros(shape, bool)
         truncated = np.zeros(len(prompts), bool)
-        for row, ids in enumerate(self._encode(prompts)):
+        texts = [p if not p or p.startswith(" ") else f"{self._separator}{p}" for p in prompts]
+        for row, ids in enumerate(self._encode(texts)):
             truncated[row] = len(ids) > self.max_length - 1
             ids = [*ids[: self.max_length - 1], self.tokenizer.eos_token_id]
             tokens[row, : len(ids)] = ids

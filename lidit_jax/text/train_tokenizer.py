@@ -1,13 +1,11 @@
 """A small byte-level BPE tokenizer, trained on a data set's own captions: the demo downloads nothing."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lidit_jax.errors import UserError
-from lidit_jax.weights.safetensors_folder import local_folder
 
 END = "<|end|>"
 # One CJK character is one token: merging "red" with "circle" would hide a pair that was never seen from the model.
@@ -33,18 +31,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder in Hugging Face's format (tokenizer.json).
-
-    Raises:
-      UserError: if the folder holds no readable tokenizer.json.
-    """
-    file = local_folder(folder) / "tokenizer.json"
-    if not file.is_file():
-        raise UserError(f"{folder}: no tokenizer.json in it; name a folder that save_pretrained wrote")
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(folder))
-    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
-        raise UserError(f"{file}: not a tokenizer ({str(error).partition(chr(10))[0]})") from error

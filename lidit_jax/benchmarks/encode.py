@@ -1,0 +1,144 @@
+"""Prompt encoding, ours against transformers': `python -m lidit_jax.benchmarks.encode`.
+
+A random LLaMA of about 150M parameters is saved in Hugging Face's format and encodes the same prompts behind the same
+prefix in four ways, each up to the third-to-last block:
+
+    plain                  ours, the prefix computed with every prompt
+    shared prefix          ours, the prefix computed once (what training and sampling do)
+    transformers           `LlamaModel`
+    transformers compiled  the same under `torch.compile`
+
+Tokens a second are those of the prompts: what the caller gets, whatever was computed for it.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+from absl import flags
+
+from lidit_jax import cli
+from lidit_jax.benchmarks.contest import Contestant, Result, contest, largest_difference, machine
+from lidit_jax.errors import UserError
+
+_BATCH = flags.DEFINE_integer("batch", 32, "prompts encoded at once")
+_PREFIX = flags.DEFINE_integer("prefix", 40, "tokens of the prefix")
+_PROMPT = flags.DEFINE_integer("prompt", 40, "tokens of a prompt")
+_ROUNDS = flags.DEFINE_integer("rounds", 20, "times that each encodes the batch")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
+
+BLOCKS = 18
+SIZES = {
+    "vocab_size": 32_000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+}
+
+
+def main() -> None:
+    for flag in (_BATCH, _PREFIX, _PROMPT, _ROUNDS):
+        if flag.value < 1:
+            raise UserError(f"--{flag.name}={flag.value} must be at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        num_parameters = save_model(folder)
+        random = np.random.default_rng(0)
+        prefix = random.integers(0, SIZES["vocab_size"], _PREFIX.value, np.int32)
+        prompts = random.integers(0, SIZES["vocab_size"], (_BATCH.value, _PROMPT.value), np.int32)
+        ways = {
+            "plain": plain,
+            "shared prefix": shared_prefix,
+            "transformers": functools.partial(transformers_model, compiled=False),
+            "transformers compiled": functools.partial(transformers_model, compiled=True),
+        }
+        arguments = (folder, prefix, prompts, _DTYPE.value)
+        contestants = [Contestant(name, functools.partial(way, *arguments)) for name, way in ways.items()]
+        results = contest(contestants, _ROUNDS.value)
+    print(machine())
+    print(
+        f"{num_parameters / 1e6:.0f}M parameters in {_DTYPE.value}, prefix of {_PREFIX.value} tokens, {_BATCH.value} "
+        f"prompts of {_PROMPT.value}, median of {_ROUNDS.value} rounds"
+    )
+    print(table(results, _BATCH.value * _PROMPT.value))
+    print(f"largest difference from plain: {largest_difference(results):.1e} of the largest feature")
+
+
+def save_model(folder: str) -> int:
+    """A random LLaMA in Hugging Face's format -> its number of parameters."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise UserError("the benchmark compares with PyTorch: pip install -e '.[test]'") from None
+    torch.manual_seed(0)
+    model = transformers.LlamaModel(transformers.LlamaConfig(**SIZES))
+    model.save_pretrained(folder)
+    return model.num_parameters()
+
+
+def table(results: list[Result], num_tokens: int) -> str:
+    """num_tokens: of the prompts of a batch."""
+    lines = [f"{'':22}{'ms a batch':>12}{'tokens/s':>12}{'x plain':>9}{'peak MiB':>10}"]
+    for result in results:
+        lines.append(
+            f"{result.name:22}{1e3 * result.median:12.1f}{num_tokens / result.median:12.0f}"
+            f"{results[0].median / result.median:9.2f}{result.peak_bytes / 2**20:10.0f}"
+        )
+    return "\n".join(lines)
+
+
+def plain(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> Callable[[], np.ndarray]:
+    import jax
+
+    from lidit_jax.models.llm import LLM
+    from lidit_jax.weights.huggingface_llm import load_llm_encoder
+
+    config, params = load_llm_encoder(folder, dtype=dtype)
+    model = LLM(config.as_encoder())
+    tokens = np.concatenate([np.broadcast_to(prefix, (len(prompts), len(prefix))), prompts], axis=1)
+    encode = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens)[:, len(prefix) :])
+    return lambda: np.asarray(encode(params, tokens))
+
+
+def shared_prefix(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> Callable[[], np.ndarray]:
+    import jax
+
+    from lidit_jax.models.llm import LLM
+    from lidit_jax.weights.huggingface_llm import load_llm_encoder
+
+    config, params = load_llm_encoder(folder, dtype=dtype)
+    model = LLM(config.as_encoder())
+    _, cache = jax.jit(lambda params: model.apply({"params": params}, prefix, method=LLM.prefix))(params)
+    encode = jax.jit(lambda params, tokens, cache: model.apply({"params": params}, tokens, cache))
+    return lambda: np.asarray(encode(params, prompts, cache))
+
+
+def transformers_model(
+    folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str, *, compiled: bool
+) -> Callable[[], np.ndarray]:
+    import torch
+    import transformers
+
+    from lidit_jax.models.llm import BLOCKS_AFTER_FEATURE
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.LlamaModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device)
+    model.layers = model.layers[:-BLOCKS_AFTER_FEATURE]
+    model.norm = torch.nn.Identity()
+    tokens = np.concatenate([np.broadcast_to(prefix, (len(prompts), len(prefix))), prompts], axis=1)
+    tokens = torch.from_numpy(tokens).long().to(device)
+    model = torch.compile(model) if compiled else model
+
+    @torch.inference_mode()
+    def work():
+        features = model(input_ids=tokens, use_cache=False).last_hidden_state[:, len(prefix) :]
+        return features.float().cpu().numpy()
+
+    return work
+
+
+if __name__ == "__main__":
+    cli.run(main)

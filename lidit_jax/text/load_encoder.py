@@ -1,0 +1,88 @@
+"""A folder in Hugging Face's format -> a prompt encoder, whatever kind of model is in it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lidit_jax.errors import UserError
+from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.text.encoders import LLMTextEncoder, PromptEncoder, T5TextEncoder
+from lidit_jax.text.prompts import PromptTokenizer
+from lidit_jax.weights import huggingface_t5
+from lidit_jax.weights.folders import find_folder, local_tokenizer_files
+from lidit_jax.weights.huggingface_config import SUPPORTED, llm_config
+from lidit_jax.weights.huggingface_llm import load_llm_encoder
+from lidit_jax.weights.safetensors_folder import CONFIG_FILE, read_config
+
+MODEL_TYPES = (*SUPPORTED, *huggingface_t5.MODEL_TYPES)
+
+
+def open_encoder(
+    name: str | epath.Path, make_prompts: Callable[[PreTrainedTokenizerBase], PromptTokenizer], *, dtype: str
+) -> PromptEncoder:
+    """The encoder without its weights: what can be known to be wrong before they are read is found here.
+
+    Args:
+      name: a folder (local, or in a bucket), or a name on the Hugging Face hub.
+      make_prompts: from its tokenizer, the tokeniser of prompts.
+      dtype: what it computes in.
+
+    Raises:
+      UserError: for anything in config.json or the tokenizer that is missing, damaged or not supported.
+    """
+    folder = find_folder(str(name))
+    values, file = read_config(folder), folder / CONFIG_FILE
+    model_type = values.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"{file}: model_type {model_type!r:.80} is not supported; use one of {', '.join(MODEL_TYPES)}")
+    if model_type in huggingface_t5.MODEL_TYPES:
+        kind, config = T5TextEncoder, huggingface_t5.t5_config(values, file, dtype=dtype)
+    else:
+        kind, config = LLMTextEncoder, llm_config(values, file, dtype=dtype)
+    prompts = make_prompts(load_tokenizer(folder))
+    try:
+        return kind(config, prompts)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
+def load_encoder(
+    name: str | epath.Path,
+    make_prompts: Callable[[PreTrainedTokenizerBase], PromptTokenizer],
+    *,
+    dtype: str,
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> tuple[PromptEncoder, Any]:
+    """The encoder and its frozen arrays, already in their places on the mesh.
+
+    Args:
+      name, make_prompts, dtype: see `open_encoder`.
+      mesh, rules: where the parameters go; default: all on the first device.
+
+    Raises:
+      UserError: as `open_encoder`, and for weights that are missing, damaged or do not belong to the config.
+    """
+    encoder = open_encoder(name, make_prompts, dtype=dtype)
+    load = huggingface_t5.load_t5_encoder if isinstance(encoder, T5TextEncoder) else load_llm_encoder
+    _, params = load(find_folder(str(name)), dtype=dtype, mesh=mesh, rules=rules)
+    return encoder, encoder.freeze(params)
+
+
+def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer from a folder in Hugging Face's format (tokenizer.json).
+
+    Raises:
+      UserError: if the folder holds no readable tokenizer.json.
+    """
+    with local_tokenizer_files(folder) as files:
+        file = files / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(f"{folder}: no tokenizer.json in it; name a folder that save_pretrained wrote")
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(str(files))
+        except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+            raise UserError(f"{folder}/tokenizer.json: not a tokenizer ({str(error).partition(chr(10))[0]})") from error
