@@ -18,6 +18,9 @@ from lidit_jax.models.rotary import rotary_tables, rotate
 KERNEL_INIT = nn.initializers.xavier_uniform()
 # Zero: a gate or an output that starts closed leaves the residual stream untouched (adaLN-zero, DiT section 3.2).
 ZERO_INIT = nn.initializers.zeros_init()
+# Prompts are short: with a base of 100 a third of the angles make a turn within thirty tokens, with LLMs' 10,000 a
+# sixth, and neighbours are found sooner. The slowest takes over 500 tokens for a turn: no two positions look alike.
+ROTARY_THETA = 100.0
 
 
 class Dense(nn.Module):
@@ -158,10 +161,9 @@ class Attention(nn.Module):
             query = RMSNorm(name="query_norm")(query)
             key = RMSNorm(name="key_norm")(key)
         if positions is not None:
-            query = rotate(query, *rotary_tables(positions, head_shape[1]))
-            key = rotate(
-                key, *rotary_tables(positions if context_positions is None else context_positions, head_shape[1])
-            )
+            context_positions = positions if context_positions is None else context_positions
+            query = rotate(query, *rotary_tables(positions, head_shape[1], ROTARY_THETA))
+            key = rotate(key, *rotary_tables(context_positions, head_shape[1], ROTARY_THETA))
         y = dot_product_attention(
             query, key, value, key_mask=key_mask, is_causal=self.is_causal, implementation=self.implementation
         )
