@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -24,6 +27,7 @@ from transformers import (
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -731,3 +735,46 @@ def test_a_model_without_a_third_to_last_block_is_no_encoder():
     with pytest.raises(UserError, match="needs at least 3 blocks"):
         dataclasses.replace(OURS, num_hidden_layers=2).as_encoder()
     assert dataclasses.replace(OURS, num_hidden_layers=3).as_encoder().num_hidden_layers == 1
+
+
+LOADING = """
+import json, re, sys
+from pathlib import Path
+import jax
+from lidit_jax.weights.huggingface_llm import load_llm_encoder
+
+def kib(field):
+    return int(re.search(rf"{field}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+jax.numpy.zeros(1).block_until_ready()
+Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+before = kib("VmRSS")
+config, params = load_llm_encoder(sys.argv[1], dtype="float32")
+jax.block_until_ready(params)
+peak = kib("VmHWM") - before
+print(json.dumps([peak << 10, sum(leaf.nbytes for leaf in jax.tree.leaves(params))]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured with Linux's /proc")
+def test_loading_two_gigabytes_takes_at_most_a_quarter_more_memory(tmp_path):
+    """In a process of its own. On a CPU the loaded arrays are host memory too, so this holds both together."""
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=12, num_attention_heads=16
+    )
+    with torch.device("meta"):
+        tensors = LlamaModel(config).state_dict()
+    config.save_pretrained(tmp_path)
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)  # a hole: zeros that take no room on the disk
+    done = subprocess.run([sys.executable, "-c", LOADING, str(tmp_path)], capture_output=True, text=True, check=True)
+    peak, loaded = json.loads(done.stdout.splitlines()[-1])
+    assert loaded > 1.9e9
+    assert peak <= 1.25 * loaded, f"{peak / loaded:.2f} x the {loaded / 1e9:.2f} GB loaded"
