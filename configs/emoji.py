@@ -41,9 +41,10 @@ def get_config() -> ConfigDict:
     }
     language_model = {
         "vocab_size": 1024,
-        "hidden_size": 96,
+        "hidden_size": 128,
         "intermediate_size": 256,
-        "num_hidden_layers": 5,  # features come from the third
+        # Features come from the first: after few captions, that one says best which word is where.
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "tie_word_embeddings": True,
@@ -81,8 +82,8 @@ def get_config() -> ConfigDict:
             "sample_size": 64,
         },
         "train": {
-            "steps": 3000,
-            "batch_size": 16,
+            "steps": 1500,
+            "batch_size": 8,
             "learning_rate": 2e-3,
             "warmup_steps": 100,
             "schedule": "cosine",
@@ -111,9 +112,9 @@ def get_config() -> ConfigDict:
         "attention": "auto",
         "dtype": "float32",
     }
-    config.diffusion = {"name": "rectified_flow", "shift": 1.0}
+    config.diffusion = {"name": "rectified_flow", "shift": 4.0}
     config.train = {
-        "steps": 4000,
+        "steps": 1500,
         "batch_size": 32,
         "learning_rate": 1e-3,
         "warmup_steps": 100,

@@ -31,6 +31,7 @@ from lidit_jax.diffusion.schedules import Schedule, make_schedule
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.scenes import SceneEvaluation, evaluate_scenes
 from lidit_jax.metrics import Metrics
+from lidit_jax.models.layers import check_dtype
 from lidit_jax.models.lidit import LIDiT, LIDiTConfig, num_parameters
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.vae import AutoencoderKL, VAEConfig
@@ -144,11 +145,13 @@ class Experiment:
             raise UserError("encoders is empty: LI-DiT needs at least one LLM")
         step_table(self.sample.sampler, self.schedule, self.sample.steps)  # raises for a sampler that does not fit
         for name, encoder in self.encoders.items():
+            check_dtype(f"encoders.{name}.dtype", encoder.dtype)
             if encoder.family not in LLM_FAMILIES:
                 raise UserError(f"encoders.{name}.family={encoder.family!r}: use one of {', '.join(LLM_FAMILIES)}")
             if not encoder.weights:
                 self._require_recipe(f"encoders.{name}", encoder)
                 self.language_model_config(name)
+        check_dtype("vae.dtype", self.vae.dtype)
         if not self.vae.weights:
             self._require_recipe("vae", self.vae)
             self.vae_config()

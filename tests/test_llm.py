@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
@@ -43,6 +44,7 @@ from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.weights.huggingface_config import llm_config
 from lidit_jax.weights.huggingface_llm import load_llm_encoder, save_llm
+from lidit_jax.weights.safetensors_file import SafetensorsFile
 
 VOCAB_SIZE = 64
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5}
@@ -547,6 +549,11 @@ DELETED = object()
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; use one of llama, mistral, qwen2, "),
         ({"model_type": DELETED}, "model_type None is not supported"),
         ({"model_type": ["qwen2"]}, "model_type"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647 is not a whole number from 1 to 1000"),
+        ({"head_dim": 2**31 - 2}, "head_dim=2147483646 is more than 65536"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"rope_theta": 1.0}, "rope_theta=1.0: rotary positions need a base above 1"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}}, "rope_parameters"),
         ({"hidden_act": "relu"}, "hidden_act='relu' is not supported: use one of silu, gelu"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"layer_types": ["full_attention"] * 4 + ["chunked_attention"]}, "'chunked_attention' is not supported"),
@@ -778,3 +785,23 @@ def test_loading_two_gigabytes_takes_at_most_a_quarter_more_memory(tmp_path):
     peak, loaded = json.loads(done.stdout.splitlines()[-1])
     assert loaded > 1.9e9
     assert peak <= 1.25 * loaded, f"{peak / loaded:.2f} x the {loaded / 1e9:.2f} GB loaded"
+
+
+def test_labels_of_a_classifier_cost_nothing(folder):
+    change_config(folder, num_labels=2**31 - 1)  # transformers would write out a name for each
+    assert load_llm_encoder(folder)[0] == CONFIG
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_keys_of_windows_mean_what_they_mean_to_the_model(model_type):
+    values = {**LLAMA, "model_type": model_type, "sliding_window": 3, "layer_types": ["full_attention"] * 5}
+    config = llm_config(values, "config.json", dtype="float32")
+    assert any(config.sliding_layers) == (model_type == "mistral")
+
+
+def test_a_header_with_absurd_shapes_is_refused_at_once(tmp_path):
+    header = json.dumps({"x": {"dtype": "F32", "shape": [9] * 500_000, "data_offsets": [0, 0]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(UserError, match="the entry of tensor x is damaged"):
+        SafetensorsFile(epath.Path(file))

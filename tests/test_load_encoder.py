@@ -1,6 +1,8 @@
 """A folder in Hugging Face's format as a prompt encoder: whatever model is in it, and wherever it lies."""
 
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from lidit_jax.text.encoders import LLMTextEncoder, T5TextEncoder, encode, encod
 from lidit_jax.text.load_encoder import load_encoder, open_encoder
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
-from lidit_jax.weights import folders
+from lidit_jax.weights import folders, placing
 from lidit_jax.weights.digest import folder_digest
 from lidit_jax.weights.huggingface_llm import save_llm
 
@@ -212,7 +214,7 @@ def test_prompts_longer_than_the_llms_context_are_refused_before_its_weights_are
 def test_a_tokenizer_of_another_model_is_refused_before_its_weights_are_read(llm_folder, tmp_path):
     folder = copy_with(llm_folder, tmp_path / "other", vocab_size=200)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"other: the tokenizer has \d+ tokens, the model has embeddings for 200"):
+    with pytest.raises(UserError, match=r"other: the tokenizer has tokens up to \d+, the model has 200 embeddings"):
         open_encoder(str(folder), prompts_of, dtype="float32")
 
 
@@ -220,6 +222,61 @@ def test_models_that_are_not_supported_are_refused_with_a_list_of_those_that_are
     folder = copy_with(llm_folder, tmp_path / "gpt2", model_type="gpt2")
     with pytest.raises(UserError, match=r"model_type 'gpt2' is not supported; use one of llama.*gemma2.*t5"):
         open_encoder(str(folder), prompts_of, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", lambda v: v["model"].update(continuing_subword_prefix="##")),  # panics when it is used
+        ("tokenizer_config.json", lambda v: v.update(model_max_length="")),
+    ],
+)
+def test_a_tokenizer_whose_damage_shows_only_in_use_is_refused(llm_folder, tmp_path, name, change):
+    folder = copy_with(llm_folder, tmp_path / "damaged")
+    values = json.loads((folder / name).read_text())
+    change(values)
+    (folder / name).write_text(json.dumps(values))
+    with pytest.raises(UserError, match="damaged/tokenizer.json: not a tokenizer"):
+        open_encoder(str(folder), prompts_of, dtype="float32")
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_by_its_folders_name(llm_folder, tmp_path):
+    folder = copy_with(llm_folder, tmp_path / "endless")
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    del values["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match=r"endless: the tokenizer has no end token"):
+        open_encoder(str(folder), prompts_of, dtype="float32")
+
+
+def test_long_loading_says_how_far_it_is(llm_folder, monkeypatch, caplog):
+    monkeypatch.setattr(placing, "SAY_EVERY", 0.0)
+    monkeypatch.setattr(logging.getLogger("lidit_jax"), "propagate", True)
+    with caplog.at_level(logging.INFO, logger="lidit_jax"):
+        load(llm_folder)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) > 10
+    assert re.fullmatch(rf"loading {llm_folder}: 0\.0 of 0\.0 GB  eta 0m00s", lines[-1])
+
+
+def test_a_chat_template_in_a_processors_file_is_read(llm_folder, tmp_path):
+    folder = copy_with(llm_folder, tmp_path / "llava")
+    template = "{% for m in messages %}USER: {{ m.content }}{% endfor %}"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    encoder = open_encoder(str(folder), prompts_of, dtype="float32")
+    assert encoder.tokenizer.tokenizer.decode(encoder.tokenizer.prefix()).replace(" ", "").startswith("USER:Describe")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "config.json", "model.safetensors"])
+def test_the_digest_covers_all_that_features_depend_on(llm_folder, tmp_path, name):
+    folder = copy_with(llm_folder, tmp_path / "same")
+    (folder / "config.json").write_bytes((llm_folder / "config.json").read_bytes())
+    (folder / "README.md").write_text("of no account")
+    assert folder_digest(folder) == folder_digest(llm_folder)
+    with (folder / name).open("ab") as file:
+        file.write(b" ")
+    assert folder_digest(folder) != folder_digest(llm_folder)
 
 
 def test_a_folder_may_be_a_path_object(llm_folder):

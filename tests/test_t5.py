@@ -322,6 +322,7 @@ def test_absent_keys_have_transformers_defaults(tmp_path):
         ({"num_heads": True}, "num_heads"),
         ({"vocab_size": -1}, "vocab_size=-1"),
         ({"vocab_size": 2**31}, "vocab_size=2147483648"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647 is not a whole number"),
         ({"num_layers": 2**31 - 1}, "num_layers=2147483647 is not a whole number from 1 to 1000"),
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon=0.0 is not a positive number"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon=nan"),

@@ -11,6 +11,7 @@ from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lidit_jax.errors import UserError
@@ -47,6 +48,8 @@ TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 def with_begin_token():
     tokenizer = train_tokenizer(CAPTIONS, 500)
     tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    begin = ("<|begin|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin|> $A", special_tokens=[begin])
     return tokenizer
 
 
@@ -117,7 +120,6 @@ def test_the_prefix_does_not_depend_on_what_the_prompt_starts_with(prompt):
     tokenizer = PromptTokenizer(TOKENIZER, max_length=64, system_prompt="You see images.")
     before = tokenizer.prefix()
     batch = tokenizer([prompt])
-    np.testing.assert_array_equal(tokenizer.prefix(), before)
     text = TOKENIZER.decode([*before, *real_tokens(batch, 0)])
     assert without_spaces(text) == without_spaces(f"You see images. {INSTRUCTION}{prompt}{END}")
 
@@ -135,6 +137,12 @@ def test_without_instruction_the_prefix_is_the_begin_token_or_nothing():
     assert PromptTokenizer(TOKENIZER, 8, instruction="").prefix().shape == (0,)
     tokenizer = with_begin_token()
     assert PromptTokenizer(tokenizer, 8, instruction="").prefix().tolist() == [tokenizer.bos_token_id]
+
+
+def test_a_begin_token_that_the_tokenizer_knows_and_does_not_add_is_not_added():
+    tokenizer = train_tokenizer(CAPTIONS, 500)
+    tokenizer.add_special_tokens({"bos_token": "<|begin|>"})
+    assert PromptTokenizer(tokenizer, 8).prefix().tolist() == ids_of(INSTRUCTION)
 
 
 def test_half_a_surrogate_pair_reads_as_a_question_mark():
@@ -228,11 +236,10 @@ def test_prefix_and_prompt_read_as_what_was_written(kind, prompt):
 @given(prompt=TEXT)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_prompt_changes_the_prefix(kind, prompt):
-    tokenizer = PromptTokenizer(KINDS[kind], max_length=8)
-    before = tokenizer.prefix()
-    tokenizer([prompt])
-    np.testing.assert_array_equal(tokenizer.prefix(), before)
-    assert tokenizer(["", prompt])["mask"].any(axis=1).all()
+    before = PromptTokenizer(KINDS[kind], max_length=8).prefix()
+    assert PromptTokenizer(KINDS[kind], max_length=8)(["", prompt])["mask"].any(axis=1).all()
+    after = PromptTokenizer(KINDS[kind], max_length=8)  # computes its prefix after the tokenizer has read the prompt
+    np.testing.assert_array_equal(after.prefix(), before)
 
 
 def test_a_chat_template_gives_the_system_prompt_and_the_users_turn_their_places():
@@ -267,6 +274,30 @@ def test_a_chat_template_without_instruction_opens_the_users_turn():
     chat = chat_tokenizer()
     prefix = PromptTokenizer(chat, 32, "").prefix()
     assert chat.decode(prefix).replace(" ", "") == "<|begin|><|user|>\n"
+
+
+# LLaVA's: a message is a list of parts.
+PARTS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+    "{{ part.text }}{% endfor %}{% endfor %}"
+)
+
+
+def test_a_template_that_reads_lists_of_parts_gets_them():
+    prefix = PromptTokenizer(chat_tokenizer(PARTS), 32, "Describe:", "You see images.").prefix()
+    text = chat_tokenizer(PARTS).decode(prefix)
+    assert without_spaces(text) == without_spaces("<|system|>You see images.<|user|>Describe:")
+
+
+def test_a_template_that_writes_the_date_gives_the_same_prefix_every_day():
+    dated = "Today Date: {{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    prefix = PromptTokenizer(chat_tokenizer(dated), 32, "Describe:").prefix()
+    assert without_spaces(chat_tokenizer(dated).decode(prefix)).startswith("TodayDate:26Jul2024<|begin|>")
+
+
+def test_half_a_surrogate_pair_in_the_instruction_reads_as_a_question_mark_in_a_template_too():
+    broken, whole = (PromptTokenizer(chat_tokenizer(), 32, text).prefix() for text in ("a \ud83d:", "a ?:"))
+    np.testing.assert_array_equal(broken, whole)
 
 
 @pytest.mark.parametrize(
@@ -444,6 +475,17 @@ def test_encoders_with_their_own_tokenizers_stand_side_by_side(params):
         np.testing.assert_allclose(one.prompt, alone.prompt, rtol=0, atol=1e-5 * np.abs(alone.prompt).max())
         np.testing.assert_array_equal(one.mask, batch[f"{name}/mask"])
     assert [one.prompt.shape[1] for one in features] == [12, 20]
+
+
+def test_a_special_token_without_an_embedding_is_no_obstacle_unless_a_prompt_can_have_it():
+    """Multi-modal tokenizers know tokens of pictures; prompts never have them."""
+    tokenizer = train_tokenizer(CAPTIONS, 500)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert LLMTextEncoder(CONFIG, PromptTokenizer(tokenizer, 8)).hidden_size == 16
+    assert tokenizer.convert_tokens_to_ids("<image>") not in PromptTokenizer(tokenizer, 32)(["<image>"])["tokens"]
+    tokenizer.add_tokens(["ordinary"])
+    with pytest.raises(UserError, match="do not belong together"):
+        LLMTextEncoder(CONFIG, PromptTokenizer(tokenizer, 8))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_llm_has_embeddings_is_refused():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
@@ -114,6 +115,7 @@ def machine() -> str:
 
 
 def _serve(prepare: Callable[[], Callable[[], np.ndarray]], connection: Connection) -> None:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # an accelerator's memory is for all contestants
     try:
         work = prepare()
         work()  # compiles

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
 from lidit_jax.models.rotary import rotary_tables, rotate
 
@@ -21,6 +22,14 @@ ZERO_INIT = nn.initializers.zeros_init()
 # Prompts are short: with a base of 100 a third of the angles make a turn within thirty tokens, with LLMs' 10,000 a
 # sixth, and neighbours are found sooner. The slowest takes over 500 tokens for a turn: no two positions look alike.
 ROTARY_THETA = 100.0
+# What models compute in. Half precision without bfloat16's range overflows in LLMs.
+DTYPES = ("float32", "bfloat16")
+
+
+def check_dtype(key: str, dtype: str) -> None:
+    """Raises UserError, naming the config's key, unless the dtype is one of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise UserError(f"{key}={dtype!r:.80} is not supported: use one of {', '.join(DTYPES)}")
 
 
 class Dense(nn.Module):

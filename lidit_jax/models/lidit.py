@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.dit import REMAT_POLICIES, DiT
-from lidit_jax.models.layers import Dense, RMSNorm, TimestepEmbedder
+from lidit_jax.models.layers import Dense, RMSNorm, TimestepEmbedder, check_dtype
 from lidit_jax.models.refiners import CollaborativeRefiner, LinguisticTokenRefiner
 
 FUSIONS = ("collaborative", "concatenate")
@@ -87,6 +87,7 @@ class LIDiTConfig:
                 f"model.hidden_size / model.num_heads = {self.hidden_size // self.num_heads} is odd, which rotary "
                 "positions cannot be: choose other sizes, or model.refiner_rotary=False"
             )
+        check_dtype("model.dtype", self.dtype)
         if self.fusion not in FUSIONS:
             raise UserError(f"model.fusion={self.fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
         if self.remat not in REMAT_POLICIES:

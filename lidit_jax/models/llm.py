@@ -92,6 +92,8 @@ class LLMConfig:
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        if self.rope_theta <= 1 or (self.local_rope_theta or DEFAULT_THETA) <= 1:
+            raise UserError(f"rope_theta={self.rope_theta}: rotary positions need a base above 1")
         if self.hidden_act not in ACTIVATIONS:
             raise UserError(f"hidden_act={self.hidden_act!r:.80} is not supported: use one of {', '.join(ACTIVATIONS)}")
         if self.sliding_layers and len(self.sliding_layers) != self.num_hidden_layers:

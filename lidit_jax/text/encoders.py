@@ -183,8 +183,8 @@ def _everywhere(params: Any) -> jax.sharding.Sharding:
 
 
 def _check_vocabulary(tokenizer: PromptTokenizer, vocab_size: int) -> None:
-    if tokenizer.vocab_size > vocab_size:  # JAX would read the last embedding for tokens beyond it
+    if tokenizer.largest_token >= vocab_size:  # JAX would read the last embedding for tokens beyond it
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model has embeddings for {vocab_size}: they do not "
-            "belong together"
+            f"the tokenizer has tokens up to {tokenizer.largest_token}, the model has {vocab_size} embeddings: they do "
+            "not belong together"
         )

@@ -15,9 +15,10 @@ from lidit_jax.weights import huggingface_t5
 from lidit_jax.weights.folders import find_folder, local_tokenizer_files
 from lidit_jax.weights.huggingface_config import SUPPORTED, llm_config
 from lidit_jax.weights.huggingface_llm import load_llm_encoder
-from lidit_jax.weights.safetensors_folder import CONFIG_FILE, read_config
+from lidit_jax.weights.safetensors_folder import CONFIG_FILE, read_config, read_json_object
 
 MODEL_TYPES = (*SUPPORTED, *huggingface_t5.MODEL_TYPES)
+PROBES = ["", " a b", "红色", "😀", "\x00", "\u0f00 xyz"]
 
 
 def open_encoder(
@@ -42,9 +43,9 @@ def open_encoder(
         kind, config = T5TextEncoder, huggingface_t5.t5_config(values, file, dtype=dtype)
     else:
         kind, config = LLMTextEncoder, llm_config(values, file, dtype=dtype)
-    prompts = make_prompts(load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
     try:
-        return kind(config, prompts)
+        return kind(config, make_prompts(tokenizer))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
 
@@ -82,7 +83,24 @@ def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
         file = files / "tokenizer.json"
         if not file.is_file():
             raise UserError(f"{folder}: no tokenizer.json in it; name a folder that save_pretrained wrote")
+        template = _processors_template(epath.Path(files))
         try:
-            return PreTrainedTokenizerFast.from_pretrained(str(files))
-        except Exception as error:  # the tokenizers library raises bare Exception for a broken file
-            raise UserError(f"{folder}/tokenizer.json: not a tokenizer ({str(error).partition(chr(10))[0]})") from error
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(files))
+            tokenizer(PROBES, split_special_tokens=True, verbose=False)  # much damage shows only in use
+        except (
+            BaseException
+        ) as error:  # bare Exceptions, and the panics of the tokenizers library, which are not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder}/tokenizer.json: not a tokenizer ({reason})") from error
+    if template and not tokenizer.chat_template:
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def _processors_template(folder: epath.Path) -> str:
+    """The chat template that older multi-modal models keep in a file of their own, or ""."""
+    file = folder / "chat_template.json"
+    template = read_json_object(file).get("chat_template") if file.exists() else None
+    return template if isinstance(template, str) else ""

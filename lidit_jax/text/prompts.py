@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ INSTRUCTION = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial relationships of "
     "the objects:"
 )
+# Some templates (LLaMA 3.2's) write today's date: a run would have another prefix every day. All get LLaMA's default.
+SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 # Stands for the prompt in a rendered chat template: private-use characters, which no template writes itself.
 PLACEHOLDER = "\ue000prompt\ue001"
 
@@ -46,12 +49,18 @@ class PromptTokenizer:
         if self.max_length < 1:
             raise UserError(f"text.max_length={self.max_length} leaves no room for the end token: use at least 1")
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self.tokenizer)
+    @functools.cached_property
+    def largest_token(self) -> int:
+        """The largest token that a prompt or the prefix can have; special ones that neither has do not count.
+
+        Multi-modal models' tokenizers know tokens of pictures, for which their LLM has no embedding.
+        """
+        special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
+        ordinary = (token for token in self.tokenizer.get_vocab().values() if token not in special)
+        return max(*ordinary, self.tokenizer.eos_token_id, *self._prefix, 0)
 
     def prefix(self) -> np.ndarray:
-        """The tokens before every prompt: int32 [P], the begin token first if the tokenizer has one.
+        """The tokens before every prompt: int32 [P], the begin token first if the tokenizer adds one.
 
         Raises:
           UserError: if the chat template fails, or changes the user's words.
@@ -62,25 +71,29 @@ class PromptTokenizer:
     def _prefix(self) -> list[int]:
         if self.chat_template and self.tokenizer.chat_template:
             # The template's own special tokens are special here, and the begin token is among them if it wants one.
-            return self.tokenizer(self._chat_prefix(), add_special_tokens=False, verbose=False)["input_ids"]
+            text = _without_half_characters(self._chat_prefix())
+            return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         text = " ".join(part for part in (self.system_prompt, self.instruction) if part)
         tokens = self._encode([text])[0] if text else []
-        if self.tokenizer.bos_token_id is not None:
-            tokens = [self.tokenizer.bos_token_id, *tokens]
-        return tokens
+        begin = self.tokenizer.bos_token_id
+        adds_it = begin is not None and self.tokenizer("", verbose=False)["input_ids"][:1] == [begin]
+        return [begin, *tokens] if adds_it else tokens
 
     def _chat_prefix(self) -> str:
         instruction = f"{self.instruction}{PLACEHOLDER}"
-        user = {"role": "user", "content": instruction}
-        conversations = [[user]]
+        conversations = [[("user", instruction)]]
         if self.system_prompt:
             # Some templates (Gemma's) have no place for a system prompt and say so: then it opens the user's turn.
-            system = {"role": "system", "content": self.system_prompt}
-            conversations = [[system, user], [{**user, "content": f"{self.system_prompt} {instruction}"}]]
+            in_turn = ("user", f"{self.system_prompt} {instruction}")
+            conversations = [[("system", self.system_prompt), ("user", instruction)], [in_turn]]
+        # Those of multi-modal models (LLaVA's) read lists of texts and pictures, and print nothing for a plain string.
+        as_text, as_parts = (lambda text: text), (lambda text: [{"type": "text", "text": text}])
         errors = []
-        for conversation in conversations:
+        for content, conversation in itertools.product((as_text, as_parts), conversations):
+            messages = [{"role": role, "content": content(text)} for role, text in conversation]
             try:
-                text = self.tokenizer.apply_chat_template(conversation, tokenize=False)
+                template = SAME_DAY + self.tokenizer.get_chat_template()
+                text = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
             except Exception as error:  # a template is a program, and fails in its own way
                 errors.append(" ".join(str(error).split())[:200])
                 continue
@@ -88,7 +101,7 @@ class PromptTokenizer:
             if found and before.rstrip().endswith(self.instruction.rstrip()):
                 return before
             errors.append("it does not keep the user's words")
-        raise UserError(f"the tokenizer's chat template fails ({errors[-1]}): set text.chat_template=False")
+        raise UserError(f"the tokenizer's chat template fails ({errors[0]}): set text.chat_template=False")
 
     @functools.cached_property
     def _separator(self) -> str:
@@ -126,7 +139,11 @@ class PromptTokenizer:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        # Half a surrogate pair, which captions from JSON can hold, is not text: it becomes a question mark.
-        texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        texts = [_without_half_characters(text) for text in texts]
         # A prompt that spells out a special token is text: it must not end the prompt early.
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def _without_half_characters(text: str) -> str:
+    """Half a surrogate pair, which captions from JSON can hold, is not text: it becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")

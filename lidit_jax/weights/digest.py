@@ -5,6 +5,7 @@ import hashlib
 from etils import epath
 
 from lidit_jax.errors import UserError
+from lidit_jax.weights.folders import TOKENIZER_FILES
 
 CHUNK = 1 << 20
 WHOLE_BELOW = 1 << 28  # bytes; of larger files evenly spaced chunks are read: 16 GB should not cost minutes a start
@@ -12,7 +13,7 @@ SAMPLED_CHUNKS = 64
 
 
 def folder_digest(folder: str | epath.Path) -> str:
-    """Sixteen hexadecimal digits over the names, sizes and contents of config.json and the *.safetensors files.
+    """Sixteen hexadecimal digits over names, sizes and contents of config.json, *.safetensors and a tokenizer's files.
 
     Of a file over 256 MiB, its first and last MiB and 62 between them stand for the whole.
 
@@ -20,11 +21,12 @@ def folder_digest(folder: str | epath.Path) -> str:
       UserError: if the folder has no such file.
     """
     folder = epath.Path(folder)
-    files = sorted((f for f in folder.glob("*") if f.name == "config.json" or f.suffix == ".safetensors"), key=str)
+    files = [f for f in folder.glob("*") if f.name == "config.json" or f.suffix == ".safetensors"]
     if not files:
         raise UserError(f"{folder}: no config.json and no .safetensors file there")
+    files += [f for f in folder.glob("*") if TOKENIZER_FILES.fullmatch(f.name) and f not in files]
     sha = hashlib.sha256()
-    for file in files:
+    for file in sorted(files, key=str):
         size = file.stat().length
         sha.update(f"{file.name} {size} ".encode())
         with file.open("rb") as stream:

@@ -36,6 +36,7 @@ SUPPORTED = tuple(dict.fromkeys((*MODEL_TYPES, *MULTIMODAL_TYPES, *LLAVA_TYPES))
 
 # transformers would fill these in with one particular model's sizes; in a `text_config` it means to.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MAX_HEAD_DIM = 65_536  # tables of that size are computed before any tensor can contradict it
 
 
 def llm_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: str = "auto") -> LLMConfig:
@@ -57,6 +58,8 @@ def llm_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: s
     if getattr(config, "head_dim", None) is None and hidden_size % num_heads:
         raise UserError(f"{file}: hidden_size={hidden_size} is not divisible by num_attention_heads={num_heads}")
     head_dim = positive_integer(config, "head_dim", file, default=hidden_size // num_heads)
+    if head_dim > MAX_HEAD_DIM:
+        raise UserError(f"{file}: head_dim={head_dim} is more than {MAX_HEAD_DIM}")
     if head_dim % 2:
         raise UserError(f"{file}: head_dim={head_dim} is odd, which rotary positions cannot be")
     sizes = {
@@ -75,7 +78,7 @@ def llm_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: s
         return LLMConfig(
             **sizes,
             **_rotary(config, file),
-            **_windows(config, file),
+            **_windows(model_type, config, file),
             **_switches(model_type, config, file),
             attention=attention,
             dtype=dtype,
@@ -130,7 +133,7 @@ def _switches(model_type: str, config: PreTrainedConfig, file: Any) -> dict[str,
         "attention_output_bias": bias and model_type != "qwen2",
         "mlp_bias": boolean(config, "mlp_bias", file),
         "qk_norm": model_type in ("qwen3", "gemma3_text"),
-        "hidden_act": getattr(config, "hidden_activation", None) or config.hidden_act,
+        "hidden_act": str(getattr(config, "hidden_activation", None) or config.hidden_act),
     }
     if model_type.startswith("gemma"):
         switches["embedding_scale"] = float(config.hidden_size) ** 0.5
@@ -142,11 +145,14 @@ def _switches(model_type: str, config: PreTrainedConfig, file: Any) -> dict[str,
     return switches
 
 
-def _windows(config: PreTrainedConfig, file: Any) -> dict[str, Any]:
-    layer_types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if layer_types is None:  # Mistral: every block slides, or none
-        layer_types = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+def _windows(model_type: str, config: PreTrainedConfig, file: Any) -> dict[str, Any]:
+    if model_type in ("llama", "gemma"):  # whose keys of that kind, if they have them, mean nothing
+        return {}
+    if model_type == "mistral":  # every block slides, or none
+        kind = "full_attention" if config.sliding_window is None else "sliding_attention"
+        layer_types = [kind] * config.num_hidden_layers
+    else:
+        layer_types = config.layer_types
     if unknown := set(layer_types) - {"full_attention", "sliding_attention"}:
         raise UserError(f"{file}: layer_types: {min(unknown)!r:.80} is not supported")
     slides = tuple(kind == "sliding_attention" for kind in layer_types)
@@ -160,7 +166,9 @@ def _rotary(config: PreTrainedConfig, file: Any) -> dict[str, Any]:
     everywhere = config.rope_parameters
     rotary = {}
     if "full_attention" in everywhere:  # Gemma 3: one for each kind of block
-        nearby, everywhere = everywhere["sliding_attention"], everywhere["full_attention"]
+        nearby, everywhere = everywhere.get("sliding_attention"), everywhere["full_attention"]
+        if not isinstance(nearby, dict) or not isinstance(everywhere, dict):
+            raise UserError(f"{file}: rope_parameters: full_attention and sliding_attention are not two objects")
         if _rope_type(nearby) != "default":
             raise UserError(f"{file}: rope_parameters: only plain rotary positions are supported in sliding blocks")
         rotary["local_rope_theta"] = positive_number(nearby, "rope_theta", file)

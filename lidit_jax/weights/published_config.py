@@ -29,9 +29,12 @@ def parse(
         if values.get(key) is None:
             raise UserError(f"{file}: {key} is missing")
     refuse_quantised(values, file)
-    count = values.get(blocks, 1)
-    if type(count) is not int or not 1 <= count <= MAX_BLOCKS:
-        raise UserError(f"{file}: {blocks}={count!r:.80} is not a whole number from 1 to {MAX_BLOCKS}")
+    for key in (blocks, "num_hidden_layers"):  # which transformers takes for the first one, whatever that is called
+        count = values.get(key, 1)
+        if type(count) is not int or not 1 <= count <= MAX_BLOCKS:
+            raise UserError(f"{file}: {key}={count!r:.80} is not a whole number from 1 to {MAX_BLOCKS}")
+    # Of classifiers; transformers would write out a name for each label.
+    values = {key: value for key, value in values.items() if key not in ("num_labels", "id2label", "label2id")}
     try:
         return CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
     except Exception as error:  # of many types: the config classes check each key in their own way

@@ -21,6 +21,7 @@ FLOAT_TYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+MAX_AXES = 8
 MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors library
 
 
@@ -114,4 +115,9 @@ def _entry(name: str, value: Any, data_size: int) -> tuple[str, tuple[int, ...],
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    # Bounded before they are multiplied: a header of a thousand large sizes would take a day.
+    return (
+        isinstance(values, list)
+        and len(values) <= MAX_AXES
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )

@@ -1,0 +1,63 @@
+"""The benchmarks' own machinery: what it times it also compares."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from lidit_jax.benchmarks.contest import Contestant, contest, largest_difference
+from lidit_jax.errors import UserError
+
+
+def doubler(seconds, value):
+    import time
+
+    def work():
+        time.sleep(seconds)
+        return 2 * np.asarray(value, np.float32)
+
+    return work
+
+
+def failing():
+    raise ValueError("no\nroom")
+
+
+def test_contestants_work_once_a_round_and_their_outputs_are_compared():
+    fast, slow = Contestant("fast", partial(doubler, 0.01, [1, 2])), Contestant("slow", partial(doubler, 0.1, [1, 2.5]))
+    results = contest([fast, slow], rounds=3)
+    assert [result.name for result in results] == ["fast", "slow"]
+    assert all(len(result.seconds) == 3 for result in results)
+    assert results[0].median >= 0.01 and results[1].median >= 0.1  # it is the work that is timed
+    assert all(result.peak_bytes > 10 << 20 for result in results)
+    assert largest_difference(results) == pytest.approx(0.25)
+    assert largest_difference(results[:1]) == 0.0
+
+
+def test_a_contestant_that_fails_ends_the_contest_in_one_line():
+    with pytest.raises(UserError, match="^broken: ValueError: no room$"):
+        contest([Contestant("broken", failing)], rounds=1)
+
+
+@pytest.mark.slow
+def test_the_encode_benchmark_compares_four_ways_that_agree():
+    command = [
+        sys.executable,
+        "-m",
+        "lidit_jax.benchmarks.encode",
+        "--rounds=1",
+        "--batch=2",
+        "--prefix=8",
+        "--prompt=8",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for way in ("plain", "shared prefix", "transformers", "transformers compiled"):
+        assert re.search(rf"^{way} +[\d.]+ +\d+ +[\d.]+ +\d+$", done.stdout, re.MULTILINE), done.stdout
+    [difference] = re.findall(r"largest difference from plain: (\S+) of", done.stdout)
+    assert float(difference) < 1e-5
