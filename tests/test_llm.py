@@ -794,7 +794,13 @@ def test_labels_of_a_classifier_cost_nothing(folder):
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
 def test_keys_of_windows_mean_what_they_mean_to_the_model(model_type):
-    values = {**LLAMA, "model_type": model_type, "sliding_window": 3, "layer_types": ["full_attention"] * 5}
+    values = {
+        **LLAMA,
+        "num_key_value_heads": 4,
+        "model_type": model_type,
+        "sliding_window": 3,
+        "layer_types": ["full_attention"] * 5,
+    }
     config = llm_config(values, "config.json", dtype="float32")
     assert any(config.sliding_layers) == (model_type == "mistral")
 
