@@ -171,6 +171,7 @@ TEMPLATE = (
 )
 # Gemma's refuses a system prompt.
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
+IGNORES_SYSTEM = "{% for m in messages if m.role == 'user' %}<|user|>{{ m.content }}{% endfor %}"
 
 
 def chat_tokenizer(template=TEMPLATE):
@@ -258,9 +259,10 @@ def test_a_chat_template_gives_the_system_prompt_and_the_users_turn_their_places
     assert real_tokens(tokenizer(["a star"]), 0) == [*plain(" a star"), specials["end"]]
 
 
-def test_a_template_without_a_place_for_the_system_prompt_gets_it_in_the_users_turn():
-    with_system = PromptTokenizer(chat_tokenizer(NO_SYSTEM), 32, "Describe:", "You see images.")
-    in_turn = PromptTokenizer(chat_tokenizer(NO_SYSTEM), 32, "You see images. Describe:")
+@pytest.mark.parametrize("template", [NO_SYSTEM, IGNORES_SYSTEM])
+def test_a_template_without_a_place_for_the_system_prompt_gets_it_in_the_users_turn(template):
+    with_system = PromptTokenizer(chat_tokenizer(template), 32, "Describe:", "You see images.")
+    in_turn = PromptTokenizer(chat_tokenizer(template), 32, "You see images. Describe:")
     np.testing.assert_array_equal(with_system.prefix(), in_turn.prefix())
 
 

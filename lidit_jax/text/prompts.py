@@ -98,9 +98,12 @@ class PromptTokenizer:
                 errors.append(" ".join(str(error).split())[:200])
                 continue
             before, found, _ = text.partition(PLACEHOLDER)
-            if found and before.rstrip().endswith(self.instruction.rstrip()):
+            if not found or not before.rstrip().endswith(self.instruction.rstrip()):
+                errors.append("it does not keep the user's words")
+            elif self.system_prompt.strip() not in before:  # a template may pass over roles that it does not know
+                errors.append("it does not keep the system prompt")
+            else:
                 return before
-            errors.append("it does not keep the user's words")
         raise UserError(f"the tokenizer's chat template fails ({errors[0]}): set text.chat_template=False")
 
     @functools.cached_property
