@@ -193,6 +193,22 @@ def test_prefix_is_read_by_the_refiners_and_then_dropped():
     assert np.abs(changed - before).max() > 1e-3
 
 
+def test_a_prefix_with_a_batch_axis_is_each_rows_own():
+    """T5's features of the instruction depend on the prompt."""
+    _, params, apply = model_and_params()
+    params = opened(params)
+    x, t = normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0])
+    shared, second = text_features(0), text_features(10, width=16)
+    expected = apply(params, x, t, [shared, second])
+    own = shared.replace(prefix=jnp.stack([shared.prefix, shared.prefix]))
+    assert own.prefix_length == shared.prefix_length == 3
+    np.testing.assert_array_equal(own.positions(), shared.positions())
+    np.testing.assert_allclose(apply(params, x, t, [own, second]), expected, atol=2e-6)
+    changed = apply(params, x, t, [own.replace(prefix=own.prefix.at[1].add(1.0)), second])
+    np.testing.assert_allclose(changed[0], expected[0], atol=2e-6)
+    assert np.abs(changed[1] - expected[1]).max() > 1e-4
+
+
 def test_an_empty_prompt_stays_finite_forwards_and_backwards():
     _, params, apply = model_and_params()
     params = opened(params)
