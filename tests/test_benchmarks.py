@@ -58,6 +58,18 @@ def test_the_encode_benchmark_compares_four_ways_that_agree():
     done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for way in ("plain", "shared prefix", "transformers", "transformers compiled"):
-        assert re.search(rf"^{way} +[\d.]+ +\d+ +[\d.]+ +\d+$", done.stdout, re.MULTILINE), done.stdout
+        assert re.search(rf"^{way} +[\d.]+ +[\d.e+]+ +[\d.]+ +\d+$", done.stdout, re.MULTILINE), done.stdout
     [difference] = re.findall(r"largest difference from plain: (\S+) of", done.stdout)
     assert float(difference) < 1e-5
+
+
+@pytest.mark.slow
+def test_the_vae_benchmark_compares_ways_that_agree():
+    command = [sys.executable, "-m", "lidit_jax.benchmarks.vae", "--rounds=1", "--size=32"]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for way in ("lidit_jax", "diffusers", "diffusers compiled"):
+        lines = re.findall(rf"^{way} +[\d.]+ +[\d.e+]+ +[\d.]+ +\d+$", done.stdout, re.MULTILINE)
+        assert len(lines) == 2, done.stdout
+    differences = [float(value) for value in re.findall(r"largest difference: (\S+) of", done.stdout)]
+    assert len(differences) == 2 and max(differences) < 1e-4

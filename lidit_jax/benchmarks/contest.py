@@ -101,6 +101,22 @@ def largest_difference(results: Sequence[Result]) -> float:
     return float(max(differences) / np.abs(first).max())
 
 
+def table(results: Sequence[Result], amount: int, unit: str) -> str:
+    """A line a contestant: time of a round, speed (and that over the first one's), memory.
+
+    Args:
+      amount: of the unit, done in a round.
+    """
+    width = max(22, *(len(result.name) + 2 for result in results))
+    lines = [f"{'':{width}}{'ms a round':>12}{f'{unit}/s':>12}{f'x {results[0].name}':>20}{'peak MiB':>10}"]
+    for result in results:
+        lines.append(
+            f"{result.name:{width}}{1e3 * result.median:12.1f}{amount / result.median:12.4g}"
+            f"{results[0].median / result.median:20.2f}{result.peak_bytes / 2**20:10.0f}"
+        )
+    return "\n".join(lines)
+
+
 def machine() -> str:
     """One line: what ran this."""
     import jax

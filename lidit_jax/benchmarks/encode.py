@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from lidit_jax import cli
-from lidit_jax.benchmarks.contest import Contestant, Result, contest, largest_difference, machine
+from lidit_jax.benchmarks.contest import Contestant, contest, largest_difference, machine, table
 from lidit_jax.errors import UserError
 
 _BATCH = flags.DEFINE_integer("batch", 32, "prompts encoded at once")
@@ -62,7 +62,7 @@ def main() -> None:
         f"{num_parameters / 1e6:.0f}M parameters in {_DTYPE.value}, prefix of {_PREFIX.value} tokens, {_BATCH.value} "
         f"prompts of {_PROMPT.value}, median of {_ROUNDS.value} rounds"
     )
-    print(table(results, _BATCH.value * _PROMPT.value))
+    print(table(results, _BATCH.value * _PROMPT.value, "tokens"))
     print(f"largest difference from plain: {largest_difference(results):.1e} of the largest feature")
 
 
@@ -77,17 +77,6 @@ def save_model(folder: str) -> int:
     model = transformers.LlamaModel(transformers.LlamaConfig(**SIZES))
     model.save_pretrained(folder)
     return model.num_parameters()
-
-
-def table(results: list[Result], num_tokens: int) -> str:
-    """num_tokens: of the prompts of a batch."""
-    lines = [f"{'':22}{'ms a batch':>12}{'tokens/s':>12}{'x plain':>9}{'peak MiB':>10}"]
-    for result in results:
-        lines.append(
-            f"{result.name:22}{1e3 * result.median:12.1f}{num_tokens / result.median:12.0f}"
-            f"{results[0].median / result.median:9.2f}{result.peak_bytes / 2**20:10.0f}"
-        )
-    return "\n".join(lines)
 
 
 def plain(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> Callable[[], np.ndarray]:

@@ -1,0 +1,119 @@
+"""The autoencoder, ours against diffusers': `python -m lidit_jax.benchmarks.vae`.
+
+A random `AutoencoderKL` at the widths of Stable Diffusion 3's is saved in diffusers' format; both libraries encode the
+same pictures to the means of their latents, and decode the same latents.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable
+
+import numpy as np
+from absl import flags
+
+from lidit_jax import cli
+from lidit_jax.benchmarks.contest import Contestant, contest, largest_difference, machine, table
+from lidit_jax.errors import UserError
+
+_BATCH = flags.DEFINE_integer("batch", 1, "pictures at once")
+_SIZE = flags.DEFINE_integer("size", 256, "side of a picture, a multiple of 8 pixels")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "times that each does the work")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
+
+WIDTHS = (128, 256, 512, 512)
+FACTOR = 8
+CHANNELS = 16
+
+
+def main() -> None:
+    for flag in (_BATCH, _SIZE, _ROUNDS):
+        if flag.value < 1:
+            raise UserError(f"--{flag.name}={flag.value} must be at least 1")
+    if _SIZE.value % FACTOR:
+        raise UserError(f"--size={_SIZE.value} is not a multiple of {FACTOR}")
+    random = np.random.default_rng(0)
+    cells = _SIZE.value // FACTOR
+    inputs = {
+        "encode": random.uniform(-1, 1, (_BATCH.value, _SIZE.value, _SIZE.value, 3)).astype(np.float32),
+        "decode": random.normal(size=(_BATCH.value, cells, cells, CHANNELS)).astype(np.float32),
+    }
+    print(machine())
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(folder)
+        for task, arrays in inputs.items():
+            ways = {
+                "lidit_jax": ours,
+                "diffusers": functools.partial(diffusers_model, compiled=False),
+                "diffusers compiled": functools.partial(diffusers_model, compiled=True),
+            }
+            contestants = [
+                Contestant(name, functools.partial(way, folder, task, arrays, _DTYPE.value))
+                for name, way in ways.items()
+            ]
+            results = contest(contestants, _ROUNDS.value)
+            print(f"{task}, {_BATCH.value} x {_SIZE.value} px, {_DTYPE.value}, median of {_ROUNDS.value} rounds")
+            print(table(results, _BATCH.value, "images"))
+            print(f"largest difference: {largest_difference(results):.1e} of the largest value")
+
+
+def save_model(folder: str) -> None:
+    """A random VAE in diffusers' format."""
+    try:
+        import diffusers
+        import torch
+    except ImportError:
+        raise UserError("the benchmark compares with PyTorch: pip install -e '.[test]'") from None
+    torch.manual_seed(0)
+    blocks = len(WIDTHS)
+    diffusers.AutoencoderKL(
+        block_out_channels=WIDTHS,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        layers_per_block=2,
+        latent_channels=CHANNELS,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).save_pretrained(folder)
+
+
+def ours(folder: str, task: str, arrays: np.ndarray, dtype: str) -> Callable[[], np.ndarray]:
+    import jax
+    import jax.numpy as jnp
+
+    from lidit_jax.models.vae import AutoencoderKL
+    from lidit_jax.weights.diffusers_vae import load_vae
+
+    config, params = load_vae(folder)
+    model = AutoencoderKL(config, jnp.dtype(dtype))
+    params = jax.device_put(params)
+    tasks = {
+        "encode": lambda p, x: model.apply({"params": p}, x, method=AutoencoderKL.encode).mode(),
+        "decode": lambda p, z: model.apply({"params": p}, z, method=AutoencoderKL.decode),
+    }
+    apply = jax.jit(tasks[task])
+    return lambda: np.asarray(apply(params, arrays))
+
+
+def diffusers_model(
+    folder: str, task: str, arrays: np.ndarray, dtype: str, *, compiled: bool
+) -> Callable[[], np.ndarray]:
+    import diffusers
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch_dtype = getattr(torch, dtype)
+    model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=torch_dtype, low_cpu_mem_usage=False)
+    model = model.to(device).eval()
+    inputs = torch.from_numpy(arrays).permute(0, 3, 1, 2).to(device, torch_dtype)
+    tasks = {"encode": lambda x: model.encode(x).latent_dist.mean, "decode": lambda z: model.decode(z).sample}
+    apply = torch.compile(tasks[task]) if compiled else tasks[task]
+
+    @torch.inference_mode()
+    def work():
+        return apply(inputs).permute(0, 2, 3, 1).float().cpu().numpy()
+
+    return work
+
+
+if __name__ == "__main__":
+    cli.run(main)
