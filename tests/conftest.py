@@ -1,6 +1,7 @@
 """Set before JAX is imported: tests run on the CPU, which shows itself as eight devices for the sharding tests."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from types import ModuleType
@@ -56,6 +57,32 @@ def tiny_config() -> ConfigDict:
 
 def scene_of(seed: int, num_objects: int | None = None, pairs: str = "all") -> Scene:
     return sample_scene(np.random.default_rng(seed), num_objects, pairs)
+
+
+DELETED = object()
+
+
+def change_config(folder: Path, **changes) -> None:
+    """Sets keys of a folder's config.json; `DELETED` takes one out."""
+    values = json.loads((folder / "config.json").read_text()) | changes
+    values = {key: value for key, value in values.items() if value is not DELETED}
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory):
+    """A tiny T5 encoder and its tokenizer, as transformers saves them. Not to be changed."""
+    import torch
+    import transformers
+
+    from lidit_jax.text.train_tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("t5") / "tiny"
+    sizes = {"vocab_size": 300, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(folder)
+    train_tokenizer(["a red circle above a blue square", "Describe the objects:"], 300).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

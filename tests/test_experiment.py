@@ -71,6 +71,22 @@ def test_encoders_from_folders_ahead_of_the_step_train_the_same_model(trained_wo
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), got, expected)
 
 
+@pytest.mark.parametrize("where", ["in_step", "ahead"])
+def test_a_t5_takes_an_llms_place_in_a_run(trained_workdir, t5_folder, tmp_path, where):
+    config = tiny_config()
+    config.encoders = {"t5": {"weights": str(t5_folder), "dtype": "float32"}}
+    config.vae.weights = str(trained_workdir / "vae")
+    config.text.encode = where
+    config.train.steps = 2
+    del config.evaluate
+    experiment.run(config, epath.Path(tmp_path))
+    params, step = load_weights(tmp_path / CHECKPOINTS, "params")
+    assert step == 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    draw_to_folder(Request(epath.Path(tmp_path), epath.Path(tmp_path / "out"), prompt="a red circle"))
+    assert Image.open(tmp_path / "out/00000.png").size == (32, 32)
+
+
 def test_an_encoder_that_does_not_fit_is_refused_before_anything_is_trained(trained_workdir, tmp_path):
     config = tiny_config()
     config.encoders.qwen.weights = str(trained_workdir / "encoders" / "qwen")
@@ -216,6 +232,10 @@ def test_every_ablation_row_is_a_config(tmp_path):
         (lambda c: c.data.update(source="tar", path="/nowhere/at/all"), "/nowhere/at/all"),
         (lambda c: c.data.update(source="web"), "shapes, tar"),
         (lambda c: c.encoders.llama.update(family="gpt"), "llama, qwen2"),
+        (lambda c: c.encoders.llama.update(dtype="bf16"), "encoders.llama.dtype='bf16' is not supported: use one of"),
+        (lambda c: c.vae.update(dtype="float"), "vae.dtype='float' is not supported"),
+        (lambda c: c.model.update(dtype="int8"), "model.dtype='int8' is not supported"),
+        (lambda c: c.text.update(encode="later"), "text.encode='later' is unknown: use one of in_step, ahead"),
         (lambda c: c.diffusion.update(name="flow"), "rectified_flow"),
         (lambda c: c.mesh.update(data=3), "mesh"),
         (lambda c: c.train.update(batch_size=0), "batch_size"),

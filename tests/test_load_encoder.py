@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import change_config
 from etils import epath
 from etils.epath import backend
 from flax import linen as nn
@@ -49,16 +50,6 @@ def llm_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llm") / "tiny"
     params = jax.jit(CausalLM(CONFIG).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     save_llm(folder, CONFIG, nn.meta.unbox(params), TOKENIZER)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def t5_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("t5") / "tiny"
-    sizes = {"vocab_size": 300, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
-    torch.manual_seed(0)
-    transformers.T5EncoderModel(transformers.T5Config(**sizes)).save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
     return folder
 
 
@@ -199,8 +190,8 @@ def test_what_is_no_name_of_the_hub_is_not_looked_for_there(tmp_path, monkeypatc
 
 def copy_with(folder: Path, target: Path, **changes) -> Path:
     shutil.copytree(folder, target)
-    values = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps(values | changes))
+    if changes:
+        change_config(target, **changes)
     return target
 
 
@@ -271,7 +262,6 @@ def test_a_chat_template_in_a_processors_file_is_read(llm_folder, tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "config.json", "model.safetensors"])
 def test_the_digest_covers_all_that_features_depend_on(llm_folder, tmp_path, name):
     folder = copy_with(llm_folder, tmp_path / "same")
-    (folder / "config.json").write_bytes((llm_folder / "config.json").read_bytes())
     (folder / "README.md").write_text("of no account")
     assert folder_digest(folder) == folder_digest(llm_folder)
     with (folder / name).open("ab") as file:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from conftest import DELETED, change_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
@@ -253,15 +254,6 @@ def test_a_mesh_gets_the_same_arrays_cut_by_the_table_of_logical_axes(folder, me
 def folder(tmp_path):
     reference("v1.1").save_pretrained(tmp_path / "t5")
     return tmp_path / "t5"
-
-
-DELETED = object()
-
-
-def change_config(folder, **changes):
-    values = json.loads((folder / "config.json").read_text()) | changes
-    values = {key: value for key, value in values.items() if value is not DELETED}
-    (folder / "config.json").write_text(json.dumps(values))
 
 
 def change_tensors(folder, **changes):

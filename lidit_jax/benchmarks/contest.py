@@ -8,18 +8,22 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import duration
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+# An accelerator's memory is for all contestants. Their processes inherit it.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +121,16 @@ def table(results: Sequence[Result], amount: int, unit: str) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """One line: what ran this."""
-    import jax
+def machine(*others: str) -> str:
+    """One line: what ran this, and the versions of JAX and of the other libraries that it is compared with.
 
-    versions = [f"{name} {version(name)}" for name in ("jax", "torch", "transformers")]
+    Raises:
+      UserError: one of them is not installed.
+    """
+    try:
+        versions = [f"{name} {version(name)}" for name in ("jax", *others)]
+    except PackageNotFoundError as error:
+        raise UserError(f"the benchmark compares with {error.name}: pip install -e '.[test]'") from None
     cpu = platform.processor() or platform.machine()
     if (file := Path("/proc/cpuinfo")).exists():
         names = [line.partition(":")[2].strip() for line in file.read_text().splitlines() if "model name" in line]
@@ -131,17 +140,17 @@ def machine() -> str:
 
 
 def _serve(prepare: Callable[[], Callable[[], np.ndarray]], connection: Connection) -> None:
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # an accelerator's memory is for all contestants
     try:
         work = prepare()
         work()  # compiles
-        with _peak_memory() as peak:
-            connection.send(work())
-            while connection.recv() == "work":
-                started = time.perf_counter()
-                work()
-                connection.send(time.perf_counter() - started)
-            connection.send(peak())
+        if CLEAR_REFS.exists():
+            CLEAR_REFS.write_text("5")  # resets the high-water mark: compilation is over
+        connection.send(work())
+        while connection.recv() == "work":
+            started = time.perf_counter()
+            work()
+            connection.send(time.perf_counter() - started)
+        connection.send(_peak_memory())
     except Exception as error:
         connection.send(error)
         raise
@@ -157,31 +166,17 @@ def _receive(connection: Connection, name: str):
     return value
 
 
-@contextmanager
-def _peak_memory() -> Iterator[Callable[[], int]]:
-    """Yields a function that gives the most bytes that were held since."""
-    if CLEAR_REFS.exists():
-        CLEAR_REFS.write_text("5")  # resets the process's high-water mark
-
-    def peak() -> int:
-        device_peak = _device_peak()
-        if device_peak is not None:
-            return device_peak
-        if STATUS.exists():
-            [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
-            return int(line.split()[1]) << 10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
-
-    yield peak
-
-
-def _device_peak() -> int | None:
-    if torch := sys.modules.get("torch"):
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
-    import jax
-
-    statistics_of_device = jax.local_devices()[0].memory_stats() or {}
-    return statistics_of_device.get("peak_bytes_in_use")
+def _peak_memory() -> int:
+    """Most bytes held: of the accelerator, if there is one; else of the process since its mark was reset."""
+    if STATUS.exists():
+        [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
+        of_process = int(line.split()[1]) << 10
+    else:
+        of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", of_process)
 
 
 def _say(line: str) -> None:

@@ -20,29 +20,25 @@ from absl import flags
 
 from lidit_jax import cli
 from lidit_jax.benchmarks.contest import Contestant, contest, largest_difference, machine, table
-from lidit_jax.errors import UserError
 
-_BATCH = flags.DEFINE_integer("batch", 32, "prompts encoded at once")
-_PREFIX = flags.DEFINE_integer("prefix", 40, "tokens of the prefix")
-_PROMPT = flags.DEFINE_integer("prompt", 40, "tokens of a prompt")
-_ROUNDS = flags.DEFINE_integer("rounds", 20, "times that each encodes the batch")
+_BATCH = flags.DEFINE_integer("batch", 32, "prompts encoded at once", lower_bound=1)
+_PREFIX = flags.DEFINE_integer("prefix", 40, "tokens of the prefix", lower_bound=1)
+_PROMPT = flags.DEFINE_integer("prompt", 40, "tokens of a prompt", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 20, "times that each encodes the batch", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
 
-BLOCKS = 18
 SIZES = {
     "vocab_size": 32_000,
     "hidden_size": 768,
     "intermediate_size": 2048,
-    "num_hidden_layers": BLOCKS,
+    "num_hidden_layers": 18,
     "num_attention_heads": 12,
     "num_key_value_heads": 12,
 }
 
 
 def main() -> None:
-    for flag in (_BATCH, _PREFIX, _PROMPT, _ROUNDS):
-        if flag.value < 1:
-            raise UserError(f"--{flag.name}={flag.value} must be at least 1")
+    print(machine("torch", "transformers"))
     with tempfile.TemporaryDirectory() as folder:
         num_parameters = save_model(folder)
         random = np.random.default_rng(0)
@@ -57,7 +53,6 @@ def main() -> None:
         arguments = (folder, prefix, prompts, _DTYPE.value)
         contestants = [Contestant(name, functools.partial(way, *arguments)) for name, way in ways.items()]
         results = contest(contestants, _ROUNDS.value)
-    print(machine())
     print(
         f"{num_parameters / 1e6:.0f}M parameters in {_DTYPE.value}, prefix of {_PREFIX.value} tokens, {_BATCH.value} "
         f"prompts of {_PROMPT.value}, median of {_ROUNDS.value} rounds"
@@ -68,25 +63,28 @@ def main() -> None:
 
 def save_model(folder: str) -> int:
     """A random LLaMA in Hugging Face's format -> its number of parameters."""
-    try:
-        import torch
-        import transformers
-    except ImportError:
-        raise UserError("the benchmark compares with PyTorch: pip install -e '.[test]'") from None
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     model = transformers.LlamaModel(transformers.LlamaConfig(**SIZES))
     model.save_pretrained(folder)
     return model.num_parameters()
 
 
-def plain(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> Callable[[], np.ndarray]:
-    import jax
-
+def load(folder: str, dtype: str):
+    """-> our module and its parameters."""
     from lidit_jax.models.llm import LLM
     from lidit_jax.weights.huggingface_llm import load_llm_encoder
 
     config, params = load_llm_encoder(folder, dtype=dtype)
-    model = LLM(config.as_encoder())
+    return LLM(config.as_encoder()), params
+
+
+def plain(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> Callable[[], np.ndarray]:
+    import jax
+
+    model, params = load(folder, dtype)
     tokens = np.concatenate([np.broadcast_to(prefix, (len(prompts), len(prefix))), prompts], axis=1)
     encode = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens)[:, len(prefix) :])
     return lambda: np.asarray(encode(params, tokens))
@@ -95,12 +93,8 @@ def plain(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> C
 def shared_prefix(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> Callable[[], np.ndarray]:
     import jax
 
-    from lidit_jax.models.llm import LLM
-    from lidit_jax.weights.huggingface_llm import load_llm_encoder
-
-    config, params = load_llm_encoder(folder, dtype=dtype)
-    model = LLM(config.as_encoder())
-    _, cache = jax.jit(lambda params: model.apply({"params": params}, prefix, method=LLM.prefix))(params)
+    model, params = load(folder, dtype)
+    _, cache = jax.jit(lambda params: model.apply({"params": params}, prefix, method=type(model).prefix))(params)
     encode = jax.jit(lambda params, tokens, cache: model.apply({"params": params}, tokens, cache))
     return lambda: np.asarray(encode(params, prompts, cache))
 

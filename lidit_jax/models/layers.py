@@ -4,6 +4,7 @@ Parameters are float32 and carry logical axis names (`parallel/rules.py` maps th
 in `dtype`; normalisation, modulation and the timestep embedding stay in float32.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -24,6 +25,14 @@ ZERO_INIT = nn.initializers.zeros_init()
 ROTARY_THETA = 100.0
 # What models compute in. Half precision without bfloat16's range overflows in LLMs.
 DTYPES = ("float32", "bfloat16")
+# Of published models, by the names that transformers gives them.
+ACTIVATIONS = {
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": functools.partial(nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
+}
 
 
 def check_dtype(key: str, dtype: str) -> None:

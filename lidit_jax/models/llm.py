@@ -6,7 +6,6 @@ third-to-last block (paper section 3.1); as a language model it runs to its logi
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.layers import Dense, RMSNorm
+from lidit_jax.models.layers import ACTIVATIONS, Dense, RMSNorm
 from lidit_jax.models.rotary import DEFAULT_THETA, RopeScaling, rotary_tables, rotate
 
 # Variance 1 / width. At the families' widths it is about their 0.02; at a toy's 64 their 0.02 itself would leave
@@ -26,13 +25,6 @@ KERNEL_INIT = nn.initializers.lecun_normal()
 
 # The feature is the output of the third-to-last block: these many blocks at the end are neither run nor loaded.
 BLOCKS_AFTER_FEATURE = 2
-
-# By the names that transformers' config.json gives them.
-ACTIVATIONS = {
-    "silu": nn.silu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ encodes prompts with weights that are loaded, so its initial values are of no ac
 """
 
 import dataclasses
-import functools
 import math
 
 import flax.linen as nn
@@ -15,17 +14,9 @@ import numpy as np
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.layers import Dense, RMSNorm
+from lidit_jax.models.layers import ACTIVATIONS, Dense, RMSNorm
 
 EMBEDDING_INIT = nn.initializers.normal(1.0)
-
-# By the names that transformers gives them.
-ACTIVATIONS = {
-    "relu": nn.relu,
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": functools.partial(nn.gelu, approximate=True),
-    "silu": nn.silu,
-}
 
 
 @dataclasses.dataclass(frozen=True)

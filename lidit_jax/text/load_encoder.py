@@ -84,12 +84,11 @@ def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
         if not file.is_file():
             raise UserError(f"{folder}: no tokenizer.json in it; name a folder that save_pretrained wrote")
         template = _processors_template(epath.Path(files))
+        # The tokenizers library raises bare Exceptions for a broken file, and panics, which are not even Exceptions.
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(files))
             tokenizer(PROBES, split_special_tokens=True, verbose=False)  # much damage shows only in use
-        except (
-            BaseException
-        ) as error:  # bare Exceptions, and the panics of the tokenizers library, which are not even that
+        except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(str(error).split())[:200]

@@ -23,6 +23,7 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 # The folder states the format of the oldest diffusers that knows every key of its config.json (use_quant_conv).
 DIFFUSERS_VERSION = "0.30.0"
 
+OWN_TENSORS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 # diffusers before 0.17 named the attention's projections otherwise; such files (SD 1.x) are still in use.
 OLD_ATTENTION_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -45,7 +46,7 @@ def load_vae(folder: str | Path) -> tuple[VAEConfig, dict[str, Any]]:
     flat = {}
     with SafetensorsFolder(folder, WEIGHTS_STEM) as weights:
         names = {path: _stored_name(torch_name(path), weights.names) for path in parameter_shapes(config)}
-        _refuse_unexpected(weights, set(names.values()))
+        weights.refuse_unexpected(names.values(), OWN_TENSORS)
         for path, shape in parameter_shapes(config).items():
             axes = _torch_axes(len(shape))
             value = weights.read(names[path], tuple(shape[axis] for axis in axes))
@@ -119,16 +120,6 @@ def _stored_name(name: str, stored: set[str]) -> str:
         if name not in stored and old_name in stored:
             return old_name
     return name
-
-
-def _refuse_unexpected(weights: SafetensorsFolder, expected: set[str]) -> None:
-    """A tensor of the autoencoder's own that the config has no place for would change its pictures in silence."""
-    own = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    if unexpected := [name for name in weights.names - expected if name.startswith(own)]:
-        raise UserError(
-            f"{weights.folder}: tensor {min(unexpected)} has no place in the model that {CONFIG_FILE} describes; the "
-            "weights do not belong to it"
-        )
 
 
 def _config_dict(config: VAEConfig) -> dict[str, Any]:

@@ -21,10 +21,9 @@ def folder_digest(folder: str | epath.Path) -> str:
       UserError: if the folder has no such file.
     """
     folder = epath.Path(folder)
-    files = [f for f in folder.glob("*") if f.name == "config.json" or f.suffix == ".safetensors"]
+    files = [f for f in folder.glob("*") if TOKENIZER_FILES.fullmatch(f.name) or f.suffix == ".safetensors"]
     if not files:
         raise UserError(f"{folder}: no config.json and no .safetensors file there")
-    files += [f for f in folder.glob("*") if TOKENIZER_FILES.fullmatch(f.name) and f not in files]
     sha = hashlib.sha256()
     for file in sorted(files, key=str):
         size = file.stat().length

@@ -1,5 +1,6 @@
 """Where a folder of weights is: on a disk, in a bucket, or on the Hugging Face hub under its name there."""
 
+import functools
 import re
 import shutil
 import tempfile
@@ -36,6 +37,11 @@ def find_folder(name: str) -> epath.Path:
         raise UserError(f"{name} cannot be reached ({_reason(error)})") from error
     if is_there or not HUB_NAME.fullmatch(name):
         return folder
+    return _download(name)
+
+
+@functools.cache  # once a run: all its parts see one revision
+def _download(name: str) -> epath.Path:
     try:
         return epath.Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except Exception as error:  # of many types: of the network, of the hub's answers, of the disk

@@ -24,7 +24,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.models.llm import LLM, CausalLM, LLMConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.weights.huggingface_config import llm_config, norm_offset
-from lidit_jax.weights.placing import Placement, check_tensors, place_parameters
+from lidit_jax.weights.placing import Placement, place_parameters
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, new_folder, read_config
 
 WEIGHTS_STEM = "model"
@@ -116,8 +116,16 @@ def load_llm_encoder(
         boxed = _boxed_parameters(encoder)
         names = {path: _stored_names(encoder, prefix, path) for path in boxed}
         blocks = tuple(f"{prefix}layers.{block}." for block in range(encoder.num_hidden_layers))
-        check_tensors(weights, boxed, names, belonging=blocks, derived=DERIVED_TENSOR)
-        params = place_parameters(weights, boxed, names, Placement(mesh, rules), dtype=dtype, norm_offset=offset)
+        params = place_parameters(
+            weights,
+            boxed,
+            names,
+            Placement(mesh, rules),
+            dtype=dtype,
+            belonging=blocks,
+            derived=DERIVED_TENSOR,
+            norm_offset=offset,
+        )
     return config, params
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from lidit_jax.errors import UserError
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.weights.placing import Placement, check_tensors, place_parameters
+from lidit_jax.weights.placing import Placement, place_parameters
 from lidit_jax.weights.published_config import parse, positive_integer, positive_number
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, read_config
 
@@ -88,8 +88,7 @@ def load_t5_encoder(
     with SafetensorsFolder(folder, WEIGHTS_STEM) as weights:
         boxed = _boxed_parameters(config)
         names = {path: _stored_names(config, path, weights) for path in boxed}
-        check_tensors(weights, boxed, names, belonging=(BLOCKS,))
-        params = place_parameters(weights, boxed, names, Placement(mesh, rules), dtype=dtype)
+        params = place_parameters(weights, boxed, names, Placement(mesh, rules), dtype=dtype, belonging=(BLOCKS,))
     return config, params
 
 

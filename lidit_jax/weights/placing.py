@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import duration
 from lidit_jax.parallel.rules import ShardingRules, shardings
-from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder
+from lidit_jax.weights.safetensors_folder import SafetensorsFolder
 
 logger = logging.getLogger(__name__)
 
@@ -40,37 +41,6 @@ class Placement:
         return shardings(boxed, self.mesh, self.rules or ShardingRules())
 
 
-def check_tensors(
-    weights: SafetensorsFolder,
-    boxed: Mapping[Path, nn.LogicallyPartitioned],
-    names: Mapping[Path, Sequence[str]],
-    *,
-    belonging: tuple[str, ...],
-    derived: str = "",
-) -> None:
-    """Looks every tensor up, before memory of their size is asked for.
-
-    Args:
-      boxed, names: see `place_parameters`.
-      belonging: beginnings of names: a tensor with one of them that is not asked for has no place in the model, which
-        would compute something else without it, and nobody would know.
-      derived: ending of the names of tensors that may be there and are not needed.
-
-    Raises:
-      UserError: as `SafetensorsFolder.check`, and for such a tensor.
-    """
-    for path, leaf in boxed.items():
-        for name in names[path]:
-            weights.check(name, _shape_in_file(path, leaf.value.shape))
-    asked_for = {name for of_parameter in names.values() for name in of_parameter}
-    for name in sorted(weights.names - asked_for):
-        if name.startswith(belonging) and not (derived and name.endswith(derived)):
-            raise UserError(
-                f"{weights.folder}: tensor {name!r} has no place in the model that {CONFIG_FILE} describes; the "
-                "weights do not belong to it"
-            )
-
-
 def place_parameters(
     weights: SafetensorsFolder,
     boxed: Mapping[Path, nn.LogicallyPartitioned],
@@ -78,6 +48,8 @@ def place_parameters(
     placement: Placement,
     *,
     dtype: str,
+    belonging: tuple[str, ...],
+    derived: str = "",
     norm_offset: float = 0.0,
 ) -> dict[str, Any]:
     """Reads an encoder's parameters, each straight into its place; says how far it is when that takes long.
@@ -88,14 +60,19 @@ def place_parameters(
     Args:
       boxed: shapes and logical axes by path; the paths that start with "layers" are stacks over the blocks.
       names: of the tensors of each: one, or of a stack one for each block.
+      belonging, derived: of `SafetensorsFolder.refuse_unexpected`.
       norm_offset: added to the norms' scales.
 
     Returns:
       A nested dict of arrays.
 
     Raises:
-      UserError: as `SafetensorsFolder.read`, and for a number that is not finite.
+      UserError: as `SafetensorsFolder.read` and `refuse_unexpected`, and for a number that is not finite.
     """
+    for path, leaf in boxed.items():  # before memory of their size is asked for
+        for name in names[path]:
+            weights.check(name, _shape_in_file(path, leaf.value.shape))
+    weights.refuse_unexpected(itertools.chain.from_iterable(names.values()), belonging, derived)
     total = sum(weights.num_bytes(name) for of_parameter in names.values() for name in of_parameter)
     progress = _Progress(str(weights.folder), total)
     flat = {}

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,24 @@ class SafetensorsFolder:
         """The tensor, in the type it is stored in. Raises what `check` raises."""
         self.check(name, shape)
         return self._containing(name).read(name)
+
+    def refuse_unexpected(self, asked_for: Iterable[str], belonging: tuple[str, ...], derived: str = "") -> None:
+        """A tensor of the model's own that its config has no place for would change what it computes, in silence.
+
+        Args:
+            asked_for: the names that have a place.
+            belonging: beginnings of the names of the model's own tensors.
+            derived: ending of the names of tensors that may be there and are not needed; "": there are none.
+
+        Raises:
+            UserError: there is such a tensor.
+        """
+        for name in sorted(self.names - set(asked_for)):
+            if name.startswith(belonging) and not (derived and name.endswith(derived)):
+                raise UserError(
+                    f"{self.folder}: tensor {name!r} has no place in the model that {CONFIG_FILE} describes; the weights "
+                    "do not belong to it"
+                )
 
     def _containing(self, name: str) -> SafetensorsFile:
         if name not in self._file_of_tensor:
