@@ -356,7 +356,7 @@ def test_a_tensor_that_the_config_has_no_place_for_is_refused(folder):
     rewrite(folder, lambda tensors: tensors.update({"training_step": np.zeros(1, np.float32)}))
     load_vae(folder)
     rewrite(folder, lambda tensors: tensors.update({"encoder.extra.bias": np.zeros(1, np.float32)}))
-    with pytest.raises(UserError, match=r"encoder\.extra\.bias has no place"):
+    with pytest.raises(UserError, match=r"encoder\.extra\.bias' has no place"):
         load_vae(folder)
 
 

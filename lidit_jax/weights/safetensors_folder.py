@@ -86,8 +86,8 @@ class SafetensorsFolder:
         for name in sorted(self.names - set(asked_for)):
             if name.startswith(belonging) and not (derived and name.endswith(derived)):
                 raise UserError(
-                    f"{self.folder}: tensor {name!r} has no place in the model that {CONFIG_FILE} describes; the weights "
-                    "do not belong to it"
+                    f"{self.folder}: tensor {name!r} has no place in the model that {CONFIG_FILE} describes; the "
+                    "weights do not belong to it"
                 )
 
     def _containing(self, name: str) -> SafetensorsFile:
