@@ -12,6 +12,7 @@ setup(
     install_requires=[
         "absl-py>=2.5",
         "clu>=0.0.12",
+        "dm-pix>=0.4.5",
         "etils[epath]>=1.15",
         "flax>=0.12.8",
         "grain>=0.2.18",

@@ -30,15 +30,16 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
         raise UserError(f"--num_images={num_images} must be at least 1")
     experiment = Experiment(config, out.parent)
     dataset = Dataset(experiment.data, experiment.cell())
+    batch_size = (experiment.train if experiment.has_lidit else experiment.vae_training()).batch_size
     batches = dataset.batches(
-        experiment.train.batch_size,
+        batch_size,
         config.seed,
         tokenize=None,
         caption_dropout=experiment.data.caption_dropout,
         with_captions=True,
     )
     pictures, labels = [], []
-    per_batch = min(PER_BATCH, experiment.train.batch_size)
+    per_batch = min(PER_BATCH, batch_size)
     for batch in itertools.islice(batches, -(-num_images // per_batch)):
         height, width = batch["image"].shape[1:3]
         pictures += list(batch["image"][:per_batch])

@@ -7,11 +7,15 @@ A workdir describes itself:
     vae/                   a VAE trained by the run, in diffusers' format (likewise)
     training/PART/         checkpoints, metrics.jsonl, TensorBoard events, samples/ of each part that was trained
     grid.png, scores.json  what the run drew for held-out prompts at its end, where its data can be checked
+    reconstruction.png, reconstruction.json   how well the VAE gives pictures back, where the config asks for it
+
+A config without the sections that belong to LI-DiT trains (or judges) a VAE alone.
 """
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,16 +29,22 @@ from ml_collections import ConfigDict
 from lidit_jax import tasks
 from lidit_jax.checkpoint import Checkpoints, load_weights
 from lidit_jax.config import build, claim_workdir, read_workdir
+from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.dataset import DataConfig, Dataset
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.diffusion.schedules import Schedule, make_schedule
 from lidit_jax.errors import UserError
+from lidit_jax.evaluation import reconstruction
+from lidit_jax.evaluation.reconstruction import Autoencoding, ReconstructionEvaluation, evaluate_reconstruction
 from lidit_jax.evaluation.scenes import SceneEvaluation, evaluate_scenes
 from lidit_jax.metrics import Metrics
+from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
 from lidit_jax.models.layers import check_dtype
 from lidit_jax.models.lidit import LIDiT, LIDiTConfig, num_parameters
 from lidit_jax.models.llm import LLMConfig
+from lidit_jax.models.lpips import SMALLEST_SIDE
 from lidit_jax.models.vae import AutoencoderKL, VAEConfig
+from lidit_jax.models.vae_loss import RECONSTRUCTION_LOSSES
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.pictures import grid
@@ -45,14 +55,18 @@ from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.train import Task, TrainConfig, Trainer, TrainState, train
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
-from lidit_jax.weights.digest import folder_digest
+from lidit_jax.weights.digest import file_digest, folder_digest
 from lidit_jax.weights.folders import find_folder
 from lidit_jax.weights.huggingface_llm import save_llm
+from lidit_jax.weights.lpips import load_lpips
 from lidit_jax.weights.safetensors_folder import read_config
 
 logger = logging.getLogger(__name__)
 
 LIDIT = "lidit"
+SECTIONS = ("seed", "mesh", "data", "vae")  # of every config
+LIDIT_SECTIONS = ("text", "encoders", "model", "diffusion", "train", "sample")  # all of them or, for a VAE alone, none
+OPTIONAL_SECTIONS = ("start_from", "evaluate")
 TOKENIZER_CAPTIONS = 20_000  # captions a tokenizer is trained on
 STATISTICS_BATCHES = 16  # batches that the latents' mean and deviation are measured on
 ENCODE = ("in_step", "ahead")
@@ -101,46 +115,119 @@ class EncoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PerceptualConfig:
+    """Under `vae.perceptual`: the similarity of how pictures look, a term of the loss.
+
+    Attributes:
+      weights: safetensors file with the state of the lpips package's LPIPS(net="vgg"); "" leaves the term out.
+      weight: of the term.
+    """
+
+    weights: str = ""
+    weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialConfig:
+    """Under `vae.adversarial`: a discriminator's opinion, a term of the loss.
+
+    Attributes:
+      weight: of the term, times the adaptive weight; 0 leaves it out.
+      start: step at which the discriminator begins to learn and to be heard.
+      width, layers: see `PatchDiscriminator`.
+    """
+
+    weight: float = 0.0
+    start: int = 0
+    width: int = 64
+    layers: int = 3
+
+    def __post_init__(self):
+        for name, least in (("weight", 0), ("start", 0), ("width", 1), ("layers", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"vae.adversarial.{name}={getattr(self, name)} must be at least {least}")
+
+
+@dataclasses.dataclass(frozen=True)
 class VAEPartConfig:
     """Under `vae`: a VAE from a folder in diffusers' format (`weights`), or one to train here.
 
     Attributes:
       model: fields of `VAEConfig`.
       train: fields of `TrainConfig`.
-      kl_weight, reconstruction: of the loss, see `vae_loss`.
+      reconstruction, kl_weight: of the loss, see `VAEObjective`.
+      perceptual: fields of `PerceptualConfig`.
+      adversarial: fields of `AdversarialConfig`.
+      evaluate: fields of `ReconstructionEvaluation`; None leaves the evaluation out.
     """
 
     weights: str = ""
     dtype: str = "bfloat16"
     model: Mapping[str, Any] | None = None
     train: Mapping[str, Any] | None = None
-    kl_weight: float = 1e-6
     reconstruction: str = "l1"
+    kl_weight: float = 1e-6
+    perceptual: Mapping[str, Any] | None = None
+    adversarial: Mapping[str, Any] | None = None
+    evaluate: Mapping[str, Any] | None = None
+
+    def __post_init__(self):
+        if self.reconstruction not in RECONSTRUCTION_LOSSES:
+            raise UserError(
+                f"vae.reconstruction={self.reconstruction!r}: use one of {', '.join(RECONSTRUCTION_LOSSES)}"
+            )
+        self.perceptual_config(), self.adversarial_config(), self.evaluation()  # raise for what is wrong in them
+
+    def perceptual_config(self) -> PerceptualConfig:
+        return build(PerceptualConfig, self.perceptual or {}, "vae.perceptual")
+
+    def adversarial_config(self) -> AdversarialConfig:
+        return build(AdversarialConfig, self.adversarial or {}, "vae.adversarial")
+
+    def evaluation(self) -> ReconstructionEvaluation | None:
+        if self.evaluate is None:
+            return None
+        return build(ReconstructionEvaluation, self.evaluate, "vae.evaluate")
 
 
 class Experiment:
     """The parts of one config in one workdir."""
 
     def __init__(self, config: ConfigDict, workdir: epath.Path):
-        known = ("seed", "start_from", "mesh", "data", "text", "encoders", "vae", "model", "diffusion", "train")
+        known = (*SECTIONS, *LIDIT_SECTIONS, *OPTIONAL_SECTIONS)
         for key in config:
-            if key not in (*known, "sample", "evaluate"):
-                raise UserError(f"config key {key} is unknown; known are {', '.join(known)}, sample, evaluate")
+            if key not in known:
+                raise UserError(f"config key {key} is unknown; known are {', '.join(known)}")
+        self.has_lidit = any(section in config for section in LIDIT_SECTIONS)
+        for section in (*SECTIONS, *(LIDIT_SECTIONS if self.has_lidit else ())):
+            if section not in config:
+                raise UserError(f"config key {section} is missing")
         self.config, self.workdir = config, workdir
         self.data = build(DataConfig, config.data, "data")
+        self.vae = build(VAEPartConfig, config.vae, "vae")
+        self._check_vae()
+        if not self.has_lidit:
+            return
         self.text = build(TextConfig, config.text, "text")
         self.encoders = {
             name: build(EncoderConfig, config.encoders[name], f"encoders.{name}") for name in config.encoders
         }
-        self.vae = build(VAEPartConfig, config.vae, "vae")
         self.model = LIDiT(build(LIDiTConfig, config.model, "model"))
         self.schedule: Schedule = make_schedule(**config.diffusion)
         self.train = build(TrainConfig, config.train, "train")
         self.sample = build(SampleConfig, config.sample, "sample")
-        self._check()
+        self._check_lidit()
 
-    def _check(self) -> None:
+    def _check_vae(self) -> None:
         """What can be known to be wrong before anything is compiled or written."""
+        check_dtype("vae.dtype", self.vae.dtype)
+        if not self.vae.weights:
+            self._require_recipe("vae", self.vae)
+            self.vae_config()
+            self.vae_training()
+
+    def _check_lidit(self) -> None:
+        """The same of the rest."""
         if not self.encoders:
             raise UserError("encoders is empty: LI-DiT needs at least one LLM")
         step_table(self.sample.sampler, self.schedule, self.sample.steps)  # raises for a sampler that does not fit
@@ -151,10 +238,6 @@ class Experiment:
             if not encoder.weights:
                 self._require_recipe(f"encoders.{name}", encoder)
                 self.language_model_config(name)
-        check_dtype("vae.dtype", self.vae.dtype)
-        if not self.vae.weights:
-            self._require_recipe("vae", self.vae)
-            self.vae_config()
 
     @staticmethod
     def _require_recipe(where: str, part: EncoderConfig | VAEPartConfig) -> None:
@@ -172,10 +255,34 @@ class Experiment:
         """Of a VAE that the run trains itself."""
         return build(VAEConfig, self.vae.model, "vae.model")
 
+    def vae_training(self) -> TrainConfig:
+        """Of a VAE that the run trains itself."""
+        return build(TrainConfig, self.vae.train, "vae.train")
+
     def cell(self) -> int:
         """Pixels that both sides of a picture must be multiples of: a latent cell times a patch."""
         vae = VAEConfig.from_dict(read_config(self.vae_folder())) if self.vae.weights else self.vae_config()
-        return vae.downsampling_factor * self.model.config.patch_size
+        return vae.downsampling_factor * (self.model.config.patch_size if self.has_lidit else 1)
+
+    def check_picture_sizes(self, buckets: Sequence[Bucket]) -> None:
+        """Raises UserError if pictures are too small for a term of the VAE's loss."""
+        if self.vae.weights:
+            return
+        side = min(min(bucket) for bucket in buckets)
+        adversarial = self.vae.adversarial_config()
+        needs = {}
+        if self.vae.perceptual_config().weights:
+            needs["vae.perceptual"] = SMALLEST_SIDE
+        if adversarial.weight:
+            needs["vae.adversarial"] = smallest_side(adversarial.layers)
+        for name, needed in needs.items():
+            if side < needed:
+                raise UserError(
+                    f"{name} needs pictures with sides of {needed} pixels, some have {side}: raise data.resolution"
+                )
+
+    def autoencoder(self, config: VAEConfig) -> AutoencoderKL:
+        return AutoencoderKL(config, jnp.dtype(self.vae.dtype))
 
     def encoder_folder(self, name: str) -> epath.Path:
         weights = self.encoders[name].weights
@@ -217,7 +324,7 @@ class Experiment:
                 f"the VAE has {vae_config.latent_channels} latent channels, "
                 f"model.latent_channels={self.model.config.latent_channels}: make them equal"
             )
-        vae = AutoencoderKL(vae_config, jnp.dtype(self.vae.dtype))
+        vae = self.autoencoder(vae_config)
         vae_params = jax.device_put(vae_params, replicated(mesh) if mesh else None)
         frozen = {"vae": vae_params, "encoders": frozen}
         return Pipeline(self.model, self.schedule, encoders, vae, frozen)
@@ -235,6 +342,8 @@ def load(workdir: epath.Path, weights: str = "ema") -> tuple[Experiment, Pipelin
       UserError: if the workdir has no config or no checkpoint, or the checkpoint no such weights.
     """
     experiment = Experiment(read_workdir(workdir), workdir)
+    if not experiment.has_lidit:
+        raise UserError(f"{workdir} is the run of a VAE alone: there is no model in it that draws")
     params, step = load_weights(experiment.training_folder(LIDIT) / "checkpoints", weights)
     return experiment, experiment.pipeline(), params, step
 
@@ -243,16 +352,24 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains every part that has no weights yet, LI-DiT last; then evaluates, where the data can be checked."""
     experiment = Experiment(config, workdir)
     mesh, rules = make_mesh(config.mesh), ShardingRules()
-    experiment.check_encoders()
+    if experiment.has_lidit:
+        experiment.check_encoders()
     dataset = Dataset(experiment.data, experiment.cell())
+    experiment.check_picture_sizes(dataset.buckets)
+    held_out = _held_out_pictures(experiment, dataset)
+    lpips = _load_lpips(experiment)
     claim_workdir(workdir, config)
     logger.info("%s", dataset.summary())
 
-    for name, encoder in experiment.encoders.items():
+    for name, encoder in experiment.encoders.items() if experiment.has_lidit else ():
         if not encoder.weights:
             _train_language_model(experiment, name, dataset, mesh, rules)
     if not experiment.vae.weights:
-        _train_vae(experiment, dataset, mesh, rules)
+        _train_vae(experiment, dataset, held_out, lpips, mesh, rules)
+    if held_out:
+        _evaluate_vae(experiment, held_out, mesh, rules)
+    if not experiment.has_lidit:
+        return
     pipeline, state = _train_lidit(experiment, dataset, mesh, rules)
     if "evaluate" in config:
         evaluation = build(SceneEvaluation, config.evaluate, "evaluate")
@@ -291,6 +408,11 @@ def _run_part(
         metrics.close()
 
 
+def _on_host(params: Any, mesh: Mesh) -> Any:
+    """The whole of a tree that is cut over the mesh, on every host."""
+    return jax.device_get(jax.device_put(params, replicated(mesh)))
+
+
 def _train_language_model(
     experiment: Experiment, name: str, dataset: Dataset, mesh: Mesh, rules: ShardingRules
 ) -> None:
@@ -316,46 +438,96 @@ def _train_language_model(
         )
 
     state = _run_part(experiment, task, training, batches, mesh, rules, {"data": dataset.fingerprint})
+    params = _on_host(state.params, mesh)
     if jax.process_index() == 0:
-        save_llm(folder, config, jax.device_get(state.params), tokenizer)
+        save_llm(folder, config, params, tokenizer)
     multihost_utils.sync_global_devices(f"saved {name}")
 
 
-def _train_vae(experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules) -> None:
+def _held_out_pictures(experiment: Experiment, dataset: Dataset) -> list[np.ndarray]:
+    """What the VAE is judged on; none where the config does not ask for it."""
+    evaluation = experiment.vae.evaluation()
+    if evaluation is None:
+        return []
+    if experiment.data.holds_out:
+        dataset = Dataset(experiment.data, experiment.cell(), held_out=True)
+    else:
+        logger.info("vae: judged on pictures of its training: none are held out (data.held_out_shards=0)")
+    return dataset.pictures(evaluation.num_images)
+
+
+def _load_lpips(experiment: Experiment) -> Any:
+    """The perceptual loss's parameters; None where it is off, which the log says."""
+    file = experiment.vae.perceptual_config().weights
+    if experiment.vae.weights or not file:
+        if not experiment.vae.weights:
+            logger.info("vae: trained without the perceptual loss (vae.perceptual.weights names no file)")
+        return None
+    return load_lpips(file)
+
+
+def _train_vae(
+    experiment: Experiment,
+    dataset: Dataset,
+    held_out: Sequence[np.ndarray],
+    lpips: Any,
+    mesh: Mesh,
+    rules: ShardingRules,
+) -> None:
     folder = experiment.vae_folder()
     if folder.exists():
         return
-    training = build(TrainConfig, experiment.vae.train, "vae.train")
-    model = AutoencoderKL(experiment.vae_config(), jnp.dtype(experiment.vae.dtype))
-    task = tasks.vae_task(model, kl_weight=experiment.vae.kl_weight, reconstruction=experiment.vae.reconstruction)
+    part, training = experiment.vae, experiment.vae_training()
+    perceptual, adversarial, evaluation = part.perceptual_config(), part.adversarial_config(), part.evaluation()
+    model = experiment.autoencoder(experiment.vae_config())
+    autoencoding = Autoencoding(model, mesh, rules)
+
+    def weights(state: TrainState) -> Any:
+        return (state.params if state.ema is None else state.ema)["vae"]
+
+    def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        scores, sheet = evaluate_reconstruction(autoencoding, weights(state), held_out, evaluation)
+        return reconstruction.scalars(scores), {"reconstruction": sheet}
+
+    task = tasks.vae_task(
+        model,
+        tasks.VAEObjective(
+            part.reconstruction, part.kl_weight, perceptual.weight, adversarial.weight, adversarial.start
+        ),
+        lpips=None if lpips is None else jax.device_put(lpips, replicated(mesh)),
+        discriminator=PatchDiscriminator(adversarial.width, adversarial.layers, model.dtype)
+        if adversarial.weight
+        else None,
+        evaluate=evaluate if held_out else None,
+    )
 
     def batches(first: int):
         return dataset.batches(training.batch_size, experiment.config.seed, tokenize=None, first=first)
 
-    state = _run_part(experiment, task, training, batches, mesh, rules, {"data": dataset.fingerprint})
-    params = state.params if state.ema is None else state.ema
-    shift, scale = _latent_statistics(model, params, batches(training.steps))
-    config = dataclasses.replace(model.config, shift_factor=shift, scaling_factor=scale)
-    logger.info("vae: latents have mean %.3f and standard deviation %.3f", shift, 1 / scale)
+    facts = {"data": dataset.fingerprint}
+    if lpips is not None:
+        facts["perceptual"] = file_digest(perceptual.weights)
+    state = _run_part(experiment, task, training, batches, mesh, rules, facts)
+    latents = autoencoding.latent_statistics(
+        weights(state), itertools.islice(batches(training.steps), STATISTICS_BATCHES)
+    )
+    factors = {"shift_factor": latents.shift_factor, "scaling_factor": latents.scaling_factor}
+    logger.info("vae: latents have %s", ", ".join(f"{name} {value:.4f}" for name, value in factors.items()))
+    params = _on_host(weights(state), mesh)
     if jax.process_index() == 0:
-        save_vae(folder, config, jax.device_get(params))
+        save_vae(folder, dataclasses.replace(model.config, **factors), params)
     multihost_utils.sync_global_devices("saved vae")
 
 
-def _latent_statistics(model: AutoencoderKL, params: Any, batches: Any) -> tuple[float, float]:
-    """shift_factor and scaling_factor that give the latents of the data mean 0 and standard deviation 1."""
-
-    @jax.jit
-    def moments(params, images):
-        posterior = model.apply({"params": params}, tasks.to_pixels(images), method=AutoencoderKL.encode)
-        second = jnp.square(posterior.mode()) + jnp.exp(posterior.logvar)  # of a sample, which training draws
-        return jnp.mean(posterior.mode()), jnp.mean(second)
-
-    sums = np.zeros(2)
-    for _, batch in zip(range(STATISTICS_BATCHES), batches, strict=False):
-        sums += np.asarray(jax.device_get(moments(params, batch["image"])), np.float64)
-    mean, second = multihost_utils.process_allgather(sums).reshape(-1, 2).mean(0) / STATISTICS_BATCHES
-    return float(mean), float(1.0 / np.sqrt(second - mean**2))
+def _evaluate_vae(experiment: Experiment, held_out: Sequence[np.ndarray], mesh: Mesh, rules: ShardingRules) -> None:
+    """Writes how well the finished VAE, trained here or elsewhere, gives the held-out pictures back."""
+    if (experiment.workdir / reconstruction.SCORES_FILE).exists():
+        return
+    config, params = load_vae(experiment.vae_folder())
+    autoencoding = Autoencoding(experiment.autoencoder(config), mesh, rules)
+    params = jax.device_put(params, replicated(mesh))
+    scores, sheet = evaluate_reconstruction(autoencoding, params, held_out, experiment.vae.evaluation())
+    reconstruction.report(scores, sheet, config, experiment.workdir)
 
 
 def _train_lidit(
@@ -366,10 +538,10 @@ def _train_lidit(
     prompts = dataset.captions(how.batch_size, experiment.config.seed)
     bucket = dataset.largest_bucket()
 
-    def preview(state: TrainState, step: int) -> dict[str, np.ndarray]:
+    def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         params = state.params if state.ema is None else state.ema
         pictures = pipeline(params, prompts, range(len(prompts)), bucket.height, bucket.width, how)
-        return {"sample": np.asarray(grid(list(pictures), prompts))}
+        return {}, {"sample": np.asarray(grid(list(pictures), prompts))}
 
     task = tasks.lidit_task(
         pipeline.model,
@@ -377,7 +549,7 @@ def _train_lidit(
         pipeline.encoders,
         pipeline.vae,
         pipeline.frozen,
-        preview,
+        evaluate,
         encode_in_step=experiment.text.encode == "in_step",
     )
 

@@ -112,6 +112,6 @@ class Pipeline:
         factor = self.vae.config.downsampling_factor
         noise = initial_noise(keys, (height // factor, width // factor, self.vae.config.latent_channels))
         latents = sample(sampler, self.schedule, predict, noise, steps, keys)
-        latents = from_model_latents(latents, self.vae.config.scaling_factor, self.vae.config.shift_factor)
+        latents = from_model_latents(latents, self.vae.config)
         images = self.vae.apply({"params": frozen["vae"]}, latents, method=AutoencoderKL.decode)
         return jnp.clip(jnp.round(images * 127.5 + 127.5), 0, 255).astype(jnp.uint8)

@@ -1,21 +1,34 @@
 """The trainable parts as tasks of the one loop: small language models, the VAE, LI-DiT."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lidit_jax.diffusion.losses import diffusion_loss
 from lidit_jax.diffusion.schedules import Schedule
+from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
+from lidit_jax.models.image_similarity import psnr
 from lidit_jax.models.lidit import LIDiT, TextFeatures
 from lidit_jax.models.llm import CausalLM, LLMConfig
+from lidit_jax.models.lpips import LPIPS
 from lidit_jax.models.vae import AutoencoderKL, to_model_latents
-from lidit_jax.models.vae_loss import psnr, vae_loss
+from lidit_jax.models.vae_loss import (
+    adaptive_weight,
+    adversarial_loss,
+    hinge_loss,
+    kl_loss,
+    reconstruction_loss,
+    value_and_gradient_at,
+    values_per_image,
+    with_gradient,
+)
 from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead
 from lidit_jax.text.prompts import PromptTokenizer
-from lidit_jax.train import Task, TrainState
+from lidit_jax.train import Evaluate, Task
 
 
 def to_pixels(images: jax.Array) -> jax.Array:
@@ -35,8 +48,8 @@ def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer
     def init(key):
         return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
-    def loss(params, frozen, batch, key):
-        del frozen, key
+    def loss(params, frozen, batch, key, step):
+        del frozen, key, step
         tokens, mask = batch[f"{name}/tokens"], batch[f"{name}/mask"]
         before = jnp.broadcast_to(jnp.asarray(prefix), (tokens.shape[0], len(prefix)))
         sequence = jnp.concatenate([before, tokens], axis=1)  # [B, P + L]
@@ -50,21 +63,113 @@ def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer
     return Task(name=name, init=init, loss=loss)
 
 
-def vae_task(model: AutoencoderKL, *, kl_weight: float, reconstruction: str) -> Task:
-    """Reconstruction + KL. A batch has {"image": uint8 [B, H, W, 3]}."""
+@dataclasses.dataclass(frozen=True)
+class VAEObjective:
+    """What the autoencoder's training weighs, per value of a picture; see `models/vae_loss.py`.
+
+    Attributes:
+      reconstruction: error per pixel, "l1" or "l2".
+      kl_weight: of the latents' divergence from the standard normal.
+      perceptual_weight: of LPIPS, where its weights are given.
+      adversarial_weight: of the discriminator's opinion, times the adaptive weight, where there is a discriminator.
+      adversarial_start: step at which the discriminator begins to learn and to be heard.
+    """
+
+    reconstruction: str = "l1"
+    kl_weight: float = 1e-6
+    perceptual_weight: float = 1.0
+    adversarial_weight: float = 0.5
+    adversarial_start: int = 0
+
+
+def vae_task(
+    model: AutoencoderKL,
+    objective: VAEObjective,
+    *,
+    lpips: Any = None,
+    discriminator: PatchDiscriminator | None = None,
+    evaluate: Evaluate | None = None,
+) -> Task:
+    """Latent diffusion's autoencoder: similarity to the picture, KL and, on demand, a discriminator's opinion.
+
+    A batch has {"image": uint8 [B, H, W, 3]}. The parameters are {"vae": …} and, with a discriminator,
+    {"discriminator": …}: both networks take their step on the same reconstructions.
+
+    Args:
+      lpips: parameters of `LPIPS`, or None for no perceptual term.
+    """
 
     def init(key):
+        keys = jax.random.split(key)
         side = 2 * model.config.downsampling_factor
-        return model.init(key, jnp.zeros((1, side, side, model.config.in_channels)))["params"]
+        params = {"vae": model.init(keys[0], jnp.zeros((1, side, side, model.config.in_channels)))["params"]}
+        if discriminator:
+            side = smallest_side(discriminator.layers)
+            pictures = jnp.zeros((1, side, side, model.config.out_channels))
+            params["discriminator"] = discriminator.init(keys[1], pictures)["params"]
+        return params
 
-    def loss(params, frozen, batch, key):
-        del frozen
+    def loss(params, frozen, batch, key, step):
         images = to_pixels(batch["image"])
-        decoded, posterior = model.apply({"params": params}, images, key)
-        value, metrics = vae_loss(decoded, images, posterior, kl_weight=kl_weight, kind=reconstruction)
-        return value, metrics | {"psnr": jnp.mean(psnr(decoded, images))}
+        autoencode = functools.partial(model.apply, {"params": params["vae"]})
+        posterior = autoencode(images, method=AutoencoderKL.encode)
+        features = autoencode(posterior.sample(key), method=AutoencoderKL.decode_features)
+        decoded = autoencode(features, method=AutoencoderKL.decode_last)
+        kl = kl_loss(posterior, images)
+        metrics = {"kl": kl, "psnr": jnp.mean(psnr(decoded, images))}
 
-    return Task(name="vae", init=init, loss=loss)
+        def dissimilarity(decoded):
+            parts = {"reconstruction": reconstruction_loss(decoded, images, objective.reconstruction)}
+            total = parts["reconstruction"]
+            if lpips is not None:
+                parts["perceptual"] = jnp.mean(LPIPS().apply({"params": frozen["lpips"]}, decoded, images))
+                total += objective.perceptual_weight * parts["perceptual"]
+            return total, parts
+
+        value, gradient, parts = value_and_gradient_at(dissimilarity, decoded)
+        metrics |= parts
+        if not discriminator:
+            return with_gradient(value, decoded, gradient) + objective.kl_weight * kl, metrics
+
+        def last_layers_gradient(gradient):
+            """Of a loss whose gradient in the reconstruction is given: in the last convolution's kernel."""
+
+            def last_layer(kernel):
+                last = {"kernel": kernel, "bias": params["vae"]["decoder"]["conv_out"]["bias"]}
+                changed = {"params": {"decoder": {"conv_out": last}}}
+                return model.apply(changed, jax.lax.stop_gradient(features), method=AutoencoderKL.decode_last)
+
+            return jax.vjp(last_layer, params["vae"]["decoder"]["conv_out"]["kernel"])[1](gradient)[0]
+
+        def judge(critic):
+            """What the discriminator adds: (its own loss, the autoencoder's, that one's gradient, metrics)."""
+            score = lambda images: discriminator.apply({"params": critic}, images)  # noqa: E731
+            opinion = lambda decoded: (adversarial_loss(score(decoded)), {})  # noqa: E731
+            adversarial, slope, _ = value_and_gradient_at(opinion, decoded)
+            adaptive = adaptive_weight(
+                last_layers_gradient(gradient), last_layers_gradient(slope), values_per_image(images)
+            )
+            weight = objective.adversarial_weight * jax.lax.stop_gradient(adaptive)
+            hinge = hinge_loss(score(images), score(jax.lax.stop_gradient(decoded)))
+            return hinge, weight * adversarial, weight * slope, {"hinge": hinge, "adaptive_weight": adaptive}
+
+        def wait(critic):
+            nothing = jnp.zeros(())
+            return nothing, nothing, jnp.zeros_like(gradient), {"hinge": nothing, "adaptive_weight": nothing}
+
+        heard = step >= objective.adversarial_start
+        hinge, adversarial, slope, more = jax.lax.cond(heard, judge, wait, params["discriminator"])
+        autoencoders = with_gradient(value + adversarial, decoded, gradient + slope) + objective.kl_weight * kl
+        return autoencoders + hinge, metrics | more
+
+    return Task(
+        name="vae",
+        init=init,
+        loss=loss,
+        frozen=None if lpips is None else {"lpips": lpips},
+        evaluate=evaluate,
+        networks=("vae", "discriminator") if discriminator else (),
+    )
 
 
 def lidit_task(
@@ -73,7 +178,7 @@ def lidit_task(
     encoders: Mapping[str, PromptEncoder],
     vae: AutoencoderKL,
     frozen: Mapping[str, Any],
-    preview: Callable[[TrainState, int], dict[str, np.ndarray]] | None = None,
+    evaluate: Evaluate | None = None,
     *,
     encode_in_step: bool = True,
 ) -> Task:
@@ -100,11 +205,12 @@ def lidit_task(
         ]
         return model.init(key, latents, jnp.zeros((1,)), text)["params"]
 
-    def loss(params, frozen, batch, key):
+    def loss(params, frozen, batch, key, step):
+        del step
         posterior_key, diffusion_key = jax.random.split(key)
         images = to_pixels(batch["image"])
         posterior = vae.apply({"params": frozen["vae"]}, images, method=AutoencoderKL.encode)
-        latents = to_model_latents(posterior.sample(posterior_key), vae.config.scaling_factor, vae.config.shift_factor)
+        latents = to_model_latents(posterior.sample(posterior_key), vae.config)
         latents = jax.lax.stop_gradient(latents)
         text = encode(encoders, frozen["encoders"], batch)
         predict = lambda x, timesteps: model.apply({"params": params}, x, timesteps, text)  # noqa: E731
@@ -120,6 +226,6 @@ def lidit_task(
         init=init,
         loss=loss,
         frozen=frozen,
-        preview=preview,
+        evaluate=evaluate,
         prepare=None if encode_in_step else prepare,
     )

@@ -50,6 +50,10 @@ class TrainState:
     skipped_in_row: jax.Array
 
 
+# (state, step) -> named numbers, and named pictures (uint8 [H, W, 3]), to log.
+Evaluate = Callable[[TrainState, int], tuple[dict[str, float], dict[str, np.ndarray]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """One trainable part.
@@ -57,19 +61,22 @@ class Task:
     Attributes:
       name: for the log.
       init: key -> parameters, boxed with their logical axes (what Flax's `Module.init` gives).
-      loss: (params, frozen, batch, key) -> (float32 scalar, dict of float32 scalars). Traced, so pure.
+      loss: (params, frozen, batch, key, step) -> (float32 scalar, dict of float32 scalars). Traced, so pure.
       frozen: arrays that the loss reads and nothing changes (LLMs, VAE).
-      preview: (state, step) -> named pictures (uint8 [H, W, 3]) to log, or None.
+      evaluate: what is logged every `sample_every` steps and at the end, or None.
       prepare: (frozen, batch) -> batch, a program of its own before the step, or None. Traced, so pure; its results
         keep the batch as their first axis.
+      networks: keys of the parameters whose gradients are clipped apart, where they belong to several networks: the
+        size of one's gradient is not to slow down another. Empty: there is one network.
     """
 
     name: str
     init: Callable[[jax.Array], Any]
-    loss: Callable[[Any, Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    loss: Callable[[Any, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
     frozen: Any = None
-    preview: Callable[[TrainState, int], dict[str, np.ndarray]] | None = None
+    evaluate: Evaluate | None = None
     prepare: Callable[[Any, Batch], Batch] | None = None
+    networks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,12 +204,14 @@ class Trainer:
         config = self.config
         key = jax.random.fold_in(key, state.step)  # derived, not carried: a resumed run draws the same numbers
         with nn.logical_axis_rules(self.rules.pairs()):
-            loss, metrics, grads = self._gradients(state.params, frozen, batch, key)
+            loss, metrics, grads = self._gradients(state.params, frozen, batch, key, state.step)
 
         grad_norm = optax.tree.norm(grads)
-        if config.clip_norm:
-            scale = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
-            grads = jax.tree.map(lambda g: g * scale, grads)
+        if self.task.networks:
+            metrics |= {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in self.task.networks}
+            grads = {name: self._clip(grads[name], metrics[f"grad_norm/{name}"]) for name in self.task.networks}
+        else:
+            grads = self._clip(grads, grad_norm)
 
         def update(state, grads):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
@@ -225,11 +234,17 @@ class Trainer:
         metrics |= {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
         return state, metrics
 
-    def _gradients(self, params, frozen, batch, key):
+    def _clip(self, grads, norm):
+        if not self.config.clip_norm:
+            return grads
+        scale = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
+        return jax.tree.map(lambda g: g * scale, grads)
+
+    def _gradients(self, params, frozen, batch, key, step):
         grad = jax.value_and_grad(self.task.loss, has_aux=True)
         count = self.config.accumulate
         if count == 1:
-            (loss, metrics), grads = grad(params, frozen, batch, key)
+            (loss, metrics), grads = grad(params, frozen, batch, key, step)
             return loss, metrics, grads
         # Every count-th row, so that each micro-batch is spread over all devices.
         split = lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)  # noqa: E731
@@ -237,11 +252,11 @@ class Trainer:
 
         def add(total, i_and_micro_batch):
             i, micro_batch = i_and_micro_batch
-            result = grad(params, frozen, micro_batch, jax.random.fold_in(key, i))
+            result = grad(params, frozen, micro_batch, jax.random.fold_in(key, i), step)
             return jax.tree.map(lambda t, r: t + r / count, total, result), None
 
         first = jax.tree.map(lambda x: x[0], micro_batches)
-        shapes = jax.eval_shape(grad, params, frozen, first, key)
+        shapes = jax.eval_shape(grad, params, frozen, first, key, step)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
         ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, (jnp.arange(count), micro_batches))
         return loss, metrics, grads
@@ -299,9 +314,12 @@ def train(
             if step % config.log_every == 0 or last:
                 _log(metrics, progress, step, pending, config)
                 pending = []
-            if config.sample_every and task.preview and (step % config.sample_every == 0 or last):
+            if config.sample_every and task.evaluate and (step % config.sample_every == 0 or last):
                 with progress.paused():
-                    metrics.images(step, task.preview(state, step))
+                    values, pictures = task.evaluate(state, step)
+                    if values:
+                        metrics.scalars(step, values)
+                    metrics.images(step, pictures)
             if step % config.checkpoint_every == 0 or last:
                 with progress.paused():
                     checkpoints.save(step, state, facts)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 
 from lidit_jax.data import filters
 from lidit_jax.data.batch_plan import BatchPlan
-from lidit_jax.data.buckets import Bucket, assign, make_buckets
+from lidit_jax.data.buckets import Bucket, assign, make_buckets, resize_to_cover_and_crop
 from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.loader import make_loader
-from lidit_jax.data.shapes import ShapesSource
-from lidit_jax.data.sources import Source, SubsetSource, describe
+from lidit_jax.data.shapes import HELD_OUT_SEED, ShapesSource
+from lidit_jax.data.sources import BrokenExample, Source, SubsetSource, describe
 from lidit_jax.data.tar_source import TarSource
 from lidit_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 SOURCES = ("shapes", "tar")
 
@@ -29,6 +32,8 @@ class DataConfig:
       source: "shapes" (built in) or "tar" (img2dataset / webdataset shards at `path`).
       path: a folder of .tar files, one file, a glob or a brace range.
       num_examples: of "shapes".
+      held_out_shards: of "tar", how many of the last shards are kept from training, for evaluation. Of "shapes" nothing
+        need be kept: its held-out scenes are others than any training's.
       resolution: side in pixels of a square picture; groups of other aspect ratios have about the same area.
       max_aspect: longest side over shortest of the groups; 1 makes all pictures square.
       captions: caption field -> how often it is drawn (original and synthetic captions mixed).
@@ -44,6 +49,7 @@ class DataConfig:
     resolution: int
     path: str = ""
     num_examples: int = 1_000_000
+    held_out_shards: int = 0
     max_aspect: float = 1.0
     captions: Mapping[str, float] | None = None
     class_template: str = ""
@@ -61,7 +67,14 @@ class DataConfig:
             raise UserError(f"data.source={self.source!r} is unknown: use one of {', '.join(SOURCES)}")
         if self.source == "tar" and not self.path:
             raise UserError("data.path is empty: give --config.data.path=FOLDER_OF_TAR_SHARDS")
+        if self.held_out_shards < 0 or (self.held_out_shards and self.source != "tar"):
+            raise UserError(f"data.held_out_shards={self.held_out_shards}: 0 or more, and only of data.source='tar'")
         self.chooser(0.0)  # raises for impossible captions
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are pictures that training does not see."""
+        return self.source == "shapes" or self.held_out_shards > 0
 
     def chooser(self, dropout: float, join: bool = False) -> CaptionChooser:
         template = self.class_template.replace("{}", "{class}")
@@ -71,15 +84,17 @@ class DataConfig:
 class Dataset:
     """A filtered source with its aspect-ratio groups."""
 
-    def __init__(self, config: DataConfig, cell: int):
-        """Args: cell: pixels that both sides of every picture must be multiples of (latent cell times patch).
+    def __init__(self, config: DataConfig, cell: int, held_out: bool = False):
+        """Args:
+          cell: pixels that both sides of every picture must be multiples of (latent cell times patch).
+          held_out: the pictures kept from training, in place of those for it.
 
         Raises:
           UserError: if there is no data, the filters leave nothing, or the resolution is no multiple of `cell`.
         """
         self.config = config
         self.buckets = make_buckets(config.resolution, cell, config.max_aspect)
-        self.source, self.dropped = _filtered(_open_source(config), config)
+        self.source, self.dropped = _filtered(_open_source(config, held_out), config)
         self.bucket_of_example = assign(self.source.sizes(), self.buckets)
 
     @property
@@ -109,6 +124,24 @@ class Dataset:
         indices = np.linspace(0, len(self.source) - 1, min(count, len(self.source))).astype(int)
         rng = np.random.default_rng(seed)
         return [chooser(describe(self.source, int(i))["captions"], rng) for i in indices]
+
+    def pictures(self, count: int) -> list[np.ndarray]:
+        """Up to `count` pictures, spread over the source: uint8 [H, W, 3] each, as in batches; broken ones left out.
+
+        Raises:
+          UserError: all are broken.
+        """
+        pictures = []
+        for index in np.linspace(0, len(self.source) - 1, min(count, len(self.source))).astype(int).tolist():
+            try:
+                picture = self.source[index]["image"]
+            except BrokenExample as error:
+                logger.warning("%s; it is left out", error)
+                continue
+            pictures.append(resize_to_cover_and_crop(picture, self.buckets[self.bucket_of_example[index]]))
+        if not pictures:
+            raise UserError(f"none of the {len(self.source)} pictures can be read: check the data's files")
+        return pictures
 
     def batches(
         self,
@@ -141,10 +174,12 @@ class Dataset:
         )
 
 
-def _open_source(config: DataConfig) -> Source:
+def _open_source(config: DataConfig, held_out: bool) -> Source:
     if config.source == "shapes":
-        return ShapesSource(config.num_examples, config.resolution, config.resolution)
-    return TarSource(config.path)
+        seed = HELD_OUT_SEED if held_out else 0
+        return ShapesSource(config.num_examples, config.resolution, config.resolution, seed)
+    first_held_out = -config.held_out_shards or None
+    return TarSource(config.path, shards=slice(first_held_out, None) if held_out else slice(first_held_out))
 
 
 def _filtered(source: Source, config: DataConfig) -> tuple[Source, dict[str, int]]:

@@ -28,6 +28,7 @@ _MAX_PICTURE_BYTES = 1 << 28
 _MAX_SHARDS = 1_000_000
 _OPEN_FILES_PER_THREAD = 16
 _FORMAT_VERSION = b"tar 1"
+_ALL = slice(None)
 
 
 class TarSource:
@@ -42,16 +43,20 @@ class TarSource:
       fingerprint: digest of keys, captions, metadata and the pictures' places and sizes, not of their pixels.
     """
 
-    def __init__(self, path: str | os.PathLike, max_pixels: int = 1 << 26):
+    def __init__(self, path: str | os.PathLike, max_pixels: int = 1 << 26, shards: slice = _ALL):
         """Args:
           path: a folder of .tar files, one file, a glob pattern or a brace range ("{00000..00003}.tar").
           max_pixels: larger pictures are left out, undecoded.
+          shards: which of the path's shards, in their order.
 
         Raises:
-          UserError: no such path, no tar there, or no usable sample in them.
+          UserError: no such path, no tar there, none of the shards asked for, or no usable sample in them.
         """
         self._max_pixels = max_pixels
-        self._files = _ShardFiles(find_shards(path))
+        found = find_shards(path)
+        if not found[shards]:
+            raise UserError(f"{os.fspath(path)!r} has {len(found)} shards, which is not enough to hold some out")
+        self._files = _ShardFiles(found[shards])
         index = _build_index(self._files.paths, max_pixels)
         if not index.keys:
             raise UserError(_nothing_usable(os.fspath(path), len(self._files.paths), index))

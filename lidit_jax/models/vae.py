@@ -181,19 +181,26 @@ class DiagonalGaussian:
         return 0.5 * jnp.sum(terms, axis=tuple(range(1, terms.ndim)))
 
 
-def to_model_latents(latents: jax.Array, scaling_factor, shift_factor=None) -> jax.Array:
-    """The autoencoder's latents `[..., C]` in the diffusion model's scale: (latents - shift_factor) * scaling_factor.
+def to_model_latents(latents: jax.Array, config: VAEConfig) -> jax.Array:
+    """The autoencoder's latents `[..., C]` in the diffusion model's scale, as diffusers' pipelines have it.
 
-    Both factors are scalars (as in a config.json) or arrays `[C]`, one value a channel; no shift is 0.
+    (latents - shift_factor) * scaling_factor; an autoencoder with latents_mean and latents_std states these in place of
+    the shift: (latents - latents_mean) * scaling_factor / latents_std.
     """
-    shift = 0.0 if shift_factor is None else jnp.asarray(shift_factor, latents.dtype)
-    return (latents - shift) * jnp.asarray(scaling_factor, latents.dtype)
+    shift, scale = _shift_and_scale(config)
+    return (latents - shift.astype(latents.dtype)) * scale.astype(latents.dtype)
 
 
-def from_model_latents(latents: jax.Array, scaling_factor, shift_factor=None) -> jax.Array:
+def from_model_latents(latents: jax.Array, config: VAEConfig) -> jax.Array:
     """The inverse of `to_model_latents`: what `AutoencoderKL.decode` takes."""
-    shift = 0.0 if shift_factor is None else jnp.asarray(shift_factor, latents.dtype)
-    return latents / jnp.asarray(scaling_factor, latents.dtype) + shift
+    shift, scale = _shift_and_scale(config)
+    return latents / scale.astype(latents.dtype) + shift.astype(latents.dtype)
+
+
+def _shift_and_scale(config: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
+    if config.latents_mean is not None and config.latents_std is not None:
+        return np.array(config.latents_mean), config.scaling_factor / np.array(config.latents_std)
+    return np.array(config.shift_factor or 0.0), np.array(config.scaling_factor)
 
 
 def _bias_init():
@@ -583,7 +590,11 @@ class AutoencoderKL(nn.Module):
         Raises:
             UserError: the number of channels is not the model's.
         """
-        return self.decode_last(self.decode_near(self.decode_far(latents)))
+        return self.decode_last(self.decode_features(latents))
+
+    def decode_features(self, latents: jax.Array) -> jax.Array:
+        """All of `decode` but its last convolution: `[B, h, w, latent_channels]` -> `[B, H, W, narrowest]`."""
+        return self.decode_near(self.decode_far(latents))
 
     def decode_far(self, latents: jax.Array) -> jax.Array:
         """The part of `decode` that works at the latents' resolution, where each position may see every other:

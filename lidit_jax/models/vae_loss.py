@@ -1,10 +1,21 @@
-"""The training loss of the autoencoder, and how well it reconstructs."""
+"""The training loss of the autoencoder: that of latent diffusion (Rombach et al. 2022, arXiv 2112.10752, appendix G).
+
+Everything is per value of a picture. The paper's code (`LPIPSWithDiscriminator`) sums over a picture's values instead;
+its weights mean the same here, only the step size differs.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.vae import DiagonalGaussian
+
+RECONSTRUCTION_LOSSES = ("l1", "l2")
+# Of the adaptive weight: added to its denominator, and the largest that it may be at the scale of summed values.
+EPSILON, LARGEST_WEIGHT = 1e-4, 1e4
 
 
 def reconstruction_loss(reconstruction: jax.Array, images: jax.Array, kind: str = "l1") -> jax.Array:
@@ -22,46 +33,66 @@ def reconstruction_loss(reconstruction: jax.Array, images: jax.Array, kind: str 
         return jnp.mean(jnp.abs(error))
     if kind == "l2":
         return jnp.mean(error**2)
-    raise UserError(f"unknown reconstruction loss {kind!r}: use 'l1' or 'l2'")
+    raise UserError(f"unknown reconstruction loss {kind!r}: use one of {', '.join(RECONSTRUCTION_LOSSES)}")
 
 
-def vae_loss(
-    reconstruction: jax.Array, images: jax.Array, posterior: DiagonalGaussian, *, kl_weight: float, kind: str = "l1"
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Reconstruction error + kl_weight * KL, both per value of the picture.
-
-    The KL of a picture is summed over its latents and divided by the picture's H * W * C values, then averaged over
-    the batch. The latent diffusion paper's loss (arXiv 2112.10752, `LPIPSWithDiscriminator` of its code) sums both
-    terms, so its `kl_weight` (1e-6) means the same here; only the step size differs.
+def kl_loss(posterior: DiagonalGaussian, images: jax.Array) -> jax.Array:
+    """The latents' divergence from the standard normal, in nats per value of the picture: a float32 scalar.
 
     Args:
-        reconstruction: `[B, H, W, C]`.
-        images: `[B, H, W, C]`, values in [-1, 1].
-        posterior: the latents' distribution, batch B.
-        kl_weight: strength of the KL term.
-        kind: of the reconstruction error, `"l1"` or `"l2"`.
-
-    Returns:
-        The loss, and its parts before weighting: `reconstruction` and `kl`. All float32 scalars.
-
-    Raises:
-        UserError: `kind` is neither.
+        posterior: batch B.
+        images: `[B, H, W, C]`; only their size counts.
     """
-    values_per_image = images.size // images.shape[0]
-    parts = {
-        "reconstruction": reconstruction_loss(reconstruction, images, kind),
-        "kl": jnp.mean(posterior.kl()) / values_per_image,
-    }
-    return parts["reconstruction"] + kl_weight * parts["kl"], parts
+    return jnp.mean(posterior.kl()) / values_per_image(images)
 
 
-def psnr(reconstruction: jax.Array, images: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio of each picture in decibels, `[B]` float32.
+def hinge_loss(real_scores: jax.Array, fake_scores: jax.Array) -> jax.Array:
+    """The discriminator's: real pictures' scores should be over 1, reconstructions' under -1. A float32 scalar."""
+    return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real_scores)) + jnp.mean(jax.nn.relu(1.0 + fake_scores)))
 
-    Pictures are `[B, H, W, C]` with values in [-1, 1], so the peak is 2; the reconstruction is clipped to that range,
-    as it is when shown. The squared error is floored at 1e-10 (106 dB), so that a perfect copy does not make an
-    average infinite.
+
+def adversarial_loss(fake_scores: jax.Array) -> jax.Array:
+    """The autoencoder's: its pictures' scores should be high. A float32 scalar."""
+    return -jnp.mean(fake_scores)
+
+
+def adaptive_weight(similarity_gradient: jax.Array, adversarial_gradient: jax.Array, values: int) -> jax.Array:
+    """The factor that lets the discriminator move the last layer as much as the similarity to the picture does.
+
+    ||dS/dw|| / (||dA/dw|| + 1e-4): equation 7 of Esser et al. 2021 (arXiv 2012.09841), with the constants of latent
+    diffusion's code. A float32 scalar.
+
+    Args:
+        similarity_gradient: of reconstruction and perceptual loss, in the last convolution's kernel w.
+        adversarial_gradient: of `adversarial_loss` in w.
+        values: per picture, see `values_per_image`.
     """
-    error = jnp.clip(reconstruction.astype(jnp.float32), -1.0, 1.0) - images.astype(jnp.float32)
-    mean_squared_error = jnp.mean(error**2, axis=(1, 2, 3))
-    return 10.0 * jnp.log10(4.0 / jnp.maximum(mean_squared_error, 1e-10))
+    ratio = jnp.linalg.norm(similarity_gradient.ravel()) / (jnp.linalg.norm(adversarial_gradient.ravel()) + EPSILON)
+    return jnp.minimum(ratio, LARGEST_WEIGHT / values)
+
+
+def values_per_image(images: jax.Array) -> int:
+    """H * W * C of `[B, H, W, C]`."""
+    return images.size // images.shape[0]
+
+
+def value_and_gradient_at(
+    function: Callable[[jax.Array], tuple[jax.Array, Any]], reconstruction: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Of a function that gives (a scalar, more): the scalar, its gradient `[B, H, W, C]` in the reconstruction, more.
+
+    None of them is differentiated further.
+    """
+    graded = jax.value_and_grad(function, has_aux=True)
+    (value, more), gradient = graded(jax.lax.stop_gradient(reconstruction))
+    return jax.lax.stop_gradient((value, gradient, more))
+
+
+def with_gradient(value: jax.Array, reconstruction: jax.Array, gradient: jax.Array) -> jax.Array:
+    """`value`, as a function of the reconstruction that has the gradient given.
+
+    The loss needs its parts' gradients in the reconstruction to weigh them; so they pass the decoder once, weighed,
+    instead of once for each part.
+    """
+    unchanged = reconstruction - jax.lax.stop_gradient(reconstruction)  # 0
+    return jax.lax.stop_gradient(value) + jnp.sum(jax.lax.stop_gradient(gradient) * unchanged)

@@ -1,4 +1,4 @@
-"""A short digest of a folder of weights, so that a checkpoint can name what it was trained beside."""
+"""A short digest of weights, a folder of them or a file, so that a checkpoint can name what it was trained beside."""
 
 import hashlib
 
@@ -24,8 +24,17 @@ def folder_digest(folder: str | epath.Path) -> str:
     files = [f for f in folder.glob("*") if TOKENIZER_FILES.fullmatch(f.name) or f.suffix == ".safetensors"]
     if not files:
         raise UserError(f"{folder}: no config.json and no .safetensors file there")
+    return _digest(sorted(files, key=str))
+
+
+def file_digest(file: str | epath.Path) -> str:
+    """The same of one file."""
+    return _digest([epath.Path(file)])
+
+
+def _digest(files: list[epath.Path]) -> str:
     sha = hashlib.sha256()
-    for file in sorted(files, key=str):
+    for file in files:
         size = file.stat().length
         sha.update(f"{file.name} {size} ".encode())
         with file.open("rb") as stream:

@@ -1,0 +1,82 @@
+"""The critic of the autoencoder's pictures: PatchGAN (Isola et al. 2017, arXiv 1611.07004), as latent diffusion has it.
+
+`NLayerDiscriminator` of the latent diffusion paper's code: it judges overlapping patches, not whole pictures.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+LARGEST_WIDENING = 8  # of the first layer's width
+
+
+class PatchDiscriminator(nn.Module):
+    """Pictures `[B, H, W, C]` -> a score for each patch, `[B, h, w, 1]` float32: high for what looks real.
+
+    4x4 convolutions and leaky ReLUs: one and `layers - 1` more halve the sides, two keep them less a pixel. All but the
+    first and last have batch normalisation by the statistics of the batch at hand, so pictures of one kind, real or
+    reconstructed, are judged together, over all devices.
+
+    Attributes:
+        width: of the first layer; doubles up to eight times that.
+        layers: with batch normalisation.
+        dtype: of the convolutions; batch normalisation and the scores are float32.
+    """
+
+    width: int = 64
+    layers: int = 3
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = _leaky(self._conv(self.width, 2, "conv_0")(images))
+        for layer in range(1, self.layers + 1):
+            width = self.width * min(2**layer, LARGEST_WIDENING)
+            stride = 2 if layer < self.layers else 1
+            x = self._conv(width, stride, f"conv_{layer}", use_bias=False)(x)
+            x = _leaky(BatchNorm(name=f"norm_{layer}")(x).astype(self.dtype))
+        return self._conv(1, 1, "conv_out", dtype=jnp.float32)(x)
+
+    def _conv(self, features: int, stride: int, name: str, use_bias: bool = True, dtype: Any = None) -> nn.Conv:
+        return nn.Conv(
+            features,
+            (4, 4),
+            strides=stride,
+            padding=1,
+            use_bias=use_bias,
+            dtype=dtype or self.dtype,
+            kernel_init=_init(nn.initializers.normal(0.02), None, None, "conv_in", "conv_out"),
+            bias_init=_init(nn.initializers.zeros, "norm"),
+            name=name,
+        )
+
+
+class BatchNorm(nn.Module):
+    """Normalises each channel of `[B, H, W, C]` over batch and positions, float32; keeps no running averages."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", _init(_normal_around_one, "norm"), (x.shape[-1],))
+        bias = self.param("bias", _init(nn.initializers.zeros, "norm"), (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x - jnp.mean(x, axis=(0, 1, 2))
+        return x * (jax.lax.rsqrt(jnp.mean(x**2, axis=(0, 1, 2)) + 1e-5) * scale) + bias
+
+
+def smallest_side(layers: int) -> int:
+    """Pixels that a picture's side needs for one patch to be judged."""
+    return 3 * 2**layers
+
+
+def _init(initializer, *axes):
+    return nn.with_logical_partitioning(initializer, axes)
+
+
+def _normal_around_one(key, shape, dtype=jnp.float32):
+    return 1.0 + 0.02 * jax.random.normal(key, shape, dtype)
+
+
+def _leaky(x: jax.Array) -> jax.Array:
+    return nn.leaky_relu(x, 0.2)

@@ -1,0 +1,55 @@
+"""The perceptual loss's weights, from a safetensors file that holds what the `lpips` package calls its state."""
+
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lidit_jax.errors import UserError
+from lidit_jax.models.lpips import VGG16_LAYERS
+from lidit_jax.weights.safetensors_file import SafetensorsFile
+
+
+def load_lpips(file: str | epath.Path) -> dict[str, Any]:
+    """Reads a saved `lpips.LPIPS(net="vgg").state_dict()`.
+
+    Args:
+        file: on a disk or in a bucket (gs://…).
+
+    Returns:
+        The parameters for `LPIPS().apply({"params": params}, …)`: float32 NumPy arrays.
+
+    Raises:
+        UserError: the file is missing, no safetensors file (pickles are never read), lacks a tensor, or has one of
+            another shape or with weights that are not finite.
+    """
+    weights = SafetensorsFile(epath.Path(file))
+    try:
+        params: dict[str, Any] = {}
+        channels = 3
+        for index, layer in enumerate(VGG16_LAYERS):
+            for number, width in layer:
+                name = f"net.slice{index + 1}.{number}"
+                kernel = _read(weights, f"{name}.weight", (width, channels, 3, 3)).transpose(2, 3, 1, 0)
+                bias = _read(weights, f"{name}.bias", (width,))
+                params[f"features_{number}"] = {"kernel": np.ascontiguousarray(kernel), "bias": bias}
+                channels = width
+            # The package keeps these under two names, of which a writer that joins shared tensors leaves either.
+            names = (f"lin{index}.model.1.weight", f"lins.{index}.model.1.weight")
+            name = next((name for name in names if name in weights.names), names[0])
+            params[f"lin{index}"] = _read(weights, name, (1, channels, 1, 1)).reshape(-1)
+        return params
+    finally:
+        weights.close()
+
+
+def _read(weights: SafetensorsFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name not in weights.names:
+        raise UserError(
+            f"{weights.file}: tensor {name} is missing; it must hold the state of the lpips package's LPIPS(net='vgg')"
+        )
+    weights.check(name, shape, "the perceptual loss")
+    value = weights.read(name).astype(np.float32)
+    if not np.isfinite(value).all():
+        raise UserError(f"{weights.file}: tensor {name} holds values that are not finite; copy it again")
+    return value
