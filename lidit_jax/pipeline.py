@@ -14,6 +14,7 @@ from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.errors import UserError
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
+from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
 from lidit_jax.text.encoders import PromptEncoder, encode, tokenize
 
 
@@ -26,16 +27,21 @@ class SampleConfig:
       steps: of the sampler.
       guidance_scale: classifier-free guidance; 1 switches it off and halves the work.
       batch_size: pictures drawn at once.
+      decode_pixels: what the VAE decodes at once: of more pictures, some after the others; a larger picture in tiles.
+      decode_tile: side of a tile in pixels; smaller ones take less memory and, for their overlap, more time.
     """
 
     sampler: str
     steps: int = 25
     guidance_scale: float = 4.0
     batch_size: int = 16
+    decode_pixels: int = 1 << 20
+    decode_tile: int = 256
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"sample.batch_size={self.batch_size} must be at least 1")
+        for name, least in (("batch_size", 1), ("decode_pixels", 1), ("decode_tile", SMALLEST_TILE)):
+            if getattr(self, name) < least:
+                raise UserError(f"sample.{name}={getattr(self, name)} must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +87,8 @@ class Pipeline:
                 steps=how.steps,
                 sampler=how.sampler,
                 is_guided=how.guidance_scale != 1.0,
+                decode_pixels=how.decode_pixels,
+                decode_tile=how.decode_tile,
             )
             pictures.append(np.asarray(drawn)[:count])
         return np.concatenate(pictures)
@@ -95,11 +103,25 @@ class Pipeline:
 
     @functools.cached_property
     def _draw(self):
-        static = ("height", "width", "steps", "sampler", "is_guided")
+        static = ("height", "width", "steps", "sampler", "is_guided", "decode_pixels", "decode_tile")
         return jax.jit(self._draw_latents_and_decode, static_argnames=static)
 
     def _draw_latents_and_decode(
-        self, params, frozen, tokens, empty, seeds, guidance_scale, *, height, width, steps, sampler, is_guided
+        self,
+        params,
+        frozen,
+        tokens,
+        empty,
+        seeds,
+        guidance_scale,
+        *,
+        height,
+        width,
+        steps,
+        sampler,
+        is_guided,
+        decode_pixels,
+        decode_tile,
     ):
         if is_guided:  # conditional rows first, as `guided` wants them
             tokens = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), tokens, empty)
@@ -113,5 +135,5 @@ class Pipeline:
         noise = initial_noise(keys, (height // factor, width // factor, self.vae.config.latent_channels))
         latents = sample(sampler, self.schedule, predict, noise, steps, keys)
         latents = from_model_latents(latents, self.vae.config)
-        images = self.vae.apply({"params": frozen["vae"]}, latents, method=AutoencoderKL.decode)
+        images = decode_within(self.vae, frozen["vae"], latents, pixels_at_once=decode_pixels, tile=decode_tile)
         return jnp.clip(jnp.round(images * 127.5 + 127.5), 0, 255).astype(jnp.uint8)

@@ -19,6 +19,9 @@ _WIDTH = flags.DEFINE_integer("width", None, "pixels (default: the training reso
 _STEPS = flags.DEFINE_integer("steps", None, "sampling steps (default: the config's)")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance scale; 1 is none (default: the config's)")
 _SAMPLER = flags.DEFINE_string("sampler", None, "ddpm, ddim, dpmpp_2m; euler, heun (default: the config's)")
+_DECODE_PIXELS = flags.DEFINE_integer(
+    "decode_pixels", None, "decode larger pictures in tiles, for less memory (default: the config's)"
+)
 _SEED = flags.DEFINE_integer("seed", 0, "of the first picture; the next ones count up")
 _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, or params for the raw ones")
 
@@ -36,6 +39,7 @@ def main() -> None:
             steps=_STEPS.value,
             guidance_scale=_GUIDANCE.value,
             sampler=_SAMPLER.value,
+            decode_pixels=_DECODE_PIXELS.value,
             seed=_SEED.value,
             weights=_WEIGHTS.value,
         )

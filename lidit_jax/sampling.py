@@ -30,6 +30,7 @@ class Request:
     steps: int | None = None
     guidance_scale: float | None = None
     sampler: str | None = None
+    decode_pixels: int | None = None
     seed: int = 0
     weights: str = "ema"
 
@@ -51,7 +52,12 @@ def draw_to_folder(request: Request) -> None:
         raise UserError(f"--weights={request.weights}: use ema or params")
 
     run, pipeline, params, step = experiment.load(request.workdir, request.weights)
-    changes = {"sampler": request.sampler, "steps": request.steps, "guidance_scale": request.guidance_scale}
+    changes = {
+        "sampler": request.sampler,
+        "steps": request.steps,
+        "guidance_scale": request.guidance_scale,
+        "decode_pixels": request.decode_pixels,
+    }
     how = dataclasses.replace(run.sample, **{name: value for name, value in changes.items() if value is not None})
     step_table(how.sampler, pipeline.schedule, how.steps)  # raises for a sampler that does not fit
     height, width = request.height or run.data.resolution, request.width or run.data.resolution

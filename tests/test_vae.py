@@ -19,12 +19,14 @@ from lidit_jax.models.vae import (
     DiagonalGaussian,
     GroupNorm,
     VAEConfig,
+    enlarge_and_convolve,
     from_model_latents,
     to_model_latents,
 )
 from lidit_jax.models.vae_loss import kl_loss, reconstruction_loss
 from lidit_jax.weights.diffusers_vae import OLD_ATTENTION_NAMES, load_vae, save_vae
 
+# Of the published ones, at reduced widths: what tells them apart is kept.
 SD1 = {
     "block_out_channels": (16, 32, 32),
     "layers_per_block": 1,
@@ -33,18 +35,28 @@ SD1 = {
     "scaling_factor": 0.18215,
     "sample_size": 64,
 }
-FLUX = {
-    "block_out_channels": (8, 16, 24, 24),
+SDXL = {
+    "block_out_channels": (8, 16, 16, 16),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "scaling_factor": 0.13025,
+    "force_upcast": True,
+}
+SD3 = {
+    "block_out_channels": (8, 16, 16, 16),
     "layers_per_block": 2,
     "latent_channels": 16,
     "norm_num_groups": 4,
     "use_quant_conv": False,
     "use_post_quant_conv": False,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
+    "scaling_factor": 1.5305,
+    "shift_factor": 0.0609,
 }
+FLUX = {**SD3, "block_out_channels": (8, 16, 24, 24), "scaling_factor": 0.3611, "shift_factor": 0.1159}
 NO_ATTENTION = {**FLUX, "mid_block_add_attention": False, "block_out_channels": (8, 16)}
-ARCHITECTURES = {"sd1": SD1, "flux": FLUX, "no_attention": NO_ATTENTION}
+FULL_WIDTH = {**SD3, "block_out_channels": (128, 256, 512, 512), "norm_num_groups": 32}
+ARCHITECTURES = {"sd1": SD1, "sdxl": SDXL, "sd3": SD3, "flux": FLUX, "no_attention": NO_ATTENTION}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -113,10 +125,9 @@ def images(height, width, batch=2, seed=0):
     return np.random.default_rng(seed).uniform(-1, 1, (batch, height, width, 3)).astype(np.float32)
 
 
-def test_moments_and_pictures_match_diffusers(saved):
-    model, folder = saved
+def check_parity(model, folder):
     config, params = load_vae(folder)
-    rows, columns = 3, 5
+    rows, columns = 3, 5  # odd, and not square
     factor = config.downsampling_factor
     pictures = images(rows * factor, columns * factor)
     latents = np.random.default_rng(1).normal(size=(2, rows, columns, config.latent_channels)).astype(np.float32)
@@ -129,6 +140,49 @@ def test_moments_and_pictures_match_diffusers(saved):
     close(posterior.logvar, expected.logvar.permute(0, 2, 3, 1))
     close(posterior.kl(), expected.kl())
     close(run(config, params, latents, "decode"), decoded.permute(0, 2, 3, 1))
+
+
+def test_moments_and_pictures_match_diffusers(saved):
+    check_parity(*saved)
+
+
+@pytest.mark.slow
+def test_an_autoencoder_of_full_width_matches_diffusers_and_comes_back_bit_for_bit(tmp_path):
+    model = reference(FULL_WIDTH)
+    model.save_pretrained(tmp_path / "theirs")
+    check_parity(model, tmp_path / "theirs")
+    config, params = load_vae(tmp_path / "theirs")
+    save_vae(tmp_path / "ours", config, params)
+    again = DiffusersAutoencoderKL.from_pretrained(tmp_path / "ours").state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(again[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (2, 5, 3, 4)])
+def test_doubling_and_convolution_in_one_are_the_two_and_so_is_their_gradient(shape, dtype):
+    rng = np.random.default_rng(0)
+    x, kernel = jnp.asarray(rng.normal(size=shape), dtype), jnp.asarray(rng.normal(size=(3, 3, shape[-1], 5)) / 6)
+
+    def apart(x, kernel):
+        enlarged = jax.image.resize(x.astype(jnp.float32), (shape[0], 2 * shape[1], 2 * shape[2], shape[3]), "nearest")
+        return jax.lax.conv_general_dilated(
+            enlarged, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+        )
+
+    tolerance = {"rtol": 0, "atol": 2e-5 if dtype == jnp.float32 else 0.06}
+    made = enlarge_and_convolve(x, kernel)
+    assert made.dtype == dtype
+    np.testing.assert_allclose(np.asarray(made, np.float32), apart(x, kernel), **tolerance)
+    weights = rng.normal(size=made.shape)
+    gradients = [
+        jax.grad(lambda x, kernel, way=way: jnp.sum(way(x, kernel) * weights), argnums=(0, 1))(x, kernel)
+        for way in (enlarge_and_convolve, apart)
+    ]
+    for got, expected in zip(*gradients, strict=True):
+        assert got.dtype == expected.dtype
+        got, expected = (np.asarray(value, np.float32) for value in (got, expected))
+        np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance["atol"] * np.abs(expected).max())
 
 
 def test_config_holds_what_diffusers_wrote(saved):

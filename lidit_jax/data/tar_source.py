@@ -344,6 +344,6 @@ class _OpenFile:
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY)
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # bound now: at the interpreter's end the module's names are gone
         if self.descriptor >= 0:
-            os.close(self.descriptor)
+            close(self.descriptor)

@@ -21,7 +21,7 @@ DOWN_BLOCK_TYPE = "DownEncoderBlock2D"
 UP_BLOCK_TYPE = "UpDecoderBlock2D"
 NORM_EPSILON = 1e-6  # diffusers' AutoencoderKL fixes it; it is in no config
 
-MAX_QUERIES = 4096  # that attention takes at once: those of 512 x 512 pixels, 64 MB of scores a picture
+MAX_SCORES = 4096**2  # of attention at once, a picture: 64 MB, those of all positions of 512 x 512 pixels
 
 # A config.json is input from outside: beyond these sizes it is a mistake, and building the graph would never end.
 MAX_BLOCKS = 10
@@ -317,13 +317,14 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     Its softmax is float32 whatever the inputs are.
     """
     batch, length, heads, channels = query.shape
-    if length <= MAX_QUERIES:
+    if length**2 <= MAX_SCORES:
         return jax.nn.dot_product_attention(query, key, value)
-    chunks = -(-length // MAX_QUERIES)
-    padded = jnp.pad(query, ((0, 0), (0, chunks * MAX_QUERIES - length), (0, 0), (0, 0)))
-    padded = padded.reshape(batch, chunks, MAX_QUERIES, heads, channels).swapaxes(0, 1)
+    at_once = max(1, MAX_SCORES // length)
+    chunks = -(-length // at_once)
+    padded = jnp.pad(query, ((0, 0), (0, chunks * at_once - length), (0, 0), (0, 0)))
+    padded = padded.reshape(batch, chunks, at_once, heads, channels).swapaxes(0, 1)
     attended = jax.lax.map(lambda part: jax.nn.dot_product_attention(part, key, value), padded)
-    return attended.swapaxes(0, 1).reshape(batch, chunks * MAX_QUERIES, heads, channels)[:, :length]
+    return attended.swapaxes(0, 1).reshape(batch, chunks * at_once, heads, channels)[:, :length]
 
 
 class MidBlock(nn.Module):
@@ -444,9 +445,6 @@ class UpBlock(nn.Module):
         self.resnets = [ResnetBlock(self.features, self.norm_num_groups, self.dtype) for _ in range(self.num_layers)]
         self.upsamplers = [Upsample(self.dtype)] if self.add_upsample else []
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.upsample(self.residual(x))
-
     def residual(self, x: jax.Array) -> jax.Array:
         for resnet in self.resnets:
             x = resnet(x)
@@ -513,18 +511,16 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNorm(self.norm_num_groups, self.dtype)
         self.conv_out = _conv(self.out_channels, jnp.float32)
 
-    def __call__(self, latents: jax.Array) -> jax.Array:
-        return self.conv_out(self.enlarge(self.at_latent_size(latents)))
-
     def at_latent_size(self, latents: jax.Array) -> jax.Array:
         """What is computed at the latents' own resolution, attention included: `[B, h, w, widest]`."""
         return self.up_blocks[0].residual(self.mid_block(self.conv_in(latents)))
 
-    def enlarge(self, x: jax.Array) -> jax.Array:
-        """The rest, but for the last convolution: `[B, H, W, narrowest]`. It only looks at what is near."""
-        x = self.up_blocks[0].upsample(x)
-        for block in self.up_blocks[1:]:
-            x = block(x)
+    def enlarge(self, x: jax.Array, stage: int) -> jax.Array:
+        """One doubling and the residual blocks at that resolution: `[B, H, W, C]` -> `[B, 2H, 2W, next C]`."""
+        return self.up_blocks[stage + 1].residual(self.up_blocks[stage].upsample(x))
+
+    def normalise(self, x: jax.Array) -> jax.Array:
+        """What the last convolution, `conv_out`, takes."""
         return nn.silu(self.conv_norm_out(x))
 
 
@@ -592,12 +588,10 @@ class AutoencoderKL(nn.Module):
         """
         return self.decode_last(self.decode_features(latents))
 
-    def decode_features(self, latents: jax.Array) -> jax.Array:
-        """All of `decode` but its last convolution: `[B, h, w, latent_channels]` -> `[B, H, W, narrowest]`."""
-        return self.decode_near(self.decode_far(latents))
+    # The stages of `decode`, for those who need what is between them.
 
     def decode_far(self, latents: jax.Array) -> jax.Array:
-        """The part of `decode` that works at the latents' resolution, where each position may see every other:
+        """What works at the latents' resolution, where each position may see every other:
         `[B, h, w, latent_channels]` -> `[B, h, w, widest]`.
         """
         _check_channels("latent", latents, self.config.latent_channels)
@@ -605,16 +599,27 @@ class AutoencoderKL(nn.Module):
             latents = self.post_quant_conv(latents)
         return self.decoder.at_latent_size(latents)
 
-    def decode_near(self, x: jax.Array) -> jax.Array:
-        """The next part of `decode`, nearly all of its work and memory: `[B, h, w, widest]` -> `[B, H, W, narrowest]`.
+    def decode_stage(self, x: jax.Array, stage: int) -> jax.Array:
+        """One doubling and the blocks after it, the first being stage 0: `[B, H, W, C]` -> `[B, 2H, 2W, next C]`.
 
-        But for the statistics of GroupNorm, a pixel depends on the `decoder_reach` positions around its own alone.
+        But for the statistics of GroupNorm, a position depends on what is near alone.
         """
-        return self.decoder.enlarge(x)
+        return self.decoder.enlarge(x, stage)
 
-    def decode_last(self, x: jax.Array) -> jax.Array:
-        """The last convolution of `decode`: `[B, H, W, narrowest]` -> `[B, H, W, out_channels]`."""
-        return self.decoder.conv_out(x)
+    def decode_end(self, x: jax.Array) -> jax.Array:
+        """From the last doubling's features `[B, H, W, narrowest]` to the picture."""
+        return self.decode_last(self.decoder.normalise(x))
+
+    def decode_features(self, latents: jax.Array) -> jax.Array:
+        """All but the last convolution: `[B, h, w, latent_channels]` -> `[B, H, W, narrowest]`."""
+        x = self.decode_far(latents)
+        for stage in range(len(self.config.block_out_channels) - 1):
+            x = self.decode_stage(x, stage)
+        return self.decoder.normalise(x)
+
+    def decode_last(self, features: jax.Array) -> jax.Array:
+        """The last convolution: `[B, H, W, narrowest]` -> `[B, H, W, out_channels]`."""
+        return self.decoder.conv_out(features)
 
 
 def check_image_size(height: int, width: int, factor: int) -> None:
