@@ -93,5 +93,13 @@ def get_config() -> ConfigDict:
         "sample_every": 5000,
         "keep": 3,
     }
-    config.sample = {"sampler": "dpmpp_2m", "steps": 25, "guidance_scale": 6.0, "batch_size": 16}  # ours
+    config.sample = {  # ours
+        "sampler": "dpmpp_2m",
+        "steps": 25,
+        "guidance_scale": 6.0,
+        "batch_size": 16,
+        # More pixels are decoded in parts: pictures one after the other, a larger picture in tiles of this side.
+        "decode_pixels": 1024 * 1024,
+        "decode_tile": 256,
+    }
     return config

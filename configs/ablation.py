@@ -109,5 +109,13 @@ def get_config(row: str = "") -> ConfigDict:
         "checkpoint_every": 5000,
         "sample_every": 10_000,
     }
-    config.sample = {"sampler": "dpmpp_2m", "steps": 25, "guidance_scale": 6.0, "batch_size": 16}  # ours
+    config.sample = {  # ours
+        "sampler": "dpmpp_2m",
+        "steps": 25,
+        "guidance_scale": 6.0,
+        "batch_size": 16,
+        # More pixels are decoded in parts: pictures one after the other, a larger picture in tiles of this side.
+        "decode_pixels": 1024 * 1024,
+        "decode_tile": 256,
+    }
     return config

@@ -126,5 +126,13 @@ def get_config() -> ConfigDict:
         "checkpoint_every": 500,
         "sample_every": 500,
     }
-    config.sample = {"sampler": "euler", "steps": 25, "guidance_scale": 3.0, "batch_size": 16}
+    config.sample = {
+        "sampler": "euler",
+        "steps": 25,
+        "guidance_scale": 3.0,
+        "batch_size": 16,
+        # More pixels are decoded in parts: pictures one after the other, a larger picture in tiles of this side.
+        "decode_pixels": 1024 * 1024,
+        "decode_tile": 256,
+    }
     return config

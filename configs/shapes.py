@@ -121,6 +121,14 @@ def get_config() -> ConfigDict:
         "checkpoint_every": 400,
         "sample_every": 675,
     }
-    config.sample = {"sampler": "euler", "steps": 20, "guidance_scale": 1.5, "batch_size": 64}
+    config.sample = {
+        "sampler": "euler",
+        "steps": 20,
+        "guidance_scale": 1.5,
+        "batch_size": 64,
+        # More pixels are decoded in parts: pictures one after the other, a larger picture in tiles of this side.
+        "decode_pixels": 1024 * 1024,
+        "decode_tile": 256,
+    }
     config.evaluate = {"two_objects": 256, "held_out_pairs": 128, "three_objects": 128, "four_objects": 128}
     return config

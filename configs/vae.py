@@ -47,7 +47,7 @@ def get_config(path: str = "") -> ConfigDict:
             "sample_size": 64,
         },
         "train": {
-            "steps": 4000,
+            "steps": 3000,
             "batch_size": 8,
             "learning_rate": 2e-3,
             "warmup_steps": 100,

@@ -15,7 +15,10 @@ T = TypeVar("T")
 
 CONFIG_FILE = "config.json"
 # Keys that may differ when a run goes on: none changes what a step computes. (`steps` alone may also grow.)
-FREE_KEYS = ("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh")
+FREE_KEYS = (
+    *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
+    *("decode_pixels", "decode_tile"),
+)
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T:

@@ -71,5 +71,15 @@ def test_the_vae_benchmark_compares_ways_that_agree():
     for way in ("lidit_jax", "diffusers", "diffusers compiled"):
         lines = re.findall(rf"^{way} +[\d.]+ +[\d.e+]+ +[\d.]+ +\d+$", done.stdout, re.MULTILINE)
         assert len(lines) == 2, done.stdout
-    differences = [float(value) for value in re.findall(r"largest difference: (\S+) of", done.stdout)]
-    assert len(differences) == 2 and max(differences) < 1e-4
+    differences = [float(value) for value in re.findall(r"largest difference (\S+) of", done.stdout)]
+    assert len(differences) == 4 and max(differences) < 1e-4
+
+
+@pytest.mark.slow
+def test_the_vae_benchmark_of_tiles_shows_ours_to_be_the_whole_picture():
+    command = [sys.executable, "-m", "lidit_jax.benchmarks.vae", "--rounds=1", "--size=64", "--tile=32"]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    differences = dict(re.findall(r"^(.+): largest difference (\S+) of", done.stdout, re.MULTILINE))
+    assert float(differences["lidit_jax in tiles"]) < 1e-4
+    assert float(differences["diffusers in tiles"]) > 1e-3

@@ -1,5 +1,6 @@
 """Whole runs of the tiny demo: training, resume, sampling, fine-tuning, and what users get wrong."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -118,6 +119,16 @@ def test_sampling_draws_sizes_that_training_never_saw(trained_workdir, tmp_path)
     assert Image.open(tmp_path / "a" / "00000.png").size == (40, 24)
 
 
+@pytest.mark.parametrize("decode_pixels", [2000, 500])
+def test_pictures_decoded_in_slices_or_tiles_are_those_decoded_at_once(trained_workdir, tmp_path, decode_pixels):
+    for out, pixels in (("once", None), ("parts", decode_pixels)):
+        request = Request(trained_workdir, epath.Path(tmp_path / out), prompt="a red circle", num_images=2, height=48)
+        draw_to_folder(dataclasses.replace(request, decode_pixels=pixels))
+    once, parts = (np.asarray(Image.open(tmp_path / out / "00001.png"), np.int32) for out in ("once", "parts"))
+    assert once.shape == (48, 32, 3)
+    assert np.abs(once - parts).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -129,6 +140,7 @@ def test_sampling_draws_sizes_that_training_never_saw(trained_workdir, tmp_path)
         ({"prompt": "x", "sampler": "ddim"}, "euler"),
         ({"prompt": "x", "sampler": "eular"}, "euler"),
         ({"prompt": "x", "steps": 0}, "steps"),
+        ({"prompt": "x", "decode_pixels": 0}, "decode_pixels=0 must be at least 1"),
         ({"prompt": "x", "num_images": 0}, "num_images"),
         ({"prompt": "x", "seed": -1}, "seed"),
         ({"prompt": "x", "weights": "best"}, "ema or params"),

@@ -1,7 +1,7 @@
 """The autoencoder, ours against diffusers': `python -m lidit_jax.benchmarks.vae`.
 
 A random `AutoencoderKL` at the widths of Stable Diffusion 3's is saved in diffusers' format; both libraries encode the
-same pictures to the means of their latents, and decode the same latents.
+same pictures to the means of their latents, and decode the same latents; with `--tile=256` at once and in tiles.
 """
 
 import functools
@@ -20,6 +20,8 @@ _SIZE = flags.DEFINE_integer("size", 256, "side of a picture, a multiple of 8 pi
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "times that each does the work", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
 
+_TILE = flags.DEFINE_integer("tile", 0, "also decode in tiles of so many pixels, in place of encoding", lower_bound=0)
+
 WIDTHS = (128, 256, 512, 512)
 FACTOR = 8
 CHANNELS = 16
@@ -37,20 +39,20 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder)
-        for task, arrays in inputs.items():
-            ways = {
-                "lidit_jax": ours,
-                "diffusers": functools.partial(diffusers_model, compiled=False),
-                "diffusers compiled": functools.partial(diffusers_model, compiled=True),
-            }
+        for task, ways in (TILED_WAYS if _TILE.value else WAYS).items():
+            arrays = inputs[task]
             contestants = [
-                Contestant(name, functools.partial(way, folder, task, arrays, _DTYPE.value))
-                for name, way in ways.items()
+                Contestant(
+                    name, functools.partial(way, folder, task, arrays, _DTYPE.value, tile=_TILE.value * in_tiles)
+                )
+                for name, (way, in_tiles) in ways.items()
             ]
             results = contest(contestants, _ROUNDS.value)
             print(f"{task}, {_BATCH.value} x {_SIZE.value} px, {_DTYPE.value}, median of {_ROUNDS.value} rounds")
             print(table(results, _BATCH.value, "images"))
-            print(f"largest difference: {largest_difference(results):.1e} of the largest value")
+            for result in results[1:]:
+                difference = largest_difference([results[0], result])
+                print(f"{result.name}: largest difference {difference:.1e} of the largest value")
 
 
 def save_model(folder: str) -> None:
@@ -71,11 +73,12 @@ def save_model(folder: str) -> None:
     ).save_pretrained(folder)
 
 
-def ours(folder: str, task: str, arrays: np.ndarray, dtype: str) -> Callable[[], np.ndarray]:
+def ours(folder: str, task: str, arrays: np.ndarray, dtype: str, tile: int) -> Callable[[], np.ndarray]:
     import jax
     import jax.numpy as jnp
 
     from lidit_jax.models.vae import AutoencoderKL
+    from lidit_jax.models.vae_tiling import decode_in_tiles
     from lidit_jax.weights.diffusers_vae import load_vae
 
     config, params = load_vae(folder)
@@ -83,14 +86,16 @@ def ours(folder: str, task: str, arrays: np.ndarray, dtype: str) -> Callable[[],
     params = jax.device_put(params)
     tasks = {
         "encode": lambda p, x: model.apply({"params": p}, x, method=AutoencoderKL.encode).mode(),
-        "decode": lambda p, z: model.apply({"params": p}, z, method=AutoencoderKL.decode),
+        "decode": lambda p, z: (
+            decode_in_tiles(model, p, z, tile) if tile else model.apply({"params": p}, z, method=AutoencoderKL.decode)
+        ),
     }
     apply = jax.jit(tasks[task])
     return lambda: np.asarray(apply(params, arrays))
 
 
 def diffusers_model(
-    folder: str, task: str, arrays: np.ndarray, dtype: str, *, compiled: bool
+    folder: str, task: str, arrays: np.ndarray, dtype: str, tile: int, *, compiled: bool = False
 ) -> Callable[[], np.ndarray]:
     import diffusers
     import torch
@@ -99,6 +104,9 @@ def diffusers_model(
     torch_dtype = getattr(torch, dtype)
     model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=torch_dtype, low_cpu_mem_usage=False)
     model = model.to(device).eval()
+    if tile:
+        model.enable_tiling()
+        model.tile_sample_min_size, model.tile_latent_min_size = tile, tile // FACTOR
     inputs = torch.from_numpy(arrays).permute(0, 3, 1, 2).to(device, torch_dtype)
     tasks = {"encode": lambda x: model.encode(x).latent_dist.mean, "decode": lambda z: model.decode(z).sample}
     apply = torch.compile(tasks[task]) if compiled else tasks[task]
@@ -108,6 +116,25 @@ def diffusers_model(
         return apply(inputs).permute(0, 2, 3, 1).float().cpu().numpy()
 
     return work
+
+
+# task -> what takes part in it: name -> (way, whether it works in tiles)
+WAYS = dict.fromkeys(
+    ("encode", "decode"),
+    {
+        "lidit_jax": (ours, False),
+        "diffusers": (diffusers_model, False),
+        "diffusers compiled": (functools.partial(diffusers_model, compiled=True), False),
+    },
+)
+TILED_WAYS = {
+    "decode": {
+        "lidit_jax": (ours, False),
+        "lidit_jax in tiles": (ours, True),
+        "diffusers": (diffusers_model, False),
+        "diffusers in tiles": (diffusers_model, True),
+    }
+}
 
 
 if __name__ == "__main__":
