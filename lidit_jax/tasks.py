@@ -48,8 +48,8 @@ def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer
     def init(key):
         return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
-    def loss(params, frozen, batch, key, step):
-        del frozen, key, step
+    def loss(params, frozen, batch, key, phase):
+        del frozen, key, phase
         tokens, mask = batch[f"{name}/tokens"], batch[f"{name}/mask"]
         before = jnp.broadcast_to(jnp.asarray(prefix), (tokens.shape[0], len(prefix)))
         sequence = jnp.concatenate([before, tokens], axis=1)  # [B, P + L]
@@ -109,7 +109,7 @@ def vae_task(
             params["discriminator"] = discriminator.init(keys[1], pictures)["params"]
         return params
 
-    def loss(params, frozen, batch, key, step):
+    def loss(params, frozen, batch, key, phase):
         images = to_pixels(batch["image"])
         autoencode = functools.partial(model.apply, {"params": params["vae"]})
         posterior = autoencode(images, method=AutoencoderKL.encode)
@@ -128,7 +128,7 @@ def vae_task(
 
         value, gradient, parts = value_and_gradient_at(dissimilarity, decoded)
         metrics |= parts
-        if not discriminator:
+        if not phase:
             return with_gradient(value, decoded, gradient) + objective.kl_weight * kl, metrics
 
         def last_layers_gradient(gradient):
@@ -141,26 +141,17 @@ def vae_task(
 
             return jax.vjp(last_layer, params["vae"]["decoder"]["conv_out"]["kernel"])[1](gradient)[0]
 
-        def judge(critic):
-            """What the discriminator adds: (its own loss, the autoencoder's, that one's gradient, metrics)."""
-            score = lambda images: discriminator.apply({"params": critic}, images)  # noqa: E731
-            opinion = lambda decoded: (adversarial_loss(score(decoded)), {})  # noqa: E731
-            adversarial, slope, _ = value_and_gradient_at(opinion, decoded)
-            adaptive = adaptive_weight(
-                last_layers_gradient(gradient), last_layers_gradient(slope), values_per_image(images)
-            )
-            weight = objective.adversarial_weight * jax.lax.stop_gradient(adaptive)
-            hinge = hinge_loss(score(images), score(jax.lax.stop_gradient(decoded)))
-            return hinge, weight * adversarial, weight * slope, {"hinge": hinge, "adaptive_weight": adaptive}
-
-        def wait(critic):
-            nothing = jnp.zeros(())
-            return nothing, nothing, jnp.zeros_like(gradient), {"hinge": nothing, "adaptive_weight": nothing}
-
-        heard = step >= objective.adversarial_start
-        hinge, adversarial, slope, more = jax.lax.cond(heard, judge, wait, params["discriminator"])
-        autoencoders = with_gradient(value + adversarial, decoded, gradient + slope) + objective.kl_weight * kl
-        return autoencoders + hinge, metrics | more
+        score = lambda pictures: discriminator.apply({"params": params["discriminator"]}, pictures)  # noqa: E731
+        opinion = lambda decoded: (adversarial_loss(score(decoded)), {})  # noqa: E731
+        adversarial, slope, _ = value_and_gradient_at(opinion, decoded)
+        adaptive = adaptive_weight(
+            last_layers_gradient(gradient), last_layers_gradient(slope), values_per_image(images)
+        )
+        weight = objective.adversarial_weight * jax.lax.stop_gradient(adaptive)
+        value, gradient = value + weight * adversarial, gradient + weight * slope
+        hinge = hinge_loss(score(images), score(jax.lax.stop_gradient(decoded)))
+        metrics |= {"hinge": hinge, "adaptive_weight": adaptive}
+        return with_gradient(value, decoded, gradient) + objective.kl_weight * kl + hinge, metrics
 
     return Task(
         name="vae",
@@ -168,6 +159,7 @@ def vae_task(
         loss=loss,
         frozen=None if lpips is None else {"lpips": lpips},
         evaluate=evaluate,
+        phases=(objective.adversarial_start,) if discriminator else (),
         networks=("vae", "discriminator") if discriminator else (),
     )
 
@@ -205,8 +197,8 @@ def lidit_task(
         ]
         return model.init(key, latents, jnp.zeros((1,)), text)["params"]
 
-    def loss(params, frozen, batch, key, step):
-        del step
+    def loss(params, frozen, batch, key, phase):
+        del phase
         posterior_key, diffusion_key = jax.random.split(key)
         images = to_pixels(batch["image"])
         posterior = vae.apply({"params": frozen["vae"]}, images, method=AutoencoderKL.encode)

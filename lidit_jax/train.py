@@ -4,6 +4,7 @@ A part is a `Task`: how to initialise it and what its loss is. All else is here:
 accumulation, EMA, the guard against non-finite steps, checkpoints and resume.
 """
 
+import bisect
 import dataclasses
 import logging
 import math
@@ -61,21 +62,25 @@ class Task:
     Attributes:
       name: for the log.
       init: key -> parameters, boxed with their logical axes (what Flax's `Module.init` gives).
-      loss: (params, frozen, batch, key, step) -> (float32 scalar, dict of float32 scalars). Traced, so pure.
+      loss: (params, frozen, batch, key, phase) -> (float32 scalar, dict of float32 scalars). Traced, so pure.
       frozen: arrays that the loss reads and nothing changes (LLMs, VAE).
       evaluate: what is logged every `sample_every` steps and at the end, or None.
       prepare: (frozen, batch) -> batch, a program of its own before the step, or None. Traced, so pure; its results
         keep the batch as their first axis.
+      phases: steps, ascending, at which the loss becomes another: it is given how many of them have come, a plain int.
+        Each phase is a program of its own; a branch inside one would be there in every step (and on a CPU, XLA runs
+        branches many times slower).
       networks: keys of the parameters whose gradients are clipped apart, where they belong to several networks: the
         size of one's gradient is not to slow down another. Empty: there is one network.
     """
 
     name: str
     init: Callable[[jax.Array], Any]
-    loss: Callable[[Any, Any, Batch, jax.Array, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+    loss: Callable[[Any, Any, Batch, jax.Array, int], tuple[jax.Array, dict[str, jax.Array]]]
     frozen: Any = None
     evaluate: Evaluate | None = None
     prepare: Callable[[Any, Batch], Batch] | None = None
+    phases: tuple[int, ...] = ()
     networks: tuple[str, ...] = ()
 
 
@@ -162,11 +167,12 @@ class Trainer:
         self._boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
         self.state_shardings = shardings(self._boxed, mesh, rules)
         self.batch_sharding = batch_sharding(mesh, rules)
-        self.step = jax.jit(
-            self._step,
+        self._step = jax.jit(
+            self._take_step,
             in_shardings=(self.state_shardings, None, self.batch_sharding, replicated(mesh)),
             out_shardings=(self.state_shardings, replicated(mesh)),
             donate_argnums=0,
+            static_argnums=4,
         )
         self.prepare = task.prepare and jax.jit(
             self._prepare, in_shardings=(None, self.batch_sharding), out_shardings=self.batch_sharding
@@ -182,6 +188,12 @@ class Trainer:
         """Shapes, dtypes and shardings of the state, to restore into."""
         abstract = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
         return jax.tree.map(abstract, nn.unbox(self._boxed), self.state_shardings)
+
+    def step(
+        self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array, number: int = 0
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """(the state after step `number`, metrics); the given state is donated."""
+        return self._step(state, frozen, batch, key, bisect.bisect_right(self.task.phases, number))
 
     def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """This process's rows of a batch -> global arrays over the mesh."""
@@ -200,11 +212,11 @@ class Trainer:
         with nn.logical_axis_rules(self.rules.pairs()):
             return self.task.prepare(frozen, batch)
 
-    def _step(self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array):
+    def _take_step(self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array, phase: int):
         config = self.config
         key = jax.random.fold_in(key, state.step)  # derived, not carried: a resumed run draws the same numbers
         with nn.logical_axis_rules(self.rules.pairs()):
-            loss, metrics, grads = self._gradients(state.params, frozen, batch, key, state.step)
+            loss, metrics, grads = self._gradients(state.params, frozen, batch, key, phase)
 
         grad_norm = optax.tree.norm(grads)
         if self.task.networks:
@@ -240,11 +252,12 @@ class Trainer:
         scale = jnp.minimum(1.0, self.config.clip_norm / jnp.maximum(norm, 1e-12))
         return jax.tree.map(lambda g: g * scale, grads)
 
-    def _gradients(self, params, frozen, batch, key, step):
-        grad = jax.value_and_grad(self.task.loss, has_aux=True)
+    def _gradients(self, params, frozen, batch, key, phase):
+        loss_of_phase = lambda *arguments: self.task.loss(*arguments, phase)  # noqa: E731
+        grad = jax.value_and_grad(loss_of_phase, has_aux=True)
         count = self.config.accumulate
         if count == 1:
-            (loss, metrics), grads = grad(params, frozen, batch, key, step)
+            (loss, metrics), grads = grad(params, frozen, batch, key)
             return loss, metrics, grads
         # Every count-th row, so that each micro-batch is spread over all devices.
         split = lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)  # noqa: E731
@@ -252,11 +265,11 @@ class Trainer:
 
         def add(total, i_and_micro_batch):
             i, micro_batch = i_and_micro_batch
-            result = grad(params, frozen, micro_batch, jax.random.fold_in(key, i), step)
+            result = grad(params, frozen, micro_batch, jax.random.fold_in(key, i))
             return jax.tree.map(lambda t, r: t + r / count, total, result), None
 
         first = jax.tree.map(lambda x: x[0], micro_batches)
-        shapes = jax.eval_shape(grad, params, frozen, first, key, step)
+        shapes = jax.eval_shape(grad, params, frozen, first, key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
         ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, (jnp.arange(count), micro_batches))
         return loss, metrics, grads
@@ -307,7 +320,7 @@ def train(
             progress.waited(time.monotonic() - waited)
             if trainer.prepare:
                 batch = trainer.prepare(task.frozen, batch)
-            state, step_metrics = trainer.step(state, task.frozen, batch, key)
+            state, step_metrics = trainer.step(state, task.frozen, batch, key, step)
             step += 1
             pending.append(step_metrics)  # stays on the device until it is logged: no step waits for the host
             last = step == config.steps

@@ -33,7 +33,7 @@ class Toy(nn.Module):
 def toy_task(noise=0.1):
     model = Toy()
 
-    def loss(params, frozen, batch, key, step):
+    def loss(params, frozen, batch, key, phase):
         target = batch["x"][:, ::-1] + noise * jax.random.normal(key, batch["x"].shape)
         return jnp.mean(jnp.square(model.apply({"params": params}, batch["x"]) - target)), {
             "bias": params["out"]["bias"][0]
@@ -161,7 +161,7 @@ def test_gradients_are_clipped_to_the_norm_before_adam_sees_them():
 
 def test_weight_decay_pulls_matrices_alone():
     still = Task(
-        "still", toy_task().init, lambda params, frozen, batch, key, step: (0.0 * jnp.sum(params["in"]["kernel"]), {})
+        "still", toy_task().init, lambda params, frozen, batch, key, phase: (0.0 * jnp.sum(params["in"]["kernel"]), {})
     )
     trainer = make_trainer(task=still, weight_decay=0.5, ema_decay=0.0)
     state = trainer.init(0)

@@ -258,9 +258,9 @@ def take_steps(trainer, count):
     state, states, rows = trainer.init(0), [], []
     rng = np.random.default_rng(0)
     with jax.set_mesh(trainer.mesh):
-        for _ in range(count):
+        for number in range(count):
             batch = trainer.put({"image": rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)})
-            state, metrics = trainer.step(state, trainer.task.frozen, batch, jax.random.key(1))
+            state, metrics = trainer.step(state, trainer.task.frozen, batch, jax.random.key(1), number)
             states.append(jax.device_get(state.params))
             rows.append(jax.device_get(metrics))
     return states, rows
@@ -292,7 +292,7 @@ def test_a_discriminator_that_starts_late_leaves_the_first_steps_untouched(alone
     for step in (0, 1):
         jax.tree.map(np.testing.assert_array_equal, steps[step]["vae"], without[step]["vae"])
         jax.tree.map(np.testing.assert_array_equal, steps[step]["discriminator"], first)
-        assert rows[step]["hinge"] == rows[step]["adaptive_weight"] == 0
+        assert "hinge" not in rows[step]
     changed = jax.tree.map(lambda a, b: np.abs(a - b).max(), steps[3]["vae"], without[3]["vae"])
     assert max(jax.tree.leaves(changed)) > 1e-5
     learned = jax.tree.map(lambda a, b: np.abs(a - b).max(), steps[3]["discriminator"], first)
@@ -333,7 +333,7 @@ def test_the_steps_gradient_is_that_of_the_whole_loss(lpips_file, perceptual):
     (value, decoded), vae_gradient = jax.jit(jax.value_and_grad(expected, has_aux=True))(params["vae"])
     hinge, critic_gradient = jax.value_and_grad(lambda c: hinge_loss(score(c, images), score(c, decoded)))(critic)
 
-    loss = lambda params: trainer.task.loss(params, {"lpips": lpips}, batch, key, jnp.int32(0))  # noqa: E731
+    loss = lambda params: trainer.task.loss(params, {"lpips": lpips}, batch, key, 1)  # noqa: E731
     (total, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert float(total) == pytest.approx(float(value + hinge), rel=1e-5)
     assert float(metrics["hinge"]) == pytest.approx(float(hinge), rel=1e-5)
@@ -349,8 +349,7 @@ def test_the_steps_gradient_is_that_of_the_whole_loss(lpips_file, perceptual):
 def test_each_network_is_clipped_by_its_own_norm(late_trainer):
     state, batch = late_trainer.init(0), {"image": np.full((8, 16, 16, 3), 200, np.uint8)}
     with jax.set_mesh(late_trainer.mesh):
-        state = state.replace(step=state.step + 5)
-        after, metrics = late_trainer.step(state, None, late_trainer.put(batch), jax.random.key(1))
+        after, metrics = late_trainer.step(state, None, late_trainer.put(batch), jax.random.key(1), 2)
     for name in ("vae", "discriminator"):
         norm = float(metrics[f"grad_norm/{name}"])
         assert norm > 0.1
@@ -362,7 +361,8 @@ def test_eight_devices_train_as_one_does(late):
     sizes = {"data": 2, "fsdp": 4, "tensor": 1}
     _, eight = take_steps(make_trainer(sizes, discriminator=CRITIC, adversarial_start=2), 4)
     for row, same in zip(late[1], eight, strict=True):
-        for name in ("loss", "reconstruction", "kl", "hinge", "adaptive_weight", "psnr"):
+        assert same.keys() == row.keys()
+        for name in row.keys() & {"loss", "reconstruction", "kl", "hinge", "adaptive_weight", "psnr"}:
             assert float(same[name]) == pytest.approx(float(row[name]), rel=1e-3), name
 
 
