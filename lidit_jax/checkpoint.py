@@ -43,20 +43,24 @@ class Checkpoints:
         """The newest state, sharded as `abstract_state` says, or None where there is no checkpoint.
 
         Raises:
-          UserError: if the checkpoint was made with other facts (other data, other frozen weights).
+          UserError: if the checkpoint was made with other facts (other data, other frozen weights), or does not fit.
         """
         step = self.latest_step()
         if step is None:
             return None
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)
-                ),
-                facts=ocp.args.JsonRestore(),
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(
+                abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)
             ),
+            facts=ocp.args.JsonRestore(),
         )
+        try:
+            restored = self._manager.restore(step, args=args)
+        except ValueError as error:
+            raise UserError(
+                f"{self.folder}: the checkpoint of step {step} is of another model, or of another version of this "
+                f"program ({' '.join(str(error).split())[:200]}); use another --workdir"
+            ) from error
         for name, value in facts.items():
             if restored.facts.get(name) != value:
                 raise UserError(

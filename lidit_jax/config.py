@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import json
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -17,7 +19,7 @@ CONFIG_FILE = "config.json"
 # Keys that may differ when a run goes on: none changes what a step computes. (`steps` alone may also grow.)
 FREE_KEYS = (
     *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
-    *("decode_pixels", "decode_tile"),
+    *("decode_pixels", "decode_tile", "evaluate"),
 )
 
 
@@ -32,11 +34,28 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T
     for key in values:
         if key not in fields:
             raise UserError(f"config key {where}.{key} is unknown{nearest(key, fields)}")
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        _check_type(f"{where}.{name}", value, hints[name])
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise UserError(f"config key {where}.{name} is missing")
     return cls(**values)
+
+
+def _check_type(key: str, value: Any, hint: Any) -> None:
+    """Raises UserError unless the value is of the annotated type; of containers only the outer type is looked at."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = [typing.get_origin(option) or option for option in options]
+    if not all(isinstance(kind, type) for kind in kinds):  # Any, Literal: checked by whoever takes it
+        return
+    if float in kinds:
+        kinds.append(int)
+    is_flag = isinstance(value, bool) and bool not in kinds
+    if is_flag or not isinstance(value, tuple(kinds)):
+        names = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in dict.fromkeys(kinds))
+        raise UserError(f"config key {key} is {value!r:.80}: it must be of type {names}")
 
 
 def nearest(name: str, choices: Any) -> str:
@@ -45,14 +64,19 @@ def nearest(name: str, choices: Any) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(choices)}"
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True) -> None:
     """Writes the config into a new workdir, or checks that an old one belongs to the same config.
+
+    Args:
+      write: False only checks: where many processes share a workdir, one of them writes.
 
     Raises:
       UserError: if the workdir was made with another config, or can't be written. Nothing is overwritten.
     """
     file = workdir / CONFIG_FILE
     if not file.exists():
+        if not write:
+            return
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             _write(file, config)
@@ -65,13 +89,14 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key) or any(part in FREE_KEYS for part in key.split(".")):
             continue
-        if key.endswith("train.steps"):
+        if key == ("train.steps" if "train" in config else "vae.train.steps"):  # of the part that is trained last
             continue
         raise UserError(
             f"{workdir} belongs to another config: {key} was {before.get(key, 'absent')!r}, "
             f"now {now.get(key, 'absent')!r}; use another --workdir"
         )
-    _write(file, config)
+    if write:
+        _write(file, config)
 
 
 def read_workdir(workdir: epath.Path) -> ConfigDict:

@@ -30,7 +30,7 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
         raise UserError(f"--num_images={num_images} must be at least 1")
     experiment = Experiment(config, out.parent)
     dataset = Dataset(experiment.data, experiment.cell())
-    batch_size = (experiment.train if experiment.has_lidit else experiment.vae_training()).batch_size
+    batch_size = experiment.batch_size() or PER_BATCH
     batches = dataset.batches(
         batch_size,
         config.seed,

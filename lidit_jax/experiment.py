@@ -15,7 +15,7 @@ A config without the sections that belong to LI-DiT trains (or judges) a VAE alo
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,13 +29,17 @@ from ml_collections import ConfigDict
 from lidit_jax import tasks
 from lidit_jax.checkpoint import Checkpoints, load_weights
 from lidit_jax.config import build, claim_workdir, read_workdir
-from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.dataset import DataConfig, Dataset
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.diffusion.schedules import Schedule, make_schedule
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation import reconstruction
-from lidit_jax.evaluation.reconstruction import Autoencoding, ReconstructionEvaluation, evaluate_reconstruction
+from lidit_jax.evaluation.reconstruction import (
+    Autoencoding,
+    ReconstructionEvaluation,
+    evaluate_reconstruction,
+    is_judged,
+)
 from lidit_jax.evaluation.scenes import SceneEvaluation, evaluate_scenes
 from lidit_jax.metrics import Metrics
 from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
@@ -45,6 +49,7 @@ from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.lpips import SMALLEST_SIDE
 from lidit_jax.models.vae import AutoencoderKL, VAEConfig
 from lidit_jax.models.vae_loss import RECONSTRUCTION_LOSSES
+from lidit_jax.models.vae_tiling import smallest_tile
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.pictures import grid
@@ -126,6 +131,9 @@ class PerceptualConfig:
     weights: str = ""
     weight: float = 1.0
 
+    def __post_init__(self):
+        _check_weight("vae.perceptual.weight", self.weight)
+
 
 @dataclasses.dataclass(frozen=True)
 class AdversarialConfig:
@@ -143,9 +151,10 @@ class AdversarialConfig:
     layers: int = 3
 
     def __post_init__(self):
-        for name, least in (("weight", 0), ("start", 0), ("width", 1), ("layers", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"vae.adversarial.{name}={getattr(self, name)} must be at least {least}")
+        _check_weight("vae.adversarial.weight", self.weight)
+        for name, least, most in (("start", 0, 2**31 - 1), ("width", 1, 1024), ("layers", 1, 8)):
+            if not least <= getattr(self, name) <= most:
+                raise UserError(f"vae.adversarial.{name}={getattr(self, name)} must be from {least} to {most}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +185,7 @@ class VAEPartConfig:
             raise UserError(
                 f"vae.reconstruction={self.reconstruction!r}: use one of {', '.join(RECONSTRUCTION_LOSSES)}"
             )
+        _check_weight("vae.kl_weight", self.kl_weight)
         self.perceptual_config(), self.adversarial_config(), self.evaluation()  # raise for what is wrong in them
 
     def perceptual_config(self) -> PerceptualConfig:
@@ -188,6 +198,11 @@ class VAEPartConfig:
         if self.evaluate is None:
             return None
         return build(ReconstructionEvaluation, self.evaluate, "vae.evaluate")
+
+
+def _check_weight(key: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise UserError(f"{key}={value} must be a finite number of at least 0")
 
 
 class Experiment:
@@ -223,8 +238,9 @@ class Experiment:
         check_dtype("vae.dtype", self.vae.dtype)
         if not self.vae.weights:
             self._require_recipe("vae", self.vae)
-            self.vae_config()
             self.vae_training()
+        elif not self.has_lidit and self.vae.evaluate is None:
+            raise UserError("vae.weights names a VAE and vae.evaluate is missing: there is nothing to do")
 
     def _check_lidit(self) -> None:
         """The same of the rest."""
@@ -252,8 +268,40 @@ class Experiment:
         )
 
     def vae_config(self) -> VAEConfig:
-        """Of a VAE that the run trains itself."""
-        return build(VAEConfig, self.vae.model, "vae.model")
+        """Of a VAE that the run trains itself, or of the one that it is given.
+
+        Raises:
+          UserError: it does not take pictures of three channels, or does not go with the rest of the config.
+        """
+        if self.vae.weights:
+            config = VAEConfig.from_dict(read_config(self.vae_folder()))
+        else:
+            config = build(VAEConfig, self.vae.model, "vae.model")
+            if config.latents_mean or config.latents_std:
+                raise UserError("vae.model: leave out latents_mean and latents_std; scaling and shift are measured")
+        if (config.in_channels, config.out_channels) != (3, 3):
+            raise UserError(
+                f"the VAE takes {config.in_channels} and gives {config.out_channels} channels: pictures have 3, so "
+                "both in_channels and out_channels must be 3"
+            )
+        if self.has_lidit:
+            if config.latent_channels != self.model.config.latent_channels:
+                raise UserError(
+                    f"the VAE has {config.latent_channels} latent channels, "
+                    f"model.latent_channels={self.model.config.latent_channels}: make them equal"
+                )
+            if self.sample.decode_tile < smallest_tile(config):
+                raise UserError(
+                    f"sample.decode_tile={self.sample.decode_tile} is too small for the VAE: "
+                    f"use {smallest_tile(config)} or more"
+                )
+        return config
+
+    def batch_size(self) -> int | None:
+        """Of the training of the last part; None where a VAE is only judged."""
+        if self.has_lidit:
+            return self.train.batch_size
+        return None if self.vae.weights else self.vae_training().batch_size
 
     def vae_training(self) -> TrainConfig:
         """Of a VAE that the run trains itself."""
@@ -261,14 +309,12 @@ class Experiment:
 
     def cell(self) -> int:
         """Pixels that both sides of a picture must be multiples of: a latent cell times a patch."""
-        vae = VAEConfig.from_dict(read_config(self.vae_folder())) if self.vae.weights else self.vae_config()
-        return vae.downsampling_factor * (self.model.config.patch_size if self.has_lidit else 1)
+        return self.vae_config().downsampling_factor * (self.model.config.patch_size if self.has_lidit else 1)
 
-    def check_picture_sizes(self, buckets: Sequence[Bucket]) -> None:
-        """Raises UserError if pictures are too small for a term of the VAE's loss."""
+    def check_picture_sizes(self, side: int) -> None:
+        """Raises UserError if the smallest side of a picture is too small for a term of the VAE's loss."""
         if self.vae.weights:
             return
-        side = min(min(bucket) for bucket in buckets)
         adversarial = self.vae.adversarial_config()
         needs = {}
         if self.vae.perceptual_config().weights:
@@ -319,11 +365,6 @@ class Experiment:
                 folder, self.prompt_tokenizer, dtype=encoder.dtype, mesh=mesh, rules=rules
             )
         vae_config, vae_params = load_vae(self.vae_folder())
-        if vae_config.latent_channels != self.model.config.latent_channels:
-            raise UserError(
-                f"the VAE has {vae_config.latent_channels} latent channels, "
-                f"model.latent_channels={self.model.config.latent_channels}: make them equal"
-            )
         vae = self.autoencoder(vae_config)
         vae_params = jax.device_put(vae_params, replicated(mesh) if mesh else None)
         frozen = {"vae": vae_params, "encoders": frozen}
@@ -355,26 +396,23 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     if experiment.has_lidit:
         experiment.check_encoders()
     dataset = Dataset(experiment.data, experiment.cell())
-    experiment.check_picture_sizes(dataset.buckets)
-    held_out = _held_out_pictures(experiment, dataset)
-    lpips = _load_lpips(experiment)
-    claim_workdir(workdir, config)
+    experiment.check_picture_sizes(dataset.smallest_side())
+    vae_stage = _VAEStage(experiment, dataset)
+    claim_workdir(workdir, config, write=jax.process_index() == 0)
+    multihost_utils.sync_global_devices("claimed the workdir")
     logger.info("%s", dataset.summary())
 
     for name, encoder in experiment.encoders.items() if experiment.has_lidit else ():
         if not encoder.weights:
             _train_language_model(experiment, name, dataset, mesh, rules)
-    if not experiment.vae.weights:
-        _train_vae(experiment, dataset, held_out, lpips, mesh, rules)
-    if held_out:
-        _evaluate_vae(experiment, held_out, mesh, rules)
+    vae_stage.run(mesh, rules)
+    del vae_stage  # its pictures and its frozen network have done their work
     if not experiment.has_lidit:
         return
     pipeline, state = _train_lidit(experiment, dataset, mesh, rules)
     if "evaluate" in config:
         evaluation = build(SceneEvaluation, config.evaluate, "evaluate")
-        params = state.params if state.ema is None else state.ema
-        evaluate_scenes(pipeline, params, experiment.sample, evaluation, dataset, workdir)
+        evaluate_scenes(pipeline, state.averaged, experiment.sample, evaluation, dataset, workdir)
 
 
 def _run_part(
@@ -390,7 +428,10 @@ def _run_part(
     """One part through the one loop, in its folder of the workdir."""
     folder = experiment.training_folder(task.name)
     trainer = Trainer(task, config, mesh, rules)
-    logger.info("%s: %.2fM parameters", task.name, num_parameters(trainer.abstract_state().params) / 1e6)
+    params = trainer.abstract_state().params
+    for name in task.networks or (task.name,):
+        count = num_parameters(params[name] if task.networks else params)
+        logger.info("%s: %.2fM parameters", name, count / 1e6)
     checkpoints = Checkpoints(folder / "checkpoints", experiment.config.to_dict(), config.keep)
     metrics = Metrics(folder)
     try:
@@ -444,90 +485,114 @@ def _train_language_model(
     multihost_utils.sync_global_devices(f"saved {name}")
 
 
-def _held_out_pictures(experiment: Experiment, dataset: Dataset) -> list[np.ndarray]:
-    """What the VAE is judged on; none where the config does not ask for it."""
-    evaluation = experiment.vae.evaluation()
-    if evaluation is None:
-        return []
-    if experiment.data.holds_out:
-        dataset = Dataset(experiment.data, experiment.cell(), held_out=True)
-    else:
-        logger.info("vae: judged on pictures of its training: none are held out (data.held_out_shards=0)")
-    return dataset.pictures(evaluation.num_images)
+class _VAEStage:
+    """The VAE's part of a run: trained unless it is there, judged where the config asks for it."""
 
+    def __init__(self, experiment: Experiment, dataset: Dataset):
+        """Reads what the stage needs, before anything is written.
 
-def _load_lpips(experiment: Experiment) -> Any:
-    """The perceptual loss's parameters; None where it is off, which the log says."""
-    file = experiment.vae.perceptual_config().weights
-    if experiment.vae.weights or not file:
-        if not experiment.vae.weights:
+        Raises:
+          UserError: held-out pictures, or the perceptual loss's weights, cannot be used.
+        """
+        self.experiment, self.dataset, self.part = experiment, dataset, experiment.vae
+        self.evaluation = self.part.evaluation()
+        self.to_train = not self.part.weights and not self._is_finished()
+        to_judge = self.evaluation is not None and (self.to_train or not is_judged(experiment.workdir, self._facts()))
+        self.pictures = self._pictures() if to_judge else []
+        self.lpips = self._lpips() if self.to_train else None
+
+    def run(self, mesh: Mesh, rules: ShardingRules) -> None:
+        if self.to_train:
+            self._train(mesh, rules)
+        if self.pictures:
+            self._judge(mesh, rules)
+
+    def _is_finished(self) -> bool:
+        """Whether the VAE is there, and of as many steps as the config now asks for."""
+        if not self.experiment.vae_folder().exists():
+            return False
+        return self.experiment.has_lidit or self._steps_taken() >= self.experiment.vae_training().steps
+
+    def _steps_taken(self) -> int:
+        folder = self.experiment.training_folder("vae") / "checkpoints"
+        return max((int(step.name) for step in folder.glob("*") if step.name.isdecimal()), default=0)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a judgement is of."""
+        return {
+            "vae": folder_digest(self.experiment.vae_folder()),
+            "data": self.dataset.fingerprint,
+            "held_out": self.experiment.data.holds_out,
+            "evaluation": dataclasses.asdict(self.evaluation),
+        }
+
+    def _pictures(self) -> list[np.ndarray]:
+        dataset = self.dataset
+        if self.experiment.data.holds_out:
+            dataset = Dataset(self.experiment.data, self.experiment.cell(), held_out=True)
+        else:
+            logger.info("vae: judged on pictures of the training: none are held out (data.held_out_shards=0)")
+        return dataset.pictures(self.evaluation.num_images)
+
+    def _lpips(self) -> Any:
+        """The perceptual loss's parameters; None where it is off, which the log says."""
+        file = self.part.perceptual_config().weights
+        if not file:
             logger.info("vae: trained without the perceptual loss (vae.perceptual.weights names no file)")
-        return None
-    return load_lpips(file)
+            return None
+        return load_lpips(file)
 
+    def _train(self, mesh: Mesh, rules: ShardingRules) -> None:
+        experiment, training = self.experiment, self.experiment.vae_training()
+        perceptual, adversarial = self.part.perceptual_config(), self.part.adversarial_config()
+        model = experiment.autoencoder(experiment.vae_config())
+        autoencoding = Autoencoding(model, mesh, rules)
 
-def _train_vae(
-    experiment: Experiment,
-    dataset: Dataset,
-    held_out: Sequence[np.ndarray],
-    lpips: Any,
-    mesh: Mesh,
-    rules: ShardingRules,
-) -> None:
-    folder = experiment.vae_folder()
-    if folder.exists():
-        return
-    part, training = experiment.vae, experiment.vae_training()
-    perceptual, adversarial, evaluation = part.perceptual_config(), part.adversarial_config(), part.evaluation()
-    model = experiment.autoencoder(experiment.vae_config())
-    autoencoding = Autoencoding(model, mesh, rules)
+        def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+            scores, sheet = evaluate_reconstruction(autoencoding, state.averaged["vae"], self.pictures, self.evaluation)
+            return reconstruction.scalars(scores), {"reconstruction": sheet}
 
-    def weights(state: TrainState) -> Any:
-        return (state.params if state.ema is None else state.ema)["vae"]
+        critic = PatchDiscriminator(adversarial.width, adversarial.layers, model.dtype)
+        task = tasks.vae_task(
+            model,
+            tasks.VAEObjective(
+                self.part.reconstruction,
+                self.part.kl_weight,
+                perceptual.weight,
+                adversarial.weight,
+                adversarial.start,
+            ),
+            lpips=None if self.lpips is None else jax.device_put(self.lpips, replicated(mesh)),
+            discriminator=critic if adversarial.weight else None,
+            evaluate=evaluate if self.pictures else None,
+        )
 
-    def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        scores, sheet = evaluate_reconstruction(autoencoding, weights(state), held_out, evaluation)
-        return reconstruction.scalars(scores), {"reconstruction": sheet}
+        def batches(first: int):
+            return self.dataset.batches(training.batch_size, experiment.config.seed, tokenize=None, first=first)
 
-    task = tasks.vae_task(
-        model,
-        tasks.VAEObjective(
-            part.reconstruction, part.kl_weight, perceptual.weight, adversarial.weight, adversarial.start
-        ),
-        lpips=None if lpips is None else jax.device_put(lpips, replicated(mesh)),
-        discriminator=PatchDiscriminator(adversarial.width, adversarial.layers, model.dtype)
-        if adversarial.weight
-        else None,
-        evaluate=evaluate if held_out else None,
-    )
+        facts = {"data": self.dataset.fingerprint}
+        if self.lpips is not None:
+            facts["perceptual"] = file_digest(perceptual.weights)
+        state = _run_part(experiment, task, training, batches, mesh, rules, facts)
+        measured = itertools.islice(batches(training.steps), STATISTICS_BATCHES)
+        latents = autoencoding.latent_statistics(state.averaged["vae"], measured)
+        factors = {"shift_factor": latents.shift_factor, "scaling_factor": latents.scaling_factor}
+        logger.info("vae: latents have %s", ", ".join(f"{name} {value:.4f}" for name, value in factors.items()))
+        params = _on_host(state.averaged["vae"], mesh)
+        if jax.process_index() == 0:
+            folder = experiment.vae_folder()
+            if folder.exists():  # of fewer steps; should this be cut short here, the checkpoint has the new one
+                folder.rmtree()
+            save_vae(folder, dataclasses.replace(model.config, **factors), params)
+        multihost_utils.sync_global_devices("saved vae")
 
-    def batches(first: int):
-        return dataset.batches(training.batch_size, experiment.config.seed, tokenize=None, first=first)
-
-    facts = {"data": dataset.fingerprint}
-    if lpips is not None:
-        facts["perceptual"] = file_digest(perceptual.weights)
-    state = _run_part(experiment, task, training, batches, mesh, rules, facts)
-    latents = autoencoding.latent_statistics(
-        weights(state), itertools.islice(batches(training.steps), STATISTICS_BATCHES)
-    )
-    factors = {"shift_factor": latents.shift_factor, "scaling_factor": latents.scaling_factor}
-    logger.info("vae: latents have %s", ", ".join(f"{name} {value:.4f}" for name, value in factors.items()))
-    params = _on_host(weights(state), mesh)
-    if jax.process_index() == 0:
-        save_vae(folder, dataclasses.replace(model.config, **factors), params)
-    multihost_utils.sync_global_devices("saved vae")
-
-
-def _evaluate_vae(experiment: Experiment, held_out: Sequence[np.ndarray], mesh: Mesh, rules: ShardingRules) -> None:
-    """Writes how well the finished VAE, trained here or elsewhere, gives the held-out pictures back."""
-    if (experiment.workdir / reconstruction.SCORES_FILE).exists():
-        return
-    config, params = load_vae(experiment.vae_folder())
-    autoencoding = Autoencoding(experiment.autoencoder(config), mesh, rules)
-    params = jax.device_put(params, replicated(mesh))
-    scores, sheet = evaluate_reconstruction(autoencoding, params, held_out, experiment.vae.evaluation())
-    reconstruction.report(scores, sheet, config, experiment.workdir)
+    def _judge(self, mesh: Mesh, rules: ShardingRules) -> None:
+        """Writes how well the finished VAE, trained here or elsewhere, gives pictures back."""
+        config, params = load_vae(self.experiment.vae_folder())
+        autoencoding = Autoencoding(self.experiment.autoencoder(config), mesh, rules)
+        params = jax.device_put(params, replicated(mesh))
+        scores, sheet = evaluate_reconstruction(autoencoding, params, self.pictures, self.evaluation)
+        reconstruction.report(scores, sheet, config, self._facts(), self.experiment.workdir)
 
 
 def _train_lidit(
@@ -539,8 +604,7 @@ def _train_lidit(
     bucket = dataset.largest_bucket()
 
     def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        params = state.params if state.ema is None else state.ema
-        pictures = pipeline(params, prompts, range(len(prompts)), bucket.height, bucket.width, how)
+        pictures = pipeline(state.averaged, prompts, range(len(prompts)), bucket.height, bucket.width, how)
         return {}, {"sample": np.asarray(grid(list(pictures), prompts))}
 
     task = tasks.lidit_task(

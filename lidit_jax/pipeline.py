@@ -15,6 +15,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
 from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
+from lidit_jax.tasks import to_pictures
 from lidit_jax.text.encoders import PromptEncoder, encode, tokenize
 
 
@@ -136,4 +137,4 @@ class Pipeline:
         latents = sample(sampler, self.schedule, predict, noise, steps, keys)
         latents = from_model_latents(latents, self.vae.config)
         images = decode_within(self.vae, frozen["vae"], latents, pixels_at_once=decode_pixels, tile=decode_tile)
-        return jnp.clip(jnp.round(images * 127.5 + 127.5), 0, 255).astype(jnp.uint8)
+        return to_pictures(images)

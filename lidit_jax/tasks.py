@@ -36,6 +36,11 @@ def to_pixels(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
+def to_pictures(images: jax.Array) -> jax.Array:
+    """float32, clipped to [-1, 1] -> uint8."""
+    return jnp.clip(jnp.round(images * 127.5 + 127.5), 0, 255).astype(jnp.uint8)
+
+
 def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer) -> Task:
     """Next-token prediction on captions that follow the instruction, as the LLM will meet them when it encodes.
 
@@ -160,7 +165,7 @@ def vae_task(
         frozen=None if lpips is None else {"lpips": lpips},
         evaluate=evaluate,
         phases=(objective.adversarial_start,) if discriminator else (),
-        networks=("vae", "discriminator") if discriminator else (),
+        networks={"vae": 0, "discriminator": 1} if discriminator else {},
     )
 
 

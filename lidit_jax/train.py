@@ -50,6 +50,11 @@ class TrainState:
     skipped: jax.Array
     skipped_in_row: jax.Array
 
+    @property
+    def averaged(self) -> Any:
+        """The parameters to use: their average, where one is kept."""
+        return self.params if self.ema is None else self.ema
+
 
 # (state, step) -> named numbers, and named pictures (uint8 [H, W, 3]), to log.
 Evaluate = Callable[[TrainState, int], tuple[dict[str, float], dict[str, np.ndarray]]]
@@ -70,8 +75,8 @@ class Task:
       phases: steps, ascending, at which the loss becomes another: it is given how many of them have come, a plain int.
         Each phase is a program of its own; a branch inside one would be there in every step (and on a CPU, XLA runs
         branches many times slower).
-      networks: keys of the parameters whose gradients are clipped apart, where they belong to several networks: the
-        size of one's gradient is not to slow down another. Empty: there is one network.
+      networks: where the parameters are those of several networks, each one's key and the phase from which on it
+        learns. Their gradients are clipped apart: the size of one's is not to slow down another. Empty: there is one.
     """
 
     name: str
@@ -81,7 +86,7 @@ class Task:
     evaluate: Evaluate | None = None
     prepare: Callable[[Any, Batch], Batch] | None = None
     phases: tuple[int, ...] = ()
-    networks: tuple[str, ...] = ()
+    networks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +95,8 @@ class TrainConfig:
 
     Attributes:
       schedule: learning rate after warm-up: "constant", or "cosine" down to a hundredth at the last step.
-      accumulate: micro-batches a step; their mean gradient equals the whole batch's.
+      accumulate: micro-batches a step; their mean gradient equals the whole batch's, but for losses that look at a
+        batch as a whole (a discriminator's batch normalisation and adaptive weight).
       ema_decay: 0 keeps no average. The decay is ramped up over the first steps: min(decay, (1 + t) / (10 + t)).
       max_skipped_in_row: non-finite steps in a row after which the run stops.
       log_every, checkpoint_every, sample_every, keep: steps, and checkpoints kept; sample_every=0: none.
@@ -190,7 +196,7 @@ class Trainer:
         return jax.tree.map(abstract, nn.unbox(self._boxed), self.state_shardings)
 
     def step(
-        self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array, number: int = 0
+        self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array, number: int
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """(the state after step `number`, metrics); the given state is donated."""
         return self._step(state, frozen, batch, key, bisect.bisect_right(self.task.phases, number))
@@ -227,6 +233,9 @@ class Trainer:
 
         def update(state, grads):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            for name, start in self.task.networks.items():
+                if phase < start:  # its gradient is 0, but its weights would decay
+                    updates[name] = jax.tree.map(jnp.zeros_like, updates[name])
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if ema is not None:
@@ -309,7 +318,8 @@ def train(
     if step:
         logger.info("%s: going on from step %d", task.name, step)
 
-    key = jax.device_put(jax.random.key(seed + 1), replicated(trainer.mesh))
+    # Made where it is used: no process may put an array on another's devices.
+    key = jax.jit(lambda: jax.random.key(seed + 1), out_shardings=replicated(trainer.mesh))()
     progress = Progress(task.name, step, config.steps, config.batch_size)
     stream = iter(batches(step))
     pending = []
@@ -342,7 +352,8 @@ def train(
 
 def _log(metrics: Metrics, progress: Progress, step: int, pending: list, config: TrainConfig) -> None:
     rows = jax.device_get(pending)
-    values = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)  # a new phase may have come, with more of them
+    values = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
     values["skipped"] = int(rows[-1]["skipped"])
     in_row = max(int(row["skipped_in_row"]) for row in rows)
     del values["skipped_in_row"]

@@ -18,6 +18,8 @@ from PIL import Image
 from lidit_jax import experiment
 from lidit_jax.checkpoint import load_weights
 from lidit_jax.errors import UserError
+from lidit_jax.models import vae_tiling
+from lidit_jax.models.vae_tiling import decode_in_tiles
 from lidit_jax.sampling import Request, draw_to_folder
 from lidit_jax.weights.huggingface_llm import load_llm_encoder
 
@@ -119,13 +121,23 @@ def test_sampling_draws_sizes_that_training_never_saw(trained_workdir, tmp_path)
     assert Image.open(tmp_path / "a" / "00000.png").size == (40, 24)
 
 
-@pytest.mark.parametrize("decode_pixels", [2000, 500])
-def test_pictures_decoded_in_slices_or_tiles_are_those_decoded_at_once(trained_workdir, tmp_path, decode_pixels):
+@pytest.mark.parametrize("decode_pixels", [6000, 500])
+def test_pictures_decoded_in_slices_or_tiles_are_those_decoded_at_once(
+    trained_workdir, tmp_path, monkeypatch, decode_pixels
+):
+    tiles = []
+
+    def spy(model, params, latents, tile):
+        tiles.append(tile)
+        return decode_in_tiles(model, params, latents, tile)
+
+    monkeypatch.setattr(vae_tiling, "decode_in_tiles", spy)
     for out, pixels in (("once", None), ("parts", decode_pixels)):
-        request = Request(trained_workdir, epath.Path(tmp_path / out), prompt="a red circle", num_images=2, height=48)
+        request = Request(trained_workdir, epath.Path(tmp_path / out), prompt="a red circle", num_images=2, height=96)
         draw_to_folder(dataclasses.replace(request, decode_pixels=pixels))
     once, parts = (np.asarray(Image.open(tmp_path / out / "00001.png"), np.int32) for out in ("once", "parts"))
-    assert once.shape == (48, 32, 3)
+    assert tiles == ([] if decode_pixels > 96 * 32 else [32])
+    assert once.shape == (96, 32, 3)
     assert np.abs(once - parts).max() <= 1
 
 
@@ -251,6 +263,11 @@ def test_every_ablation_row_is_a_config(tmp_path):
         (lambda c: c.diffusion.update(name="flow"), "rectified_flow"),
         (lambda c: c.mesh.update(data=3), "mesh"),
         (lambda c: c.train.update(batch_size=0), "batch_size"),
+        (
+            lambda c: c.vae.model.update(latent_channels=4),
+            "4 latent channels, model.latent_channels=16: make them equal",
+        ),
+        (lambda c: (c.vae.model.update(layers_per_block=8), c.sample.update(decode_tile=32)), "use 44 or more"),
     ],
 )
 def test_a_config_that_can_not_work_is_refused_before_anything_is_written(tmp_path, change, message):

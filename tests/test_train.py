@@ -154,7 +154,7 @@ def test_gradients_are_clipped_to_the_norm_before_adam_sees_them():
         state.params
     )
     norm = optax.tree.norm(grads)
-    first_moment = trainer.step(state, None, batch, jax.random.key(1))[0].opt_state[0].mu
+    first_moment = trainer.step(state, None, batch, jax.random.key(1), 0)[0].opt_state[0].mu
     expected = jax.tree.map(lambda g: 0.1 * g * 1e-3 / norm, grads)  # (1 - b1) of the clipped gradient
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9), first_moment, expected)
 
@@ -167,7 +167,7 @@ def test_weight_decay_pulls_matrices_alone():
     state = trainer.init(0)
     state = state.replace(params=jax.tree.map(lambda x: x + 1.0, state.params))
     before = jax.device_get(state.params)
-    after = trainer.step(state, None, trainer.put(next(batches(0))), jax.random.key(1))[0].params
+    after = trainer.step(state, None, trainer.put(next(batches(0))), jax.random.key(1), 0)[0].params
     np.testing.assert_allclose(after["in"]["kernel"], before["in"]["kernel"] * (1 - 1e-2 * 0.5), rtol=1e-6)
     np.testing.assert_array_equal(after["in"]["bias"], before["in"]["bias"])
 
@@ -177,7 +177,7 @@ def test_the_average_follows_its_formula():
     state = trainer.init(0)
     expected = jax.device_get(state.ema)
     for step in range(3):
-        state, _ = trainer.step(state, None, trainer.put(next(batches(step))), jax.random.key(1))
+        state, _ = trainer.step(state, None, trainer.put(next(batches(step))), jax.random.key(1), step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, expected, jax.device_get(state.params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)

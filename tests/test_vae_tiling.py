@@ -105,8 +105,9 @@ def test_a_position_depends_on_what_is_within_the_reach_alone(layers):
     assert changed(reach) > 0
 
 
-@given(st.integers(1, 300), st.integers(32, 80), st.integers(1, 5))
-def test_tiles_parts_are_the_side_and_each_ends_beyond_its_part(side, length, reach):
+@given(st.integers(1, 300), st.integers(2, 80), st.integers(1, 33))
+def test_tiles_parts_are_the_side_and_each_ends_beyond_its_part(side, spare, reach):
+    length = 2 * reach + spare  # as `smallest_tile` sees to
     tiles = place_tiles(side, length, reach)
     assert tiles.length == min(side, length)
     parts = tiles.parts + tiles.starts[:, None]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import flax
 import flax.linen as nn
@@ -19,7 +20,7 @@ from torch.nn import functional
 from lidit_jax import experiment, tasks
 from lidit_jax.contact_sheet import draw_contact_sheet
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.reconstruction import Autoencoding, LatentStatistics, LatentSums
+from lidit_jax.evaluation.reconstruction import Autoencoding, LatentMoments, LatentStatistics
 from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
 from lidit_jax.models.image_similarity import psnr, ssim
 from lidit_jax.models.lpips import LPIPS, VGG16_LAYERS
@@ -38,6 +39,7 @@ from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.sampling import Request, draw_to_folder
 from lidit_jax.train import TrainConfig, Trainer
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
+from lidit_jax.weights.digest import folder_digest
 from lidit_jax.weights.lpips import load_lpips
 
 CONFIG = VAEConfig(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, mid_block_add_attention=False)
@@ -209,7 +211,7 @@ def test_an_lpips_file_that_does_not_fit_is_refused(vgg_tensors, tmp_path):
 def torch_discriminator(params, images, layers):
     def conv(name, x, stride):
         p = params[name]
-        bias = torch.from_numpy(np.asarray(p["bias"])) if "bias" in p else None
+        bias = torch.from_numpy(np.array(p["bias"])) if "bias" in p else None
         kernel = torch.from_numpy(np.asarray(p["kernel"])).permute(3, 2, 0, 1)
         return functional.conv2d(x, kernel, bias, stride=stride, padding=1)
 
@@ -245,10 +247,12 @@ def test_the_smallest_picture_has_one_patch(layers):
 # --- the task ---------------------------------------------------------------------------------------------------
 
 
-def make_trainer(mesh_sizes=ONE_DEVICE, discriminator=None, lpips=None, steps=8, accumulate=1, **objective):
+def make_trainer(mesh_sizes=ONE_DEVICE, discriminator=None, lpips=None, accumulate=1, weight_decay=0.5, **objective):
     values = {"reconstruction": "l1", "kl_weight": 1e-3, "adversarial_weight": 0.5, **objective}
     task = tasks.vae_task(AutoencoderKL(CONFIG), tasks.VAEObjective(**values), lpips=lpips, discriminator=discriminator)
-    config = TrainConfig(steps=steps, batch_size=8, learning_rate=1e-3, accumulate=accumulate, clip_norm=0.1)
+    config = TrainConfig(
+        steps=8, batch_size=8, learning_rate=1e-3, accumulate=accumulate, clip_norm=0.1, weight_decay=weight_decay
+    )
     devices = jax.devices()[: int(np.prod(list(mesh_sizes.values())))]
     return Trainer(task, config, make_mesh(mesh_sizes, devices), ShardingRules())
 
@@ -404,14 +408,15 @@ def test_ssim_is_that_of_its_definition():
         channels = [numpy_ssim(*(image[row, ..., c] * 0.5 + 0.5 for image in (first, second))) for c in range(3)]
         assert got[row] == pytest.approx(np.mean(channels), abs=1e-4)
     np.testing.assert_allclose(ssim(first, first), 1.0, atol=1e-5)
-    assert ssim(pictures(8, 4), pictures(8, 4)).shape == (2,)  # smaller than the window
+    np.testing.assert_allclose(ssim(pictures(8, 4), pictures(8, 4)), [1, 1], atol=1e-5)  # smaller than the window
 
 
 def test_latent_statistics_are_numpys_over_batches_of_other_sizes():
     rng = np.random.default_rng(0)
     values = [rng.normal(2.0, 3.0, (4, size, size, 5)) for size in (3, 7)]
     sums = [
-        LatentSums(v.mean((1, 2)), (v**2).mean((1, 2)), np.full(4, v.shape[1] * v.shape[2], np.float32)) for v in values
+        LatentMoments(v.mean((1, 2)), (v**2).mean((1, 2)), np.full(4, v.shape[1] * v.shape[2], np.float32))
+        for v in values
     ]
     together = np.concatenate([v.reshape(-1, 5) for v in values])
     statistics = LatentStatistics.of(sums)
@@ -429,16 +434,21 @@ def test_reconstructions_of_any_number_and_size_are_judged_alike_on_one_device_a
     params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"])
     rng = np.random.default_rng(0)
     given = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in [(16, 16)] * 5 + [(16, 20)] * 3]
+    encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method=AutoencoderKL.encode))
+    posteriors = [encode(params, tasks.to_pixels(jnp.asarray(picture[None]))) for picture in given]
+    samples = [jax.vmap(p.sample)(jax.random.split(jax.random.key(i), 50)) for i, p in enumerate(posteriors)]
+    drawn = np.concatenate([np.asarray(s).reshape(-1, 4) for s in samples])
     results = []
     for sizes in (ONE_DEVICE, {"data": 2, "fsdp": 4, "tensor": 1}):
         mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
         results.append(Autoencoding(model, mesh, ShardingRules()).reconstruct(params, given, 3))
     for scores, back, latents in results:
-        decoded, posterior = model.apply({"params": params}, tasks.to_pixels(jnp.asarray(given[6][None])))
+        decoded, _ = model.apply({"params": params}, tasks.to_pixels(jnp.asarray(given[6][None])))
         np.testing.assert_allclose(back[6], np.clip(np.round(decoded[0] * 127.5 + 127.5), 0, 255), atol=1)
         assert scores["psnr"][6] == pytest.approx(float(psnr(decoded, given[6] / 127.5 - 1)[0]), rel=1e-4)
-        assert latents.mean.shape == (4,)
-        del posterior
+        assert scores["ssim"][6] == pytest.approx(float(ssim(decoded, given[6][None] / 127.5 - 1)[0]), abs=1e-4)
+        np.testing.assert_allclose(latents.mean, drawn.mean(0), atol=0.02)
+        np.testing.assert_allclose(latents.deviation, drawn.std(0), atol=0.02)
     np.testing.assert_allclose(results[0][0]["psnr"], results[1][0]["psnr"], rtol=1e-4)
     np.testing.assert_allclose(results[0][2].mean, results[1][2].mean, atol=1e-5)
 
@@ -469,19 +479,21 @@ def test_a_vae_alone_is_trained_judged_and_used_by_diffusers(tmp_path, caplog):
     assert len(scores["latent_mean"]) == len(scores["latent_deviation"]) == 16
     assert Image.open(workdir / "reconstruction.png").size[1] > 130
     lines = [json.loads(line) for line in (workdir / "training/vae/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "held_out/psnr" in line] == [2, 3]
-    assert lines[-1]["held_out/psnr"] == pytest.approx(scores["psnr"], rel=1e-3)
+    assert [line["step"] for line in lines if "reconstruction/psnr" in line] == [2, 3]
+    assert lines[-1]["reconstruction/psnr"] == pytest.approx(scores["psnr"], rel=1e-3)
     assert {"psnr", "kl", "reconstruction"} <= lines[0].keys()
-    assert {"held_out/ssim", "held_out/latent_mean_15", "held_out/latent_deviation_00"} <= lines[-1].keys()
+    names = {"ssim", "latent_mean_15", "latent_deviation_00"}
+    assert {f"reconstruction/{name}" for name in names} <= lines[-1].keys()
+    assert scores["held_out"]
     assert (workdir / "training/vae/samples/reconstruction_0000003.png").exists()
 
     config, _ = load_vae(workdir / "vae")
     assert (config.scaling_factor, config.shift_factor) == (scores["scaling_factor"], scores["shift_factor"])
     assert DiffusersAutoencoderKL.from_pretrained(workdir / "vae").config.scaling_factor == config.scaling_factor
 
-    before = (workdir / "reconstruction.json").stat().mtime
+    before = Path(workdir / "reconstruction.json").stat().st_mtime_ns
     experiment.run(tiny_vae_config(), workdir)  # nothing is left to do
-    assert (workdir / "reconstruction.json").stat().mtime == before
+    assert Path(workdir / "reconstruction.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="is the run of a VAE alone: there is no model in it that draws"):
         draw_to_folder(Request(workdir, epath.Path(tmp_path / "out"), prompt="x"))
 
@@ -490,6 +502,17 @@ def test_a_vae_alone_is_trained_judged_and_used_by_diffusers(tmp_path, caplog):
     judged = json.loads((tmp_path / "judged/reconstruction.json").read_text())
     assert judged["psnr"] == pytest.approx(scores["psnr"], rel=1e-3)
     assert not (tmp_path / "judged/vae").exists()
+
+    # Other pictures, or another VAE in its place, are judged anew.
+    given.vae.evaluate.num_images = 5
+    experiment.run(given, epath.Path(tmp_path / "judged"))
+    assert json.loads((tmp_path / "judged/reconstruction.json").read_text())["images"] == 5
+    longer = tiny_vae_config()
+    longer.vae.train.steps = 4
+    experiment.run(longer, workdir)
+    assert json.loads((workdir / "reconstruction.json").read_text())["psnr"] != scores["psnr"]
+    experiment.run(given, epath.Path(tmp_path / "judged"))
+    assert json.loads((tmp_path / "judged/reconstruction.json").read_text())["vae"] == folder_digest(workdir / "vae")
 
 
 @pytest.mark.slow
@@ -517,19 +540,25 @@ def test_a_run_with_every_loss_resumes_to_the_same_weights(tmp_path, lpips_file)
     ("change", "message"),
     [
         (lambda c: c.vae.update(reconstruction="l3"), r"vae\.reconstruction='l3': use one of l1, l2"),
-        (lambda c: c.vae.adversarial.update(weight=-1.0), r"vae\.adversarial\.weight=-1.0 must be at least 0"),
+        (lambda c: c.vae.adversarial.update(weight=-1.0), r"vae\.adversarial\.weight=-1.0 must be a finite number"),
+        (lambda c: c.vae.update(kl_weight=float("nan")), r"vae\.kl_weight=nan must be a finite number"),
+        (lambda c: c.vae.adversarial.update(width=10**8), r"vae\.adversarial\.width=100000000 must be from 1 to 1024"),
+        (lambda c: c.vae.adversarial.update(layers="3"), r"vae\.adversarial\.layers is '3': it must be of type int"),
+        (lambda c: c.data.update(resolution=None), r"data\.resolution is None: it must be of type int"),
+        (lambda c: c.vae.model.update(out_channels=1), "gives 1 channels: pictures have 3"),
+        (lambda c: c.vae.model.update(latents_mean=(0.0,) * 16), "leave out latents_mean and latents_std"),
         (lambda c: c.vae.adversarial.update(wieght=1.0), r"vae\.adversarial\.wieght is unknown; did you mean 'weight'"),
         (lambda c: c.vae.evaluate.update(num_images=0), r"vae\.evaluate\.num_images=0 must be at least 1"),
         (lambda c: c.vae.perceptual.update(weights="/nowhere.safetensors"), "nowhere.safetensors is missing"),
         (lambda c: c.data.update(resolution=1), "resolution=1 is not a multiple of 2: use 2"),
-        (lambda c: c.data.update(held_out_shards=1), r"data\.held_out_shards=1: .* only of data\.source='tar'"),
+        (lambda c: c.data.update(held_out_shards=1), r"data\.source='tar' alone.*held_out_shards=0"),
         (lambda c: c.vae.adversarial.update(weight=1.0, layers=4), "sides of 48 pixels, some have 32: raise data"),
         (lambda c: c.update(sample={"sampler": "euler"}), "config key text is missing"),
     ],
 )
 def test_a_vae_config_that_can_not_work_is_refused_before_anything_is_written(tmp_path, change, message):
     config = tiny_vae_config()
-    with config.unlocked():
+    with config.unlocked(), config.ignore_type():
         change(config)
     with pytest.raises(UserError, match=message):
         experiment.run(config, epath.Path(tmp_path / "run"))
@@ -556,9 +585,10 @@ def test_the_last_shard_is_kept_from_training_and_previewed_config_is_the_vaes(t
     assert [len(of) for of in keys] == [696, 232]
     assert not keys[0] & keys[1]
     assert training.fingerprint != held_out.fingerprint
-    with pytest.raises(UserError, match="has 4 shards, which is not enough to hold some out"):
+    with pytest.raises(UserError, match="has 4 shards, too few to hold some out: lower --config.data.held"):
         Dataset(dataclasses.replace(data, held_out_shards=4), 8)
     assert len(held_out.pictures(7)) == 7
+    config.vae.weights = ""
     draw_contact_sheet(config, epath.Path(tmp_path / "sheet.png"), 8)
     assert Image.open(tmp_path / "sheet.png").size[0] > 8 * 64
 
@@ -573,4 +603,9 @@ def test_a_folder_that_is_no_autoencoder_is_refused(tmp_path):
     (tmp_path / "vae/config.json").write_text(json.dumps(values | {"_class_name": "AutoencoderDC"}))
     with pytest.raises(UserError, match="only 'AutoencoderKL' is supported"):
         experiment.run(tiny_vae_config(weights=str(tmp_path / "vae")), epath.Path(tmp_path / "run"))
+    idle = tiny_vae_config(weights=str(tmp_path / "vae"))
+    with idle.unlocked():
+        del idle.vae.evaluate
+    with pytest.raises(UserError, match="there is nothing to do"):
+        experiment.run(idle, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -68,7 +68,10 @@ class DataConfig:
         if self.source == "tar" and not self.path:
             raise UserError("data.path is empty: give --config.data.path=FOLDER_OF_TAR_SHARDS")
         if self.held_out_shards < 0 or (self.held_out_shards and self.source != "tar"):
-            raise UserError(f"data.held_out_shards={self.held_out_shards}: 0 or more, and only of data.source='tar'")
+            raise UserError(
+                f"data.held_out_shards={self.held_out_shards} goes with data.source='tar' alone, and is 0 or more: "
+                "give --config.data.held_out_shards=0"
+            )
         self.chooser(0.0)  # raises for impossible captions
 
     @property
@@ -113,6 +116,10 @@ class Dataset:
         return f"data: {len(self.source)} pictures; groups {', '.join(shares)}" + (
             f"; left out {dropped}" if dropped else ""
         )
+
+    def smallest_side(self) -> int:
+        """Of the pictures as they come in batches, in pixels."""
+        return min(min(self.buckets[i]) for i in np.unique(self.bucket_of_example))
 
     def largest_bucket(self) -> Bucket:
         """The group with the most pictures: what previews are drawn in."""

@@ -55,7 +55,10 @@ class TarSource:
         self._max_pixels = max_pixels
         found = find_shards(path)
         if not found[shards]:
-            raise UserError(f"{os.fspath(path)!r} has {len(found)} shards, which is not enough to hold some out")
+            raise UserError(
+                f"{os.fspath(path)!r} has {len(found)} shards, too few to hold some out: "
+                "lower --config.data.held_out_shards"
+            )
         self._files = _ShardFiles(found[shards])
         index = _build_index(self._files.paths, max_pixels)
         if not index.keys:

@@ -20,7 +20,7 @@ from lidit_jax.models.image_similarity import psnr, ssim
 from lidit_jax.models.vae import AutoencoderKL, VAEConfig
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated
 from lidit_jax.pictures import grid, save_png
-from lidit_jax.tasks import to_pixels
+from lidit_jax.tasks import to_pictures, to_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,12 @@ class ReconstructionEvaluation:
 
 
 @flax.struct.dataclass
-class LatentSums:
-    """Of latents as training draws them, samples of their Gaussians: a picture's are `[C]` float32 each.
+class LatentMoments:
+    """Of the latents that a picture's Gaussians give, as training draws from them: float32, one row `[C]` a picture.
 
     Attributes:
       mean: over the picture's positions.
-      second: mean of the squares.
+      second: mean of the squares, the Gaussians' variance included.
       positions: how many.
     """
 
@@ -70,7 +70,7 @@ class LatentStatistics:
     deviation: np.ndarray
 
     @classmethod
-    def of(cls, sums: Sequence[LatentSums]) -> "LatentStatistics":
+    def of(cls, sums: Sequence[LatentMoments]) -> "LatentStatistics":
         """Args: sums: of batches, each with leaves `[B, …]`."""
         weights = np.concatenate([s.positions for s in sums]).astype(np.float64)  # [N]
         weights /= weights.sum()
@@ -103,7 +103,7 @@ class Autoencoding:
         self._model, self._mesh = model, mesh
         self._batch_sharding = batch_sharding(mesh, rules)
         self._shards = int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))
-        self._latent_sums = jax.jit(self._measure, out_shardings=replicated(mesh))
+        self._latent_moments = jax.jit(self._measure, out_shardings=replicated(mesh))
         self._reconstruct = jax.jit(self._measure_and_reconstruct, out_shardings=replicated(mesh))
 
     def latent_statistics(self, params: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> LatentStatistics:
@@ -112,7 +112,7 @@ class Autoencoding:
         with jax.set_mesh(self._mesh):
             for batch in batches:
                 images = jax.make_array_from_process_local_data(self._batch_sharding, batch["image"])
-                sums.append(jax.device_get(self._latent_sums(params, images)))
+                sums.append(jax.device_get(self._latent_moments(params, images)))
         return LatentStatistics.of(sums)
 
     def reconstruct(
@@ -148,8 +148,8 @@ class Autoencoding:
     def _encode(self, params, images):
         return self._model.apply({"params": params}, images, method=AutoencoderKL.encode)
 
-    def _measure(self, params, images) -> LatentSums:
-        return _latent_sums(self._encode(params, to_pixels(images)))
+    def _measure(self, params, images) -> LatentMoments:
+        return _latent_moments(self._encode(params, to_pixels(images)))
 
     def _measure_and_reconstruct(self, params, images):
         images = to_pixels(images)
@@ -158,8 +158,8 @@ class Autoencoding:
         return {
             "psnr": psnr(decoded, images),
             "ssim": ssim(decoded, images),
-            "picture": jnp.clip(jnp.round(decoded * 127.5 + 127.5), 0, 255).astype(jnp.uint8),
-            "latents": _latent_sums(posterior),
+            "picture": to_pictures(decoded),
+            "latents": _latent_moments(posterior),
         }
 
 
@@ -167,11 +167,11 @@ def _rows(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[:count], tree)
 
 
-def _latent_sums(posterior) -> LatentSums:
+def _latent_moments(posterior) -> LatentMoments:
     mean = functools.partial(jnp.mean, axis=(1, 2))
     batch, height, width, _ = posterior.mean.shape
     second = posterior.mean**2 + jnp.exp(posterior.logvar)
-    return LatentSums(mean(posterior.mean), mean(second), jnp.full((batch,), height * width, jnp.float32))
+    return LatentMoments(mean(posterior.mean), mean(second), jnp.full((batch,), height * width, jnp.float32))
 
 
 def evaluate_reconstruction(
@@ -199,14 +199,32 @@ def scalars(scores: Mapping[str, Any]) -> dict[str, float]:
     flat = {}
     for name, value in scores.items():
         if isinstance(value, list):
-            flat |= {f"held_out/{name}_{channel:02d}": number for channel, number in enumerate(value)}
+            flat |= {f"reconstruction/{name}_{channel:02d}": number for channel, number in enumerate(value)}
         else:
-            flat[f"held_out/{name}"] = float(value)
+            flat[f"reconstruction/{name}"] = float(value)
     return flat
 
 
-def report(scores: Mapping[str, Any], sheet: np.ndarray, config: VAEConfig, workdir: epath.Path) -> None:
-    """On the log, and to `reconstruction.json` and `reconstruction.png` in the workdir."""
+def is_judged(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
+    """Whether the workdir's `reconstruction.json` is that of these facts."""
+    file = workdir / SCORES_FILE
+    if not file.exists():
+        return False
+    try:
+        scores = json.loads(file.read_text())
+    except ValueError:
+        return False
+    return isinstance(scores, dict) and all(scores.get(name) == value for name, value in facts.items())
+
+
+def report(
+    scores: Mapping[str, Any], sheet: np.ndarray, config: VAEConfig, facts: Mapping[str, Any], workdir: epath.Path
+) -> None:
+    """On the log, and to `reconstruction.json` and `reconstruction.png` in the workdir.
+
+    Args:
+      facts: JSON-able; what was judged, and how.
+    """
     if jax.process_index():
         return
     rows = [f"{'latent channel':>14}{'mean':>10}{'deviation':>11}"]
@@ -218,7 +236,7 @@ def report(scores: Mapping[str, Any], sheet: np.ndarray, config: VAEConfig, work
     save_png(sheet, workdir / SHEET_FILE)
     factors = {"shift_factor": config.shift_factor, "scaling_factor": config.scaling_factor}
     beside = workdir / f".{SCORES_FILE}.new"
-    beside.write_text(json.dumps({**scores, **factors}, indent=2) + "\n")
+    beside.write_text(json.dumps({**scores, **factors, **facts}, indent=2) + "\n")
     beside.replace(workdir / SCORES_FILE)
 
 

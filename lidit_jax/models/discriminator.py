@@ -16,8 +16,8 @@ class PatchDiscriminator(nn.Module):
     """Pictures `[B, H, W, C]` -> a score for each patch, `[B, h, w, 1]` float32: high for what looks real.
 
     4x4 convolutions and leaky ReLUs: one and `layers - 1` more halve the sides, two keep them less a pixel. All but the
-    first and last have batch normalisation by the statistics of the batch at hand, so pictures of one kind, real or
-    reconstructed, are judged together, over all devices.
+    first and last have batch normalisation by the statistics of the batch (or micro-batch) at hand, so pictures of one
+    kind, real or reconstructed, are judged together, over all devices.
 
     Attributes:
         width: of the first layer; doubles up to eight times that.

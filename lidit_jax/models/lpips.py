@@ -31,10 +31,7 @@ class LPIPS(nn.Module):
         """Raises UserError for pictures with a side shorter than `SMALLEST_SIDE`."""
         height, width = first.shape[1:3]
         if min(height, width) < SMALLEST_SIDE:
-            raise UserError(
-                f"pictures of {height}x{width} are too small for the perceptual loss, which needs sides of "
-                f"{SMALLEST_SIDE} pixels: raise data.resolution, or leave vae.perceptual.weights empty"
-            )
+            raise UserError(f"pictures of {height}x{width} are too small for LPIPS: {SMALLEST_SIDE} pixels or more")
         x = jnp.concatenate([first, second]).astype(jnp.float32)
         x = (x - jnp.array(MEAN)) / jnp.array(DEVIATION)
         distance = jnp.zeros(first.shape[0])

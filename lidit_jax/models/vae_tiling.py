@@ -9,8 +9,9 @@ levels, which blending only smears. Here tiles are given what the whole picture 
   GroupNorm, the next pass, by these, those of the second, and so on; the last pass writes the features, or the picture.
   A tile reaches over its own part by what convolutions see, so its part is that of the whole picture.
 
-So tiles fit without a seam, to the rounding of floating point numbers. It costs some five times the operations of whole
-decoding; what grows with the picture is the features between two doublings, not the many that a doubling works with.
+So tiles fit without a seam, to the rounding of the type that is computed in. It costs some five times the operations of
+whole decoding; what grows with the picture is the features between two doublings, not the many that a doubling works
+with.
 """
 
 import dataclasses
@@ -63,6 +64,11 @@ def stage_reach(config: VAEConfig) -> int:
     return -(-(2 + 2 * (config.layers_per_block + 1)) // 2)  # 3x3 convolutions, at twice the resolution
 
 
+def smallest_tile(config: VAEConfig) -> int:
+    """Pixels of a tile's side that leave it something of its own."""
+    return max(SMALLEST_TILE, 4 * stage_reach(config) + 4)
+
+
 @flax.struct.dataclass
 class Moments:
     """Mean and summed squared deviation of each group over some positions, `[1, groups]`, and how many positions."""
@@ -111,13 +117,14 @@ def decode_in_tiles(model: AutoencoderKL, params: Any, latents: jax.Array, tile:
         tile: side of a tile in pixels, in the middle of the decoder as at its end.
 
     Raises:
-        UserError: a tile is smaller than `SMALLEST_TILE`, or than what it reaches over its part.
+        UserError: a tile is smaller than `smallest_tile`.
     """
     config = model.config
     reach = stage_reach(config)
-    smallest = max(SMALLEST_TILE, 4 * reach + 4)
-    if tile < smallest:
-        raise UserError(f"a tile of {tile} pixels is too small for this autoencoder: use {smallest} or more")
+    if tile < smallest_tile(config):
+        raise UserError(
+            f"a tile of {tile} pixels is too small for this autoencoder: use {smallest_tile(config)} or more"
+        )
     num_stages = len(config.block_out_channels) - 1
     if num_stages == 0:  # nothing is larger than the latents
         return model.apply({"params": params}, latents, method=AutoencoderKL.decode)
