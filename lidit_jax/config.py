@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -41,7 +42,11 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise UserError(f"config key {where}.{name} is missing")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except UserError as error:  # which knows its section's own name, not where that is: "train.steps" of "vae.train"
+        section = where.rpartition(".")[2]
+        raise UserError(re.sub(rf"^{re.escape(section)}\.", f"{where}.", str(error))) from error
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:

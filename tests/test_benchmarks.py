@@ -83,3 +83,14 @@ def test_the_vae_benchmark_of_tiles_shows_ours_to_be_the_whole_picture():
     differences = dict(re.findall(r"^(.+): largest difference (\S+) of", done.stdout, re.MULTILINE))
     assert float(differences["lidit_jax in tiles"]) < 1e-4
     assert float(differences["diffusers in tiles"]) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_memory_benchmark_shows_tiles_to_take_less():
+    command = [sys.executable, "-m", "lidit_jax.benchmarks.vae_memory", "--sizes=512", "--tiles=128"]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    at_once, in_tiles = (int(number) for number in re.findall(r"^(?:at once|tiles of 128) +(\d+)$", done.stdout, re.M))
+    assert in_tiles < at_once / 2
+    done = subprocess.run([*command[:3], "--sizes=100"], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr

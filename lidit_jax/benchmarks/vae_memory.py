@@ -1,0 +1,63 @@
+"""What decoding a large picture takes in memory, at once and in tiles: `python -m lidit_jax.benchmarks.vae_memory`.
+
+As XLA's compiler counts a program's temporaries, for an `AutoencoderKL` at the widths of Stable Diffusion 3's; nothing
+is run, so a picture may be larger than this machine could decode.
+"""
+
+from collections.abc import Callable
+
+import flax
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from lidit_jax import cli
+from lidit_jax.benchmarks.contest import machine
+from lidit_jax.errors import UserError
+from lidit_jax.models.vae import AutoencoderKL, VAEConfig
+from lidit_jax.models.vae_tiling import decode_in_tiles
+from lidit_jax.weights.diffusers_vae import parameter_shapes
+
+_SIZES = flags.DEFINE_list("sizes", ["1024", "2048"], "sides of pictures, in pixels")
+_TILES = flags.DEFINE_list("tiles", ["256", "512"], "sides of tiles, in pixels")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
+
+CONFIG = VAEConfig(
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    latent_channels=16,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
+
+
+def main() -> None:
+    sizes, tiles = _numbers("sizes", _SIZES.value), _numbers("tiles", _TILES.value)
+    model = AutoencoderKL(CONFIG, jnp.dtype(_DTYPE.value))
+    ways = {"at once": lambda p, z: model.apply({"params": p}, z, method=AutoencoderKL.decode)}
+    for tile in tiles:
+        ways[f"tiles of {tile}"] = lambda p, z, tile=tile: decode_in_tiles(model, p, z, tile)
+    print(f"{machine()}; MiB of temporaries, {_DTYPE.value}")
+    print(f"{'':20}" + "".join(f"{f'{size} px':>10}" for size in sizes))
+    for name, decode in ways.items():
+        print(f"{name:20}" + "".join(f"{temporaries(decode, size) / 2**20:10.0f}" for size in sizes), flush=True)
+
+
+def temporaries(decode: Callable[[dict, jax.Array], jax.Array], size: int) -> int:
+    """Bytes, of decoding one picture."""
+    shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameter_shapes(CONFIG).items()}
+    params = flax.traverse_util.unflatten_dict(shapes)
+    cells = size // CONFIG.downsampling_factor
+    latents = jax.ShapeDtypeStruct((1, cells, cells, CONFIG.latent_channels), jnp.float32)
+    return jax.jit(decode).lower(params, latents).compile().memory_analysis().temp_size_in_bytes
+
+
+def _numbers(name: str, values: list[str]) -> list[int]:
+    for value in values:
+        if not value.isdecimal() or not int(value) or int(value) % CONFIG.downsampling_factor:
+            raise UserError(f"--{name}={','.join(values)}: give multiples of {CONFIG.downsampling_factor}, with commas")
+    return [int(value) for value in values]
+
+
+if __name__ == "__main__":
+    cli.run(main)
