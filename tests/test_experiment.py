@@ -74,7 +74,7 @@ def test_encoders_from_folders_ahead_of_the_step_train_the_same_model(trained_wo
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), got, expected)
 
 
-@pytest.mark.parametrize("where", ["in_step", "ahead"])
+@pytest.mark.parametrize("where", ["in_step", pytest.param("ahead", marks=pytest.mark.slow)])
 def test_a_t5_takes_an_llms_place_in_a_run(trained_workdir, t5_folder, tmp_path, where):
     config = tiny_config()
     config.encoders = {"t5": {"weights": str(t5_folder), "dtype": "float32"}}
@@ -121,7 +121,7 @@ def test_sampling_draws_sizes_that_training_never_saw(trained_workdir, tmp_path)
     assert Image.open(tmp_path / "a" / "00000.png").size == (40, 24)
 
 
-@pytest.mark.parametrize("decode_pixels", [6000, 500])
+@pytest.mark.parametrize("decode_pixels", [500, pytest.param(6000, marks=pytest.mark.slow)])
 def test_pictures_decoded_in_slices_or_tiles_are_those_decoded_at_once(
     trained_workdir, tmp_path, monkeypatch, decode_pixels
 ):
@@ -200,6 +200,7 @@ def test_changed_frozen_weights_are_refused(trained_workdir, tmp_path):
         experiment.run(config, workdir)
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_averaged_weights_of_another_run(trained_workdir, tmp_path):
     config = tiny_config()
     config.start_from = str(trained_workdir)

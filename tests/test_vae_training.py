@@ -361,6 +361,7 @@ def test_each_network_is_clipped_by_its_own_norm(late_trainer):
         assert float(jnp.sqrt(sum(jnp.sum(m**2) for m in jax.tree.leaves(moment)))) == pytest.approx(0.01, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_does(late):
     sizes = {"data": 2, "fsdp": 4, "tensor": 1}
     _, eight = take_steps(make_trainer(sizes, discriminator=CRITIC, adversarial_start=2), 4)
@@ -370,6 +371,7 @@ def test_eight_devices_train_as_one_does(late):
             assert float(same[name]) == pytest.approx(float(row[name]), rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_micro_batches_without_a_discriminator_are_the_whole_batch_but_for_their_noise(alone):
     _, [parts] = take_steps(make_trainer(accumulate=4), 1)
     whole = alone[1][0]
