@@ -13,6 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax.errors import UserError
+from lidit_jax.json_file import write_json
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True) -
             return
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            _write(file, config)
+            write_json(file, _plain(config))
         except OSError as error:
             raise UserError(
                 f"{workdir}: can't be written ({error.strerror or error}); choose another --workdir"
@@ -101,7 +102,7 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True) -
             f"now {now.get(key, 'absent')!r}; use another --workdir"
         )
     if write:
-        _write(file, config)
+        write_json(file, _plain(config))
 
 
 def read_workdir(workdir: epath.Path) -> ConfigDict:
@@ -120,12 +121,6 @@ def read_workdir(workdir: epath.Path) -> ConfigDict:
     except ValueError as error:
         raise UserError(f"{file}: not a run's config ({error})") from error
     return ConfigDict(values)
-
-
-def _write(file: epath.Path, config: ConfigDict) -> None:
-    beside = file.parent / f".{file.name}.new"
-    beside.write_text(json.dumps(_plain(config), indent=2) + "\n")
-    beside.replace(file)
 
 
 def _plain(values: Any) -> Any:

@@ -136,22 +136,11 @@ def vae_task(
         if not phase:
             return with_gradient(value, decoded, gradient) + objective.kl_weight * kl, metrics
 
-        def last_layers_gradient(gradient):
-            """Of a loss whose gradient in the reconstruction is given: in the last convolution's kernel."""
-
-            def last_layer(kernel):
-                last = {"kernel": kernel, "bias": params["vae"]["decoder"]["conv_out"]["bias"]}
-                changed = {"params": {"decoder": {"conv_out": last}}}
-                return model.apply(changed, jax.lax.stop_gradient(features), method=AutoencoderKL.decode_last)
-
-            return jax.vjp(last_layer, params["vae"]["decoder"]["conv_out"]["kernel"])[1](gradient)[0]
-
+        in_kernel = functools.partial(_gradient_in_last_kernel, model, params["vae"], features)
         score = lambda pictures: discriminator.apply({"params": params["discriminator"]}, pictures)  # noqa: E731
         opinion = lambda decoded: (adversarial_loss(score(decoded)), {})  # noqa: E731
         adversarial, slope, _ = value_and_gradient_at(opinion, decoded)
-        adaptive = adaptive_weight(
-            last_layers_gradient(gradient), last_layers_gradient(slope), values_per_image(images)
-        )
+        adaptive = adaptive_weight(in_kernel(gradient), in_kernel(slope), values_per_image(images))
         weight = objective.adversarial_weight * jax.lax.stop_gradient(adaptive)
         value, gradient = value + weight * adversarial, gradient + weight * slope
         hinge = hinge_loss(score(images), score(jax.lax.stop_gradient(decoded)))
@@ -167,6 +156,21 @@ def vae_task(
         phases=(objective.adversarial_start,) if discriminator else (),
         networks={"vae": 0, "discriminator": 1} if discriminator else {},
     )
+
+
+def _gradient_in_last_kernel(model: AutoencoderKL, params: Any, features: jax.Array, gradient: jax.Array) -> jax.Array:
+    """In the last convolution's kernel, of a loss whose gradient in the reconstruction is given.
+
+    Args:
+      features: what that convolution takes; they are not differentiated.
+    """
+    last = params["decoder"]["conv_out"]
+
+    def decode_last(kernel):
+        changed = {"params": {"decoder": {"conv_out": {**last, "kernel": kernel}}}}
+        return model.apply(changed, jax.lax.stop_gradient(features), method=AutoencoderKL.decode_last)
+
+    return jax.vjp(decode_last, last["kernel"])[1](gradient)[0]
 
 
 def lidit_task(

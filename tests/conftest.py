@@ -90,8 +90,35 @@ def trained_workdir(tmp_path_factory):
     """A workdir in which the tiny demo has run to its end, once for all tests. Not to be changed."""
     from etils import epath
 
-    from lidit_jax import experiment
+    from lidit_jax import stages
 
     workdir = epath.Path(tmp_path_factory.mktemp("trained"))
-    experiment.run(tiny_config(), workdir)
+    stages.run(tiny_config(), workdir)
     return workdir
+
+
+@pytest.fixture(scope="session")
+def vgg_tensors():
+    """What `lpips.LPIPS(net="vgg").state_dict()` holds, with random weights."""
+    from lidit_jax.models.lpips import VGG16_LAYERS
+
+    rng, tensors, channels = np.random.default_rng(0), {}, 3
+    for index, layer in enumerate(VGG16_LAYERS):
+        for number, width in layer:
+            name = f"net.slice{index + 1}.{number}"
+            scale = np.sqrt(2 / (9 * channels))
+            tensors[f"{name}.weight"] = (scale * rng.normal(size=(width, channels, 3, 3))).astype(np.float32)
+            tensors[f"{name}.bias"] = (0.05 * rng.normal(size=width)).astype(np.float32)
+            channels = width
+        tensors[f"lin{index}.model.1.weight"] = rng.uniform(size=(1, channels, 1, 1)).astype(np.float32)
+    tensors["scaling_layer.shift"] = np.zeros((1, 3, 1, 1), np.float32)
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def lpips_file(vgg_tensors, tmp_path_factory):
+    from safetensors.numpy import save_file
+
+    file = tmp_path_factory.mktemp("lpips") / "vgg.safetensors"
+    save_file(vgg_tensors, file)
+    return file

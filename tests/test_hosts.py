@@ -21,7 +21,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 if port != "0":
     jax.distributed.initialize(f"localhost:{port}", 2, process)
 from etils import epath
-from lidit_jax import experiment
+from lidit_jax import stages
 config = runpy.run_path("configs/vae.py")["get_config"]()
 config.data.update(source="shapes", path="", held_out_shards=0, resolution=32)
 config.vae.model.update(block_out_channels=(8, 8), norm_num_groups=4)
@@ -29,7 +29,7 @@ config.vae.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2, 
 config.vae.evaluate.update(num_images=9, batch_size=4, sheet=4)
 config.vae.adversarial.update(weight=0.5, start=1, width=4, layers=1)
 assert jax.device_count() == 4
-experiment.run(config, epath.Path(workdir))
+stages.run(config, epath.Path(workdir))
 """
 
 

@@ -14,15 +14,9 @@ from diffusers import AutoencoderKL as DiffusersAutoencoderKL
 from safetensors.numpy import load_file, save_file
 
 from lidit_jax.errors import UserError
-from lidit_jax.models.vae import (
-    AutoencoderKL,
-    DiagonalGaussian,
-    GroupNorm,
-    VAEConfig,
-    enlarge_and_convolve,
-    from_model_latents,
-    to_model_latents,
-)
+from lidit_jax.models.vae import AutoencoderKL, DiagonalGaussian, from_model_latents, to_model_latents
+from lidit_jax.models.vae_config import VAEConfig
+from lidit_jax.models.vae_layers import GroupNorm, enlarge_and_convolve
 from lidit_jax.models.vae_loss import kl_loss, reconstruction_loss
 from lidit_jax.weights.diffusers_vae import OLD_ATTENTION_NAMES, load_vae, save_vae
 

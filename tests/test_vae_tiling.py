@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.tar_source import TarSource
 from lidit_jax.errors import UserError
-from lidit_jax.models import vae as vae_module
-from lidit_jax.models.vae import AutoencoderKL, GroupStatistics, VAEConfig
+from lidit_jax.models import vae_layers
+from lidit_jax.models.vae import AutoencoderKL
+from lidit_jax.models.vae_config import VAEConfig
+from lidit_jax.models.vae_layers import GroupStatistics
 from lidit_jax.models.vae_tiling import (
     SMALLEST_TILE,
     Moments,
@@ -135,7 +137,7 @@ def test_attention_over_many_positions_takes_some_queries_at_a_time(model_and_pa
     model, params = model_and_params
     latents = uneven_latents(2, 5, 7)
     expected = whole(model, params, latents)
-    monkeypatch.setattr(vae_module, "MAX_SCORES", 8 * 35)
+    monkeypatch.setattr(vae_layers, "MAX_SCORES", 8 * 35)
     np.testing.assert_allclose(whole(model, params, latents), expected, rtol=0, atol=1e-5)
 
 

@@ -13,18 +13,16 @@ from absl import flags
 
 from lidit_jax import cli
 from lidit_jax.benchmarks.contest import Contestant, contest, largest_difference, machine, table
+from lidit_jax.benchmarks.sd3_vae import CONFIG
 from lidit_jax.errors import UserError
 
 _BATCH = flags.DEFINE_integer("batch", 1, "pictures at once", lower_bound=1)
 _SIZE = flags.DEFINE_integer("size", 256, "side of a picture, a multiple of 8 pixels", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "times that each does the work", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
+_TILE = flags.DEFINE_integer("tile", 0, "instead, decode at once and in tiles of so many pixels", lower_bound=0)
 
-_TILE = flags.DEFINE_integer("tile", 0, "also decode in tiles of so many pixels, in place of encoding", lower_bound=0)
-
-WIDTHS = (128, 256, 512, 512)
-FACTOR = 8
-CHANNELS = 16
+FACTOR = CONFIG.downsampling_factor
 
 
 def main() -> None:
@@ -35,7 +33,7 @@ def main() -> None:
     cells = _SIZE.value // FACTOR
     inputs = {
         "encode": random.uniform(-1, 1, (_BATCH.value, _SIZE.value, _SIZE.value, 3)).astype(np.float32),
-        "decode": random.normal(size=(_BATCH.value, cells, cells, CHANNELS)).astype(np.float32),
+        "decode": random.normal(size=(_BATCH.value, cells, cells, CONFIG.latent_channels)).astype(np.float32),
     }
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder)
@@ -61,15 +59,15 @@ def save_model(folder: str) -> None:
     import torch
 
     torch.manual_seed(0)
-    blocks = len(WIDTHS)
+    blocks = len(CONFIG.block_out_channels)
     diffusers.AutoencoderKL(
-        block_out_channels=WIDTHS,
+        block_out_channels=CONFIG.block_out_channels,
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
-        layers_per_block=2,
-        latent_channels=CHANNELS,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        layers_per_block=CONFIG.layers_per_block,
+        latent_channels=CONFIG.latent_channels,
+        use_quant_conv=CONFIG.use_quant_conv,
+        use_post_quant_conv=CONFIG.use_post_quant_conv,
     ).save_pretrained(folder)
 
 

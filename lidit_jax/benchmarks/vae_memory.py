@@ -13,22 +13,15 @@ from absl import flags
 
 from lidit_jax import cli
 from lidit_jax.benchmarks.contest import machine
+from lidit_jax.benchmarks.sd3_vae import CONFIG
 from lidit_jax.errors import UserError
-from lidit_jax.models.vae import AutoencoderKL, VAEConfig
+from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_tiling import decode_in_tiles
 from lidit_jax.weights.diffusers_vae import parameter_shapes
 
 _SIZES = flags.DEFINE_list("sizes", ["1024", "2048"], "sides of pictures, in pixels")
 _TILES = flags.DEFINE_list("tiles", ["256", "512"], "sides of tiles, in pixels")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
-
-CONFIG = VAEConfig(
-    block_out_channels=(128, 256, 512, 512),
-    layers_per_block=2,
-    latent_channels=16,
-    use_quant_conv=False,
-    use_post_quant_conv=False,
-)
 
 
 def main() -> None:

@@ -16,8 +16,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lidit_jax.errors import UserError
+from lidit_jax.json_file import write_json
 from lidit_jax.models.image_similarity import psnr, ssim
-from lidit_jax.models.vae import AutoencoderKL, VAEConfig
+from lidit_jax.models.vae import AutoencoderKL
+from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated
 from lidit_jax.pictures import grid, save_png
 from lidit_jax.tasks import to_pictures, to_pixels
@@ -235,9 +237,7 @@ def report(
                 scores["images"], scores["psnr"], scores["ssim"], workdir / SHEET_FILE)  # fmt: skip
     save_png(sheet, workdir / SHEET_FILE)
     factors = {"shift_factor": config.shift_factor, "scaling_factor": config.scaling_factor}
-    beside = workdir / f".{SCORES_FILE}.new"
-    beside.write_text(json.dumps({**scores, **factors, **facts}, indent=2) + "\n")
-    beside.replace(workdir / SCORES_FILE)
+    write_json(workdir / SCORES_FILE, {**scores, **factors, **facts})
 
 
 def _one_over_the_other(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Does the model follow its prompts? On the built-in scenes the answer is exact: draw, then check every object."""
 
 import dataclasses
-import json
 import logging
 from typing import Any
 
@@ -13,6 +12,7 @@ from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.shapes import HELD_OUT_SEED, Scene, ShapesSource
 from lidit_jax.data.shapes_checker import Accuracy, SceneCheck, accuracies, check
 from lidit_jax.errors import UserError
+from lidit_jax.json_file import write_json
 from lidit_jax.pictures import grid, save_png
 from lidit_jax.pipeline import Pipeline, SampleConfig
 
@@ -114,6 +114,4 @@ def _report(scores, kinds, pictures, workdir: epath.Path) -> None:
         kind: {name: {"correct": a.correct, "total": a.total, "interval": a.interval} for name, a in accuracy.items()}
         for kind, accuracy in scores.items()
     }
-    beside = workdir / ".scores.json.new"
-    beside.write_text(json.dumps(table, indent=2) + "\n")
-    beside.replace(workdir / "scores.json")
+    write_json(workdir / "scores.json", table)

@@ -25,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lidit_jax.errors import UserError
-from lidit_jax.models.vae import AutoencoderKL, GroupNorm, GroupStatistics, VAEConfig, group_statistics
+from lidit_jax.models.vae import AutoencoderKL
+from lidit_jax.models.vae_config import VAEConfig
+from lidit_jax.models.vae_layers import GroupNorm, GroupStatistics, group_statistics
 
 SMALLEST_TILE = 32  # pixels
 Statistics = dict[str, GroupStatistics]  # of GroupNorms, by their paths in the model

@@ -16,7 +16,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lidit_jax.errors import UserError
-from lidit_jax.models.vae import DOWN_BLOCK_TYPE, UP_BLOCK_TYPE, AutoencoderKL, VAEConfig
+from lidit_jax.models.vae import AutoencoderKL
+from lidit_jax.models.vae_config import DOWN_BLOCK_TYPE, UP_BLOCK_TYPE, VAEConfig
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, new_folder, read_config
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
