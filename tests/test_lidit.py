@@ -228,7 +228,7 @@ def test_a_batch_equals_its_rows_one_by_one():
     for row in range(2):
         alone = [TextFeatures(f.prefix, f.prompt[row : row + 1], f.mask[row : row + 1]) for f in text]
         np.testing.assert_allclose(
-            apply(params, x[row : row + 1], t[row : row + 1], alone)[0], together[row], atol=2e-6
+            apply(params, x[row : row + 1], t[row : row + 1], alone)[0], together[row], atol=2e-6, rtol=2e-6
         )
 
 
