@@ -11,10 +11,12 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5",
+        "array-record>=0.8.6",
         "clu>=0.0.12",
         "dm-pix>=0.4.5",
         "etils[epath]>=1.15",
         "flax>=0.12.8",
+        "fsspec>=2026.9",
         "grain>=0.2.18",
         "huggingface_hub>=2.4",
         "jax>=0.10.2",
@@ -24,14 +26,17 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=13",
+        "pyarrow>=26",
         "safetensors>=0.8",
         "scipy>=1.17",
+        "simplejpeg>=1.9",
         # clu's TensorBoard writer; the plain wheel carries CUDA on Linux.
         "tensorboard>=2.21",
         "tensorflow-cpu>=2.21; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.23",
+        "tqdm>=4.70",
         "transformers>=5.23",
     ],
     extras_require={
@@ -43,6 +48,7 @@ setup(
             "ruff>=0.17",
             "torch==2.13.0",
         ],
+        "gcs": ["gcsfs>=2026.9"],  # shards in gs:// buckets; fsspec names the packages of other protocols
         "torch": ["diffusers>=0.42.1", "torch>=2.13"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.data = {
         "source": "tar",
         "path": "",  # to fill in; the paper: over 1B pairs
+        "index_dir": "",  # beside the data
         "resolution": 512,  # paper
         "max_aspect": 2.0,  # ours; the paper groups by aspect ratio and names no limit
         "captions": {"txt": 0.5, "synthetic": 0.5},  # paper: original and synthetic mixed; the shares are ours

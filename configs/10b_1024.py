@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.data = {
         "source": "tar",
         "path": "",  # to fill in; the paper: a high-quality subset
+        "index_dir": "",  # beside the data
         "resolution": 1024,  # paper
         "max_aspect": 2.0,  # ours; the paper groups by aspect ratio and names no limit
         "captions": {"txt": 0.5, "synthetic": 0.5},  # paper: original and synthetic mixed; the shares are ours

@@ -60,6 +60,7 @@ def get_config(row: str = "") -> ConfigDict:
     config.data = {
         "source": "tar",
         "path": "",  # to fill in; paper: ImageNet and 1.3M pairs of CC12M
+        "index_dir": "",  # beside the data
         "resolution": 256,  # paper
         "max_aspect": 2.0,  # ours
         "captions": {"txt": 1.0, "class": 1.0},  # whichever a picture has

@@ -17,16 +17,23 @@ def get_config() -> ConfigDict:
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
 
     config.data = {
-        "source": "tar",
+        "source": "tar",  # or array_record, tfds, folder
         "path": "",  # to fill in
+        "split": "train",  # of tfds
+        "image_key": "",  # of tfds and array_record: the picture, where there are several
+        "class_names": "",  # file with a class's name a line, where classes are numbers
+        "index_dir": "",  # beside the data
         "resolution": 64,
         "max_aspect": 2.0,
-        "captions": {"txt": 1.0},
+        "captions": None,  # the usual fields of whatever data it is
         "class_template": "",
         "caption_dropout": 0.1,
         "min_aesthetic": None,
         "aesthetic_key": "aesthetic",
         "min_side": 0,
+        "drop_aspect_over": None,
+        "allow_enlarging": True,
+        "max_broken": 0.2,  # of a thousand samples
         "drop_low_quality_captions": False,
         "num_threads": 2,
         "num_workers": 0,

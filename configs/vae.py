@@ -25,6 +25,7 @@ def get_config(path: str = "") -> ConfigDict:
         "source": "tar" if path else "shapes",
         "path": path,
         "held_out_shards": 1 if path else 0,
+        "index_dir": "",  # beside the shards
         "resolution": 64,  # ours; 256 is usual
         "max_aspect": 1.0,
         "min_side": 0,

@@ -21,7 +21,7 @@ CONFIG_FILE = "config.json"
 # Keys that may differ when a run goes on: none changes what a step computes. (`steps` alone may also grow.)
 FREE_KEYS = (
     *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
-    *("decode_pixels", "decode_tile", "evaluate"),
+    *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken"),
 )
 
 

@@ -29,25 +29,26 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
     if num_images < 1:
         raise UserError(f"--num_images={num_images} must be at least 1")
     experiment = Experiment(config, out.parent)
-    dataset = Dataset(experiment.data, experiment.cell())
+    dataset = Dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     batch_size = experiment.batch_size() or PER_BATCH
     batches = dataset.batches(
         batch_size,
         config.seed,
         tokenize=None,
         caption_dropout=experiment.data.caption_dropout,
-        with_captions=True,
+        with_captions=experiment.has_lidit,
     )
     pictures, labels = [], []
     per_batch = min(PER_BATCH, batch_size)
     for batch in itertools.islice(batches, -(-num_images // per_batch)):
         height, width = batch["image"].shape[1:3]
+        captions = [caption or "(dropped)" for caption in batch.get("caption", [" "] * batch_size)]
         pictures += list(batch["image"][:per_batch])
-        labels += [f"[{width}x{height}] {caption or '(dropped)'}" for caption in batch["caption"][:per_batch]]
+        labels += [f"[{width}x{height}] {caption}" for caption in captions[:per_batch]]
     logger.info("%s", dataset.summary())
     save_png(grid(pictures[:num_images], labels[:num_images], columns=PER_BATCH), out)
 
     started = time.monotonic()
-    count = sum(len(batch["caption"]) for batch in itertools.islice(batches, TIMED_BATCHES))
+    count = sum(len(batch["image"]) for batch in itertools.islice(batches, TIMED_BATCHES))
     logger.info("loader: %.0f samples/s", count / (time.monotonic() - started))
     logger.info("%s", out)

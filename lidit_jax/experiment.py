@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from lidit_jax.checkpoint import load_weights
 from lidit_jax.config import build, read_workdir
-from lidit_jax.data.dataset import DataConfig
+from lidit_jax.data.data_config import DataConfig
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.diffusion.schedules import Schedule, make_schedule
 from lidit_jax.errors import UserError

@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     mesh, rules = make_mesh(config.mesh), ShardingRules()
     if experiment.has_lidit:
         experiment.check_encoders()
-    dataset = Dataset(experiment.data, experiment.cell())
+    dataset = Dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     experiment.check_picture_sizes(dataset.smallest_side())
     vae_stage = _VAEStage(experiment, dataset)
     claim_workdir(workdir, config, write=jax.process_index() == 0)
@@ -160,7 +160,9 @@ class _VAEStage:
         if self.evaluation is None:
             return
         if experiment.data.holds_out:
-            self.judged_on = Dataset(experiment.data, experiment.cell(), held_out=True)
+            self.judged_on = Dataset(
+                experiment.data, experiment.cell(), held_out=True, with_captions=experiment.has_lidit
+            )
         else:
             self.judged_on = dataset
         if self.to_train or not is_judged(experiment.workdir, self._facts()):

@@ -9,8 +9,8 @@ from types import ModuleType
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Nearly all the time of a test of a tiny model is its compilation, and most of that is optimising: without it the fast
 # tests take two thirds of the time. What is computed stays the same but for rounding.
-_XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import hypothesis

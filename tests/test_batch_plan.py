@@ -103,8 +103,9 @@ def test_the_order_never_changes_between_releases():
 
 def test_neighbours_go_around_within_the_bucket():
     plan = BatchPlan(np.array([0, 1, 0, 1, 1]), 2, 0)
-    assert [plan.neighbour(1, 3, distance) for distance in range(4)] == [3, 4, 1, 3]
-    assert plan.neighbour(0, 2, 1) == 0
+    assert [plan.neighbour(3, distance) for distance in range(4)] == [3, 4, 1, 3]
+    assert plan.neighbour(2, 1) == 0
+    assert (plan.list_size(2), plan.list_size(4)) == (2, 3)
 
 
 def test_nothing_to_plan_with_is_refused():

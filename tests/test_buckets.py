@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from lidit_jax.data.buckets import Bucket, assign, make_buckets, needs_enlarging, resize_to_cover_and_crop
+from lidit_jax.data.buckets import Bucket, assign, make_buckets, resize_to_cover_and_crop
 from lidit_jax.errors import UserError
 
 # --- make_buckets -----------------------------------------------------------------------------------------------
@@ -70,13 +70,6 @@ def test_the_bucket_is_the_nearest_in_log_aspect_in_whatever_order_they_are(size
     np.testing.assert_allclose(distances[np.arange(len(sizes)), chosen], distances.min(axis=1), atol=1e-9)
 
 
-def test_only_pictures_with_a_side_under_their_buckets_need_enlarging():
-    sizes = np.array([[64, 64], [63, 64], [64, 63], [200, 64], [65, 300]])
-    np.testing.assert_array_equal(
-        needs_enlarging(sizes, np.zeros(5, int), (Bucket(64, 64),)), [False, True, True, False, False]
-    )
-
-
 # --- resize_to_cover_and_crop -----------------------------------------------------------------------------------
 
 
@@ -126,10 +119,3 @@ def test_shrinking_averages_instead_of_skipping_pixels():
     stripes = np.zeros((640, 640, 3), np.uint8)
     stripes[:, ::2] = 255
     np.testing.assert_allclose(resize_to_cover_and_crop(stripes, Bucket(64, 64)), 127.5, atol=8)
-
-
-def test_enlarging_can_be_forbidden():
-    small = np.zeros((30, 64, 3), np.uint8)
-    with pytest.raises(UserError, match="30x64 is smaller than its bucket 32x64"):
-        resize_to_cover_and_crop(small, Bucket(32, 64), allow_enlarging=False)
-    assert resize_to_cover_and_crop(np.zeros((40, 64, 3), np.uint8), Bucket(32, 64), False).shape == (32, 64, 3)

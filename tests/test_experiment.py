@@ -360,7 +360,7 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_never_stopped(trained_w
 @pytest.mark.slow
 def test_the_emoji_config_trains_on_tar_shards_in_several_groups(tmp_path):
     config, tiny = load_config("emoji"), tiny_config()
-    config.data.path = str(ROOT.parent / "shared/data/fxemoji")
+    config.data.update(path=str(ROOT.parent / "shared/data/fxemoji"), index_dir=str(tmp_path / "indexes"))
     for name in config.encoders:
         config.encoders[name] = tiny.encoders.llama.copy_and_resolve_references()
     config.vae.model.update(tiny.vae.model)

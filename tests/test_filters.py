@@ -1,22 +1,21 @@
 import functools
 
-import numpy as np
 import pytest
 
+from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.filters import (
     CAPTION_FILTERS,
     Candidate,
     aesthetic_score,
-    apply_filters,
     aspect,
+    enlarging,
     file_name_caption,
+    first_reason,
     no_caption,
     smallest_side,
     tag_list_caption,
     url_caption,
 )
-from lidit_jax.data.sources import SubsetSource
-from lidit_jax.errors import UserError
 
 GOOD_CAPTIONS = [
     "a red circle left of a blue square",
@@ -92,46 +91,21 @@ def test_size_limits_include_their_value_in_both_directions():
     assert aspect(candidate(height=91, width=30), maximum=3) == "aspect over 3"
 
 
-class Listed:
-    fingerprint = "listed"
-
-    def __init__(self, captions: list[str]):
-        self.captions = captions
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def sizes(self) -> np.ndarray:
-        return np.array([[20 + i, 40] for i in range(len(self))], np.int32)
-
-    def __getitem__(self, index: int) -> dict:
-        image = np.full((20 + index, 40, 3), index, np.uint8)
-        return {"key": str(index), "image": image, "captions": {"txt": self.captions[index]}, "metadata": {}}
+def test_pictures_that_their_group_would_enlarge_are_dropped():
+    buckets = (Bucket(8, 4), Bucket(6, 6))
+    for height, width, reason in ((8, 4, None), (12, 6, None), (6, 6, None), (16, 3, True), (7, 5, True), (5, 5, True)):
+        found = enlarging(candidate(height=height, width=width), buckets=buckets)
+        assert found == ("smaller than its group" if reason else None), (height, width)
 
 
-def test_filters_keep_indices_in_order_and_count_the_first_reason():
-    source = Listed(["a dog", "x.jpg", "", "a bird", "y.jpg"])
-    kept, report = apply_filters(source, [functools.partial(smallest_side, minimum=21), *CAPTION_FILTERS])
-    assert (kept.dtype, kept.tolist()) == (np.int64, [3])
-    assert report == {"side under 21 px": 1, "caption is a file name": 2, "no caption": 1}
+def test_the_first_reason_counts():
+    checks = [functools.partial(smallest_side, minimum=21), *CAPTION_FILTERS]
+    assert first_reason(candidate("x.jpg", height=20, width=20), checks) == "side under 21 px"
+    assert first_reason(candidate("x.jpg", height=30, width=30), checks) == "caption is a file name"
+    assert first_reason(candidate("a dog", height=30, width=30), checks) is None
+    assert first_reason(candidate(""), []) is None
 
 
-def test_dropping_everything_says_why():
-    with pytest.raises(UserError, match=r"drop all 2 samples \(caption is a file name: 2\)"):
-        apply_filters(Listed(["x.jpg", "y.jpg"]), CAPTION_FILTERS)
-
-
-def test_no_filters_keep_all():
-    assert apply_filters(Listed(["", "x.jpg"]), [])[0].tolist() == [0, 1]
-
-
-def test_a_subset_is_a_source_of_its_own():
-    source = Listed(["zero", "one", "two", "three"])
-    subset = SubsetSource(source, np.array([3, 1]))
-    assert len(subset) == 2
-    assert [subset[i]["captions"]["txt"] for i in range(2)] == ["three", "one"]
-    assert subset.describe(1)["key"] == "1"
-    assert subset.sizes().tolist() == [[23, 40], [21, 40]]
-    assert len({source.fingerprint, subset.fingerprint, SubsetSource(source, np.array([1, 3])).fingerprint}) == 3
-    with pytest.raises(UserError, match="no examples"):
-        SubsetSource(source, np.array([], int))
+def test_without_named_fields_the_usual_ones_are_looked_at():
+    assert url_caption(Candidate({"txt": "a dog", "source_page": "https://a.b/c"}, {}, 9, 9)) is None
+    assert url_caption(Candidate({"title": "https://a.b/c"}, {}, 9, 9)) == "caption is a URL"

@@ -16,8 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.filters import no_caption
+from lidit_jax.data.index import MAX_PIXELS, IndexPlan, examine
+from lidit_jax.data.indexed_source import IndexedSource
 from lidit_jax.data.sources import BrokenExample
-from lidit_jax.data.tar_source import TarSource, find_shards
+from lidit_jax.data.tar_shards import TarShards
 from lidit_jax.errors import UserError
 
 SHARED = pathlib.Path(os.environ.get("LIDIT_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
@@ -25,6 +29,15 @@ EMOJI = SHARED / "data" / "fxemoji"
 needs_emoji = pytest.mark.skipif(not EMOJI.is_dir(), reason=f"no {EMOJI}: set LIDIT_SHARED to the shared folder")
 
 SIDE_BY_SIDE = np.array([[[200, 30, 30], [30, 60, 200]]], np.uint8).repeat(8, axis=0).repeat(6, axis=1)  # [8, 12, 3]
+
+
+def tar_source(path, max_pixels: int = MAX_PIXELS) -> IndexedSource:
+    shards = TarShards(path)
+    return IndexedSource(shards, examine(shards, [no_caption], IndexPlan(max_pixels=max_pixels)), max_pixels)
+
+
+def find_shards(path) -> tuple[str, ...]:
+    return TarShards(path).paths
 
 
 def encode(image: np.ndarray | Image.Image, format: str = "PNG", **options) -> bytes:
@@ -44,7 +57,7 @@ def write_tar(path: pathlib.Path, files: dict[str, bytes], format: int = tarfile
 
 
 def read_one(tmp_path, data: bytes, extension: str = "png") -> np.ndarray:
-    source = TarSource(write_tar(tmp_path / "one.tar", {f"a.{extension}": data, "a.txt": b"a picture"}))
+    source = tar_source(write_tar(tmp_path / "one.tar", {f"a.{extension}": data, "a.txt": b"a picture"}))
     image = source[0]["image"]
     assert image.dtype == np.uint8
     assert image.shape == (*source.sizes()[0], 3)
@@ -70,7 +83,7 @@ def test_captions_come_from_txt_and_json_but_not_from_bookkeeping(tmp_path):
         "0.txt": "\ufeffrotes Quadrat 红\n".encode(),
         "0.json": json.dumps(note).encode(),
     }
-    example = TarSource(write_tar(tmp_path / "a.tar", files))[0]
+    example = tar_source(write_tar(tmp_path / "a.tar", files))[0]
     assert example["key"] == "0"
     assert example["captions"] == {"txt": "rotes Quadrat 红", "caption": "from json"}
     assert example["metadata"] == note
@@ -82,7 +95,7 @@ def test_every_tar_format_is_read_with_long_and_non_ascii_names(tmp_path, format
     keys = ["0001", "folder/" * 12 + "picture", "字/形"]
     keys += [] if format == tarfile.USTAR_FORMAT else ["x" * 180]
     pairs = [{f"{key}.png": encode(SIDE_BY_SIDE), f"{key}.txt": key.encode()} for key in keys]
-    source = TarSource(write_tar(tmp_path / "a.tar", {k: v for pair in pairs for k, v in pair.items()}, format))
+    source = tar_source(write_tar(tmp_path / "a.tar", {k: v for pair in pairs for k, v in pair.items()}, format))
     assert [source[i]["key"] for i in range(len(source))] == keys
     assert [source[i]["captions"]["txt"] for i in range(len(source))] == keys
 
@@ -102,8 +115,8 @@ def test_links_folders_and_foreign_files_are_no_samples(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    source = TarSource(tmp_path / "a.tar")
-    assert [source.describe(i)["key"] for i in range(len(source))] == ["2"]
+    source = tar_source(tmp_path / "a.tar")
+    assert [one["key"] for one in source.describe(range(len(source)))] == ["2"]
 
 
 def test_a_path_is_a_folder_a_file_a_glob_or_a_brace_range(tmp_path):
@@ -115,7 +128,7 @@ def test_a_path_is_a_folder_a_file_a_glob_or_a_brace_range(tmp_path):
     assert find_shards(f"{tmp_path}/0000[12].tar") == every[1:3]
     assert find_shards(f"{tmp_path}/{{00000..00003}}.tar") == every
     assert find_shards(f"{tmp_path}/{{00001,00003}}.tar") == every[1::2]
-    assert len(TarSource(f"{tmp_path}/{{00001..00002}}.tar")) == 2
+    assert len(tar_source(f"{tmp_path}/{{00001..00002}}.tar")) == 2
 
 
 @pytest.mark.parametrize(
@@ -131,20 +144,20 @@ def test_a_path_is_a_folder_a_file_a_glob_or_a_brace_range(tmp_path):
 def test_a_path_without_tars_is_said_in_one_line(tmp_path, name, says):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=says) as error:
-        TarSource(tmp_path / name)
+        tar_source(tmp_path / name)
     assert "\n" not in str(error.value)
 
 
 def test_a_tar_without_captions_says_what_was_found(tmp_path):
     tar = write_tar(tmp_path / "a.tar", {f"{i}.png": encode(SIDE_BY_SIDE) for i in range(3)})
-    with pytest.raises(UserError, match=r"3 pictures, 0 captions \(no caption: 3\)"):
-        TarSource(tar)
+    with pytest.raises(UserError, match=r"leave none of the 3 samples.*no caption: 3; there are captions \(none\)"):
+        tar_source(tar)
 
 
 def test_a_file_that_is_no_tar_is_said_to_be_none(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"PK\3\4" + os.urandom(3000))
     with pytest.raises(UserError, match="not a tar: 1"):
-        TarSource(tmp_path / "a.tar")
+        tar_source(tmp_path / "a.tar")
 
 
 def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
@@ -152,7 +165,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
     prints = []
     for folder, files in (("a", first), ("b", first), ("c", first | {"0.txt": b"two"}), ("d", first | {"1.txt": b"x"})):
         (tmp_path / folder).mkdir()
-        prints.append(TarSource(write_tar(tmp_path / folder / "0.tar", files)).fingerprint)
+        prints.append(tar_source(write_tar(tmp_path / folder / "0.tar", files)).fingerprint)
     assert prints[0] == prints[1]
     assert prints[2] != prints[0]
     assert prints[3] == prints[0]
@@ -248,9 +261,10 @@ def test_formats_go_by_content_and_others_are_refused(tmp_path):
         "2.jpg": encode(SIDE_BY_SIDE, "TIFF"),
     }
     files |= {f"{i}.txt": b"x" for i in range(3)}
-    source = TarSource(write_tar(tmp_path / "a.tar", files))
+    files = dict(sorted(files.items()))
+    source = tar_source(write_tar(tmp_path / "a.tar", files))
     assert [source[i]["key"] for i in range(len(source))] == ["1"]
-    assert source.report == {"unreadable picture": 2}
+    assert source.broken == {"unreadable picture": 2}
 
 
 # --- hostile input ----------------------------------------------------------------------------------------------
@@ -262,15 +276,15 @@ def test_decompression_bombs_are_refused_by_their_header(tmp_path, side):
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1_000_000)))
     files = {"0.png": bomb, "0.txt": b"bomb", "1.png": encode(SIDE_BY_SIDE), "1.txt": b"fine"}
-    source = TarSource(write_tar(tmp_path / "a.tar", files))
-    assert (len(source), source.report) == (1, {"too many pixels": 1})
+    source = tar_source(write_tar(tmp_path / "a.tar", files))
+    assert (len(source), source.broken) == (1, {"too many pixels": 1})
 
 
 def test_the_pixel_limit_is_the_callers(tmp_path):
     tar = write_tar(tmp_path / "a.tar", {"0.png": encode(SIDE_BY_SIDE), "0.txt": b"x"})
-    assert len(TarSource(tar, max_pixels=96)) == 1
+    assert len(tar_source(tar, max_pixels=96)) == 1
     with pytest.raises(UserError, match="too many pixels: 1"):
-        TarSource(tar, max_pixels=95)
+        tar_source(tar, max_pixels=95)
 
 
 def test_unusable_samples_are_left_out_and_counted_by_reason(tmp_path):
@@ -296,18 +310,18 @@ def test_unusable_samples_are_left_out_and_counted_by_reason(tmp_path):
         "good.png": png,
         "good.json": b'{"caption": "half a \\ud83d pair"}',
     }
-    source = TarSource(write_tar(tmp_path / "a.tar", files))
+    source = tar_source(write_tar(tmp_path / "a.tar", files))
     assert [source[i]["key"] for i in range(len(source))] == ["good"]
     assert source[0]["captions"]["caption"] == "half a ? pair"
-    assert source.report == {
+    assert source.broken == {
         "empty picture": 1,
-        "no caption": 1,
         "no picture": 1,
         "caption not in UTF-8": 1,
         "unreadable json": 3,
         "text over 1 MiB": 1,
         "unreadable picture": 1,
     }
+    assert source.dropped == {"no caption": 1}
 
 
 def test_damaged_pixels_behind_a_good_header_raise_broken_example(tmp_path):
@@ -315,7 +329,7 @@ def test_damaged_pixels_behind_a_good_header_raise_broken_example(tmp_path):
     for format in ("PNG", "JPEG"):
         data = encode(noise, format)
         files = {"a.png": data[: len(data) // 2], "a.txt": b"x", "b.png": data, "b.txt": b"y"}
-        source = TarSource(write_tar(tmp_path / f"{format}.tar", files))
+        source = tar_source(write_tar(tmp_path / f"{format}.tar", files))
         with pytest.raises(BrokenExample, match="'a': damaged picture"):
             source[0]
         assert source[1]["key"] == "b"
@@ -338,7 +352,8 @@ def small_tar(tmp_path) -> bytes:
 
 def read_all(path) -> int:
     """How many examples can be read; raises only UserError."""
-    source = TarSource(path)
+    pathlib.Path(f"{path}.index").unlink(missing_ok=True)  # two writes may have the same time
+    source = tar_source(path)
     readable = 0
     for index in range(len(source)):
         try:
@@ -346,6 +361,8 @@ def read_all(path) -> int:
         except BrokenExample:
             continue
         assert example["image"].shape == (*source.sizes()[index], 3)
+        [fitted] = source.load([index], Bucket(8, 8))
+        assert fitted["image"].shape == (8, 8, 3)
         readable += 1
     return readable
 
@@ -361,7 +378,7 @@ def test_a_tar_cut_off_anywhere_keeps_what_is_whole(tmp_path):
             assert read_all(tmp_path / "cut.tar") == pairs
         else:
             with pytest.raises(UserError, match="cut-off"):
-                TarSource(tmp_path / "cut.tar")
+                tar_source(tmp_path / "cut.tar")
 
 
 def test_a_cut_off_tar_is_counted(tmp_path):
@@ -369,7 +386,7 @@ def test_a_cut_off_tar_is_counted(tmp_path):
     with tarfile.open(tmp_path / "small.tar") as tar:
         second = tar.getmembers()[2]
     (tmp_path / "cut.tar").write_bytes(whole[: second.offset_data + 100])
-    assert TarSource(tmp_path / "cut.tar").report == {"cut-off tar": 1, "cut-off file": 1}
+    assert tar_source(tmp_path / "cut.tar").broken == {"cut-off tar": 1, "cut-off file": 1}
 
 
 def test_a_damaged_header_in_the_middle_is_counted_and_not_taken_for_the_end(tmp_path):
@@ -377,8 +394,8 @@ def test_a_damaged_header_in_the_middle_is_counted_and_not_taken_for_the_end(tmp
     with tarfile.open(tmp_path / "small.tar") as tar:
         whole[tar.getmembers()[4].offset + 5] ^= 1
     (tmp_path / "damaged.tar").write_bytes(whole)
-    source = TarSource(tmp_path / "damaged.tar")
-    assert (len(source), source.report) == (2, {"damaged tar": 1})
+    source = tar_source(tmp_path / "damaged.tar")
+    assert (len(source), source.broken) == (2, {"damaged tar": 1})
 
 
 def test_forged_sizes_end_the_walk(tmp_path):
@@ -390,7 +407,7 @@ def test_forged_sizes_end_the_walk(tmp_path):
         header[148:156] = b"%06o\0 " % sum(header)
         (tmp_path / "forged.tar").write_bytes(bytes(header) + whole[512:])
         with pytest.raises(UserError, match="no usable sample"):
-            TarSource(tmp_path / "forged.tar")
+            tar_source(tmp_path / "forged.tar")
 
 
 @pytest.fixture(scope="module")
@@ -399,7 +416,7 @@ def fuzzed(tmp_path_factory):
     return folder / "fuzzed.tar", small_tar(folder)
 
 
-@settings(max_examples=200, derandomize=True, deadline=datetime.timedelta(seconds=20), database=None)
+@settings(max_examples=1000, derandomize=True, deadline=datetime.timedelta(seconds=20), database=None)
 @given(
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=12)), max_size=6),
     mend_headers=st.booleans(),
@@ -434,7 +451,7 @@ def numbered(tmp_path):
         for i in range(shard * 5, shard * 5 + 5):
             files |= {f"{i:03}.png": encode(np.full((4 + i % 3, 5, 3), i, np.uint8)), f"{i:03}.txt": str(i).encode()}
         write_tar(tmp_path / f"{shard:02}.tar", files)
-    return TarSource(tmp_path)
+    return tar_source(tmp_path)
 
 
 def test_threads_read_the_right_pictures_at_the_same_time(numbered):
@@ -481,14 +498,15 @@ def test_a_vanished_shard_breaks_its_examples_only(numbered, tmp_path):
 
 
 @needs_emoji
-def test_the_emoji_shards_are_read_whole():
-    source = TarSource(EMOJI / "{00000..00003}.tar")
+def test_the_emoji_shards_are_read_whole(tmp_path):
+    shards = TarShards(EMOJI / "{00000..00003}.tar")
+    source = IndexedSource(shards, examine(shards, plan=IndexPlan(str(tmp_path))))
     assert len(source) == 928
-    assert source.report == {}
+    assert source.broken == {}
     assert source.sizes().min() >= 50
     assert source.sizes().max() <= 193
     for index in range(0, 928, 13):
         example = source[index]
         assert example["image"].shape == (example["metadata"]["height"], example["metadata"]["width"], 3)
         assert example["captions"]["txt"]
-    assert len(collections.Counter(source.describe(i)["key"] for i in range(928))) == 928
+    assert len(collections.Counter(one["key"] for one in source.describe(range(928)))) == 928

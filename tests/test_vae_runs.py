@@ -233,13 +233,15 @@ def test_a_vae_without_weights_or_a_recipe_is_refused(tmp_path):
 
 @pytest.mark.skipif(not (ROOT.parent / "shared/data/fxemoji").is_dir(), reason="needs ../shared/data/fxemoji")
 def test_the_last_shard_is_kept_from_training_and_previewed_config_is_the_vaes(tmp_path):
-    from lidit_jax.data.dataset import DataConfig, Dataset
+    from lidit_jax.data.data_config import DataConfig
+    from lidit_jax.data.dataset import Dataset
 
     config = load_config("vae")
     assert config.data.held_out_shards == 1
+    config.data.index_dir = str(tmp_path)
     data = DataConfig(**config.data.to_dict())
     training, held_out = Dataset(data, 8), Dataset(data, 8, held_out=True)
-    keys = [{d.source.describe(i)["key"] for i in range(len(d.source))} for d in (training, held_out)]
+    keys = [{one["key"] for one in d.source.describe(range(len(d.source)))} for d in (training, held_out)]
     assert [len(of) for of in keys] == [696, 232]
     assert not keys[0] & keys[1]
     assert training.fingerprint != held_out.fingerprint

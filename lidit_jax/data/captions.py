@@ -2,11 +2,22 @@
 
 import dataclasses
 import string
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from lidit_jax.errors import UserError
+
+# What captions are called where nobody names the fields; other texts, as a licence, are no captions beside these.
+USUAL_FIELDS = ("txt", "caption", "text", "class")
+
+
+def fields_of(captions: Mapping[str, str], fields: Collection[str] | None) -> list[str]:
+    """The fields of an example that training may draw from: those named, else the usual ones, else all."""
+    present = [field for field in captions if captions[field].strip()]
+    if fields is not None:
+        return [field for field in present if field in fields]
+    return [field for field in present if field in USUAL_FIELDS] or present
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +26,8 @@ class CaptionChooser:
 
     Attributes:
       fields: field -> how often it is drawn, in any unit (paper: original and synthetic captions mixed; the share is
-        open). A field that an example lacks leaves its share to those it has. None: all fields alike.
+        open). A field that an example lacks leaves its share to those it has; 0 leaves a field out. None: the
+        usual ones alike, see `fields_of`.
       dropout: probability of the empty caption, from which the model learns the unconditional prediction
         (classifier-free guidance, Ho & Salimans 2022).
       templates: field -> text around it, e.g. {"class": "a photo of {class}"} (paper: its ImageNet ablations); it may
@@ -36,10 +48,15 @@ class CaptionChooser:
     def __post_init__(self):
         if not 0 <= self.dropout <= 1:
             raise UserError(f"caption dropout is {self.dropout}: it is a probability, 0 to 1")
-        if self.fields is not None and not (self.fields and all(0 < p < np.inf for p in self.fields.values())):
-            raise UserError(f"caption fields are {dict(self.fields)}: name at least one, each with a share above 0")
+        if self.fields is not None and not (self.used and all(0 <= p < np.inf for p in self.fields.values())):
+            raise UserError(f"caption fields are {dict(self.fields)}: name at least one with a share above 0")
         for field, template in self.templates.items():
             _check_template(field, template)
+
+    @property
+    def used(self) -> tuple[str, ...] | None:
+        """The fields that can be drawn; None: any."""
+        return None if self.fields is None else tuple(field for field, share in self.fields.items() if share > 0)
 
     def __call__(self, captions: Mapping[str, str], rng: np.random.Generator) -> str:
         """Draws from {field: text}, or joins them with " = "; "" with probability `dropout`.
@@ -61,14 +78,16 @@ class CaptionChooser:
 
     def _shares(self, captions: Mapping[str, str]) -> dict[str, float]:
         """Of the fields that the example has."""
-        fields = dict.fromkeys(sorted(captions), 1.0) if self.fields is None else self.fields
-        present = [field for field in fields if captions.get(field)]
+        present = fields_of(captions, self.used)
         if not present:
+            wanted = sorted(self.used or USUAL_FIELDS)
             raise UserError(
-                f"an example has captions {sorted(captions)} but none of the fields {sorted(fields)}: "
+                f"an example has captions {sorted(captions)} but none of the fields {wanted}: "
                 "name its fields, or filter out examples without a caption"
             )
-        return {field: fields[field] for field in present}
+        if self.fields is None:
+            return dict.fromkeys(sorted(present), 1.0)
+        return {field: share for field, share in self.fields.items() if field in present}
 
     def _fill(self, field: str, captions: Mapping[str, str]) -> str:
         if field not in self.templates:

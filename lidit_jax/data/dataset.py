@@ -1,121 +1,117 @@
-"""From the `data` section of a config to batches: source, filters, aspect-ratio groups, captions."""
+"""From the `data` section of a config to batches: sources, filters, aspect-ratio groups, captions."""
 
-import dataclasses
-import functools
+import collections
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
-from lidit_jax.data import filters
-from lidit_jax.data.batch_plan import BatchPlan
-from lidit_jax.data.buckets import Bucket, assign, make_buckets, resize_to_cover_and_crop
+from lidit_jax.data.buckets import Bucket, assign, make_buckets
 from lidit_jax.data.captions import CaptionChooser
-from lidit_jax.data.loader import make_loader
+from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.index import IndexPlan, examine
+from lidit_jax.data.indexed_source import IndexedSource
+from lidit_jax.data.loader import Assembler, Loader, check_broken, make_loader, make_plan
 from lidit_jax.data.shapes import HELD_OUT_SEED, ShapesSource
-from lidit_jax.data.sources import BrokenExample, Source, SubsetSource, describe
-from lidit_jax.data.tar_source import TarSource
+from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source
 from lidit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SOURCES = ("shapes", "tar")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Under `data` in the config.
-
-    Attributes:
-      source: "shapes" (built in) or "tar" (img2dataset / webdataset shards at `path`).
-      path: a folder of .tar files, one file, a glob or a brace range.
-      num_examples: of "shapes".
-      held_out_shards: of "tar", how many of the last shards are kept from training, for evaluation. Of "shapes" nothing
-        need be kept: its held-out scenes are others than any training's.
-      resolution: side in pixels of a square picture; groups of other aspect ratios have about the same area.
-      max_aspect: longest side over shortest of the groups; 1 makes all pictures square.
-      captions: caption field -> how often it is drawn (original and synthetic captions mixed).
-      class_template: text around the field "class", e.g. "a photo of {}"; "" for none.
-      caption_dropout: probability of the empty prompt, for classifier-free guidance.
-      min_aesthetic, aesthetic_key: filter on a score in the metadata; None keeps all.
-      min_side: filter on the picture's shorter side in pixels; 0 keeps all.
-      drop_low_quality_captions: filter on captions that are URLs, file names or lists of tags.
-      num_threads, num_workers, prefetch: of the loader; they change nothing but its speed.
-    """
-
-    source: str
-    resolution: int
-    path: str = ""
-    num_examples: int = 1_000_000
-    held_out_shards: int = 0
-    max_aspect: float = 1.0
-    captions: Mapping[str, float] | None = None
-    class_template: str = ""
-    caption_dropout: float = 0.1
-    min_aesthetic: float | None = None
-    aesthetic_key: str = "aesthetic"
-    min_side: int = 0
-    drop_low_quality_captions: bool = False
-    num_threads: int = 2
-    num_workers: int = 0
-    prefetch: int = 4
-
-    def __post_init__(self):
-        if self.source not in SOURCES:
-            raise UserError(f"data.source={self.source!r} is unknown: use one of {', '.join(SOURCES)}")
-        if self.source == "tar" and not self.path:
-            raise UserError("data.path is empty: give --config.data.path=FOLDER_OF_TAR_SHARDS")
-        if self.held_out_shards < 0 or (self.held_out_shards and self.source != "tar"):
-            raise UserError(
-                f"data.held_out_shards={self.held_out_shards} goes with data.source='tar' alone, and is 0 or more: "
-                "give --config.data.held_out_shards=0"
-            )
-        self.chooser(0.0)  # raises for impossible captions
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether there are pictures that training does not see."""
-        return self.source == "shapes" or self.held_out_shards > 0
-
-    def chooser(self, dropout: float, join: bool = False) -> CaptionChooser:
-        template = self.class_template.replace("{}", "{class}")
-        return CaptionChooser(self.captions, dropout, {"class": template} if template else {}, join)
+Tokenize = Callable[[Sequence[str]], Mapping[str, np.ndarray]]
 
 
 class Dataset:
-    """A filtered source with its aspect-ratio groups."""
+    """Filtered sources with their aspect-ratio groups.
 
-    def __init__(self, config: DataConfig, cell: int, held_out: bool = False):
+    Attributes:
+      buckets: the groups' sizes.
+      source: random access to the pictures.
+      broken, dropped: samples left out, by reason: what could not be used, and what the filters dropped.
+    """
+
+    def __init__(self, config: DataConfig, cell: int, held_out: bool = False, with_captions: bool = True):
         """Args:
           cell: pixels that both sides of every picture must be multiples of (latent cell times patch).
           held_out: the pictures kept from training, in place of those for it.
+          with_captions: whether captions are trained on; an autoencoder has no use for them.
 
         Raises:
-          UserError: if there is no data, the filters leave nothing, or the resolution is no multiple of `cell`.
+          UserError: if there is no data, the filters leave nothing, too much is broken, no sample has a caption field
+            that the config names, or the resolution is no multiple of `cell`.
         """
         self.config = config
         self.buckets = make_buckets(config.resolution, cell, config.max_aspect)
-        self.source, self.dropped = _filtered(_open_source(config, held_out), config)
+        self.broken, self.dropped = collections.Counter(), collections.Counter()
+        self._with_captions = with_captions
+        parts = config.parts()
+        if held_out:
+            parts = {name: part for name, part in parts.items() if part.holds_out}
+        fields: collections.Counter[str] = collections.Counter()
+        sources, looked_at = [], 0
+        for part in parts.values():
+            source = self._open(part, held_out)
+            sources.append(source)
+            if isinstance(source, IndexedSource):
+                self.broken += source.broken
+                self.dropped += source.dropped
+                looked_at += source.looked_at
+                fields += source.fields
+        check_broken(looked_at, self.broken, config.max_broken)
+        if with_captions and fields:
+            self._check_fields(parts, fields)
+        self.source: Source = sources[0] if len(sources) == 1 else ConcatenatedSource(sources)
+        self._names = list(parts)
+        self._weights = None if held_out else config.weights()
+        self._parts = tuple(parts.values())
         self.bucket_of_example = assign(self.source.sizes(), self.buckets)
+
+    def _open(self, part: DataConfig, held_out: bool) -> Source:
+        if part.source == "shapes":
+            seed = HELD_OUT_SEED if held_out else 0
+            return ShapesSource(part.num_examples, part.resolution, part.resolution, seed)
+        shards = part.shards(held_out)
+        filters = part.filters(self.buckets, self._with_captions)
+        # Each process begins elsewhere, so that together they make the missing indexes once.
+        first = len(shards.paths) * jax.process_index() // jax.process_count()
+        return IndexedSource(shards, examine(shards, filters, IndexPlan(part.index_dir), first))
+
+    @staticmethod
+    def _check_fields(parts: Mapping[str, DataConfig], found: collections.Counter[str]) -> None:
+        named = {field for part in parts.values() for field in part.chooser(0.0).used or ()}
+        for field in sorted(named):
+            if field not in found:
+                there = ", ".join(sorted(found)[:20]) or "none"
+                raise UserError(
+                    f"data.captions names {field!r}, which no sample has (there are {there}): "
+                    f"give --config.data.captions.{field}=0 or mend its name"
+                )
 
     @property
     def fingerprint(self) -> str:
-        """Of what is in it and how it is grouped."""
+        """Of what is in it and how it is grouped and ordered."""
         sizes = " ".join(str(bucket) for bucket in self.buckets)
-        return f"{self.source.fingerprint} in {sizes}"
+        order = f" by {self._weights}" if self._weights else ""
+        return f"{self.source.fingerprint} in {sizes}{order}"
 
     def summary(self) -> str:
-        """A line for the log: how many pictures, which share in which group, what was left out and why."""
-        plan = BatchPlan(self.bucket_of_example, 1, 0)
-        shares = [
-            f"{bucket} {100 * share:.0f}%" for bucket, share in zip(self.buckets, plan.shares(), strict=False) if share
-        ]
-        dropped = ", ".join(f"{reason}: {count}" for reason, count in sorted(self.dropped.items()))
-        return f"data: {len(self.source)} pictures; groups {', '.join(shares)}" + (
-            f"; left out {dropped}" if dropped else ""
-        )
+        """For the log: how many pictures, which share in which group, what was left out and why."""
+        shares = make_plan(self.source, self.buckets, 1, 0, self._weights).shares()
+        groups = [f"{bucket} {100 * share:.0f}%" for bucket, share in zip(self.buckets, shares, strict=False) if share]
+        lines = [f"data: {len(self.source)} pictures; groups {', '.join(groups)}"]
+        if len(self._names) > 1:
+            counts = np.bincount(self.source.source_of_example)
+            rows = self._weights or counts.tolist()
+            mixed = [
+                f"{name} {count} pictures, {100 * weight / sum(rows):.0f}%"
+                for name, count, weight in zip(self._names, counts, rows, strict=True)
+            ]
+            lines.append(f"mixed of {'; '.join(mixed)}")
+        for what, reasons in (("left out by filters", self.dropped), ("broken", self.broken)):
+            if reasons:
+                lines.append(f"{what} {', '.join(f'{reason}: {count}' for reason, count in sorted(reasons.items()))}")
+        return "; ".join(lines)
 
     def smallest_side(self) -> int:
         """Of the pictures as they come in batches, in pixels."""
@@ -127,10 +123,14 @@ class Dataset:
 
     def captions(self, count: int, seed: int) -> list[str]:
         """Captions of up to `count` examples, spread over the source; none dropped."""
-        chooser = self.config.chooser(0.0)
-        indices = np.linspace(0, len(self.source) - 1, min(count, len(self.source))).astype(int)
+        choosers = self._choosers(0.0)
         rng = np.random.default_rng(seed)
-        return [chooser(describe(self.source, int(i))["captions"], rng) for i in indices]
+        examples = self.source.describe(self._spread(count))
+        return [
+            choosers[example.get("source", 0)](example["captions"], rng)
+            for example in examples
+            if not isinstance(example, BrokenExample)
+        ]
 
     def pictures(self, count: int) -> list[np.ndarray]:
         """Up to `count` pictures, spread over the source: uint8 [H, W, 3] each, as in batches; broken ones left out.
@@ -139,74 +139,54 @@ class Dataset:
           UserError: all are broken.
         """
         pictures = []
-        for index in np.linspace(0, len(self.source) - 1, min(count, len(self.source))).astype(int).tolist():
-            try:
-                picture = self.source[index]["image"]
-            except BrokenExample as error:
-                logger.warning("%s; it is left out", error)
-                continue
-            pictures.append(resize_to_cover_and_crop(picture, self.buckets[self.bucket_of_example[index]]))
+        for index in self._spread(count):
+            [example] = self.source.load([index], self.buckets[self.bucket_of_example[index]])
+            if isinstance(example, BrokenExample):
+                logger.warning("%s; it is left out", example)
+            else:
+                pictures.append(example["image"])
         if not pictures:
             raise UserError(f"none of the {len(self.source)} pictures can be read: check the data's files")
         return pictures
+
+    def _choosers(self, dropout: float, join: bool = False) -> tuple[CaptionChooser, ...]:
+        return tuple(part.chooser(dropout, join) for part in self._parts)
+
+    def _spread(self, count: int) -> list[int]:
+        return np.linspace(0, len(self.source) - 1, min(count, len(self.source))).astype(int).tolist()
 
     def batches(
         self,
         batch_size: int,
         seed: int,
-        tokenize: Callable[[Sequence[str]], Mapping[str, np.ndarray]] | None,
+        tokenize: Tokenize | None,
         *,
         first: int = 0,
         caption_dropout: float = 0.0,
         join_captions: bool = False,
         with_images: bool = True,
         with_captions: bool = False,
-    ) -> Iterator[dict[str, Any]]:
+    ) -> Loader:
         """This process's rows of batches first, first + 1, …: `make_loader`, and `CaptionChooser` for the captions."""
+        config = self.config
+        assembler = Assembler(
+            self.buckets,
+            seed,
+            self._choosers(caption_dropout, join_captions),
+            tokenize,
+            with_captions=with_captions,
+            with_images=with_images,
+        )
         return make_loader(
             self.source,
-            self.buckets,
+            assembler,
             batch_size,
-            seed,
-            self.config.chooser(caption_dropout, join_captions),
-            tokenize or (lambda captions: {}),
+            weights=self._weights,
+            num_threads=config.num_threads,
+            num_workers=config.num_workers,
+            prefetch=config.prefetch,
+            max_broken=config.max_broken,
+            first_batch=first,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            num_threads=self.config.num_threads,
-            num_workers=self.config.num_workers,
-            prefetch=self.config.prefetch,
-            first_batch=first,
-            with_images=with_images,
-            with_captions=with_captions,
         )
-
-
-def _open_source(config: DataConfig, held_out: bool) -> Source:
-    if config.source == "shapes":
-        seed = HELD_OUT_SEED if held_out else 0
-        return ShapesSource(config.num_examples, config.resolution, config.resolution, seed)
-    first_held_out = -config.held_out_shards or None
-    return TarSource(config.path, shards=slice(first_held_out, None) if held_out else slice(first_held_out))
-
-
-def _filtered(source: Source, config: DataConfig) -> tuple[Source, dict[str, int]]:
-    """The source without what the config's filters refuse, and how many went for which reason."""
-    report = dict(getattr(source, "report", {}))
-    fields = tuple(config.captions) if config.captions else None
-    chosen = []
-    if config.source == "tar":
-        chosen.append(functools.partial(filters.no_caption, fields=fields))
-    if config.min_aesthetic is not None:
-        chosen.append(
-            functools.partial(filters.aesthetic_score, minimum=config.min_aesthetic, key=config.aesthetic_key)
-        )
-    if config.min_side:
-        chosen.append(functools.partial(filters.smallest_side, minimum=config.min_side))
-    if config.drop_low_quality_captions:
-        for caption_filter in (filters.url_caption, filters.file_name_caption, filters.tag_list_caption):
-            chosen.append(functools.partial(caption_filter, fields=fields))
-    if not chosen:
-        return source, report
-    kept, dropped = filters.apply_filters(source, chosen)
-    report |= dropped
-    return (source if len(kept) == len(source) else SubsetSource(source, kept)), report

@@ -1,12 +1,11 @@
 """Which samples are worth training on (paper: aesthetic score, resolution, prompts that are URLs or tags).
 
 A filter looks at one `Candidate` and returns None to keep it, or a few words that say why not. Its settings are
-keyword arguments: give `functools.partial(aesthetic_score, minimum=5.0)` to `apply_filters` to change them. Filters of
-captions look at the fields that training draws from (None: all); one bad caption drops the sample, because training
-could draw it.
+keyword arguments: `functools.partial(aesthetic_score, minimum=5.0)` is a filter too. Filters of captions
+look at the fields that training draws from (None: see `captions.fields_of`); one bad caption drops the sample, because
+training could draw it.
 """
 
-import collections
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lidit_jax.data.sources import Source, describe
-from lidit_jax.errors import UserError
+from lidit_jax.data.buckets import Bucket, assign
+from lidit_jax.data.captions import fields_of
 
 
 class Candidate(NamedTuple):
@@ -73,7 +72,7 @@ def aspect(candidate: Candidate, *, maximum: float) -> str | None:
 
 def no_caption(candidate: Candidate, *, fields: Sequence[str] | None = None) -> str | None:
     """Drops samples with nothing but blanks in all of the fields."""
-    return None if any(text.strip() for text in _texts(candidate, fields)) else "no caption"
+    return None if any(_texts(candidate, fields)) else "no caption"
 
 
 def url_caption(candidate: Candidate, *, fields: Sequence[str] | None = None) -> str | None:
@@ -91,35 +90,23 @@ def tag_list_caption(candidate: Candidate, *, fields: Sequence[str] | None = Non
     return "caption is a tag list" if any(map(_is_tag_list, _texts(candidate, fields))) else None
 
 
+def enlarging(candidate: Candidate, *, buckets: Sequence[Bucket]) -> str | None:
+    """Drops pictures that their aspect-ratio group would have to enlarge."""
+    size = np.array([[candidate.height, candidate.width]])
+    bucket = buckets[assign(size, buckets)[0]]
+    return "smaller than its group" if (size < bucket).any() else None
+
+
 CAPTION_FILTERS: tuple[Filter, ...] = (no_caption, url_caption, file_name_caption, tag_list_caption)
 
 
-def apply_filters(source: Source, filters: Sequence[Filter]) -> tuple[np.ndarray, dict[str, int]]:
-    """Asks the filters in turn about each sample; the first reason counts. `SubsetSource` makes a source of the rest.
-
-    Returns:
-      (int64 [M], ascending indices of the samples kept; number of samples dropped, by reason).
-
-    Raises:
-      UserError: all are dropped.
-    """
-    kept, report = [], collections.Counter()
-    for index, (height, width) in enumerate(source.sizes().tolist()):
-        example = describe(source, index)
-        candidate = Candidate(example["captions"], example["metadata"], height, width)
-        reason = next((reason for check in filters if (reason := check(candidate)) is not None), None)
-        if reason is None:
-            kept.append(index)
-        else:
-            report[reason] += 1
-    if not kept:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in report.most_common())
-        raise UserError(f"the filters drop all {len(source)} samples ({reasons}): loosen them")
-    return np.array(kept, np.int64), dict(report)
+def first_reason(candidate: Candidate, filters: Sequence[Filter]) -> str | None:
+    """Asks the filters in turn; None if all keep it."""
+    return next((reason for check in filters if (reason := check(candidate)) is not None), None)
 
 
 def _texts(candidate: Candidate, fields: Sequence[str] | None) -> Iterator[str]:
-    return (text for name, text in candidate.captions.items() if fields is None or name in fields)
+    return (candidate.captions[name] for name in fields_of(candidate.captions, fields))
 
 
 def _is_url(caption: str) -> bool:

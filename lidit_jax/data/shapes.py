@@ -7,10 +7,13 @@ Nothing is stored: example i of a source is a pure function of (seed, i).
 
 import dataclasses
 import operator
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
+from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
+from lidit_jax.data.sources import Source
 from lidit_jax.errors import UserError
 
 BACKGROUND = (244, 242, 236)
@@ -363,7 +366,7 @@ def _indefinite(name: str, language: Language) -> str:
 # --- the source -------------------------------------------------------------------------------------------------
 
 
-class ShapesSource:
+class ShapesSource(Source):
     """Random access to scenes with pictures and captions; nothing is stored, example i is computed from (seed, i)."""
 
     def __init__(
@@ -420,18 +423,22 @@ class ShapesSource:
         """
         return sample_scene(self._rng(index), self.num_objects, self.pairs)
 
-    def __getitem__(self, index: int) -> dict:
-        """{"key": str, "image": uint8 [H, W, 3], "captions": {"en": str, "zh": str}, "metadata": {}}.
+    def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[dict]:
+        """{"key": str, "image": uint8 [H, W, 3], "captions": {"en": str, "zh": str}, "metadata": {}} each.
 
         Raises:
-          IndexError: the index is not within 0 to len - 1.
+          IndexError: an index is not within 0 to len - 1.
         """
-        scene, example = self._scene_and_text(index)
-        return {**example, "image": draw(scene, self.height, self.width)}
+        examples = []
+        for index in indices:
+            scene, example = self._scene_and_text(index)
+            image = draw(scene, self.height, self.width)
+            examples.append({**example, "image": resize_to_cover_and_crop(image, bucket) if bucket else image})
+        return examples
 
-    def describe(self, index: int) -> dict:
-        """As `self[index]`, without drawing the picture."""
-        return self._scene_and_text(index)[1]
+    def describe(self, indices: Sequence[int]) -> list[dict]:
+        """As `load`, without drawing the pictures."""
+        return [self._scene_and_text(index)[1] for index in indices]
 
     def _scene_and_text(self, index: int) -> tuple[Scene, dict]:
         rng = self._rng(index)

@@ -1,37 +1,16 @@
-"""What a source of examples is, for every source there is: the contract that filters and the loader rely on."""
+"""What a source of examples is, for every source there is: the contract that the loader relies on."""
 
+import abc
 import hashlib
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 
-
-class Source(Protocol):
-    """Random access to captioned pictures. Picklable (grain's workers are processes) and safe to read from threads.
-
-    A source may also have `describe(i)`, which is `self[i]` without "image", for those who need not decode it.
-
-    Attributes:
-      fingerprint: short hex digest of what the content is, so that a resumed run can refuse other data.
-    """
-
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def sizes(self) -> np.ndarray:
-        """int32 [N, 2]: height and width of each picture, as `self[i]["image"]` has them, known without decoding."""
-        ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"key": str, "image": uint8 [H, W, 3], "captions": {field: str}, "metadata": dict}.
-
-        Raises:
-          BrokenExample: its data cannot be read; any other example still can.
-        """
-        ...
+Example = dict[str, Any]
 
 
 class BrokenExample(Exception):
@@ -51,36 +30,82 @@ class BrokenExample(Exception):
         return f"example {self.key!r}: {self.reason}"
 
 
-class SubsetSource:
-    """The examples of a source at the given indices, in that order: what filters kept."""
+class Source(abc.ABC):
+    """Random access to captioned pictures. Picklable (grain's workers are processes) and safe to read from threads.
 
-    def __init__(self, source: Source, indices: np.ndarray):
-        """Args: indices: int [M], each within 0 to len(source) - 1.
+    Attributes:
+      fingerprint: short text that says what the content is, so that a resumed run can refuse other data.
+    """
 
-        Raises:
-          UserError: there are none.
+    fingerprint: str
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def sizes(self) -> np.ndarray:
+        """int32 [N, 2]: height and width of each picture, as `self[i]["image"]` has them, known without decoding."""
+
+    @abc.abstractmethod
+    def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[Example | BrokenExample]:
+        """Examples, read together: {"key": str, "image": uint8 [H, W, 3], "captions": {field: str}, "metadata": dict}.
+
+        Args:
+          bucket: fit the pictures to it; None: as they are. (Some pictures need not be decoded in full to be fitted.)
+
+        Returns:
+          One for each index; a `BrokenExample` where its data cannot be read.
         """
-        self._source = source
-        self._indices = np.asarray(indices, np.int64)
-        if not len(self._indices):
-            raise UserError("a subset of no examples: loosen what selects them")
-        digest = hashlib.sha256(source.fingerprint.encode())
-        digest.update(self._indices.tobytes())
+
+    @abc.abstractmethod
+    def describe(self, indices: Sequence[int]) -> list[Example | BrokenExample]:
+        """As `load`, but without "image"."""
+
+    def __getitem__(self, index: int) -> Example:
+        """One example; its picture as it is. Raises BrokenExample."""
+        [example] = self.load([index])
+        if isinstance(example, BrokenExample):
+            raise example
+        return example
+
+
+class ConcatenatedSource(Source):
+    """Several sources, one after the other; an example says which of them it is from ("source": int).
+
+    Attributes:
+      source_of_example: int32 [N], which of them each example is from.
+    """
+
+    def __init__(self, sources: Sequence[Source]):
+        if not sources:
+            raise UserError("a mixture of no sources: name one")
+        self._sources = tuple(sources)
+        lengths = [len(source) for source in sources]
+        self._starts = np.cumsum([0, *lengths])  # [sources + 1]
+        digest = hashlib.sha256("".join(source.fingerprint for source in sources).encode())
         self.fingerprint = digest.hexdigest()[:16]
+        self.source_of_example = np.repeat(np.arange(len(sources), dtype=np.int32), lengths)
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return int(self._starts[-1])
 
     def sizes(self) -> np.ndarray:
-        return self._source.sizes()[self._indices]
+        return np.concatenate([source.sizes() for source in self._sources])
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._source[int(self._indices[index])]
+    def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[Example | BrokenExample]:
+        return self._each(indices, lambda source, within: source.load(within, bucket))
 
-    def describe(self, index: int) -> dict[str, Any]:
-        return describe(self._source, int(self._indices[index]))
+    def describe(self, indices: Sequence[int]) -> list[Example | BrokenExample]:
+        return self._each(indices, lambda source, within: source.describe(within))
 
-
-def describe(source: Source, index: int) -> dict[str, Any]:
-    """Key, captions and metadata of an example, without decoding its picture where the source can do that."""
-    return source.describe(index) if hasattr(source, "describe") else source[index]
+    def _each(self, indices: Sequence[int], read) -> list[Example | BrokenExample]:
+        """Asks each source once, for all of its examples."""
+        indices = np.asarray(indices, np.int64)
+        numbers = np.searchsorted(self._starts, indices, side="right") - 1
+        examples: list[Any] = [None] * len(indices)
+        for number in np.unique(numbers).tolist():
+            [rows] = np.nonzero(numbers == number)
+            found = read(self._sources[number], (indices[rows] - self._starts[number]).tolist())
+            for row, example in zip(rows.tolist(), found, strict=True):
+                examples[row] = example if isinstance(example, BrokenExample) else example | {"source": number}
+        return examples

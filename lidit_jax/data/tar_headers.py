@@ -5,9 +5,10 @@ middle for the end of the file without a word, and has known endless loops on fo
 Format: POSIX.1-1988 ustar, POSIX.1-2001 pax ("path" and "size") and GNU long names and base-256 sizes.
 """
 
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
+
+from lidit_jax.data.files import File
 
 BLOCK = 512
 _MAX_EXTENSION_BYTES = 1 << 20  # a name, or pax records
@@ -16,11 +17,20 @@ _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, director
 
 
 class Member(NamedTuple):
-    """A regular file in a tar. `complete` is False where the tar ends before the file does."""
+    """A regular file in a tar.
+
+    Attributes:
+      start: where its headers begin, in bytes.
+      offset, size: of its data.
+      end: where the next file's headers begin.
+      complete: False where the tar ends before the file does.
+    """
 
     name: str
+    start: int
     offset: int
     size: int
+    end: int
     complete: bool
 
 
@@ -28,18 +38,18 @@ class DamagedTar(Exception):
     """The rest of the tar cannot be read; its message says why in a few words."""
 
 
-def walk(descriptor: int) -> Iterator[Member]:
+def walk(file: File) -> Iterator[Member]:
     """Yields the regular files of an open, uncompressed tar, in order, until its end mark or its last byte.
 
     Raises:
       DamagedTar: after everything before the damage was yielded.
     """
-    end = os.fstat(descriptor).st_size
+    end = file.size
     if not end:
         raise DamagedTar("empty tar")
-    position, overrides = 0, {}
+    position, overrides, start = 0, {}, 0
     while position < end:
-        header = os.pread(descriptor, BLOCK, position)
+        header = file.read(position, BLOCK)
         if len(header) < BLOCK:
             raise DamagedTar("cut-off tar")
         if not any(header):
@@ -49,9 +59,10 @@ def walk(descriptor: int) -> Iterator[Member]:
         size = _number(header[124:136], position)
         if kind in _WITHOUT_DATA:
             position, overrides = data, {}
+            start = position
             continue
         if kind in (b"L", b"x", b"X"):
-            body = _read_extension(descriptor, data, size)
+            body = _read_extension(file, data, size)
             overrides |= _pax_records(body) if kind != b"L" else {"path": body.rstrip(b"\0")}
             position = data + _padded(size)
             continue
@@ -61,18 +72,20 @@ def walk(descriptor: int) -> Iterator[Member]:
         size = int(overrides.get("size", size))
         name = overrides.get("path", _name(header)).decode("utf-8", "replace")
         complete = data + size <= end
+        position = data + _padded(size)
         if kind in _REGULAR and not name.endswith("/") and "sparse" not in overrides:
-            yield Member(name, data, size, complete)
+            yield Member(name, start, data, size, position, complete)
         if not complete:
             raise DamagedTar("cut-off tar")
-        position, overrides = data + _padded(size), {}
+        overrides, start = {}, position
 
 
 def _check(header: bytes, position: int) -> None:
     stored = _number(header[148:156], position)
     blanked = header[:148] + b" " * 8 + header[156:]
-    signed = sum(byte - 256 if byte > 127 else byte for byte in blanked)  # as some old writers sum
-    if stored not in (sum(blanked), signed):
+    unsigned = sum(blanked)
+    signed = unsigned - 256 * sum(byte > 127 for byte in blanked) if stored != unsigned else stored
+    if stored not in (unsigned, signed):  # some old writers sum signed bytes
         raise _damaged(position)
 
 
@@ -97,10 +110,10 @@ def _name(header: bytes) -> bytes:
     return prefix + b"/" + name if prefix else name
 
 
-def _read_extension(descriptor: int, offset: int, size: int) -> bytes:
+def _read_extension(file: File, offset: int, size: int) -> bytes:
     if size > _MAX_EXTENSION_BYTES:
         raise DamagedTar("damaged tar")
-    body = os.pread(descriptor, size, offset)
+    body = file.read(offset, size)
     if len(body) < size:
         raise DamagedTar("cut-off tar")
     return body

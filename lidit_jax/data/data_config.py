@@ -1,0 +1,205 @@
+"""The `data` section of a config, and the source of pictures that it names."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lidit_jax.config import build
+from lidit_jax.data import filters
+from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.captions import CaptionChooser
+from lidit_jax.data.filters import Filter
+from lidit_jax.data.folder_shards import FolderShards
+from lidit_jax.data.record_shards import ArrayRecordShards, TfdsShards
+from lidit_jax.data.sample import Shards
+from lidit_jax.data.tar_shards import TarShards
+from lidit_jax.errors import UserError
+
+SOURCES = ("shapes", "tar", "array_record", "tfds", "folder")
+# What an entry of a mixture may set for itself.
+PER_SOURCE = (
+    *(
+        "source",
+        "path",
+        "split",
+        "data_dir",
+        "image_key",
+        "class_names",
+        "num_examples",
+        "held_out_shards",
+        "index_dir",
+    ),
+    *("weight", "captions", "class_template", "min_aesthetic", "aesthetic_key", "min_side", "drop_aspect_over"),
+    "drop_low_quality_captions",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Under `data` in the config.
+
+    Attributes:
+      source: "shapes" (built in), "tar" (img2dataset / webdataset shards), "array_record" (of tf.train.Example), "tfds"
+        (a TensorFlow data set) or "folder" (pictures with a captions file, or in a folder for each class).
+      path: where it is: a folder, a file, a glob, a brace range, on a disk or (tar) wherever fsspec reaches; of "tfds"
+        the data set's name.
+      mixture: name -> what differs from this section for one of several sources, `weight` and what `PER_SOURCE` lists.
+      weight: in a mixture, this source's share of the pictures, in any unit; None for all: as many as they have.
+      split, data_dir: of "tfds".
+      image_key: of "tfds" and "array_record", the feature with the picture; "": the only one, "image".
+      class_names: file with a class's name a line, for classes that are numbers.
+      num_examples: of "shapes".
+      held_out_shards: of "tar", how many of the last shards are kept from training, for evaluation. Of "shapes" nothing
+        need be kept: its held-out scenes are others than any training's.
+      index_dir: where the shards' indexes are kept; "": each beside its shard.
+      resolution: side in pixels of a square picture; groups of other aspect ratios have about the same area.
+      max_aspect: longest side over shortest of the groups; 1 makes all pictures square.
+      allow_enlarging: False drops pictures that are smaller than their group.
+      captions: caption field -> how often it is drawn (original and synthetic captions mixed); None: the usual fields.
+      class_template: text around the field "class", e.g. "a photo of {}"; "" for none.
+      caption_dropout: probability of the empty prompt, for classifier-free guidance.
+      min_aesthetic, aesthetic_key: filter on a score in the metadata; None keeps all.
+      min_side: filter on the picture's shorter side in pixels; 0 keeps all.
+      drop_aspect_over: filter on longest side over shortest; None keeps all.
+      drop_low_quality_captions: filter on captions that are URLs, file names or lists of tags.
+      max_broken: share of a thousand samples that may be broken (cut off, damaged, …) before the run stops.
+      num_threads, num_workers, prefetch: of the loader; they change nothing but its speed.
+    """
+
+    source: str
+    resolution: int
+    path: str = ""
+    mixture: Mapping[str, Any] | None = None
+    weight: float | None = None
+    split: str = "train"
+    data_dir: str = ""
+    image_key: str = ""
+    class_names: str = ""
+    num_examples: int = 1_000_000
+    held_out_shards: int = 0
+    index_dir: str = ""
+    max_aspect: float = 1.0
+    allow_enlarging: bool = True
+    captions: Mapping[str, float] | None = None
+    class_template: str = ""
+    caption_dropout: float = 0.1
+    min_aesthetic: float | None = None
+    aesthetic_key: str = "aesthetic"
+    min_side: int = 0
+    drop_aspect_over: float | None = None
+    drop_low_quality_captions: bool = False
+    max_broken: float = 0.2
+    num_threads: int = 2
+    num_workers: int = 0
+    prefetch: int = 4
+
+    def __post_init__(self):
+        if self.mixture:
+            self.parts()  # raises for what is wrong with them
+            return
+        if self.source not in SOURCES:
+            raise UserError(f"data.source={self.source!r} is unknown: use one of {', '.join(SOURCES)}")
+        if self.source != "shapes" and not self.path:
+            raise UserError(f"data.path is empty: give --config.data.path={_PATHS[self.source]}")
+        if self.held_out_shards < 0 or (self.held_out_shards and self.source != "tar"):
+            raise UserError(
+                f"data.held_out_shards={self.held_out_shards} goes with data.source='tar' alone, and is 0 or more: "
+                "give --config.data.held_out_shards=0"
+            )
+        if not 0 <= self.max_broken <= 1:
+            raise UserError(f"data.max_broken={self.max_broken} is a share of the samples, 0 to 1")
+        if self.source == "shapes" and (self.min_aesthetic is not None or self.min_side > self.resolution):
+            raise UserError("data.source='shapes' has no scores and one size: leave min_aesthetic and min_side out")
+        for name in ("num_threads", "num_workers", "prefetch"):
+            if getattr(self, name) < 0:
+                raise UserError(f"data.{name}={getattr(self, name)} must not be negative")
+        self.chooser(0.0)  # raises for impossible captions
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are pictures that training does not see."""
+        return any(part.source == "shapes" or part.held_out_shards > 0 for part in self.parts().values())
+
+    def parts(self) -> dict[str, "DataConfig"]:
+        """The mixture's sources, each with what it shares with this section; without a mixture, this one alone."""
+        if not self.mixture:
+            return {"data": self}
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts = {}
+        for name, changes in self.mixture.items():
+            where = f"data.mixture.{name}"
+            if not isinstance(changes, Mapping):
+                raise UserError(f"config key {where} is {changes!r:.80}: it must be of type dict")
+            for key in changes:
+                if key not in PER_SOURCE:
+                    raise UserError(f"config key {where}.{key} is unknown; known are {', '.join(PER_SOURCE)}")
+            parts[name] = build(DataConfig, {**shared, "mixture": None, **changes}, where)
+        given = [part.weight is not None for part in parts.values()]
+        if any(given) and not all(given) or any(given) and not all(part.weight > 0 for part in parts.values()):
+            raise UserError("data.mixture: give every source a weight above 0, or none of them")
+        return parts
+
+    def weights(self) -> list[float] | None:
+        """Of the mixture's sources; None where none are given."""
+        weights = [part.weight for part in self.parts().values()]
+        return None if weights[0] is None or not self.mixture else weights
+
+    def chooser(self, dropout: float, join: bool = False) -> CaptionChooser:
+        template = self.class_template.replace("{}", "{class}")
+        return CaptionChooser(self.captions, dropout, {"class": template} if template else {}, join)
+
+    def shards(self, held_out: bool = False) -> Shards:
+        """What is stored at `path`."""
+        names = _class_names(self.class_names) if self.class_names else ()
+        if self.source == "tar":
+            first_held_out = -self.held_out_shards or None
+            return TarShards(self.path, names, slice(first_held_out, None) if held_out else slice(first_held_out))
+        if self.source == "array_record":
+            return ArrayRecordShards(self.path, self.image_key or "image", names)
+        if self.source == "tfds":
+            return TfdsShards(self.path, self.split, self.data_dir, self.image_key)
+        return FolderShards(self.path, names)
+
+    def filters(self, buckets: Sequence[Bucket], with_captions: bool) -> list[Filter]:
+        """Args: with_captions: whether they are trained on; else nothing is asked of them."""
+        chosen: list[Filter] = []
+        fields = self.chooser(0.0).used
+        if with_captions:
+            chosen.append(functools.partial(filters.no_caption, fields=fields))
+        if self.min_aesthetic is not None:
+            chosen.append(
+                functools.partial(filters.aesthetic_score, minimum=self.min_aesthetic, key=self.aesthetic_key)
+            )
+        if self.min_side:
+            chosen.append(functools.partial(filters.smallest_side, minimum=self.min_side))
+        if self.drop_aspect_over is not None:
+            chosen.append(functools.partial(filters.aspect, maximum=self.drop_aspect_over))
+        if not self.allow_enlarging:
+            chosen.append(functools.partial(filters.enlarging, buckets=tuple(buckets)))
+        if with_captions and self.drop_low_quality_captions:
+            for check in (filters.url_caption, filters.file_name_caption, filters.tag_list_caption):
+                chosen.append(functools.partial(check, fields=fields))
+        return chosen
+
+
+_PATHS = {
+    "tar": "FOLDER_OF_TAR_SHARDS",
+    "array_record": "FOLDER_OF_ARRAY_RECORD_FILES",
+    "tfds": "NAME_OF_THE_DATA_SET",
+    "folder": "FOLDER_OF_PICTURES",
+}
+
+
+@functools.lru_cache(maxsize=8)
+def _class_names(file: str) -> tuple[str, ...]:
+    try:
+        with open(file, encoding="utf-8") as lines:
+            names = tuple(line.strip() for line in lines)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.class_names={file!r} cannot be read: {error}") from error
+    while names and not names[-1]:
+        names = names[:-1]
+    if not names or not all(names):
+        raise UserError(f"data.class_names={file!r}: write one class's name a line, in the order of their numbers")
+    return names

@@ -1,0 +1,225 @@
+"""Files of a data set, on a disk or wherever fsspec reaches (gs://, s3://, …): found by name, read in ranges."""
+
+import collections
+import glob
+import itertools
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from lidit_jax.errors import UserError
+
+_MAX_FILES = 1_000_000
+_OPEN_FILES_PER_THREAD = 16
+_REMOTE_BLOCK = 1 << 23  # bytes fetched at once where a remote file is read from one end to the other
+
+
+class File(Protocol):
+    """An open file. Raises OSError."""
+
+    size: int
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes (fewer at the file's end)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def open_file(path: str) -> File:
+    """To be read from one end to the other, with gaps. Raises OSError, or UserError where its protocol is unknown."""
+    return _RemoteFile(path) if is_remote(path) else _LocalFile(path)
+
+
+class _LocalFile:
+    """A file descriptor that closes when its owner, or the owner's thread, is gone."""
+
+    def __init__(self, path: str):
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        return os.pread(self._descriptor, size, offset)
+
+    def close(self) -> None:
+        self.__del__()
+
+    def __del__(self, close=os.close):  # bound now: at the interpreter's end the module's names are gone
+        if self._descriptor >= 0:
+            close(self._descriptor)
+            self._descriptor = -1
+
+
+class _RemoteFile:
+    def __init__(self, path: str):
+        filesystem, name = remote_filesystem(path)
+        self._file = filesystem.open(name, "rb", block_size=_REMOTE_BLOCK, cache_type="readahead")
+        self.size = filesystem.size(name)
+
+    def read(self, offset: int, size: int) -> bytes:
+        self._file.seek(offset)
+        return self._file.read(size)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class RangeReader:
+    """Reads ranges of a list of files. Each thread opens its own, so that none closes a file under another's read."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = tuple(paths)
+        self._local = threading.local()
+
+    def __reduce__(self):
+        return RangeReader, (self.paths,)
+
+    def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[bytes | OSError]:
+        """(file, start, end) each -> its bytes, fewer at the file's end; of remote files all at the same time."""
+        if not any(is_remote(self.paths[file]) for file, _, _ in ranges):
+            return [self._read_local(*one) for one in ranges]
+        filesystem, _ = remote_filesystem(self.paths[ranges[0][0]])
+        names = [filesystem._strip_protocol(self.paths[file]) for file, _, _ in ranges]
+        starts, ends = [start for _, start, _ in ranges], [end for _, _, end in ranges]
+        found = filesystem.cat_ranges(names, starts, ends, on_error="return")
+        return [one if isinstance(one, bytes) else OSError(str(one)) for one in found]
+
+    def _read_local(self, file: int, start: int, end: int) -> bytes | OSError:
+        opened = self._local.__dict__.setdefault("opened", collections.OrderedDict())
+        try:
+            if file not in opened:
+                if len(opened) >= _OPEN_FILES_PER_THREAD:
+                    opened.popitem(last=False)
+                opened[file] = _LocalFile(self.paths[file])
+            opened.move_to_end(file)
+            return opened[file].read(start, end - start)
+        except OSError as error:
+            return error
+
+
+def remote_filesystem(path: str):
+    """(fsspec's file system, the path's name in it).
+
+    Raises:
+      UserError: the protocol is unknown, or the package for it is not installed.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path!r} cannot be read: {error}") from error
+
+
+def modification_time(path: str) -> float | None:
+    """Seconds; None where there is none, as in buckets, whose files are never changed in place."""
+    return None if is_remote(path) or not os.path.exists(path) else os.stat(path).st_mtime
+
+
+# --- finding ----------------------------------------------------------------------------------------------------
+
+
+def find_files(path: str | os.PathLike, kind: str, name: re.Pattern[str]) -> tuple[str, ...]:
+    """The files that a path names, sorted: a folder's, one file, a glob pattern's or a brace range's.
+
+    Args:
+      kind: of file, for messages, e.g. ".tar".
+      name: is searched for in the names of a folder's files.
+
+    Raises:
+      UserError: there is none, or one of a brace range is missing.
+    """
+    path = os.fspath(path)
+    place = _Remote(path) if is_remote(path) else _Local()
+    if place.is_folder(path):
+        found = [file for file in place.listed(path) if name.search(file)]
+        return _at_least_one(found, f"folder {path!r} holds no {kind} file")
+    if place.exists(path):
+        return (path,)
+    expanded = list(itertools.islice(_expand_braces(path), _MAX_FILES + 1))
+    if len(expanded) > _MAX_FILES:
+        raise UserError(f"data path {path!r} names more than {_MAX_FILES} files: check the numbers in its braces")
+    if any(character in path for character in "*?["):
+        return _at_least_one([file for pattern in expanded for file in place.matching(pattern)],
+                             f"no file matches {path!r}")  # fmt: skip
+    missing = [file for file in expanded if not place.exists(file)]
+    if missing and len(expanded) > 1:
+        raise UserError(f"{len(missing)} of the {len(expanded)} files of {path!r} do not exist, first {missing[0]!r}")
+    if missing:
+        raise UserError(f"data path {path!r} does not exist: give a folder of {kind} files, one, or a pattern of them")
+    return tuple(sorted(expanded))
+
+
+def _at_least_one(files: list[str], otherwise: str) -> tuple[str, ...]:
+    if not files:
+        raise UserError(f"{otherwise}: check data.path")
+    return tuple(sorted(set(files)))
+
+
+class _Local:
+    is_folder = staticmethod(os.path.isdir)
+    exists = staticmethod(os.path.exists)
+
+    def listed(self, folder: str) -> list[str]:
+        return glob.glob(os.path.join(glob.escape(folder), "*"))
+
+    def matching(self, pattern: str) -> list[str]:
+        return glob.glob(pattern, recursive=True)
+
+
+class _Remote:
+    def __init__(self, path: str):
+        self._filesystem, _ = remote_filesystem(path)
+        self._folders: dict[str, set[str]] = {}
+
+    def is_folder(self, path: str) -> bool:
+        return self._call(self._filesystem.isdir, path)
+
+    def exists(self, path: str) -> bool:
+        """By its folder's list, which is fetched once: a brace range may name thousands of one folder's files."""
+        folder, _, name = path.rpartition("/")
+        if folder not in self._folders:
+            self._folders[folder] = {found.rpartition("/")[2] for found in self.listed(folder)}
+        return name in self._folders[folder]
+
+    def listed(self, folder: str) -> list[str]:
+        try:
+            names = self._call(self._filesystem.ls, folder, detail=False)
+        except FileNotFoundError:
+            return []
+        return [self._filesystem.unstrip_protocol(name) for name in names]
+
+    def matching(self, pattern: str) -> list[str]:
+        return [self._filesystem.unstrip_protocol(name) for name in self._call(self._filesystem.glob, pattern)]
+
+    def _call(self, function, path: str, **options):
+        try:
+            return function(path, **options)
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each protocol has its own kinds: no login, no bucket, no network
+            raise UserError(f"{path!r} cannot be read: {error}") from error
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """As a shell does: "{00..02}" counts, zero-padded like its first number; "{a,b}" lists. Lazy: it may be huge."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1]) if match else None
+    if not match or not (numbers or "," in match[1]):
+        yield pattern
+        return
+    if numbers:
+        first, last = numbers.groups()
+        choices = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    else:
+        choices = iter(match[1].split(","))
+    for choice in choices:
+        for rest in _expand_braces(pattern[match.end() :]):
+            yield pattern[: match.start()] + choice + rest
