@@ -30,6 +30,8 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
         raise UserError(f"--num_images={num_images} must be at least 1")
     experiment = Experiment(config, out.parent)
     dataset = Dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    if dataset.holds_latents:
+        raise UserError("data.source='precomputed' holds latents, no pictures to look at: name the pictures' source")
     batch_size = experiment.batch_size() or PER_BATCH
     batches = dataset.batches(
         batch_size,

@@ -155,6 +155,20 @@ class Experiment:
         """Of a VAE that the run trains itself."""
         return build(TrainConfig, self.vae.train, "vae.train")
 
+    def trainings(self) -> dict[str, TrainConfig]:
+        """Of every part that the run trains itself, by where they are in the config."""
+        found = {} if self.vae.weights else {"vae.train": self.vae_training()}
+        if self.has_lidit:
+            for name in self.encoders:
+                if not self.encoders[name].weights:
+                    found[f"encoders.{name}.train"] = self.language_model_training(name)
+            found["train"] = self.train
+        return found
+
+    def language_model_training(self, name: str) -> TrainConfig:
+        """Of an LLM that the run trains itself."""
+        return build(TrainConfig, self.encoders[name].train, f"encoders.{name}.train")
+
     def cell(self) -> int:
         """Pixels that both sides of a picture must be multiples of: a latent cell times a patch."""
         return self.vae_config().downsampling_factor * (self.model.config.patch_size if self.has_lidit else 1)

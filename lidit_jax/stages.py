@@ -17,6 +17,7 @@ from lidit_jax import tasks
 from lidit_jax.checkpoint import Checkpoints, load_weights, steps_taken
 from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.data.dataset import Dataset
+from lidit_jax.errors import UserError
 from lidit_jax.evaluation import reconstruction
 from lidit_jax.evaluation.reconstruction import (
     Autoencoding,
@@ -34,7 +35,7 @@ from lidit_jax.pictures import grid
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.text.encoders import tokenize
 from lidit_jax.text.train_tokenizer import train_tokenizer
-from lidit_jax.train import Task, TrainConfig, Trainer, TrainState, train
+from lidit_jax.train import Task, TrainConfig, Trainer, TrainState, check_batch_size, train
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
 from lidit_jax.weights.digest import file_digest, folder_digest
 from lidit_jax.weights.huggingface_llm import save_llm
@@ -50,9 +51,18 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains every part that has no weights yet, LI-DiT last; then evaluates, where the data can be checked."""
     experiment = Experiment(config, workdir)
     mesh, rules = make_mesh(config.mesh), ShardingRules()
+    for where, training in experiment.trainings().items():
+        try:
+            check_batch_size(training, mesh)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     if experiment.has_lidit:
         experiment.check_encoders()
     dataset = Dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    if dataset.holds_latents:
+        if not experiment.vae.weights:
+            raise UserError("latents go with the VAE that made them: give --config.vae.weights=FOLDER")
+        dataset.check_latents(folder_digest(experiment.vae_folder()))
     experiment.check_picture_sizes(dataset.smallest_side())
     vae_stage = _VAEStage(experiment, dataset)
     claim_workdir(workdir, config, write=jax.process_index() == 0)
@@ -122,7 +132,7 @@ def _train_language_model(
     tokenizer = train_tokenizer(texts, config.vocab_size)
     # Vocabularies of small data sets run out of merges; the model keeps the size that its config states.
     prompts = experiment.prompt_tokenizer(tokenizer)
-    training = build(TrainConfig, experiment.encoders[name].train, f"encoders.{name}.train")
+    training = experiment.language_model_training(name)
     task = tasks.language_model_task(name, config, prompts)
 
     def batches(first: int):

@@ -15,7 +15,7 @@ from lidit_jax.models.image_similarity import psnr
 from lidit_jax.models.lidit import LIDiT, TextFeatures
 from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.lpips import LPIPS
-from lidit_jax.models.vae import AutoencoderKL, to_model_latents
+from lidit_jax.models.vae import AutoencoderKL, DiagonalGaussian, to_model_latents
 from lidit_jax.models.vae_loss import (
     adaptive_weight,
     adversarial_loss,
@@ -185,7 +185,8 @@ def lidit_task(
 ) -> Task:
     """The diffusion objective on latents, with the LLMs and the VAE's encoder frozen.
 
-    A batch has {"image": uint8 [B, H, W, 3]} and every encoder's tokens and mask.
+    A batch has {"image": uint8 [B, H, W, 3]}, or {"moments": [B, h, w, 2C]} that the VAE made of it ahead of time, and
+    every encoder's tokens and mask.
 
     Args:
       frozen: {"vae": parameters, "encoders": {name: what the encoder's `freeze` gave}}.
@@ -209,8 +210,10 @@ def lidit_task(
     def loss(params, frozen, batch, key, phase):
         del phase
         posterior_key, diffusion_key = jax.random.split(key)
-        images = to_pixels(batch["image"])
-        posterior = vae.apply({"params": frozen["vae"]}, images, method=AutoencoderKL.encode)
+        if "moments" in batch:
+            posterior = DiagonalGaussian.from_moments(batch["moments"])
+        else:
+            posterior = vae.apply({"params": frozen["vae"]}, to_pixels(batch["image"]), method=AutoencoderKL.encode)
         latents = to_model_latents(posterior.sample(posterior_key), vae.config)
         latents = jax.lax.stop_gradient(latents)
         text = encode(encoders, frozen["encoders"], batch)

@@ -157,16 +157,21 @@ def _is_matrix(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: named(path), params)
 
 
+def check_batch_size(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError unless the mesh divides a micro-batch; then the hosts divide a batch too."""
+    shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    if (config.batch_size // config.accumulate) % shards:
+        raise UserError(
+            f"a micro-batch of {config.batch_size // config.accumulate} does not divide over {shards} devices: "
+            f"choose train.batch_size as a multiple of {shards * config.accumulate}"
+        )
+
+
 class Trainer:
     """The jitted functions of one part on one mesh."""
 
     def __init__(self, task: Task, config: TrainConfig, mesh: Mesh, rules: ShardingRules):
-        shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
-        if (config.batch_size // config.accumulate) % shards:
-            raise UserError(
-                f"a micro-batch of {config.batch_size // config.accumulate} does not divide over {shards} devices: "
-                f"choose train.batch_size as a multiple of {shards * config.accumulate}"
-            )
+        check_batch_size(config, mesh)
         self.task, self.config, self.mesh, self.rules = task, config, mesh, rules
         self.optimizer = make_optimizer(config)
         self.learning_rate = learning_rate(config)

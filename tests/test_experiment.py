@@ -265,6 +265,12 @@ def test_every_ablation_row_is_a_config(tmp_path):
         (lambda c: c.mesh.update(data=3), "mesh"),
         (lambda c: c.train.update(batch_size=0), "batch_size"),
         (
+            lambda c: c.train.update(batch_size=12),
+            "^train: a micro-batch of 12 does not divide over 8 devices: .* of 8",
+        ),
+        (lambda c: c.encoders.qwen.train.update(batch_size=9), "^encoders.qwen.train: a micro-batch of 9 does not"),
+        (lambda c: c.data.update(max_aspect=100.0), "max_aspect=100 at resolution=32 needs a side under 8"),
+        (
             lambda c: c.vae.model.update(latent_channels=4),
             "4 latent channels, model.latent_channels=16: make them equal",
         ),

@@ -89,6 +89,10 @@ class CaptionChooser:
             return dict.fromkeys(sorted(present), 1.0)
         return {field: share for field, share in self.fields.items() if field in present}
 
+    def filled(self, captions: Mapping[str, str]) -> dict[str, str]:
+        """Every text that could be drawn, in its template: {field: text}."""
+        return {field: self._fill(field, captions) for field in fields_of(captions, self.used)}
+
     def _fill(self, field: str, captions: Mapping[str, str]) -> str:
         if field not in self.templates:
             return captions[field]

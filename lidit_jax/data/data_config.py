@@ -16,7 +16,7 @@ from lidit_jax.data.sample import Shards
 from lidit_jax.data.tar_shards import TarShards
 from lidit_jax.errors import UserError
 
-SOURCES = ("shapes", "tar", "array_record", "tfds", "folder")
+SOURCES = ("shapes", "tar", "array_record", "tfds", "folder", "precomputed")
 # What an entry of a mixture may set for itself.
 PER_SOURCE = (
     *(
@@ -41,7 +41,8 @@ class DataConfig:
 
     Attributes:
       source: "shapes" (built in), "tar" (img2dataset / webdataset shards), "array_record" (of tf.train.Example), "tfds"
-        (a TensorFlow data set) or "folder" (pictures with a captions file, or in a folder for each class).
+        (a TensorFlow data set), "folder" (pictures with a captions file, or in a folder for each class) or
+        "precomputed" (latents that `python -m lidit_jax.precompute` wrote).
       path: where it is: a folder, a file, a glob, a brace range, on a disk or (tar) wherever fsspec reaches; of "tfds"
         the data set's name.
       mixture: name -> what differs from this section for one of several sources, `weight` and what `PER_SOURCE` lists.
@@ -146,7 +147,8 @@ class DataConfig:
         return None if weights[0] is None or not self.mixture else weights
 
     def chooser(self, dropout: float, join: bool = False) -> CaptionChooser:
-        template = self.class_template.replace("{}", "{class}")
+        # Precomputed captions are in their templates already.
+        template = "" if self.source == "precomputed" else self.class_template.replace("{}", "{class}")
         return CaptionChooser(self.captions, dropout, {"class": template} if template else {}, join)
 
     def shards(self, held_out: bool = False) -> Shards:
@@ -188,6 +190,7 @@ _PATHS = {
     "array_record": "FOLDER_OF_ARRAY_RECORD_FILES",
     "tfds": "NAME_OF_THE_DATA_SET",
     "folder": "FOLDER_OF_PICTURES",
+    "precomputed": "FOLDER_OF_LATENTS",
 }
 
 

@@ -13,6 +13,7 @@ from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.index import IndexPlan, examine
 from lidit_jax.data.indexed_source import IndexedSource
 from lidit_jax.data.loader import Assembler, Loader, check_broken, make_loader, make_plan
+from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.data.shapes import HELD_OUT_SEED, ShapesSource
 from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source
 from lidit_jax.errors import UserError
@@ -64,13 +65,15 @@ class Dataset:
         self.source: Source = sources[0] if len(sources) == 1 else ConcatenatedSource(sources)
         self._names = list(parts)
         self._weights = None if held_out else config.weights()
-        self._parts = tuple(parts.values())
+        self._parts, self._sources = tuple(parts.values()), sources
         self.bucket_of_example = assign(self.source.sizes(), self.buckets)
 
     def _open(self, part: DataConfig, held_out: bool) -> Source:
         if part.source == "shapes":
             seed = HELD_OUT_SEED if held_out else 0
             return ShapesSource(part.num_examples, part.resolution, part.resolution, seed)
+        if part.source == "precomputed":
+            return PrecomputedSource(part.path, self.buckets)
         shards = part.shards(held_out)
         filters = part.filters(self.buckets, self._with_captions)
         # Each process begins elsewhere, so that together they make the missing indexes once.
@@ -113,6 +116,20 @@ class Dataset:
                 lines.append(f"{what} {', '.join(f'{reason}: {count}' for reason, count in sorted(reasons.items()))}")
         return "; ".join(lines)
 
+    @property
+    def holds_latents(self) -> bool:
+        """Whether batches hold latents ("moments") in place of pictures."""
+        return self.source.content == "moments"
+
+    def check_latents(self, vae_digest: str) -> None:
+        """Raises UserError for latents that another VAE made than the one with this digest."""
+        for part, source in zip(self._parts, self._sources, strict=True):
+            if isinstance(source, PrecomputedSource) and source.manifest.vae != vae_digest:
+                raise UserError(
+                    f"{part.path}: made by another VAE (digest {source.manifest.vae}) than vae.weights names "
+                    f"({vae_digest}): name that one, or compute the latents anew"
+                )
+
     def smallest_side(self) -> int:
         """Of the pictures as they come in batches, in pixels."""
         return min(min(self.buckets[i]) for i in np.unique(self.bucket_of_example))
@@ -136,8 +153,12 @@ class Dataset:
         """Up to `count` pictures, spread over the source: uint8 [H, W, 3] each, as in batches; broken ones left out.
 
         Raises:
-          UserError: all are broken.
+          UserError: all are broken, or the data are latents.
         """
+        if self.holds_latents:
+            raise UserError(
+                "data.source='precomputed' holds latents, no pictures to look at: name the pictures' source"
+            )
         pictures = []
         for index in self._spread(count):
             [example] = self.source.load([index], self.buckets[self.bucket_of_example[index]])

@@ -109,7 +109,8 @@ def rows_of_process(batch_size: int, process_index: int, process_count: int) -> 
 class Assembler:
     """Examples of one bucket, read and fitted, to a batch: captions drawn and tokenised, pictures stacked. Picklable.
 
-    It gives {"image": uint8 [B, H, W, 3], **tokenize(captions)}.
+    It gives {"image": uint8 [B, H, W, 3], **tokenize(captions)}; of a source of latents, "moments" [B, h, w, 2C] in
+    place of "image".
 
     Attributes:
       buckets: the picture sizes; each example goes to the nearest in aspect.
@@ -150,7 +151,8 @@ class Assembler:
             if self.with_captions:
                 elements["caption"] = captions
         if self.with_images:
-            elements["image"] = np.stack([example["image"] for example in examples])
+            content = "moments" if "moments" in examples[0] else "image"
+            elements[content] = np.stack([example[content] for example in examples])
         return elements
 
 

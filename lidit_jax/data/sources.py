@@ -34,9 +34,11 @@ class Source(abc.ABC):
     """Random access to captioned pictures. Picklable (grain's workers are processes) and safe to read from threads.
 
     Attributes:
+      content: what an example holds, "image" or "moments" (of latents; see `precomputed.py`).
       fingerprint: short text that says what the content is, so that a resumed run can refuse other data.
     """
 
+    content = "image"
     fingerprint: str
 
     @abc.abstractmethod
@@ -79,7 +81,9 @@ class ConcatenatedSource(Source):
     def __init__(self, sources: Sequence[Source]):
         if not sources:
             raise UserError("a mixture of no sources: name one")
-        self._sources = tuple(sources)
+        if len({source.content for source in sources}) > 1:
+            raise UserError("a mixture of pictures and latents: precompute all of its sources, or none")
+        self._sources, self.content = tuple(sources), sources[0].content
         lengths = [len(source) for source in sources]
         self._starts = np.cumsum([0, *lengths])  # [sources + 1]
         digest = hashlib.sha256("".join(source.fingerprint for source in sources).encode())

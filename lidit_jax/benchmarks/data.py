@@ -1,0 +1,254 @@
+"""The data loader against its limit and against webdataset: `python -m lidit_jax.benchmarks.data`.
+
+Tar shards of JPEGs whose shorter side is about 512 px become batches of 256 px squares. The limit is a bare loop that
+decodes and shrinks pictures which are in memory already, with the fastest decoder and resizer found here; nothing is
+read, chosen, shuffled or stacked. All work in one thread unless `--workers` says otherwise, and use the same shards.
+With `--memory=200000` our loader alone takes so many samples, and what it holds is printed on the way.
+"""
+
+import concurrent.futures
+import functools
+import importlib.util
+import io
+import itertools
+import os
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from absl import flags
+from PIL import Image
+
+from lidit_jax import cli
+from lidit_jax.benchmarks.contest import Contestant, Result, contest, machine, table
+from lidit_jax.data import decoding
+from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
+from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.dataset import Dataset
+from lidit_jax.errors import UserError
+from lidit_jax.metrics import duration
+
+_SAMPLES = flags.DEFINE_integer("samples", 1024, "samples a round", lower_bound=1)
+_PICTURES = flags.DEFINE_integer("pictures", 1024, "different pictures", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 32, "samples a batch", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "times that each does the work", lower_bound=1)
+_WORKERS = flags.DEFINE_integer(
+    "workers", 1, "threads of ours and of the limit, processes of webdataset", lower_bound=1
+)
+_SHORTER = flags.DEFINE_list("shorter", ["512", "512"], "shorter side of the pictures in pixels, from and to")
+_MEMORY = flags.DEFINE_integer("memory", 0, "instead, samples that our loader takes, watched", lower_bound=0)
+
+SIDE = 256
+TARGET = Bucket(SIDE, SIDE)
+_REPORTS = 10
+
+
+def main() -> None:
+    print(machine("simplejpeg", "pillow", "webdataset", "torch"))
+    if _SAMPLES.value % _BATCH.value:
+        raise UserError(f"--samples={_SAMPLES.value} is not a multiple of --batch={_BATCH.value}")
+    try:
+        shorter = [int(side) for side in _SHORTER.value]
+    except ValueError:
+        shorter = []
+    if len(shorter) != 2 or not SIDE <= shorter[0] <= shorter[1]:
+        raise UserError(f"--shorter={','.join(_SHORTER.value)}: give two sides in pixels, {SIDE} or more, as 480,640")
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), _PICTURES.value, shorter)
+        if _MEMORY.value:
+            watch_memory(folder, _MEMORY.value, _BATCH.value, _WORKERS.value)
+            return
+        arguments = folder, _SAMPLES.value, _BATCH.value, _WORKERS.value
+        fastest = fastest_way(folder)
+        ways = {"lidit_jax": ours, "limit": functools.partial(limit, way=fastest), "webdataset": webdataset}
+        results = contest([Contestant(n, functools.partial(way, *arguments)) for n, way in ways.items()], _ROUNDS.value)
+    print(f"shorter side {shorter[0]} to {shorter[1]} px to {SIDE} px; {_WORKERS.value} worker(s); limit: {fastest}")
+    print(table(results, _SAMPLES.value, "samples"))
+    print(f"of the limit: {share_of_limit(results):.0%}")
+
+
+def share_of_limit(results: Sequence[Result]) -> float:
+    """The loader's speed over the bare loop's: the median over the rounds, in each of which both worked in turn."""
+    seconds = {result.name: np.array(result.seconds) for result in results}
+    return float(np.median(seconds["limit"] / seconds["lidit_jax"]))
+
+
+def write_shards(folder: Path, count: int, shorter: Sequence[int]) -> None:
+    """Pictures of some detail, of aspects from 1:2 to 2:1, some 100 kB each; 256 a shard."""
+    random = np.random.default_rng(0)
+    for first in range(0, count, 256):
+        with tarfile.open(folder / f"{first // 256:05}.tar", "w") as tar:
+            for number in range(first, min(first + 256, count)):
+                side, aspect = random.integers(shorter[0], shorter[1] + 1), 2 ** random.uniform(-1, 1)
+                size = (int(side * max(aspect, 1)), int(side * max(1 / aspect, 1)))  # width, height
+                coarse = Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+                pixels = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
+                pixels += random.integers(-10, 11, pixels.shape, dtype=np.int16)
+                buffer = io.BytesIO()
+                Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+                for name, data in ((f"{number:06}.jpg", buffer.getvalue()), (f"{number:06}.txt", b"a picture")):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+# --- what takes part --------------------------------------------------------------------------------------------
+
+
+def ours(folder: str, samples: int, batch: int, workers: int) -> Callable[[], np.ndarray]:
+    dataset = Dataset(DataConfig("tar", SIDE, folder, num_threads=workers, prefetch=2 * workers), 8)
+    start = itertools.count(0, samples // batch)
+
+    def work() -> np.ndarray:
+        # A new loader each time, so that none works ahead while the others have their turn.
+        batches = dataset.batches(batch, 0, None, first=next(start), with_captions=True)
+        for _ in range(samples // batch):
+            images = next(batches)["image"]
+        batches.close()
+        return images
+
+    return work
+
+
+def limit(folder: str, samples: int, batch: int, workers: int, *, way: str) -> Callable[[], np.ndarray]:
+    pictures, shrink = read_pictures(folder), WAYS[way]
+
+    def loop(first: int) -> np.ndarray:
+        for number in range(first, samples, workers):
+            picture = shrink(pictures[number % len(pictures)])
+        return picture
+
+    if workers == 1:
+        return lambda: loop(0)
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    return lambda: list(pool.map(loop, range(workers)))[0]
+
+
+def webdataset(folder: str, samples: int, batch: int, workers: int) -> Callable[[], np.ndarray]:
+    """As its documentation has it: shards and samples shuffled, Pillow decodes."""
+    import torch
+    import webdataset as wds
+
+    torch.set_num_threads(1)
+    shards = sorted(str(path) for path in Path(folder).glob("*.tar"))
+    data = wds.WebDataset(shards, shardshuffle=100, empty_check=False).shuffle(100).decode("pil").to_tuple("jpg", "txt")
+    data = data.map_tuple(_pillow_fit, str).batched(batch).repeat()
+    loader = wds.WebLoader(data, batch_size=None, num_workers=0 if workers == 1 else workers)
+
+    def work() -> np.ndarray:
+        for images, _ in itertools.islice(iter(loader), samples // batch):
+            last = np.asarray(images)
+        return last
+
+    return work
+
+
+def _pillow_fit(picture: Image.Image) -> np.ndarray:
+    scale = SIDE / min(picture.size)
+    left, top = ((side - SIDE / scale) / 2 for side in picture.size)
+    box = (left, top, left + SIDE / scale, top + SIDE / scale)
+    return np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX, box))
+
+
+# --- decoders ---------------------------------------------------------------------------------------------------
+
+
+def read_pictures(folder: str) -> list[bytes]:
+    pictures = []
+    for path in sorted(Path(folder).glob("*.tar")):
+        with tarfile.open(path) as tar:
+            pictures += [tar.extractfile(member).read() for member in tar if member.name.endswith("jpg")]
+    return pictures
+
+
+def _with_pillow(data: bytes) -> np.ndarray:
+    return _pillow_fit(Image.open(io.BytesIO(data)))
+
+
+def _with_pillow_draft(data: bytes) -> np.ndarray:
+    picture = Image.open(io.BytesIO(data))
+    picture.draft("RGB", (SIDE, SIDE))
+    return _pillow_fit(picture)
+
+
+def _with_simplejpeg(data: bytes) -> np.ndarray:
+    return resize_to_cover_and_crop(simplejpeg.decode_jpeg(data), TARGET)
+
+
+def _with_simplejpeg_reduced(data: bytes) -> np.ndarray:
+    picture = simplejpeg.decode_jpeg(data, min_height=SIDE, min_width=SIDE, min_factor=2)
+    return resize_to_cover_and_crop(picture, TARGET)
+
+
+def _with_ours(data: bytes) -> np.ndarray:
+    return resize_to_cover_and_crop(decoding.decode(data, 1 << 26, TARGET), TARGET)
+
+
+def _with_opencv(data: bytes, flag: str = "IMREAD_COLOR_RGB") -> np.ndarray:
+    import cv2
+
+    cv2.setNumThreads(1)
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, flag))
+    side = min(picture.shape[:2])
+    top, left = ((length - side) // 2 for length in picture.shape[:2])
+    return cv2.resize(picture[top : top + side, left : left + side], (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+
+
+WAYS: dict[str, Callable[[bytes], np.ndarray]] = {
+    "Pillow": _with_pillow,
+    "Pillow, reduced": _with_pillow_draft,
+    "libjpeg-turbo (simplejpeg) + Pillow": _with_simplejpeg,
+    "libjpeg-turbo (simplejpeg), reduced + Pillow": _with_simplejpeg_reduced,
+    "lidit_jax's decoding": _with_ours,
+}
+if importlib.util.find_spec("cv2"):  # an extra, not needed
+    WAYS["OpenCV"] = _with_opencv
+
+
+def fastest_way(folder: str) -> str:
+    """Of all that are here, by the median over some pictures; prints each one's."""
+    pictures = read_pictures(folder)[:64]
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    for data in pictures:
+        for name, way in WAYS.items():
+            started = time.perf_counter()
+            way(data)
+            seconds[name].append(time.perf_counter() - started)
+    medians = {name: float(np.median(of_one)) for name, of_one in seconds.items()}
+    for name, median in sorted(medians.items(), key=lambda item: item[1]):
+        print(f"{name:46}{1e3 * median:6.2f} ms a picture")
+    return min(medians, key=medians.get)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+
+def watch_memory(folder: str, samples: int, batch: int, workers: int) -> None:
+    """Prints what the process holds while the loader gives so many samples, epoch after epoch."""
+    batches = Dataset(DataConfig("tar", SIDE, folder, num_threads=workers), 8).batches(
+        batch, 0, None, with_captions=True
+    )
+    count = -(-samples // batch)
+    started, marks = time.monotonic(), {count * (i + 1) // _REPORTS for i in range(_REPORTS)}
+    for number in range(1, count + 1):
+        next(batches)
+        if number in marks:
+            elapsed = time.monotonic() - started
+            left = elapsed / number * (count - number)
+            print(f"{number * batch:9} samples  {resident() >> 20} MiB  {number * batch / elapsed:.0f} samples/s  "
+                  f"eta {duration(left)}", flush=True)  # fmt: skip
+    batches.close()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,152 @@
+"""Latents computed ahead of training: a folder of ArrayRecord files with the moments of the VAE's posterior.
+
+    manifest.json             what made them, the groups, the files in order; written last, when all else is there
+    plan.json                 the same facts while the folder is being made
+    GROUP-PART.array_record   records of one group, in the order of the data set
+
+A record is a safetensors file: "moments" [h, w, 2C] (mean and log-variance) and "text", JSON in UTF-8 with the
+example's key and captions.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.record_shards import RecordReaders
+from lidit_jax.data.sample import Unusable, captions_of
+from lidit_jax.data.sources import BrokenExample, Example, Source
+from lidit_jax.errors import UserError
+
+FORMAT = 1
+MANIFEST, PLAN = "manifest.json", "plan.json"
+DTYPES = ("float16", "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of latents is.
+
+    Attributes:
+      data: fingerprint of the data set that they were computed from.
+      vae: digest of the VAE's folder.
+      dtype: of the moments.
+      cell: pixels a latent cell.
+      channels: C, of the latents.
+      buckets: the groups' sizes in pixels.
+      files: [name, index of its group, records] each; none in a plan.
+      left_out: examples whose pictures were broken.
+    """
+
+    data: str
+    vae: str
+    dtype: str
+    cell: int
+    channels: int
+    buckets: tuple[Bucket, ...]
+    files: tuple[tuple[str, int, int], ...] = ()
+    left_out: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **dataclasses.asdict(self)}
+
+    @classmethod
+    def read(cls, file: epath.Path) -> "Manifest":
+        """Raises UserError where it is none, or of a newer format."""
+        try:
+            values = json.loads(file.read_text())
+            version = values.pop("format")
+            if version != FORMAT:
+                raise UserError(f"{file}: format {version}, this program reads {FORMAT}: use the program that wrote it")
+            values["buckets"] = tuple(Bucket(*map(int, size)) for size in values["buckets"])
+            values["files"] = tuple((str(name), int(bucket), int(count)) for name, bucket, count in values["files"])
+            manifest = cls(**values)
+        except UserError:
+            raise
+        except FileNotFoundError:
+            raise UserError(f"{file}: does not exist; make it with `python -m lidit_jax.precompute`") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{file}: not what `python -m lidit_jax.precompute` writes ({error!r})") from error
+        good = manifest.dtype in DTYPES and manifest.cell >= 1 and manifest.channels >= 1
+        good &= all(0 <= bucket < len(manifest.buckets) and count >= 0 for _, bucket, count in manifest.files)
+        if not good or any("/" in name or name.startswith(".") for name, _, _ in manifest.files):
+            raise UserError(f"{file}: has impossible values; make it again with `python -m lidit_jax.precompute`")
+        return manifest
+
+
+class PrecomputedSource(Source):
+    """The examples of a folder of latents; "moments", float [h, w, 2C], take the picture's place."""
+
+    content = "moments"
+
+    def __init__(self, folder: str, buckets: Sequence[Bucket]):
+        """Args: buckets: of the run, which must be those that the latents were computed for.
+
+        Raises:
+          UserError: the folder is not finished or no such folder, a file is missing, or the groups differ.
+        """
+        path = epath.Path(folder)
+        if not (path / MANIFEST).exists() and (path / PLAN).exists():
+            raise UserError(f"{folder}: not finished; run `python -m lidit_jax.precompute` again, it goes on")
+        self.manifest = Manifest.read(path / MANIFEST)
+        if tuple(buckets) != self.manifest.buckets:
+            of = lambda sizes: " ".join(map(str, sizes))  # noqa: E731
+            raise UserError(
+                f"{folder}: made for the groups {of(self.manifest.buckets)}, the run has {of(buckets)}: "
+                "use the same data.resolution and data.max_aspect, or compute them anew"
+            )
+        self._readers = RecordReaders([str(path / name) for name, _, _ in self.manifest.files])
+        counts = [count for _, _, count in self.manifest.files]
+        for shard, count in enumerate(counts):
+            found = self._readers.count(shard)
+            if found != count:
+                raise UserError(f"{self._readers.paths[shard]}: {found} records, there were {count}; compute them anew")
+        if not sum(counts):
+            raise UserError(f"{folder}: holds no latents")
+        self._starts = np.cumsum([0, *counts])
+        groups = np.repeat([bucket for _, bucket, _ in self.manifest.files], counts)
+        self._sizes = np.array(self.manifest.buckets, np.int32)[groups]
+        self.fingerprint = f"latents of {self.manifest.data} by {self.manifest.vae} in {self.manifest.dtype}"
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def sizes(self) -> np.ndarray:
+        return self._sizes
+
+    def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[Example | BrokenExample]:
+        return [self._read(index) for index in indices]
+
+    def describe(self, indices: Sequence[int]) -> list[Example | BrokenExample]:
+        return self.load(indices)
+
+    def _read(self, index: int) -> Example | BrokenExample:
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        number = index - int(self._starts[shard])
+        try:
+            return self._parse(self._readers.read(shard, number), self._sizes[index])
+        except (Unusable, ValueError, KeyError, safetensors.SafetensorError) as error:
+            reason = str(error) if isinstance(error, Unusable) else "damaged record"
+            return BrokenExample(f"{self._readers.paths[shard]}#{number}", reason)
+
+    def _parse(self, record: bytes, size: np.ndarray) -> Example:
+        tensors = safetensors.numpy.load(record)
+        text = json.loads(tensors["text"].tobytes())
+        moments = tensors["moments"]
+        shape = (*(size // self.manifest.cell).tolist(), 2 * self.manifest.channels)
+        if moments.shape != shape or moments.dtype != self.manifest.dtype:
+            raise ValueError(f"moments {moments.dtype} {moments.shape}")
+        captions = captions_of(text["captions"])
+        return {"key": str(text["key"]), "captions": captions, "metadata": {}, "moments": moments}
+
+
+def to_record(key: str, captions: dict[str, str], moments: np.ndarray) -> bytes:
+    """Args: moments: [h, w, 2C], of the folder's dtype."""
+    text = np.frombuffer(json.dumps({"key": key, "captions": captions}).encode(), np.uint8)
+    return safetensors.numpy.save({"moments": np.ascontiguousarray(moments), "text": text})

@@ -1,0 +1,25 @@
+"""Computes latents ahead of training: `python -m lidit_jax.precompute --config=configs/X.py --out=DIR`.
+
+Train on them with the same config and --config.data.source=precomputed --config.data.path=DIR. Run the same command
+again and it goes on where it stopped.
+"""
+
+from absl import flags
+from etils import epath
+
+from lidit_jax import cli
+from lidit_jax.data.precomputed import DTYPES
+from lidit_jax.precomputing import precompute
+
+_CONFIG = cli.define_config()
+_OUT = flags.DEFINE_string("out", None, "folder to write")
+_BATCH = flags.DEFINE_integer("batch", 32, "pictures that a process encodes at once", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float16", DTYPES, "of the moments")
+
+
+def main() -> None:
+    precompute(cli.read_config(_CONFIG), epath.Path(cli.require(_OUT.name)), _BATCH.value, _DTYPE.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

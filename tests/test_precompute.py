@@ -1,0 +1,199 @@
+"""Latents computed ahead: training on them is training on the pictures; what does not belong together is refused."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+from etils import epath
+from test_data_sources import write_tars
+from test_tar_source import encode, write_tar
+
+from lidit_jax import experiment, stages
+from lidit_jax.contact_sheet import draw_contact_sheet
+from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.precomputed import PrecomputedSource
+from lidit_jax.errors import UserError
+from lidit_jax.precomputing import precompute
+
+
+@pytest.fixture(scope="module")
+def config(trained_workdir, tmp_path_factory):
+    """Of tar shards in three groups, with the encoders and the VAE of the tiny demo."""
+    config = tiny_config()
+    folder = write_tars(tmp_path_factory.mktemp("data") / "tar", 30)
+    config.data.update(source="tar", path=str(folder), max_aspect=2.0)
+    with config.ignore_type():
+        config.data.captions = None
+    for name in config.encoders:
+        config.encoders[name].weights = str(trained_workdir / "encoders" / name)
+    config.vae.weights = str(trained_workdir / "vae")
+    config.train.update(steps=3)
+    with config.unlocked():
+        del config.evaluate
+    return config
+
+
+def changed(config, **data):
+    config = config.copy_and_resolve_references()
+    config.data.update(**data)
+    return config
+
+
+@pytest.fixture(scope="module")
+def latents(config, tmp_path_factory):
+    out = epath.Path(tmp_path_factory.mktemp("latents") / "out")
+    precompute(config, out, batch_size=8, dtype="float32")
+    return out
+
+
+def losses(workdir) -> list[float]:
+    lines = (workdir / "training/lidit/metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_training_on_latents_is_training_on_the_pictures(config, latents, tmp_path):
+    assert sorted(path.name for path in latents.iterdir()) == [
+        "001-000000.array_record",
+        "002-000000.array_record",
+        "manifest.json",
+    ]
+    stages.run(config, epath.Path(tmp_path / "pictures"))
+    ahead = changed(config, source="precomputed", path=str(latents))
+    stages.run(ahead, epath.Path(tmp_path / "latents"))
+    np.testing.assert_allclose(losses(tmp_path / "latents"), losses(tmp_path / "pictures"), rtol=1e-5)
+    assert len(losses(tmp_path / "latents")) == 3
+
+
+def test_batches_hold_the_same_examples_in_the_same_order(config, latents):
+    sets = [
+        Dataset(experiment.Experiment(one, epath.Path("unused")).data, 8)
+        for one in (config, changed(config, source="precomputed", path=str(latents)))
+    ]
+    loaders = [one.batches(8, 0, None, with_captions=True, caption_dropout=0.1) for one in sets]
+    for _ in range(6):
+        pictures, moments = (next(loader) for loader in loaders)
+        assert moments["caption"] == pictures["caption"]
+        height, width = pictures["image"].shape[1:3]
+        assert moments["moments"].shape == (8, height // 8, width // 8, 32)
+    for loader in loaders:
+        loader.close()
+
+
+def test_half_the_bytes_are_close_to_all(config, latents, tmp_path):
+    precompute(config, epath.Path(tmp_path / "half"), batch_size=3, dtype="float16")
+    buckets = Dataset(experiment.Experiment(config, epath.Path("unused")).data, 8).buckets
+    whole, half = (PrecomputedSource(str(folder), buckets) for folder in (latents, tmp_path / "half"))
+    for ours, theirs in zip(whole.load(range(30)), half.load(range(30)), strict=True):
+        assert theirs["moments"].dtype == np.float16
+        np.testing.assert_allclose(theirs["moments"], ours["moments"], rtol=2e-3, atol=1e-3)
+
+
+def test_an_interrupted_run_goes_on_and_makes_the_same_files(config, latents, tmp_path, monkeypatch):
+    out = epath.Path(tmp_path / "out")
+    from lidit_jax import precomputing
+
+    write, written = precomputing._write_part, []
+
+    def stop_before_the_second(file, *arguments):
+        written.append(file.name)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write(file, *arguments)
+
+    monkeypatch.setattr(precomputing, "_write_part", stop_before_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        precompute(config, out, batch_size=8, dtype="float32")
+    with pytest.raises(UserError, match="not finished; run `python -m lidit_jax.precompute` again"):
+        Dataset(experiment.Experiment(changed(config, source="precomputed", path=str(out)), out).data, 8)
+    with pytest.raises(UserError, match="holds latents with dtype = float32, now float16; use another --out"):
+        precompute(config, out, batch_size=8, dtype="float16")
+    precompute(config, out, batch_size=8, dtype="float32")
+    assert written == ["001-000000.array_record", "002-000000.array_record", "002-000000.array_record"]
+    assert (out / "manifest.json").read_text() == (latents / "manifest.json").read_text()
+    before = {path.name: os.stat(path).st_mtime_ns for path in out.iterdir()}
+    precompute(config, out, batch_size=8, dtype="float32")
+    assert {path.name: os.stat(path).st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_broken_pictures_are_left_out(config, tmp_path):
+    files = {}
+    for i in range(8):
+        data = encode(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        files |= {f"{i}.png": data if i != 3 else data[: len(data) // 2], f"{i}.txt": str(i).encode()}
+    write_tar(tmp_path / "0.tar", files)
+    precompute(changed(config, path=str(tmp_path)), epath.Path(tmp_path / "out"), batch_size=8, dtype="float16")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert (manifest["left_out"], [count for _, _, count in manifest["files"]]) == (1, [7])
+
+
+def test_what_does_not_belong_together_is_refused(config, latents, trained_workdir, tmp_path):
+    ahead = changed(config, source="precomputed", path=str(latents))
+    run = epath.Path(tmp_path / "run")
+    with pytest.raises(UserError, match="made for the groups .* the run has"):
+        stages.run(changed(ahead, max_aspect=1.0), run)
+    other = ahead.copy_and_resolve_references()
+    other.vae.weights = str(tmp_path / "vae")
+    epath.Path(tmp_path / "vae").mkdir()
+    for file in (trained_workdir / "vae").iterdir():
+        file.copy(epath.Path(tmp_path / "vae") / file.name)
+    values = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps(values | {"scaling_factor": 0.5}))
+    with pytest.raises(UserError, match="made by another VAE"):
+        stages.run(other, run)
+    own = ahead.copy_and_resolve_references()
+    own.vae.weights = ""
+    with pytest.raises(UserError, match=r"give --config\.vae\.weights=FOLDER"):
+        stages.run(own, run)
+    with pytest.raises(UserError, match=r"give --config\.vae\.weights=FOLDER"):
+        precompute(own, run, 8, "float16")
+    with pytest.raises(UserError, match="holds latents, no pictures"):
+        draw_contact_sheet(ahead, epath.Path(tmp_path / "sheet.png"), 8)
+    with pytest.raises(UserError, match=r"manifest.json: does not exist; make it with"):
+        stages.run(changed(ahead, path=str(tmp_path / "none")), run)
+    with pytest.raises(UserError, match="is not empty and holds no latents"):
+        precompute(config, epath.Path(tmp_path / "vae"), 8, "float16")
+    assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values | {"format": 2}, "format 2, this program reads 1"),
+        (lambda values: values | {"files": [["../x", 0, 3]]}, "impossible values"),
+        (lambda values: values | {"files": [["001-000000.array_record", 99, 3]]}, "impossible values"),
+        (lambda values: values | {"dtype": "object"}, "impossible values"),
+        (lambda values: {"format": 1}, "not what `python -m lidit_jax.precompute` writes"),
+        (lambda values: [], "not what"),
+        (lambda values: values | {"files": [["001-000000.array_record", 1, 3]]}, "15 records, there were 3"),
+    ],
+)
+def test_a_forged_manifest_is_refused(config, latents, tmp_path, change, message):
+    folder = epath.Path(tmp_path / "forged")
+    folder.mkdir()
+    for file in latents.iterdir():
+        file.copy(folder / file.name)
+    values = change(json.loads((latents / "manifest.json").read_text()))
+    (folder / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=message):
+        Dataset(experiment.Experiment(changed(config, source="precomputed", path=str(folder)), folder).data, 8)
+
+
+def test_a_damaged_record_is_another_ones_place(config, latents, tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    buckets = Dataset(experiment.Experiment(config, epath.Path("unused")).data, 8).buckets
+    folder = epath.Path(tmp_path / "damaged")
+    folder.mkdir()
+    for file in latents.iterdir():
+        file.copy(folder / file.name)
+    writer = ArrayRecordWriter(str(folder / "001-000000.array_record"), "group_size:1")
+    for record in [b"", b"\xff" * 50, json.dumps({}).encode(), *[b"x"] * 12]:
+        writer.write(record)
+    writer.close()
+    source = PrecomputedSource(str(folder), buckets)
+    assert [str(one).rpartition(": ")[2] for one in source.load(range(3))] == ["damaged record"] * 3
+    assert source.load([20])[0]["moments"].shape[-1] == 32
+    assert jax.tree.leaves(source.describe([20]))
