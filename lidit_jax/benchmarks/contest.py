@@ -18,6 +18,7 @@ import numpy as np
 
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import duration
+from lidit_jax.parallel.host_memory import keep_freed_memory
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -140,6 +141,7 @@ def machine(*others: str) -> str:
 
 
 def _serve(prepare: Callable[[], Callable[[], np.ndarray]], connection: Connection) -> None:
+    keep_freed_memory()  # as the command lines do
     try:
         work = prepare()
         work()  # compiles

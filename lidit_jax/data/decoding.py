@@ -72,12 +72,14 @@ def decode(
     Raises:
       BrokenPicture: as `read_size`, or damaged data, or another size than expected.
     """
-    picture = _open(io.BytesIO(data), max_pixels)
-    orientation = _orientation(picture)
-    size = picture.size if orientation in _SIDEWAYS else picture.size[::-1]
+    size, orientation, picture = _upright_jpeg_size(data, max_pixels), 1, None
+    if size is None:
+        picture = _open(io.BytesIO(data), max_pixels)
+        orientation = _orientation(picture)
+        size = picture.size if orientation in _SIDEWAYS else picture.size[::-1]
     if expected is not None and size != tuple(expected):
         raise BrokenPicture("changed since it was indexed")
-    if picture.format == "JPEG" and picture.mode in ("RGB", "L"):
+    if picture is None or picture.format == "JPEG" and picture.mode in ("RGB", "L"):
         return np.ascontiguousarray(_TURNED[orientation](_decode_jpeg(data, at_least, orientation)))
     try:
         picture.load()
@@ -89,6 +91,34 @@ def decode(
     if orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
     return np.array(rgb)
+
+
+def _upright_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
+    """Height and width of a JPEG in colours or grey without EXIF; None for all else, which Pillow looks at."""
+    if not data.startswith(b"\xff\xd8\xff") or _has_exif(data):
+        return None
+    try:
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colors not in ("YCbCr", "RGB", "Gray"):
+        return None
+    if height * width > max_pixels:
+        raise BrokenPicture("too many pixels")
+    return height, width
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether a JPEG has such a segment before its picture, or its segments are out of order."""
+    position = 2
+    while data[position : position + 1] == b"\xff":
+        kind, length = data[position + 1 : position + 2], int.from_bytes(data[position + 2 : position + 4], "big")
+        if kind == b"\xda":  # the picture begins
+            return False
+        if kind == b"\xe1" and data[position + 4 : position + 10] == b"Exif\0\0":
+            return True
+        position += 2 + length
+    return True
 
 
 def _decode_jpeg(data: bytes, at_least: tuple[int, int] | None, orientation: int) -> np.ndarray:
