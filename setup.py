@@ -47,6 +47,7 @@ setup(
             "pytest>=9.2",
             "ruff>=0.17",
             "torch==2.13.0",
+            "webdataset>=1.0.2",
         ],
         "gcs": ["gcsfs>=2026.9"],  # shards in gs:// buckets; fsspec names the packages of other protocols
         "torch": ["diffusers>=0.42.1", "torch>=2.13"],

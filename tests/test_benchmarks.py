@@ -94,3 +94,16 @@ def test_the_memory_benchmark_shows_tiles_to_take_less():
     assert in_tiles < at_once / 2
     done = subprocess.run([*command[:3], "--sizes=100"], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+@pytest.mark.slow
+def test_the_data_benchmark_compares_the_loader_with_its_limit_and_webdataset():
+    command = [sys.executable, "-m", "lidit_jax.benchmarks.data", "--rounds=1", "--pictures=16", "--samples=32"]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for way in ("lidit_jax", "limit", "webdataset"):
+        assert re.search(rf"^{way} +[\d.]+ +[\d.e+]+ +[\d.]+ +\d+$", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^of the limit: \d+%$", done.stdout, re.MULTILINE)
+    for arguments, status in ((["--memory=320"], 0), (["--shorter=100,x"], 2), (["--samples=33"], 2)):
+        done = subprocess.run([*command, *arguments], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+        assert done.returncode == status, done.stderr

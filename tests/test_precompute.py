@@ -12,7 +12,9 @@ from test_data_sources import write_tars
 from test_tar_source import encode, write_tar
 
 from lidit_jax import experiment, stages
+from lidit_jax.config import build
 from lidit_jax.contact_sheet import draw_contact_sheet
+from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.errors import UserError
@@ -197,3 +199,25 @@ def test_a_damaged_record_is_another_ones_place(config, latents, tmp_path):
     assert [str(one).rpartition(": ")[2] for one in source.load(range(3))] == ["damaged record"] * 3
     assert source.load([20])[0]["moments"].shape[-1] == 32
     assert jax.tree.leaves(source.describe([20]))
+
+
+def test_folders_of_latents_are_mixed_but_not_with_pictures(config, latents):
+    ahead = {"source": "precomputed", "path": str(latents)}
+    data = experiment.Experiment(config, epath.Path("unused")).data
+    mixed = Dataset(build(DataConfig, vars(data) | {"mixture": {"a": ahead, "b": ahead}}, "data"), 8)
+    assert len(mixed.source) == 60 and mixed.holds_latents
+    loader = mixed.batches(8, 0, None, with_captions=True)
+    assert next(loader)["moments"].shape[-1] == 32
+    loader.close()
+    with pytest.raises(UserError, match="a mixture of pictures and latents"):
+        Dataset(build(DataConfig, vars(data) | {"mixture": {"a": ahead, "b": {}}}, "data"), 8)
+
+
+def test_latents_of_classes_hold_the_caption_in_its_template(config, tmp_path):
+    (tmp_path / "data/dog").mkdir(parents=True)
+    (tmp_path / "data/dog/0.png").write_bytes(encode(np.zeros((40, 40, 3), np.uint8)))
+    classes = changed(config, source="folder", path=str(tmp_path / "data"), class_template="a photo of {}")
+    precompute(classes, epath.Path(tmp_path / "out"), 8, "float16")
+    ahead = changed(classes, source="precomputed", path=str(tmp_path / "out"))
+    dataset = Dataset(experiment.Experiment(ahead, epath.Path("unused")).data, 8)
+    assert dataset.captions(1, 0) == ["a photo of dog"]

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lidit_jax.data.buckets import Bucket
+from lidit_jax.data import decoding
+from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.filters import no_caption
 from lidit_jax.data.index import MAX_PIXELS, IndexPlan, examine
 from lidit_jax.data.indexed_source import IndexedSource
@@ -265,6 +266,49 @@ def test_formats_go_by_content_and_others_are_refused(tmp_path):
     source = tar_source(write_tar(tmp_path / "a.tar", files))
     assert [source[i]["key"] for i in range(len(source))] == ["1"]
     assert source.broken == {"unreadable picture": 2}
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / 31) * 90 + y / height * 60, np.cos((x + y) / 40) * 100, np.sin(y / 23) * 80]
+    return (np.stack(waves, axis=2) + 110).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+@pytest.mark.parametrize(("size", "decoded"), [((256, 400), (64, 100)), ((250, 130), (125, 65)), ((70, 70), (70, 70))])
+def test_a_large_jpeg_is_made_smaller_while_it_is_decoded_but_not_too_small(orientation, size, decoded):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = smooth(*(size if orientation < 5 else size[::-1]))
+    options = {} if orientation == 1 else {"exif": exif.tobytes()}
+    data = encode(stored, "JPEG", quality=97, **options)
+    whole = decoding.decode(data, MAX_PIXELS, expected=size)
+    assert whole.shape == (*size, 3)
+    small = decoding.decode(data, MAX_PIXELS, at_least=(64, 64))
+    assert small.shape == (*decoded, 3)
+    bucket = Bucket(64, 64)
+    ours, theirs = (resize_to_cover_and_crop(image, bucket).astype(float) for image in (small, whole))
+    assert np.sqrt(np.mean((ours - theirs) ** 2)) < 3
+    with pytest.raises(decoding.BrokenPicture, match="changed since"):
+        decoding.decode(data, MAX_PIXELS, expected=(size[0], size[1] + 1))
+
+
+def test_damage_inside_a_jpeg_is_refused_even_where_a_picture_comes_out():
+    data = bytearray(encode(smooth(200, 300), "JPEG", quality=90))
+    middle = len(data) // 2
+    data[middle : middle + 60] = np.random.default_rng(0).bytes(60)
+    Image.open(io.BytesIO(bytes(data))).load()  # Pillow sees nothing wrong
+    with pytest.raises(decoding.BrokenPicture, match="damaged picture"):
+        decoding.decode(bytes(data), MAX_PIXELS)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpegs_decode_to_what_pillow_gives_but_for_rounding(mode):
+    data = encode(Image.fromarray(smooth(90, 70)).convert(mode), "JPEG", quality=95)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    assert np.abs(decoding.decode(data, MAX_PIXELS).astype(int) - expected).max() <= 1
+    with pytest.raises(decoding.BrokenPicture, match="too many pixels"):
+        decoding.decode(data, 90 * 70 - 1)
 
 
 # --- hostile input ----------------------------------------------------------------------------------------------

@@ -150,7 +150,8 @@ def webdataset(folder: str, samples: int, batch: int, workers: int) -> Callable[
 def _pillow_fit(picture: Image.Image) -> np.ndarray:
     scale = SIDE / min(picture.size)
     left, top = ((side - SIDE / scale) / 2 for side in picture.size)
-    box = (left, top, left + SIDE / scale, top + SIDE / scale)
+    left, top = max(left, 0), max(top, 0)  # rounding may leave them a little under 0
+    box = (left, top, min(left + SIDE / scale, picture.width), min(top + SIDE / scale, picture.height))
     return np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX, box))
 
 
