@@ -73,7 +73,7 @@ def contest(contestants: Sequence[Contestant], rounds: int) -> list[Result]:
         for contestant in contestants:
             _say(f"preparing {contestant.name}")
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(contestant.prepare, theirs))  # may start its own
+            process = context.Process(target=_serve, args=(contestant.prepare, theirs), daemon=True)
             process.start()
             processes.append(process)
             connections.append(ours)

@@ -36,9 +36,7 @@ _SAMPLES = flags.DEFINE_integer("samples", 1024, "samples a round", lower_bound=
 _PICTURES = flags.DEFINE_integer("pictures", 1024, "different pictures", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 32, "samples a batch", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "times that each does the work", lower_bound=1)
-_WORKERS = flags.DEFINE_integer(
-    "workers", 1, "threads of ours and of the limit, processes of webdataset", lower_bound=1
-)
+_WORKERS = flags.DEFINE_integer("workers", 1, "threads of ours and of the limit; webdataset has one", lower_bound=1)
 _SHORTER = flags.DEFINE_list("shorter", ["512", "512"], "shorter side of the pictures in pixels, from and to")
 _MEMORY = flags.DEFINE_integer("memory", 0, "instead, samples that our loader takes, watched", lower_bound=0)
 
@@ -129,7 +127,8 @@ def limit(folder: str, samples: int, batch: int, workers: int, *, way: str) -> C
 
 
 def webdataset(folder: str, samples: int, batch: int, workers: int) -> Callable[[], np.ndarray]:
-    """As its documentation has it: shards and samples shuffled, Pillow decodes."""
+    """As its documentation has it: shards and samples shuffled, Pillow decodes; in this one process."""
+    del workers
     import torch
     import webdataset as wds
 
@@ -137,7 +136,7 @@ def webdataset(folder: str, samples: int, batch: int, workers: int) -> Callable[
     shards = sorted(str(path) for path in Path(folder).glob("*.tar"))
     data = wds.WebDataset(shards, shardshuffle=100, empty_check=False).shuffle(100).decode("pil").to_tuple("jpg", "txt")
     data = data.map_tuple(_pillow_fit, str).batched(batch).repeat()
-    loader = wds.WebLoader(data, batch_size=None, num_workers=0 if workers == 1 else workers)
+    loader = wds.WebLoader(data, batch_size=None, num_workers=0)
 
     def work() -> np.ndarray:
         for images, _ in itertools.islice(iter(loader), samples // batch):
