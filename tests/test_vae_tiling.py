@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
-from lidit_jax.data.index import examine
+from lidit_jax.data.index import IndexPlan, examine
 from lidit_jax.data.indexed_source import IndexedSource
 from lidit_jax.data.tar_shards import TarShards
 from lidit_jax.errors import UserError
@@ -172,10 +172,10 @@ def test_tiles_take_a_fraction_of_the_memory():
 
 
 @pytest.mark.skipif(not EMOJI.is_dir(), reason="needs ../shared/data/fxemoji")
-def test_tiles_of_real_pictures_show_no_seam(model_and_params):
+def test_tiles_of_real_pictures_show_no_seam(model_and_params, tmp_path):
     model, params = model_and_params
     shards = TarShards(EMOJI / "00003.tar")
-    source = IndexedSource(shards, examine(shards))
+    source = IndexedSource(shards, examine(shards, plan=IndexPlan(str(tmp_path))))
     pictures = [resize_to_cover_and_crop(source[i]["image"], Bucket(64, 64)) for i in range(12)]
     collage = np.concatenate([np.concatenate(pictures[row : row + 4], axis=1) for row in (0, 4, 8)])
     encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method=AutoencoderKL.encode).mode())

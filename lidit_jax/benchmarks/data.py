@@ -188,11 +188,11 @@ def _with_ours(data: bytes) -> np.ndarray:
     return resize_to_cover_and_crop(decoding.decode(data, 1 << 26, TARGET), TARGET)
 
 
-def _with_opencv(data: bytes, flag: str = "IMREAD_COLOR_RGB") -> np.ndarray:
+def _with_opencv(data: bytes) -> np.ndarray:
     import cv2
 
     cv2.setNumThreads(1)
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, flag))
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     side = min(picture.shape[:2])
     top, left = ((length - side) // 2 for length in picture.shape[:2])
     return cv2.resize(picture[top : top + side, left : left + side], (SIDE, SIDE), interpolation=cv2.INTER_AREA)

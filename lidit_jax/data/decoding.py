@@ -16,18 +16,9 @@ from PIL import Image
 # refused like any other format.
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _SIDEWAYS = (5, 6, 7, 8)
-# The same of arrays [H, W, 3].
-_TURNED = {
+# EXIF orientation -> how an array [H, W, 3] is turned upright.
+_UPRIGHT = {
     1: lambda image: image,
     2: lambda image: image[:, ::-1],
     3: lambda image: image[::-1, ::-1],
@@ -80,7 +71,7 @@ def decode(
     if expected is not None and size != tuple(expected):
         raise BrokenPicture("changed since it was indexed")
     if picture is None or picture.format == "JPEG" and picture.mode in ("RGB", "L"):
-        return np.ascontiguousarray(_TURNED[orientation](_decode_jpeg(data, at_least, orientation)))
+        return np.ascontiguousarray(_UPRIGHT[orientation](_decode_jpeg(data, at_least, orientation)))
     try:
         picture.load()
         rgb = _to_rgb(picture)
@@ -88,9 +79,7 @@ def decode(
         raise
     except Exception as error:  # Pillow's decoders raise anything from struct.error to IndexError on damaged data
         raise BrokenPicture("damaged picture") from error
-    if orientation in _UPRIGHT:
-        rgb = rgb.transpose(_UPRIGHT[orientation])
-    return np.array(rgb)
+    return np.ascontiguousarray(_UPRIGHT[orientation](np.array(rgb)))
 
 
 def _upright_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ from lidit_jax.data.sample import (
     class_name,
     names_digest,
     parse_json,
+    scan_numbered,
 )
 from lidit_jax.errors import UserError
 
@@ -60,9 +61,7 @@ class FolderShards:
         return len(self._rows)
 
     def scan(self, shard: int) -> Iterator[tuple[Place, Sample] | str]:
-        for number in range(len(self._rows)):
-            [sample] = self.read([(shard, number, number + 1)])
-            yield str(sample) if isinstance(sample, Unusable) else ((number, number + 1), sample)
+        return scan_numbered(shard, len(self._rows), self.read)
 
     def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
         return [self._sample(number) for _, number, _ in places]

@@ -20,12 +20,12 @@ from lidit_jax.data.sample import (
     class_name,
     decode_text,
     names_digest,
+    scan_numbered,
 )
 from lidit_jax.errors import UserError
 
 ARRAY_RECORD = re.compile(r"\.array_?record(-\d+-of-\d+)?$")
 _LABELS = ("class", "label")
-_AT_ONCE = 64  # records read together in a scan
 _MAX_VALUES = 64  # of one feature, e.g. several captions
 
 
@@ -53,11 +53,7 @@ class ArrayRecordShards:
         return os.path.getsize(self.paths[shard])
 
     def scan(self, shard: int) -> Iterator[tuple[Place, Sample] | str]:
-        count = self._readers.count(shard)
-        for first in range(0, count, _AT_ONCE):
-            numbers = range(first, min(first + _AT_ONCE, count))
-            for number, sample in zip(numbers, self.read([(shard, n, n + 1) for n in numbers]), strict=True):
-                yield str(sample) if isinstance(sample, Unusable) else ((number, number + 1), sample)
+        return scan_numbered(shard, self._readers.count(shard), self.read)
 
     def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
         return [self._parse(shard, number) for shard, number, _ in places]
@@ -186,9 +182,7 @@ class TfdsShards:
         return len(self._records)
 
     def scan(self, shard: int) -> Iterator[tuple[Place, Sample] | str]:
-        for number in range(len(self._records)):
-            [sample] = self.read([(shard, number, number + 1)])
-            yield str(sample) if isinstance(sample, Unusable) else ((number, number + 1), sample)
+        return scan_numbered(shard, len(self._records), self.read)
 
     def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
         return [self._parse(number) for _, number, _ in places]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 MAX_TEXT_BYTES = 1 << 20
@@ -62,6 +62,15 @@ class Shards(Protocol):
     def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
         """(shard, *place) each -> the sample, or why it can no longer be had."""
         ...
+
+
+def scan_numbered(
+    shard: int, count: int, read: Callable[[Sequence[tuple[int, int, int]]], list[Sample | Unusable]]
+) -> Iterator[tuple[Place, Sample] | str]:
+    """A shard's scan where its samples are numbered: number i is at the place (i, i + 1)."""
+    for number in range(count):
+        [sample] = read([(shard, number, number + 1)])
+        yield str(sample) if isinstance(sample, Unusable) else ((number, number + 1), sample)
 
 
 def parse_json(encoded: bytes) -> dict[str, Any]:
