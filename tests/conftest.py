@@ -125,3 +125,17 @@ def lpips_file(vgg_tensors, tmp_path_factory):
     file = tmp_path_factory.mktemp("lpips") / "vgg.safetensors"
     save_file(vgg_tensors, file)
     return file
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory):
+    """The pictures in every format."""
+    from stored_data import data_of, write_array_records, write_folder, write_tars, write_tfds
+
+    folder = tmp_path_factory.mktemp("stored")
+    return {
+        "tar": data_of("tar", write_tars(folder / "tar")),
+        "array_record": data_of("array_record", write_array_records(folder / "records")),
+        "tfds": data_of("tfds", write_tfds(folder / "tfds")),
+        **{kind: data_of("folder", write_folder(folder / kind, kind)) for kind in ("jsonl", "csv", "parquet")},
+    }

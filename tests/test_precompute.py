@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 from etils import epath
-from test_data_sources import write_tars
+from stored_data import write_tars
 from test_tar_source import encode, write_tar
 
 from lidit_jax import experiment, stages

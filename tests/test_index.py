@@ -1,0 +1,120 @@
+"""The index of a shard: made once, anew where it does not fit, and nobody's to forge."""
+
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from stored_data import COUNT, caption, data_of, picture, write_tars
+from test_tar_source import encode, write_tar
+
+from lidit_jax.data import index
+from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.index import IndexPlan, examine
+from lidit_jax.data.indexed_source import IndexedSource
+from lidit_jax.data.sources import BrokenExample
+from lidit_jax.data.tar_shards import TarShards
+from lidit_jax.errors import UserError
+
+
+def test_an_index_is_made_once_and_again_when_its_shard_changed(tmp_path, monkeypatch, caplog):
+    folder = write_tars(tmp_path / "tar", 6)
+    first = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+    assert sorted(os.listdir(folder)) == ["00000.tar", "00000.tar.index", "00001.tar", "00001.tar.index"]
+
+    def no_scan(self, shard):
+        raise AssertionError("scanned again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TarShards, "scan", no_scan)
+        again = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+    assert again.fingerprint == first.fingerprint
+    np.testing.assert_array_equal(again.sizes(), first.sizes())
+
+    write_tar(folder / "00001.tar", {"9.png": encode(picture(9)), "9.txt": b"nine"})
+    changed = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+    assert (len(changed), changed[3]["captions"]) == (4, {"txt": "nine"})
+    assert changed.fingerprint != first.fingerprint
+
+    for content in (b"", b"PAR1 no parquet PAR1", (folder / "00001.tar.index").read_bytes()[:-9]):
+        (folder / "00000.tar.index").write_bytes(content)
+        mended = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+        assert mended.fingerprint == changed.fingerprint
+    assert "not an index" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda t: t.set_column(0, "start", pa.array([-1] * len(t), pa.int64())),
+        lambda t: t.set_column(2, "height", pa.array([1 << 40] * len(t), pa.int64())),
+        lambda t: t.set_column(2, "height", pa.array(["4"] * len(t))),
+        lambda t: t.replace_schema_metadata({}),
+        lambda t: t.replace_schema_metadata({"facts": "[]"}),
+        lambda t: t.drop_columns(["end"]),
+    ],
+)
+def test_a_forged_index_is_made_anew(tmp_path, forge):
+    folder = write_tars(tmp_path / "tar", 4, shards=1)
+    expected = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+    path = folder / "00000.tar.index"
+    pq.write_table(forge(pq.read_table(path)), path)
+    found = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+    assert found.fingerprint == expected.fingerprint
+    np.testing.assert_array_equal(found.sizes(), expected.sizes())
+
+
+def test_an_index_that_lies_about_places_breaks_its_examples_only(tmp_path):
+    folder = write_tars(tmp_path / "tar", 4, shards=1)
+    examine(TarShards(folder))
+    path = folder / "00000.tar.index"
+    table = pq.read_table(path)
+    starts = table.column("start").to_numpy().copy()
+    starts[1] += 512
+    pq.write_table(table.set_column(0, "start", pa.array(starts)), path)
+    source = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+    with pytest.raises(BrokenExample, match="changed since"):
+        source[1]
+    assert source[2]["captions"]["txt"] == caption(2)
+
+
+def test_many_shards_are_indexed_by_processes_and_from_wherever_a_host_begins(tmp_path):
+    folder = write_tars(tmp_path / "tar", 66, shards=33)
+    source = IndexedSource(TarShards(folder), examine(TarShards(folder), first=20))
+    assert len(source) == 66 and len(list(folder.glob("*.index"))) == 33
+    assert [source[i]["captions"]["txt"] for i in (0, 1, 65)] == [caption(0), caption(33), caption(65)]
+
+
+def test_without_the_right_to_write_indexes_are_for_one_run(tmp_path, caplog):
+    folder = write_tars(tmp_path / "tar", 4)
+    (tmp_path / "file").write_text("in the way")
+    index._warn_once.cache_clear()
+    source = IndexedSource(TarShards(folder), examine(TarShards(folder), plan=IndexPlan(str(tmp_path / "file/x"))))
+    assert len(source) == 4 and "set data.index_dir" in caplog.text
+    elsewhere = IndexPlan(str(tmp_path / "indexes"))
+    assert len(IndexedSource(TarShards(folder), examine(TarShards(folder), plan=elsewhere))) == 4
+    assert len(list((tmp_path / "indexes").glob("*.tar.index"))) == 2
+    assert not list(folder.glob("*.index"))
+
+
+def test_shards_are_read_through_fsspec(tmp_path):
+    import fsspec
+
+    memory, local = fsspec.filesystem("memory"), Dataset(data_of("tar", write_tars(tmp_path / "tar")), 8)
+    for path in (tmp_path / "tar").glob("*.tar"):
+        memory.pipe_file(f"/shards/{path.name}", path.read_bytes())
+    try:
+        for pattern in ("memory://shards", "memory://shards/*.tar", "memory://shards/{00000..00001}.tar"):
+            remote = Dataset(data_of("tar", pattern), 8)
+            assert remote.fingerprint == local.fingerprint, pattern
+        assert memory.exists("/shards/00000.tar.index")
+        for ours, theirs in zip(remote.source.load(range(COUNT)), local.source.load(range(COUNT)), strict=True):
+            assert ours["captions"] == theirs["captions"]
+            np.testing.assert_array_equal(ours["image"], theirs["image"])
+        memory.rm("/shards/00001.tar")
+        assert str(remote.source.load([COUNT - 1])[0]).endswith("unreadable file")
+        with pytest.raises(UserError, match="1 of the 2 files"):
+            Dataset(data_of("tar", "memory://shards/{00000..00001}.tar"), 8)
+    finally:
+        memory.rm("/shards", recursive=True)
