@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
         "source": "tar",  # or array_record, tfds, folder
         "path": "",  # to fill in
         "split": "train",  # of tfds
+        "data_dir": "",  # of tfds: where prepared data sets lie
         "image_key": "",  # of tfds and array_record: the picture, where there are several
         "class_names": "",  # file with a class's name a line, where classes are numbers
         "index_dir": "",  # beside the data

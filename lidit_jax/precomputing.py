@@ -72,7 +72,7 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str)
         return
     encode = _Encoder(experiment.autoencoder(vae_config), params, batch_size, dtype)
     mine = parts[jax.process_index() :: jax.process_count()]
-    broken = BrokenCount(experiment.data.max_broken)
+    broken = BrokenCount(experiment.data.max_broken, "it is left out")
     with tqdm.tqdm(total=sum(len(part.indices) for part in mine), unit="pictures", desc="latents") as bar:
         for part in mine:
             if not (out / part.name).exists():

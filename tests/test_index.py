@@ -49,6 +49,7 @@ def test_an_index_is_made_once_and_again_when_its_shard_changed(tmp_path, monkey
     [
         lambda t: t.set_column(0, "start", pa.array([-1] * len(t), pa.int64())),
         lambda t: t.set_column(2, "height", pa.array([1 << 40] * len(t), pa.int64())),
+        lambda t: t.set_column(1, "end", pa.array([1 << 60] * len(t), pa.int64())),
         lambda t: t.set_column(2, "height", pa.array(["4"] * len(t))),
         lambda t: t.replace_schema_metadata({}),
         lambda t: t.replace_schema_metadata({"facts": "[]"}),

@@ -19,19 +19,9 @@ from lidit_jax.errors import UserError
 SOURCES = ("shapes", "tar", "array_record", "tfds", "folder", "precomputed")
 # What an entry of a mixture may set for itself.
 PER_SOURCE = (
-    *(
-        "source",
-        "path",
-        "split",
-        "data_dir",
-        "image_key",
-        "class_names",
-        "num_examples",
-        "held_out_shards",
-        "index_dir",
-    ),
-    *("weight", "captions", "class_template", "min_aesthetic", "aesthetic_key", "min_side", "drop_aspect_over"),
-    "drop_low_quality_captions",
+    *("source", "path", "split", "data_dir", "image_key", "class_names", "num_examples", "held_out_shards"),
+    *("index_dir", "weight", "captions", "class_template", "min_aesthetic", "aesthetic_key", "min_side"),
+    *("drop_aspect_over", "drop_low_quality_captions"),
 )
 
 

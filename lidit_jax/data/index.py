@@ -40,6 +40,7 @@ _SCHEMA = pa.schema(
     [*((name, pa.int64()) for name in _PLACES), *((name, pa.string()) for name in _TEXTS)],
 )
 _ROWS_AT_ONCE = 1 << 14
+_MAX_SAMPLE_BYTES = 1 << 29  # more than any format's samples have: a forged index must not have us read that much
 # Starting a process takes as long as reading some hundred samples' headers.
 _SHARDS_FOR_PROCESSES = 32
 _MAX_PROCESSES = 64
@@ -210,7 +211,15 @@ def _is_sane(table: pa.Table, facts: dict[str, Any]) -> bool:
         return False
     start, end, height, width = (table.column(name).to_numpy() for name in _PLACES)
     pixels = height * width
-    good = (start >= 0) & (end >= start) & (height > 0) & (width > 0) & (pixels > 0) & (pixels <= facts["max_pixels"])
+    good = (
+        (start >= 0)
+        & (end >= start)
+        & (end - start <= _MAX_SAMPLE_BYTES)
+        & (height > 0)
+        & (width > 0)
+        & (pixels > 0)
+        & (pixels <= facts["max_pixels"])
+    )
     return bool(good.all())
 
 

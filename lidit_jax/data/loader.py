@@ -219,8 +219,12 @@ class _RowGenerators:
 class BrokenCount:
     """What was found broken while reading, by reason; says the first of them, and when it is too much."""
 
-    def __init__(self, max_broken: float):
-        """Args: max_broken: share of every `BROKEN_WINDOW` examples."""
+    def __init__(self, max_broken: float, consequence: str = "another one took its place"):
+        """Args:
+        max_broken: share of every `BROKEN_WINDOW` examples.
+        consequence: for the log.
+        """
+        self._consequence = consequence
         self.by_reason: collections.Counter[str] = collections.Counter()
         self._max_broken, self._read_in_window, self._broken_in_window = max_broken, 0, 0
 
@@ -233,7 +237,7 @@ class BrokenCount:
         for key, reason in broken:
             self.by_reason[reason] += 1
             if self.by_reason.total() <= _MAX_LOGGED:
-                _log.warning("example %r: %s; another one took its place", key, reason)
+                _log.warning("example %r: %s; %s", key, reason, self._consequence)
         self._read_in_window += read
         self._broken_in_window += len(broken)
         if self._broken_in_window > self._max_broken * BROKEN_WINDOW:
