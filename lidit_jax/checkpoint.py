@@ -1,10 +1,12 @@
 """Orbax checkpoints: asynchronous, atomic, and readable without the code that wrote them.
 
-A checkpoint has three items: `state` (step, parameters, EMA, optimiser), `facts` (JSON: the data's fingerprint, the
-digests of frozen parts) and `config` (JSON). The position in the data needs no item: batch k is a pure function of k.
+A checkpoint has four items: `state` (step, parameters, EMA, optimiser), `facts` (JSON: the data's fingerprint, the
+digests of frozen parts), `config` (JSON), and `data`, where in the data each process was (JSON, a file a process).
 """
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +14,31 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lidit_jax.errors import UserError
+
+
+class DataPositionHandler(ocp.CheckpointHandler):
+    """Each process writes its part; a restore reads the parts of all, so that the number of processes may change."""
+
+    def save(self, directory: epath.Path, args: "SaveDataPosition") -> None:
+        (directory / f"process_{jax.process_index():05}.json").write_text(json.dumps(args.position))
+
+    def restore(self, directory: epath.Path, args: "RestoreDataPositions | None" = None) -> list[dict[str, Any]]:
+        del args
+        return [json.loads(file.read_text()) for file in sorted(directory.glob("process_*.json"), key=str)]
+
+
+@ocp.args.register_with_handler(DataPositionHandler, for_save=True)
+@dataclasses.dataclass
+class SaveDataPosition(ocp.args.CheckpointArgs):
+    """Attributes: position: JSON-able, this process's."""
+
+    position: Mapping[str, Any]
+
+
+@ocp.args.register_with_handler(DataPositionHandler, for_restore=True)
+@dataclasses.dataclass
+class RestoreDataPositions(ocp.args.CheckpointArgs):
+    """Of all processes that saved."""
 
 
 class Checkpoints:
@@ -30,17 +57,22 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, facts: Mapping[str, Any]) -> None:
-        """Starts writing; the arrays are copied before this returns, so that the state may be donated."""
+    def save(self, step: int, state: Any, facts: Mapping[str, Any], position: Mapping[str, Any]) -> None:
+        """Starts writing; the arrays are copied before this returns, so that the state may be donated.
+
+        Args: position: of this process in the data, JSON-able.
+        """
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state),
             facts=ocp.args.JsonSave(dict(facts)),
             config=ocp.args.JsonSave(self.config),
+            data=SaveDataPosition(position),
         )
         self._manager.save(step, args=items)
 
-    def restore(self, abstract_state: Any, facts: Mapping[str, Any]) -> Any | None:
-        """The newest state, sharded as `abstract_state` says, or None where there is no checkpoint.
+    def restore(self, abstract_state: Any, facts: Mapping[str, Any]) -> tuple[Any, Sequence[Mapping[str, Any]]] | None:
+        """The newest state, sharded as `abstract_state` says, and the positions in the data of all processes that saved
+        it; None where there is no checkpoint.
 
         Raises:
           UserError: if the checkpoint was made with other facts (other data, other frozen weights), or does not fit.
@@ -53,6 +85,7 @@ class Checkpoints:
                 abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)
             ),
             facts=ocp.args.JsonRestore(),
+            data=RestoreDataPositions(),
         )
         try:
             restored = self._manager.restore(step, args=args)
@@ -67,7 +100,7 @@ class Checkpoints:
                     f"{self.folder}: the checkpoint of step {step} was trained with {name} = "
                     f"{restored.facts.get(name)!r}, now it is {value!r}; restore that or use another --workdir"
                 )
-        return restored.state
+        return restored.state, restored.data
 
     def wait(self) -> None:
         """Until everything is on disk."""
@@ -100,7 +133,8 @@ def load_weights(folder: str | epath.Path, weights: str, sharding: Any = None) -
     if not folder.exists():
         raise UserError(f"{folder}: no checkpoint there; train first, or name the --workdir of a run")
     handlers = {"state": ocp.PyTreeCheckpointHandler()}
-    handlers |= {name: ocp.JsonCheckpointHandler() for name in ("facts", "config")}  # or Orbax warns of unknown items
+    handlers |= {name: ocp.JsonCheckpointHandler() for name in ("facts", "config")}
+    handlers["data"] = DataPositionHandler()  # or Orbax warns of unknown items
     with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
         step = manager.latest_step()
         if step is None:

@@ -7,7 +7,7 @@ import time
 from etils import epath
 from ml_collections import ConfigDict
 
-from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.pictures import grid, save_png
@@ -29,7 +29,7 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
     if num_images < 1:
         raise UserError(f"--num_images={num_images} must be at least 1")
     experiment = Experiment(config, out.parent)
-    dataset = Dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    dataset = open_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     if dataset.holds_latents:
         raise UserError("data.source='precomputed' holds latents, no pictures to look at: name the pictures' source")
     batch_size = experiment.batch_size() or PER_BATCH

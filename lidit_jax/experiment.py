@@ -214,14 +214,25 @@ class Experiment:
             if encoder.weights:
                 open_encoder(encoder.weights, self.prompt_tokenizer, dtype=encoder.dtype)
 
-    def pipeline(self, mesh: Mesh | None = None, rules: ShardingRules | None = None) -> Pipeline:
+    def encoder_digests(self) -> dict[str, tuple[str, str]]:
+        """Of each encoder that has weights: (of its folder, of the text around prompts)."""
+        found = {}
+        for name, encoder in self.encoders.items():
+            if encoder.weights:
+                tokenizer = open_encoder(encoder.weights, self.prompt_tokenizer, dtype=encoder.dtype).tokenizer
+                found[name] = (folder_digest(self.encoder_folder(name)), tokenizer.digest)
+        return found
+
+    def pipeline(
+        self, mesh: Mesh | None = None, rules: ShardingRules | None = None, with_encoders: bool = True
+    ) -> Pipeline:
         """The frozen parts from their folders, with the model around them.
 
-        With a mesh the encoders are cut over it by the rules, and the VAE is whole on every device; without one, all is
-        on the first device.
+        Without encoders it draws nothing. With a mesh the encoders are cut over it by the rules, and the VAE is whole
+        on every device; without one, all is on the first device.
         """
         encoders, frozen = {}, {}
-        for name, encoder in self.encoders.items():
+        for name, encoder in self.encoders.items() if with_encoders else ():
             folder = self.encoder_folder(name)
             encoders[name], frozen[name] = load_encoder(
                 folder, self.prompt_tokenizer, dtype=encoder.dtype, mesh=mesh, rules=rules

@@ -1,7 +1,7 @@
 """Computes latents ahead of training: `python -m lidit_jax.precompute --config=configs/X.py --out=DIR`.
 
-Train on them with the same config and --config.data.source=precomputed --config.data.path=DIR. Run the same command
-again and it goes on where it stopped.
+With --features the captions' features by the LLMs are kept too. Train on both with the same config and
+--config.data.source=precomputed --config.data.path=DIR. Run the same command again and it goes on where it stopped.
 """
 
 from absl import flags
@@ -14,11 +14,13 @@ from lidit_jax.precomputing import precompute
 _CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", None, "folder to write")
 _BATCH = flags.DEFINE_integer("batch", 32, "pictures that a process encodes at once", lower_bound=1)
+_FEATURES = flags.DEFINE_bool("features", False, "also keep the captions' features by every encoder")
 _DTYPE = flags.DEFINE_enum("dtype", "float16", DTYPES, "of the moments")
 
 
 def main() -> None:
-    precompute(cli.read_config(_CONFIG), epath.Path(cli.require(_OUT.name)), _BATCH.value, _DTYPE.value)
+    out = epath.Path(cli.require(_OUT.name))
+    precompute(cli.read_config(_CONFIG), out, _BATCH.value, _DTYPE.value, _FEATURES.value)
 
 
 if __name__ == "__main__":

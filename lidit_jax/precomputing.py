@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -13,14 +13,16 @@ import numpy as np
 import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from lidit_jax.data.broken_count import BrokenCount
 from lidit_jax.data.buckets import Bucket
-from lidit_jax.data.dataset import Dataset
-from lidit_jax.data.loader import BrokenCount
+from lidit_jax.data.indexed_dataset import IndexedDataset
 from lidit_jax.data.precomputed import MANIFEST, PLAN, Manifest, to_record
 from lidit_jax.data.record_shards import RecordReaders
 from lidit_jax.data.sources import BrokenExample
+from lidit_jax.data.stored_features import FEATURES, StoredEncoder
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.json_file import write_json
@@ -28,6 +30,8 @@ from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated
 from lidit_jax.tasks import to_pixels
+from lidit_jax.text.encode_captions import CaptionEncoder
+from lidit_jax.text.load_encoder import load_encoder, open_encoder
 from lidit_jax.weights.diffusers_vae import load_vae
 from lidit_jax.weights.digest import folder_digest
 
@@ -36,7 +40,7 @@ logger = logging.getLogger(__name__)
 EXAMPLES_A_FILE = 1024
 
 
-def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str) -> None:
+def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str, with_features: bool = False) -> None:
     """Writes the folder `out`, or goes on with one that is not finished; see `data/precomputed.py`.
 
     Each process of a pod makes its share of the files, with its own devices.
@@ -44,20 +48,25 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str)
     Args:
       batch_size: pictures that a process encodes at once.
       dtype: of the moments, "float16" or "float32".
+      with_features: also keep the features of every caption by every encoder, in the encoder's dtype.
 
     Raises:
-      UserError: the config names no VAE, is a mixture, or its data cannot be used; `out` belongs to something else.
+      UserError: the config names no VAE (or not all encoders), is a mixture, or its data cannot be used; `out` belongs
+        to something else.
     """
     experiment = Experiment(config, out)
     if not experiment.vae.weights:
         raise UserError("latents need a VAE that is finished: give --config.vae.weights=FOLDER")
     if experiment.data.mixture or experiment.data.source == "precomputed":
         raise UserError("precompute each source of a mixture alone, then mix the folders (data.source='precomputed')")
+    if experiment.data.sequential:
+        raise UserError("latents are computed by the data's index: give --config.data.sequential=False")
     if "://" in os.fspath(out):
         raise UserError(f"--out={out}: ArrayRecord files are written to a disk alone; copy them from there")
     vae_config, params = load_vae(experiment.vae_folder())
-    dataset = Dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    dataset = IndexedDataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     logger.info("%s", dataset.summary())
+    encoders = _stored_encoders(experiment) if with_features else {}
     plan = Manifest(
         data=dataset.fingerprint,
         vae=folder_digest(experiment.vae_folder()),
@@ -65,18 +74,23 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str)
         cell=vae_config.downsampling_factor,
         channels=vae_config.latent_channels,
         buckets=dataset.buckets,
+        encoders=encoders,
     )
     parts = _claim(out, plan, dataset)
     if parts is None:
         logger.info("%s: finished before", out)
         return
-    encode = _Encoder(experiment.autoencoder(vae_config), params, batch_size, dtype)
+    mesh = make_mesh({"fsdp": -1}, jax.local_devices())
+    encode = _Encoder(experiment.autoencoder(vae_config), params, mesh, batch_size, dtype)
+    encode_captions = _caption_encoder(experiment, encoders, mesh, batch_size) if encoders else None
+    if encode_captions and jax.process_index() == 0:
+        encode_captions.constant().write(out / FEATURES)
     mine = parts[jax.process_index() :: jax.process_count()]
     broken = BrokenCount(experiment.data.max_broken, "it is left out")
     with tqdm.tqdm(total=sum(len(part.indices) for part in mine), unit="pictures", desc="latents") as bar:
         for part in mine:
             if not (out / part.name).exists():
-                _write_part(out / part.name, part, dataset, encode, broken, bar)
+                _write_part(out / part.name, part, dataset, encode, encode_captions, broken, bar)
             else:
                 bar.update(len(part.indices))
     multihost_utils.sync_global_devices("wrote latents")
@@ -93,7 +107,7 @@ class _Part:
     indices: np.ndarray
 
 
-def _parts(dataset: Dataset) -> list[_Part]:
+def _parts(dataset: IndexedDataset) -> list[_Part]:
     parts = []
     for bucket in range(len(dataset.buckets)):
         indices = np.flatnonzero(dataset.bucket_of_example == bucket)
@@ -103,7 +117,7 @@ def _parts(dataset: Dataset) -> list[_Part]:
     return parts
 
 
-def _claim(out: epath.Path, plan: Manifest, dataset: Dataset) -> list[_Part] | None:
+def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Part] | None:
     """The files to make; None where all is done. Nothing is written into a folder of something else."""
     for name in (MANIFEST, PLAN):
         if (out / name).exists():
@@ -128,11 +142,43 @@ def _claim(out: epath.Path, plan: Manifest, dataset: Dataset) -> list[_Part] | N
     return _parts(dataset)
 
 
+def _stored_encoders(experiment: Experiment) -> dict[str, StoredEncoder]:
+    """Raises UserError for encoders that are not finished."""
+    found = {}
+    for name, config in experiment.encoders.items() if experiment.has_lidit else ():
+        if not config.weights:
+            raise UserError(f"features need LLMs that are finished: give --config.encoders.{name}.weights=FOLDER")
+        encoder = open_encoder(config.weights, experiment.prompt_tokenizer, dtype=config.dtype)
+        tokenizer = encoder.tokenizer
+        found[name] = StoredEncoder(
+            digest=folder_digest(experiment.encoder_folder(name)),
+            text=tokenizer.digest,
+            dtype=config.dtype,
+            hidden_size=encoder.hidden_size,
+            max_length=tokenizer.max_length,
+            lead=encoder.lead,
+        )
+    if not found:
+        raise UserError("--features: the config has no encoders; it is of a VAE alone")
+    return found
+
+
+def _caption_encoder(
+    experiment: Experiment, facts: Mapping[str, StoredEncoder], mesh: Mesh, batch_size: int
+) -> CaptionEncoder:
+    encoders, frozen = {}, {}
+    for name in facts:
+        dtype = experiment.encoders[name].dtype
+        encoders[name], frozen[name] = load_encoder(
+            experiment.encoder_folder(name), experiment.prompt_tokenizer, dtype=dtype, mesh=mesh, rules=ShardingRules()
+        )
+    return CaptionEncoder(encoders, frozen, facts, mesh, batch_size)
+
+
 class _Encoder:
     """Pictures of one size to moments, on this process's devices."""
 
-    def __init__(self, model: AutoencoderKL, params: Any, batch_size: int, dtype: str):
-        mesh = make_mesh({"data": -1}, jax.local_devices())
+    def __init__(self, model: AutoencoderKL, params: Any, mesh: Mesh, batch_size: int, dtype: str):
         devices = mesh.devices.size
         self.rows = -(-batch_size // devices) * devices
         self._sharding, self._dtype = batch_sharding(mesh, ShardingRules()), dtype
@@ -154,7 +200,15 @@ class _Encoder:
         return values
 
 
-def _write_part(file: epath.Path, part: _Part, dataset: Dataset, encode: _Encoder, broken: BrokenCount, bar) -> None:
+def _write_part(
+    file: epath.Path,
+    part: _Part,
+    dataset: IndexedDataset,
+    encode: _Encoder,
+    encode_captions: CaptionEncoder | None,
+    broken: BrokenCount,
+    bar: tqdm.tqdm,
+) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     chooser = dataset.config.chooser(0.0)
@@ -166,14 +220,33 @@ def _write_part(file: epath.Path, part: _Part, dataset: Dataset, encode: _Encode
         broken.add(len(examples), bad)
         if good:
             moments = encode(np.stack([example["image"] for example in good]))
-            for example, of_one in zip(good, moments, strict=True):
-                writer.write(to_record(example["key"], chooser.filled(example["captions"]), of_one))
+            captions = [chooser.filled(example["captions"]) for example in good]
+            features = _features(captions, encode_captions) if encode_captions else [({}, [])] * len(good)
+            for example, texts, of_one, of_texts in zip(good, captions, moments, features, strict=True):
+                writer.write(to_record(example["key"], texts, of_one, *of_texts))
         bar.update(len(examples))
     writer.close()
     beside.replace(file)
 
 
-def _examples(dataset: Dataset, part: _Part, rows: int) -> Iterator[list]:
+def _features(
+    captions: Sequence[Mapping[str, str]], encode: CaptionEncoder
+) -> list[tuple[dict[tuple[str, str], np.ndarray], list[tuple[str, str]]]]:
+    """Of each example's captions: (encoder, field) -> features; and those of them that were cut."""
+    found = iter(encode([text for of_one in captions for text in of_one.values()]))
+    examples = []
+    for of_one in captions:
+        features, truncated = {}, []
+        for field in of_one:
+            for name, caption in next(found).items():
+                features[name, field] = caption.features
+                if caption.truncated:
+                    truncated.append((name, field))
+        examples.append((features, truncated))
+    return examples
+
+
+def _examples(dataset: IndexedDataset, part: _Part, rows: int) -> Iterator[list]:
     """Batches of examples, read ahead by threads."""
     bucket: Bucket = dataset.buckets[part.bucket]
     count = -(-len(part.indices) // rows)

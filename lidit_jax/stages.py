@@ -1,9 +1,10 @@
 """The stages of a run: what has no weights yet is trained, LI-DiT last; then it is judged."""
 
+import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from lidit_jax import tasks
 from lidit_jax.checkpoint import Checkpoints, load_weights, steps_taken
 from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation import reconstruction
 from lidit_jax.evaluation.reconstruction import (
@@ -33,7 +35,7 @@ from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.pictures import grid
 from lidit_jax.pipeline import Pipeline
-from lidit_jax.text.encoders import tokenize
+from lidit_jax.text.encoders import StoredEncoding, tokenize
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.train import Task, TrainConfig, Trainer, TrainState, check_batch_size, train
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
@@ -52,17 +54,20 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     experiment = Experiment(config, workdir)
     mesh, rules = make_mesh(config.mesh), ShardingRules()
     for where, training in experiment.trainings().items():
-        try:
+        with _said_of(where):
             check_batch_size(training, mesh)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
     if experiment.has_lidit:
         experiment.check_encoders()
-    dataset = Dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    dataset = open_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    for where, training in experiment.trainings().items():
+        with _said_of(where):
+            dataset.check_batch_size(training.batch_size)
     if dataset.holds_latents:
         if not experiment.vae.weights:
             raise UserError("latents go with the VAE that made them: give --config.vae.weights=FOLDER")
         dataset.check_latents(folder_digest(experiment.vae_folder()))
+        if experiment.has_lidit:
+            dataset.check_features(experiment.encoder_digests())
     experiment.check_picture_sizes(dataset.smallest_side())
     vae_stage = _VAEStage(experiment, dataset)
     claim_workdir(workdir, config, write=jax.process_index() == 0)
@@ -80,6 +85,15 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     if "evaluate" in config:
         evaluation = build(SceneEvaluation, config.evaluate, "evaluate")
         evaluate_scenes(pipeline, state.averaged, experiment.sample, evaluation, dataset, workdir)
+
+
+@contextlib.contextmanager
+def _said_of(where: str) -> Iterator[None]:
+    """Errors say which part of the config they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _run_part(
@@ -170,7 +184,7 @@ class _VAEStage:
         if self.evaluation is None:
             return
         if experiment.data.holds_out:
-            self.judged_on = Dataset(
+            self.judged_on = open_dataset(
                 experiment.data, experiment.cell(), held_out=True, with_captions=experiment.has_lidit
             )
         else:
@@ -264,8 +278,11 @@ class _VAEStage:
 def _train_lidit(
     experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules
 ) -> tuple[Pipeline, TrainState]:
-    pipeline = experiment.pipeline(mesh, rules)
     config, how = experiment.train, experiment.sample
+    stored = dataset.stored_prompts()
+    draws = config.sample_every > 0 or "evaluate" in experiment.config
+    # With stored features the encoders are there to draw alone.
+    pipeline = experiment.pipeline(mesh, rules, with_encoders=draws or not stored)
     prompts = dataset.captions(how.batch_size, experiment.config.seed)
     bucket = dataset.largest_bucket()
 
@@ -273,14 +290,19 @@ def _train_lidit(
         pictures = pipeline(state.averaged, prompts, range(len(prompts)), bucket.height, bucket.width, how)
         return {}, {"sample": np.asarray(grid(list(pictures), prompts))}
 
+    encoders, frozen = pipeline.encoders, pipeline.frozen
+    if stored:
+        encoders = {name: StoredEncoding(of.hidden_size, of.lead) for name, of in stored.encoders.items()}
+        prefixes = {name: jax.device_put(stored.prefix[name], replicated(mesh)) for name in encoders}
+        frozen = {**frozen, "encoders": prefixes}
     task = tasks.lidit_task(
         pipeline.model,
         pipeline.schedule,
-        pipeline.encoders,
+        encoders,
         pipeline.vae,
-        pipeline.frozen,
+        frozen,
         evaluate,
-        encode_in_step=experiment.text.encode == "in_step",
+        encode_in_step=bool(stored) or experiment.text.encode == "in_step",
     )
 
     def batches(first: int):
@@ -290,6 +312,7 @@ def _train_lidit(
             tokenize=lambda captions: tokenize(pipeline.encoders, captions),
             first=first,
             caption_dropout=experiment.data.caption_dropout,
+            with_features=stored is not None,
         )
 
     facts = {"data": dataset.fingerprint, "frozen": experiment.frozen_digests()}

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from lidit_jax.checkpoint import Checkpoints
+from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import Metrics, Progress
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated, shardings
@@ -291,7 +292,7 @@ class Trainer:
 
 def train(
     trainer: Trainer,
-    batches: Callable[[int], Iterator[Mapping[str, np.ndarray]]],
+    batches: Callable[[int], BatchStream],
     checkpoints: Checkpoints,
     metrics: Metrics,
     *,
@@ -302,8 +303,7 @@ def train(
     """Trains to `config.steps`, going on from the newest checkpoint if there is one.
 
     Args:
-      batches: first step -> this process's part of the batches from that step on. Batch k is a pure function of k, so
-        the step is the whole state of the data.
+      batches: first step -> this process's part of the batches from that step on. Its position is kept in checkpoints.
       facts: JSON-able facts that the checkpoint records and a resumed run must agree with (data fingerprint, digests
         of the frozen parts).
       initial_params: parameters to start from instead of random ones, when there is no checkpoint (fine-tuning).
@@ -312,7 +312,7 @@ def train(
       UserError: after too many non-finite steps in a row, or if the checkpoint's facts differ.
     """
     config, task = trainer.config, trainer.task
-    state = checkpoints.restore(trainer.abstract_state(), facts)
+    state, positions = checkpoints.restore(trainer.abstract_state(), facts) or (None, None)
     if state is None:
         state = trainer.init(seed)
         if initial_params is not None:
@@ -326,7 +326,9 @@ def train(
     # Made where it is used: no process may put an array on another's devices.
     key = jax.jit(lambda: jax.random.key(seed + 1), out_shardings=replicated(trainer.mesh))()
     progress = Progress(task.name, step, config.steps, config.batch_size)
-    stream = iter(batches(step))
+    stream = batches(step)
+    if positions:
+        stream.restore(positions)
     pending = []
     with jax.set_mesh(trainer.mesh):
         while step < config.steps:
@@ -340,7 +342,7 @@ def train(
             pending.append(step_metrics)  # stays on the device until it is logged: no step waits for the host
             last = step == config.steps
             if step % config.log_every == 0 or last:
-                _log(metrics, progress, step, pending, config)
+                _log(metrics, progress, step, pending, stream.report(), config)
                 pending = []
             if config.sample_every and task.evaluate and (step % config.sample_every == 0 or last):
                 with progress.paused():
@@ -350,19 +352,22 @@ def train(
                     metrics.images(step, pictures)
             if step % config.checkpoint_every == 0 or last:
                 with progress.paused():
-                    checkpoints.save(step, state, facts)
+                    checkpoints.save(step, state, facts, stream.get_state())
+    stream.close()
     checkpoints.wait()
     return state
 
 
-def _log(metrics: Metrics, progress: Progress, step: int, pending: list, config: TrainConfig) -> None:
+def _log(
+    metrics: Metrics, progress: Progress, step: int, pending: list, report: Mapping[str, float], config: TrainConfig
+) -> None:
     rows = jax.device_get(pending)
     names = dict.fromkeys(name for row in rows for name in row)  # a new phase may have come, with more of them
     values = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
     values["skipped"] = int(rows[-1]["skipped"])
     in_row = max(int(row["skipped_in_row"]) for row in rows)
     del values["skipped_in_row"]
-    metrics.scalars(step, values | progress.speed(step))
+    metrics.scalars(step, values | progress.speed(step) | dict(report))
     progress.print(step, values)
     if in_row >= config.max_skipped_in_row:
         raise UserError(

@@ -14,7 +14,7 @@ from test_tar_source import encode, write_tar
 from lidit_jax import stages
 from lidit_jax.config import build
 from lidit_jax.data.data_config import DataConfig
-from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 
 KINDS = ("tar", "array_record", "tfds", "jsonl", "csv", "parquet")
@@ -25,7 +25,7 @@ KINDS = ("tar", "array_record", "tfds", "jsonl", "csv", "parquet")
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_source_gives_the_same_pictures_and_captions(stored, kind):
-    dataset = Dataset(stored[kind], 8)
+    dataset = open_dataset(stored[kind], 8)
     source = dataset.source
     assert len(source) == COUNT and not dataset.broken
     found = {}
@@ -45,7 +45,7 @@ def test_every_kind_of_source_gives_the_same_pictures_and_captions(stored, kind)
 def test_every_kind_of_source_feeds_the_loader_also_from_worker_processes(stored, kind, workers):
     if workers and kind in ("csv", "parquet"):
         pytest.skip("as jsonl")
-    dataset = Dataset(build(DataConfig, vars(stored[kind]) | {"num_workers": workers}, "data"), 8)
+    dataset = open_dataset(build(DataConfig, vars(stored[kind]) | {"num_workers": workers}, "data"), 8)
     batches = dataset.batches(4, 0, None, with_captions=True)
     for batch in (next(batches), next(batches)):
         assert batch["image"].shape[1:] in {(32, 32, 3), (24, 40, 3)}
@@ -74,7 +74,7 @@ def test_classes_become_captions_through_the_template(tmp_path, stored):
         data_of("tfds", write_tfds(tmp_path / "tfds", False), **template),
     ]
     for config in configs:
-        captions = collections.Counter(Dataset(config, 8).captions(COUNT, 0))
+        captions = collections.Counter(open_dataset(config, 8).captions(COUNT, 0))
         assert captions == {"a photo of cat": COUNT // 2, "a photo of dog": COUNT // 2}, config.source
 
 
@@ -93,7 +93,7 @@ def test_what_is_wrong_with_rows_of_a_folder_is_counted(tmp_path):
         '{"text": "x"}',
     ]
     (tmp_path / "captions.jsonl").write_text("\n".join(rows))
-    dataset = Dataset(data_of("folder", tmp_path), 8)
+    dataset = open_dataset(data_of("folder", tmp_path), 8)
     assert dataset.broken == {
         "unreadable json": 1,
         "file outside the folder": 2,
@@ -105,7 +105,7 @@ def test_what_is_wrong_with_rows_of_a_folder_is_counted(tmp_path):
     assert len(dataset.source) == 1
     (tmp_path / "captions.jsonl").unlink()
     (tmp_path / "captions.csv").write_bytes(b"file_name,text\ngood.png,fine\ngood.png,K\xe4se\n")
-    dataset = Dataset(data_of("folder", tmp_path), 8)
+    dataset = open_dataset(data_of("folder", tmp_path), 8)
     assert (len(dataset.source), dataset.broken) == (1, {"caption not in UTF-8": 1})
 
 
@@ -117,13 +117,13 @@ def test_damaged_records_are_counted_and_other_files_refused(tmp_path, stored):
     (tmp_path / "damaged.array_record").write_bytes(data)
     dataset = None
     try:
-        dataset = Dataset(data_of("array_record", tmp_path), 8)
+        dataset = open_dataset(data_of("array_record", tmp_path), 8)
     except UserError as error:
         assert "damaged record" in str(error)  # compressed, so one damage may take them all
     assert dataset is None or sum(dataset.broken.values()) + len(dataset.source) == COUNT // 2
     (tmp_path / "damaged.array_record").write_bytes(b"no records" * 1000)
     with pytest.raises(UserError, match="cannot read|no usable sample"):
-        Dataset(data_of("array_record", tmp_path), 8)
+        open_dataset(data_of("array_record", tmp_path), 8)
     from array_record.python.array_record_module import ArrayRecordWriter
 
     writer = ArrayRecordWriter(str(tmp_path / "damaged.array_record"), "group_size:1")
@@ -131,7 +131,7 @@ def test_damaged_records_are_counted_and_other_files_refused(tmp_path, stored):
         writer.write(record)
     writer.close()
     with pytest.raises(UserError, match="not a tf.train.Example: 1.*no feature 'image'|no feature 'image'.*Example: 1"):
-        Dataset(data_of("array_record", tmp_path), 8)
+        open_dataset(data_of("array_record", tmp_path), 8)
 
 
 # --- configs that cannot work -----------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_data_that_can_not_be_used_are_said_in_one_line(stored, tmp_path, change
     change = {key: value.format(nowhere=tmp_path / "none") if isinstance(value, str) else value
               for key, value in change.items()}  # fmt: skip
     with pytest.raises(UserError, match=message) as error:
-        Dataset(data_of(**{**base, **change}), 8)
+        open_dataset(data_of(**{**base, **change}), 8)
     assert "\n" not in str(error.value)
 
 

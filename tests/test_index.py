@@ -10,9 +10,9 @@ from stored_data import COUNT, caption, data_of, picture, write_tars
 from test_tar_source import encode, write_tar
 
 from lidit_jax.data import index
-from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.index import IndexPlan, examine
 from lidit_jax.data.indexed_source import IndexedSource
+from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.sources import BrokenExample
 from lidit_jax.data.tar_shards import TarShards
 from lidit_jax.errors import UserError
@@ -102,12 +102,12 @@ def test_without_the_right_to_write_indexes_are_for_one_run(tmp_path, caplog):
 def test_shards_are_read_through_fsspec(tmp_path):
     import fsspec
 
-    memory, local = fsspec.filesystem("memory"), Dataset(data_of("tar", write_tars(tmp_path / "tar")), 8)
+    memory, local = fsspec.filesystem("memory"), open_dataset(data_of("tar", write_tars(tmp_path / "tar")), 8)
     for path in (tmp_path / "tar").glob("*.tar"):
         memory.pipe_file(f"/shards/{path.name}", path.read_bytes())
     try:
         for pattern in ("memory://shards", "memory://shards/*.tar", "memory://shards/{00000..00001}.tar"):
-            remote = Dataset(data_of("tar", pattern), 8)
+            remote = open_dataset(data_of("tar", pattern), 8)
             assert remote.fingerprint == local.fingerprint, pattern
         assert memory.exists("/shards/00000.tar.index")
         for ours, theirs in zip(remote.source.load(range(COUNT)), local.source.load(range(COUNT)), strict=True):
@@ -116,6 +116,6 @@ def test_shards_are_read_through_fsspec(tmp_path):
         memory.rm("/shards/00001.tar")
         assert str(remote.source.load([COUNT - 1])[0]).endswith("unreadable file")
         with pytest.raises(UserError, match="1 of the 2 files"):
-            Dataset(data_of("tar", "memory://shards/{00000..00001}.tar"), 8)
+            open_dataset(data_of("tar", "memory://shards/{00000..00001}.tar"), 8)
     finally:
         memory.rm("/shards", recursive=True)

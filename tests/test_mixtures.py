@@ -12,7 +12,7 @@ from test_tar_source import encode
 from lidit_jax.config import build
 from lidit_jax.data.batch_plan import BatchPlan
 from lidit_jax.data.data_config import DataConfig
-from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.open_dataset import open_dataset
 
 
 @settings(derandomize=True, max_examples=40)
@@ -50,7 +50,7 @@ def test_mixed_sources_keep_their_own_captions_and_filters_and_do_not_depend_on_
         "classes": {"source": "folder", "path": str(tmp_path), "weight": 1.0, "class_template": "a photo of {}"},
     }
     config = build(DataConfig, vars(stored["tar"]) | {"mixture": mixture}, "data")
-    dataset = Dataset(config, 8)
+    dataset = open_dataset(config, 8)
     assert dataset.dropped == {"aspect over 1.2": COUNT // 2}
     assert "mixed of pairs 7 pictures, 75%; classes 6 pictures, 25%" in dataset.summary()
 
@@ -81,7 +81,7 @@ def test_mixed_sources_keep_their_own_captions_and_filters_and_do_not_depend_on_
 
 def test_a_mixture_without_weights_is_its_sources_one_after_the_other(stored):
     mixture = {"tar": {}, "folder": {"source": "folder", "path": stored["csv"].path}}
-    dataset = Dataset(build(DataConfig, vars(stored["tar"]) | {"mixture": mixture}, "data"), 8)
+    dataset = open_dataset(build(DataConfig, vars(stored["tar"]) | {"mixture": mixture}, "data"), 8)
     assert len(dataset.source) == 2 * COUNT
     one = next(loader := dataset.batches(8, 0, None))["image"]
     loader.close()

@@ -15,7 +15,7 @@ from lidit_jax import experiment, stages
 from lidit_jax.config import build
 from lidit_jax.contact_sheet import draw_contact_sheet
 from lidit_jax.data.data_config import DataConfig
-from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.errors import UserError
 from lidit_jax.precomputing import precompute
@@ -56,6 +56,7 @@ def losses(workdir) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
+@pytest.mark.slow  # test_stored_features.py does the same with features
 def test_training_on_latents_is_training_on_the_pictures(config, latents, tmp_path):
     assert sorted(path.name for path in latents.iterdir()) == [
         "001-000000.array_record",
@@ -71,7 +72,7 @@ def test_training_on_latents_is_training_on_the_pictures(config, latents, tmp_pa
 
 def test_batches_hold_the_same_examples_in_the_same_order(config, latents):
     sets = [
-        Dataset(experiment.Experiment(one, epath.Path("unused")).data, 8)
+        open_dataset(experiment.Experiment(one, epath.Path("unused")).data, 8)
         for one in (config, changed(config, source="precomputed", path=str(latents)))
     ]
     loaders = [one.batches(8, 0, None, with_captions=True, caption_dropout=0.1) for one in sets]
@@ -86,7 +87,7 @@ def test_batches_hold_the_same_examples_in_the_same_order(config, latents):
 
 def test_half_the_bytes_are_close_to_all(config, latents, tmp_path):
     precompute(config, epath.Path(tmp_path / "half"), batch_size=3, dtype="float16")
-    buckets = Dataset(experiment.Experiment(config, epath.Path("unused")).data, 8).buckets
+    buckets = open_dataset(experiment.Experiment(config, epath.Path("unused")).data, 8).buckets
     whole, half = (PrecomputedSource(str(folder), buckets) for folder in (latents, tmp_path / "half"))
     for ours, theirs in zip(whole.load(range(30)), half.load(range(30)), strict=True):
         assert theirs["moments"].dtype == np.float16
@@ -109,7 +110,7 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_files(config, latents, tm
     with pytest.raises(KeyboardInterrupt):
         precompute(config, out, batch_size=8, dtype="float32")
     with pytest.raises(UserError, match="not finished; run `python -m lidit_jax.precompute` again"):
-        Dataset(experiment.Experiment(changed(config, source="precomputed", path=str(out)), out).data, 8)
+        open_dataset(experiment.Experiment(changed(config, source="precomputed", path=str(out)), out).data, 8)
     with pytest.raises(UserError, match="holds latents with dtype = float32, now float16; use another --out"):
         precompute(config, out, batch_size=8, dtype="float16")
     precompute(config, out, batch_size=8, dtype="float32")
@@ -163,7 +164,7 @@ def test_what_does_not_belong_together_is_refused(config, latents, trained_workd
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values: values | {"format": 2}, "format 2, this program reads 1"),
+        (lambda values: values | {"format": 3}, "format 3, this program reads 1 to 2"),
         (lambda values: values | {"files": [["../x", 0, 3]]}, "impossible values"),
         (lambda values: values | {"files": [["001-000000.array_record", 99, 3]]}, "impossible values"),
         (lambda values: values | {"dtype": "object"}, "impossible values"),
@@ -180,13 +181,13 @@ def test_a_forged_manifest_is_refused(config, latents, tmp_path, change, message
     values = change(json.loads((latents / "manifest.json").read_text()))
     (folder / "manifest.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=message):
-        Dataset(experiment.Experiment(changed(config, source="precomputed", path=str(folder)), folder).data, 8)
+        open_dataset(experiment.Experiment(changed(config, source="precomputed", path=str(folder)), folder).data, 8)
 
 
 def test_a_damaged_record_is_another_ones_place(config, latents, tmp_path):
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    buckets = Dataset(experiment.Experiment(config, epath.Path("unused")).data, 8).buckets
+    buckets = open_dataset(experiment.Experiment(config, epath.Path("unused")).data, 8).buckets
     folder = epath.Path(tmp_path / "damaged")
     folder.mkdir()
     for file in latents.iterdir():
@@ -204,13 +205,13 @@ def test_a_damaged_record_is_another_ones_place(config, latents, tmp_path):
 def test_folders_of_latents_are_mixed_but_not_with_pictures(config, latents):
     ahead = {"source": "precomputed", "path": str(latents)}
     data = experiment.Experiment(config, epath.Path("unused")).data
-    mixed = Dataset(build(DataConfig, vars(data) | {"mixture": {"a": ahead, "b": ahead}}, "data"), 8)
+    mixed = open_dataset(build(DataConfig, vars(data) | {"mixture": {"a": ahead, "b": ahead}}, "data"), 8)
     assert len(mixed.source) == 60 and mixed.holds_latents
     loader = mixed.batches(8, 0, None, with_captions=True)
     assert next(loader)["moments"].shape[-1] == 32
     loader.close()
     with pytest.raises(UserError, match="a mixture of pictures and latents"):
-        Dataset(build(DataConfig, vars(data) | {"mixture": {"a": ahead, "b": {}}}, "data"), 8)
+        open_dataset(build(DataConfig, vars(data) | {"mixture": {"a": ahead, "b": {}}}, "data"), 8)
 
 
 def test_latents_of_classes_hold_the_caption_in_its_template(config, tmp_path):
@@ -219,5 +220,5 @@ def test_latents_of_classes_hold_the_caption_in_its_template(config, tmp_path):
     classes = changed(config, source="folder", path=str(tmp_path / "data"), class_template="a photo of {}")
     precompute(classes, epath.Path(tmp_path / "out"), 8, "float16")
     ahead = changed(classes, source="precomputed", path=str(tmp_path / "out"))
-    dataset = Dataset(experiment.Experiment(ahead, epath.Path("unused")).data, 8)
+    dataset = open_dataset(experiment.Experiment(ahead, epath.Path("unused")).data, 8)
     assert dataset.captions(1, 0) == ["a photo of dog"]

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lidit_jax.checkpoint import Checkpoints, load_weights
+from lidit_jax.data.batch_stream import NEWS, BatchStream, News
+from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import Metrics, duration
 from lidit_jax.models.layers import Dense
@@ -42,14 +44,24 @@ def toy_task(noise=0.1):
     return Task("toy", lambda key: model.init(key, jnp.zeros((1, 8)))["params"], loss)
 
 
-def batches(first, bad_from=None, bad_until=None):
-    step = first
-    while True:
-        x = np.random.default_rng(step).normal(size=(16, 8)).astype(np.float32)
-        if bad_from is not None and bad_from <= step < bad_until:
+class Numbers(BatchStream):
+    """Batch k is random numbers of the seed k; some may have a NaN."""
+
+    def __init__(self, first, bad=range(0)):
+        super().__init__("numbers", first, 1.0)
+        self.bad = bad
+
+    def _next(self):
+        x = np.random.default_rng(self._next_batch).normal(size=(16, 8)).astype(np.float32)
+        if self._next_batch in self.bad:
             x[3, 2] = np.nan
-        yield {"x": x}
-        step += 1
+        return {"x": x, NEWS: News(Bucket(8, 8), 16)}
+
+    def start_prefetch(self):
+        pass
+
+    def _stop(self):
+        pass
 
 
 def make_trainer(mesh_sizes=ONE_DEVICE, task=None, **changes):
@@ -61,7 +73,7 @@ def make_trainer(mesh_sizes=ONE_DEVICE, task=None, **changes):
     )
 
 
-def run(folder, trainer, stream=batches, facts=FACTS):
+def run(folder, trainer, stream=Numbers, facts=FACTS):
     checkpoints, metrics = Checkpoints(folder / "checkpoints", {}, trainer.config.keep), Metrics(folder)
     try:
         return train(trainer, stream, checkpoints, metrics, seed=0, facts=facts)
@@ -86,14 +98,14 @@ def test_a_resumed_run_is_bit_for_bit_the_run_that_never_stopped(tmp_path, stop)
     class Stop(Exception):
         pass
 
-    def stream(first):
-        for step, batch in enumerate(batches(first), start=first):
-            if step == stop:
+    class Stopping(Numbers):
+        def _next(self):
+            if self._next_batch == stop:
                 raise Stop
-            yield batch
+            return super()._next()
 
     with pytest.raises(Stop):
-        run(tmp_path / "stopped", make_trainer(checkpoint_every=1), stream)
+        run(tmp_path / "stopped", make_trainer(checkpoint_every=1), Stopping)
     resumed = run(tmp_path / "stopped", make_trainer())
     assert_equal_trees(whole, resumed)
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
@@ -108,7 +120,7 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path):
 
 def test_non_finite_steps_are_skipped_and_counted(tmp_path):
     good = run(tmp_path / "good", make_trainer(steps=4))
-    state = run(tmp_path / "bad", make_trainer(steps=7), lambda first: batches(first, 4, 7))
+    state = run(tmp_path / "bad", make_trainer(steps=7), lambda first: Numbers(first, range(4, 7)))
     assert int(state.skipped) == 3
     assert int(state.step) == 7
     for name in ("params", "ema", "opt_state"):
@@ -117,7 +129,7 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path):
 
 def test_too_many_non_finite_steps_in_a_row_stop_the_run(tmp_path):
     with pytest.raises(UserError, match="3 steps in a row"):
-        run(tmp_path, make_trainer(max_skipped_in_row=3), lambda first: batches(first, 4, 99))
+        run(tmp_path, make_trainer(max_skipped_in_row=3), lambda first: Numbers(first, range(4, 99)))
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
@@ -149,7 +161,7 @@ def test_accumulated_micro_batches_equal_the_whole_batch(tmp_path):
 def test_gradients_are_clipped_to_the_norm_before_adam_sees_them():
     trainer = make_trainer(clip_norm=1e-3, ema_decay=0.0)
     state = trainer.init(0)
-    batch = trainer.put(next(batches(0)))
+    batch = trainer.put(next(Numbers(0)))
     grads = jax.grad(lambda p: trainer.task.loss(p, None, batch, jax.random.fold_in(jax.random.key(1), 0), 0)[0])(
         state.params
     )
@@ -167,7 +179,7 @@ def test_weight_decay_pulls_matrices_alone():
     state = trainer.init(0)
     state = state.replace(params=jax.tree.map(lambda x: x + 1.0, state.params))
     before = jax.device_get(state.params)
-    after = trainer.step(state, None, trainer.put(next(batches(0))), jax.random.key(1), 0)[0].params
+    after = trainer.step(state, None, trainer.put(next(Numbers(0))), jax.random.key(1), 0)[0].params
     np.testing.assert_allclose(after["in"]["kernel"], before["in"]["kernel"] * (1 - 1e-2 * 0.5), rtol=1e-6)
     np.testing.assert_array_equal(after["in"]["bias"], before["in"]["bias"])
 
@@ -177,7 +189,7 @@ def test_the_average_follows_its_formula():
     state = trainer.init(0)
     expected = jax.device_get(state.ema)
     for step in range(3):
-        state, _ = trainer.step(state, None, trainer.put(next(batches(step))), jax.random.key(1), step)
+        state, _ = trainer.step(state, None, trainer.put(next(Numbers(step))), jax.random.key(1), step)
         decay = min(0.9, (1 + step) / (10 + step))
         expected = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, expected, jax.device_get(state.params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, expected)

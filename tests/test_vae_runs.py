@@ -234,19 +234,19 @@ def test_a_vae_without_weights_or_a_recipe_is_refused(tmp_path):
 @pytest.mark.skipif(not (ROOT.parent / "shared/data/fxemoji").is_dir(), reason="needs ../shared/data/fxemoji")
 def test_the_last_shard_is_kept_from_training_and_previewed_config_is_the_vaes(tmp_path):
     from lidit_jax.data.data_config import DataConfig
-    from lidit_jax.data.dataset import Dataset
+    from lidit_jax.data.open_dataset import open_dataset
 
     config = load_config("vae")
     assert config.data.held_out_shards == 1
     config.data.index_dir = str(tmp_path)
     data = DataConfig(**config.data.to_dict())
-    training, held_out = Dataset(data, 8), Dataset(data, 8, held_out=True)
+    training, held_out = open_dataset(data, 8), open_dataset(data, 8, held_out=True)
     keys = [{one["key"] for one in d.source.describe(range(len(d.source)))} for d in (training, held_out)]
     assert [len(of) for of in keys] == [696, 232]
     assert not keys[0] & keys[1]
     assert training.fingerprint != held_out.fingerprint
     with pytest.raises(UserError, match="has 4 shards, too few to hold some out: lower --config.data.held"):
-        Dataset(dataclasses.replace(data, held_out_shards=4), 8)
+        open_dataset(dataclasses.replace(data, held_out_shards=4), 8)
     assert len(held_out.pictures(7)) == 7
     config.vae.weights = ""
     draw_contact_sheet(config, epath.Path(tmp_path / "sheet.png"), 8)

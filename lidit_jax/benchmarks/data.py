@@ -28,7 +28,7 @@ from lidit_jax.benchmarks.contest import Contestant, Result, contest, machine, t
 from lidit_jax.data import decoding
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.data_config import DataConfig
-from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import duration
 
@@ -98,7 +98,7 @@ def write_shards(folder: Path, count: int, shorter: Sequence[int]) -> None:
 
 
 def ours(folder: str, samples: int, batch: int, workers: int) -> Callable[[], np.ndarray]:
-    dataset = Dataset(DataConfig("tar", SIDE, folder, num_threads=workers, prefetch=2 * workers), 8)
+    dataset = open_dataset(DataConfig("tar", SIDE, folder, num_threads=workers, prefetch=2 * workers), 8)
     start = itertools.count(0, samples // batch)
 
     def work() -> np.ndarray:
@@ -229,7 +229,7 @@ def fastest_way(folder: str) -> str:
 
 def watch_memory(folder: str, samples: int, batch: int, workers: int) -> None:
     """Prints what the process holds while the loader gives so many samples, epoch after epoch."""
-    batches = Dataset(DataConfig("tar", SIDE, folder, num_threads=workers), 8).batches(
+    batches = open_dataset(DataConfig("tar", SIDE, folder, num_threads=workers), 8).batches(
         batch, 0, None, with_captions=True
     )
     count = -(-samples // batch)

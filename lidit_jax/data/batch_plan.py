@@ -62,6 +62,35 @@ class Interleaving:
         return (nth + jitter) * self._periods[choice]
 
 
+class GroupSchedule:
+    """Which group a batch is of, and which of several choices each row of a group is, in given shares."""
+
+    def __init__(self, periods: Mapping[int, Mapping[int, float]], seed: int):
+        """Args: periods: group -> choice -> 1 / its share of all rows."""
+        # One choice's is taken as it is, not rounded twice.
+        self._periods = {
+            group: next(iter(of.values())) if len(of) == 1 else 1 / sum(1 / period for period in of.values())
+            for group, of in periods.items()
+        }
+        self._groups = Interleaving(self._periods, seed, 1)
+        self._rows = {
+            group: Interleaving({choice: period / self._periods[group] for choice, period in of.items()}, seed, 2)
+            for group, of in periods.items()
+        }
+
+    def __call__(self, batch: int) -> tuple[int, int]:
+        """(its group, how many batches of that came before)."""
+        return self._groups(batch)
+
+    def rows(self, group: int, first: int, stop: int) -> list[tuple[int, int]]:
+        """(choice, how often it came before in the group) of each of a group's rows, counted over its batches."""
+        return [self._rows[group](row) for row in range(first, stop)]
+
+    def shares(self) -> dict[int, float]:
+        """group -> its share of the batches in the long run."""
+        return {group: 1 / period for group, period in self._periods.items()}
+
+
 class BatchPlan:
     """Batches of one bucket each; every bucket is an endless stream of epochs, each epoch a fresh permutation.
 
@@ -101,15 +130,7 @@ class BatchPlan:
         self._bucket_sizes = np.bincount(bucket_of_example).tolist()
         self._starts = (np.cumsum(sizes) - sizes).tolist()
         self._members = SharedArray(np.argsort(stratum_of_example, kind="stable"))
-        periods = self._periods(weights)
-        self._bucket_periods = {b: 1 / sum(1 / p for p in of.values()) for b, of in periods.items()}
-        if weights is None:
-            self._bucket_periods = {b: of[b] for b, of in periods.items()}  # exactly: not twice rounded
-        self._buckets = Interleaving(self._bucket_periods, seed, 1)
-        self._rows = {
-            bucket: Interleaving({stratum: p / self._bucket_periods[bucket] for stratum, p in of.items()}, seed, 2)
-            for bucket, of in periods.items()
-        }
+        self._schedule = GroupSchedule(self._periods(weights), seed)  # its choices are strata
 
     def _periods(self, weights: Sequence[float] | None) -> dict[int, dict[int, float]]:
         """bucket -> stratum -> 1 / its share of all rows."""
@@ -135,9 +156,9 @@ class BatchPlan:
 
     def rows(self, batch: int, start: int, stop: int) -> tuple[int, np.ndarray]:
         """As a call, but only the rows [start, stop) of the batch: (bucket, int64 [stop - start])."""
-        bucket, nth = self._buckets(batch)
+        bucket, nth = self._schedule(batch)
         first = nth * self.batch_size
-        positions = [self._rows[bucket](row) for row in range(first + start, first + stop)]
+        positions = self._schedule.rows(bucket, first + start, first + stop)
         return bucket, self._members.array[self._shuffled(positions)].astype(np.int64)
 
     def _shuffled(self, positions: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -182,8 +203,8 @@ class BatchPlan:
     def shares(self) -> np.ndarray:
         """float64 [buckets]: the share of the batches in the long run, of each bucket."""
         shares = np.zeros(len(self._bucket_sizes))
-        for bucket, period in self._bucket_periods.items():
-            shares[bucket] = 1 / period
+        for bucket, share in self._schedule.shares().items():
+            shares[bucket] = share
         return shares
 
 

@@ -59,7 +59,14 @@ class CaptionChooser:
         return None if self.fields is None else tuple(field for field, share in self.fields.items() if share > 0)
 
     def __call__(self, captions: Mapping[str, str], rng: np.random.Generator) -> str:
+        """The text alone of what `draw` draws."""
+        return self.draw(captions, rng)[1]
+
+    def draw(self, captions: Mapping[str, str], rng: np.random.Generator) -> tuple[str | None, str]:
         """Draws from {field: text}, or joins them with " = "; "" with probability `dropout`.
+
+        Returns:
+          (the field that was drawn; None for the empty caption and for joined ones, its text).
 
         Raises:
           UserError: the example has none of the fields, or lacks one that its template names.
@@ -67,14 +74,15 @@ class CaptionChooser:
         # Both are drawn in any case, so that changing the dropout does not change which caption the others get.
         dropped, position = rng.random() < self.dropout, rng.random()
         if dropped:
-            return ""
+            return None, ""
         shares = self._shares(captions)
         if self.join:
             fields = rng.permutation(list(shares)).tolist()
-            return " = ".join(self._fill(field, captions) for field in fields)
+            return None, " = ".join(self._fill(field, captions) for field in fields)
         bounds = np.cumsum(list(shares.values()))
         drawn = min(int(np.searchsorted(bounds, position * bounds[-1], side="right")), len(bounds) - 1)
-        return self._fill(list(shares)[drawn], captions)
+        field = list(shares)[drawn]
+        return field, self._fill(field, captions)
 
     def _shares(self, captions: Mapping[str, str]) -> dict[str, float]:
         """Of the fields that the example has."""

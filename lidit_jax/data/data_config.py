@@ -19,7 +19,7 @@ from lidit_jax.errors import UserError
 SOURCES = ("shapes", "tar", "array_record", "tfds", "folder", "precomputed")
 # What an entry of a mixture may set for itself.
 PER_SOURCE = (
-    *("source", "path", "split", "data_dir", "image_key", "class_names", "num_examples", "held_out_shards"),
+    *("source", "path", "split", "data_dir", "image_key", "class_names", "num_examples", "held_out_shards", "features"),
     *("index_dir", "weight", "captions", "class_template", "min_aesthetic", "aesthetic_key", "min_side"),
     *("drop_aspect_over", "drop_low_quality_captions"),
 )
@@ -40,10 +40,17 @@ class DataConfig:
       split, data_dir: of "tfds".
       image_key: of "tfds" and "array_record", the feature with the picture; "": the only one, "image".
       class_names: file with a class's name a line, for classes that are numbers.
+      features: of "precomputed", whether the prompts' features are used, where the folder has them.
       num_examples: of "shapes".
       held_out_shards: of "tar", how many of the last shards are kept from training, for evaluation. Of "shapes" nothing
         need be kept: its held-out scenes are others than any training's.
       index_dir: where the shards' indexes are kept; "": each beside its shard.
+      sequential: of "tar": read the shards from end to end, without indexes. It starts at once, and reads every byte
+        once an epoch; but it shuffles within buffers alone, and counts what is left out only as it meets it.
+      streams: of sequential reading, how many parts the shards are dealt out to; each has its rows of every batch.
+        They divide the batch, and the hosts divide them. 0: the most that divide the batch, up to 256 and a shard each.
+      shuffle_buffer: of sequential reading, samples that wait in memory, on all hosts together; 0: four batches of
+        every group.
       resolution: side in pixels of a square picture; groups of other aspect ratios have about the same area.
       max_aspect: longest side over shortest of the groups; 1 makes all pictures square.
       allow_enlarging: False drops pictures that are smaller than their group.
@@ -55,7 +62,8 @@ class DataConfig:
       drop_aspect_over: filter on longest side over shortest; None keeps all.
       drop_low_quality_captions: filter on captions that are URLs, file names or lists of tags.
       max_broken: share of a thousand samples that may be broken (cut off, damaged, …) before the run stops.
-      num_threads, num_workers, prefetch: of the loader; they change nothing but its speed.
+      num_threads, num_workers, prefetch: of the loader; they change nothing but its speed. Sequential reading has
+        threads alone.
     """
 
     source: str
@@ -67,9 +75,13 @@ class DataConfig:
     data_dir: str = ""
     image_key: str = ""
     class_names: str = ""
+    features: bool = True
     num_examples: int = 1_000_000
     held_out_shards: int = 0
     index_dir: str = ""
+    sequential: bool = False
+    streams: int = 0
+    shuffle_buffer: int = 0
     max_aspect: float = 1.0
     allow_enlarging: bool = True
     captions: Mapping[str, float] | None = None
@@ -102,7 +114,11 @@ class DataConfig:
             raise UserError(f"data.max_broken={self.max_broken} is a share of the samples, 0 to 1")
         if self.source == "shapes" and (self.min_aesthetic is not None or self.min_side > self.resolution):
             raise UserError("data.source='shapes' has no scores and one size: leave min_aesthetic and min_side out")
-        for name in ("num_threads", "num_workers", "prefetch"):
+        if self.sequential and self.source != "tar":
+            raise UserError(
+                f"data.sequential goes with data.source='tar', not {self.source!r}: those have random access"
+            )
+        for name in ("num_threads", "num_workers", "prefetch", "streams", "shuffle_buffer"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name}={getattr(self, name)} must not be negative")
         self.chooser(0.0)  # raises for impossible captions

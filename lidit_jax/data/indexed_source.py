@@ -6,13 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lidit_jax.data import decoding
-from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
+from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.index import MAX_PIXELS, Examined
 from lidit_jax.data.sample import Sample, Shards, Unusable
 from lidit_jax.data.shared_array import SharedArray
-from lidit_jax.data.sources import BrokenExample, Example, Source
-from lidit_jax.errors import UserError
+from lidit_jax.data.sources import BrokenExample, Example, Source, described, nothing_left, read_picture
 
 
 class IndexedSource(Source):
@@ -46,7 +44,7 @@ class IndexedSource(Source):
         self.keys = sum((one.keys for one in examined), collections.Counter())
         counts = [len(one.places) for one in examined]
         if not sum(counts):
-            raise UserError(self._nothing_left())
+            raise nothing_left(shards.paths, self.looked_at, self.broken, self.dropped, self.fields, self.keys)
         self._shard = SharedArray(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
         self._places = SharedArray(np.concatenate([one.places for one in examined]))
         self._sizes = SharedArray(np.concatenate([one.sizes for one in examined]))
@@ -66,7 +64,7 @@ class IndexedSource(Source):
         ]
 
     def describe(self, indices: Sequence[int]) -> list[Example | BrokenExample]:
-        return [sample if isinstance(sample, BrokenExample) else _described(sample) for sample in self._read(indices)]
+        return [sample if isinstance(sample, BrokenExample) else described(sample) for sample in self._read(indices)]
 
     def _read(self, indices: Sequence[int]) -> list[Sample | BrokenExample]:
         places = [(int(self._shard.array[i]), *self._places.array[i].tolist()) for i in indices]
@@ -79,29 +77,5 @@ class IndexedSource(Source):
 
     def _with_picture(self, index: int, sample: Sample, bucket: Bucket | None) -> Example | BrokenExample:
         size = tuple(self._sizes.array[index].tolist())
-        try:
-            image = decoding.decode(sample.picture.read(), self._max_pixels, bucket, size)
-        except decoding.BrokenPicture as error:
-            return BrokenExample(sample.key, str(error))
-        return _described(sample) | {"image": resize_to_cover_and_crop(image, bucket) if bucket else image}
-
-    def _nothing_left(self) -> str:
-        """Why, from what was found."""
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in (self.broken + self.dropped).most_common())
-        first, number = self._shards.paths[0], len(self._shards.paths)
-        place = f"{first!r}" + (f" and {number - 1} more" if number > 1 else "")
-        if self.dropped:
-            there = f"captions {_names(self.fields)}; metadata {_names(self.keys)}"
-            return (
-                f"the filters leave none of the {self.looked_at} samples of {place} ({reasons}; there are {there}): "
-                "loosen them"
-            )
-        return f"no usable sample in {place} ({reasons or 'it is empty'}): each needs a picture and its caption"
-
-
-def _names(counts: collections.Counter) -> str:
-    return ", ".join(sorted(counts)[:20]) or "(none)"
-
-
-def _described(sample: Sample) -> Example:
-    return {"key": sample.key, "captions": sample.captions, "metadata": sample.metadata}
+        image = read_picture(sample.key, sample.picture.read(), self._max_pixels, size, bucket)
+        return image if isinstance(image, BrokenExample) else described(sample) | {"image": image}

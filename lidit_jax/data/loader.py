@@ -4,39 +4,29 @@ Batch k is a pure function of the source, the buckets, the seed and k. So the pr
 other, a resumed run continues with a number, and threads, workers and prefetching change only the speed.
 """
 
-import collections
 import dataclasses
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
-import numpy as np
 from absl import flags
 
+from lidit_jax.data.assembler import Assembler
 from lidit_jax.data.batch_plan import BatchPlan
+from lidit_jax.data.batch_stream import NEWS, BatchStream, News
 from lidit_jax.data.buckets import Bucket, assign
 from lidit_jax.data.sources import BrokenExample, Example, Source
 from lidit_jax.errors import UserError
-
-ChooseCaption = Callable[[Mapping[str, str], np.random.Generator], str]
-Tokenize = Callable[[list[str]], Mapping[str, np.ndarray]]
 
 # Grain wants to know how many batches there are: more than anyone trains for.
 _ENDLESS = 1 << 48
 # So many unreadable neighbours are no longer accidents in the data but a lost disk or a wrong decoder.
 _MAX_REPLACEMENTS = 100
-_MAX_LOGGED = 10
-BROKEN = "broken examples"  # of a batch on its way
-# The limit on broken examples is a share of so many.
-BROKEN_WINDOW = 1000
-
-_log = logging.getLogger(__name__)
 
 
 def make_loader(
     source: Source,
-    assembler: "Assembler",
+    assembler: Assembler,
     batch_size: int,
     weights: Sequence[float] | None = None,
     process_index: int = 0,
@@ -106,57 +96,6 @@ def rows_of_process(batch_size: int, process_index: int, process_count: int) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Assembler:
-    """Examples of one bucket, read and fitted, to a batch: captions drawn and tokenised, pictures stacked. Picklable.
-
-    It gives {"image": uint8 [B, H, W, 3], **tokenize(captions)}; of a source of latents, "moments" [B, h, w, 2C] in
-    place of "image".
-
-    Attributes:
-      buckets: the picture sizes; each example goes to the nearest in aspect.
-      seed: 0 to 2^64 - 1; with the batch's number and the row it decides order, captions and dropout.
-      choosers: of each source of a `ConcatenatedSource`, or of the one: ({field: text}, generator) -> the caption to
-        train on.
-      tokenize: B captions -> arrays with that many rows. None: captions are not trained on.
-      with_captions: also give "caption", a list of B strings.
-      with_images: give "image"; without, for language models, no picture is decoded.
-    """
-
-    buckets: tuple[Bucket, ...]
-    seed: int
-    choosers: tuple[ChooseCaption, ...]
-    tokenize: Tokenize | None
-    with_captions: bool = False
-    with_images: bool = True
-
-    def __post_init__(self):
-        if not 0 <= self.seed < 1 << 64:
-            raise UserError(f"seed={self.seed}: it is 0 to 2^64 - 1")
-
-    def __call__(
-        self, batch: int, first_row: int, examples: Sequence[Example], broken: Sequence[BrokenExample]
-    ) -> dict[str, Any]:
-        """Args:
-        batch, first_row: which batch it is, and which of its rows the first example.
-        broken: those that some of the examples are in place of; they travel with the batch to be counted.
-        """
-        elements: dict[str, Any] = {BROKEN: [(e.key, e.reason) for e in broken]}
-        if self.tokenize or self.with_captions:
-            generators = _RowGenerators(self.seed, batch)
-            captions = [
-                self.choosers[example.get("source", 0)](example["captions"], generators.of_row(first_row + row))
-                for row, example in enumerate(examples)
-            ]
-            elements |= self.tokenize(captions) if self.tokenize else {}
-            if self.with_captions:
-                elements["caption"] = captions
-        if self.with_images:
-            content = "moments" if "moments" in examples[0] else "image"
-            elements[content] = np.stack([example[content] for example in examples])
-        return elements
-
-
-@dataclasses.dataclass(frozen=True)
 class BatchReader:
     """This process's rows of batch k, as a function of k. Picklable; safe to call from several threads."""
 
@@ -174,7 +113,9 @@ class BatchReader:
             if isinstance(example, BrokenExample):
                 broken.append(example)
                 examples[row] = self._replacement(indices[row], bucket, broken)
-        return self.assembler(batch, self.rows.start, examples, broken)
+        elements = self.assembler(batch, self.rows.start, examples)
+        news = News(bucket, len(examples), [(example.key, example.reason) for example in broken])
+        return elements | {NEWS: news}
 
     def _read(self, indices: Sequence[int], bucket: Bucket) -> list[Example | BrokenExample]:
         if self.assembler.with_images:
@@ -195,77 +136,10 @@ class BatchReader:
         )
 
 
-class _RowGenerators:
-    """One random stream for each row of a batch, the same whichever process reads the row.
+class Loader(BatchStream):
+    """Batches of a source with random access; `make_loader` makes it.
 
-    A counter-based generator is moved to the row's place: seeding a new one would cost more than a tiny picture.
-    """
-
-    def __init__(self, seed: int, batch: int):
-        self._batch = batch
-        self._bits = np.random.Philox(key=seed)
-        self._state = self._bits.state
-        self._generator = np.random.Generator(self._bits)
-
-    def of_row(self, row: int) -> np.random.Generator:
-        """Valid until the next call."""
-        self._state["state"]["counter"][:] = (0, row, self._batch, 0)
-        self._state["buffer_pos"] = 4  # nothing is left over from the row before
-        self._state["has_uint32"] = 0
-        self._bits.state = self._state
-        return self._generator
-
-
-class BrokenCount:
-    """What was found broken while reading, by reason; says the first of them, and when it is too much."""
-
-    def __init__(self, max_broken: float, consequence: str = "another one took its place"):
-        """Args:
-        max_broken: share of every `BROKEN_WINDOW` examples.
-        consequence: for the log.
-        """
-        self._consequence = consequence
-        self.by_reason: collections.Counter[str] = collections.Counter()
-        self._max_broken, self._read_in_window, self._broken_in_window = max_broken, 0, 0
-
-    def add(self, read: int, broken: Sequence[tuple[str, str]]) -> None:
-        """(key, reason) of the broken ones among `read` examples.
-
-        Raises:
-          UserError: it is too much.
-        """
-        for key, reason in broken:
-            self.by_reason[reason] += 1
-            if self.by_reason.total() <= _MAX_LOGGED:
-                _log.warning("example %r: %s; %s", key, reason, self._consequence)
-        self._read_in_window += read
-        self._broken_in_window += len(broken)
-        if self._broken_in_window > self._max_broken * BROKEN_WINDOW:
-            raise UserError(_too_many_broken(self._broken_in_window, self._read_in_window, self.by_reason))
-        if self._read_in_window >= BROKEN_WINDOW:
-            self._read_in_window = self._broken_in_window = 0
-
-
-def check_broken(looked_at: int, broken: Mapping[str, int], max_broken: float) -> None:
-    """Raises UserError where too many samples of a data set cannot be used; a small one may lose more of them."""
-    count = sum(broken.values())
-    if count > max_broken * max(looked_at, BROKEN_WINDOW):
-        raise UserError(_too_many_broken(count, looked_at, broken))
-
-
-def _too_many_broken(count: int, read: int, broken: Mapping[str, int]) -> str:
-    reasons = ", ".join(f"{reason}: {number}" for reason, number in collections.Counter(broken).most_common(5))
-    return (
-        f"{count} of {read} samples cannot be used ({reasons}): mend the data, or raise --config.data.max_broken, the "
-        f"share of {BROKEN_WINDOW} samples that may be broken"
-    )
-
-
-class Loader(grain.DatasetIterator):
-    """Iterates over batches; `make_loader` makes it. Close it (or let it go) to end threads and workers.
-
-    Its state is the next batch's number and the data's fingerprint, and so does not depend on processes, threads,
-    workers or prefetching; `grain.checkpoint.CheckpointSave(loader)` saves it with Orbax.
+    Its state does not depend on processes, threads, workers or prefetching.
 
     Attributes:
       shares: bucket -> its share of the batches; buckets without examples are left out.
@@ -280,36 +154,15 @@ class Loader(grain.DatasetIterator):
         first_batch: int,
         max_broken: float,
     ):
-        super().__init__()
+        super().__init__(reader.source.fingerprint, first_batch, max_broken)
         self._reader = reader
         self._num_workers = num_workers
         self._read_options = grain.ReadOptions(min(num_threads, prefetch), prefetch)
-        self._next_batch = first_batch
         self._batches: grain.DatasetIterator | None = None
-        self._broken = BrokenCount(max_broken)
         shares = enumerate(reader.plan.shares().tolist())
         self.shares = {reader.assembler.buckets[bucket]: share for bucket, share in shares if share}
 
-    @property
-    def fingerprint(self) -> str:
-        """The source's."""
-        return self._reader.source.fingerprint
-
-    @property
-    def broken(self) -> collections.Counter[str]:
-        """How many reads found a `BrokenExample` and took another, by reason, of the batches handed out so far."""
-        return self._broken.by_reason
-
-    def __next__(self) -> dict[str, Any]:
-        self._assert_not_closed()
-        self.start_prefetch()
-        elements = next(self._batches)
-        self._next_batch += 1
-        self._broken.add(len(self._reader.rows), elements.pop(BROKEN))
-        return elements
-
     def start_prefetch(self) -> None:
-        """Starts threads and workers, for instance while a model is still being restored."""
         if self._batches is None:
             numbers = grain.MapDataset.range(self._next_batch, _ENDLESS)
             batches = numbers.map(self._reader).to_iter_dataset(self._read_options)
@@ -321,22 +174,8 @@ class Loader(grain.DatasetIterator):
             self._batches = iter(batches)
         self._batches.start_prefetch()
 
-    def get_state(self) -> dict[str, Any]:
-        return {"next_batch": self._next_batch, "fingerprint": self.fingerprint}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Raises UserError where the state was saved with other data."""
-        if state["fingerprint"] != self.fingerprint:
-            raise UserError(
-                f"the data differ (fingerprint {self.fingerprint}) from those that the checkpoint was trained on "
-                f"({state['fingerprint']}): give the same data and filters, or start a new workdir"
-            )
-        self._stop()
-        self._next_batch = int(state["next_batch"])
-
-    def close(self) -> None:
-        self._closed = True
-        self._stop()
+    def _next(self) -> dict[str, Any]:
+        return next(self._batches)
 
     def _stop(self) -> None:
         # Grain can move an iterator to another place only with at most one worker, and a moved one would first finish

@@ -2,15 +2,17 @@
 
     manifest.json             what made them, the groups, the files in order; written last, when all else is there
     plan.json                 the same facts while the folder is being made
+    features.safetensors      where prompts' features are kept too: what all prompts share
     GROUP-PART.array_record   records of one group, in the order of the data set
 
-A record is a safetensors file: "moments" [h, w, 2C] (mean and log-variance) and "text", JSON in UTF-8 with the
-example's key and captions.
+A record is a safetensors file: "moments" [h, w, 2C] (mean and log-variance); "features/ENCODER/FIELD" of every caption,
+where they are kept (see `stored_features.py`); and "text", JSON in UTF-8 with the example's key, its captions, and
+which of them an encoder cut.
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +24,10 @@ from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.record_shards import RecordReaders
 from lidit_jax.data.sample import Unusable, captions_of
 from lidit_jax.data.sources import BrokenExample, Example, Source
+from lidit_jax.data.stored_features import FEATURES, ConstantFeatures, StoredEncoder, tensors_of
 from lidit_jax.errors import UserError
 
-FORMAT = 1
+FORMAT = 2  # 1 had no features
 MANIFEST, PLAN = "manifest.json", "plan.json"
 DTYPES = ("float16", "float32")
 
@@ -40,6 +43,7 @@ class Manifest:
       cell: pixels a latent cell.
       channels: C, of the latents.
       buckets: the groups' sizes in pixels.
+      encoders: by name, those whose features are kept.
       files: [name, index of its group, records] each; none in a plan.
       left_out: examples whose pictures were broken.
     """
@@ -50,6 +54,7 @@ class Manifest:
     cell: int
     channels: int
     buckets: tuple[Bucket, ...]
+    encoders: Mapping[str, StoredEncoder] = dataclasses.field(default_factory=dict)
     files: tuple[tuple[str, int, int], ...] = ()
     left_out: int = 0
 
@@ -62,10 +67,14 @@ class Manifest:
         try:
             values = json.loads(file.read_text())
             version = values.pop("format")
-            if version != FORMAT:
-                raise UserError(f"{file}: format {version}, this program reads {FORMAT}: use the program that wrote it")
+            if version not in range(1, FORMAT + 1):
+                raise UserError(
+                    f"{file}: format {version}, this program reads 1 to {FORMAT}: use the program that wrote it"
+                )
             values["buckets"] = tuple(Bucket(*map(int, size)) for size in values["buckets"])
             values["files"] = tuple((str(name), int(bucket), int(count)) for name, bucket, count in values["files"])
+            encoders = values.pop("encoders", {})
+            values["encoders"] = {str(name): StoredEncoder(**facts) for name, facts in encoders.items()}
             manifest = cls(**values)
         except UserError:
             raise
@@ -85,8 +94,10 @@ class PrecomputedSource(Source):
 
     content = "moments"
 
-    def __init__(self, folder: str, buckets: Sequence[Bucket]):
-        """Args: buckets: of the run, which must be those that the latents were computed for.
+    def __init__(self, folder: str, buckets: Sequence[Bucket], with_features: bool = True):
+        """Args:
+          buckets: of the run, which must be those that the latents were computed for.
+          with_features: also give the prompts' features, where the folder has them: {(encoder, field): [lead + n, D]}.
 
         Raises:
           UserError: the folder is not finished or no such folder, a file is missing, or the groups differ.
@@ -101,6 +112,8 @@ class PrecomputedSource(Source):
                 f"{folder}: made for the groups {of(self.manifest.buckets)}, the run has {of(buckets)}: "
                 "use the same data.resolution and data.max_aspect, or compute them anew"
             )
+        self.encoders = self.manifest.encoders if with_features else {}
+        self.constant = ConstantFeatures.read(path / FEATURES, self.encoders) if self.encoders else None
         self._readers = RecordReaders([str(path / name) for name, _, _ in self.manifest.files])
         counts = [count for _, _, count in self.manifest.files]
         for shard, count in enumerate(counts):
@@ -136,17 +149,34 @@ class PrecomputedSource(Source):
             return BrokenExample(f"{self._readers.paths[shard]}#{number}", reason)
 
     def _parse(self, record: bytes, size: np.ndarray) -> Example:
-        tensors = safetensors.numpy.load(record)
+        tensors = tensors_of(record)
         text = json.loads(tensors["text"].tobytes())
         moments = tensors["moments"]
         shape = (*(size // self.manifest.cell).tolist(), 2 * self.manifest.channels)
         if moments.shape != shape or moments.dtype != self.manifest.dtype:
             raise ValueError(f"moments {moments.dtype} {moments.shape}")
         captions = captions_of(text["captions"])
-        return {"key": str(text["key"]), "captions": captions, "metadata": {}, "moments": moments}
+        example = {"key": str(text["key"]), "captions": captions, "metadata": {}, "moments": moments}
+        if not self.encoders:
+            return example
+        kept = [(name, field) for name in self.encoders for field in captions]
+        features = {(n, field): self.encoders[n].check(tensors[f"features/{n}/{field}"]) for n, field in kept}
+        return example | {"features": features, "truncated": {(name, field) for name, field in text["truncated"]}}
 
 
-def to_record(key: str, captions: dict[str, str], moments: np.ndarray) -> bytes:
-    """Args: moments: [h, w, 2C], of the folder's dtype."""
-    text = np.frombuffer(json.dumps({"key": key, "captions": captions}).encode(), np.uint8)
-    return safetensors.numpy.save({"moments": np.ascontiguousarray(moments), "text": text})
+def to_record(
+    key: str,
+    captions: Mapping[str, str],
+    moments: np.ndarray,
+    features: Mapping[tuple[str, str], np.ndarray],
+    truncated: Sequence[tuple[str, str]],
+) -> bytes:
+    """Args:
+    moments: [h, w, 2C], of the folder's dtype.
+    features: (encoder, field of a caption) -> [lead + n, D].
+    truncated: those of them whose caption was cut.
+    """
+    text = json.dumps({"key": key, "captions": captions, "truncated": truncated}).encode()
+    tensors = {"moments": moments, "text": np.frombuffer(text, np.uint8)}
+    tensors |= {f"features/{name}/{field}": array for (name, field), array in features.items()}
+    return safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in tensors.items()})

@@ -1,13 +1,16 @@
 """What a source of examples is, for every source there is: the contract that the loader relies on."""
 
 import abc
+import collections
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
-from lidit_jax.data.buckets import Bucket
+from lidit_jax.data import decoding
+from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
+from lidit_jax.data.sample import Sample
 from lidit_jax.errors import UserError
 
 Example = dict[str, Any]
@@ -28,6 +31,55 @@ class BrokenExample(Exception):
 
     def __str__(self) -> str:
         return f"example {self.key!r}: {self.reason}"
+
+
+def described(sample: Sample) -> Example:
+    """All of a sample but its picture."""
+    return {"key": sample.key, "captions": sample.captions, "metadata": sample.metadata}
+
+
+def read_picture(
+    key: str, data: bytes, max_pixels: int, size: tuple[int, int], bucket: Bucket | None
+) -> np.ndarray | BrokenExample:
+    """An encoded picture -> uint8 [H, W, 3].
+
+    Args:
+      key: its example's.
+      size: height and width that it must have; another one means that the file was changed.
+      bucket: fit it to that; None: as it is.
+    """
+    try:
+        image = decoding.decode(data, max_pixels, bucket, size)
+    except decoding.BrokenPicture as error:
+        return BrokenExample(key, str(error))
+    return resize_to_cover_and_crop(image, bucket) if bucket else image
+
+
+def nothing_left(
+    paths: Sequence[str],
+    looked_at: int,
+    broken: collections.Counter[str],
+    dropped: collections.Counter[str],
+    fields: Collection[str],
+    keys: Collection[str],
+) -> UserError:
+    """Why no sample of some files can be trained on.
+
+    Args:
+      broken, dropped: how many, by reason.
+      fields, keys: the caption fields and the metadata that the samples have.
+    """
+    reasons = ", ".join(f"{reason}: {count}" for reason, count in (broken + dropped).most_common())
+    place = f"{paths[0]!r}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    if not dropped:
+        return UserError(
+            f"no usable sample in {place} ({reasons or 'it is empty'}): each needs a picture and its caption"
+        )
+    names = lambda found: ", ".join(sorted(found)[:20]) or "(none)"  # noqa: E731
+    return UserError(
+        f"the filters leave none of the {looked_at} samples of {place} ({reasons}; there are captions {names(fields)}; "
+        f"metadata {names(keys)}): loosen them"
+    )
 
 
 class Source(abc.ABC):

@@ -38,8 +38,11 @@ class DamagedTar(Exception):
     """The rest of the tar cannot be read; its message says why in a few words."""
 
 
-def walk(file: File) -> Iterator[Member]:
+def walk(file: File, start: int = 0) -> Iterator[Member]:
     """Yields the regular files of an open, uncompressed tar, in order, until its end mark or its last byte.
+
+    Args:
+      start: of the first of them, as its `Member.start` says.
 
     Raises:
       DamagedTar: after everything before the damage was yielded.
@@ -47,7 +50,7 @@ def walk(file: File) -> Iterator[Member]:
     end = file.size
     if not end:
         raise DamagedTar("empty tar")
-    position, overrides, start = 0, {}, 0
+    position, overrides = start, {}
     while position < end:
         header = file.read(position, BLOCK)
         if len(header) < BLOCK:

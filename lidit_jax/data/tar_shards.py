@@ -8,7 +8,7 @@ the json's string fields, img2dataset's own notes (url, status, sha256 …) exce
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 from lidit_jax.data import tar_headers
 from lidit_jax.data.files import File, RangeReader, find_files, open_file
@@ -60,11 +60,28 @@ class TarShards:
     def size(self, shard: int) -> int:
         return _open(self.paths[shard]).size
 
-    def scan(self, shard: int) -> Iterator[tuple[Place, Sample] | str]:
+    def scan(
+        self, shard: int, start: int = 0, length: int | None = None
+    ) -> Generator[tuple[Place, Sample] | str, None, int | None]:
+        """As `Shards.scan`, of a part of the shard.
+
+        Args:
+          start: where a part begins, in bytes: 0, or what the part before returned.
+          length: of the part in bytes, after which it ends with a sample; None: to the shard's end. What belongs
+            together, and what comes twice, is noticed within a part.
+
+        Returns:
+          Where the next part begins; None at the shard's end.
+        """
         path = self.paths[shard]
         file = _open(path)
         try:
-            for found in _group(file):
+            groups = _group(file, start, length)
+            while True:
+                try:
+                    found = next(groups)
+                except StopIteration as end:
+                    return end.value
                 if isinstance(found, str):
                     yield found
                     continue
@@ -132,9 +149,9 @@ class _Found:
         return any(extension in self.files for extension in _PICTURES) and any(text in self.files for text in _TEXTS)
 
 
-def _group(file: File) -> Iterator[_Found | str]:
-    """Samples as they end; and a reason for each that is left out."""
-    current, parts, done = None, {}, set()
+def _group(file: File, start: int = 0, length: int | None = None) -> Generator[_Found | str, None, int | None]:
+    """Samples as they end; and a reason for each that is left out. See `TarShards.scan`."""
+    current, parts, done, rest = None, {}, set(), None
 
     def ended() -> Iterator[_Found | str]:
         if current is None:
@@ -150,7 +167,7 @@ def _group(file: File) -> Iterator[_Found | str]:
 
     damage = None
     try:
-        for member in tar_headers.walk(file):
+        for member in tar_headers.walk(file, start):
             folder, slash, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             extension = extension.lower()
@@ -159,6 +176,10 @@ def _group(file: File) -> Iterator[_Found | str]:
             key = folder + slash + stem
             if current is None or key != current.key:
                 yield from ended()
+                current = None
+                if length is not None and member.start >= start + length:
+                    rest = member.start
+                    break
                 current = _Found(key, member.start)
             if extension in current.files:
                 yield "repeated file name"
@@ -175,6 +196,7 @@ def _group(file: File) -> Iterator[_Found | str]:
         yield "repeated key" if not isinstance(part, str) and part.key in done else part
     if damage:
         yield damage
+    return rest
 
 
 def _read_text(file: File, member: tar_headers.Member) -> bytes:

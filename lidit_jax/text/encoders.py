@@ -23,6 +23,7 @@ class PromptEncoder(Protocol):
 
     Attributes:
       hidden_size: D, the width of its features.
+      lead: rows of what `encode_prompts` gives that come before the prompts'; 0 where all prompts share their prefix.
       tokenizer: prompts -> tokens, mask.
     """
 
@@ -30,6 +31,9 @@ class PromptEncoder(Protocol):
 
     @property
     def hidden_size(self) -> int: ...
+
+    @property
+    def lead(self) -> int: ...
 
     def freeze(self, params: Any) -> Any:
         """The arrays that encoding needs, from the model's parameters."""
@@ -39,6 +43,9 @@ class PromptEncoder(Protocol):
 
     def features(self, frozen: Any, encoded: jax.Array, mask: jax.Array) -> TextFeatures:
         """What `encode_prompts` gave -> prefix and prompts."""
+
+    def shared_prefix(self, frozen: Any) -> jax.Array | None:
+        """[P, D], the prefix's features where all prompts share them."""
 
 
 @flax.struct.dataclass
@@ -75,6 +82,10 @@ class LLMTextEncoder:
         return self.config.hidden_size
 
     @property
+    def lead(self) -> int:
+        return 0
+
+    @property
     def model(self) -> LLM:
         return LLM(self.config.as_encoder())
 
@@ -93,6 +104,9 @@ class LLMTextEncoder:
 
     def features(self, frozen: FrozenLLM, encoded: jax.Array, mask: jax.Array) -> TextFeatures:
         return TextFeatures(prefix=jax.lax.stop_gradient(frozen.prefix_features), prompt=encoded, mask=mask)
+
+    def shared_prefix(self, frozen: FrozenLLM) -> jax.Array:
+        return frozen.prefix_features
 
 
 @flax.struct.dataclass
@@ -120,6 +134,10 @@ class T5TextEncoder:
     def hidden_size(self) -> int:
         return self.config.d_model
 
+    @property
+    def lead(self) -> int:
+        return len(self.tokenizer.prefix())
+
     def freeze(self, params: Any) -> FrozenT5:
         return FrozenT5(params=params, prefix=jax.device_put(self.tokenizer.prefix(), _everywhere(params)))
 
@@ -132,6 +150,27 @@ class T5TextEncoder:
     def features(self, frozen: FrozenT5, encoded: jax.Array, mask: jax.Array) -> TextFeatures:
         length = frozen.prefix.shape[0]
         return TextFeatures(prefix=encoded[:, :length], prompt=encoded[:, length:], mask=mask)
+
+    def shared_prefix(self, frozen: FrozenT5) -> None:
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredEncoding:
+    """In an encoder's place where its features were computed ahead of training: nothing is left to encode.
+
+    `frozen` is the instruction's features [P, D] alone.
+
+    Attributes:
+      lead: rows before the prompt's that every prompt has of its own; see `data/stored_features.py`.
+    """
+
+    hidden_size: int
+    lead: int
+
+    def features(self, frozen: jax.Array, encoded: jax.Array, mask: jax.Array) -> TextFeatures:
+        prefix = encoded[:, : self.lead] if self.lead else frozen
+        return TextFeatures(prefix=prefix, prompt=encoded[:, self.lead :], mask=mask)
 
 
 def tokenize(encoders: Mapping[str, PromptEncoder], prompts: Sequence[str]) -> dict[str, np.ndarray]:

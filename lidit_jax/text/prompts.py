@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,6 +68,12 @@ class PromptTokenizer:
           UserError: if the chat template fails, or changes the user's words.
         """
         return np.asarray(self._prefix, np.int32)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits over what stands before every prompt and how long one may be."""
+        facts = [self._prefix, self._separator, self.max_length]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @functools.cached_property
     def _prefix(self) -> list[int]:
