@@ -21,6 +21,10 @@ def get_config() -> ConfigDict:
         "source": "tar",
         "path": "",  # to fill in; the paper: a high-quality subset
         "index_dir": "",  # beside the data
+        "sequential": False,  # True: no indexes, shards are read from end to end
+        "streams": 0,  # of sequential reading: as many as go
+        "shuffle_buffer": 0,  # likewise: four batches of every group
+        "features": True,  # of precomputed: use the LLMs' features, where they are kept
         "resolution": 1024,  # paper
         "max_aspect": 2.0,  # ours; the paper groups by aspect ratio and names no limit
         "captions": {"txt": 0.5, "synthetic": 0.5},  # paper: original and synthetic mixed; the shares are ours

@@ -61,6 +61,10 @@ def get_config(row: str = "") -> ConfigDict:
         "source": "tar",
         "path": "",  # to fill in; paper: ImageNet and 1.3M pairs of CC12M
         "index_dir": "",  # beside the data
+        "sequential": False,  # True: no indexes, shards are read from end to end
+        "streams": 0,  # of sequential reading: as many as go
+        "shuffle_buffer": 0,  # likewise: four batches of every group
+        "features": True,  # of precomputed: use the LLMs' features, where they are kept
         "resolution": 256,  # paper
         "max_aspect": 2.0,  # ours
         "captions": {"txt": 1.0, "class": 1.0},  # whichever a picture has

@@ -24,6 +24,10 @@ def get_config() -> ConfigDict:
         "image_key": "",  # of tfds and array_record: the picture, where there are several
         "class_names": "",  # file with a class's name a line, where classes are numbers
         "index_dir": "",  # beside the data
+        "sequential": False,  # of tar: True makes no indexes and reads the shards from end to end
+        "streams": 0,  # of sequential reading: as many as go
+        "shuffle_buffer": 0,  # likewise: four batches of every group
+        "features": True,  # of precomputed: use the LLMs' features, where they are kept
         "resolution": 64,
         "max_aspect": 2.0,
         "captions": None,  # the usual fields of whatever data it is

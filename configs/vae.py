@@ -26,6 +26,9 @@ def get_config(path: str = "") -> ConfigDict:
         "path": path,
         "held_out_shards": 1 if path else 0,
         "index_dir": "",  # beside the shards
+        "sequential": False,  # True: no indexes, shards are read from end to end
+        "streams": 0,  # of sequential reading: as many as go
+        "shuffle_buffer": 0,  # likewise: four batches of every group
         "resolution": 64,  # ours; 256 is usual
         "max_aspect": 1.0,
         "min_side": 0,

@@ -53,4 +53,8 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
     started = time.monotonic()
     count = sum(len(batch["image"]) for batch in itertools.islice(batches, TIMED_BATCHES))
     logger.info("loader: %.0f samples/s", count / (time.monotonic() - started))
+    for what, reasons in (("broken", batches.broken), ("left out by filters", batches.dropped)):
+        if reasons:
+            logger.info("while reading: %s %s", what, ", ".join(f"{r}: {n}" for r, n in sorted(reasons.items())))
+    batches.close()
     logger.info("%s", out)

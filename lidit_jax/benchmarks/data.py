@@ -39,6 +39,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 7, "times that each does the work", low
 _WORKERS = flags.DEFINE_integer("workers", 1, "threads of ours and of the limit; webdataset has one", lower_bound=1)
 _SHORTER = flags.DEFINE_list("shorter", ["512", "512"], "shorter side of the pictures in pixels, from and to")
 _MEMORY = flags.DEFINE_integer("memory", 0, "instead, samples that our loader takes, watched", lower_bound=0)
+_SEQUENTIAL = flags.DEFINE_bool("sequential", False, "with --memory: without the shards' indexes")
 
 SIDE = 256
 TARGET = Bucket(SIDE, SIDE)
@@ -58,11 +59,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), _PICTURES.value, shorter)
         if _MEMORY.value:
-            watch_memory(folder, _MEMORY.value, _BATCH.value, _WORKERS.value)
+            watch_memory(folder, _MEMORY.value, _BATCH.value, _WORKERS.value, _SEQUENTIAL.value)
             return
         arguments = folder, _SAMPLES.value, _BATCH.value, _WORKERS.value
         fastest = fastest_way(folder)
-        ways = {"lidit_jax": ours, "limit": functools.partial(limit, way=fastest), "webdataset": webdataset}
+        ways = {
+            "lidit_jax": ours,
+            "sequential": functools.partial(ours, sequential=True),
+            "limit": functools.partial(limit, way=fastest),
+            "webdataset": webdataset,
+        }
         results = contest([Contestant(n, functools.partial(way, *arguments)) for n, way in ways.items()], _ROUNDS.value)
     print(f"shorter side {shorter[0]} to {shorter[1]} px to {SIDE} px; {_WORKERS.value} worker(s); limit: {fastest}")
     print(table(results, _SAMPLES.value, "samples"))
@@ -97,8 +103,10 @@ def write_shards(folder: Path, count: int, shorter: Sequence[int]) -> None:
 # --- what takes part --------------------------------------------------------------------------------------------
 
 
-def ours(folder: str, samples: int, batch: int, workers: int) -> Callable[[], np.ndarray]:
-    dataset = open_dataset(DataConfig("tar", SIDE, folder, num_threads=workers, prefetch=2 * workers), 8)
+def ours(folder: str, samples: int, batch: int, workers: int, sequential: bool = False) -> Callable[[], np.ndarray]:
+    """By the shards' indexes, or from end to end without them."""
+    config = DataConfig("tar", SIDE, folder, sequential=sequential, num_threads=workers, prefetch=2 * workers)
+    dataset = open_dataset(config, 8)
     start = itertools.count(0, samples // batch)
 
     def work() -> np.ndarray:
@@ -227,11 +235,10 @@ def fastest_way(folder: str) -> str:
 # --- memory -----------------------------------------------------------------------------------------------------
 
 
-def watch_memory(folder: str, samples: int, batch: int, workers: int) -> None:
+def watch_memory(folder: str, samples: int, batch: int, workers: int, sequential: bool) -> None:
     """Prints what the process holds while the loader gives so many samples, epoch after epoch."""
-    batches = open_dataset(DataConfig("tar", SIDE, folder, num_threads=workers), 8).batches(
-        batch, 0, None, with_captions=True
-    )
+    config = DataConfig("tar", SIDE, folder, sequential=sequential, num_threads=workers)
+    batches = open_dataset(config, 8).batches(batch, 0, None, with_captions=True)
     count = -(-samples // batch)
     started, marks = time.monotonic(), {count * (i + 1) // _REPORTS for i in range(_REPORTS)}
     for number in range(1, count + 1):

@@ -165,31 +165,35 @@ def _group(file: File, start: int = 0, length: int | None = None) -> Generator[_
             done.add(current.key)
             yield current
 
-    damage = None
-    try:
-        for member in tar_headers.walk(file, start):
-            folder, slash, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            extension = extension.lower()
-            if not stem or extension not in _PICTURES + _TEXTS:
-                continue
-            key = folder + slash + stem
-            if current is None or key != current.key:
-                yield from ended()
-                current = None
-                if length is not None and member.start >= start + length:
-                    rest = member.start
-                    break
-                current = _Found(key, member.start)
-            if extension in current.files:
-                yield "repeated file name"
-            else:
-                current.files[extension], current.end = member, member.end
-    except tar_headers.DamagedTar as error:
-        damage = str(error)
-        if current is not None and not current.is_whole and current.key not in parts:
-            yield "cut-off file"
+    damage, members = None, tar_headers.walk(file, start)
+    while True:
+        try:
+            member = next(members)
+        except StopIteration:
+            break
+        except tar_headers.DamagedTar as error:
+            damage = str(error)
+            break
+        folder, slash, name = member.name.rpartition("/")
+        stem, _, extension = name.partition(".")
+        extension = extension.lower()
+        if not stem or extension not in _PICTURES + _TEXTS:
+            continue
+        key = folder + slash + stem
+        if current is None or key != current.key:
+            yield from ended()
             current = None
+            if length is not None and member.start >= start + length:
+                rest = member.start
+                break
+            current = _Found(key, member.start)
+        if extension in current.files:
+            yield "repeated file name"
+        else:
+            current.files[extension], current.end = member, member.end
+    if damage and current is not None and not current.is_whole and current.key not in parts:
+        yield "cut-off file"
+        current = None
     yield from ended()
     for part in parts.values():
         # A picture alone is a sample, though without a caption.
@@ -244,6 +248,12 @@ class _Region(io.RawIOBase):
             raise ValueError("seek to before the start")
         self._position = start + offset
         return self._position
+
+    def readall(self) -> bytes:
+        """In one piece, where the base class would ask for a few kilobytes at a time."""
+        data = self._file.read(self._offset + self._position, max(self._size - self._position, 0))
+        self._position += len(data)
+        return data
 
     def readinto(self, buffer) -> int:
         wanted = max(min(len(buffer), self._size - self._position), 0)
