@@ -21,6 +21,7 @@ from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.filters import no_caption
 from lidit_jax.data.index import MAX_PIXELS, IndexPlan, examine
 from lidit_jax.data.indexed_source import IndexedSource
+from lidit_jax.data.sample_stream import Reading, SampleStream, Seen
 from lidit_jax.data.sources import BrokenExample
 from lidit_jax.data.tar_shards import TarShards
 from lidit_jax.errors import UserError
@@ -408,7 +409,18 @@ def read_all(path) -> int:
         [fitted] = source.load([index], Bucket(8, 8))
         assert fitted["image"].shape == (8, 8, 3)
         readable += 1
+    assert_read_from_end_to_end(path, source)
     return readable
+
+
+def assert_read_from_end_to_end(path, source) -> None:
+    """Without the index come the same samples."""
+    stream, seen = SampleStream(Reading(TarShards(path), (Bucket(8, 8),), (no_caption,)), [0], (0,)), Seen()
+    entries = [stream.next(seen) for _ in range(len(source))]
+    keys = [example["key"] for example in source.describe(range(len(source)))]
+    assert [entry.sample.key for entry in entries] == keys
+    assert [entry.size for entry in entries] == list(map(tuple, source.sizes().tolist()))
+    assert {entry.epoch for entry in entries} == {0}
 
 
 def test_a_tar_cut_off_anywhere_keeps_what_is_whole(tmp_path):
