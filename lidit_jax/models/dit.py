@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
-from lidit_jax.models.layers import ZERO_INIT, Attention, Dense, FeedForward, Modulation, layer_norm, modulate
+from lidit_jax.models.layers import (
+    ACTIVATION,
+    ZERO_INIT,
+    Attention,
+    Dense,
+    FeedForward,
+    Modulation,
+    in_use,
+    layer_norm,
+    modulate,
+)
 
 # What a rematerialised block keeps for its backward pass.
 REMAT_POLICIES = {
@@ -31,17 +41,34 @@ class ConvPositionEmbedding(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, h, w, C] -> [B, h, w, C]."""
         features = x.shape[-1]
-        h = self._conv(features // self.bottleneck, ("embed", "conv_out"), "conv_in", nn.silu(layer_norm(x)))
-        h = self._conv(features, ("conv_out", "embed"), "conv_out", nn.silu(layer_norm(h)))
+        inner = features // self.bottleneck
+        h = Conv3x3(inner, ("embed", "conv_out"), self.dtype, name="conv_in")(nn.silu(layer_norm(x)))
+        h = Conv3x3(features, ("conv_out", "embed"), self.dtype, name="conv_out")(nn.silu(layer_norm(h)))
         return x + h
 
-    def _conv(self, features: int, axes: tuple[str, str], name: str, x: jax.Array) -> jax.Array:
-        kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, *axes))
-        bias_init = nn.with_logical_partitioning(ZERO_INIT, (axes[1],))
-        conv = nn.Conv(
-            features, (3, 3), padding="SAME", kernel_init=kernel_init, bias_init=bias_init, dtype=self.dtype, name=name
+
+class Conv3x3(nn.Module):
+    """Convolution over [B, h, w, C] that keeps the size; its kernel's last axes are the logical `axes`."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        axes = (None, None, *self.axes)
+        kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+        bias_init = nn.with_logical_partitioning(ZERO_INIT, (self.axes[1],))
+        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            in_use(kernel, axes, self.dtype),
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return conv(x.astype(self.dtype))
+        return y + bias.astype(self.dtype)
 
 
 class LIDiTBlock(nn.Module):
@@ -57,7 +84,7 @@ class LIDiTBlock(nn.Module):
         self, x: jax.Array, text: jax.Array, text_mask: jax.Array, conditioning: jax.Array
     ) -> tuple[jax.Array, None]:
         """x [B, N, C], text [B, M, C], text_mask bool [B, M], conditioning [B, C] -> (x [B, N, C], None)."""
-        x = nn.with_logical_constraint(x, ("batch", "length", "embed_activation"))
+        x = nn.with_logical_constraint(x, ACTIVATION)
         attention = {"qk_norm": True, "implementation": self.implementation, "dtype": self.dtype}
         self_attention = Attention(self.num_heads, **attention, name="self_attention")
         cross_attention = Attention(self.num_heads, **attention, name="cross_attention")

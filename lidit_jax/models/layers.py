@@ -6,6 +6,7 @@ in `dtype`; normalisation, modulation and the timestep embedding stay in float32
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +26,10 @@ ZERO_INIT = nn.initializers.zeros_init()
 ROTARY_THETA = 100.0
 # What models compute in. Half precision without bfloat16's range overflows in LLMs.
 DTYPES = ("float32", "bfloat16")
+# Logical axes of weights that are cut for storage alone.
+STORED = ("embed", "conv_out")
+# Of tokens between layers, [B, L, C].
+ACTIVATION = ("batch", "length", "embed_activation")
 # Of published models, by the names that transformers gives them.
 ACTIVATIONS = {
     "relu": nn.relu,
@@ -41,6 +46,15 @@ def check_dtype(key: str, dtype: str) -> None:
         raise UserError(f"{key}={dtype!r:.80} is not supported: use one of {', '.join(DTYPES)}")
 
 
+def in_use(weight: jax.Array, axes: Sequence[str | None], dtype: Any) -> jax.Array:
+    """A weight as a product takes it: in `dtype`, and whole along the axes that are cut for storage alone.
+
+    Without the constraint XLA may leave the weight cut and gather the whole batch instead, for each product anew. The
+    cast comes first, so that half as much is sent.
+    """
+    return nn.with_logical_constraint(weight.astype(dtype), tuple(None if axis in STORED else axis for axis in axes))
+
+
 class Dense(nn.Module):
     """Affine map over the last axis whose kernel carries the logical axes (`axes[0]`, `axes[1]`)."""
 
@@ -54,7 +68,7 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = jnp.matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = jnp.matmul(x.astype(self.dtype), in_use(kernel, self.axes, self.dtype))
         if self.use_bias:
             bias_init = nn.with_logical_partitioning(ZERO_INIT, (self.axes[1],))
             y = y + self.param("bias", bias_init, (self.features,), jnp.float32).astype(self.dtype)

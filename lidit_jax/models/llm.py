@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.layers import ACTIVATIONS, Dense, RMSNorm
+from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Dense, RMSNorm
 from lidit_jax.models.rotary import DEFAULT_THETA, RopeScaling, rotary_tables, rotate
 
 # Variance 1 / width. At the families' widths it is about their 0.02; at a toy's 64 their 0.02 itself would leave
@@ -140,6 +140,7 @@ class LLMBlock(nn.Module):
         Returns:
           (x [B, L, C], (key, value) [B, L, K, D]).
         """
+        x = nn.with_logical_constraint(x, ACTIVATION)
         places = everywhere
         if nearby is not None:
             places = jax.tree.map(lambda near, far: jnp.where(slides, near, far), nearby, everywhere)
@@ -228,6 +229,7 @@ class LLM(nn.Module):
         slides = jnp.array(config.sliding_layers or (False,) * config.num_hidden_layers)
         everywhere, nearby = self._places(cache.key.shape[1], tokens.shape[1])
         x = self.embed_tokens[tokens].astype(dtype)  # [B, L, C]
+        x = nn.with_logical_constraint(x, ACTIVATION)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, dtype)  # rounded to the dtype first, as transformers does
         return self.layers(x, cache, slides, everywhere, nearby)

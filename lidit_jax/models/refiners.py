@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lidit_jax.models.layers import Attention, FeedForward, Modulation, RMSNorm, modulate
+from lidit_jax.models.layers import ACTIVATION, Attention, FeedForward, Modulation, RMSNorm, modulate
 
 
 class LinguisticTokenRefinerBlock(nn.Module):
@@ -38,6 +38,7 @@ class LinguisticTokenRefinerBlock(nn.Module):
         """x [B, L, C], key_mask bool [B, L], conditioning (pooled text + timestep) [B, C], positions int [L] or None
         -> [B, L, C].
         """
+        x = nn.with_logical_constraint(x, ACTIVATION)
         attention = Attention(
             self.num_heads,
             is_causal=self.is_causal,
@@ -106,6 +107,7 @@ class CollaborativeRefinerBranch(nn.Module):
         """x [B, L, C], others [B, M, C], others_mask bool [B, M], conditioning [B, C], positions int [L] and [M] or
         None -> [B, L, C].
         """
+        x = nn.with_logical_constraint(x, ACTIVATION)
         attention = Attention(
             self.num_heads, implementation=self.implementation, dtype=self.dtype, name="cross_attention"
         )
