@@ -89,7 +89,9 @@ class Checkpoints:
         )
         try:
             restored = self._manager.restore(step, args=args)
-        except ValueError as error:
+            if not restored.data:
+                raise ValueError("it has no position in the data")
+        except (ValueError, KeyError, RecursionError) as error:
             raise UserError(
                 f"{self.folder}: the checkpoint of step {step} is of another model, or of another version of this "
                 f"program ({' '.join(str(error).split())[:200]}); use another --workdir"

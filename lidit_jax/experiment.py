@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from lidit_jax.checkpoint import load_weights
 from lidit_jax.config import build, read_workdir
 from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.stored_features import StoredEncoder
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.diffusion.schedules import Schedule, make_schedule
 from lidit_jax.errors import UserError
@@ -214,13 +215,25 @@ class Experiment:
             if encoder.weights:
                 open_encoder(encoder.weights, self.prompt_tokenizer, dtype=encoder.dtype)
 
-    def encoder_digests(self) -> dict[str, tuple[str, str]]:
-        """Of each encoder that has weights: (of its folder, of the text around prompts)."""
+    def stored_encoders(self) -> dict[str, StoredEncoder]:
+        """What is said of each encoder where its features are kept.
+
+        Raises:
+          UserError: one has no weights yet.
+        """
         found = {}
-        for name, encoder in self.encoders.items():
-            if encoder.weights:
-                tokenizer = open_encoder(encoder.weights, self.prompt_tokenizer, dtype=encoder.dtype).tokenizer
-                found[name] = (folder_digest(self.encoder_folder(name)), tokenizer.digest)
+        for name, config in self.encoders.items():
+            if not config.weights:
+                raise UserError(f"features need LLMs that are finished: give --config.encoders.{name}.weights=FOLDER")
+            encoder = open_encoder(config.weights, self.prompt_tokenizer, dtype=config.dtype)
+            found[name] = StoredEncoder(
+                digest=folder_digest(self.encoder_folder(name)),
+                text=encoder.tokenizer.digest,
+                dtype=config.dtype,
+                hidden_size=encoder.hidden_size,
+                max_length=encoder.tokenizer.max_length,
+                lead=encoder.lead,
+            )
         return found
 
     def pipeline(

@@ -31,7 +31,7 @@ from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated
 from lidit_jax.tasks import to_pixels
 from lidit_jax.text.encode_captions import CaptionEncoder
-from lidit_jax.text.load_encoder import load_encoder, open_encoder
+from lidit_jax.text.load_encoder import load_encoder
 from lidit_jax.weights.diffusers_vae import load_vae
 from lidit_jax.weights.digest import folder_digest
 
@@ -66,7 +66,9 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
     vae_config, params = load_vae(experiment.vae_folder())
     dataset = IndexedDataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     logger.info("%s", dataset.summary())
-    encoders = _stored_encoders(experiment) if with_features else {}
+    if with_features and not experiment.has_lidit:
+        raise UserError("--features: the config has no encoders, it is of a VAE alone")
+    encoders = experiment.stored_encoders() if with_features else {}
     plan = Manifest(
         data=dataset.fingerprint,
         vae=folder_digest(experiment.vae_folder()),
@@ -140,27 +142,6 @@ def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Pa
             raise UserError(f"{out}: can't be written ({error.strerror or error}); choose another --out") from error
     multihost_utils.sync_global_devices("claimed the folder")
     return _parts(dataset)
-
-
-def _stored_encoders(experiment: Experiment) -> dict[str, StoredEncoder]:
-    """Raises UserError for encoders that are not finished."""
-    found = {}
-    for name, config in experiment.encoders.items() if experiment.has_lidit else ():
-        if not config.weights:
-            raise UserError(f"features need LLMs that are finished: give --config.encoders.{name}.weights=FOLDER")
-        encoder = open_encoder(config.weights, experiment.prompt_tokenizer, dtype=config.dtype)
-        tokenizer = encoder.tokenizer
-        found[name] = StoredEncoder(
-            digest=folder_digest(experiment.encoder_folder(name)),
-            text=tokenizer.digest,
-            dtype=config.dtype,
-            hidden_size=encoder.hidden_size,
-            max_length=tokenizer.max_length,
-            lead=encoder.lead,
-        )
-    if not found:
-        raise UserError("--features: the config has no encoders; it is of a VAE alone")
-    return found
 
 
 def _caption_encoder(

@@ -66,8 +66,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         if not experiment.vae.weights:
             raise UserError("latents go with the VAE that made them: give --config.vae.weights=FOLDER")
         dataset.check_latents(folder_digest(experiment.vae_folder()))
-        if experiment.has_lidit:
-            dataset.check_features(experiment.encoder_digests())
+        if experiment.has_lidit and dataset.stored_prompts():
+            dataset.check_features(experiment.stored_encoders())
     experiment.check_picture_sizes(dataset.smallest_side())
     vae_stage = _VAEStage(experiment, dataset)
     claim_workdir(workdir, config, write=jax.process_index() == 0)

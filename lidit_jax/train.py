@@ -5,6 +5,7 @@ accumulation, EMA, the guard against non-finite steps, checkpoints and resume.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import logging
 import math
@@ -312,7 +313,7 @@ def train(
       UserError: after too many non-finite steps in a row, or if the checkpoint's facts differ.
     """
     config, task = trainer.config, trainer.task
-    state, positions = checkpoints.restore(trainer.abstract_state(), facts) or (None, None)
+    state, positions = checkpoints.restore(trainer.abstract_state(), facts) or (None, ())
     if state is None:
         state = trainer.init(seed)
         if initial_params is not None:
@@ -326,11 +327,10 @@ def train(
     # Made where it is used: no process may put an array on another's devices.
     key = jax.jit(lambda: jax.random.key(seed + 1), out_shardings=replicated(trainer.mesh))()
     progress = Progress(task.name, step, config.steps, config.batch_size)
-    stream = batches(step)
-    if positions:
-        stream.restore(positions)
     pending = []
-    with jax.set_mesh(trainer.mesh):
+    with contextlib.closing(batches(step)) as stream, jax.set_mesh(trainer.mesh):
+        if positions:
+            stream.restore(positions)
         while step < config.steps:
             waited = time.monotonic()
             batch = trainer.put(next(stream))
@@ -353,7 +353,6 @@ def train(
             if step % config.checkpoint_every == 0 or last:
                 with progress.paused():
                     checkpoints.save(step, state, facts, stream.get_state())
-    stream.close()
     checkpoints.wait()
     return state
 

@@ -6,6 +6,7 @@ import os
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import tiny_config
 from etils import epath
 from stored_data import write_tars
@@ -170,6 +171,10 @@ def test_what_does_not_belong_together_is_refused(config, latents, trained_workd
         (lambda values: values | {"dtype": "object"}, "impossible values"),
         (lambda values: {"format": 1}, "not what `python -m lidit_jax.precompute` writes"),
         (lambda values: [], "not what"),
+        (lambda values: values | {"cell": "8"}, "impossible values"),
+        (lambda values: values | {"channels": None}, "impossible values"),
+        (lambda values: values | {"buckets": [[float("inf"), 8]]}, "not what"),
+        (lambda values: values | {"encoders": {"llama": {"lead": 0.0}}}, "not what"),
         (lambda values: values | {"files": [["001-000000.array_record", 1, 3]]}, "15 records, there were 3"),
     ],
 )
@@ -222,3 +227,32 @@ def test_latents_of_classes_hold_the_caption_in_its_template(config, tmp_path):
     ahead = changed(classes, source="precomputed", path=str(tmp_path / "out"))
     dataset = open_dataset(experiment.Experiment(ahead, epath.Path("unused")).data, 8)
     assert dataset.captions(1, 0) == ["a photo of dog"]
+
+
+ODD_TEXTS = [
+    *({"key": "a", "captions": captions} for captions in ([], None, {}, {"txt": 5}, {"txt": ""}, {"url": "x"}, "abc")),
+    *([], 5, None, {}, {"key": "a"}),
+]
+
+
+def test_records_with_odd_texts_are_broken_examples(config, latents, tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    manifest = json.loads((latents / "manifest.json").read_text())
+    texts = [json.dumps(text).encode() for text in ODD_TEXTS] + [b"[" * 100_000, b"\xff", b""]
+    [name, bucket, _] = manifest["files"][0]
+    height, width = manifest["buckets"][bucket]
+    moments = np.zeros((height // 8, width // 8, 32), np.float32)
+    good = json.dumps({"key": "good", "captions": {"txt": "words"}}).encode()
+    records = [(text, moments) for text in texts] + [(good, moments * np.nan), (good, moments)]
+    writer = ArrayRecordWriter(os.fspath(tmp_path / name), "group_size:1")
+    for text, array in records:
+        writer.write(safetensors.numpy.save({"moments": array, "text": np.frombuffer(text, np.uint8)}))
+    writer.close()
+    manifest["files"] = [[name, bucket, len(records)]]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    ahead = changed(config, source="precomputed", path=str(tmp_path))
+    dataset = open_dataset(experiment.Experiment(ahead, epath.Path("unused")).data, 8)
+    reasons = [getattr(example, "reason", None) for example in dataset.source.load(range(len(records)))]
+    assert reasons[-1] is None
+    assert set(reasons[:-1]) == {"damaged record", "unreadable json", "no caption"}

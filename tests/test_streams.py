@@ -1,8 +1,10 @@
 """Shards read from end to end: nothing lost, the same for any number of hosts, resumed exactly."""
 
 import collections
+import io
 import json
 import shutil
+import tarfile
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from test_tar_source import encode, write_tar
 
 from lidit_jax import stages
 from lidit_jax.checkpoint import Checkpoints
-from lidit_jax.data import sample_stream
+from lidit_jax.data import files, sample_stream
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.tar_shards import TarShards
@@ -32,11 +34,11 @@ def write_shards(folder, counts, size=lambda shard, i: (40, 40)):
     """Shard s holds pictures called "s/i"; all are of one colour, which is cheap."""
     folder.mkdir(exist_ok=True)
     for shard, count in enumerate(counts):
-        files = {}
+        members = {}
         for i in range(count):
-            files[f"{i}.png"] = encode(np.full((*size(shard, i), 3), i % 256, np.uint8))
-            files[f"{i}.txt"] = f"{shard}/{i}".encode()
-        write_tar(folder / f"{shard:03}.tar", files)
+            members[f"{i}.png"] = encode(np.full((*size(shard, i), 3), i % 256, np.uint8))
+            members[f"{i}.txt"] = f"{shard}/{i}".encode()
+        write_tar(folder / f"{shard:03}.tar", members)
     return folder
 
 
@@ -208,16 +210,16 @@ def test_a_shard_in_parts_is_the_whole_shard(shards, length):
 
 
 def test_what_can_not_be_used_is_counted_and_replaced(tmp_path):
-    files = {}
+    members = {}
     for i in range(40):
         data = encode(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8))
         score = json.dumps({"aesthetic": 9 if i % 4 else 1}).encode()
-        files |= {f"{i:02}.png": data[:2000] if i % 10 == 3 else data, f"{i:02}.json": score}
+        members |= {f"{i:02}.png": data[:2000] if i % 10 == 3 else data, f"{i:02}.json": score}
         if i != 5:
-            files[f"{i:02}.txt"] = f"{i:02}".encode()
-    files["40.txt"] = b"no picture"
+            members[f"{i:02}.txt"] = f"{i:02}".encode()
+    members["40.txt"] = b"no picture"
     for shard in ("0", "1"):
-        write_tar(tmp_path / f"{shard}.tar", files)
+        write_tar(tmp_path / f"{shard}.tar", members)
     (tmp_path / "1.tar").write_bytes((tmp_path / "1.tar").read_bytes()[:-40_000])
     config = streamed(tmp_path, min_aesthetic=4.7)
     dataset = open_dataset(config, 8)
@@ -235,11 +237,11 @@ def test_what_can_not_be_used_is_counted_and_replaced(tmp_path):
 def test_too_much_broken_input_stops_the_stream(tmp_path):
     """Pictures that show only when decoded that they are broken: all but the first of each shard."""
     for shard in range(2):
-        files = {}
+        members = {}
         for i in range(30):
             data = encode(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-            files |= {f"{i}.png": data if i % 3 == 0 else data[:2000], f"{i}.txt": b"a"}
-        write_tar(tmp_path / f"{shard}.tar", files)
+            members |= {f"{i}.png": data if i % 3 == 0 else data[:2000], f"{i}.txt": b"a"}
+        write_tar(tmp_path / f"{shard}.tar", members)
     loader = open_dataset(streamed(tmp_path, max_broken=0.1), 8).batches(4, 0, None)
     with pytest.raises(UserError, match="samples cannot be used .damaged picture: "):
         for _ in range(1000):
@@ -262,6 +264,158 @@ def test_numbers_that_do_not_go_together_are_said_in_one_line(shards, monkeypatc
     monkeypatch.setattr("jax.process_count", lambda: hosts)
     with pytest.raises(UserError, match=message):
         dataset.check_batch_size(batch_size)
+
+
+def test_every_place_that_a_scan_gives_can_be_read_again(tmp_path):
+    """Also of a sample that holds a file name twice."""
+    members = []
+    for i in range(10):
+        members += [(f"{i}.png", encode(np.full((40, 40, 3), i, np.uint8)))] * (2 if i == 4 else 1)
+        members.append((f"{i}.txt", str(i).encode()))
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    shards = TarShards(str(tmp_path))
+    found = list(shards.scan(0))
+    assert "repeated file name" in found
+    samples = [one for one in found if one != "repeated file name"]
+    again = shards.read([(0, *place) for place, _ in samples])
+    assert [sample.captions for sample in again] == [sample.captions for _, sample in samples]
+
+
+def test_a_dead_shard_gives_its_place_to_others(tmp_path, caplog):
+    folder = write_shards(tmp_path / "shards", [6] * 4)
+    (folder / "002.tar").write_bytes(b"\0" * 2000)
+    dataset = open_dataset(streamed(folder), 8)
+    loader = dataset.batches(4, 0, None, with_captions=True)
+    first = [next(loader)["caption"] for _ in range(20)]
+    state = json.loads(json.dumps(loader.get_state()))
+    expected = captions_of(loader, 10)
+    assert {caption.split("/")[0] for batch in first for caption in batch} == {"0", "1", "3"}
+    assert "002.tar' can be used: others take their place" in caplog.text
+    resumed = dataset.batches(4, 0, None, first=20, with_captions=True)
+    resumed.restore([state])
+    assert captions_of(resumed, 10) == expected
+
+
+def test_shards_without_anything_to_train_on_end_in_one_line(tmp_path):
+    folder = write_shards(tmp_path / "shards", [6] * 2)
+    loader = open_dataset(streamed(folder), 8).batches(2, 0, None)
+    for tar in folder.glob("*.tar"):
+        tar.write_bytes(b"\0" * tar.stat().st_size)
+    with pytest.raises(UserError, match="no sample can be used, last of .*: mend the data, or loosen the filters"):
+        next(loader)
+    loader.close()
+
+
+def test_the_limit_on_broken_samples_is_a_share_of_what_was_read(tmp_path):
+    """Filling a large buffer for the first batch reads many windows' worth."""
+    picture = encode(np.zeros((8, 8, 3), np.uint8))
+    members = {f"{i}.{kind}": (picture if i % 10 else b"junk") if kind == "png" else b"a"
+               for i in range(1200) for kind in ("png", "txt")}  # fmt: skip
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", members)
+    loader = open_dataset(streamed(tmp_path, shuffle_buffer=4000, streams=2, max_broken=0.15), 8).batches(8, 0, None)
+    for _ in range(5):
+        next(loader)
+    assert loader.broken["unreadable picture"] > 400
+    loader.close()
+
+
+def test_broken_pictures_of_a_batch_get_different_ones(tmp_path):
+    members = {}
+    for i in range(60):
+        data = encode(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        members |= {f"{i}.png": data[:2000] if i % 3 == 0 else data, f"{i}.txt": str(i).encode()}
+    write_tar(tmp_path / "0.tar", members)
+    batches = captions_of(open_dataset(streamed(tmp_path), 8).batches(8, 0, None, with_captions=True), 5)
+    assert [len(set(batch)) for batch in batches] == [8] * 5
+
+
+def test_pictures_are_enlarged_only_where_there_is_no_other(tmp_path):
+    """The second shard has wide pictures alone, half of them too low for a square."""
+    write_shards(tmp_path / "s", (20, 20), lambda shard, i: (48, 48) if shard == 0 else (48 if i % 2 else 24, 96))
+    found = {}
+    for allowed in (True, False):
+        dataset = open_dataset(streamed(tmp_path / "s", allow_enlarging=allowed, streams=2), 8)
+        loader = dataset.batches(4, 0, None, with_captions=True)
+        squares = [batch["caption"] for batch in (next(loader) for _ in range(40)) if batch["image"].shape[1] == 32]
+        loader.close()
+        found[allowed] = {caption for batch in squares for caption in batch if caption.startswith("1/")}
+    low = {f"1/{i}" for i in range(0, 20, 2)}
+    assert found[True] & low and found[False]
+    assert not found[False] & low
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"next_batch": -1}, "position in the data is damaged"),
+        ({"next_batch": "x"}, "position in the data is damaged"),
+        ({"plan": "other"}, "the checkpoint's streams were others"),
+        ({"plan": None}, "the checkpoint's streams were others"),
+        ({"fingerprint": None}, "the data differ"),
+        ({"streams": {"0": None}}, "position in the data is damaged"),
+        ({"streams": {"0": [{"stream": [0] * 6, "buffer": []}]}}, "position in the data is damaged .*missing"),
+        ({"streams": []}, "position in the data is damaged"),
+    ],
+)
+def test_a_damaged_position_is_said_and_nothing_is_changed(shards, change, message):
+    dataset = open_dataset(streamed(shards), 8)
+    loader = dataset.batches(8, 3, None, with_captions=True)
+    expected = [next(loader)["caption"] for _ in range(2)]
+    state = json.loads(json.dumps(loader.get_state()))
+    loader.close()
+    other = dataset.batches(8, 3, None, with_captions=True)
+    with pytest.raises(UserError, match=message):
+        other.restore([state | change])
+    assert captions_of(other, 2) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stream": [0, 0, 99, 0, 0, 0]},
+        {"stream": [99, 0, 0, 0, 0, 0]},
+        {"stream": [0, 0, 0, 0, 10**9, 0]},
+        {"stream": [0, -1, 0, 0, 0, 0]},
+        {"stream": "x"},
+        {"buffer": [[0, 99, 0, 10]]},
+        {"buffer": [[0, 0, 0, 10**15]]},
+        {"buffer": [[0, 0, 10, 0]]},
+        {"buffer": [[0, 0, 0.5, 10]]},
+        {"buffer": 5},
+    ],
+)
+def test_impossible_places_end_in_one_line(shards, change):
+    dataset = open_dataset(streamed(shards), 8)
+    loader = dataset.batches(8, 3, None)
+    next(loader)
+    state = json.loads(json.dumps(loader.get_state()))
+    loader.close()
+    state["streams"]["2"][0] |= change
+    loader = dataset.batches(8, 3, None)
+    with pytest.raises(UserError, match="damaged|changed since the checkpoint"):
+        loader.restore([state])
+        next(loader)
+    loader.close()
+
+
+def test_a_disk_that_fails_is_no_broken_picture(shards, monkeypatch):
+    loader = open_dataset(streamed(shards), 8).batches(8, 3, None)
+    read = files._LocalFile.read
+
+    def fails(self, offset, size):
+        if size not in (3, 512):  # captions and tar's headers
+            raise OSError(5, "Input/output error")
+        return read(self, offset, size)
+
+    monkeypatch.setattr(files._LocalFile, "read", fails)
+    with pytest.raises(UserError, match="cannot read .*Input/output error"):
+        next(loader)
+    loader.close()
 
 
 def test_data_that_are_no_tars_are_not_streamed(stored):

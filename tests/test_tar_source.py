@@ -415,7 +415,7 @@ def read_all(path) -> int:
 
 def assert_read_from_end_to_end(path, source) -> None:
     """Without the index come the same samples."""
-    stream, seen = SampleStream(Reading(TarShards(path), (Bucket(8, 8),), (no_caption,)), [0], (0,)), Seen()
+    stream, seen = SampleStream(Reading(TarShards(path), (Bucket(8, 8),), (no_caption,)), [[0]], (0,)), Seen()
     entries = [stream.next(seen) for _ in range(len(source))]
     keys = [example["key"] for example in source.describe(range(len(source)))]
     assert [entry.sample.key for entry in entries] == keys

@@ -96,14 +96,22 @@ class BatchStream(grain.DatasetIterator):
         Raises:
           UserError: the states were saved with other data.
         """
+        self._stop()
+        self._next_batch = self._next_of(states)
+
+    def _next_of(self, states: Sequence[Mapping[str, Any]]) -> int:
+        """The next batch's number. Raises UserError where the states cannot be this data's."""
         for state in states:
-            if state["fingerprint"] != self.fingerprint:
+            if state.get("fingerprint") != self.fingerprint:
                 raise UserError(
                     f"the data differ (fingerprint {self.fingerprint}) from those that the checkpoint was trained on "
-                    f"({state['fingerprint']}): give the same data and filters, or start a new workdir"
+                    f"({state.get('fingerprint')!r:.80}): give the same data and filters, or start a new workdir"
                 )
-        self._stop()
-        self._next_batch = int(states[0]["next_batch"])
+        numbers = {state.get("next_batch") for state in states}
+        [number] = numbers if len(numbers) == 1 else [None]
+        if type(number) is not int or number < 0:
+            raise UserError(f"the checkpoint's position in the data is damaged (next batches {numbers!r:.80})")
+        return number
 
     def close(self) -> None:
         self._closed = True

@@ -37,7 +37,8 @@ class BrokenCount:
                 _log.warning("example %r: %s; %s", key, reason, self._consequence)
         self._read_in_window += read
         self._broken_in_window += len(broken)
-        if self._broken_in_window > self._max_broken * BROKEN_WINDOW:
+        # One batch may have had more read than a window, where a buffer was filled for it.
+        if self._broken_in_window > self._max_broken * max(BROKEN_WINDOW, self._read_in_window):
             raise UserError(_too_many_broken(self._broken_in_window, self._read_in_window, self.by_reason))
         if self._read_in_window >= BROKEN_WINDOW:
             self._read_in_window = self._broken_in_window = 0

@@ -36,7 +36,7 @@ class Dataset(abc.ABC):
             self._parts = {name: part for name, part in self._parts.items() if part.holds_out}
         self._weights = None if held_out else config.weights()
 
-    def _check_fields(self, found: Mapping[str, int]) -> None:
+    def _check_fields(self, found: Mapping[str, int], nobody: str = "no sample") -> None:
         """Raises UserError for a caption field that the config names and no sample has, if any has one at all."""
         if not self._with_captions or not found:
             return
@@ -45,7 +45,7 @@ class Dataset(abc.ABC):
             if field not in found:
                 there = ", ".join(sorted(found)[:20]) or "none"
                 raise UserError(
-                    f"data.captions names {field!r}, which no sample has (there are {there}): "
+                    f"data.captions names {field!r}, which {nobody} has (there are {there}): "
                     f"give --config.data.captions.{field}=0 or mend its name"
                 )
 

@@ -12,6 +12,8 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from lidit_jax.errors import UserError
+
 # Pillow has dozens of little-used decoders; what a file's bytes say counts, not its name, so a GIF named .png is
 # refused like any other format.
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -128,7 +130,7 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
         picture = Image.open(file, formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise BrokenPicture("too many pixels") from error
-    except MemoryError:
+    except (MemoryError, UserError):  # of a file that cannot be read
         raise
     except Exception as error:  # as in `decode`
         raise BrokenPicture("unreadable picture") from error

@@ -64,8 +64,13 @@ class _RemoteFile:
         self.size = filesystem.size(name)
 
     def read(self, offset: int, size: int) -> bytes:
-        self._file.seek(offset)
-        return self._file.read(size)
+        try:
+            self._file.seek(offset)
+            return self._file.read(size)
+        except OSError:
+            raise
+        except Exception as error:  # each protocol has its own kinds
+            raise OSError(str(error)) from error
 
     def close(self) -> None:
         self._file.close()

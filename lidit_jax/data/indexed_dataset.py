@@ -1,6 +1,7 @@
 """Data sets with random access: shuffled as a whole, batch k a function of k alone."""
 
 import collections
+import functools
 import logging
 from collections.abc import Mapping
 
@@ -12,13 +13,14 @@ from lidit_jax.data.broken_count import check_broken
 from lidit_jax.data.buckets import Bucket, assign
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset, spread
+from lidit_jax.data.filters import no_caption
 from lidit_jax.data.index import IndexPlan, examine
 from lidit_jax.data.indexed_source import IndexedSource
 from lidit_jax.data.loader import Loader, make_loader, make_plan, rows_of_process
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.data.shapes import HELD_OUT_SEED, ShapesSource
 from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source
-from lidit_jax.data.stored_features import StoredPrompts
+from lidit_jax.data.stored_features import StoredEncoder, StoredPrompts
 from lidit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,9 @@ class IndexedDataset(Dataset):
             seed = HELD_OUT_SEED if held_out else 0
             return ShapesSource(part.num_examples, part.resolution, part.resolution, seed)
         if part.source == "precomputed":
-            return PrecomputedSource(part.path, self.buckets, part.features and self._with_captions)
+            # The filters of pictures have done their work; but a caption there must be, where any is trained on.
+            captions = [functools.partial(no_caption, fields=part.chooser(0.0).used)] if self._with_captions else []
+            return PrecomputedSource(part.path, self.buckets, captions, part.features and self._with_captions)
         shards = part.shards(held_out)
         filters = part.filters(self.buckets, self._with_captions)
         # Each process begins elsewhere, so that together they make the missing indexes once.
@@ -103,13 +107,10 @@ class IndexedDataset(Dataset):
             )
         return StoredPrompts(made_by[0], self._sources[0].constant) if made_by[0] else None
 
-    def check_features(self, encoders: Mapping[str, tuple[str, str]]) -> None:
-        """Raises UserError for stored features of other encoders than those with these digests.
-
-        Args: encoders: name -> (digest of its folder, of the text around prompts), as `StoredEncoder` has them.
-        """
+    def check_features(self, encoders: Mapping[str, StoredEncoder]) -> None:
+        """Raises UserError for stored features of other encoders than these."""
         for part, source in zip(self._parts.values(), self._sources, strict=True):
-            stored = {name: (of.digest, of.text) for name, of in getattr(source, "encoders", {}).items()}
+            stored = getattr(source, "encoders", {})
             if stored and stored != encoders:
                 wrong = sorted(n for n in stored.keys() | encoders.keys() if stored.get(n) != encoders.get(n))
                 raise UserError(

@@ -21,8 +21,9 @@ import safetensors.numpy
 from etils import epath
 
 from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.filters import Candidate, Filter, first_reason
 from lidit_jax.data.record_shards import RecordReaders
-from lidit_jax.data.sample import Unusable, captions_of
+from lidit_jax.data.sample import Unusable, captions_of, parse_json
 from lidit_jax.data.sources import BrokenExample, Example, Source
 from lidit_jax.data.stored_features import FEATURES, ConstantFeatures, StoredEncoder, tensors_of
 from lidit_jax.errors import UserError
@@ -80,9 +81,10 @@ class Manifest:
             raise
         except FileNotFoundError:
             raise UserError(f"{file}: does not exist; make it with `python -m lidit_jax.precompute`") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{file}: not what `python -m lidit_jax.precompute` writes ({error!r})") from error
-        good = manifest.dtype in DTYPES and manifest.cell >= 1 and manifest.channels >= 1
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+            raise UserError(f"{file}: not what `python -m lidit_jax.precompute` writes ({error!r:.200})") from error
+        good = manifest.dtype in DTYPES
+        good &= all(type(size) is int and size >= 1 for size in (manifest.cell, manifest.channels))
         good &= all(0 <= bucket < len(manifest.buckets) and count >= 0 for _, bucket, count in manifest.files)
         if not good or any("/" in name or name.startswith(".") for name, _, _ in manifest.files):
             raise UserError(f"{file}: has impossible values; make it again with `python -m lidit_jax.precompute`")
@@ -94,9 +96,12 @@ class PrecomputedSource(Source):
 
     content = "moments"
 
-    def __init__(self, folder: str, buckets: Sequence[Bucket], with_features: bool = True):
+    def __init__(
+        self, folder: str, buckets: Sequence[Bucket], filters: Sequence[Filter] = (), with_features: bool = True
+    ):
         """Args:
           buckets: of the run, which must be those that the latents were computed for.
+          filters: examples that they drop count as broken.
           with_features: also give the prompts' features, where the folder has them: {(encoder, field): [lead + n, D]}.
 
         Raises:
@@ -112,6 +117,7 @@ class PrecomputedSource(Source):
                 f"{folder}: made for the groups {of(self.manifest.buckets)}, the run has {of(buckets)}: "
                 "use the same data.resolution and data.max_aspect, or compute them anew"
             )
+        self._filters = tuple(filters)
         self.encoders = self.manifest.encoders if with_features else {}
         self.constant = ConstantFeatures.read(path / FEATURES, self.encoders) if self.encoders else None
         self._readers = RecordReaders([str(path / name) for name, _, _ in self.manifest.files])
@@ -144,18 +150,22 @@ class PrecomputedSource(Source):
         number = index - int(self._starts[shard])
         try:
             return self._parse(self._readers.read(shard, number), self._sizes[index])
-        except (Unusable, ValueError, KeyError, safetensors.SafetensorError) as error:
+        except (Unusable, ValueError, TypeError, KeyError, safetensors.SafetensorError) as error:
             reason = str(error) if isinstance(error, Unusable) else "damaged record"
             return BrokenExample(f"{self._readers.paths[shard]}#{number}", reason)
 
     def _parse(self, record: bytes, size: np.ndarray) -> Example:
         tensors = tensors_of(record)
-        text = json.loads(tensors["text"].tobytes())
+        text = parse_json(tensors["text"].tobytes())
         moments = tensors["moments"]
         shape = (*(size // self.manifest.cell).tolist(), 2 * self.manifest.channels)
-        if moments.shape != shape or moments.dtype != self.manifest.dtype:
+        if moments.shape != shape or moments.dtype != self.manifest.dtype or not np.isfinite(moments).all():
             raise ValueError(f"moments {moments.dtype} {moments.shape}")
+        if not isinstance(text["captions"], dict):
+            raise ValueError("no captions")
         captions = captions_of(text["captions"])
+        if reason := first_reason(Candidate(captions, {}, *size.tolist()), self._filters):
+            raise Unusable(reason)
         example = {"key": str(text["key"]), "captions": captions, "metadata": {}, "moments": moments}
         if not self.encoders:
             return example

@@ -98,7 +98,8 @@ def captions_of(values: Mapping[str, Any]) -> dict[str, str]:
     """The texts among a sample's values, bookkeeping and blanks left out."""
     texts = {name: value for name, value in values.items() if isinstance(value, str) and name not in _BOOKKEEPING}
     # JSON can hold half of a surrogate pair, which no tokeniser takes.
-    texts = {name: text.encode("utf-8", "replace").decode().strip() for name, text in texts.items()}
+    whole = lambda text: text.encode("utf-8", "replace").decode()  # noqa: E731
+    texts = {whole(name): whole(text).strip() for name, text in texts.items()}
     return {name: text for name, text in texts.items() if text}
 
 

@@ -7,7 +7,9 @@ place in a shard. What it reads waits in a buffer until a batch of its group com
 import collections
 import dataclasses
 import io
-from collections.abc import Iterator, Sequence
+import itertools
+import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +20,18 @@ from lidit_jax.data.filters import Candidate, Filter, first_reason
 from lidit_jax.data.index import MAX_PIXELS
 from lidit_jax.data.sample import Sample, Unusable
 from lidit_jax.data.sources import BrokenExample, Example, described, read_picture
-from lidit_jax.data.tar_shards import TarShards
+from lidit_jax.data.tar_shards import MAX_SAMPLE_BYTES, TarShards
 from lidit_jax.errors import UserError
 
+_log = logging.getLogger(__name__)
+
+CHANGED = "changed since the checkpoint was written: restore it, or start a new workdir"
 # Of a shard, in bytes: what a resumed stream may have to walk through again to find its place.
 PART = 1 << 26
+_READ_AT_ONCE = 16  # samples, when a buffer is filled again
+# Sixteen bits of four channels, uncompressed, and notes.
+_BYTES_A_PIXEL, _MORE_BYTES = 8, 1 << 20
+Waiting = tuple[int, int, int, int]  # epoch and place of what is in a buffer
 SPARES = 100  # samples that may take the place of one whose picture is found broken, at the most
 
 
@@ -94,6 +103,10 @@ class Reading:
         if reason is not None:
             seen.dropped[reason] += 1
             return None
+        encoded = sample.picture.seek(0, io.SEEK_END)
+        if encoded > _BYTES_A_PIXEL * size[0] * size[1] + _MORE_BYTES:  # it would wait in memory
+            seen.broken.append((self.shards.paths[place[0]], "picture file far larger than its pixels"))
+            return None
         sample.picture.seek(0)
         sample = sample._replace(picture=io.BytesIO(sample.picture.read() if with_picture else b""))
         return Entry(epoch, place, int(assign(np.array([size]), self.buckets)[0]), size, sample)
@@ -106,45 +119,63 @@ class Reading:
         image = read_picture(sample.key, sample.picture.getvalue(), self.max_pixels, entry.size, bucket)
         return image if isinstance(image, BrokenExample) else described(sample) | {"image": image}
 
-    def read_again(self, entries: Sequence[tuple[int, int, int, int]]) -> list[Entry]:
-        """(epoch, *place) each -> the entry.
-
-        Raises:
-          UserError: it is no longer there.
-        """
-        samples = self.shards.read([tuple(place) for _, *place in entries])
-        found = []
-        for (epoch, *place), sample in zip(entries, samples, strict=True):
-            entry = None if isinstance(sample, Unusable) else self.look(epoch, tuple(place), sample, Seen())
-            if entry is None:
-                raise UserError(
-                    f"{self.shards.paths[place[0]]!r} changed since the checkpoint was written: restore it, or start a "
-                    "new workdir"
-                )
-            found.append(entry)
+    def read_again(self, entries: Sequence["Waiting"]) -> list[Entry | None]:
+        """None for what is no longer there."""
+        found: list[Entry | None] = []
+        for start in range(0, len(entries), _READ_AT_ONCE):
+            part = entries[start : start + _READ_AT_ONCE]
+            for (epoch, *place), sample in zip(part, self.shards.read([place for _, *place in part]), strict=True):
+                usable = not isinstance(sample, Unusable)
+                found.append(self.look(epoch, tuple(place), sample, Seen()) if usable else None)
         return found
 
 
-class SampleStream:
-    """Endless: the samples of some shards; in each epoch every shard once, from end to end, in another order."""
+class Cursor(NamedTuple):
+    """Where a stream is.
 
-    def __init__(self, reading: Reading, shards: Sequence[int], seed: tuple[int, ...]):
-        self._reading, self._shards, self._seed = reading, tuple(shards), seed
-        self._epoch = self._nth = self._start = self._taken = 0
-        self._order = shuffled(len(self._shards), *seed, 0)
-        self._items: Iterator | None = None
-        self._found_in_epoch = False
+    Attributes:
+      lender: whose shards it reads; 0: its own.
+      epoch, nth: how many epochs, and how many of the present one's shards, are done.
+      start: where the part of the present shard begins.
+      taken: samples taken of it.
+      found: whether the present epoch had something to train on, 0 or 1.
+    """
+
+    lender: int = 0
+    epoch: int = 0
+    nth: int = 0
+    start: int = 0
+    taken: int = 0
+    found: int = 0
+
+
+class SampleStream:
+    """Endless: the samples of some shards; in each epoch every shard once, from end to end, in another order.
+
+    Where an epoch has nothing to train on, all its shards being damaged, say, the stream reads another's from then on.
+    """
+
+    def __init__(self, reading: Reading, shards: Sequence[Sequence[int]], seed: tuple[int, ...]):
+        """Args: shards: its own, then those that it may borrow."""
+        self._reading, self._shards, self._seed = reading, shards, seed
+        self.cursor = Cursor()
 
     @property
-    def state(self) -> list[int]:
-        """Epoch, how many of its shards are done, where the part of the present one begins, samples taken of it."""
-        return [self._epoch, self._nth, self._start, self._taken]
+    def cursor(self) -> Cursor:
+        return self._cursor
 
-    @state.setter
-    def state(self, state: Sequence[int]) -> None:
-        self._epoch, self._nth, self._start, self._taken = map(int, state)
-        self._order = shuffled(len(self._shards), *self._seed, self._epoch)
-        self._items, self._found_in_epoch = None, True
+    @cursor.setter
+    def cursor(self, cursor: Cursor) -> None:
+        """Goes there.
+
+        Raises:
+          UserError: there is no such place.
+        """
+        if not 0 <= cursor.lender < len(self._shards) or not 0 <= cursor.nth < len(self._shards[cursor.lender]):
+            raise UserError(f"the checkpoint's position in the data is damaged (no such place: {cursor})")
+        self._cursor, self._items = cursor, None
+        shards = self._shards[cursor.lender]
+        self._shard = shards[shuffled(len(shards), *self._seed, cursor.epoch)[cursor.nth]]
 
     def next(self, seen: Seen) -> Entry:
         """The next sample to train on; what is passed over is in `seen`.
@@ -155,42 +186,46 @@ class SampleStream:
         while True:
             entry = self._step(seen)
             if entry is not None:
-                self._found_in_epoch = True
+                self._cursor = self._cursor._replace(found=1)
                 return entry
 
     def _step(self, seen: Seen) -> Entry | None:
-        shard = self._shards[self._order[self._nth]]
+        cursor, shard, path = self._cursor, self._shard, self._reading.shards.paths[self._shard]
         if self._items is None:
-            self._items = self._reading.shards.scan(shard, self._start, PART)
-            for _ in range(self._taken):
-                next(self._items)
+            self._items = self._reading.shards.scan(shard, cursor.start, PART)
+            if sum(1 for _ in itertools.islice(self._items, cursor.taken)) < cursor.taken:
+                raise UserError(f"{path!r} {CHANGED}")
         try:
             found = next(self._items)
         except StopIteration as end:
             self._go_on(end.value)
             return None
-        self._taken += 1
+        self._cursor = cursor._replace(taken=cursor.taken + 1)
         seen.read += 1
         if isinstance(found, str):
-            seen.broken.append((self._reading.shards.paths[shard], found))
+            seen.broken.append((path, found))
             return None
         place, sample = found
-        return self._reading.look(self._epoch, (shard, *place), sample, seen)
+        return self._reading.look(cursor.epoch, (shard, *place), sample, seen)
 
     def _go_on(self, start: int | None) -> None:
         """To the next part, which begins there, or the next shard."""
-        self._items, self._taken, self._start = None, 0, start or 0
-        if start is None:
-            self._nth += 1
-        if self._nth == len(self._shards):
-            if not self._found_in_epoch:
-                first = self._reading.shards.paths[self._shards[0]]
-                more = f" and {len(self._shards) - 1} more" if len(self._shards) > 1 else ""
-                raise UserError(
-                    f"no sample of {first!r}{more} can be used: loosen the filters, or lower --config.data.streams"
-                )
-            self._nth, self._epoch, self._found_in_epoch = 0, self._epoch + 1, False
-            self._order = shuffled(len(self._shards), *self._seed, self._epoch)
+        cursor = self._cursor
+        if start is not None:
+            cursor = cursor._replace(start=start, taken=0)
+        elif cursor.nth + 1 < len(self._shards[cursor.lender]):
+            cursor = cursor._replace(nth=cursor.nth + 1, start=0, taken=0)
+        else:
+            cursor = Cursor(cursor.lender if cursor.found else self._next_lender(), cursor.epoch + 1)
+        self.cursor = cursor
+
+    def _next_lender(self) -> int:
+        first = self._reading.shards.paths[self._shards[self._cursor.lender][0]]
+        more = f" and {count - 1} more" if (count := len(self._shards[self._cursor.lender])) > 1 else ""
+        if self._cursor.lender + 1 == len(self._shards):
+            raise UserError(f"no sample can be used, last of {first!r}{more}: mend the data, or loosen the filters")
+        _log.warning("no sample of %r%s can be used: others take their place", first, more)
+        return self._cursor.lender + 1
 
 
 class GroupingBuffer:
@@ -200,8 +235,17 @@ class GroupingBuffer:
     are taken. Of a group, all samples of an epoch come before those of the next.
     """
 
-    def __init__(self, stream: SampleStream, buckets: Sequence[Bucket], capacity: int, seed: tuple[int, ...]):
+    def __init__(
+        self,
+        stream: SampleStream,
+        buckets: Sequence[Bucket],
+        capacity: int,
+        seed: tuple[int, ...],
+        allow_enlarging: bool = True,
+    ):
+        """Args: allow_enlarging: False takes pictures that would have to be enlarged last."""
         self._stream, self._capacity, self._seed = stream, capacity, seed
+        self._buckets = None if allow_enlarging else np.array(buckets)
         self._aspects = np.log([bucket.width / bucket.height for bucket in buckets])
         self._entries: tuple[Entry, ...] = ()
 
@@ -217,6 +261,9 @@ class GroupingBuffer:
         groups, epochs = (np.array([getattr(entry, name) for entry in entries]) for name in ("group", "epoch"))
         order = shuffled(len(entries), *self._seed, batch)
         distances = np.abs(self._aspects[groups] - self._aspects[bucket])
+        if self._buckets is not None:
+            sizes = np.array([entry.size for entry in entries])
+            distances = np.where((sizes < self._buckets[bucket]).any(1), np.inf, distances)
         order = order[np.lexsort((epochs[order], distances[order]))]  # stable: otherwise as shuffled
         chosen, others = order[:count], order[count : count + SPARES]
         seen.borrowed += int((groups[chosen] != bucket).sum())
@@ -231,25 +278,47 @@ class GroupingBuffer:
         return entry
 
     def snapshot(self) -> "Snapshot":
-        return Snapshot(self._stream.state, self._entries)
+        return Snapshot(self._stream.cursor, tuple((entry.epoch, *entry.place) for entry in self._entries))
 
-    def restore(self, reading: Reading, stream: Sequence[int], entries: Sequence[tuple[int, int, int, int]]) -> None:
-        """From a snapshot's JSON. Raises UserError where the shards changed."""
-        self._stream.state = stream
-        self._entries = tuple(reading.read_again(entries))
+    def restore(self, reading: Reading, snapshot: "Snapshot") -> None:
+        """Goes on from there.
+
+        Raises:
+          UserError: the shards changed, or there is no such place.
+        """
+        self._stream.cursor = snapshot.cursor
+        entries = reading.read_again(snapshot.entries)
+        if None in entries:
+            raise UserError(f"{reading.shards.paths[snapshot.entries[entries.index(None)][1]]!r} {CHANGED}")
+        self._entries = tuple(entries)
 
 
 class Snapshot(NamedTuple):
     """A stream's place and what waits in its buffer; nothing of it is changed afterwards."""
 
-    stream: list[int]
-    entries: tuple[Entry, ...]
+    cursor: Cursor
+    entries: tuple[Waiting, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {"stream": self.stream, "buffer": [(entry.epoch, *entry.place) for entry in self.entries]}
+        return {"stream": list(self.cursor), "buffer": [list(entry) for entry in self.entries]}
+
+    @classmethod
+    def from_json(cls, value: Any, num_shards: int) -> "Snapshot":
+        """Raises ValueError for what `to_json` cannot have given."""
+        try:
+            cursor = Cursor(*value["stream"])
+            entries = tuple((epoch, shard, start, end) for epoch, shard, start, end in value["buffer"])
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"no snapshot: {error!r}") from error
+        if not all(type(number) is int and 0 <= number < 1 << 62 for one in (cursor, *entries) for number in one):
+            raise ValueError("no numbers")
+        for _, shard, start, end in entries:
+            if shard >= num_shards or not start < end <= start + MAX_SAMPLE_BYTES:
+                raise ValueError("no such sample")
+        return cls(cursor, entries)
 
     def __deepcopy__(self, memo: dict) -> "Snapshot":
-        return self  # grain copies the states of what it prefetches: the pictures need not be
+        return self  # grain copies the states of what it prefetches
 
 
 def shuffled(count: int, *seed: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from lidit_jax.errors import UserError
 
 FEATURES = "features.safetensors"
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+_MAX_SIZE = 1 << 20
 _STORED = {"U8": np.uint8, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
 
 
@@ -44,8 +45,11 @@ class StoredEncoder:
     lead: int
 
     def __post_init__(self):
-        good = self.dtype in DTYPES and self.hidden_size >= 1 and self.max_length >= 1 and self.lead >= 0
-        if not good:
+        """Raises ValueError for facts that no file that is read may have."""
+        sizes = ((self.hidden_size, 1), (self.max_length, 1), (self.lead, 0))
+        if not all(type(size) is int and least <= size <= _MAX_SIZE for size, least in sizes) or (
+            self.dtype not in DTYPES
+        ):
             raise ValueError(f"impossible features: {self}")
 
     @property

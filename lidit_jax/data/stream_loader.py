@@ -6,7 +6,9 @@ not know of one another: the group of batch k follows from shares that every hos
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -34,6 +36,7 @@ class StreamPlan:
       batch_size: over all processes.
       num_streams: divides batch_size.
       capacity: samples that wait in the buffers of a stream.
+      allow_enlarging: False puts pictures into groups that would enlarge them only where there is no other.
     """
 
     readings: tuple[Reading, ...]
@@ -43,6 +46,14 @@ class StreamPlan:
     num_streams: int
     capacity: int
     seed: int
+    allow_enlarging: bool = True
+
+    def digest(self) -> str:
+        """Of all that decides which samples come when, but for the shards themselves."""
+        filters = [check for reading in self.readings for check in reading.filters]
+        rules = [(getattr(f, "func", f).__name__, str(getattr(f, "keywords", {}))) for f in filters]
+        facts = [self.shares.tolist(), self.buckets, self.batch_size, self.num_streams, self.capacity, self.seed, rules]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @property
     def rows_per_stream(self) -> int:
@@ -64,11 +75,12 @@ class _Stream:
         self._buffers = []
         for source, reading in enumerate(plan.readings):
             order = shuffled(len(reading.shards.paths), plan.seed, _SHARDS, source)
-            shards = order[number :: plan.num_streams].tolist()
+            dealt = [order[n :: plan.num_streams].tolist() for n in range(plan.num_streams)]
+            shards = dealt[number:] + dealt[:number]  # its own first
             samples = SampleStream(reading, shards, (plan.seed, _ORDER, source, number))
             capacity = int(np.ceil(plan.capacity * plan.shares[source].sum()))
             seed = (plan.seed, _BUFFER, source, number)
-            self._buffers.append(GroupingBuffer(samples, plan.buckets, capacity, seed))
+            self._buffers.append(GroupingBuffer(samples, plan.buckets, capacity, seed, plan.allow_enlarging))
 
     def examples(self, batch: int, group: int, nth: int, with_images: bool) -> tuple[list[Example], Seen]:
         """The stream's rows of a batch, the nth of its group."""
@@ -79,30 +91,31 @@ class _Stream:
         examples: list[Any] = [None] * len(sources)
         for source in np.unique(sources).tolist():
             [rows] = np.nonzero(sources == source)
-            chosen, spares = self._buffers[source].take(group, len(rows), batch, seen)
+            chosen, others = self._buffers[source].take(group, len(rows), batch, seen)
+            spares = iter(others)
             for row, entry in zip(rows.tolist(), chosen, strict=True):
                 example = self._load(source, entry, spares, bucket, seen)
                 examples[row] = example if len(plan.readings) == 1 else example | {"source": source}
         return examples, seen
 
-    def _load(self, source: int, entry: Entry, spares: Sequence[Entry], bucket: Bucket | None, seen: Seen) -> Example:
+    def _load(self, source: int, entry: Entry, spares: Iterator[Entry], bucket: Bucket | None, seen: Seen) -> Example:
         """An entry's example; where its picture is broken, that of a spare one, whose turn comes later all the same."""
         reading = self._plan.readings[source]
         example = reading.load(entry, bucket)
-        for number in range(SPARES):
+        for _ in range(SPARES):
             if not isinstance(example, BrokenExample):
                 return example
             seen.broken.append((example.key, example.reason))
-            spare = spares[number] if number < len(spares) else self._buffers[source].read_on(seen)
-            example = reading.load(spare, bucket)
+            spare = next(spares, None)
+            example = reading.load(spare or self._buffers[source].read_on(seen), bucket)
         raise UserError(f"{SPARES} unreadable pictures one after the other, last {example}: check the data's files")
 
     def snapshot(self) -> list[Snapshot]:
         return [buffer.snapshot() for buffer in self._buffers]
 
-    def restore(self, saved: Sequence[Mapping[str, Any]]) -> None:
+    def restore(self, saved: Sequence[Snapshot]) -> None:
         for buffer, reading, of_one in zip(self._buffers, self._plan.readings, saved, strict=True):
-            buffer.restore(reading, of_one["stream"], of_one["buffer"])
+            buffer.restore(reading, of_one)
 
 
 class _Batches(grain.DatasetIterator):
@@ -118,7 +131,7 @@ class _Batches(grain.DatasetIterator):
         self._streams = {number: _Stream(plan, self._schedule, number) for number in numbers}
         self._pool = concurrent.futures.ThreadPoolExecutor(max(1, num_threads), "lidit-stream")
         if saved:
-            list(self._pool.map(lambda number: self._streams[number].restore(saved[str(number)]), numbers))
+            list(self._pool.map(lambda number: self._streams[number].restore(saved[number]), numbers))
 
     def __next__(self) -> dict[str, Any]:
         batch = self._batch
@@ -170,33 +183,40 @@ class StreamLoader(BatchStream):
         self._plan, self._assembler, self._numbers = plan, assembler, numbers
         self._num_threads, self._prefetch = num_threads, prefetch
         self._batches: grain.DatasetIterator | None = None
-        self._saved: dict[str, Any] = {}
-        self._snapshots: dict[int, list[Snapshot]] | None = None
+        self._snapshots: dict[int, list[Snapshot]] = {}
 
     def start_prefetch(self) -> None:
         if self._batches is None:
             batches = _Batches(
-                self._plan, self._assembler, self._numbers, self._num_threads, self._next_batch, self._saved
+                self._plan, self._assembler, self._numbers, self._num_threads, self._next_batch, self._snapshots
             )
             self._batches = grain.experimental.ThreadPrefetchDatasetIterator(batches, max(1, self._prefetch))
         self._batches.start_prefetch()
 
     def get_state(self) -> dict[str, Any]:
-        saved = self._saved
-        if self._snapshots is not None:
-            saved = {str(number): [one.to_json() for one in of_one] for number, of_one in self._snapshots.items()}
-        return super().get_state() | {"streams": saved}
+        saved = {str(number): [one.to_json() for one in of_one] for number, of_one in self._snapshots.items()}
+        return super().get_state() | {"plan": self._plan.digest(), "streams": saved}
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
-        super().restore(states)
-        self._saved = {number: saved for state in states for number, saved in state["streams"].items()}
-        self._snapshots = None
-        missing = [number for number in self._numbers if str(number) not in self._saved]
-        if self._saved and missing:
+        self._next_of(states)
+        if any(state.get("plan") != self._plan.digest() for state in states):
             raise UserError(
-                f"the checkpoint has the places of {len(self._saved)} streams, not of stream {missing[0]}: use the "
-                "same data.streams, and the files of all processes"
+                "the checkpoint's streams were others: give the same seed, batch size, filters, data.streams and "
+                "data.shuffle_buffer, or start a new workdir"
             )
+        try:
+            shards = [len(reading.shards.paths) for reading in self._plan.readings]
+            found = {
+                int(number): [Snapshot.from_json(one, count) for one, count in zip(saved, shards, strict=True)]
+                for state in states
+                for number, saved in state["streams"].items()
+            }
+            if found and not all(number in found for number in self._numbers):
+                raise ValueError("some streams are missing")
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise UserError(f"the checkpoint's position in the data is damaged ({error!r:.100})") from error
+        super().restore(states)
+        self._snapshots = {number: found[number] for number in self._numbers} if found else {}
 
     def _next(self) -> dict[str, Any]:
         elements = next(self._batches)

@@ -22,7 +22,7 @@ from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset, spread
 from lidit_jax.data.files import is_remote
 from lidit_jax.data.loader import rows_of_process
-from lidit_jax.data.sample_stream import Entry, Reading, Seen
+from lidit_jax.data.sample_stream import PART, Entry, Reading, Seen
 from lidit_jax.data.sources import BrokenExample, nothing_left
 from lidit_jax.data.stream_loader import StreamLoader, StreamPlan
 from lidit_jax.errors import UserError
@@ -56,7 +56,7 @@ class StreamedDataset(Dataset):
             self._readings.append(reading)
             self._samples.append(samples)
         check_broken(looked_at, self.broken, config.max_broken)
-        self._check_fields(fields)
+        self._check_fields(fields, f"none of the first {looked_at} samples")
         counts = np.array(
             [np.bincount([e.group for e in samples], minlength=len(self.buckets)) for samples in self._samples]
         )
@@ -72,7 +72,7 @@ class StreamedDataset(Dataset):
         for reading in self._readings:
             digest.update(reading.shards.settings.encode())
             for path in reading.shards.paths:
-                size = 0 if is_remote(path) else os.path.getsize(path)
+                size = 0 if is_remote(path) or not os.path.exists(path) else os.path.getsize(path)
                 digest.update(f"{os.path.basename(path)} {size}\n".encode())
         sizes = " ".join(str(bucket) for bucket in self.buckets)
         order = f" by {self._weights}" if self._weights else ""
@@ -110,10 +110,10 @@ class StreamedDataset(Dataset):
         pictures = []
         for source, entry in self._spread(count):
             reading = self._readings[source]
-            [entry] = reading.read_again([(entry.epoch, *entry.place)])
-            example = reading.load(entry, self.buckets[entry.group])
-            if isinstance(example, BrokenExample):
-                logger.warning("%s; it is left out", example)
+            [again] = reading.read_again([(entry.epoch, *entry.place)])
+            example = again and reading.load(again, self.buckets[entry.group])
+            if example is None or isinstance(example, BrokenExample):
+                logger.warning("example %r: %s; it is left out", entry.sample.key, example or "can no longer be read")
             else:
                 pictures.append(example["image"])
         if not pictures:
@@ -160,6 +160,7 @@ class StreamedDataset(Dataset):
             num_streams=streams,
             capacity=waiting // streams,
             seed=assembler.seed,
+            allow_enlarging=self.config.allow_enlarging,
         )
         return StreamLoader(
             plan,
@@ -185,7 +186,7 @@ def _look(reading: Reading) -> tuple[list[Entry], Seen]:
     shards = spread(len(reading.shards.paths), _SHARDS)
     for shard in shards:
         seen, kept = Seen(), []
-        for found in itertools.islice(reading.shards.scan(shard), _LOOKED_AT // len(shards)):
+        for found in itertools.islice(reading.shards.scan(shard, 0, PART), _LOOKED_AT // len(shards)):
             seen.read += 1
             if isinstance(found, str):
                 seen.broken.append((reading.shards.paths[shard], found))

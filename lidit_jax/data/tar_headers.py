@@ -70,6 +70,8 @@ def walk(file: File, start: int = 0) -> Iterator[Member]:
             position = data + _padded(size)
             continue
         if kind in (b"K", b"g"):
+            if data + size > end:
+                raise DamagedTar("cut-off tar")
             position = data + _padded(size)
             continue
         size = int(overrides.get("size", size))

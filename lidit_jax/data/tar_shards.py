@@ -30,7 +30,7 @@ from lidit_jax.errors import UserError
 
 _PICTURES = ("png", "jpg", "jpeg", "webp")
 _TEXTS = ("txt", "json", "cls")
-_MAX_SAMPLE_BYTES = MAX_PICTURE_BYTES + 4 * MAX_TEXT_BYTES
+MAX_SAMPLE_BYTES = MAX_PICTURE_BYTES + 4 * MAX_TEXT_BYTES
 _CHANGED = "changed since the tar was indexed"
 
 
@@ -86,8 +86,8 @@ class TarShards:
                     yield found
                     continue
                 try:
-                    sample = self._sample(file, found.key, found.files)
-                    if found.end - found.start > _MAX_SAMPLE_BYTES:
+                    sample = self._sample(file, found.key, found.files, path)
+                    if found.end - found.start > MAX_SAMPLE_BYTES:
                         raise Unusable("sample over 260 MiB")
                 except Unusable as reason:
                     yield str(reason)
@@ -107,16 +107,14 @@ class TarShards:
             return Unusable("unreadable file")
         file = _Bytes(data)
         try:
-            [found] = _group(file)
-            if isinstance(found, str):
-                raise Unusable(_CHANGED)
+            [found] = [one for one in _group(file) if isinstance(one, _Found)]  # it may have repeated file names too
             return self._sample(file, found.key, found.files)
         except ValueError:
             return Unusable(_CHANGED)
         except Unusable as reason:
             return reason
 
-    def _sample(self, file: File, key: str, files: dict[str, tar_headers.Member]) -> Sample:
+    def _sample(self, file: File, key: str, files: dict[str, tar_headers.Member], path: str = "") -> Sample:
         picture = next((files[extension] for extension in _PICTURES if extension in files), None)
         if picture is None:
             raise Unusable("no picture")
@@ -133,7 +131,7 @@ class TarShards:
         if isinstance(file, _Bytes):
             encoded = io.BytesIO(file.read(picture.offset, picture.size))
         else:
-            encoded = io.BufferedReader(_Region(file, picture.offset, picture.size))
+            encoded = io.BufferedReader(_Region(file, path, picture.offset, picture.size))
         return Sample(key, captions_of(values), metadata, encoded)
 
 
@@ -232,8 +230,9 @@ class _Bytes:
 class _Region(io.RawIOBase):
     """A part of an open file as a file of its own, so that reading a picture's header reads no more than that."""
 
-    def __init__(self, file: File, offset: int, size: int):
+    def __init__(self, file: File, path: str, offset: int, size: int):
         super().__init__()
+        self._path = path
         self._file, self._offset, self._size, self._position = file, offset, size, 0
 
     def readable(self) -> bool:
@@ -251,13 +250,18 @@ class _Region(io.RawIOBase):
 
     def readall(self) -> bytes:
         """In one piece, where the base class would ask for a few kilobytes at a time."""
-        data = self._file.read(self._offset + self._position, max(self._size - self._position, 0))
-        self._position += len(data)
-        return data
+        return self._read(max(self._size - self._position, 0))
 
     def readinto(self, buffer) -> int:
-        wanted = max(min(len(buffer), self._size - self._position), 0)
-        data = self._file.read(self._offset + self._position, wanted)
+        data = self._read(max(min(len(buffer), self._size - self._position), 0))
         buffer[: len(data)] = data
-        self._position += len(data)
         return len(data)
+
+    def _read(self, size: int) -> bytes:
+        """Raises UserError where the file cannot be read, which nobody is to take for a broken picture."""
+        try:
+            data = self._file.read(self._offset + self._position, size)
+        except OSError as error:
+            raise UserError(f"cannot read {self._path!r}: {error.strerror or error}") from error
+        self._position += len(data)
+        return data
