@@ -54,9 +54,11 @@ class Metrics:
 
 
 class Progress:
-    """The progress line: loss, speed, time spent waiting for data, time left."""
+    """The progress line: loss, speed, utilisation, time spent waiting for data, time left."""
 
-    def __init__(self, name: str, step: int, steps: int, batch_size: int):
+    def __init__(self, name: str, step: int, steps: int, batch_size: int, peak: float | None = None):
+        """Args: peak: operations a second that all devices can do at best, where that is known."""
+        self._peak, self._flops = peak, 0.0
         self.name, self.steps, self.batch_size = name, steps, batch_size
         self._step, self._started = step, time.monotonic()
         self._waiting = self._paused = 0.0
@@ -66,6 +68,10 @@ class Progress:
         """Time that the last step spent waiting for its batch."""
         self._waiting += seconds
 
+    def worked(self, flops: float) -> None:
+        """Operations that the models needed for the last step."""
+        self._flops += flops
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time that is neither a step's nor the data's: pictures, checkpoints."""
@@ -74,7 +80,9 @@ class Progress:
         self._paused += time.monotonic() - started
 
     def speed(self, step: int) -> dict[str, float]:
-        """samples_per_second and data_wait (share of the time) since the last call; starts a new interval."""
+        """Since the last call: samples_per_second, data_wait (share of the time) and, where operations are counted,
+        tflops_per_second and mfu (share of the devices' peak); starts a new interval.
+        """
         now = time.monotonic()
         elapsed = max(1e-9, now - self._started - self._paused)
         taken = step - self._step
@@ -82,7 +90,11 @@ class Progress:
             "samples_per_second": taken * self.batch_size / elapsed,
             "data_wait": min(1.0, self._waiting / elapsed),
         }
-        self._step, self._started, self._waiting, self._paused = step, now, 0.0, 0.0
+        if self._flops:
+            self._speed["tflops_per_second"] = self._flops / elapsed / 1e12
+            if self._peak:
+                self._speed["mfu"] = self._flops / elapsed / self._peak
+        self._step, self._started, self._waiting, self._paused, self._flops = step, now, 0.0, 0.0, 0.0
         return self._speed
 
     def print(self, step: int, values: Mapping[str, float]) -> None:
@@ -90,10 +102,12 @@ class Progress:
             return
         speed = self._speed["samples_per_second"]
         left = (self.steps - step) * self.batch_size / max(speed, 1e-9)
+        work = f"  {self._speed['tflops_per_second']:.3g} TFLOP/s" if "tflops_per_second" in self._speed else ""
+        work += f" (MFU {100 * self._speed['mfu']:.0f}%)" if "mfu" in self._speed else ""
         skipped = f"  skipped {values['skipped']:.0f}" if values["skipped"] else ""
         print(
             f"{self.name} {step}/{self.steps} ({100 * step // self.steps}%)  loss {values['loss']:.4f}  "
-            f"grad {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  {speed:.1f} samples/s  "
+            f"grad {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  {speed:.1f} samples/s{work}  "
             f"data wait {100 * self._speed['data_wait']:.0f}%{skipped}  eta {duration(left)}",
             file=sys.stderr,
             flush=True,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lidit_jax.diffusion.losses import diffusion_loss
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
+from lidit_jax.models.flops import FORWARD_AND_BACKWARD, TextLengths, lidit_forward, vae_encoder_forward
 from lidit_jax.models.image_similarity import psnr
 from lidit_jax.models.lidit import LIDiT, TextFeatures
 from lidit_jax.models.llm import CausalLM, LLMConfig
@@ -225,6 +226,20 @@ def lidit_task(
     def prepare(frozen, batch):
         return encode_ahead(encoders, frozen["encoders"], batch)
 
+    def flops(batch):
+        content = "moments" if "moments" in batch else "image"
+        count, height, width = batch[content].shape[:3]
+        total = 0
+        if content == "image":
+            total += vae_encoder_forward(vae.config, count, height, width)
+            height, width = (side // vae.config.downsampling_factor for side in (height, width))
+        lengths = []
+        for name, encoder in encoders.items():
+            prefix, prompt = encoder.prefix_length(frozen["encoders"][name]), batch[f"{name}/mask"].shape[1]
+            lengths.append(TextLengths(prefix, prompt, encoder.hidden_size, not encoder.lead))
+            total += encoder.flops(count, prompt, prefix)
+        return total + FORWARD_AND_BACKWARD * lidit_forward(model.config, count, height, width, lengths)
+
     return Task(
         name="lidit",
         init=init,
@@ -232,4 +247,5 @@ def lidit_task(
         frozen=frozen,
         evaluate=evaluate,
         prepare=None if encode_in_step else prepare,
+        flops=flops,
     )

@@ -25,6 +25,7 @@ from lidit_jax.checkpoint import Checkpoints
 from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import Metrics, Progress
+from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated, shardings
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class Task:
       phases: steps, ascending, at which the loss becomes another: it is given how many of them have come, a plain int.
         Each phase is a program of its own; a branch inside one would be there in every step (and on a CPU, XLA runs
         branches many times slower).
+      flops: batch -> operations that the models need for a step on it, rematerialisation not counted; or None. For the
+        utilisation in the log. See `models/flops.py`.
       networks: where the parameters are those of several networks, each one's key and the phase from which on it
         learns. Their gradients are clipped apart: the size of one's is not to slow down another. Empty: there is one.
     """
@@ -89,6 +92,7 @@ class Task:
     prepare: Callable[[Any, Batch], Batch] | None = None
     phases: tuple[int, ...] = ()
     networks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    flops: Callable[[Batch], float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +330,7 @@ def train(
 
     # Made where it is used: no process may put an array on another's devices.
     key = jax.jit(lambda: jax.random.key(seed + 1), out_shardings=replicated(trainer.mesh))()
-    progress = Progress(task.name, step, config.steps, config.batch_size)
+    progress = Progress(task.name, step, config.steps, config.batch_size, _peak(trainer.mesh))
     pending = []
     with contextlib.closing(batches(step)) as stream, jax.set_mesh(trainer.mesh):
         if positions:
@@ -335,6 +339,8 @@ def train(
             waited = time.monotonic()
             batch = trainer.put(next(stream))
             progress.waited(time.monotonic() - waited)
+            if task.flops:
+                progress.worked(task.flops(batch))
             if trainer.prepare:
                 batch = trainer.prepare(task.frozen, batch)
             state, step_metrics = trainer.step(state, task.frozen, batch, key, step)
@@ -355,6 +361,12 @@ def train(
                     checkpoints.save(step, state, facts, stream.get_state())
     checkpoints.wait()
     return state
+
+
+def _peak(mesh: Mesh) -> float | None:
+    """Half-precision operations a second that all devices can do at best; None where nobody says."""
+    chip = chip_of(mesh.devices.flat[0])
+    return chip and chip.flops * mesh.devices.size
 
 
 def _log(

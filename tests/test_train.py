@@ -1,6 +1,7 @@
 """The one training loop: steps, guard, accumulation, sharding, checkpoints and exact resume, on a toy part."""
 
 import json
+import types
 
 import flax.linen as nn
 import jax
@@ -15,8 +16,9 @@ from lidit_jax.checkpoint import Checkpoints, load_weights
 from lidit_jax.data.batch_stream import NEWS, BatchStream, News
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
-from lidit_jax.metrics import Metrics, duration
+from lidit_jax.metrics import Metrics, Progress, duration
 from lidit_jax.models.layers import Dense
+from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.mesh import fill_in, make_mesh
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.train import Task, TrainConfig, Trainer, learning_rate, train
@@ -266,3 +268,29 @@ def test_meshes_that_do_not_fit_are_refused(sizes):
 
 def test_durations_read_well():
     assert [duration(s) for s in (5, 65, 3725)] == ["0m05s", "1m05s", "1h02m"]
+
+
+def test_utilisation_is_needed_operations_over_what_the_chips_could_do(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr("lidit_jax.metrics.time.monotonic", lambda: now[0])
+    progress = Progress("lidit", 0, 10, 4, peak=2e12)
+    for _ in range(4):
+        progress.worked(3e12)
+    with progress.paused():
+        now[0] += 50
+    now[0] += 10
+    speed = progress.speed(4)
+    assert speed["tflops_per_second"] == pytest.approx(1.2)
+    assert speed["mfu"] == pytest.approx(0.6)
+    progress.print(4, {"loss": 1, "grad_norm": 1, "learning_rate": 1, "skipped": 0})
+    assert "1.2 TFLOP/s (MFU 60%)" in capsys.readouterr().err
+    now[0] += 10
+    assert "mfu" not in progress.speed(8)  # nothing was counted
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("TPU v5", "v5p"), ("TPU v5 lite", "v5e"), ("TPU v4", "v4"), ("NVIDIA H200", "H200")]
+)
+def test_chips_are_known_by_their_kind(kind, name):
+    assert chip_of(types.SimpleNamespace(device_kind=kind)).name == name
+    assert chip_of(jax.devices()[0]) is None

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lidit_jax.errors import UserError
+from lidit_jax.models.flops import llm_forward, t5_forward
 from lidit_jax.models.lidit import TextFeatures
 from lidit_jax.models.llm import LLM, LLMConfig, PrefixCache
 from lidit_jax.models.t5 import T5Config, T5Encoder
@@ -46,6 +47,12 @@ class PromptEncoder(Protocol):
 
     def shared_prefix(self, frozen: Any) -> jax.Array | None:
         """[P, D], the prefix's features where all prompts share them."""
+
+    def prefix_length(self, frozen: Any) -> int:
+        """P, tokens before every prompt."""
+
+    def flops(self, prompts: int, length: int, prefix: int) -> int:
+        """Of encoding so many prompts of `length` tokens behind `prefix` tokens; see `models/flops.py`."""
 
 
 @flax.struct.dataclass
@@ -108,6 +115,12 @@ class LLMTextEncoder:
     def shared_prefix(self, frozen: FrozenLLM) -> jax.Array:
         return frozen.prefix_features
 
+    def prefix_length(self, frozen: FrozenLLM) -> int:
+        return frozen.prefix_features.shape[0]
+
+    def flops(self, prompts: int, length: int, prefix: int) -> int:
+        return llm_forward(self.config.as_encoder(), prompts, length, prefix)
+
 
 @flax.struct.dataclass
 class FrozenT5:
@@ -154,6 +167,12 @@ class T5TextEncoder:
     def shared_prefix(self, frozen: FrozenT5) -> None:
         return None
 
+    def prefix_length(self, frozen: FrozenT5) -> int:
+        return frozen.prefix.shape[0]
+
+    def flops(self, prompts: int, length: int, prefix: int) -> int:
+        return t5_forward(self.config, prompts, prefix + length)
+
 
 @dataclasses.dataclass(frozen=True)
 class StoredEncoding:
@@ -171,6 +190,12 @@ class StoredEncoding:
     def features(self, frozen: jax.Array, encoded: jax.Array, mask: jax.Array) -> TextFeatures:
         prefix = encoded[:, : self.lead] if self.lead else frozen
         return TextFeatures(prefix=prefix, prompt=encoded[:, self.lead :], mask=mask)
+
+    def prefix_length(self, frozen: jax.Array) -> int:
+        return self.lead or frozen.shape[0]
+
+    def flops(self, prompts: int, length: int, prefix: int) -> int:
+        return 0
 
 
 def tokenize(encoders: Mapping[str, PromptEncoder], prompts: Sequence[str]) -> dict[str, np.ndarray]:

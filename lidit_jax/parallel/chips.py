@@ -1,0 +1,54 @@
+"""What accelerators can do at best, a chip, as their makers state it; of TPUs the system architecture pages say so.
+
+Half precision is bfloat16 with float32 sums, without sparsity.
+"""
+
+import dataclasses
+
+import jax
+
+GB = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Attributes:
+    name: as in a topology's name ("v5p:4x4x4"), or the maker's.
+    flops: half-precision operations a second.
+    memory: bytes.
+    memory_bandwidth: bytes a second.
+    network_bandwidth: bytes a second that leave it for others of its slice, over all links, one way.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    memory_bandwidth: float
+    network_bandwidth: float
+
+
+V4 = Chip("v4", 275e12, 32 * GB, 1228 * GB, 300 * GB)
+V5E = Chip("v5e", 197e12, 16 * GB, 819 * GB, 200 * GB)
+V5P = Chip("v5p", 459e12, 95 * GB, 2765 * GB, 600 * GB)
+V6E = Chip("v6e", 918e12, 32 * GB, 1640 * GB, 448 * GB)
+TPUS = {chip.name: chip for chip in (V4, V5E, V5P, V6E)}
+
+# By what JAX calls a device, or the beginning of it.
+_KINDS = {
+    "TPU v4": V4,
+    "TPU v5 lite": V5E,
+    "TPU v5e": V5E,
+    "TPU v5p": V5P,
+    "TPU v5": V5P,
+    "TPU v6 lite": V6E,
+    "TPU v6e": V6E,
+    "NVIDIA A100": Chip("A100", 312e12, 80 * GB, 2039 * GB, 300 * GB),
+    "NVIDIA H100": Chip("H100", 989e12, 80 * GB, 3350 * GB, 450 * GB),
+    "NVIDIA H200": Chip("H200", 989e12, 141 * GB, 4800 * GB, 450 * GB),
+}
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """None for what is not in the table, as a CPU."""
+    found = [kind for kind in _KINDS if device.device_kind.startswith(kind)]
+    return _KINDS[max(found, key=len)] if found else None
