@@ -47,11 +47,48 @@ def get_config() -> ConfigDict:
         "chat_template": True,  # ours: the tokenizer's, where it has one
         "encode": "in_step",  # ours
     }
+    # The sizes are for `compile`, which needs no weights; where weights are given, their folders say them.
     config.encoders = {
-        "llama3": {"weights": "", "dtype": "bfloat16"},  # paper: LLaMA3-8B, multi-modally tuned
-        "qwen": {"weights": "", "dtype": "bfloat16"},  # paper: Qwen1.5-7B, multi-modally tuned
+        "llama3": {  # paper: LLaMA3-8B, multi-modally tuned
+            "weights": "",
+            "dtype": "bfloat16",
+            "family": "llama",
+            "model": {
+                "vocab_size": 128_256,
+                "hidden_size": 4096,
+                "intermediate_size": 14_336,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 8192,
+            },
+        },
+        "qwen": {  # paper: Qwen1.5-7B, multi-modally tuned
+            "weights": "",
+            "dtype": "bfloat16",
+            "family": "qwen2",
+            "model": {
+                "vocab_size": 151_936,
+                "hidden_size": 4096,
+                "intermediate_size": 11_008,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 32,
+                "max_position_embeddings": 32_768,
+            },
+        },
     }
-    config.vae = {"weights": "", "dtype": "bfloat16"}  # paper: 8x, 16 channels
+    config.vae = {
+        "weights": "",  # paper: 8x, 16 channels, the authors' own
+        "dtype": "bfloat16",
+        "model": {  # likewise; ours: the widths of SD 3's
+            "block_out_channels": (128, 256, 512, 512),
+            "layers_per_block": 2,
+            "latent_channels": 16,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        },
+    }
 
     config.model = {
         "depth": 48,  # paper

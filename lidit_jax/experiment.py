@@ -57,7 +57,9 @@ LLM_FAMILIES = {"llama": {"attention_bias": False}, "qwen2": {"attention_bias": 
 class Experiment:
     """The parts of one config in one workdir."""
 
-    def __init__(self, config: ConfigDict, workdir: epath.Path):
+    def __init__(self, config: ConfigDict, workdir: epath.Path, only_shapes: bool = False):
+        """Args: only_shapes: nothing will be loaded or trained: of parts without weights, their sizes are enough."""
+        self._only_shapes = only_shapes
         known = (*SECTIONS, *LIDIT_SECTIONS, *OPTIONAL_SECTIONS)
         for key in config:
             if key not in known:
@@ -87,7 +89,8 @@ class Experiment:
         check_dtype("vae.dtype", self.vae.dtype)
         if not self.vae.weights:
             self._require_recipe("vae", self.vae)
-            self.vae_training()
+            if not self._only_shapes:
+                self.vae_training()
         elif not self.has_lidit and self.vae.evaluate is None:
             raise UserError("vae.weights names a VAE and vae.evaluate is missing: there is nothing to do")
 
@@ -104,9 +107,8 @@ class Experiment:
                 self._require_recipe(f"encoders.{name}", encoder)
                 self.language_model_config(name)
 
-    @staticmethod
-    def _require_recipe(where: str, part: EncoderConfig | VAEPartConfig) -> None:
-        if part.model is None or part.train is None:
+    def _require_recipe(self, where: str, part: EncoderConfig | VAEPartConfig) -> None:
+        if part.model is None or part.train is None and not self._only_shapes:
             raise UserError(f"{where}.weights is empty: give --config.{where}.weights=FOLDER")
 
     def language_model_config(self, name: str) -> LLMConfig:

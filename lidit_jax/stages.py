@@ -31,7 +31,7 @@ from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.metrics import Metrics
 from lidit_jax.models.discriminator import PatchDiscriminator
 from lidit_jax.models.lidit import num_parameters
-from lidit_jax.parallel.mesh import make_mesh
+from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.pictures import grid
 from lidit_jax.pipeline import Pipeline
@@ -57,6 +57,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         with _said_of(where):
             check_batch_size(training, mesh)
     if experiment.has_lidit:
+        check_model(mesh, experiment.model.config.hidden_size, experiment.model.config.num_heads)
         experiment.check_encoders()
     dataset = open_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     for where, training in experiment.trainings().items():

@@ -212,6 +212,10 @@ class Trainer:
         """(the state after step `number`, metrics); the given state is donated."""
         return self._step(state, frozen, batch, key, bisect.bisect_right(self.task.phases, number))
 
+    def lower(self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array) -> jax.stages.Lowered:
+        """The step of the first phase for shapes in place of arrays; see `compiling.py`."""
+        return self._step.lower(state, frozen, batch, key, 0)
+
     def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """This process's rows of a batch -> global arrays over the mesh."""
         return {

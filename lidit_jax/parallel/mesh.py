@@ -15,12 +15,35 @@ AXES = ("data", "fsdp", "tensor")
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices; one size may be -1 and is filled in.
 
+    Devices of several slices, which only the data centre's network joins, lie along `data`: gradients are all that
+    goes between slices.
+
     Raises:
-      UserError: if the sizes do not multiply to the number of devices.
+      UserError: if the sizes do not multiply to the number of devices, or the slices do not divide `data`.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = fill_in(sizes, len(devices))
-    return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh data={shape[0]} is no multiple of the {slices} slices: give --config.mesh.data={slices} and "
+            "--config.mesh.fsdp=-1"
+        )
+    within = (shape[0] // slices, *shape[1:])
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES)
+
+
+def check_model(mesh: Mesh, hidden_size: int, num_heads: int) -> None:
+    """Raises UserError unless the mesh divides the model: what does not divide would lie whole on every device."""
+    for axis, what, size in (("fsdp", "model.hidden_size", hidden_size), ("tensor", "model.num_heads", num_heads)):
+        if size % mesh.shape[axis]:
+            good = [n for n in range(1, mesh.shape[axis] + 1) if size % n == 0 and mesh.devices.size % n == 0]
+            raise UserError(
+                f"mesh {axis}={mesh.shape[axis]} does not divide {what}={size}: {axis} may be "
+                f"{', '.join(map(str, good))}, and the rest of the {mesh.devices.size} devices goes to data (-1)"
+            )
 
 
 def fill_in(sizes: Mapping[str, int], num_devices: int) -> tuple[int, int, int]:

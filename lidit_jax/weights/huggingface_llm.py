@@ -24,7 +24,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.models.llm import LLM, CausalLM, LLMConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.weights.huggingface_config import llm_config, norm_offset
-from lidit_jax.weights.placing import Placement, place_parameters
+from lidit_jax.weights.placing import Placement, abstract_parameters, place_parameters
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, new_folder, read_config
 
 WEIGHTS_STEM = "model"
@@ -192,6 +192,11 @@ def torch_name(config: LLMConfig, path: tuple[str, ...], block: int | None) -> s
 
 
 @functools.cache
+def abstract_encoder(config: LLMConfig, *, dtype: str, mesh: Mesh, rules: ShardingRules) -> dict[str, Any]:
+    """Shapes, dtypes and places of what `load_llm_encoder` would load, in the same tree of `jax.ShapeDtypeStruct`."""
+    return abstract_parameters(_boxed_parameters(config.as_encoder()), Placement(mesh, rules), dtype=dtype)
+
+
 def _boxed_parameters(config: LLMConfig) -> dict[tuple[str, ...], nn.LogicallyPartitioned]:
     """Shape and logical axes of every parameter of `LLM(config)` by its path; computes and allocates nothing."""
     return _abstract(LLM(config))

@@ -77,19 +77,37 @@ def place_parameters(
     progress = _Progress(str(weights.folder), total)
     flat = {}
     for path, leaf in boxed.items():
-        is_norm = path[-1] == "weight"
         flat[path] = _place_parameter(
             weights,
             names[path],
             leaf,
             placement.sharding(leaf),
-            dtype=np.dtype(np.float32) if is_norm else jnp.dtype(dtype),
+            dtype=_dtype_of(path, dtype),
             stacked=_is_stacked(path),
             transposed=_is_transposed(path),
-            offset=norm_offset if is_norm else 0.0,
+            offset=norm_offset if _is_norm(path) else 0.0,
             progress=progress,
         )
     return flax.traverse_util.unflatten_dict(flat)
+
+
+def abstract_parameters(
+    boxed: Mapping[Path, nn.LogicallyPartitioned], placement: Placement, *, dtype: str
+) -> dict[str, Any]:
+    """What `place_parameters` would give, without reading anything."""
+    flat = {
+        path: jax.ShapeDtypeStruct(leaf.value.shape, _dtype_of(path, dtype), sharding=placement.sharding(leaf))
+        for path, leaf in boxed.items()
+    }
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def _dtype_of(path: Path, dtype: str) -> np.dtype:
+    return np.dtype(np.float32) if _is_norm(path) else jnp.dtype(dtype)
+
+
+def _is_norm(path: Path) -> bool:
+    return path[-1] == "weight"
 
 
 def _place_parameter(

@@ -1,0 +1,37 @@
+"""Compiles the train step for TPUs that are not there: `python -m lidit_jax.compile --config=… --topology=v5p:8x8x4`.
+
+Says what a chip holds, whether that fits, and how long a step takes at the least. Needs no TPU, but its compiler:
+`pip install -e ".[tpu]"`. Exit code 1 where it does not fit.
+"""
+
+import sys
+
+import jax
+from absl import flags
+from etils import epath
+
+from lidit_jax import cli
+from lidit_jax.compiling import compile_step
+from lidit_jax.json_file import write_json
+
+_CONFIG = cli.define_config()
+_TOPOLOGY = flags.DEFINE_string("topology", None, "generation and shape of a slice: v5p:8x8x4, v5e:16x16, v4:2x2x2 …")
+_SLICES = flags.DEFINE_integer("slices", 1, "how many of them", lower_bound=1)
+_PREFIX = flags.DEFINE_integer(
+    "prefix_tokens", 64, "of system prompt and instruction, where encoders have no weights", lower_bound=0
+)
+_JSON = flags.DEFINE_string("json", None, "file for all numbers")
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # a libtpu that finds no platform named tries to start a TPU
+    report = compile_step(cli.read_config(_CONFIG), cli.require(_TOPOLOGY.name), _SLICES.value, _PREFIX.value)
+    print("\n".join(report.lines()))
+    if _JSON.value:
+        write_json(epath.Path(_JSON.value), report.to_json())
+    if not report.fits:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,314 @@
+"""The real train step compiled for a TPU slice, on a machine without one: does it fit, and what does it do?
+
+The TPU's own compiler comes with libtpu (`pip install -e ".[tpu]"`); a topology's name stands for its chips. Nothing is
+loaded: parameters, frozen encoders and batches are shapes with their places on the mesh.
+"""
+
+import dataclasses
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lidit_jax import tasks
+from lidit_jax.errors import UserError
+from lidit_jax.experiment import Experiment
+from lidit_jax.models.llm import LLM
+from lidit_jax.parallel.chips import TPUS, Chip
+from lidit_jax.parallel.hlo import Cost, cost_of
+from lidit_jax.parallel.mesh import check_model, make_mesh
+from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated
+from lidit_jax.text.encoders import FrozenLLM, LLMTextEncoder, PromptEncoder
+from lidit_jax.text.load_encoder import open_encoder
+from lidit_jax.train import Trainer, check_batch_size
+from lidit_jax.weights.huggingface_llm import abstract_encoder
+
+logger = logging.getLogger(__name__)
+
+TOPOLOGY = re.compile(r"(v\d+[a-z]*):\d+(x\d+)*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What compiling found, of one chip and one step.
+
+    Attributes:
+      chip: its peaks.
+      devices, batch_size: in all.
+      mesh: axis -> size.
+      parts: bytes of what lies in memory through the step: "weights", "ema", "optimiser", "frozen", "batch".
+      temporaries, peak, program: bytes; None where the compiler ran out of memory, which `needed` then says.
+      needed: bytes of temporaries that the compiler asked for, where it ran out.
+      model_flops: that the models need, rematerialisation not counted, all chips together.
+      cost: of the compiled program, one chip; None where there is none.
+      seconds: that lowering and compiling took.
+    """
+
+    topology: str
+    chip: Chip
+    devices: int
+    mesh: Mapping[str, int]
+    batch_size: int
+    parts: Mapping[str, int]
+    temporaries: int | None
+    peak: int | None
+    program: int | None
+    needed: int | None
+    model_flops: float
+    cost: Cost | None
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.peak is not None and self.peak <= self.chip.memory
+
+    @property
+    def flops_ratio(self) -> float | None:
+        """Compiled operations over those that the models need; kernels' operations are in neither."""
+        return self.cost and self.cost.flops * self.devices / self.model_flops
+
+    def bounds(self) -> dict[str, float]:
+        """Seconds that a step takes at the least by each of the chip's limits."""
+        if self.cost is None:
+            return {}
+        chip, cost = self.chip, self.cost
+        return {
+            "compute": cost.flops / chip.flops,
+            "memory": cost.bytes / chip.memory_bandwidth,
+            "network": cost.messages.total() / chip.network_bandwidth,
+        }
+
+    def mfu_bound(self) -> float | None:
+        """The model's operations at the slowest bound's speed, over the chips' peak."""
+        if not self.bounds():
+            return None
+        return self.model_flops / self.devices / self.chip.flops / max(self.bounds().values())
+
+    def to_json(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["chip"] = dataclasses.asdict(self.chip)
+        values["cost"] = self.cost and {
+            field.name: getattr(self.cost, field.name) for field in dataclasses.fields(Cost)
+        }
+        values |= {"fits": self.fits, "flops_ratio": self.flops_ratio, "bounds": self.bounds()}
+        return values | {"mfu_bound": self.mfu_bound()}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        gb = lambda count: f"{count / 1e9:8.2f} GB"  # noqa: E731
+        mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items())
+        rows = [
+            f"{self.topology}: {self.devices} chips ({mesh}), batch {self.batch_size}, compiled in {self.seconds:.0f} s"
+        ]
+        rows += ["", "a chip's memory"] + [f"  {name:14}{gb(count)}" for name, count in self.parts.items()]
+        if self.peak is None:
+            rows.append(f"  {'temporaries':14}{gb(self.needed)}")
+        else:
+            rows += [f"  {'temporaries':14}{gb(self.temporaries)}", f"  {'program':14}{gb(self.program)}"]
+            rows.append(f"  {'peak':14}{gb(self.peak)} of {self.chip.memory / 1e9:.0f} GB")
+        if not self.fits:
+            rows.append(f"DOES NOT FIT: {self.advice()}")
+        if self.cost is None:
+            return rows
+        per_chip = self.model_flops / self.devices
+        rows += ["", "operations of a chip"]
+        rows += [f"  the model's   {per_chip / 1e12:9.2f} T", f"  compiled      {self.cost.flops / 1e12:9.2f} T"]
+        rows[-1] += f", {self.flops_ratio:.2f} times the model's"
+        if self.cost.messages:
+            rows += ["", "messages"] + [f"  {kind:18}{gb(count)}" for kind, count in sorted(self.cost.messages.items())]
+        rows += ["", "a step takes at least"]
+        rows += [f"  {seconds:7.3f} s for {name}" for name, seconds in self.bounds().items()]
+        rows.append(f"  so the MFU is at most {100 * self.mfu_bound():.0f} %")
+        if self.cost.kernels or self.cost.unknown_loops:
+            kernels = ", ".join(f"{name}: {count}" for name, count in self.cost.kernels.items())
+            rows.append(f"not counted: custom calls ({kernels or 'none'}), {self.cost.unknown_loops} loops taken once")
+        return rows
+
+    def advice(self) -> str:
+        """What would fit, as far as can be said without compiling again."""
+        kept = sum(self.parts.values())
+        room = self.chip.memory - kept
+        temporaries = self.temporaries if self.needed is None else self.needed
+        if room <= 0:
+            return f"weights and optimiser alone take {kept / 1e9:.1f} GB: use more chips, or a larger fsdp axis"
+        factor = 2 ** math.ceil(math.log2(max(2.0, temporaries / (0.9 * room))))
+        return (
+            f"temporaries of {temporaries / 1e9:.1f} GB where {room / 1e9:.1f} GB are left: try "
+            f"--config.train.accumulate={factor} (times what it is), --config.model.remat=full, or {factor} times as "
+            "many chips"
+        )
+
+
+def compile_step(config: ConfigDict, topology: str, num_slices: int = 1, prefix_tokens: int = 64) -> Report:
+    """Compiles the train step of a config: frozen encoders, VAE's encoder, LI-DiT, AdamW, EMA.
+
+    Args:
+      topology: e.g. "v5p:8x8x4".
+      num_slices: of that topology, joined by the data centre's network.
+      prefix_tokens: of system prompt and instruction, where no tokenizer is at hand.
+
+    Raises:
+      UserError: the config or the mesh cannot work, or the TPU's compiler is not installed.
+    """
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.path = config.data.get("path") or "unused"
+    experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
+    if not experiment.has_lidit:
+        raise UserError("compile: the config is of a VAE alone; name one with a model")
+    devices, chip = topology_devices(topology, num_slices)
+    mesh, rules = make_mesh(config.mesh, devices), ShardingRules()
+    check_model(mesh, experiment.model.config.hidden_size, experiment.model.config.num_heads)
+    check_batch_size(experiment.train, mesh)
+    encoders, frozen = abstract_frozen(experiment, mesh, rules, prefix_tokens)
+    vae = experiment.autoencoder(experiment.vae_config())
+    task = tasks.lidit_task(experiment.model, experiment.schedule, encoders, vae, frozen)
+    trainer = Trainer(task, experiment.train, mesh, rules)
+    batch = abstract_batch(experiment, encoders, mesh, rules)
+    return _compile(trainer, frozen, batch, topology, chip)
+
+
+def _compile(trainer: Trainer, frozen: Any, batch: Mapping[str, Any], topology: str, chip: Chip) -> Report:
+    state, mesh = trainer.abstract_state(), trainer.mesh
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    started, compiled, needed = time.monotonic(), None, None
+    with jax.set_mesh(mesh):
+        lowered = trainer.lower(state, frozen, batch, key)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = _needed(str(error))
+    memory = compiled and compiled.memory_analysis()
+    return Report(
+        topology=topology,
+        chip=chip,
+        devices=mesh.devices.size,
+        mesh={axis: mesh.shape[axis] for axis in mesh.axis_names},
+        batch_size=trainer.config.batch_size,
+        parts={
+            "weights": _bytes_a_chip(state.params),
+            "ema": _bytes_a_chip(state.ema),
+            "optimiser": _bytes_a_chip(state.opt_state),
+            "frozen": _bytes_a_chip(frozen),
+            "batch": _bytes_a_chip(batch),
+        },
+        temporaries=memory and memory.temp_size_in_bytes,
+        peak=memory and memory.peak_memory_in_bytes,
+        program=memory and memory.generated_code_size_in_bytes,
+        needed=needed,
+        model_flops=trainer.task.flops(batch),
+        cost=compiled and cost_of(compiled.as_text()),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _needed(message: str) -> int:
+    """Bytes that the compiler asked for in vain; raises what it said of anything else."""
+    found = re.search(r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)", message)
+    found = found or re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    if not found:
+        raise UserError(f"the TPU's compiler refuses: {' '.join(message.split())[:400]}")
+    return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
+
+
+def topology_devices(name: str, num_slices: int = 1) -> tuple[list[jax.Device], Chip]:
+    """The chips of a slice that is not there.
+
+    Raises:
+      UserError: there is no such topology, or no libtpu.
+    """
+    generation = name.partition(":")[0]
+    if not TOPOLOGY.fullmatch(name) or generation not in TPUS:
+        raise UserError(f"--topology={name}: name one of {', '.join(TPUS)} and its shape, as v5p:8x8x4 or v5e:16x16")
+    from jax.experimental import topologies
+
+    # Chips whose two cores work as one show themselves as one device.
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if generation in ("v4", "v5p") else {}
+    if num_slices > 1:
+        options["num_slices"] = num_slices
+    # libtpu otherwise asks the cloud who it is.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    except Exception as error:  # jaxlib raises its own kinds, and plain RuntimeErrors, for all that can be wrong
+        raise UserError(
+            f"--topology={name}: {' '.join(str(error).split())[:200]} (the TPU's compiler is needed: "
+            'pip install -e ".[tpu]"; one process at a time can use it)'
+        ) from error
+    return list(description.devices), TPUS[generation]
+
+
+@dataclasses.dataclass(frozen=True)
+class AssumedTokenizer:
+    """As long as a tokenizer would be, in place of one that is not there."""
+
+    prefix_tokens: int
+    max_length: int
+    largest_token: int = 0
+
+    def prefix(self) -> np.ndarray:
+        return np.zeros(self.prefix_tokens, np.int32)
+
+
+def abstract_frozen(
+    experiment: Experiment, mesh: Mesh, rules: ShardingRules, prefix_tokens: int
+) -> tuple[dict[str, PromptEncoder], dict[str, Any]]:
+    """The encoders, and shapes of all that is frozen, as `Experiment.pipeline` would load it.
+
+    Encoders whose `weights` are given are those of their folders' config.json, others those that `model` describes.
+    """
+    encoders, frozen = {}, {}
+    for name, part in experiment.encoders.items():
+        if part.weights:
+            encoder = open_encoder(part.weights, experiment.prompt_tokenizer, dtype=part.dtype)
+        else:
+            tokenizer = AssumedTokenizer(prefix_tokens, experiment.text.max_length)
+            encoder = LLMTextEncoder(experiment.language_model_config(name), tokenizer)
+        if not isinstance(encoder, LLMTextEncoder):
+            raise UserError(f"encoders.{name}: only decoder-only LLMs can be compiled without their weights")
+        encoders[name] = encoder
+        params = abstract_encoder(encoder.config, dtype=part.dtype, mesh=mesh, rules=rules)
+        apply = lambda p, t, model=encoder.model: model.apply({"params": p}, t, method=LLM.prefix)  # noqa: E731
+        features, cache = jax.eval_shape(apply, params, encoder.tokenizer.prefix())
+        frozen[name] = FrozenLLM(params, *_everywhere((features, cache), mesh))
+    vae = experiment.autoencoder(experiment.vae_config())
+    side = 2 * vae.config.downsampling_factor
+    params = jax.eval_shape(lambda: nn.unbox(vae.init(jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]))
+    return encoders, {"vae": _everywhere(params, mesh), "encoders": frozen}
+
+
+def abstract_batch(
+    experiment: Experiment, encoders: Mapping[str, PromptEncoder], mesh: Mesh, rules: ShardingRules
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of square pictures with their tokens."""
+    rows, side, length = experiment.train.batch_size, experiment.data.resolution, experiment.text.max_length
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((rows, side, side, 3), jnp.uint8)}
+    for name in encoders:
+        shapes[f"{name}/tokens"] = (rows, length), jnp.int32
+        shapes[f"{name}/mask"] = (rows, length), jnp.bool_
+        shapes[f"{name}/truncated"] = (rows,), jnp.bool_
+    place = batch_sharding(mesh, rules)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in shapes.items()}
+
+
+def _everywhere(tree: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
+
+
+def _bytes_a_chip(tree: Any) -> int:
+    shards = (leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(tree))
+    sizes = (leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(shape) * size for shape, size in zip(shards, sizes, strict=True))

@@ -1,0 +1,276 @@
+"""What a compiled program does, read from its HLO text: operations, memory traffic, messages; loops by their trips.
+
+XLA's own cost analysis counts the body of a loop once, which for blocks under a scan says nothing.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+_BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
+          "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}  # fmt: skip
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+# Names for what is elsewhere already.
+_FREE = frozenset(("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id"))
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
+_NAME = re.compile(r"%?([\w.\-]+)")
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one run of a program on one device.
+
+    Attributes:
+      flops: of matrix products and convolutions, two a multiplication.
+      bytes: read and written by whatever is not fused into something else; slices of larger arrays count as slices.
+      messages: bytes that collectives give, by kind.
+      kernels: custom calls, whose operations nobody can read here, by target.
+      unknown_loops: loops whose trips could not be read; their bodies are counted once.
+    """
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    messages: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    unknown_loops: int = 0
+
+    def add(self, other: "Cost", times: int = 1) -> None:
+        self.flops += times * other.flops
+        self.bytes += times * other.bytes
+        for mine, theirs in ((self.messages, other.messages), (self.kernels, other.kernels)):
+            for name, count in theirs.items():
+                mine[name] += times * count
+        self.unknown_loops += other.unknown_loops
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: `name = shape opcode(operands), attributes`."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    def called(self, key: str) -> str | None:
+        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+
+def cost_of(text: str) -> Cost:
+    """Of a module as `Compiled.as_text()` gives it."""
+    return _Module(text).cost()
+
+
+class _Module:
+    def __init__(self, text: str):
+        self._computations: dict[str, dict[str, Instruction]] = {}
+        self._entry = ""
+        current: dict[str, Instruction] = {}
+        for line in text.splitlines():
+            head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+            if head and not line.startswith(" "):
+                current = self._computations.setdefault(head[2], {})
+                self._entry = head[2] if head[1] else self._entry
+            elif " = " in line and (parsed := _parse(line)):
+                current[parsed.name] = parsed
+        self._known: dict[tuple[str, bool], Cost] = {}
+
+    def cost(self) -> Cost:
+        return self._cost(self._entry, False)
+
+    def _cost(self, name: str, fused: bool) -> Cost:
+        if (name, fused) not in self._known:
+            total = Cost()
+            for instruction in self._computations.get(name, {}).values():
+                total.add(*self._cost_of(instruction, self._computations[name], fused))
+            self._known[name, fused] = total
+        return self._known[name, fused]
+
+    def _cost_of(self, one: Instruction, among: dict[str, Instruction], fused: bool) -> tuple[Cost, int]:
+        """(cost, how often)."""
+        if one.opcode == "while":
+            trips = self._trips(one.called("condition"))
+            cost = dataclasses.replace(Cost(), unknown_loops=int(trips is None))
+            cost.add(self._cost(one.called("body"), fused), trips or 1)
+            return cost, 1
+        if one.opcode == "conditional":
+            branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
+            names = (
+                _NAME.findall(branches[1]) if branches else [one.called(f"{b}_computation") for b in ("true", "false")]
+            )
+            return max((self._cost(name, fused) for name in names), key=lambda cost: (cost.flops, cost.bytes)), 1
+        cost = Cost()
+        if one.opcode in ("call", "async-start"):
+            cost.add(self._cost(one.called("to_apply") or one.called("calls"), fused))
+            return cost, 1
+        if one.opcode == "fusion":
+            cost.add(self._cost(one.called("calls"), True))
+            if "all-reduce-scatter" in (one.called("calls") or ""):  # XLA's name for one in place of the other
+                cost.messages = collections.Counter({"reduce-scatter": _bytes(one.shape)})
+        if one.opcode == "dot":
+            cost.flops = _dot_flops(one, among)
+        if one.opcode == "convolution":
+            cost.flops = _convolution_flops(one, among)
+        if one.opcode == "custom-call":
+            cost.kernels[one.called("custom_call_target") or _target(one)] += 1
+        kind = one.opcode.removesuffix("-start")
+        if kind in _COLLECTIVES:
+            cost.messages[kind] += _bytes(_result(one))
+        if not fused and one.opcode not in _FREE and not one.opcode.endswith("-done"):
+            cost.bytes += self._traffic(one, among)
+        return cost, 1
+
+    def _trips(self, condition: str | None) -> int | None:
+        """Of a loop that counts from 0 by 1 to a constant."""
+        constants = [
+            int(one.operands[0])
+            for one in self._computations.get(condition or "", {}).values()
+            if one.opcode == "constant" and one.shape.startswith("s32[]") and one.operands[0].isdigit()
+        ]
+        return constants[0] if len(constants) == 1 else None
+
+    def _traffic(self, one: Instruction, among: dict[str, Instruction]) -> int:
+        """Bytes that an instruction reads and writes."""
+        if one.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * _bytes(one.shape)
+        if one.opcode == "dynamic-update-slice":
+            return 2 * _bytes(among[one.operands[1]].shape)
+        written = _bytes(one.shape)
+        inside = self._computations.get(one.called("calls") or "", {}) if one.opcode == "fusion" else {}
+        read = 0
+        for number, name in enumerate(one.operands):
+            size = _bytes(among[name].shape) if name in among else 0
+            sliced = _sliced_parameter(inside, number) if inside else None
+            read += size if sliced is None else min(size, sliced)
+        updates = [i for i in inside.values() if i.opcode == "dynamic-update-slice" and _bytes(i.shape) == written]
+        if updates:  # in place: what is written is the update
+            written = _bytes(inside[updates[0].operands[1]].shape) if updates[0].operands[1] in inside else written
+        return read + written
+
+
+def _parse(line: str) -> Instruction | None:
+    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+    end = _matching(rest) if rest.startswith("(") else rest.find(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opcode, parenthesis, rest = rest.partition("(")
+    if not parenthesis or not re.fullmatch(r"[\w\-]+", opcode):
+        return None
+    end = _matching("(" + rest) - 1
+    inside = rest[: max(end - 1, 0)]
+    if opcode == "constant":
+        operands: Sequence[str] = (inside,)
+    else:
+        operands = [match[1] for match in re.finditer(r"(?:^|[,\s])%([\w.\-]+)", inside)] or _NAME.findall(inside)
+    return Instruction(name.lstrip("%"), shape, opcode, tuple(operands), rest[end:])
+
+
+def _matching(text: str) -> int:
+    """Behind the parenthesis that closes the first one."""
+    depth = 0
+    for position, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return position + 1
+    return len(text)
+
+
+def _arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for kind, sizes in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape)):
+        yield kind, tuple(int(size) for size in sizes.split(",") if size)
+
+
+def _dims(shape: str) -> tuple[int, ...]:
+    return next(_arrays(shape))[1]
+
+
+def _bytes(shape: str) -> int:
+    return sum(_BYTES.get(kind, 0) * math.prod(sizes) for kind, sizes in _arrays(shape))
+
+
+def _result(one: Instruction) -> str:
+    """A collective's own result: a "-start" gives its operand too, first."""
+    arrays = list(_arrays(one.shape))
+    if one.opcode.endswith("-start") and len(arrays) > 1:
+        kind, sizes = max(arrays, key=lambda array: _BYTES.get(array[0], 0) * math.prod(array[1]))
+        return f"{kind}[{','.join(map(str, sizes))}]"
+    return one.shape
+
+
+def _target(one: Instruction) -> str:
+    found = re.search(r'custom_call_target="([^"]*)"', one.attributes)
+    return found[1] if found else "?"
+
+
+def _sliced_parameter(inside: dict[str, Instruction], number: int) -> int | None:
+    """Bytes that a fusion takes of its parameter, where it takes slices alone; else None."""
+    [name] = [i.name for i in inside.values() if i.opcode == "parameter" and i.operands == (str(number),)] or [None]
+    users = [i for i in inside.values() if name in i.operands and i.opcode != "parameter"]
+    total = 0
+    for user in users:
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+            total += _bytes(user.shape)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            total += _bytes(inside[user.operands[1]].shape) if user.operands[1] in inside else 0
+        else:
+            return None
+    return total if users else None
+
+
+def _dot_flops(one: Instruction, among: dict[str, Instruction]) -> float:
+    left = _dims(among[one.operands[0]].shape)
+    contracted = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", one.attributes)
+    axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
+    return 2.0 * math.prod(_dims(one.shape)) * math.prod(left[axis] for axis in axes)
+
+
+def _convolution_flops(one: Instruction, among: dict[str, Instruction]) -> float:
+    """Multiplications with padding and with the holes of a dilation are not counted, as in XLA."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    image, kernel, out = (dict(zip(label, dims, strict=True)) for label, dims in zip(
+        labels.groups(), (_dims(among[one.operands[0]].shape), _dims(among[one.operands[1]].shape), _dims(one.shape)),
+        strict=True))  # fmt: skip
+    spatial = [label for label in labels[2] if label.isdigit()]
+    window = _window(one.attributes, len(spatial))
+    positions = 1
+    for axis, label in enumerate(spatial):
+        positions *= _valid_positions(
+            image[label], kernel[label], out[label], *(window[name][axis] for name in _WINDOW)
+        )
+    groups = re.search(r"batch_group_count=(\d+)", one.attributes)
+    batch = image["b"] // (int(groups[1]) if groups else 1)
+    return 2.0 * batch * positions * kernel["i"] * kernel["o"]
+
+
+_WINDOW = ("stride", "pad", "lhs_dilate", "rhs_dilate")
+
+
+def _window(attributes: str, rank: int) -> dict[str, list]:
+    text = re.search(r"window=\{([^}]*)\}", attributes)
+    given = dict(part.split("=") for part in text[1].split()) if text else {}
+    window: dict[str, list] = {}
+    for name in _WINDOW:
+        default = ["0_0" if name == "pad" else "1"] * rank
+        values = given[name].split("x") if name in given else default
+        window[name] = [int(value.split("_")[0]) for value in values]
+    return window
+
+
+@functools.lru_cache(maxsize=4096)
+def _valid_positions(
+    image: int, kernel: int, out: int, stride: int, pad: int, image_dilation: int, dilation: int
+) -> int:
+    """Pairs of an output's place and a kernel's, along one axis, that meet a value of the image."""
+    outputs = np.arange(out, dtype=np.int64) * stride - pad
+    count = 0
+    for place in range(kernel):
+        at = outputs + place * dilation
+        inside = (at >= 0) & (at < (image - 1) * image_dilation + 1)
+        count += int((inside & (at % image_dilation == 0)).sum())
+    return count

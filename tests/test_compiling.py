@@ -1,0 +1,161 @@
+"""The train step of shapes alone, compiled here for the CPU's devices in place of a TPU's."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+from conftest import ROOT, load_config, tiny_config
+from etils import epath
+
+from lidit_jax import compiling, tasks
+from lidit_jax.compiling import AssumedTokenizer, abstract_batch, abstract_frozen, topology_devices
+from lidit_jax.errors import UserError
+from lidit_jax.experiment import Experiment
+from lidit_jax.parallel.chips import V5E
+from lidit_jax.parallel.mesh import check_model, make_mesh
+from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.train import Trainer
+
+MESH = {"data": 2, "fsdp": 4, "tensor": 1}
+RULES = ShardingRules()
+
+
+@pytest.fixture(scope="module")
+def with_weights(trained_workdir):
+    config = tiny_config()
+    for name in config.encoders:
+        config.encoders[name].weights = str(trained_workdir / "encoders" / name)
+    config.vae.weights = str(trained_workdir / "vae")
+    return config
+
+
+def described(tree):
+    leaf = lambda x: (x.shape, str(x.dtype), x.sharding)  # noqa: E731
+    return jax.tree.map(leaf, tree, is_leaf=lambda x: hasattr(x, "sharding"))
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_what_is_assumed_is_what_a_run_loads(with_weights, weights):
+    """Shapes, types and places of everything frozen: by the folders' configs, or by the sizes in the config."""
+    mesh = make_mesh(MESH)
+    loaded = Experiment(with_weights, epath.Path("unused")).pipeline(mesh, RULES)
+    config = with_weights if weights else tiny_config()
+    part = Experiment(config, epath.Path("unused"), only_shapes=True)
+    prefix = len(loaded.encoders["llama"].tokenizer.prefix())
+    encoders, frozen = abstract_frozen(part, mesh, RULES, prefix)
+    assert isinstance(encoders["llama"].tokenizer, AssumedTokenizer) != weights
+    assert described(frozen) == described(loaded.frozen)
+
+
+@pytest.fixture(scope="module")
+def report(with_weights):
+    mesh = make_mesh(MESH)
+    part = Experiment(with_weights, epath.Path("unused"), only_shapes=True)
+    encoders, frozen = abstract_frozen(part, mesh, RULES, 16)
+    vae = part.autoencoder(part.vae_config())
+    task = tasks.lidit_task(part.model, part.schedule, encoders, vae, frozen)
+    trainer = Trainer(task, part.train, mesh, RULES)
+    batch = abstract_batch(part, encoders, mesh, RULES)
+    return compiling._compile(trainer, frozen, batch, "v5e:2x4", V5E), trainer
+
+
+def test_the_report_says_what_a_chip_holds_and_does(report):
+    report, trainer = report
+    state = trainer.init(0)
+    on_one = lambda tree: sum(  # noqa: E731
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+        if shard.device == jax.devices()[0]
+    )
+    for name, tree in (("weights", state.params), ("ema", state.ema), ("optimiser", state.opt_state)):
+        assert report.parts[name] == on_one(tree)
+    assert report.fits and report.peak >= report.parts["weights"]
+    # Width 16: what is no matrix product weighs as much as the products, but only those are counted.
+    assert 0.8 < report.flops_ratio < 2
+    assert report.cost.messages["all-gather"] > 0 and report.cost.unknown_loops == 0
+    assert 0 < report.mfu_bound() < 1
+    text = "\n".join(report.lines())
+    for words in ("8 chips (data 2, fsdp 4, tensor 1), batch 8", "of 16 GB", "all-gather", "so the MFU is at most"):
+        assert words in text
+    assert json.loads(json.dumps(report.to_json()))["cost"]["flops"] == report.cost.flops
+
+
+def test_what_does_not_fit_is_said_with_what_would(report):
+    import dataclasses
+
+    report, _ = report
+    lacking = dataclasses.replace(report, peak=None, temporaries=None, program=None, cost=None, needed=60 * 1024**3)
+    assert not lacking.fits and lacking.mfu_bound() is None
+    text = "\n".join(lacking.lines())
+    assert "DOES NOT FIT: temporaries of 64.4 GB where 16.0 GB are left: try --config.train.accumulate=8" in text
+    heavy = dataclasses.replace(lacking, parts={"weights": 20_000_000_000})
+    assert "weights and optimiser alone take 20.0 GB" in heavy.advice()
+
+
+def test_the_compilers_refusal_is_read():
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (54.37G) exceeds"
+    )
+    assert compiling._needed(said) == int(54.37 * 1024**3)
+    with pytest.raises(UserError, match="the TPU's compiler refuses: something else"):
+        compiling._needed("something\n else")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "hidden", "heads", "message"),
+    [
+        (
+            {"fsdp": 8},
+            2820,
+            44,
+            "mesh fsdp=8 does not divide model.hidden_size=2820: fsdp may be 1, 2, 4, and the rest",
+        ),
+        ({"tensor": 8}, 2816, 44, "mesh tensor=8 does not divide model.num_heads=44: tensor may be 1, 2, 4, and"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_said(sizes, hidden, heads, message):
+    with pytest.raises(UserError, match=message):
+        check_model(make_mesh(sizes), hidden, heads)
+    check_model(make_mesh({"fsdp": 2, "tensor": 4}), 2816, 44)
+
+
+def test_slices_lie_along_data():
+    devices = [types.SimpleNamespace(slice_index=i // 4) for i in range(8)]
+    with pytest.raises(UserError, match="mesh data=1 is no multiple of the 2 slices: give --config.mesh.data=2"):
+        make_mesh({"fsdp": -1}, devices)
+
+
+@pytest.mark.parametrize("name", ["v5p", "v7:2x2", "v5p:2x", "tpu:4x4", "v5p:4x4;rm"])
+def test_topologies_that_are_none_are_said(name):
+    with pytest.raises(UserError, match="name one of v4, v5e, v5p, v6e and its shape, as v5p:8x8x4"):
+        topology_devices(name)
+
+
+@pytest.mark.parametrize("name", ["1b", "10b", "10b_1024"])
+def test_paper_configs_describe_their_encoders_without_weights(name):
+    config = load_config(name)
+    config.data.path = "unused"
+    part = Experiment(config, epath.Path("unused"), only_shapes=True)
+    mesh = make_mesh({"fsdp": -1})
+    encoders, frozen = abstract_frozen(part, mesh, RULES, 64)
+    billions = sum(leaf.size for leaf in jax.tree.leaves(frozen["encoders"])) / 1e9
+    assert 13 < billions < 14.5  # of 8.03 and 7.72, without the last two blocks and the heads
+    with pytest.raises(UserError, match="encoders.llama3.weights is empty: give|vae.weights is empty: give"):
+        Experiment(config, epath.Path("unused"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install -e .[tpu]")
+def test_the_tpu_compiler_takes_the_demo(tmp_path):
+    command = [sys.executable, "-m", "lidit_jax.compile", "--config=configs/shapes.py", "--topology=v5e:2x2"]
+    command += [f"--json={tmp_path}/report.json", "--config.encoders.llama.weights=", "--config.train.batch_size=32"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["devices"] == 4 and found["fits"] and found["cost"]["flops"] > 0
