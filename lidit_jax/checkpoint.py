@@ -4,9 +4,10 @@ A checkpoint has four items: `state` (step, parameters, EMA, optimiser), `facts`
 digests of frozen parts), `config` (JSON), and `data`, where in the data each process was (JSON, a file a process).
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,7 +69,8 @@ class Checkpoints:
             config=ocp.args.JsonSave(self.config),
             data=SaveDataPosition(position),
         )
-        self._manager.save(step, args=items)
+        with self._writing():
+            self._manager.save(step, args=items)
 
     def restore(self, abstract_state: Any, facts: Mapping[str, Any]) -> tuple[Any, Sequence[Mapping[str, Any]]] | None:
         """The newest state, sharded as `abstract_state` says, and the positions in the data of all processes that saved
@@ -105,8 +107,20 @@ class Checkpoints:
         return restored.state, restored.data
 
     def wait(self) -> None:
-        """Until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Until everything is on disk. Raises UserError where it cannot be."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What goes wrong while writing is said in one line; what was saved before is kept."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:  # of a full disk, by whichever library met it
+            raise UserError(
+                f"{self.folder}: a checkpoint can't be written ({' '.join(str(error).split())[:200]}); the last whole "
+                f"one, of step {self.latest_step()}, is kept: make room, then run the same command again"
+            ) from error
 
     def close(self) -> None:
         self._manager.close()

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.host_memory import keep_freed_memory
+from lidit_jax.parallel.preemption import Preempted
 
 USER_MISTAKE = 2
 
@@ -27,6 +28,8 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             _exit(str(error))
+        except Preempted as notice:
+            print(notice, file=sys.stderr, flush=True)
 
     app.run(guarded, flags_parser=_parse)
 

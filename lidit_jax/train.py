@@ -26,6 +26,7 @@ from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import Metrics, Progress
 from lidit_jax.parallel.chips import chip_of
+from lidit_jax.parallel.preemption import Preempted, listening
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated, shardings
 
 logger = logging.getLogger(__name__)
@@ -318,6 +319,7 @@ def train(
       initial_params: parameters to start from instead of random ones, when there is no checkpoint (fine-tuning).
 
     Raises:
+      Preempted: SIGTERM came; the last step is saved.
       UserError: after too many non-finite steps in a row, or if the checkpoint's facts differ.
     """
     config, task = trainer.config, trainer.task
@@ -336,7 +338,7 @@ def train(
     key = jax.jit(lambda: jax.random.key(seed + 1), out_shardings=replicated(trainer.mesh))()
     progress = Progress(task.name, step, config.steps, config.batch_size, _peak(trainer.mesh))
     pending = []
-    with contextlib.closing(batches(step)) as stream, jax.set_mesh(trainer.mesh):
+    with contextlib.closing(batches(step)) as stream, jax.set_mesh(trainer.mesh), listening() as notice:
         if positions:
             stream.restore(positions)
         while step < config.steps:
@@ -350,19 +352,25 @@ def train(
             state, step_metrics = trainer.step(state, task.frozen, batch, key, step)
             step += 1
             pending.append(step_metrics)  # stays on the device until it is logged: no step waits for the host
+            preempted = notice.reached(step)
             last = step == config.steps
             if step % config.log_every == 0 or last:
                 _log(metrics, progress, step, pending, stream.report(), config)
                 pending = []
-            if config.sample_every and task.evaluate and (step % config.sample_every == 0 or last):
+            if config.sample_every and task.evaluate and not preempted and (step % config.sample_every == 0 or last):
                 with progress.paused():
                     values, pictures = task.evaluate(state, step)
                     if values:
                         metrics.scalars(step, values)
                     metrics.images(step, pictures)
-            if step % config.checkpoint_every == 0 or last:
+            if step % config.checkpoint_every == 0 or last or preempted:
                 with progress.paused():
                     checkpoints.save(step, state, facts, stream.get_state())
+            if preempted and not last:
+                checkpoints.wait()
+                raise Preempted(
+                    f"{task.name}: stopped by SIGTERM after step {step}, which is saved; run it again to go on"
+                )
     checkpoints.wait()
     return state
 

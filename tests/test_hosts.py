@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -10,45 +12,52 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from lidit_jax.checkpoint import steps_taken
+from lidit_jax.errors import UserError
+from lidit_jax.parallel.hosts import join_hosts
 from lidit_jax.weights.diffusers_vae import load_vae
 
-HOST = """
+CONFIG = f"""
 import runpy
-import sys
-import jax
-process, port, workdir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-if port != "0":
-    jax.distributed.initialize(f"localhost:{port}", 2, process)
-from etils import epath
-from lidit_jax import stages
-config = runpy.run_path("configs/vae.py")["get_config"]()
-config.data.update(source="shapes", path="", held_out_shards=0, resolution=32)
-config.vae.model.update(block_out_channels=(8, 8), norm_num_groups=4)
-config.vae.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2, sample_every=2, warmup_steps=0)
-config.vae.evaluate.update(num_images=9, batch_size=4, sheet=4)
-config.vae.adversarial.update(weight=0.5, start=1, width=4, layers=1)
-assert jax.device_count() == 4
-stages.run(config, epath.Path(workdir))
+
+def get_config():
+    config = runpy.run_path("{ROOT}/configs/vae.py")["get_config"]()
+    config.data.update(source="shapes", path="", held_out_shards=0, resolution=32)
+    config.vae.model.update(block_out_channels=(8, 8), norm_num_groups=4)
+    config.vae.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2, sample_every=2, warmup_steps=0)
+    config.vae.evaluate.update(num_images=9, batch_size=4, sheet=4)
+    config.vae.adversarial.update(weight=0.5, start=1, width=4, layers=1)
+    return config
 """
 
 
-def start(process, port, workdir, devices):
+def start(folder, workdir, devices, process=None, port=None, *options):
+    """One of two hosts, or the only one."""
+    config = folder / "config.py"
+    config.write_text(CONFIG)
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-    arguments = [sys.executable, "-c", HOST, str(process), str(port), str(workdir)]
+    if process is not None:
+        environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+        environment |= {"JAX_PROCESS_ID": str(process)}
+    arguments = [sys.executable, "-m", "lidit_jax.main", f"--config={config}", f"--workdir={workdir}", *options]
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 @pytest.mark.slow
 def test_two_hosts_train_and_judge_the_autoencoder_that_one_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    hosts = [start(process, port, tmp_path / "two", 2) for process in (0, 1)]
+    port = free_port()
+    hosts = [start(tmp_path, tmp_path / "two", 2, process, port) for process in (0, 1)]
     errors = [host.communicate(timeout=600)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], "\n".join(errors)
-    one = start(0, 0, tmp_path / "one", 4)
+    assert "host 1 of 2" in errors[1]
+    one = start(tmp_path, tmp_path / "one", 4)
     error = one.communicate(timeout=600)[1]
     assert one.returncode == 0, error
 
@@ -62,3 +71,32 @@ def test_two_hosts_train_and_judge_the_autoencoder_that_one_does(tmp_path):
     scores = [json.loads((tmp_path / name / "reconstruction.json").read_text()) for name in ("one", "two")]
     assert scores[1]["psnr"] == pytest.approx(scores[0]["psnr"], abs=1e-3)
     assert scores[1]["scaling_factor"] == pytest.approx(config.scaling_factor, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_sigterm_at_one_host_saves_on_both_and_one_host_goes_on(tmp_path):
+    port, more = free_port(), "--config.vae.train.steps=5000"
+    hosts = [start(tmp_path, tmp_path / "run", 2, process, port, more) for process in (0, 1)]
+    for line in hosts[0].stderr:
+        if line.startswith("vae 5/"):
+            break
+    hosts[1].send_signal(signal.SIGTERM)
+    errors = [host.communicate(timeout=120)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], "\n".join(errors)
+    stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", errors[0])[1])
+    assert f"after step {stopped}, which is saved" in errors[1]
+    assert steps_taken(tmp_path / "run/training/vae/checkpoints") == stopped
+    alone = start(tmp_path, tmp_path / "run", 4, None, None, f"--config.vae.train.steps={stopped + 2}")
+    error = alone.communicate(timeout=600)[1]
+    assert alone.returncode == 0, error
+    assert f"going on from step {stopped}" in error
+
+
+def test_hosts_that_do_not_come_are_said(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(UserError, match="other hosts were not found .*: set JAX_COORDINATOR_ADDRESS"):
+        join_hosts()
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
+    join_hosts()  # nobody is named: nothing is done
+    join_hosts(False)

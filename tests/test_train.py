@@ -1,6 +1,8 @@
 """The one training loop: steps, guard, accumulation, sharding, checkpoints and exact resume, on a toy part."""
 
 import json
+import os
+import signal
 import types
 
 import flax.linen as nn
@@ -8,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lidit_jax.checkpoint import Checkpoints, load_weights
+from lidit_jax.checkpoint import Checkpoints, load_weights, steps_taken
 from lidit_jax.data.batch_stream import NEWS, BatchStream, News
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
@@ -20,6 +23,7 @@ from lidit_jax.metrics import Metrics, Progress, duration
 from lidit_jax.models.layers import Dense
 from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.mesh import fill_in, make_mesh
+from lidit_jax.parallel.preemption import Preempted
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.train import Task, TrainConfig, Trainer, learning_rate, train
 
@@ -294,3 +298,37 @@ def test_utilisation_is_needed_operations_over_what_the_chips_could_do(monkeypat
 def test_chips_are_known_by_their_kind(kind, name):
     assert chip_of(types.SimpleNamespace(device_kind=kind)).name == name
     assert chip_of(jax.devices()[0]) is None
+
+
+def test_sigterm_saves_the_step_and_the_next_start_goes_on_bit_for_bit(tmp_path):
+    whole = run(tmp_path / "whole", make_trainer())
+
+    class Preempting(Numbers):
+        def _next(self):
+            if self._next_batch == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super()._next()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="toy: stopped by SIGTERM after step 7, which is saved; run it again to go on"):
+        run(tmp_path / "stopped", make_trainer(), Preempting)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert steps_taken(tmp_path / "stopped/checkpoints") == 7
+    assert_equal_trees(whole, run(tmp_path / "stopped", make_trainer()))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_is_kept(tmp_path, monkeypatch):
+    save = ocp.CheckpointManager.save
+
+    def full(self, step, **options):
+        if step == 10:
+            raise OSError(28, "No space left on device")
+        return save(self, step, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(UserError, match="can't be written .*No space left on device.* of step 5, is kept: make room"):
+        run(tmp_path, make_trainer())
+    monkeypatch.undo()
+    assert steps_taken(tmp_path / "checkpoints") == 5
+    assert int(run(tmp_path, make_trainer()).step) == 12

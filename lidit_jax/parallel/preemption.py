@@ -1,0 +1,45 @@
+"""A notice that the machine will be taken away: SIGTERM, on cloud TPUs some thirty seconds before the end."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Preempted(Exception):
+    """Training stopped in good order, everything is saved. Its message says where."""
+
+
+class Notice:
+    """Whether the notice has come; on several hosts, whether all of them know and agree on this step."""
+
+    def __init__(self):
+        self._came = threading.Event()
+
+    def reached(self, step: int) -> bool:
+        """To be asked at every step by every host. On several, one host's notice stops all of them at the same step."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)  # JAX's coordination service listens for it
+        return self._came.is_set()
+
+    def _listen(self, number: int, frame: object) -> None:
+        del number, frame
+        self._came.set()
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Notice]:
+    """Holds SIGTERM back and keeps the notice, instead of ending the process."""
+    notice = Notice()
+    # Python lets the main thread alone set handlers; elsewhere, as in a notebook's, a signal ends the process as ever.
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield notice
+        return
+    before = signal.signal(signal.SIGTERM, notice._listen)
+    try:
+        yield notice
+    finally:
+        signal.signal(signal.SIGTERM, before)
