@@ -266,7 +266,7 @@ def test_from_initialisation_each_zero_layer_opens_the_next_until_every_paramete
     assert set.union(*reached) == every
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_rematerialisation_changes_no_gradient(remat):
     text = [text_features(0), text_features(10, width=16)]
     x, t = normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0])
@@ -324,7 +324,7 @@ def test_latents_that_the_patch_does_not_divide_are_refused():
     [
         ({"num_heads": 5}, "hidden_size=32 is not divisible by model.num_heads=5"),
         ({"fusion": "sum"}, "collaborative, concatenate"),
-        ({"remat": "some"}, "full, dots, none"),
+        ({"remat": "some"}, "full, dots, offload, none"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):

@@ -23,6 +23,8 @@ from lidit_jax.models.layers import (
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keeps the block's input alone: least memory, one more forward
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps the matrix products' results
+    # As "dots", but they wait in the host's memory.
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     "none": None,  # no rematerialisation
 }
 
