@@ -128,7 +128,7 @@ def get_config() -> ConfigDict:
         "b2": 0.95,
         "weight_decay": 0.01,
         "clip_norm": 1.0,
-        "accumulate": 1,
+        "accumulate": 2,  # or a slice of 256 v5p chips lacks memory
         "ema_decay": 0.9999,
         "max_skipped_in_row": 20,
         "log_every": 100,

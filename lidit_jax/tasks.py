@@ -29,7 +29,7 @@ from lidit_jax.models.vae_loss import (
 )
 from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead
 from lidit_jax.text.prompts import PromptTokenizer
-from lidit_jax.train import Evaluate, Task
+from lidit_jax.train import Batch, Evaluate, Task
 
 
 def to_pixels(images: jax.Array) -> jax.Array:
@@ -226,20 +226,6 @@ def lidit_task(
     def prepare(frozen, batch):
         return encode_ahead(encoders, frozen["encoders"], batch)
 
-    def flops(batch):
-        content = "moments" if "moments" in batch else "image"
-        count, height, width = batch[content].shape[:3]
-        total = 0
-        if content == "image":
-            total += vae_encoder_forward(vae.config, count, height, width)
-            height, width = (side // vae.config.downsampling_factor for side in (height, width))
-        lengths = []
-        for name, encoder in encoders.items():
-            prefix, prompt = encoder.prefix_length(frozen["encoders"][name]), batch[f"{name}/mask"].shape[1]
-            lengths.append(TextLengths(prefix, prompt, encoder.hidden_size, not encoder.lead))
-            total += encoder.flops(count, prompt, prefix)
-        return total + FORWARD_AND_BACKWARD * lidit_forward(model.config, count, height, width, lengths)
-
     return Task(
         name="lidit",
         init=init,
@@ -247,5 +233,23 @@ def lidit_task(
         frozen=frozen,
         evaluate=evaluate,
         prepare=None if encode_in_step else prepare,
-        flops=flops,
+        flops=functools.partial(_lidit_flops, model, vae, encoders, frozen),
     )
+
+
+def _lidit_flops(
+    model: LIDiT, vae: AutoencoderKL, encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], batch: Batch
+) -> int:
+    """Operations that a step needs: encoding what is not encoded yet, and LI-DiT forward and backward."""
+    content = "moments" if "moments" in batch else "image"
+    count, height, width = batch[content].shape[:3]
+    total = 0
+    if content == "image":
+        total += vae_encoder_forward(vae.config, count, height, width)
+        height, width = (side // vae.config.downsampling_factor for side in (height, width))
+    lengths = []
+    for name, encoder in encoders.items():
+        prefix, prompt = encoder.prefix_length(frozen["encoders"][name]), batch[f"{name}/mask"].shape[1]
+        lengths.append(TextLengths(prefix, prompt, encoder.hidden_size, not encoder.lead))
+        total += encoder.flops(count, prompt, prefix)
+    return total + FORWARD_AND_BACKWARD * lidit_forward(model.config, count, height, width, lengths)

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -323,11 +323,7 @@ def train(
       UserError: after too many non-finite steps in a row, or if the checkpoint's facts differ.
     """
     config, task = trainer.config, trainer.task
-    state, positions = checkpoints.restore(trainer.abstract_state(), facts) or (None, ())
-    if state is None:
-        state = trainer.init(seed)
-        if initial_params is not None:
-            state = _start_from(state, initial_params, trainer)
+    state, positions = _first_state(trainer, checkpoints, seed, facts, initial_params)
     step = int(state.step)
     if step >= config.steps:
         return state
@@ -373,6 +369,17 @@ def train(
                 )
     checkpoints.wait()
     return state
+
+
+def _first_state(
+    trainer: Trainer, checkpoints: Checkpoints, seed: int, facts: Mapping[str, Any], initial_params: Any
+) -> tuple[TrainState, Sequence[Mapping[str, Any]]]:
+    """(the newest checkpoint's state or a fresh one, the positions in the data that go with it)."""
+    found = checkpoints.restore(trainer.abstract_state(), facts)
+    if found is not None:
+        return found
+    state = trainer.init(seed)
+    return state if initial_params is None else _start_from(state, initial_params, trainer), ()
 
 
 def _peak(mesh: Mesh) -> float | None:
