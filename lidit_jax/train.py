@@ -348,7 +348,7 @@ def train(
             state, step_metrics = trainer.step(state, task.frozen, batch, key, step)
             step += 1
             pending.append(step_metrics)  # stays on the device until it is logged: no step waits for the host
-            preempted = notice.reached(step)
+            preempted = notice.reached()
             last = step == config.steps
             if step % config.log_every == 0 or last:
                 _log(metrics, progress, step, pending, stream.report(), config)

@@ -1,6 +1,7 @@
 """A notice that the machine will be taken away: SIGTERM, on cloud TPUs some thirty seconds before the end."""
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,16 +14,20 @@ class Preempted(Exception):
     """Training stopped in good order, everything is saved. Its message says where."""
 
 
+_asked = itertools.count()  # how often, in this process
+
+
 class Notice:
     """Whether the notice has come; on several hosts, whether all of them know and agree on this step."""
 
     def __init__(self):
         self._came = threading.Event()
 
-    def reached(self, step: int) -> bool:
+    def reached(self) -> bool:
         """To be asked at every step by every host. On several, one host's notice stops all of them at the same step."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)  # JAX's coordination service listens for it
+            # JAX's coordination service listens. Its numbers must rise through all parts of a run, as steps do not.
+            return multihost_utils.reached_preemption_sync_point(next(_asked))
         return self._came.is_set()
 
     def _listen(self, number: int, frame: object) -> None:
