@@ -220,9 +220,9 @@ def test_configs_are_complete_but_for_paths(name, tmp_path):
     config = load_config(name)
     config.data.path = config.data.get("path", "") or "shards"
     for encoder in config.encoders.values():
-        if encoder.get("model") is None:
+        if encoder.get("train") is None:
             encoder.weights = "folder"
-    if config.vae.get("model") is None:
+    if config.vae.get("train") is None:
         config.vae.weights = "folder"
     assert experiment.Experiment(config, epath.Path(tmp_path)).model.config.depth >= 4
 
