@@ -7,6 +7,7 @@ digests of frozen parts), `config` (JSON), and `data`, where in the data each pr
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from lidit_jax.errors import UserError
+
+_OF_A_DISK = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC", re.I)
 
 
 class DataPositionHandler(ocp.CheckpointHandler):
@@ -70,7 +73,8 @@ class Checkpoints:
             data=SaveDataPosition(position),
         )
         with self._writing():
-            self._manager.save(step, args=items)
+            # Unforced, Orbax asks for notices of preemption itself, with other numbers than `preemption.py`.
+            self._manager.save(step, args=items, force=True)
 
     def restore(self, abstract_state: Any, facts: Mapping[str, Any]) -> tuple[Any, Sequence[Mapping[str, Any]]] | None:
         """The newest state, sharded as `abstract_state` says, and the positions in the data of all processes that saved
@@ -116,14 +120,18 @@ class Checkpoints:
         """What goes wrong while writing is said in one line; what was saved before is kept."""
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:  # of a full disk, by whichever library met it
+        except (OSError, ValueError, RuntimeError) as error:
+            # A full disk is said by whichever library met it; what a device or a bug says is not the disk's.
+            if not isinstance(error, OSError) and not _OF_A_DISK.search(str(error)):
+                raise
             raise UserError(
                 f"{self.folder}: a checkpoint can't be written ({' '.join(str(error).split())[:200]}); the last whole "
                 f"one, of step {self.latest_step()}, is kept: make room, then run the same command again"
             ) from error
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
 
 def steps_taken(folder: str | epath.Path) -> int:

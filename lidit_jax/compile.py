@@ -12,6 +12,7 @@ from etils import epath
 
 from lidit_jax import cli
 from lidit_jax.compiling import compile_step
+from lidit_jax.errors import UserError
 from lidit_jax.json_file import write_json
 
 _CONFIG = cli.define_config()
@@ -25,6 +26,8 @@ _JSON = flags.DEFINE_string("json", None, "file for all numbers")
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # a libtpu that finds no platform named tries to start a TPU
+    if _JSON.value and not epath.Path(_JSON.value).parent.is_dir():
+        raise UserError(f"--json={_JSON.value}: there is no such folder")
     report = compile_step(cli.read_config(_CONFIG), cli.require(_TOPOLOGY.name), _SLICES.value, _PREFIX.value)
     print("\n".join(report.lines()))
     if _JSON.value:

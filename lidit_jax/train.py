@@ -362,12 +362,14 @@ def train(
             if step % config.checkpoint_every == 0 or last or preempted:
                 with progress.paused():
                     checkpoints.save(step, state, facts, stream.get_state())
-            if preempted and not last:
+            if preempted:
                 checkpoints.wait()
                 raise Preempted(
                     f"{task.name}: stopped by SIGTERM after step {step}, which is saved; run it again to go on"
                 )
-    checkpoints.wait()
+        checkpoints.wait()
+        if notice.came:  # while the last step was being judged or saved
+            raise Preempted(f"{task.name}: stopped by SIGTERM after its last step, saved; run it again to go on")
     return state
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lidit_jax.parallel import hlo
 from lidit_jax.parallel.hlo import cost_of
 
 
@@ -74,6 +75,39 @@ def test_a_loop_whose_end_the_data_decide_is_said():
     assert cost.flops == pytest.approx(2 * 16**3, rel=0.01)
 
 
+@pytest.mark.parametrize(("first", "last", "step"), [(0, 20, 1), (5, 10, 1), (0, 20, 2), (3, 20, 4)])
+def test_loops_may_begin_and_step_otherwise(first, last, step):
+    def run(x):
+        turn = lambda carry: (carry[0] + step, carry[1] @ carry[1])  # noqa: E731
+        return jax.lax.while_loop(lambda carry: carry[0] < last, turn, (first, x))[1]
+
+    cost = cost_of(compiled(run, jnp.ones((16, 16))).as_text())
+    assert cost.flops == pytest.approx(len(range(first, last, step)) * 2 * 16**3, rel=0.01)
+
+
+def test_operands_behind_comments_are_operands():
+    line = "  ROOT %f = (f32[8]{0}, /*index=1*/f32[4]{0}) fusion(%a, %b, /*index=2*/%c, %d), kind=kLoop, calls=%x.1"
+    parsed = hlo._parse(line)
+    assert parsed.operands == ("a", "b", "c", "d")
+    assert (parsed.shape, parsed.is_root, parsed.called("calls")) == ("(f32[8]{0}, f32[4]{0})", True, "x.1")
+
+
+def test_a_message_that_several_fusions_carry_is_counted_once():
+    """As the TPU's compiler writes a gather that goes on behind other work."""
+    names = ("async-collective-start.1", "async_collective_fusion.2", "async-collective-done.3")
+    marks = ("AsyncCollectiveStart", None, "AsyncCollectiveDone")
+    text = ""
+    for name, mark in zip(names, marks, strict=True):
+        call = f'  %k = f32[8]{{0}} custom-call(%p), custom_call_target="{mark}"\n' if mark else ""
+        text += f"%{name} (p: f32[8]) -> f32[64] {{\n  %p = f32[8]{{0}} parameter(0)\n{call}"
+        text += "  ROOT %g = f32[64]{0} all-gather(%p), dimensions={0}\n}\n\n"
+    text += "ENTRY %main (p: f32[8]) -> f32[64] {\n  %p = f32[8]{0} parameter(0)\n"
+    text += "".join(f"  %f{i} = f32[64]{{0}} fusion(%p), kind=kCustom, calls=%{name}\n" for i, name in enumerate(names))
+    cost = cost_of(text + "  ROOT %r = f32[64]{0} copy(%f2)\n}\n")
+    assert cost.messages == {"all-gather": 64 * 4}
+    assert not cost.kernels
+
+
 def test_messages_are_counted_by_kind():
     mesh = Mesh(jax.devices(), ("x",))
     cut, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("x",), ()))
@@ -81,7 +115,7 @@ def test_messages_are_counted_by_kind():
     gathered = cost_of(compiled(lambda x: x * 2, x, out_shardings=whole).as_text())
     assert gathered.messages == {"all-gather": 64 * 32 * 4}
     summed = cost_of(compiled(lambda x: x.sum(0), x, out_shardings=whole).as_text())
-    assert summed.messages == {"all-reduce": 32 * 4}
+    assert summed.messages == {"all-reduce": 2 * 32 * 4}  # there and back
     assert gathered.flops == summed.flops == 0
 
 

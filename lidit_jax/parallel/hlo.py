@@ -15,6 +15,9 @@ import numpy as np
 _BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
           "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}  # fmt: skip
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+# Custom calls of the TPU's compiler that compute nothing.
+_NO_KERNELS = frozenset(("AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast",
+                         "AssumeGatherIndicesInBound"))  # fmt: skip
 # Names for what is elsewhere already.
 _FREE = frozenset(("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id"))
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
@@ -28,7 +31,8 @@ class Cost:
     Attributes:
       flops: of matrix products and convolutions, two a multiplication.
       bytes: read and written by whatever is not fused into something else; slices of larger arrays count as slices.
-      messages: bytes that collectives give, by kind.
+      messages: bytes that a chip takes part in sending, by kind: of a gather its result, of a scatter its operand, of a
+        reduction twice its size.
       kernels: custom calls, whose operations nobody can read here, by target.
       unknown_loops: loops whose trips could not be read; their bodies are counted once.
     """
@@ -57,6 +61,7 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     attributes: str
+    is_root: bool = False
 
     def called(self, key: str) -> str | None:
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
@@ -96,9 +101,9 @@ class _Module:
     def _cost_of(self, one: Instruction, among: dict[str, Instruction], fused: bool) -> tuple[Cost, int]:
         """(cost, how often)."""
         if one.opcode == "while":
-            trips = self._trips(one.called("condition"))
+            trips = self._trips(one, among)
             cost = dataclasses.replace(Cost(), unknown_loops=int(trips is None))
-            cost.add(self._cost(one.called("body"), fused), trips or 1)
+            cost.add(self._cost(one.called("body"), fused), 1 if trips is None else trips)
             return cost, 1
         if one.opcode == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
@@ -111,35 +116,68 @@ class _Module:
             cost.add(self._cost(one.called("to_apply") or one.called("calls"), fused))
             return cost, 1
         if one.opcode == "fusion":
-            cost.add(self._cost(one.called("calls"), True))
-            if "all-reduce-scatter" in (one.called("calls") or ""):  # XLA's name for one in place of the other
-                cost.messages = collections.Counter({"reduce-scatter": _bytes(one.shape)})
+            name = one.called("calls") or ""
+            cost.add(self._cost(name, True))
+            if "all-reduce-scatter" in name:  # XLA's name for one in place of the other
+                cost.messages = collections.Counter({"reduce-scatter": cost.messages["all-reduce"] // 2})
+            elif self._only_goes_on(name):
+                cost.messages = collections.Counter()
         if one.opcode == "dot":
             cost.flops = _dot_flops(one, among)
         if one.opcode == "convolution":
             cost.flops = _convolution_flops(one, among)
         if one.opcode == "custom-call":
-            cost.kernels[one.called("custom_call_target") or _target(one)] += 1
+            target = _target(one)
+            if target in _NO_KERNELS:
+                return cost, 1
+            cost.kernels[target] += 1
         kind = one.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
-            cost.messages[kind] += _bytes(_result(one))
+            given = sum(_bytes(among[name].shape) for name in one.operands if name in among)
+            size = given if kind == "reduce-scatter" else _bytes(_result(one))
+            cost.messages[kind] += 2 * size if kind == "all-reduce" else size
         if not fused and one.opcode not in _FREE and not one.opcode.endswith("-done"):
             cost.bytes += self._traffic(one, among)
         return cost, 1
 
-    def _trips(self, condition: str | None) -> int | None:
-        """Of a loop that counts from 0 by 1 to a constant."""
-        constants = [
-            int(one.operands[0])
-            for one in self._computations.get(condition or "", {}).values()
-            if one.opcode == "constant" and one.shape.startswith("s32[]") and one.operands[0].isdigit()
+    def _only_goes_on(self, name: str) -> bool:
+        """Whether a fusion carries on, or ends, a message that an earlier one began; each holds a copy of it."""
+        targets = {_target(one) for one in self._computations.get(name, {}).values() if one.opcode == "custom-call"}
+        return "AsyncCollectiveDone" in targets or (
+            name.startswith("async_collective_fusion") and "AsyncCollectiveStart" not in targets
+        )
+
+    def _trips(self, loop: Instruction, among: dict[str, Instruction]) -> int | None:
+        """Of a loop that counts up to a constant; None for any other."""
+        if found := re.search(r"known_trip_count[^0-9]*(\d+)", loop.attributes):
+            return int(found[1])
+        condition = self._computations.get(loop.called("condition") or "", {})
+        compares = [one for one in condition.values() if one.opcode == "compare"]
+        if len(compares) != 1 or compares[0].called("direction") != "LT":
+            return None
+        counter, bound = (condition.get(name) for name in compares[0].operands)
+        index, end = _index(counter), _constant(bound)
+        if index is None or end is None:
+            return None
+        body = self._computations.get(loop.called("body") or "", {})
+        steps = [
+            _constant(body.get(other))
+            for one in body.values()
+            if one.opcode == "add" and one.shape.startswith("s32[]") and len(one.operands) == 2
+            for name, other in (one.operands, reversed(one.operands))
+            if _index(body.get(name)) == index and _constant(body.get(other)) is not None
         ]
-        return constants[0] if len(constants) == 1 else None
+        start = among.get(loop.operands[0])
+        first = _constant(among.get(start.operands[index])) if start and start.opcode == "tuple" else None
+        step = steps[0] if len(steps) == 1 else 1  # by 1, unless it is seen to be otherwise
+        return max(0, math.ceil((end - (first or 0)) / step)) if step and step > 0 else None
 
     def _traffic(self, one: Instruction, among: dict[str, Instruction]) -> int:
         """Bytes that an instruction reads and writes."""
         if one.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * _bytes(one.shape)
+        if one.opcode in ("copy-start", "slice-start"):
+            return 2 * min(_BYTES.get(kind, 0) * math.prod(sizes) for kind, sizes in list(_arrays(one.shape))[:2])
         if one.opcode == "dynamic-update-slice":
             return 2 * _bytes(among[one.operands[1]].shape)
         written = _bytes(one.shape)
@@ -149,6 +187,8 @@ class _Module:
             size = _bytes(among[name].shape) if name in among else 0
             sliced = _sliced_parameter(inside, number) if inside else None
             read += size if sliced is None else min(size, sliced)
+        if inside:  # what only passes through is neither read nor written
+            written -= sum(_bytes(inside[name].shape) for name in _passed_through(inside))
         updates = [i for i in inside.values() if i.opcode == "dynamic-update-slice" and _bytes(i.shape) == written]
         if updates:  # in place: what is written is the update
             written = _bytes(inside[updates[0].operands[1]].shape) if updates[0].operands[1] in inside else written
@@ -156,7 +196,8 @@ class _Module:
 
 
 def _parse(line: str) -> Instruction | None:
-    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+    line = re.sub(r"/\*.*?\*/", "", line).strip()  # operands are numbered in comments
+    name, _, rest = line.removeprefix("ROOT ").partition(" = ")
     end = _matching(rest) if rest.startswith("(") else rest.find(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, parenthesis, rest = rest.partition("(")
@@ -168,7 +209,7 @@ def _parse(line: str) -> Instruction | None:
         operands: Sequence[str] = (inside,)
     else:
         operands = [match[1] for match in re.finditer(r"(?:^|[,\s])%([\w.\-]+)", inside)] or _NAME.findall(inside)
-    return Instruction(name.lstrip("%"), shape, opcode, tuple(operands), rest[end:])
+    return Instruction(name.lstrip("%"), shape, opcode, tuple(operands), rest[end:], line.startswith("ROOT "))
 
 
 def _matching(text: str) -> int:
@@ -214,6 +255,8 @@ def _sliced_parameter(inside: dict[str, Instruction], number: int) -> int | None
     users = [i for i in inside.values() if name in i.operands and i.opcode != "parameter"]
     total = 0
     for user in users:
+        if user.opcode == "tuple" and user.is_root:
+            continue
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
             total += _bytes(user.shape)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
@@ -221,6 +264,24 @@ def _sliced_parameter(inside: dict[str, Instruction], number: int) -> int | None
         else:
             return None
     return total if users else None
+
+
+def _passed_through(inside: dict[str, Instruction]) -> list[str]:
+    """Parameters that a fusion gives back as they are."""
+    roots = [one for one in inside.values() if one.is_root and one.opcode == "tuple"]
+    return [name for one in roots for name in one.operands if name in inside and inside[name].opcode == "parameter"]
+
+
+def _index(one: Instruction | None) -> int | None:
+    """Of an element of a tuple."""
+    found = re.search(r"\bindex=(\d+)", one.attributes) if one and one.opcode == "get-tuple-element" else None
+    return int(found[1]) if found else None
+
+
+def _constant(one: Instruction | None) -> int | None:
+    if one is None or one.opcode != "constant" or not one.shape.startswith("s32[]"):
+        return None
+    return int(one.operands[0]) if re.fullmatch(r"-?\d+", one.operands[0]) else None
 
 
 def _dot_flops(one: Instruction, among: dict[str, Instruction]) -> float:

@@ -16,8 +16,9 @@ SILENCE = 100
 def join_hosts(wanted: bool | None = None) -> None:
     """Makes this process one of a run's, before anything else is asked of JAX.
 
-    On TPU pods, under SLURM and in Kubernetes JAX finds the others itself; elsewhere JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. A host that dies or hangs ends the others with a message.
+    On TPU pods, under SLURM and in Kubernetes JAX finds the others itself (ask for it with `wanted`); elsewhere
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. A host that dies or hangs ends the
+    others with a message.
 
     Args:
       wanted: None: only where the environment names other hosts.

@@ -25,14 +25,17 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     shape = fill_in(sizes, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return Mesh(mesh_utils.create_device_mesh(shape, devices), AXES)
+        # Splitting: an axis of the mesh need not be whole axes of the slice's torus.
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
     if shape[0] % slices:
         raise UserError(
             f"mesh data={shape[0]} is no multiple of the {slices} slices: give --config.mesh.data={slices} and "
             "--config.mesh.fsdp=-1"
         )
     within = (shape[0] // slices, *shape[1:])
-    return Mesh(mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices), AXES)
+    across = (slices, 1, 1)
+    found = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(found, AXES)
 
 
 def check_model(mesh: Mesh, hidden_size: int, num_heads: int) -> None:

@@ -30,6 +30,11 @@ class Notice:
             return multihost_utils.reached_preemption_sync_point(next(_asked))
         return self._came.is_set()
 
+    @property
+    def came(self) -> bool:
+        """Whether it came to this host alone, which asks for no agreement."""
+        return self._came.is_set()
+
     def _listen(self, number: int, frame: object) -> None:
         del number, frame
         self._came.set()
