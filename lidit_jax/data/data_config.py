@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -143,7 +144,12 @@ class DataConfig:
                     raise UserError(f"config key {where}.{key} is unknown; known are {', '.join(PER_SOURCE)}")
             parts[name] = build(DataConfig, {**shared, "mixture": None, **changes}, where)
         given = [part.weight is not None for part in parts.values()]
-        if any(given) and not all(given) or any(given) and not all(part.weight > 0 for part in parts.values()):
+        if (
+            any(given)
+            and not all(given)
+            or any(given)
+            and not all(0 < part.weight < math.inf for part in parts.values())
+        ):
             raise UserError("data.mixture: give every source a weight above 0, or none of them")
         return parts
 
@@ -203,9 +209,9 @@ _PATHS = {
 @functools.lru_cache(maxsize=8)
 def _class_names(file: str) -> tuple[str, ...]:
     try:
-        with open(file, encoding="utf-8") as lines:
+        with open(file, encoding="utf-8-sig") as lines:
             names = tuple(line.strip() for line in lines)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or a name with a NUL
         raise UserError(f"data.class_names={file!r} cannot be read: {error}") from error
     while names and not names[-1]:
         names = names[:-1]

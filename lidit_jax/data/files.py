@@ -154,12 +154,14 @@ def find_files(path: str | os.PathLike, kind: str, name: re.Pattern[str]) -> tup
     if any(character in path for character in "*?["):
         return _at_least_one([file for pattern in expanded for file in place.matching(pattern)],
                              f"no file matches {path!r}")  # fmt: skip
+    if not expanded:
+        raise UserError(f"data path {path!r} names no file: its braces count downwards")
     missing = [file for file in expanded if not place.exists(file)]
     if missing and len(expanded) > 1:
         raise UserError(f"{len(missing)} of the {len(expanded)} files of {path!r} do not exist, first {missing[0]!r}")
     if missing:
         raise UserError(f"data path {path!r} does not exist: give a folder of {kind} files, one, or a pattern of them")
-    return tuple(sorted(expanded))
+    return tuple(sorted(set(expanded)))
 
 
 def _at_least_one(files: list[str], otherwise: str) -> tuple[str, ...]:

@@ -137,13 +137,16 @@ def _read_rows(file: str) -> list[bytes]:
             return list(_csv_rows(file))
         if file.endswith(".parquet"):
             return list(_parquet_rows(file))
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's are ValueErrors and OSErrors
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:  # pyarrow raises all but the last
         raise UserError(f"cannot read {file!r}: {' '.join(str(error).split())[:150]}") from error
     raise UserError(f"{file!r} is no captions file: it must be a .jsonl, .csv or .parquet")
 
 
+_MAX_FIELD = 1 << 30
+
+
 def _csv_rows(file: str) -> Iterator[bytes]:
-    limit = csv.field_size_limit(MAX_TEXT_BYTES)
+    limit = csv.field_size_limit(_MAX_FIELD)  # longer texts than are taken are to be counted, not to end it all
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
             for row in csv.DictReader(lines):
@@ -154,9 +157,20 @@ def _csv_rows(file: str) -> Iterator[bytes]:
 
 
 def _parquet_rows(file: str) -> Iterator[bytes]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for batch in pq.ParquetFile(file).iter_batches(batch_size=4096):
+    parquet = pq.ParquetFile(file)
+    # Other columns, as dates or pictures, are of no use and may hold what Python cannot.
+    plain = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_integer,
+        pa.types.is_floating,
+        pa.types.is_boolean,
+    )
+    columns = [field.name for field in parquet.schema_arrow if any(is_plain(field.type) for is_plain in plain)]
+    for batch in parquet.iter_batches(batch_size=4096, columns=columns):
         for row in batch.to_pylist():
             yield json.dumps({name: value for name, value in row.items() if _is_plain(value)}).encode()
 

@@ -209,7 +209,12 @@ def _is_sane(table: pa.Table, facts: dict[str, Any]) -> bool:
     broken = facts.get("broken")
     if not isinstance(broken, dict) or not all(isinstance(count, int) and count >= 0 for count in broken.values()):
         return False
+    if any(isinstance(count, bool) or count >= 1 << 40 for count in broken.values()):
+        return False
     start, end, height, width = (table.column(name).to_numpy() for name in _PLACES)
+    order = np.argsort(start, kind="stable")
+    if not ((start[order][1:] >= end[order][:-1]).all() and (np.maximum(height, width) <= facts["max_pixels"]).all()):
+        return False  # no sample is there twice, and no product overflows
     pixels = height * width
     good = (
         (start >= 0)
@@ -220,7 +225,20 @@ def _is_sane(table: pa.Table, facts: dict[str, Any]) -> bool:
         & (pixels > 0)
         & (pixels <= facts["max_pixels"])
     )
-    return bool(good.all())
+    return bool(good.all()) and _has_sane_texts(table)
+
+
+def _has_sane_texts(table: pa.Table) -> bool:
+    """Whether captions are {field: text} and metadata objects, where they were asked for."""
+    if "captions" not in table.schema.names:
+        return True
+    try:
+        captions = [json.loads(text) for text in table.column("captions").to_pylist()]
+        metadata = [json.loads(text) for text in table.column("metadata").to_pylist()]
+    except (ValueError, RecursionError):
+        return False
+    is_texts = lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values())  # noqa: E731
+    return all(map(is_texts, captions)) and all(isinstance(value, dict) for value in metadata)
 
 
 def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, Any]) -> pa.Table:

@@ -53,7 +53,9 @@ class ArrayRecordShards:
         return os.path.getsize(self.paths[shard])
 
     def scan(self, shard: int) -> Iterator[tuple[Place, Sample] | str]:
-        return scan_numbered(shard, self._readers.count(shard), self.read)
+        yield from scan_numbered(shard, self._readers.count(shard), self.read)
+        if not self._readers.is_whole(shard):
+            yield "damaged ArrayRecord file"
 
     def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
         return [self._parse(shard, number) for shard, number, _ in places]
@@ -99,6 +101,11 @@ class RecordReaders:
             return self._reader(shard).num_records()
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f"cannot read {self.paths[shard]!r}: {str(error).splitlines()[0][:150]}") from error
+
+    def is_whole(self, shard: int) -> bool:
+        """Whether the reader finds the file in order; what it cannot read at all has no records. Raises as `count`."""
+        self.count(shard)
+        return self._reader(shard).ok()
 
     def read(self, shard: int, number: int) -> bytes:
         """A record. Raises Unusable."""
@@ -190,13 +197,17 @@ class TfdsShards:
     def _parse(self, number: int) -> Sample | Unusable:
         try:
             record = self._records[number]
-        except (RuntimeError, OSError, ValueError):
+        except MemoryError:
+            raise
+        except Exception:  # TFDS' decoders raise all kinds, protobuf's among them
             return Unusable("damaged record")
         values = flatten(record)
         try:
             for name, names in self._labels.items():
-                field = CLASS_FIELD if len(self._labels) == 1 else name
-                values[field] = class_name(int(values.pop(name)), names).encode()
+                field, label = CLASS_FIELD if len(self._labels) == 1 else name, values.pop(name, None)
+                if not isinstance(label, int):
+                    raise Unusable("damaged record")
+                values[field] = class_name(label, names).encode()
             return sample_of(f"{self._split}#{number}", values, self._image_key, ())
         except Unusable as reason:
             return reason

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -110,11 +111,12 @@ def class_name(value: int | str, names: Sequence[str]) -> str:
       Unusable: the number has no name.
     """
     text = str(value).strip()
-    if not names or not text.lstrip("-").isdecimal():
+    if not names or not re.fullmatch(r"-?[0-9]+", text):
         return text
-    if not 0 <= int(text[:10]) < len(names):
+    digits = text.lstrip("0") or "0"
+    if digits.startswith("-") or len(digits) > 10 or int(digits) >= len(names):
         raise Unusable("class without a name")
-    return names[int(text[:10])]
+    return names[int(digits)]
 
 
 def names_digest(names: Sequence[str]) -> str:
