@@ -48,7 +48,10 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
         pictures += list(batch["image"][:per_batch])
         labels += [f"[{width}x{height}] {caption}" for caption in captions[:per_batch]]
     logger.info("%s", dataset.summary())
-    save_png(grid(pictures[:num_images], labels[:num_images], columns=PER_BATCH), out)
+    try:
+        save_png(grid(pictures[:num_images], labels[:num_images], columns=PER_BATCH), out)
+    except OSError as error:
+        raise UserError(f"--out={out}: can't be written ({error.strerror or error}); choose another place") from error
 
     started = time.monotonic()
     count = sum(len(batch["image"]) for batch in itertools.islice(batches, TIMED_BATCHES))

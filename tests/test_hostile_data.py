@@ -153,3 +153,30 @@ def test_a_byte_order_mark_is_no_part_of_a_class(tmp_path):
     write_tar(tmp_path / "0.tar", {"0.png": encode(picture(0)), "0.cls": b"0"})
     dataset = open_dataset(data_of("tar", tmp_path, class_names=str(tmp_path / "names.txt")), 8)
     assert dataset.source[0]["captions"] == {"class": "cat"}
+
+
+def test_a_damaged_picture_alone_in_its_group_takes_another_ones(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 256, 3), dtype=np.uint8)
+    data = encode(noise, "JPEG")
+    members = {"wide.jpg": data[: len(data) * 2 // 3], "wide.txt": b"wide"}
+    for i in range(20):
+        members |= {f"{i}.png": encode(picture(0)), f"{i}.txt": b"square"}
+    write_tar(tmp_path / "0.tar", members)
+    dataset = open_dataset(data_of("tar", tmp_path, max_aspect=4.0), 8)
+    loader = dataset.batches(4, 0, None, with_captions=True)
+    batches = [next(loader) for _ in range(30)]
+    loader.close()
+    assert {batch["image"].shape[1:3] for batch in batches} == {(32, 32), (16, 64)}
+    assert {text for batch in batches for text in batch["caption"]} == {"square"}
+    assert loader.broken["damaged picture"] > 0
+
+
+def test_renamed_classes_are_noticed(tmp_path):
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(encode(picture(0)))
+    first = open_dataset(data_of("folder", tmp_path), 8)
+    (tmp_path / "cat").rename(tmp_path / "bird")
+    second = open_dataset(data_of("folder", tmp_path), 8)
+    assert second.fingerprint != first.fingerprint
+    assert sorted(second.captions(2, 0)) == ["bird", "dog"]

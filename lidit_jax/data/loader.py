@@ -123,15 +123,17 @@ class BatchReader:
         return self.source.describe(indices)
 
     def _replacement(self, index: int, bucket: Bucket, broken: list[BrokenExample]) -> Example:
-        """The next readable example of its bucket; those passed over are added to `broken`."""
-        tries = min(self.plan.list_size(index), _MAX_REPLACEMENTS)
-        for distance in range(1, tries):
-            [example] = self._read([self.plan.neighbour(index, distance)], bucket)
+        """The next readable example of its bucket or, of pictures, of any; broken ones are added to `broken`."""
+        own = [self.plan.neighbour(index, i) for i in range(1, min(self.plan.list_size(index), _MAX_REPLACEMENTS))]
+        others = ((index + i) % len(self.source) for i in range(1, min(len(self.source), _MAX_REPLACEMENTS)))
+        fits = self.source.content == "image" or not self.assembler.with_images  # latents are cropped no more
+        for other in (*own, *(others if fits else ())):
+            [example] = self._read([other], bucket)
             if not isinstance(example, BrokenExample):
                 return example
             broken.append(example)
         raise UserError(
-            f"no readable example in bucket {bucket} among {tries} neighbours, last {broken[-1]}: "
+            f"no readable example in bucket {bucket} or for it; of {len(own) + 1} there last {broken[-1]}: "
             "check the data's files"
         )
 
