@@ -38,6 +38,7 @@ from lidit_jax.models.vae_tiling import smallest_tile
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.parts import EncoderConfig, TextConfig, VAEPartConfig
 from lidit_jax.pipeline import Pipeline, SampleConfig
+from lidit_jax.text.encoders import PromptEncoder
 from lidit_jax.text.load_encoder import load_encoder, open_encoder
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.train import TrainConfig
@@ -238,6 +239,18 @@ class Experiment:
             )
         return found
 
+    def load_encoders(
+        self, mesh: Mesh | None = None, rules: ShardingRules | None = None
+    ) -> tuple[dict[str, PromptEncoder], dict[str, Any]]:
+        """All prompt encoders from their folders, and their frozen arrays, cut over the mesh if there is one."""
+        encoders, frozen = {}, {}
+        for name, encoder in self.encoders.items():
+            folder = self.encoder_folder(name)
+            encoders[name], frozen[name] = load_encoder(
+                folder, self.prompt_tokenizer, dtype=encoder.dtype, mesh=mesh, rules=rules
+            )
+        return encoders, frozen
+
     def pipeline(
         self, mesh: Mesh | None = None, rules: ShardingRules | None = None, with_encoders: bool = True
     ) -> Pipeline:
@@ -246,12 +259,7 @@ class Experiment:
         Without encoders it draws nothing. With a mesh the encoders are cut over it by the rules, and the VAE is whole
         on every device; without one, all is on the first device.
         """
-        encoders, frozen = {}, {}
-        for name, encoder in self.encoders.items() if with_encoders else ():
-            folder = self.encoder_folder(name)
-            encoders[name], frozen[name] = load_encoder(
-                folder, self.prompt_tokenizer, dtype=encoder.dtype, mesh=mesh, rules=rules
-            )
+        encoders, frozen = self.load_encoders(mesh, rules) if with_encoders else ({}, {})
         vae_config, vae_params = load_vae(self.vae_folder())
         vae = self.autoencoder(vae_config)
         vae_params = jax.device_put(vae_params, replicated(mesh) if mesh else None)

@@ -22,7 +22,7 @@ from lidit_jax.data.indexed_dataset import IndexedDataset
 from lidit_jax.data.precomputed import MANIFEST, PLAN, Manifest, to_record
 from lidit_jax.data.record_shards import RecordReaders
 from lidit_jax.data.sources import BrokenExample
-from lidit_jax.data.stored_features import FEATURES, StoredEncoder
+from lidit_jax.data.stored_features import FEATURES
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.json_file import write_json
@@ -31,7 +31,6 @@ from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated
 from lidit_jax.tasks import to_pixels
 from lidit_jax.text.encode_captions import CaptionEncoder
-from lidit_jax.text.load_encoder import load_encoder
 from lidit_jax.weights.diffusers_vae import load_vae
 from lidit_jax.weights.digest import folder_digest
 
@@ -84,7 +83,9 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
         return
     mesh = make_mesh({"fsdp": -1}, jax.local_devices())
     encode = _Encoder(experiment.autoencoder(vae_config), params, mesh, batch_size, dtype)
-    encode_captions = _caption_encoder(experiment, encoders, mesh, batch_size) if encoders else None
+    encode_captions = None
+    if encoders:
+        encode_captions = CaptionEncoder(*experiment.load_encoders(mesh, ShardingRules()), encoders, mesh, batch_size)
     if encode_captions and jax.process_index() == 0:
         encode_captions.constant().write(out / FEATURES)
     mine = parts[jax.process_index() :: jax.process_count()]
@@ -142,18 +143,6 @@ def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Pa
             raise UserError(f"{out}: can't be written ({error.strerror or error}); choose another --out") from error
     multihost_utils.sync_global_devices("claimed the folder")
     return _parts(dataset)
-
-
-def _caption_encoder(
-    experiment: Experiment, facts: Mapping[str, StoredEncoder], mesh: Mesh, batch_size: int
-) -> CaptionEncoder:
-    encoders, frozen = {}, {}
-    for name in facts:
-        dtype = experiment.encoders[name].dtype
-        encoders[name], frozen[name] = load_encoder(
-            experiment.encoder_folder(name), experiment.prompt_tokenizer, dtype=dtype, mesh=mesh, rules=ShardingRules()
-        )
-    return CaptionEncoder(encoders, frozen, facts, mesh, batch_size)
 
 
 class _Encoder:
