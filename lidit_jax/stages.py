@@ -133,7 +133,8 @@ def _run_part(
 
 def _on_host(params: Any, mesh: Mesh) -> Any:
     """The whole of a tree that is cut over the mesh, on every host."""
-    return jax.device_get(jax.device_put(params, replicated(mesh)))
+    # One program: leaf by leaf, hosts may gather in different orders, and wait for each other for ever.
+    return jax.device_get(jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(params))
 
 
 def _train_language_model(

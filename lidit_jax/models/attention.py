@@ -1,9 +1,16 @@
 """Scaled dot-product attention: the one entry point that every module of the project goes through."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+from lidit_jax.errors import UserError
+from lidit_jax.models.splash_attention import splash_attention
+
+IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
+# Logits of one head from which on the TPU kernel is worth its padding (heads to 128 lanes, lengths to blocks).
+SPLASH_LOGITS = 256 * 256
 
 
 def dot_product_attention(
@@ -32,13 +39,25 @@ def dot_product_attention(
       scale: of the logits; default 1 / sqrt(D).
       softcap: logits become softcap * tanh(logits / softcap) before the mask (Gemma 2); 0 leaves them. XLA alone
         computes it, whatever `implementation` says.
-      implementation: "xla", "cudnn" (NVIDIA, half precision) or "auto", which leaves the choice to XLA.
+      implementation: "xla" (anywhere), "splash" (the TPU's kernel; interpreted elsewhere, which is slow), "cudnn"
+        (NVIDIA, half precision) or "auto": what `choose` says.
 
     Returns:
       [B, Lq, H, D] in the dtype of `query`.
+
+    Raises:
+      UserError: the implementation does not take a mask of queries and keys, or a bias.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    check_implementation(implementation)
+    is_plain = mask is None and bias is None and not softcap
+    if implementation == "auto":
+        implementation = choose(_platform(), query, key, is_plain=is_plain, is_masked=key_mask is not None)
+    if implementation == "splash":
+        if not is_plain:
+            raise UserError("attention='splash' takes no bias and no mask of queries and keys: give 'auto' or 'xla'")
+        interpret = _platform() != "tpu"
+        options = {"key_mask": key_mask, "is_causal": is_causal, "scale": scale}
+        return splash_attention(query, key, value, **options, interpret=interpret)
     if key_mask is not None:
         key_mask = key_mask[:, None, None, :]  # [B, 1, 1, Lk]
         mask = key_mask if mask is None else jnp.logical_and(mask, key_mask)
@@ -54,8 +73,42 @@ def dot_product_attention(
         mask=mask,
         is_causal=is_causal,
         scale=scale,
-        implementation=None if implementation == "auto" else implementation,
+        implementation=implementation,
     )
+
+
+def check_implementation(implementation: str) -> None:
+    """Raises UserError unless it is one of `IMPLEMENTATIONS`."""
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"attention={implementation!r:.80} is unknown: use one of {', '.join(IMPLEMENTATIONS)}")
+
+
+def choose(platform: str, query: jax.Array, key: jax.Array, *, is_plain: bool, is_masked: bool) -> str:
+    """The implementation for a platform ("tpu", "nvidia" or another).
+
+    Args:
+      query, key: of which the shape and dtype are looked at.
+      is_plain: no bias, softcap, or mask of queries and keys.
+      is_masked: padding among the keys.
+    """
+    if platform == "tpu" and is_plain and query.shape[1] * key.shape[1] >= SPLASH_LOGITS:
+        return "splash"
+    # cuDNN wants a mask as a bias of every query, which is most of what it saves.
+    fits_cudnn = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
+    if platform == "nvidia" and is_plain and not is_masked and fits_cudnn:
+        return "cudnn"
+    return "xla"
+
+
+def _platform() -> str:
+    """Of the mesh in force, which may be of devices that are not there; else of this process."""
+    mesh = jax.sharding.get_abstract_mesh()
+    platform = mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
+    if platform in ("gpu", "cuda"):
+        # AMD's say "gfx90a"; cuDNN's kernels begin at NVIDIA's 8.0.
+        capability = getattr(jax.local_devices()[0], "compute_capability", "")
+        return "nvidia" if re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8 else "gpu"
+    return platform
 
 
 def _softcapped_attention(query, key, value, mask, scale, softcap):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
+from lidit_jax.models import splash_attention
 from lidit_jax.models.layers import (
     ACTIVATION,
     ZERO_INIT,
@@ -19,10 +20,14 @@ from lidit_jax.models.layers import (
     modulate,
 )
 
+DOTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(splash_attention.CHECKPOINT_NAME),
+)
 # What a rematerialised block keeps for its backward pass.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keeps the block's input alone: least memory, one more forward
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps the matrix products' results
+    "dots": DOTS,  # keeps the matrix products' results, and the attention kernel's
     # As "dots", but they wait in the host's memory.
     "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     "none": None,  # no rematerialisation

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
+from lidit_jax.models.attention import check_implementation
 from lidit_jax.models.dit import REMAT_POLICIES, DiT
 from lidit_jax.models.layers import Dense, RMSNorm, TimestepEmbedder, check_dtype
 from lidit_jax.models.refiners import CollaborativeRefiner, LinguisticTokenRefiner
@@ -88,6 +89,7 @@ class LIDiTConfig:
                 "positions cannot be: choose other sizes, or model.refiner_rotary=False"
             )
         check_dtype("model.dtype", self.dtype)
+        check_implementation(self.attention)
         if self.fusion not in FUSIONS:
             raise UserError(f"model.fusion={self.fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
         if self.remat not in REMAT_POLICIES:

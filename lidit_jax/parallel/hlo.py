@@ -130,7 +130,9 @@ class _Module:
             target = _target(one)
             if target in _NO_KERNELS:
                 return cost, 1
-            cost.kernels[target] += 1
+            cost.flops = _attention_flops(one, among)
+            if not cost.flops:
+                cost.kernels[target] += 1
         kind = one.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
             given = sum(_bytes(among[name].shape) for name in one.operands if name in among)
@@ -289,6 +291,22 @@ def _dot_flops(one: Instruction, among: dict[str, Instruction]) -> float:
     contracted = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", one.attributes)
     axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
     return 2.0 * math.prod(_dims(one.shape)) * math.prod(left[axis] for axis in axes)
+
+
+def _attention_flops(one: Instruction, among: dict[str, Instruction]) -> float:
+    """Of the TPU's attention kernel (`models/splash_attention.py`), known by its name; 0 for any other custom call.
+
+    Of a causal mask too the whole square is counted, as of XLA's attention.
+    """
+    kernel = re.match(r"splash_mha_(fwd|dkv|dq)_", one.name)
+    if not kernel:
+        return 0.0
+    tokens = [dims for name in one.operands if name in among for dims in [_dims(among[name].shape)] if len(dims) == 4]
+    query, key = tokens[:2]  # [B, H, Lq, D], [B, K, Lk, D]
+    # Forward: logits and output. Backward: logits again, and the gradients of weights, values and keys (and queries,
+    # which a kernel that does all at once gives as a fifth result).
+    products = {"fwd": 2, "dkv": 5 if len(list(_arrays(one.shape))) > 4 else 4, "dq": 3}[kernel[1]]
+    return 2.0 * products * math.prod(query) * key[2]
 
 
 def _convolution_flops(one: Instruction, among: dict[str, Instruction]) -> float:

@@ -1,0 +1,147 @@
+"""The TPU's attention kernel, interpreted, against XLA's attention; and the choice between them."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_lidit import opened, text_features
+
+from lidit_jax.errors import UserError
+from lidit_jax.models.attention import choose, dot_product_attention
+from lidit_jax.models.lidit import LIDiT, LIDiTConfig
+from lidit_jax.models.splash_attention import LANES, LONGEST_BLOCK, _block
+from lidit_jax.parallel.hlo import cost_of
+from lidit_jax.parallel.mesh import make_mesh
+from lidit_jax.parallel.rules import ShardingRules
+
+# Batch, queries, keys, heads, heads of keys, head size: the issue's head sizes, whole blocks and ragged ones.
+CASES = {
+    "image of 256 px": ((2, 256, 256, 2, 2, 72), False, False),
+    "image of 512 px": ((1, 1024, 1024, 1, 1, 64), False, False),
+    "ragged image": ((1, 1500, 1500, 1, 1, 64), False, False),
+    "image to text": ((2, 256, 77, 2, 2, 64), True, False),
+    "ragged image to long text": ((1, 300, 1100, 2, 2, 72), True, False),
+    "causal refiner": ((2, 150, 150, 2, 2, 64), True, True),
+    "grouped queries": ((2, 130, 200, 4, 2, 64), True, False),
+}
+
+
+def inputs(shape, is_masked=True, dtype=jnp.float32, seed=0):
+    batch, queries, keys, heads, key_heads, size = shape
+    rng = np.random.default_rng(seed)
+    tokens = [(queries, heads), (keys, key_heads), (keys, key_heads)]
+    arrays = [jnp.asarray(rng.normal(size=(batch, *length_and_heads, size)), dtype) for length_and_heads in tokens]
+    mask = jnp.asarray(rng.random((batch, keys)) < 0.6).at[:, 0].set(True) if is_masked else None
+    return arrays, mask
+
+
+def value_and_gradients(implementation, arrays, mask, is_causal=False):
+    """-> (outputs, gradients), float32."""
+
+    def loss(arrays):
+        y = dot_product_attention(*arrays, key_mask=mask, is_causal=is_causal, implementation=implementation)
+        y = y.astype(jnp.float32)
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    return [np.asarray(x, np.float32) for x in (y, *gradients)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_tpu_kernel_is_xlas_attention(case):
+    shape, is_masked, is_causal = CASES[case]
+    arrays, mask = inputs(shape, is_masked)
+    expected, got = (value_and_gradients(which, arrays, mask, is_causal) for which in ("xla", "splash"))
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
+def test_the_tpu_kernel_is_xlas_attention_within_bfloat16s_rounding():
+    arrays, mask = inputs((2, 256, 77, 2, 2, 72), dtype=jnp.bfloat16)
+    exact = value_and_gradients("xla", [x.astype(jnp.float32) for x in arrays], mask)
+    for implementation in ("xla", "splash"):
+        for one, other in zip(value_and_gradients(implementation, arrays, mask), exact, strict=True):
+            assert np.abs(one - other).max() < 0.02 * np.abs(other).max()  # 2.5 units of bfloat16's last place
+
+
+@pytest.mark.parametrize(("sizes", "batch"), [((2, 2, 2), 8), ((1, 1, 8), 8), ((1, 8, 1), 3)])  # 3: nothing divides it
+def test_every_device_attends_for_its_own_samples_and_heads(sizes, batch):
+    arrays, mask = inputs((batch, 130, 40, 8, 8, 8))
+    expected = value_and_gradients("xla", arrays, mask)
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(ShardingRules().pairs()):
+        got = value_and_gradients("splash", arrays, mask)
+        run = jax.jit(lambda arrays: dot_product_attention(*arrays, key_mask=mask, implementation="splash"))
+        cut = run(arrays).sharding.shard_shape(arrays[0].shape)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    whole = batch % (sizes[0] * sizes[1]) != 0
+    assert cut == (batch if whole else batch // sizes[0] // sizes[1], 130, 8 // sizes[2], 8)
+
+
+def test_lidit_with_the_tpu_kernel_is_lidit():
+    sizes = {"depth": 1, "hidden_size": 32, "num_heads": 4, "patch_size": 1, "latent_channels": 4, "dtype": "float32"}
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    text, x, times = [text_features(0)], normal(2, 4, 4, 4), jnp.asarray([3.0, 700.0])
+    # "dots" keeps the kernel's results for the backward pass, by their name.
+    models = {which: LIDiT(LIDiTConfig(**sizes, remat="dots", attention=which)) for which in ("xla", "splash")}
+    params = opened(nn.unbox(jax.jit(models["xla"].init)(jax.random.key(0), x, times, text))["params"])
+
+    def gradients(model):
+        return jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, x, times, text) ** 2)))(params)
+
+    expected, got = (gradients(model) for model in models.values())
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 * largest)
+
+
+@given(st.integers(1, 5000))
+def test_blocks_cover_a_length_with_little_padding(length):
+    block = _block(length)
+    padded = -(-length // block) * block
+    assert block % LANES == 0 and block <= LONGEST_BLOCK
+    assert padded - length < LANES * -(-length // LONGEST_BLOCK)
+
+
+def test_each_platform_gets_its_kernel():
+    def chosen(platform, queries, keys, size=64, dtype=jnp.bfloat16, is_plain=True, is_masked=False):
+        query, key = (jax.ShapeDtypeStruct((2, length, 4, size), dtype) for length in (queries, keys))
+        return choose(platform, query, key, is_plain=is_plain, is_masked=is_masked)
+
+    assert chosen("tpu", 1024, 1024) == chosen("tpu", 256, 256, 72) == "splash"
+    assert chosen("tpu", 1024, 300, is_masked=True) == "splash"
+    assert chosen("tpu", 16, 16) == chosen("tpu", 1024, 1024, is_plain=False) == "xla"
+    assert chosen("nvidia", 256, 256, 72) == "cudnn"
+    assert chosen("nvidia", 256, 256, dtype=jnp.float32) == chosen("nvidia", 256, 256, 160) == "xla"
+    assert chosen("nvidia", 1024, 300, is_masked=True) == chosen("nvidia", 64, 64, is_plain=False) == "xla"
+    assert chosen("cpu", 1024, 1024) == chosen("gpu", 1024, 1024) == "xla"
+
+
+def test_what_a_kernel_cannot_do_is_said():
+    arrays, _ = inputs((1, 8, 8, 1, 1, 8))
+    with pytest.raises(UserError, match="takes no bias"):
+        dot_product_attention(*arrays, mask=jnp.ones((1, 1, 8, 8), bool), implementation="splash")
+    with pytest.raises(UserError, match="attention='flash' is unknown: use one of auto, xla"):
+        LIDiTConfig(depth=1, hidden_size=8, num_heads=1, patch_size=1, latent_channels=1, attention="flash")
+
+
+@pytest.mark.parametrize(("name", "results", "products"), [("fwd", 4, 2), ("dkv", 5, 5), ("dkv", 4, 4), ("dq", 2, 3)])
+def test_the_kernels_operations_are_counted(name, results, products):
+    """As the TPU's compiler writes it down; no other platform compiles it."""
+    shapes = ", ".join(["bf16[2,4,256,64]"] * results)
+    text = f"""ENTRY %main (q: bf16[2,4,256,64], k: bf16[2,2,128,64]) -> bf16[2,4,256,64] {{
+  %next = s8[1,1,1] constant(0)
+  %q = bf16[2,4,256,64] parameter(0)
+  %k = bf16[2,2,128,64] parameter(1)
+  %splash_mha_{name}_no_residuals.3 = ({shapes}) custom-call(%next, %q, %k, %k), custom_call_target="tpu_custom_call"
+  ROOT %y = bf16[2,4,256,64] get-tuple-element(%splash_mha_{name}_no_residuals.3), index=0
+}}
+"""
+    cost = cost_of(text)
+    assert cost.flops == products * 2 * (2 * 4 * 256 * 64) * 128
+    assert not cost.kernels
