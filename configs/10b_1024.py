@@ -131,6 +131,7 @@ def get_config() -> ConfigDict:
         "accumulate": 2,  # or a slice of 256 v5p chips lacks memory
         "ema_decay": 0.9999,
         "max_skipped_in_row": 20,
+        "stalled_after": 1800.0,
         "log_every": 100,
         "checkpoint_every": 2500,
         "sample_every": 5000,

@@ -3,14 +3,17 @@
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.host_memory import keep_freed_memory
+from lidit_jax.parallel.hosts import leave
 from lidit_jax.parallel.preemption import Preempted
 
 USER_MISTAKE = 2
@@ -30,6 +33,11 @@ def run(main: Callable[[], None]) -> None:
             _exit(str(error))
         except Preempted as notice:
             print(notice, file=sys.stderr, flush=True)
+        except Exception:
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+            leave(1)
 
     app.run(guarded, flags_parser=_parse)
 
@@ -90,6 +98,8 @@ def _last_words(message: str) -> str:
 
 def _exit(message: str) -> None:
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        leave(USER_MISTAKE)
     sys.exit(USER_MISTAKE)
 
 

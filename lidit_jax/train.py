@@ -28,6 +28,7 @@ from lidit_jax.metrics import Metrics, Progress
 from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.preemption import Preempted, listening
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated, shardings
+from lidit_jax.parallel.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ class TrainConfig:
         batch as a whole (a discriminator's batch normalisation and adaptive weight).
       ema_decay: 0 keeps no average. The decay is ramped up over the first steps: min(decay, (1 + t) / (10 + t)).
       max_skipped_in_row: non-finite steps in a row after which the run stops.
+      stalled_after: seconds without a step after which a run on several hosts ends, as one of them must be waiting for
+        ever; 0: it waits. Compiling, judging and saving must be done within.
       log_every, checkpoint_every, sample_every, keep: steps, and checkpoints kept; sample_every=0: none.
     """
 
@@ -121,6 +124,7 @@ class TrainConfig:
     accumulate: int = 1
     ema_decay: float = 0.0
     max_skipped_in_row: int = 20
+    stalled_after: float = 1800.0
     log_every: int = 100
     checkpoint_every: int = 1000
     sample_every: int = 0
@@ -334,10 +338,16 @@ def train(
     key = jax.jit(lambda: jax.random.key(seed + 1), out_shardings=replicated(trainer.mesh))()
     progress = Progress(task.name, step, config.steps, config.batch_size, _peak(trainer.mesh))
     pending = []
-    with contextlib.closing(batches(step)) as stream, jax.set_mesh(trainer.mesh), listening() as notice:
+    with (
+        contextlib.closing(batches(step)) as stream,
+        jax.set_mesh(trainer.mesh),
+        listening() as notice,
+        Watchdog(config.stalled_after if jax.process_count() > 1 else 0, task.name) as watchdog,
+    ):
         if positions:
             stream.restore(positions)
         while step < config.steps:
+            watchdog.beat()
             waited = time.monotonic()
             batch = trainer.put(next(stream))
             progress.waited(time.monotonic() - waited)

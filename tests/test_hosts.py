@@ -31,16 +31,21 @@ def get_config():
 """
 
 
-def start(folder, workdir, devices, process=None, port=None, *options):
-    """One of two hosts, or the only one."""
-    config = folder / "config.py"
-    config.write_text(CONFIG)
-    flags = f"--xla_force_host_platform_device_count={devices}"
+def start(folder, workdir, devices, process=None, port=None, *options, config=CONFIG, before=""):
+    """One of two hosts, or the only one.
+
+    Args:
+      before: Python that it runs first.
+    """
+    file = folder / "config.py"
+    file.write_text(config)
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     if process is not None:
         environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
         environment |= {"JAX_PROCESS_ID": str(process)}
-    arguments = [sys.executable, "-m", "lidit_jax.main", f"--config={config}", f"--workdir={workdir}", *options]
+    run = f"{before}\nimport runpy\nrunpy.run_module('lidit_jax.main', run_name='__main__')"
+    arguments = [sys.executable, "-c", run, f"--config={file}", f"--workdir={workdir}", *options]
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -90,6 +95,49 @@ def test_sigterm_at_one_host_saves_on_both_and_one_host_goes_on(tmp_path):
     error = alone.communicate(timeout=600)[1]
     assert alone.returncode == 0, error
     assert f"going on from step {stopped}" in error
+
+
+AT_STEP_3 = """
+import itertools, time
+from lidit_jax.errors import UserError
+from lidit_jax.parallel.preemption import Notice
+steps, reached = itertools.count(1), Notice.reached
+def at_step_3(notice):
+    if next(steps) == 3:
+        {what}
+    return reached(notice)
+Notice.reached = at_step_3
+"""
+# By JAX's heartbeat or, where it is waited for just then, by what carries messages between CPUs.
+GONE = "another task died|Gloo .* failed"
+# What befalls host 1, how it ends and what host 0 says when it ends too.
+FAULTS = {
+    "killed": (AT_STEP_3.format(what="import os; os.kill(os.getpid(), 9)"), -9, GONE),
+    "failed": (AT_STEP_3.format(what="raise UserError('its disk is gone')"), 2, GONE),
+    "waits for ever": (AT_STEP_3.format(what="time.sleep(10_000)"), None, "no step in 20 s"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_befalls_one_host_ends_the_other_with_a_message(tmp_path, fault):
+    what, status, said = FAULTS[fault]
+    port, more = free_port(), ("--config.vae.train.steps=5000", "--config.vae.train.stalled_after=20.0")
+    soon = "from lidit_jax.parallel import hosts\nhosts.SILENCE = 10\n"
+    config = CONFIG.replace("steps=3,", "steps=3, stalled_after=1800.0,")
+    hosts = [
+        start(tmp_path, tmp_path / "run", 2, process, port, *more, config=config, before=soon + before)
+        for process, before in ((0, ""), (1, what))
+    ]
+    errors = [host.communicate(timeout=300)[1] for host in hosts]
+    assert hosts[0].returncode != 0 and hosts[1].returncode != 0
+    if fault == "failed":
+        assert "error: its disk is gone" in errors[1]
+    if fault == "waits for ever":  # the one that notices first says where it waits
+        assert any(said in error and re.search("in train|in at_step_3", error) for error in errors), "\n".join(errors)
+    else:
+        assert re.search(said, errors[0]), errors[0]
+        assert hosts[1].returncode == status
 
 
 def test_hosts_that_do_not_come_are_said(monkeypatch):

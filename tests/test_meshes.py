@@ -1,0 +1,86 @@
+"""The whole step (LLMs, VAE, LI-DiT) gives one device's losses on every mesh and on two hosts, and goes on on any."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config
+from etils import epath
+from test_hosts import free_port, start
+
+from lidit_jax import stages
+from lidit_jax.parallel.mesh import make_mesh
+
+FROM_JSON = """
+import json
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict(json.loads({text!r}))
+"""
+
+
+def lidit_config(trained, mesh, steps):
+    """The tiny demo's LI-DiT between weights that are there."""
+    config = tiny_config()
+    with config.unlocked():
+        for name, encoder in config.encoders.items():
+            encoder.update(weights=str(trained / "encoders" / name), dtype="float32")
+        config.vae.weights = str(trained / "vae")
+        del config.evaluate
+    config.model.dtype = "float32"
+    config.train.update(steps=steps, checkpoint_every=20, learning_rate=1e-3, schedule="constant")
+    config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))
+    return config
+
+
+def run(trained, workdir, mesh, steps=20):
+    """Losses by step. On the first so many devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        devices = jax.devices()[: int(np.prod(mesh))]
+        patch.setattr(stages, "make_mesh", lambda sizes: make_mesh(sizes, devices))
+        stages.run(lidit_config(trained, mesh, steps), epath.Path(workdir))
+    return losses(workdir)
+
+
+def run_on_two_hosts(trained, folder, workdir, steps):
+    """Two processes of four devices, as data=2, fsdp=4."""
+    text = json.dumps(lidit_config(trained, (2, 4, 1), steps).to_dict())
+    port = free_port()
+    hosts = [start(folder, workdir, 4, process, port, config=FROM_JSON.format(text=text)) for process in (0, 1)]
+    errors = [host.communicate(timeout=600)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], "\n".join(errors)
+    return losses(workdir)
+
+
+def losses(workdir):
+    [file] = (workdir / "training").glob("*/metrics.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def alone(trained_workdir, tmp_path_factory):
+    """One device's losses, steps 1 to 40."""
+    return run(trained_workdir, tmp_path_factory.mktemp("alone"), (1, 1, 1), steps=40)
+
+
+def first(losses, steps):
+    assert len(losses) >= steps
+    return {step: loss for step, loss in losses.items() if step <= steps}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "fewer"), [((8, 1, 1), (1, 1, 1)), ((4, 2, 1), (1, 4, 1))])
+def test_a_mesh_gives_one_devices_losses_and_its_checkpoint_goes_on_on_fewer(
+    trained_workdir, alone, tmp_path, mesh, fewer
+):
+    assert run(trained_workdir, tmp_path / "run", mesh) == pytest.approx(first(alone, 20), rel=1e-5)
+    assert run(trained_workdir, tmp_path / "run", fewer, 22) == pytest.approx(first(alone, 22), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_hosts_go_on_from_a_mesh_of_eight_with_one_devices_losses(trained_workdir, alone, tmp_path):
+    assert run(trained_workdir, tmp_path / "run", (2, 2, 2)) == pytest.approx(first(alone, 20), rel=1e-5)
+    assert run_on_two_hosts(trained_workdir, tmp_path, tmp_path / "run", 40) == pytest.approx(alone, rel=1e-5)
