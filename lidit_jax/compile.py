@@ -1,6 +1,7 @@
 """Compiles the train step for TPUs that are not there: `python -m lidit_jax.compile --config=… --topology=v5p:8x8x4`.
 
-Says what a chip holds, whether that fits, and how long a step takes at the least. Needs no TPU, but its compiler:
+With `--program=sample` the drawing of pictures in its place; `--weights` lists where each weight goes. Says what a chip
+holds, whether that fits, and how long a step takes at the least. Needs no TPU, but its compiler:
 `pip install -e ".[tpu]"`. Exit code 1 where it does not fit.
 """
 
@@ -11,7 +12,7 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.compiling import compile_step
+from lidit_jax.compiling import compile_step, where_weights_go
 from lidit_jax.errors import UserError
 from lidit_jax.json_file import write_json
 
@@ -21,6 +22,8 @@ _SLICES = flags.DEFINE_integer("slices", 1, "how many of them", lower_bound=1)
 _PREFIX = flags.DEFINE_integer(
     "prefix_tokens", 64, "of system prompt and instruction, where encoders have no weights", lower_bound=0
 )
+_PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "the train step, or prompts to pictures")
+_WEIGHTS = flags.DEFINE_bool("weights", False, "list where each weight goes, and compile nothing")
 _JSON = flags.DEFINE_string("json", None, "file for all numbers")
 
 
@@ -28,7 +31,11 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # a libtpu that finds no platform named tries to start a TPU
     if _JSON.value and not epath.Path(_JSON.value).parent.is_dir():
         raise UserError(f"--json={_JSON.value}: there is no such folder")
-    report = compile_step(cli.read_config(_CONFIG), cli.require(_TOPOLOGY.name), _SLICES.value, _PREFIX.value)
+    config, topology = cli.read_config(_CONFIG), cli.require(_TOPOLOGY.name)
+    if _WEIGHTS.value:
+        print("\n".join(where_weights_go(config, topology, _SLICES.value)))
+        return
+    report = compile_step(config, topology, _SLICES.value, _PREFIX.value, _PROGRAM.value)
     print("\n".join(report.lines()))
     if _JSON.value:
         write_json(epath.Path(_JSON.value), report.to_json())

@@ -10,9 +10,10 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,12 @@ from lidit_jax import tasks
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.llm import LLM
+from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.chips import TPUS, Chip
 from lidit_jax.parallel.hlo import Cost, cost_of
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated
+from lidit_jax.pipeline import Pipeline
 from lidit_jax.text.encoders import FrozenLLM, LLMTextEncoder, PromptEncoder
 from lidit_jax.text.load_encoder import open_encoder
 from lidit_jax.train import Trainer, check_batch_size
@@ -44,6 +47,7 @@ class Report:
     """What compiling found, of one chip and one step.
 
     Attributes:
+      what: "train" (a step) or "sample" (a batch of pictures).
       chip: its peaks.
       devices, batch_size: in all.
       mesh: axis -> size.
@@ -56,6 +60,7 @@ class Report:
     """
 
     topology: str
+    what: str
     chip: Chip
     devices: int
     mesh: Mapping[str, int]
@@ -127,7 +132,7 @@ class Report:
         rows[-1] += f", {self.flops_ratio:.2f} times the model's"
         if self.cost.messages:
             rows += ["", "messages"] + [f"  {kind:18}{gb(count)}" for kind, count in sorted(self.cost.messages.items())]
-        rows += ["", "a step takes at least"]
+        rows += ["", f"{'a step' if self.what == 'train' else 'a batch of pictures'} takes at least"]
         rows += [f"  {seconds:7.3f} s for {name}" for name, seconds in self.bounds().items()]
         rows.append(f"  so the MFU is at most {100 * self.mfu_bound():.0f} %")
         if self.cost.kernels or self.cost.unknown_loops:
@@ -143,17 +148,41 @@ class Report:
         if room <= 0:
             return f"weights and optimiser alone take {kept / 1e9:.1f} GB: use more chips, or a larger fsdp axis"
         factor = 2 ** math.ceil(math.log2(max(2.0, temporaries / (0.9 * room))))
+        lacking = f"temporaries of {temporaries / 1e9:.1f} GB where {room / 1e9:.1f} GB are left: try "
+        if self.what == "sample":
+            fewer = f"--config.sample.batch_size={self.batch_size // factor}, " if self.batch_size >= factor else ""
+            return f"{lacking}{fewer}a smaller --config.sample.decode_pixels, or a larger fsdp axis"
         return (
-            f"temporaries of {temporaries / 1e9:.1f} GB where {room / 1e9:.1f} GB are left: try "
-            f"--config.train.accumulate={factor} (times what it is), --config.model.remat=full, or {factor} times as "
-            "many chips"
+            f"{lacking}--config.train.accumulate={factor} (times what it is), --config.model.remat=full, or {factor} "
+            "times as many chips"
         )
 
 
-def compile_step(config: ConfigDict, topology: str, num_slices: int = 1, prefix_tokens: int = 64) -> Report:
-    """Compiles the train step of a config: frozen encoders, VAE's encoder, LI-DiT, AdamW, EMA.
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A run's parts with shapes in place of arrays."""
+
+    experiment: Experiment
+    chip: Chip
+    mesh: Mesh
+    rules: ShardingRules
+    encoders: dict[str, PromptEncoder]
+    frozen: dict[str, Any]
+    vae: AutoencoderKL
+
+    def trainer(self) -> Trainer:
+        experiment = self.experiment
+        task = tasks.lidit_task(experiment.model, experiment.schedule, self.encoders, self.vae, self.frozen)
+        return Trainer(task, experiment.train, self.mesh, self.rules)
+
+
+def compile_step(
+    config: ConfigDict, topology: str, num_slices: int = 1, prefix_tokens: int = 64, program: str = "train"
+) -> Report:
+    """Compiles the train step of a config (frozen encoders, VAE's encoder, LI-DiT, AdamW, EMA), or its sampling.
 
     Args:
+      program: "train", or "sample": prompts to pictures, a batch as a run draws it for its log.
       topology: e.g. "v5p:8x8x4".
       num_slices: of that topology, joined by the data centre's network.
       prefix_tokens: of system prompt and instruction, where no tokenizer is at hand.
@@ -161,6 +190,33 @@ def compile_step(config: ConfigDict, topology: str, num_slices: int = 1, prefix_
     Raises:
       UserError: the config or the mesh cannot work, or the TPU's compiler is not installed.
     """
+    run = _run(config, topology, num_slices, prefix_tokens)
+    if program == "sample":
+        return _compile_sampling(run, topology)
+    check_batch_size(run.experiment.train, run.mesh)
+    batch = abstract_batch(run.experiment, run.encoders, run.mesh, run.rules)
+    return _compile(run.trainer(), run.frozen, batch, topology, run.chip)
+
+
+def where_weights_go(config: ConfigDict, topology: str, num_slices: int = 1) -> list[str]:
+    """A line for every weight: shape, cut along which axes of the mesh, and bytes on a chip. Nothing is compiled."""
+    rows = [("weight", "shape", "cut", "MB a chip")]
+    for name, leaf in _weights(_run(config, topology, num_slices, 1)).items():
+        spec = tuple(leaf.sharding.spec) + (None,) * (len(leaf.shape) - len(leaf.sharding.spec))
+        cut = ", ".join(str(axes or "-") for axes in spec) if any(spec) else "whole"
+        rows.append((name, " x ".join(map(str, leaf.shape)), cut, f"{_bytes_a_chip(leaf) / 1e6:.3f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _weights(run: _Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of LI-DiT, the encoders and the VAE, by name."""
+    trees = {"lidit": run.trainer().abstract_state().params, "vae": run.frozen["vae"]}
+    trees |= {name: of.params for name, of in run.frozen["encoders"].items()}
+    return flax.traverse_util.flatten_dict(trees, sep="/")
+
+
+def _run(config: ConfigDict, topology: str, num_slices: int, prefix_tokens: int) -> _Run:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.data.path = config.data.get("path") or "unused"
@@ -170,24 +226,50 @@ def compile_step(config: ConfigDict, topology: str, num_slices: int = 1, prefix_
     if experiment.text.encode != "in_step":
         raise UserError("compile: only a step with the encoders in it is compiled: give --config.text.encode=in_step")
     devices, chip = topology_devices(topology, num_slices)
-    mesh, rules = make_mesh(config.mesh, devices), ShardingRules()
+    return _on_devices(experiment, devices, chip, prefix_tokens)
+
+
+def _on_devices(experiment: Experiment, devices: Sequence[jax.Device], chip: Chip, prefix_tokens: int) -> _Run:
+    mesh, rules = make_mesh(experiment.config.mesh, devices), ShardingRules()
     check_model(mesh, experiment.model.config.hidden_size, experiment.model.config.num_heads)
-    check_batch_size(experiment.train, mesh)
     encoders, frozen = abstract_frozen(experiment, mesh, rules, prefix_tokens)
-    vae = experiment.autoencoder(experiment.vae_config())
-    task = tasks.lidit_task(experiment.model, experiment.schedule, encoders, vae, frozen)
-    trainer = Trainer(task, experiment.train, mesh, rules)
-    batch = abstract_batch(experiment, encoders, mesh, rules)
-    return _compile(trainer, frozen, batch, topology, chip)
+    return _Run(experiment, chip, mesh, rules, encoders, frozen, experiment.autoencoder(experiment.vae_config()))
 
 
 def _compile(trainer: Trainer, frozen: Any, batch: Mapping[str, Any], topology: str, chip: Chip) -> Report:
     state, mesh = trainer.abstract_state(), trainer.mesh
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
+    parts = {"weights": state.params, "ema": state.ema, "optimiser": state.opt_state, "frozen": frozen, "batch": batch}
+    lower = lambda: trainer.lower(state, frozen, batch, key)  # noqa: E731
+    rows = trainer.config.batch_size
+    return _report(lower, mesh, parts, topology, chip, "train", rows, trainer.task.flops(batch))
+
+
+def _compile_sampling(run: _Run, topology: str) -> Report:
+    experiment, how, side = run.experiment, run.experiment.sample, run.experiment.data.resolution
+    pipeline = Pipeline(experiment.model, experiment.schedule, run.encoders, run.vae, run.frozen, run.mesh, run.rules)
+    pipeline.check_size(side, side)
+    params = run.trainer().abstract_state().params
+    lower = lambda: pipeline.lower(params, side, side, how)  # noqa: E731
+    parts = {"weights": params, "frozen": run.frozen}
+    rows, flops = pipeline.rows(how), pipeline.flops(side, side, how)
+    return _report(lower, run.mesh, parts, topology, run.chip, "sample", rows, flops)
+
+
+def _report(
+    lower: Callable[[], jax.stages.Lowered],
+    mesh: Mesh,
+    parts: Mapping[str, Any],
+    topology: str,
+    chip: Chip,
+    program: str,
+    batch_size: int,
+    model_flops: float,
+) -> Report:
     started, compiled, needed = time.monotonic(), None, None
     with jax.set_mesh(mesh):
-        lowered = trainer.lower(state, frozen, batch, key)
+        lowered = lower()
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -195,22 +277,17 @@ def _compile(trainer: Trainer, frozen: Any, batch: Mapping[str, Any], topology: 
     memory = compiled and compiled.memory_analysis()
     return Report(
         topology=topology,
+        what=program,
         chip=chip,
         devices=mesh.devices.size,
         mesh={axis: mesh.shape[axis] for axis in mesh.axis_names},
-        batch_size=trainer.config.batch_size,
-        parts={
-            "weights": _bytes_a_chip(state.params),
-            "ema": _bytes_a_chip(state.ema),
-            "optimiser": _bytes_a_chip(state.opt_state),
-            "frozen": _bytes_a_chip(frozen),
-            "batch": _bytes_a_chip(batch),
-        },
+        batch_size=batch_size,
+        parts={name: _bytes_a_chip(tree) for name, tree in parts.items()},
         temporaries=memory and memory.temp_size_in_bytes,
         peak=memory and memory.peak_memory_in_bytes,
         program=memory and memory.generated_code_size_in_bytes,
         needed=needed,
-        model_flops=trainer.task.flops(batch),
+        model_flops=model_flops,
         cost=compiled and cost_of(compiled.as_text()),
         seconds=time.monotonic() - started,
     )
@@ -263,6 +340,11 @@ class AssumedTokenizer:
 
     def prefix(self) -> np.ndarray:
         return np.zeros(self.prefix_tokens, np.int32)
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        rows = len(prompts)
+        shape = rows, self.max_length
+        return {"tokens": np.zeros(shape, np.int32), "mask": np.ones(shape, bool), "truncated": np.zeros(rows, bool)}
 
 
 def abstract_frozen(

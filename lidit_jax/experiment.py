@@ -264,7 +264,7 @@ class Experiment:
         vae = self.autoencoder(vae_config)
         vae_params = jax.device_put(vae_params, replicated(mesh) if mesh else None)
         frozen = {"vae": vae_params, "encoders": frozen}
-        return Pipeline(self.model, self.schedule, encoders, vae, frozen)
+        return Pipeline(self.model, self.schedule, encoders, vae, frozen, mesh, rules)
 
     def frozen_digests(self) -> dict[str, str]:
         """What the checkpoint says of the weights that are not in it."""

@@ -1,20 +1,26 @@
 """Prompts to pictures: the one path for previews while training, for `sample` and for evaluation."""
 
+import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
-from lidit_jax.diffusion.samplers import guided, initial_noise, sample
+from lidit_jax.diffusion.samplers import guided, initial_noise, sample, step_table
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.errors import UserError
+from lidit_jax.models.flops import TextLengths, lidit_forward
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
 from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
+from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated
 from lidit_jax.tasks import to_pictures
 from lidit_jax.text.encoders import PromptEncoder, encode, tokenize
 
@@ -27,8 +33,9 @@ class SampleConfig:
       sampler: one of `diffusion.samplers.SAMPLERS` that goes with the schedule.
       steps: of the sampler.
       guidance_scale: classifier-free guidance; 1 switches it off and halves the work.
-      batch_size: pictures drawn at once.
-      decode_pixels: what the VAE decodes at once: of more pictures, some after the others; a larger picture in tiles.
+      batch_size: pictures drawn at once; on a mesh rounded up, so that every device has as many.
+      decode_pixels: what the VAE decodes at once on a device: of more pictures, some after the others; a larger picture
+        in tiles.
       decode_tile: side of a tile in pixels; smaller ones take less memory and, for their overlap, more time.
     """
 
@@ -51,6 +58,8 @@ class Pipeline:
 
     Attributes:
       frozen: {"vae": parameters, "encoders": {name: what the encoder's `freeze` gave}}.
+      mesh, rules: over which pictures are spread; None: the first device draws. Every process must call, with the same
+        arguments, and gets all pictures.
     """
 
     model: LIDiT
@@ -58,6 +67,8 @@ class Pipeline:
     encoders: Mapping[str, PromptEncoder]
     vae: AutoencoderKL
     frozen: Mapping[str, Any]
+    mesh: Mesh | None = None
+    rules: ShardingRules | None = None
 
     def __call__(
         self, params: Any, prompts: Sequence[str], seeds: Sequence[int], height: int, width: int, how: SampleConfig
@@ -70,29 +81,54 @@ class Pipeline:
           UserError: if the VAE and the patch size do not divide the height or width, or the sampler does not fit.
         """
         self.check_size(height, width)
+        rows, scale = self.rows(how), np.float32(how.guidance_scale)
         pictures = []
-        for start in range(0, len(prompts), how.batch_size):
-            part = list(prompts[start : start + how.batch_size])
+        for start in range(0, len(prompts), rows):
+            part = list(prompts[start : start + rows])
             count = len(part)
-            part += [""] * (how.batch_size - count)  # one shape, one compilation
-            part_seeds = [*seeds[start : start + how.batch_size]] + [0] * (how.batch_size - count)
-            drawn = self._draw(
-                params,
-                self.frozen,
-                tokenize(self.encoders, part),
-                tokenize(self.encoders, [""] * how.batch_size),
-                np.asarray(part_seeds, np.uint32),
-                jnp.float32(how.guidance_scale),
-                height=height,
-                width=width,
-                steps=how.steps,
-                sampler=how.sampler,
-                is_guided=how.guidance_scale != 1.0,
-                decode_pixels=how.decode_pixels,
-                decode_tile=how.decode_tile,
-            )
+            part += [""] * (rows - count)  # one shape, one compilation
+            part_seeds = np.asarray([*seeds[start : start + count]] + [0] * (rows - count), np.uint32)
+            given = tokenize(self.encoders, part), tokenize(self.encoders, [""] * rows), part_seeds
+            with self._in_force():
+                drawn = self._draw(params, self.frozen, *self._put(given), scale, **_static(how, height, width))
             pictures.append(np.asarray(drawn)[:count])
         return np.concatenate(pictures)
+
+    def flops(self, height: int, width: int, how: SampleConfig) -> int:
+        """Operations that drawing a batch needs; as of a step's, see `models/flops.py`. The VAE's are not counted."""
+        rows = self.rows(how) * (1 if how.guidance_scale == 1.0 else 2)
+        total, lengths = 0, []
+        for name, encoder in self.encoders.items():
+            prefix, prompt = encoder.prefix_length(self.frozen["encoders"][name]), encoder.tokenizer.max_length
+            lengths.append(TextLengths(prefix, prompt, encoder.hidden_size, not encoder.lead))
+            total += encoder.flops(rows, prompt, prefix)
+        factor = self.vae.config.downsampling_factor
+        evaluations = len(step_table(how.sampler, self.schedule, how.steps).timesteps)
+        return total + evaluations * lidit_forward(self.model.config, rows, height // factor, width // factor, lengths)
+
+    def lower(self, params: Any, height: int, width: int, how: SampleConfig) -> jax.stages.Lowered:
+        """The program that draws a batch, for shapes in place of arrays; see `compiling.py`."""
+        rows = self.rows(how)
+        given = tokenize(self.encoders, [""] * rows), tokenize(self.encoders, [""] * rows), np.zeros(rows, np.uint32)
+        place = None if self.mesh is None else batch_sharding(self.mesh, self.rules)
+        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), given)
+        with self._in_force():
+            return self._draw.lower(params, self.frozen, *given, np.float32(1), **_static(how, height, width))
+
+    def rows(self, how: SampleConfig) -> int:
+        """Pictures at once."""
+        shards = 1 if self.mesh is None else num_batch_shards(self.mesh, self.rules)
+        return math.ceil(how.batch_size / shards) * shards
+
+    def _put(self, arrays: Any) -> Any:
+        """Rows, of which every process has all, over the mesh."""
+        if self.mesh is None:
+            return arrays
+        place = batch_sharding(self.mesh, self.rules)
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, place, x.__getitem__), arrays)
+
+    def _in_force(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def check_size(self, height: int, width: int) -> None:
         """Raises UserError unless the VAE's cells and the patches divide both sides."""
@@ -104,8 +140,13 @@ class Pipeline:
 
     @functools.cached_property
     def _draw(self):
-        static = ("height", "width", "steps", "sampler", "is_guided", "decode_pixels", "decode_tile")
-        return jax.jit(self._draw_latents_and_decode, static_argnames=static)
+        # Whole on every device: only of what it has itself can a process make a NumPy array.
+        place = None if self.mesh is None else replicated(self.mesh)
+        return jax.jit(self._draw_by_rules, static_argnames=_STATIC, out_shardings=place)
+
+    def _draw_by_rules(self, *arguments, **static):
+        with nn.logical_axis_rules(() if self.rules is None else self.rules.pairs()):
+            return self._draw_latents_and_decode(*arguments, **static)
 
     def _draw_latents_and_decode(
         self,
@@ -136,5 +177,20 @@ class Pipeline:
         noise = initial_noise(keys, (height // factor, width // factor, self.vae.config.latent_channels))
         latents = sample(sampler, self.schedule, predict, noise, steps, keys)
         latents = from_model_latents(latents, self.vae.config)
-        images = decode_within(self.vae, frozen["vae"], latents, pixels_at_once=decode_pixels, tile=decode_tile)
-        return to_pictures(images)
+        decode = lambda params, latents: decode_within(  # noqa: E731
+            self.vae, params, latents, pixels_at_once=decode_pixels, tile=decode_tile
+        )
+        if self.mesh is not None:
+            # Slices and tiles are each device's own: taken of the whole batch they would be decoded by all devices.
+            rows = PartitionSpec(self.rules.batch)
+            decode = jax.shard_map(decode, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
+        return to_pictures(decode(frozen["vae"], latents))
+
+
+_STATIC = ("height", "width", "steps", "sampler", "is_guided", "decode_pixels", "decode_tile")
+
+
+def _static(how: SampleConfig, height: int, width: int) -> dict[str, Any]:
+    """What a program is compiled for."""
+    values = {"height": height, "width": width, "is_guided": how.guidance_scale != 1.0}
+    return values | {name: getattr(how, name) for name in _STATIC if name not in values}

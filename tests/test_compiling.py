@@ -150,6 +150,47 @@ def test_paper_configs_describe_their_encoders_without_weights(name):
         Experiment(config, epath.Path("unused"))
 
 
+@pytest.mark.parametrize("name", ["1b", "10b"])
+def test_no_large_weight_of_the_model_or_its_encoders_lies_whole_on_every_device(name):
+    config = load_config(name)
+    config.data.path = "unused"
+    part = Experiment(config, epath.Path("unused"), only_shapes=True)
+    run = compiling._on_devices(part, jax.devices(), V5E, 64)
+    assert run.mesh.shape["fsdp"] == 8
+    whole = {}
+    for name, leaf in compiling._weights(run).items():
+        if leaf.sharding.is_fully_replicated and not name.startswith("vae/"):  # 0.3 GB in all, and whole by design
+            blocks = leaf.shape[0] if "/blocks/" in name or "/layers/" in name else 1
+            whole[name] = leaf.size * leaf.dtype.itemsize / blocks
+    assert whole and max(whole.values()) < 1e6, whole
+    stacked = sum(leaf.size * leaf.dtype.itemsize for leaf in compiling._weights(run).values() if leaf.ndim > 2)
+    cut = sum(compiling._bytes_a_chip(leaf) for leaf in compiling._weights(run).values() if leaf.ndim > 2)
+    assert cut < stacked / 7
+
+
+def test_where_weights_go_is_listed(with_weights, monkeypatch):
+    monkeypatch.setattr(compiling, "topology_devices", lambda *_: (jax.devices(), V5E))
+    with_weights.mesh.update(MESH)
+    lines = compiling.where_weights_go(with_weights, "v5e:2x4")
+    assert lines[0].split() == ["weight", "shape", "cut", "MB", "a", "chip"]
+    [line] = [line for line in lines if line.startswith("lidit/dit/blocks/feed_forward/in/kernel")]
+    assert line.split()[1:] == ["2", "x", "16", "x", "64", "-,", "fsdp,", "tensor", "0.002"]
+    assert any(line.startswith("llama/embed_tokens") for line in lines)
+
+
+def test_drawing_is_compiled_too(with_weights, monkeypatch):
+    monkeypatch.setattr(compiling, "topology_devices", lambda *_: (jax.devices(), V5E))
+    config = with_weights.copy_and_resolve_references()
+    config.mesh.update(MESH)
+    config.sample.update(batch_size=5, steps=3)
+    report = compiling.compile_step(config, "v5e:2x4", program="sample")
+    assert report.fits and report.batch_size == 8  # each of the devices along data and fsdp draws one
+    assert list(report.parts) == ["weights", "frozen"]
+    # Three evaluations with guidance; tiny as it is, the VAE's decoder takes more than the model.
+    assert report.flops_ratio > 1 and report.cost.unknown_loops == 0
+    assert "a batch of pictures takes at least" in "\n".join(report.lines())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install -e .[tpu]")
 def test_the_tpu_compiler_takes_the_demo(tmp_path):

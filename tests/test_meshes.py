@@ -1,5 +1,6 @@
 """The whole step (LLMs, VAE, LI-DiT) gives one device's losses on every mesh and on two hosts, and goes on on any."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,7 +11,9 @@ from etils import epath
 from test_hosts import free_port, start
 
 from lidit_jax import stages
+from lidit_jax.experiment import load
 from lidit_jax.parallel.mesh import make_mesh
+from lidit_jax.parallel.rules import ShardingRules, replicated
 
 FROM_JSON = """
 import json
@@ -46,7 +49,9 @@ def run(trained, workdir, mesh, steps=20):
 
 def run_on_two_hosts(trained, folder, workdir, steps):
     """Two processes of four devices, as data=2, fsdp=4."""
-    text = json.dumps(lidit_config(trained, (2, 4, 1), steps).to_dict())
+    config = lidit_config(trained, (2, 4, 1), steps)
+    config.train.sample_every = steps  # two hosts draw together as well
+    text = json.dumps(config.to_dict())
     port = free_port()
     hosts = [start(folder, workdir, 4, process, port, config=FROM_JSON.format(text=text)) for process in (0, 1)]
     errors = [host.communicate(timeout=600)[1] for host in hosts]
@@ -78,6 +83,18 @@ def test_a_mesh_gives_one_devices_losses_and_its_checkpoint_goes_on_on_fewer(
 ):
     assert run(trained_workdir, tmp_path / "run", mesh) == pytest.approx(first(alone, 20), rel=1e-5)
     assert run(trained_workdir, tmp_path / "run", fewer, 22) == pytest.approx(first(alone, 22), rel=1e-5)
+
+
+def test_a_mesh_draws_one_devices_pictures(trained_workdir, tmp_path):
+    experiment, alone, params, _ = load(epath.Path(trained_workdir))
+    how = dataclasses.replace(experiment.sample, batch_size=3, decode_pixels=3 * 32 * 32)
+    prompts, seeds = ["a red circle", "", "a blue square above a green circle"], [5, 6, 7]
+    expected = alone(params, prompts, seeds, 32, 32, how)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    spread = experiment.pipeline(mesh, ShardingRules())
+    got = spread(jax.device_put(params, replicated(mesh)), prompts, seeds, 32, 32, how)
+    assert got.shape == (3, 32, 32, 3)
+    assert np.abs(got.astype(int) - expected).max() <= 1  # another order of sums may round another way
 
 
 @pytest.mark.slow

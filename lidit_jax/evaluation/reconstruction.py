@@ -20,7 +20,7 @@ from lidit_jax.json_file import write_json
 from lidit_jax.models.image_similarity import psnr, ssim
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
-from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated
+from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated
 from lidit_jax.pictures import grid, save_png
 from lidit_jax.tasks import to_pictures, to_pixels
 
@@ -104,7 +104,7 @@ class Autoencoding:
     def __init__(self, model: AutoencoderKL, mesh: Mesh, rules: ShardingRules):
         self._model, self._mesh = model, mesh
         self._batch_sharding = batch_sharding(mesh, rules)
-        self._shards = int(np.prod([mesh.shape[axis] for axis in ("data", "fsdp")]))
+        self._shards = num_batch_shards(mesh, rules)
         self._latent_moments = jax.jit(self._measure, out_shardings=replicated(mesh))
         self._reconstruct = jax.jit(self._measure_and_reconstruct, out_shardings=replicated(mesh))
 

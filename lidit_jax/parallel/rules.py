@@ -1,6 +1,7 @@
 """One table from the logical axes of arrays to the axes of the device mesh."""
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -57,6 +58,12 @@ def shardings(boxed: Any, mesh: Mesh, rules: ShardingRules) -> Any:
 def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     """Leading axis over the batch axes of the mesh, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(rules.batch))
+
+
+def num_batch_shards(mesh: Mesh, rules: ShardingRules) -> int:
+    """Parts that `batch_sharding` cuts a batch into."""
+    names = () if rules.batch is None else (rules.batch,) if isinstance(rules.batch, str) else rules.batch
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
