@@ -147,6 +147,9 @@ def _serve(prepare: Callable[[], Callable[[], np.ndarray]], connection: Connecti
         work()  # compiles
         if CLEAR_REFS.exists():
             CLEAR_REFS.write_text("5")  # resets the high-water mark: compilation is over
+        torch = sys.modules.get("torch")
+        if torch and torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()  # JAX has no such thing: ours includes compilation
         connection.send(work())
         while connection.recv() == "work":
             started = time.perf_counter()

@@ -1,0 +1,112 @@
+"""Sampling, ours beside PyTorch's: `python -m lidit_jax.benchmarks.sample [--config=configs/1b.py …]`.
+
+From noise and features to latents by the config's sampler, with its classifier-free guidance: prompts and empty prompts
+in one batch. The frozen LLMs and the VAE's decoder take no part, on either side.
+
+    lidit_jax         as `lidit_jax.pipeline` draws: all steps in one program, on one device
+    PyTorch           the same model (`torch_lidit.py`), its matrices cast once to what they are multiplied in
+    PyTorch compiled  the guided prediction under `torch.compile`
+
+All have the same weights and begin with the same noise, so that latents can be compared. A step is one evaluation of
+the model. Operations are those that it needs, counted on paper (`models/flops.py`); MFU is their share of what the chip
+can do. The memory of an accelerator is shared: contestants take turns, but all are there at once.
+"""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from lidit_jax import cli
+from lidit_jax.benchmarks.contest import largest_difference
+from lidit_jax.benchmarks.workload import (
+    Work,
+    Workload,
+    compete,
+    from_flags,
+    load_twin,
+    save_weights,
+    table,
+    twin_features,
+    with_noise,
+)
+from lidit_jax.diffusion.samplers import step_table
+from lidit_jax.errors import UserError
+
+_SAMPLER = flags.DEFINE_string("sampler", None, "ddim, dpmpp_2m; euler, heun (default: the config's)")
+_STEPS = flags.DEFINE_integer("steps", None, "of the sampler (default: the config's)", lower_bound=1)
+_GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance scale; 1 is none (default: the config's)")
+
+
+def main() -> None:
+    workload, experiment = from_flags()
+    how = experiment.sample
+    sampler, steps = _SAMPLER.value or how.sampler, _STEPS.value or how.steps
+    guidance_scale = how.guidance_scale if _GUIDANCE.value is None else _GUIDANCE.value
+    rows = step_table(sampler, workload.schedule, steps)
+    if np.any(rows.noise_scale):
+        raise UserError(f"sampler {sampler!r} draws noise, so that pictures could not be compared: choose another")
+    arguments = workload, sampler, steps, guidance_scale
+    results = compete(functools.partial(ours, *arguments), functools.partial(twin, *arguments))
+    evaluations, batch = len(rows.timesteps), workload.batch
+    flops = evaluations * workload.forward_flops(batch if guidance_scale == 1.0 else 2 * batch)
+    print(f"{workload}; {sampler}, guidance {guidance_scale:g}")
+    print(table(results, steps=evaluations, samples=batch, unit="images", flops=flops))
+    for result in results[1:]:
+        difference = largest_difference([results[0], result])
+        print(f"{result.name}: latents differ by {difference:.1e} of the largest")
+
+
+# --- what takes part ---------------------------------------------------------------------------------------------
+
+
+def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *, folder: Path | None) -> Work:
+    """Latents, float32 [B, H, W, C]. Leaves its weights in the folder."""
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    from lidit_jax.diffusion.samplers import guided, sample
+    from lidit_jax.models.lidit import LIDiT
+
+    model, is_guided = LIDiT(workload.model), guidance_scale != 1.0
+    text = jax.device_put(workload.features(with_empty=is_guided))
+    noise = jnp.asarray(workload.noise())
+
+    def init(key):
+        rows = len(text[0].mask)
+        return nn.unbox(model.init(key, jnp.zeros((rows, *noise.shape[1:])), jnp.zeros(rows), text)["params"])
+
+    params = jax.jit(with_noise(init))(jax.random.key(0))
+    if folder:
+        save_weights(folder, params)
+
+    @jax.jit
+    def draw(params, text, noise, guidance_scale):
+        predict = lambda x, timesteps: model.apply({"params": params}, x, timesteps, text)  # noqa: E731
+        if is_guided:
+            predict = guided(predict, guidance_scale)
+        return sample(sampler, workload.schedule, predict, noise, steps)
+
+    return lambda: np.asarray(draw(params, text, noise, jnp.float32(guidance_scale)))
+
+
+def twin(
+    workload: Workload, sampler: str, steps: int, guidance_scale: float, *, folder: Path, device: str, compiled: bool
+) -> Work:
+    """As `ours`, with its weights."""
+    import torch
+
+    from lidit_jax.benchmarks import torch_lidit
+
+    model = load_twin(workload, folder, device)
+    rows = step_table(sampler, workload.schedule, steps)
+    draw = torch_lidit.Sampler(model, rows, workload.schedule.prediction, guidance_scale, compiled=compiled)
+    text = twin_features(workload, device, with_empty=guidance_scale != 1.0)
+    noise = torch.from_numpy(workload.noise()).to(device)
+    return lambda: draw(noise, text).cpu().numpy()
+
+
+if __name__ == "__main__":
+    cli.run(main)

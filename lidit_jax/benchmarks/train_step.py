@@ -1,0 +1,163 @@
+"""A training step, ours beside PyTorch's: `python -m lidit_jax.benchmarks.train_step [--config=configs/1b.py …]`.
+
+The step of `lidit_jax.train`: refiners, DiT, loss, gradient, clipping, AdamW and the parameters' average, as the config
+has them, on latents and features that were computed ahead. The frozen LLMs and the VAE take no part, on either side.
+
+    lidit_jax         on all devices, over the config's mesh
+    PyTorch           the same model (`torch_lidit.py`) on one device
+    PyTorch compiled  its loss and gradient under `torch.compile`
+
+All begin with the same weights and use the same times and noise, so that losses and gradients can be compared; PyTorch
+is given them, we draw them. `train.accumulate` is 1: a step is one micro-batch. Operations are those that the model
+needs, counted on paper (`models/flops.py`): rematerialisation is not among them. MFU is their share of what the chips
+can do. The memory of an accelerator is shared: contestants take turns, but all are there at once.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from lidit_jax import cli
+from lidit_jax.benchmarks.contest import Result, largest_difference
+from lidit_jax.benchmarks.workload import (
+    Work,
+    Workload,
+    compete,
+    from_flags,
+    load_twin,
+    save_weights,
+    table,
+    twin_features,
+    with_noise,
+)
+from lidit_jax.models.flops import FORWARD_AND_BACKWARD
+from lidit_jax.train import Batch, TrainConfig, Trainer
+
+_STEPS = flags.DEFINE_integer("steps_a_round", 4, "steps a round", lower_bound=1)
+
+DRAWS = "draws.npz"
+
+
+def main() -> None:
+    workload, experiment = from_flags()
+    steps = _STEPS.value
+    arguments, mesh = (workload, experiment.train, steps), dict(experiment.config.mesh)
+    results = compete(functools.partial(ours, *arguments, mesh=mesh), functools.partial(twin, *arguments))
+    flops = steps * FORWARD_AND_BACKWARD * workload.forward_flops(workload.batch)
+    print(workload)
+    samples, devices = steps * workload.batch, jax.device_count()
+    print(table(results, steps=steps, samples=samples, unit="samples", flops=flops, devices=devices))
+    for result in results[1:]:
+        losses, norms = (largest_difference([_row(results[0], i), _row(result, i)]) for i in range(2))
+        print(f"{result.name}: losses differ by {losses:.1e} of the largest, the gradients' norms by {norms:.1e}")
+
+
+def _row(result: Result, index: int) -> Result:
+    return dataclasses.replace(result, output=result.output[index])
+
+
+# --- what takes part ---------------------------------------------------------------------------------------------
+
+
+def ours(workload: Workload, config: TrainConfig, steps: int, *, mesh: Mapping[str, int], folder: Path | None) -> Work:
+    """A round's losses and the norms of its gradients, float32 [2, S].
+
+    Leaves its weights in the folder, and what it is going to draw in the two rounds that warm up and are compared.
+    """
+    trainer, batch = make_trainer(workload, config, mesh)
+    state, key = trainer.init(0), jax.random.key(1)
+    if folder:
+        save_weights(folder, state.params)
+        drawn = [draw(workload, batch["moments"], key, number) for number in range(2 * steps)]
+        arrays = {name: np.stack([of[name] for of in drawn]) for name in drawn[0]}
+        np.savez(folder / DRAWS, **arrays, learning_rate=[trainer.learning_rate(i) for i in range(2 * steps)])
+    number = itertools.count()
+
+    def work() -> np.ndarray:
+        nonlocal state
+        metrics = []
+        with jax.set_mesh(trainer.mesh):
+            for _ in range(steps):
+                state, of_step = trainer.step(state, trainer.task.frozen, batch, key, next(number))
+                metrics.append((of_step["loss"], of_step["grad_norm"]))
+        return np.array(jax.device_get(metrics), np.float32).T
+
+    return work
+
+
+def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[str, int]) -> tuple[Trainer, Batch]:
+    """A run whose latents and features were computed ahead of training, and one batch."""
+    import jax.numpy as jnp
+
+    from lidit_jax import tasks
+    from lidit_jax.models.lidit import LIDiT
+    from lidit_jax.models.vae import AutoencoderKL
+    from lidit_jax.parallel.mesh import check_model, make_mesh
+    from lidit_jax.parallel.rules import ShardingRules, replicated
+    from lidit_jax.text.encoders import StoredEncoding
+
+    mesh = make_mesh(mesh_sizes)
+    check_model(mesh, workload.model.hidden_size, workload.model.num_heads)
+    mean = workload.noise()
+    batch = {"moments": np.concatenate([mean, np.full_like(mean, -4.0)], axis=-1)}  # the second half: log-variances
+    encoders, prefixes = {}, {}
+    for (name, of), features in zip(workload.text.items(), workload.features(), strict=True):
+        encoders[name] = StoredEncoding(of.width, 0 if of.shares_prefix else of.prefix)
+        parts = [features.prompt] if of.shares_prefix else [features.prefix, features.prompt]
+        prefixes[name] = jax.device_put(features.prefix if of.shares_prefix else jnp.zeros(()), replicated(mesh))
+        batch[f"{name}/encoded"] = np.concatenate(parts, axis=1)
+        batch[f"{name}/mask"] = features.mask
+        batch[f"{name}/truncated"] = np.zeros(workload.batch, bool)
+    model, vae, frozen = LIDiT(workload.model), AutoencoderKL(workload.vae), {"vae": {}, "encoders": prefixes}
+    task = tasks.lidit_task(model, workload.schedule, encoders, vae, frozen)
+    trainer = Trainer(dataclasses.replace(task, init=with_noise(task.init)), config, mesh, ShardingRules())
+    return trainer, trainer.put(batch)
+
+
+def draw(workload: Workload, moments: jax.Array, key: jax.Array, number: int) -> dict[str, np.ndarray]:
+    """What the task draws in step `number`, under the names of a `torch_lidit.Draw`."""
+    from lidit_jax.models.vae import DiagonalGaussian, to_model_latents
+
+    schedule = workload.schedule
+    posterior_key, diffusion_key = jax.random.split(jax.random.fold_in(key, number))
+    times_key, noise_key = jax.random.split(diffusion_key)
+    latents = to_model_latents(DiagonalGaussian.from_moments(moments).sample(posterior_key), workload.vae)
+    times = schedule.sample_times(times_key, workload.batch)
+    noise = jax.random.normal(noise_key, latents.shape)
+    drawn = {
+        "noised": schedule.add_noise(latents, noise, times),
+        "timesteps": schedule.model_timesteps(times),
+        "target": schedule.target(latents, noise, times),
+    }
+    return jax.device_get(drawn)
+
+
+def twin(workload: Workload, config: TrainConfig, steps: int, *, folder: Path, device: str, compiled: bool) -> Work:
+    """As `ours`, with its weights and its draws; when those are used up they begin anew."""
+    import torch
+
+    from lidit_jax.benchmarks import torch_lidit
+
+    trainer = torch_lidit.Trainer(load_twin(workload, folder, device), config, compiled=compiled)
+    text = twin_features(workload, device)
+    with np.load(folder / DRAWS) as file:
+        learning_rates = file["learning_rate"].tolist()
+        tensors = [torch.from_numpy(file[name]).to(device) for name in torch_lidit.Draw._fields]
+    draws = map(torch_lidit.Draw, *tensors)
+    turns = itertools.cycle(zip(draws, learning_rates, strict=True))
+
+    def work() -> np.ndarray:
+        taken = [trainer.step(of_step, text, rate) for of_step, rate in itertools.islice(turns, steps)]
+        return torch.stack([torch.stack(values) for values in zip(*taken, strict=True)]).cpu().numpy()
+
+    return work
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,296 @@
+"""What `train_step` and `sample` work on: the model of a config, beside features and latents drawn at random.
+
+LLMs and the VAE are left out, for all contestants: `encode` and `vae` measure those. Their sizes alone are needed, and
+those are in the config.
+"""
+
+import dataclasses
+import functools
+import re
+import runpy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from lidit_jax import cli
+from lidit_jax.benchmarks.contest import Contestant, Result, contest, machine
+from lidit_jax.diffusion.schedules import Schedule
+from lidit_jax.errors import UserError
+from lidit_jax.experiment import Experiment
+from lidit_jax.models.flops import TextLengths, lidit_forward
+from lidit_jax.models.lidit import LIDiTConfig, TextFeatures
+from lidit_jax.models.vae_config import VAEConfig
+from lidit_jax.parallel.chips import chip_of
+from lidit_jax.text.load_encoder import open_encoder
+
+if TYPE_CHECKING:
+    from lidit_jax.benchmarks import torch_lidit
+
+# The flags that both command lines have.
+_CONFIG = cli.define_config()  # default: the demo
+_BATCH = flags.DEFINE_integer("batch", None, "samples at once (default: the config's)", lower_bound=1)
+_RESOLUTION = flags.DEFINE_integer(
+    "resolution", None, "side of the pictures in pixels (default: the config's)", lower_bound=1
+)
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "to compute in (default: the config's)")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "times that each does the work", lower_bound=1)
+_PREFIX_TOKENS = flags.DEFINE_integer(
+    "prefix_tokens", 64, "of system prompt and instruction, of LLMs that are published but not here", lower_bound=0
+)
+_TWIN = flags.DEFINE_bool("twin", True, "PyTorch takes part")
+_COMPILED = flags.DEFINE_bool("compiled", True, "and once more with torch.compile")
+
+WEIGHTS = "weights.safetensors"
+
+Work = Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Sizes, from which every process draws the same arrays.
+
+    Attributes:
+      text: each LLM's lengths and width.
+      text_dtypes: of each LLM's features.
+      batch: samples.
+      height, width: of the latents.
+    """
+
+    model: LIDiTConfig
+    schedule: Schedule
+    vae: VAEConfig
+    text: Mapping[str, TextLengths]
+    text_dtypes: Mapping[str, str]
+    batch: int
+    height: int
+    width: int
+
+    @property
+    def latents_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.height, self.width, self.model.latent_channels
+
+    @property
+    def text_widths(self) -> list[int]:
+        return [lengths.width for lengths in self.text.values()]
+
+    def noise(self) -> np.ndarray:
+        """Standard normal latents, float32 [B, H, W, C]."""
+        return np.random.default_rng(0).standard_normal(self.latents_shape, np.float32)
+
+    def features(self, *, with_empty: bool = False) -> list[TextFeatures]:
+        """Of every LLM, as NumPy arrays in its dtype: B prompts of one token to all that there may be.
+
+        Args:
+          with_empty: B rows more, of the empty prompt: its end token alone.
+        """
+        random = np.random.default_rng(1)
+        rows = 2 * self.batch if with_empty else self.batch
+        features = []
+        for name, of in self.text.items():
+            dtype = jnp.dtype(self.text_dtypes[name])
+            lengths = random.integers(1, of.prompt + 1, rows)
+            lengths[self.batch :] = 1
+            prefix_shape = (of.prefix, of.width) if of.shares_prefix else (rows, of.prefix, of.width)
+            prefix = random.standard_normal(prefix_shape, np.float32).astype(dtype)
+            prompt = random.standard_normal((rows, of.prompt, of.width), np.float32).astype(dtype)
+            features.append(TextFeatures(prefix, prompt, np.arange(of.prompt) < lengths[:, None]))
+        return features
+
+    def forward_flops(self, rows: int) -> int:
+        """Operations of the model's forward pass, of so many rows."""
+        return lidit_forward(self.model, rows, self.height, self.width, list(self.text.values()))
+
+    def __str__(self) -> str:
+        model, factor = self.model, self.vae.downsampling_factor
+        text = ", ".join(f"{name} {of.prefix} + {of.prompt} tokens" for name, of in self.text.items())
+        return (
+            f"depth {model.depth}, width {model.hidden_size}, {model.dtype}, remat {model.remat}; batch {self.batch}, "
+            f"{self.height * factor} x {self.width * factor} px, {text}"
+        )
+
+
+def from_flags() -> tuple[Workload, Experiment]:
+    """As `from_config`, from the command line; where it names no config, the demo's."""
+    demo = Path("configs/shapes.py")
+    is_demo = _CONFIG.value is None and demo.exists()
+    return from_config(
+        runpy.run_path(str(demo))["get_config"]() if is_demo else cli.read_config(_CONFIG),
+        batch=_BATCH.value,
+        resolution=_RESOLUTION.value,
+        dtype=_DTYPE.value,
+        prefix_tokens=_PREFIX_TOKENS.value,
+    )
+
+
+def from_config(
+    config: ConfigDict,
+    *,
+    batch: int | None = None,
+    resolution: int | None = None,
+    dtype: str | None = None,
+    prefix_tokens: int = 64,
+) -> tuple[Workload, Experiment]:
+    """Sizes of a config, and its parts with what is given in place of the config's.
+
+    Nothing is loaded but, where encoders' weights are given, their tokenizers.
+
+    Raises:
+      UserError: the config or the sizes cannot work.
+    """
+    config = config.copy_and_resolve_references()
+    if "model" not in config:
+        raise UserError("the config is of a VAE alone: name one with a model")
+    with config.unlocked():
+        config.data.path = config.data.get("path") or "unused"
+        config.data.resolution = resolution or config.data.resolution
+        config.model.dtype = dtype or config.model.dtype
+        config.train.batch_size = batch or config.train.batch_size
+        config.train.accumulate = 1
+        config.sample.batch_size = batch or config.sample.batch_size
+    experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
+    side, cell, vae = experiment.data.resolution, experiment.cell(), experiment.vae_config()
+    if side % cell:
+        raise UserError(f"--resolution={side} is not a multiple of {cell}: use {max(cell, side // cell * cell)}")
+    workload = Workload(
+        model=experiment.model.config,
+        schedule=experiment.schedule,
+        vae=vae,
+        text={name: _text_lengths(experiment, name, prefix_tokens) for name in experiment.encoders},
+        text_dtypes={name: encoder.dtype for name, encoder in experiment.encoders.items()},
+        batch=experiment.train.batch_size,
+        height=side // vae.downsampling_factor,
+        width=side // vae.downsampling_factor,
+    )
+    return workload, experiment
+
+
+def _text_lengths(experiment: Experiment, name: str, prefix_tokens: int) -> TextLengths:
+    part, text = experiment.encoders[name], experiment.text
+    if part.weights:
+        encoder = open_encoder(part.weights, experiment.prompt_tokenizer, dtype=part.dtype)
+        return TextLengths(len(encoder.tokenizer.prefix()), text.max_length, encoder.hidden_size, not encoder.lead)
+    if part.train:  # a tokenizer that the run trains has a token for each word of its instruction
+        prefix_tokens = len(re.findall(r"\w+|[^\w\s]", f"{text.system_prompt} {text.instruction}"))
+    return TextLengths(prefix_tokens, text.max_length, experiment.language_model_config(name).hidden_size)
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+def with_noise(init: Callable[[jax.Array], Any], scale: float = 0.02) -> Callable[[jax.Array], Any]:
+    """An initialisation without zeros: closed gates would hide from the outputs what is behind them."""
+
+    def noisy(key: jax.Array) -> Any:
+        params = init(key)
+        # Every array takes the beginning of the same noise: a draw for each would compile four times as long.
+        size = max(x.size for x in jax.tree.leaves(params))
+        noise = scale * jax.random.normal(jax.random.fold_in(key, 1), (size,))
+        return jax.tree.map(lambda x: x + noise[: x.size].reshape(x.shape), params)
+
+    return noisy
+
+
+def save_weights(folder: Path, params: Any) -> None:
+    """Flax's tree, its paths joined with dots, for the contestants that are prepared later."""
+    from safetensors.numpy import save_file
+
+    flat = flax.traverse_util.flatten_dict(params, sep=".")
+    save_file({name: np.ascontiguousarray(jax.device_get(array)) for name, array in flat.items()}, folder / WEIGHTS)
+
+
+def load_twin(workload: Workload, folder: Path, device: str) -> "torch_lidit.LIDiT":
+    """PyTorch's model with the weights that were saved."""
+    import torch
+    from safetensors.numpy import load_file
+
+    from lidit_jax.benchmarks import torch_lidit
+
+    torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing, which is JAX's default
+    return torch_lidit.from_flax(workload.model, workload.text_widths, load_file(folder / WEIGHTS), device)
+
+
+def twin_features(workload: Workload, device: str, *, with_empty: bool = False) -> "list[torch_lidit.TextFeatures]":
+    """`Workload.features` for PyTorch."""
+    import torch
+
+    from lidit_jax.benchmarks import torch_lidit
+
+    def tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
+        return torch.from_numpy(array.astype(np.float32)).to(device, getattr(torch, dtype))  # NumPy's have no bfloat16
+
+    return [
+        torch_lidit.TextFeatures(tensor(of.prefix, d), tensor(of.prompt, d), torch.from_numpy(of.mask).to(device))
+        for of, d in zip(workload.features(with_empty=with_empty), workload.text_dtypes.values(), strict=True)
+    ]
+
+
+# --- the contest -------------------------------------------------------------------------------------------------
+
+
+def compete(ours: Callable[..., Work], twin: Callable[..., Work]) -> list[Result]:
+    """Ours and, unless the flags leave it out, PyTorch's twin.
+
+    Args:
+      ours: (folder) -> its work; prepares us. Leaves there what the twin needs, unless it is None: there is no twin.
+      twin: (folder, device, compiled) -> its work; prepares PyTorch, after us.
+    """
+    if not _TWIN.value:
+        print(machine(), flush=True)
+        return contest([Contestant("lidit_jax", functools.partial(ours, folder=None))], _ROUNDS.value)
+    print(machine("torch"), flush=True)
+    device = _twin_device()
+    with tempfile.TemporaryDirectory() as name:
+        contestants = [Contestant("lidit_jax", functools.partial(ours, folder=Path(name)))]
+        for compiled in (False, True) if _COMPILED.value else (False,):
+            prepare = functools.partial(twin, folder=Path(name), device=device, compiled=compiled)
+            contestants.append(Contestant("PyTorch compiled" if compiled else "PyTorch", prepare))
+        return contest(contestants, _ROUNDS.value)
+
+
+def _twin_device() -> str:
+    """PyTorch's name for the device that JAX uses.
+
+    Raises:
+      UserError: PyTorch cannot work where JAX does.
+    """
+    import torch
+
+    platform = jax.default_backend()
+    if jax.device_count() > 1:
+        raise UserError(
+            f"JAX sees {jax.device_count()} devices, PyTorch works on one: show one alone, or give --notwin"
+        )
+    if platform == "cpu":
+        return "cpu"
+    if platform != "gpu" or not torch.cuda.is_available():
+        raise UserError(f"JAX works on a {platform} that PyTorch does not see: install its build for it, or --notwin")
+    return "cuda"
+
+
+def table(results: Sequence[Result], *, steps: int, samples: int, unit: str, flops: float, devices: int = 1) -> str:
+    """A line a contestant; how many times as fast as each we are.
+
+    Args:
+      steps, samples, flops: of a round.
+      devices: that we work on.
+    """
+    chip = chip_of(jax.devices()[0])
+    peak = chip and chip.flops * devices
+    heads = ["ms a step", f"{unit}/s", "TFLOP/s", *(["MFU"] if peak else []), f"{results[0].name} is", "peak MiB"]
+    lines = [f"{'':18}" + "".join(f"{head:>13}" for head in heads)]
+    for result in results:
+        speed = flops / result.median
+        cells = [f"{1e3 * result.median / steps:.1f}", f"{samples / result.median:.4g}", f"{speed / 1e12:.3g}"]
+        cells += [f"{speed / peak:.1%}"] if peak else []
+        cells += [f"{result.median / results[0].median:.2f} x", f"{result.peak_bytes / 2**20:.0f}"]
+        lines.append(f"{result.name:18}" + "".join(f"{cell:>13}" for cell in cells))
+    return f"median of {_ROUNDS.value} rounds of {steps} steps\n" + "\n".join(lines)

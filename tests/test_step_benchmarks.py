@@ -1,0 +1,200 @@
+"""The benchmarks of a training step and of sampling: PyTorch's twin computes what we compute."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+
+import flax
+import jax
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load_config, tiny_config
+
+from lidit_jax.benchmarks import sample, torch_lidit, train_step, workload
+from lidit_jax.diffusion import samplers
+from lidit_jax.diffusion.schedules import DDPM, RectifiedFlow
+from lidit_jax.errors import UserError
+from lidit_jax.models.flops import TextLengths
+from lidit_jax.models.lidit import LIDiT
+from lidit_jax.parallel.mesh import make_mesh
+
+TEXT = {"a": TextLengths(3, 7, 24), "b": TextLengths(2, 5, 16)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for one another cost more than such small arrays gain by them, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Of the eight that the CPU shows itself as."""
+    monkeypatch.setattr("lidit_jax.parallel.mesh.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+
+
+def tiny_workload(text=None, ddpm=False, **model):
+    """Of eight samples."""
+    config = tiny_config()
+    if ddpm:
+        config.diffusion, config.sample.sampler = {"name": "ddpm"}, "dpmpp_2m"
+    config.model.update(model)
+    found, experiment = workload.from_config(config, batch=8)
+    text = text or TEXT
+    changes = {"text": text, "text_dtypes": dict.fromkeys(text, "float32")}
+    return dataclasses.replace(found, height=4, width=6, **changes), experiment
+
+
+def assert_close(actual, expected, tolerance):
+    """Up to a share of the largest value."""
+    expected = np.asarray(expected, np.float32)
+    np.testing.assert_allclose(
+        np.asarray(actual, np.float32), expected, rtol=0, atol=tolerance * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "tolerance"),
+    [
+        ({}, {"patch_size": 2}, 1e-5),
+        ({"a": TEXT["a"]}, {"refiner_causal": True, "remat": "full"}, 1e-5),
+        ({"a": TEXT["a"], "t5": TextLengths(4, 6, 8, False)}, {"fusion": "concatenate", "refiner_gated": False}, 1e-5),
+        (TEXT | {"c": TEXT["a"]}, {"collaborative_blocks": 2, "refiner_rotary": False, "refiner_blocks": 1}, 1e-5),
+        ({}, {"dtype": "bfloat16"}, 5e-2),
+    ],
+)
+def test_the_twin_predicts_what_we_do(text, model, tolerance):
+    work, _ = tiny_workload(text, **model)
+    ours, features = LIDiT(work.model), work.features()
+    assert not all(of.mask.all() for of in features)  # some prompts are padded
+    latents, timesteps = work.noise(), np.linspace(0, 999, work.batch, dtype=np.float32)
+    params = random_params(ours, latents, timesteps, features)
+    expected = jax.jit(ours.apply)({"params": params}, latents, timesteps, features)
+
+    twin = torch_lidit.from_flax(work.model, work.text_widths, params)
+    with torch.no_grad():
+        actual = twin(*map(torch.from_numpy, (latents, timesteps)), workload.twin_features(work, "cpu"))
+    assert_close(actual, expected, tolerance)
+
+
+def random_params(model, *arguments):
+    """None of them zero, as gates are at first; drawn, which compiles nothing."""
+    shapes = flax.linen.unbox(jax.eval_shape(model.init, jax.random.key(0), *arguments)["params"])
+    random = np.random.default_rng(3)
+    return jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
+
+
+def test_the_twin_learns_what_we_learn(one_device):
+    work, experiment = tiny_workload(ddpm=True)
+    config = dataclasses.replace(experiment.train, clip_norm=0.1, weight_decay=1.0)  # that both matter
+    trainer, batch = train_step.make_trainer(work, config, experiment.config.mesh)
+    state, key, text = trainer.init(0), jax.random.key(1), workload.twin_features(work, "cpu")
+    before = jax.device_get(state.params)
+    start = torch_lidit.state_dict_of_flax(before)
+    twins = []
+    for remat in ("none", "full", "dots"):
+        model = dataclasses.replace(work.model, remat=remat)
+        twins.append(torch_lidit.Trainer(torch_lidit.from_flax(model, work.text_widths, before), config))
+    for number in range(2):
+        drawn = {name: torch.tensor(x) for name, x in train_step.draw(work, batch["moments"], key, number).items()}
+        rate = float(trainer.learning_rate(number))
+        with jax.set_mesh(trainer.mesh):
+            state, metrics = trainer.step(state, trainer.task.frozen, batch, key, number)
+        assert metrics["grad_norm"] > config.clip_norm
+        for twin in twins:
+            loss, norm = twin.step(torch_lidit.Draw(**drawn), text, rate)
+            assert loss.item() == pytest.approx(float(metrics["loss"]), rel=1e-5)
+            assert norm.item() == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
+    ours = [torch_lidit.state_dict_of_flax(jax.device_get(tree)) for tree in (state.params, state.ema)]
+    for twin in twins:
+        names = [name for name, _ in twin.model.named_parameters()]
+        assert set(names) == set(start)
+        for expected, actual in zip(ours, (twin.params, twin.ema), strict=True):
+            for name, now in zip(names, actual, strict=True):
+                assert_close(now.detach().numpy() - start[name], expected[name] - start[name], 1e-2)
+
+
+def test_operations_are_those_that_the_task_counts(one_device):
+    work, experiment = tiny_workload({"a": TEXT["a"], "t5": TextLengths(4, 6, 8, False)})
+    trainer, batch = train_step.make_trainer(work, experiment.train, experiment.config.mesh)
+    assert 3 * work.forward_flops(work.batch) == trainer.task.flops(batch)
+
+
+def test_contestants_of_sampling_draw_the_same(tmp_path):
+    work, _ = tiny_workload()
+    arguments = work, "euler", 3, 4.0
+    expected = sample.ours(*arguments, folder=tmp_path)()
+    assert expected.shape == work.latents_shape
+    assert_close(sample.twin(*arguments, folder=tmp_path, device="cpu", compiled=False)(), expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [("ddim", DDPM()), ("dpmpp_2m", DDPM(prediction="v")), ("euler", RectifiedFlow()), ("heun", RectifiedFlow())],
+)
+def test_the_twin_takes_a_samplers_steps(name, schedule):
+    class Model(torch.nn.Module):
+        def forward(self, x, timesteps, text):
+            return predict(x, timesteps)
+
+    def predict(x, timesteps):
+        return 0.5 * x**2 + timesteps[:, None] / 1000
+
+    noise, table = np.random.default_rng(0).standard_normal((2, 3), np.float32), samplers.step_table(name, schedule, 4)
+    expected = samplers.sample(name, schedule, predict, noise, 4)
+    drawn = torch_lidit.Sampler(Model(), table, schedule.prediction, 1.0)(torch.from_numpy(noise), ())
+    assert_close(drawn, expected, 1e-5)
+
+
+def test_sizes_come_from_the_config_and_from_what_is_given():
+    demo, _ = workload.from_config(load_config("shapes"))
+    assert (demo.latents_shape, demo.text["qwen"]) == ((32, 4, 4, 16), TextLengths(4, 28, 128))
+    paper, experiment = workload.from_config(load_config("1b"), batch=64, resolution=512, prefix_tokens=50)
+    assert (paper.latents_shape, paper.text_widths) == ((64, 64, 64, 16), [4096, 4096])
+    assert paper.text["llama3"].prefix == 50 and paper.text_dtypes["llama3"] == paper.model.dtype == "bfloat16"
+    assert experiment.train.batch_size == 64
+    with pytest.raises(UserError, match="--resolution=100 is not a multiple of 16: use 96"):
+        workload.from_config(load_config("1b"), resolution=100)
+    with pytest.raises(UserError, match="VAE alone"):
+        workload.from_config(load_config("vae", "shards"))
+
+
+def test_the_twin_refuses_a_rematerialisation_that_it_cannot_do():
+    work, _ = tiny_workload(remat="offload")
+    with pytest.raises(UserError, match="model.remat='offload'"):
+        torch_lidit.LIDiT(work.model, work.text_widths)
+
+
+def run(name, *arguments):
+    """The command line on one device, with as little work as there is."""
+    command = [sys.executable, "-m", f"lidit_jax.benchmarks.{name}", "--rounds=1", "--batch=2", *arguments]
+    environment = dict(os.environ) | {"XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "message"),
+    [("train_step", "--resolution=33", "not a multiple"), ("sample", "--sampler=ddim", "does not go with")],
+)
+def test_a_users_mistake_ends_in_one_line(name, argument, message):
+    done = run(name, argument)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert message in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_step", "sample"])
+def test_the_benchmark_compares_three_that_agree(name):
+    done = run(name, "--config=configs/shapes.py", "--config.model.depth=1")
+    assert done.returncode == 0, done.stderr
+    for way in ("lidit_jax", "PyTorch", "PyTorch compiled"):
+        assert re.search(rf"^{way} +[\d.]+ +[\d.e+]+ +[\d.e-]+ +[\d.]+ x +\d+$", done.stdout, re.MULTILINE), done.stdout
+    differences = re.findall(r"(?:differ by|norms by) (\S+)(?: of the largest|$)", done.stdout, re.MULTILINE)
+    assert len(differences) == (4 if name == "train_step" else 2), done.stdout
+    assert max(map(float, differences)) < 1e-3
