@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import types
 
 import flax.linen as nn
@@ -12,6 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -332,3 +335,34 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_is_kept(tmp_path, monkeypat
     monkeypatch.undo()
     assert steps_taken(tmp_path / "checkpoints") == 5
     assert int(run(tmp_path, make_trainer()).step) == 12
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from pathlib import Path
+import test_train
+from orbax.checkpoint._src.path import atomicity
+
+finalize = atomicity.AtomicRenameTemporaryPath.finalize
+
+async def killed(self, *arguments, **options):
+    if self.get_final().name == "10":  # all is written, but not under its name yet
+        os.kill(os.getpid(), signal.SIGKILL)
+    await finalize(self, *arguments, **options)
+
+atomicity.AtomicRenameTemporaryPath.finalize = killed
+test_train.run(Path(sys.argv[1]), test_train.make_trainer())
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_it_saves_keeps_the_checkpoint_before(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path / "killed")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = [path.name for path in (tmp_path / "killed/checkpoints").iterdir()]
+    assert "5" in left and "10" not in left and len(left) > 1  # what was begun lies beside it
+    assert steps_taken(tmp_path / "killed/checkpoints") == 5
+    assert_equal_trees(run(tmp_path / "whole", make_trainer()), run(tmp_path / "killed", make_trainer()))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
