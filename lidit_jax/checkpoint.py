@@ -6,6 +6,7 @@ digests of frozen parts), `config` (JSON), and `data`, where in the data each pr
 
 import contextlib
 import dataclasses
+import errno
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 
+# What goes on happening until somebody does something; a connection that broke is another matter.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _OF_A_DISK = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC", re.I)
 
 
@@ -122,7 +125,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             # A full disk is said by whichever library met it; what a device or a bug says is not the disk's.
-            if not isinstance(error, OSError) and not _OF_A_DISK.search(str(error)):
+            if getattr(error, "errno", None) not in _DISK_ERRORS and not _OF_A_DISK.search(str(error)):
                 raise
             raise UserError(
                 f"{self.folder}: a checkpoint can't be written ({' '.join(str(error).split())[:200]}); the last whole "

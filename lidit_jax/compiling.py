@@ -30,11 +30,11 @@ from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.chips import TPUS, Chip
 from lidit_jax.parallel.hlo import Cost, cost_of
 from lidit_jax.parallel.mesh import check_model, make_mesh
-from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated
+from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.text.encoders import FrozenLLM, LLMTextEncoder, PromptEncoder
 from lidit_jax.text.load_encoder import open_encoder
-from lidit_jax.train import Trainer, check_batch_size
+from lidit_jax.train import TrainConfig, Trainer, TrainState, check_batch_size
 from lidit_jax.weights.huggingface_llm import abstract_encoder
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ class Report:
       chip: its peaks.
       devices, batch_size: in all.
       mesh: axis -> size.
-      parts: bytes of what lies in memory through the step: "weights", "ema", "optimiser", "frozen", "batch".
+      parts: bytes of what lies in memory through the step: "weights", "ema", "optimiser", "frozen", "batch"; where a
+        run draws, "beside": what it trains with and does not draw with.
       temporaries, peak, program: bytes; None where the compiler ran out of memory, which `needed` then says.
       needed: bytes of temporaries that the compiler asked for, where it ran out.
       model_flops: that the models need, rematerialisation not counted, all chips together.
@@ -76,7 +77,8 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        return self.peak is not None  # the compiler knows what a chip has to the byte, and refuses more
+        # The compiler knows what a chip has to the byte, and refuses more; but not of what lies beside its program.
+        return self.peak is not None and (not self.parts.get("beside") or self.peak <= self.chip.memory)
 
     @property
     def flops_ratio(self) -> float | None:
@@ -170,10 +172,15 @@ class _Run:
     frozen: dict[str, Any]
     vae: AutoencoderKL
 
-    def trainer(self) -> Trainer:
+    def trainer(self, config: TrainConfig) -> Trainer:
         experiment = self.experiment
         task = tasks.lidit_task(experiment.model, experiment.schedule, self.encoders, self.vae, self.frozen)
-        return Trainer(task, experiment.train, self.mesh, self.rules)
+        return Trainer(task, config, self.mesh, self.rules)
+
+    def state(self) -> TrainState:
+        """What a run holds, whatever its batches are."""
+        rows = num_batch_shards(self.mesh, self.rules)
+        return self.trainer(dataclasses.replace(self.experiment.train, batch_size=rows, accumulate=1)).abstract_state()
 
 
 def compile_step(
@@ -195,7 +202,7 @@ def compile_step(
         return _compile_sampling(run, topology)
     check_batch_size(run.experiment.train, run.mesh)
     batch = abstract_batch(run.experiment, run.encoders, run.mesh, run.rules)
-    return _compile(run.trainer(), run.frozen, batch, topology, run.chip)
+    return _compile(run.trainer(run.experiment.train), run.frozen, batch, topology, run.chip)
 
 
 def where_weights_go(config: ConfigDict, topology: str, num_slices: int = 1) -> list[str]:
@@ -211,7 +218,7 @@ def where_weights_go(config: ConfigDict, topology: str, num_slices: int = 1) -> 
 
 def _weights(run: _Run) -> dict[str, jax.ShapeDtypeStruct]:
     """Of LI-DiT, the encoders and the VAE, by name."""
-    trees = {"lidit": run.trainer().abstract_state().params, "vae": run.frozen["vae"]}
+    trees = {"lidit": run.state().params, "vae": run.frozen["vae"]}
     trees |= {name: of.params for name, of in run.frozen["encoders"].items()}
     return flax.traverse_util.flatten_dict(trees, sep="/")
 
@@ -250,9 +257,11 @@ def _compile_sampling(run: _Run, topology: str) -> Report:
     experiment, how, side = run.experiment, run.experiment.sample, run.experiment.data.resolution
     pipeline = Pipeline(experiment.model, experiment.schedule, run.encoders, run.vae, run.frozen, run.mesh, run.rules)
     pipeline.check_size(side, side)
-    params = run.trainer().abstract_state().params
-    lower = lambda: pipeline.lower(params, side, side, how)  # noqa: E731
-    parts = {"weights": params, "frozen": run.frozen}
+    state = run.state()
+    lower = lambda: pipeline.lower(state.averaged, side, side, how)  # noqa: E731
+    # A run draws with one copy of the weights; what else it trains with stays where it is.
+    beside = state.opt_state if state.ema is None else (state.params, state.opt_state)
+    parts = {"weights": state.averaged, "frozen": run.frozen, "beside": beside}
     rows, flops = pipeline.rows(how), pipeline.flops(side, side, how)
     return _report(lower, run.mesh, parts, topology, run.chip, "sample", rows, flops)
 
@@ -284,7 +293,7 @@ def _report(
         batch_size=batch_size,
         parts={name: _bytes_a_chip(tree) for name, tree in parts.items()},
         temporaries=memory and memory.temp_size_in_bytes,
-        peak=memory and memory.peak_memory_in_bytes,
+        peak=memory and memory.peak_memory_in_bytes + _bytes_a_chip(parts.get("beside")),
         program=memory and memory.generated_code_size_in_bytes,
         needed=needed,
         model_flops=model_flops,

@@ -108,7 +108,7 @@ class TrainConfig:
       ema_decay: 0 keeps no average. The decay is ramped up over the first steps: min(decay, (1 + t) / (10 + t)).
       max_skipped_in_row: non-finite steps in a row after which the run stops.
       stalled_after: seconds without a step after which a run on several hosts ends, as one of them must be waiting for
-        ever; 0: it waits. Compiling, judging and saving must be done within.
+        ever; 0: it waits. Compiling, judging and saving must each be done within.
       log_every, checkpoint_every, sample_every, keep: steps, and checkpoints kept; sample_every=0: none.
     """
 
@@ -363,15 +363,18 @@ def train(
             if step % config.log_every == 0 or last:
                 _log(metrics, progress, step, pending, stream.report(), config)
                 pending = []
+                watchdog.beat()
             if config.sample_every and task.evaluate and not preempted and (step % config.sample_every == 0 or last):
                 with progress.paused():
                     values, pictures = task.evaluate(state, step)
                     if values:
                         metrics.scalars(step, values)
                     metrics.images(step, pictures)
+                watchdog.beat()
             if step % config.checkpoint_every == 0 or last or preempted:
                 with progress.paused():
                     checkpoints.save(step, state, facts, stream.get_state())
+                watchdog.beat()
             if preempted:
                 checkpoints.wait()
                 raise Preempted(

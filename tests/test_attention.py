@@ -122,6 +122,14 @@ def test_each_platform_gets_its_kernel():
     assert chosen("cpu", 1024, 1024) == chosen("gpu", 1024, 1024) == "xla"
 
 
+def test_a_row_without_keys_gets_the_mean_of_the_values():
+    arrays, mask = inputs((2, 130, 40, 2, 2, 64))
+    mask = mask.at[1].set(False)
+    expected, got = (value_and_gradients(which, arrays, mask) for which in ("xla", "splash"))
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+
+
 def test_what_a_kernel_cannot_do_is_said():
     arrays, _ = inputs((1, 8, 8, 1, 1, 8))
     with pytest.raises(UserError, match="takes no bias"):
@@ -130,10 +138,17 @@ def test_what_a_kernel_cannot_do_is_said():
         LIDiTConfig(depth=1, hidden_size=8, num_heads=1, patch_size=1, latent_channels=1, attention="flash")
 
 
-@pytest.mark.parametrize(("name", "results", "products"), [("fwd", 4, 2), ("dkv", 5, 5), ("dkv", 4, 4), ("dq", 2, 3)])
-def test_the_kernels_operations_are_counted(name, results, products):
+@pytest.mark.parametrize(
+    ("name", "shapes", "products"),
+    [
+        ("fwd", "f32[2,256,128], bf16[2,4,256,64]", 2),
+        ("dkv", "bf16[2,1,4,256,64], bf16[2,2,128,64], bf16[2,2,128,64]", 5),
+        ("dkv", "bf16[2,2,128,64], bf16[2,2,128,64]", 4),
+        ("dq", "bf16[2,4,256,64]", 3),
+    ],
+)
+def test_the_kernels_operations_are_counted(name, shapes, products):
     """As the TPU's compiler writes it down; no other platform compiles it."""
-    shapes = ", ".join(["bf16[2,4,256,64]"] * results)
     text = f"""ENTRY %main (q: bf16[2,4,256,64], k: bf16[2,2,128,64]) -> bf16[2,4,256,64] {{
   %next = s8[1,1,1] constant(0)
   %q = bf16[2,4,256,64] parameter(0)

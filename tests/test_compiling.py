@@ -1,5 +1,6 @@
 """The train step of shapes alone, compiled here for the CPU's devices in place of a TPU's."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -87,8 +88,6 @@ def test_the_report_says_what_a_chip_holds_and_does(report):
 
 
 def test_what_does_not_fit_is_said_with_what_would(report):
-    import dataclasses
-
     report, _ = report
     lacking = dataclasses.replace(report, peak=None, temporaries=None, program=None, cost=None, needed=60 * 1024**3)
     assert not lacking.fits and lacking.mfu_bound() is None
@@ -185,7 +184,9 @@ def test_drawing_is_compiled_too(with_weights, monkeypatch):
     config.sample.update(batch_size=5, steps=3)
     report = compiling.compile_step(config, "v5e:2x4", program="sample")
     assert report.fits and report.batch_size == 8  # each of the devices along data and fsdp draws one
-    assert list(report.parts) == ["weights", "frozen"]
+    assert list(report.parts) == ["weights", "frozen", "beside"]
+    assert report.parts["beside"] > 2.9 * report.parts["weights"] and report.peak > report.parts["beside"]
+    assert not dataclasses.replace(report, peak=17_000_000_000).fits
     # Three evaluations with guidance; tiny as it is, the VAE's decoder takes more than the model.
     assert report.flops_ratio > 1 and report.cost.unknown_loops == 0
     assert "a batch of pictures takes at least" in "\n".join(report.lines())

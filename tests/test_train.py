@@ -321,6 +321,15 @@ def test_sigterm_saves_the_step_and_the_next_start_goes_on_bit_for_bit(tmp_path)
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
 
 
+def test_a_connection_that_broke_while_saving_is_no_mistake_of_the_users(tmp_path, monkeypatch):
+    def broken(self, step, **options):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", broken)
+    with pytest.raises(ConnectionResetError):  # exit code 1, after which a run is started again
+        run(tmp_path, make_trainer())
+
+
 def test_a_full_disk_is_said_and_the_last_checkpoint_is_kept(tmp_path, monkeypatch):
     save = ocp.CheckpointManager.save
 

@@ -20,16 +20,24 @@ from lidit_jax.models.layers import (
     modulate,
 )
 
-DOTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(splash_attention.CHECKPOINT_NAME),
+_kernels = jax.checkpoint_policies.save_only_these_names(splash_attention.CHECKPOINT_NAME)
+_dots = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _kernels
 )
+_dots_to_host = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+
+
+def _offload_dots(primitive, *arguments, **options):
+    # JAX joins only policies that say yes or no.
+    return _kernels(primitive, *arguments, **options) or _dots_to_host(primitive, *arguments, **options)
+
+
 # What a rematerialised block keeps for its backward pass.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keeps the block's input alone: least memory, one more forward
-    "dots": DOTS,  # keeps the matrix products' results, and the attention kernel's
-    # As "dots", but they wait in the host's memory.
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "dots": _dots,  # keeps the matrix products' results, and the attention kernel's
+    # As "dots", but the products' results wait in the host's memory.
+    "offload": _offload_dots,
     "none": None,  # no rematerialisation
 }
 

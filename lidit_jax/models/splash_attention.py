@@ -38,7 +38,7 @@ def splash_attention(
     Args:
       query: [B, Lq, H, D].
       key, value: [B, Lk, K, D]; K divides H.
-      key_mask: bool [B, Lk]. A row without any True key yields something finite.
+      key_mask: bool [B, Lk]. A row without any True key yields the mean of the values.
       interpret: run the kernel's operations one by one on any platform: correct, and slow.
 
     Returns:
@@ -46,11 +46,15 @@ def splash_attention(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)  # the kernel scales nothing
+    is_masked = key_mask is not None
     if key_mask is None:
         key_mask = jnp.ones(key.shape[:2], bool)
-        is_masked = False
     else:
-        is_masked = True
+        # Where no key may be seen the kernel's gradients would be wrong by orders of magnitude. There all keys may be,
+        # with equal logits, which is what a softmax of masked logits comes to.
+        has_keys = jnp.any(key_mask, axis=-1)
+        query = jnp.where(has_keys[:, None, None, None], query, 0)
+        key_mask = key_mask | ~has_keys[:, None]
     attend = functools.partial(_attend, is_masked=is_masked, is_causal=is_causal, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:

@@ -303,9 +303,10 @@ def _attention_flops(one: Instruction, among: dict[str, Instruction]) -> float:
         return 0.0
     tokens = [dims for name in one.operands if name in among for dims in [_dims(among[name].shape)] if len(dims) == 4]
     query, key = tokens[:2]  # [B, H, Lq, D], [B, K, Lk, D]
-    # Forward: logits and output. Backward: logits again, and the gradients of weights, values and keys (and queries,
-    # which a kernel that does all at once gives as a fifth result).
-    products = {"fwd": 2, "dkv": 5 if len(list(_arrays(one.shape))) > 4 else 4, "dq": 3}[kernel[1]]
+    # Forward: logits and output. Backward: logits again, and the gradients of weights, values and keys; and of queries,
+    # which a kernel that does all at once gives for every block of keys, as [B, blocks, H, Lq, D].
+    does_all = any(len(sizes) == len(query) + 1 for _, sizes in _arrays(one.shape))
+    products = {"fwd": 2, "dkv": 5 if does_all else 4, "dq": 3}[kernel[1]]
     return 2.0 * products * math.prod(query) * key[2]
 
 
