@@ -11,8 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lidit_jax.models.layers import ROTARY_THETA, Attention
-from lidit_jax.models.rotary import rotary_tables, rotate
+from lidit_jax.models.layers import Attention, rotated
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -60,12 +59,9 @@ def _weights(
         return projected.reshape(*projected.shape[:2], attention.num_heads, -1)
 
     query, key = heads("query"), heads("key")  # [B, Lq, H, D], [B, Lk, H, D]
-    head_size = query.shape[-1]
     if positions is not None:
-        context_positions = positions if context_positions is None else context_positions
-        query = rotate(query, *rotary_tables(positions, head_size, ROTARY_THETA))
-        key = rotate(key, *rotary_tables(context_positions, head_size, ROTARY_THETA))
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * head_size**-0.5
+        query, key = rotated(query, key, positions, context_positions)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     mask = jnp.ones(logits.shape[-2:], bool)
     if attention.is_causal:
         mask = jnp.tril(mask)

@@ -82,7 +82,7 @@ class Report:
 
     @property
     def flops_ratio(self) -> float | None:
-        """Compiled operations over those that the models need; what custom calls do is not among the compiled."""
+        """Compiled operations over those that the models need; of custom calls the attention kernel's alone count."""
         return self.cost and self.cost.flops * self.devices / self.model_flops
 
     def bounds(self) -> dict[str, float]:

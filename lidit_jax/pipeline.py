@@ -16,12 +16,12 @@ from jax.sharding import Mesh, PartitionSpec
 from lidit_jax.diffusion.samplers import guided, initial_noise, sample, step_table
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.errors import UserError
-from lidit_jax.models.flops import TextLengths, lidit_forward
+from lidit_jax.models.flops import lidit_forward
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
 from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated
-from lidit_jax.tasks import to_pictures
+from lidit_jax.tasks import text_work, to_pictures
 from lidit_jax.text.encoders import PromptEncoder, encode, tokenize
 
 
@@ -97,14 +97,12 @@ class Pipeline:
     def flops(self, height: int, width: int, how: SampleConfig) -> int:
         """Operations that drawing a batch needs; as of a step's, see `models/flops.py`. The VAE's are not counted."""
         rows = self.rows(how) * (1 if how.guidance_scale == 1.0 else 2)
-        total, lengths = 0, []
-        for name, encoder in self.encoders.items():
-            prefix, prompt = encoder.prefix_length(self.frozen["encoders"][name]), encoder.tokenizer.max_length
-            lengths.append(TextLengths(prefix, prompt, encoder.hidden_size, not encoder.lead))
-            total += encoder.flops(rows, prompt, prefix)
+        prompts = {name: encoder.tokenizer.max_length for name, encoder in self.encoders.items()}
+        encoding, lengths = text_work(self.encoders, self.frozen["encoders"], rows, prompts)
         factor = self.vae.config.downsampling_factor
         evaluations = len(step_table(how.sampler, self.schedule, how.steps).timesteps)
-        return total + evaluations * lidit_forward(self.model.config, rows, height // factor, width // factor, lengths)
+        of_one = lidit_forward(self.model.config, rows, height // factor, width // factor, lengths)
+        return encoding + evaluations * of_one
 
     def lower(self, params: Any, height: int, width: int, how: SampleConfig) -> jax.stages.Lowered:
         """The program that draws a batch, for shapes in place of arrays; see `compiling.py`."""

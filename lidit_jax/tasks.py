@@ -247,9 +247,23 @@ def _lidit_flops(
     if content == "image":
         total += vae_encoder_forward(vae.config, count, height, width)
         height, width = (side // vae.config.downsampling_factor for side in (height, width))
-    lengths = []
+    prompts = {name: batch[f"{name}/mask"].shape[1] for name in encoders}
+    encoding, lengths = text_work(encoders, frozen["encoders"], count, prompts)
+    return total + encoding + FORWARD_AND_BACKWARD * lidit_forward(model.config, count, height, width, lengths)
+
+
+def text_work(
+    encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], count: int, prompts: Mapping[str, int]
+) -> tuple[int, list[TextLengths]]:
+    """Operations of encoding so many prompts, and the lengths of their features.
+
+    Args:
+      frozen: the encoders' arrays, by name.
+      prompts: tokens of a prompt, by encoder.
+    """
+    total, lengths = 0, []
     for name, encoder in encoders.items():
-        prefix, prompt = encoder.prefix_length(frozen["encoders"][name]), batch[f"{name}/mask"].shape[1]
-        lengths.append(TextLengths(prefix, prompt, encoder.hidden_size, not encoder.lead))
-        total += encoder.flops(count, prompt, prefix)
-    return total + FORWARD_AND_BACKWARD * lidit_forward(model.config, count, height, width, lengths)
+        prefix = encoder.prefix_length(frozen[name])
+        lengths.append(TextLengths(prefix, prompts[name], encoder.hidden_size, not encoder.lead))
+        total += encoder.flops(count, prompts[name], prefix)
+    return total, lengths

@@ -153,6 +153,15 @@ class FeedForward(nn.Module):
         return Dense(features, ("mlp", "embed"), dtype=self.dtype, name="out")(x)
 
 
+def rotated(
+    query: jax.Array, key: jax.Array, positions: jax.Array, context_positions: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Queries [B, L, H, D] and keys [B, M, H, D] turned by their positions, int [L] and [M] (None: the queries')."""
+    context_positions = positions if context_positions is None else context_positions
+    query = rotate(query, *rotary_tables(positions, query.shape[-1], ROTARY_THETA))
+    return query, rotate(key, *rotary_tables(context_positions, key.shape[-1], ROTARY_THETA))
+
+
 class Attention(nn.Module):
     """Multi-head attention of x to itself, or to a context.
 
@@ -193,9 +202,7 @@ class Attention(nn.Module):
             query = RMSNorm(name="query_norm")(query)
             key = RMSNorm(name="key_norm")(key)
         if positions is not None:
-            context_positions = positions if context_positions is None else context_positions
-            query = rotate(query, *rotary_tables(positions, head_shape[1], ROTARY_THETA))
-            key = rotate(key, *rotary_tables(context_positions, head_shape[1], ROTARY_THETA))
+            query, key = rotated(query, key, positions, context_positions)
         y = dot_product_attention(
             query, key, value, key_mask=key_mask, is_causal=self.is_causal, implementation=self.implementation
         )

@@ -15,6 +15,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
 
+from lidit_jax.parallel.rules import num_shards
+
 # Lengths of blocks are multiples of a register's lanes.
 LANES = 128
 # The longest block. Larger ones re-read less; the smallest chip's VMEM has room for 1024 x 1024 float32 logits.
@@ -68,8 +70,7 @@ def splash_attention(
 def _axes(mesh: jax.sharding.AbstractMesh, name: str, size: int):
     """The mesh axes of a logical axis, if they divide its size: else every device does the whole."""
     [axes] = nn.logical_to_mesh_axes((name,)) or (None,)
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    return axes if size % math.prod(mesh.shape[axis] for axis in names) == 0 else None
+    return axes if size % num_shards(mesh, axes) == 0 else None
 
 
 def _attend(query, key, value, key_mask, *, is_masked, is_causal, interpret):

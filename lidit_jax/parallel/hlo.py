@@ -33,7 +33,7 @@ class Cost:
       bytes: read and written by whatever is not fused into something else; slices of larger arrays count as slices.
       messages: bytes that a chip takes part in sending, by kind: of a gather its result, of a scatter its operand, of a
         reduction twice its size.
-      kernels: custom calls, whose operations nobody can read here, by target.
+      kernels: custom calls whose operations nobody can read here (the attention kernel's are counted), by target.
       unknown_loops: loops whose trips could not be read; their bodies are counted once.
     """
 

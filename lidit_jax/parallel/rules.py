@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -48,7 +48,8 @@ def shardings(boxed: Any, mesh: Mesh, rules: ShardingRules) -> Any:
 
     def fit(spec: PartitionSpec, leaf: Any) -> NamedSharding:
         axes = tuple(spec) + (None,) * (len(leaf.shape) - len(spec))
-        fitted = [axis if _divides(mesh, axis, size) else None for axis, size in zip(axes, leaf.shape, strict=True)]
+        sizes = zip(axes, leaf.shape, strict=True)
+        fitted = [axis if size % num_shards(mesh, axis) == 0 else None for axis, size in sizes]
         return NamedSharding(mesh, PartitionSpec(*fitted))
 
     is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
@@ -62,18 +63,15 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
 
 def num_batch_shards(mesh: Mesh, rules: ShardingRules) -> int:
     """Parts that `batch_sharding` cuts a batch into."""
-    names = () if rules.batch is None else (rules.batch,) if isinstance(rules.batch, str) else rules.batch
+    return num_shards(mesh, rules.batch)
+
+
+def num_shards(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
+    """Parts that mesh axes cut an array's axis into."""
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape[name] for name in names)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
-
-
-def _divides(mesh: Mesh, axes: MeshAxes, size: int) -> bool:
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    product = 1
-    for name in names:
-        product *= mesh.shape[name]
-    return size % product == 0
