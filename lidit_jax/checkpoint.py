@@ -137,41 +137,61 @@ class Checkpoints:
             self._manager.close()
 
 
+def require_checkpoint(folder: str | epath.Path) -> None:
+    """Raises UserError unless the folder has a finished checkpoint."""
+    if not steps_taken(folder):
+        raise _no_checkpoint(folder)
+
+
+def _no_checkpoint(folder: str | epath.Path) -> UserError:
+    return UserError(f"{folder}: no finished checkpoint there; train first, or name the --workdir of a run")
+
+
+def check_same_model(given: Any, wanted: Any) -> None:
+    """Raises UserError unless the weights of two trees have the same names and shapes."""
+    shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (given, wanted)]
+    if shapes[0] != shapes[1]:
+        raise UserError("the weights to start from belong to a model of another size: compare the two configs' model")
+
+
 def steps_taken(folder: str | epath.Path) -> int:
     """Of the newest finished checkpoint in the folder; 0 where there is none. Opens and creates nothing."""
     return max((int(step.name) for step in epath.Path(folder).glob("*") if step.name.isdecimal()), default=0)
 
 
-def load_weights(folder: str | epath.Path, weights: str, sharding: Any = None) -> tuple[Any, int]:
+def load_weights(folder: str | epath.Path, weights: str, into: Any = None) -> tuple[Any, int]:
     """One tree of the newest checkpoint, without its optimiser.
 
     Args:
       folder: what `Checkpoints` was given.
       weights: "params" or "ema".
-      sharding: a `jax.sharding.Sharding` for every array (default: the first device).
+      into: the tree that is wanted, of `jax.ShapeDtypeStruct` with shardings (default: what is there, on the first
+        device).
 
     Returns:
       (the tree as nested dicts of arrays, step).
 
     Raises:
-      UserError: if there is no checkpoint, or none of these weights in it.
+      UserError: if there is no checkpoint, none of these weights in it, or they are not what is wanted.
     """
     folder = epath.Path(folder).resolve()
-    if not folder.exists():
-        raise UserError(f"{folder}: no checkpoint there; train first, or name the --workdir of a run")
+    require_checkpoint(folder)
     handlers = {"state": ocp.PyTreeCheckpointHandler()}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in ("facts", "config")}
     handlers["data"] = DataPositionHandler()  # or Orbax warns of unknown items
     with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
         step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{folder}: no finished checkpoint there; train first, or name the --workdir of a run")
+        if step is None:  # in a bucket, a folder may be there before its checkpoint is finished
+            raise _no_checkpoint(folder)
         tree = manager.item_metadata(step)["state"].tree
         if tree.get(weights) is None:
             kept = ", ".join(name for name in ("params", "ema") if tree.get(name) is not None)
             raise UserError(f"{folder}: the checkpoint has no {weights!r} weights; it has {kept}")
-        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=sharding), tree[weights])
+        alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=alone), tree[weights])
+        if into is not None:
+            check_same_model(abstract, into)
+            abstract = into
         args = ocp.args.PyTreeRestore(
             {weights: abstract},
             restore_args=ocp.checkpoint_utils.construct_restore_args({weights: abstract}),

@@ -30,7 +30,7 @@ from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.chips import TPUS, Chip
 from lidit_jax.parallel.hlo import Cost, cost_of
 from lidit_jax.parallel.mesh import check_model, make_mesh
-from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated
+from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated, stored_shardings
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.text.encoders import FrozenLLM, LLMTextEncoder, PromptEncoder
 from lidit_jax.text.load_encoder import open_encoder
@@ -380,7 +380,9 @@ def abstract_frozen(
     vae = experiment.autoencoder(experiment.vae_config())
     side = 2 * vae.config.downsampling_factor
     params = jax.eval_shape(lambda: nn.unbox(vae.init(jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]))
-    return encoders, {"vae": _everywhere(params, mesh), "encoders": frozen}
+    places = stored_shardings(params, mesh, rules)
+    params = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), params, places)
+    return encoders, {"vae": params, "encoders": frozen}
 
 
 def abstract_batch(

@@ -12,6 +12,8 @@ A workdir describes itself:
 A config without the sections that belong to LI-DiT is of a VAE alone.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +22,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lidit_jax.checkpoint import load_weights
+from lidit_jax.checkpoint import load_weights, require_checkpoint
 from lidit_jax.config import build, read_workdir
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.stored_features import StoredEncoder
@@ -35,7 +37,8 @@ from lidit_jax.models.lpips import SMALLEST_SIDE
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.models.vae_tiling import smallest_tile
-from lidit_jax.parallel.rules import ShardingRules, replicated
+from lidit_jax.parallel.mesh import make_mesh
+from lidit_jax.parallel.rules import ShardingRules, place, stored_shardings
 from lidit_jax.parts import EncoderConfig, TextConfig, VAEPartConfig
 from lidit_jax.pipeline import Pipeline, SampleConfig
 from lidit_jax.text.encoders import PromptEncoder
@@ -256,15 +259,24 @@ class Experiment:
     ) -> Pipeline:
         """The frozen parts from their folders, with the model around them.
 
-        Without encoders it draws nothing. With a mesh the encoders are cut over it by the rules, and the VAE is whole
-        on every device; without one, all is on the first device.
+        Without encoders it draws nothing. With a mesh all is cut over it by the rules; without one, all is on the first
+        device.
         """
         encoders, frozen = self.load_encoders(mesh, rules) if with_encoders else ({}, {})
         vae_config, vae_params = load_vae(self.vae_folder())
         vae = self.autoencoder(vae_config)
-        vae_params = jax.device_put(vae_params, replicated(mesh) if mesh else None)
+        vae_params = (
+            place(vae_params, stored_shardings(vae_params, mesh, rules)) if mesh else jax.device_put(vae_params)
+        )
         frozen = {"vae": vae_params, "encoders": frozen}
         return Pipeline(self.model, self.schedule, encoders, vae, frozen, mesh, rules)
+
+    def drawing_mesh(self, devices: Sequence[jax.Device]) -> tuple[Mesh, ShardingRules] | tuple[None, None]:
+        """For `pipeline`: weights cut over as many devices as divide the model, pictures spread over all."""
+        if len(devices) < 2:
+            return None, None
+        fsdp = math.gcd(self.model.config.hidden_size, len(devices))
+        return make_mesh({"data": -1, "fsdp": fsdp}, devices), ShardingRules()
 
     def frozen_digests(self) -> dict[str, str]:
         """What the checkpoint says of the weights that are not in it."""
@@ -272,8 +284,12 @@ class Experiment:
         return digests | {"vae": folder_digest(self.vae_folder())}
 
 
-def load(workdir: epath.Path, weights: str = "ema") -> tuple[Experiment, Pipeline, Any, int]:
+def load(
+    workdir: epath.Path, weights: str = "ema", devices: Sequence[jax.Device] = ()
+) -> tuple[Experiment, Pipeline, Any, int]:
     """From a workdir alone: (experiment, pipeline, LI-DiT's parameters, their step).
+
+    Args: devices: over which everything is cut, and pictures are spread; () is the first alone.
 
     Raises:
       UserError: if the workdir has no config or no checkpoint, or the checkpoint no such weights.
@@ -281,5 +297,8 @@ def load(workdir: epath.Path, weights: str = "ema") -> tuple[Experiment, Pipelin
     experiment = Experiment(read_workdir(workdir), workdir)
     if not experiment.has_lidit:
         raise UserError(f"{workdir} is the run of a VAE alone: there is no model in it that draws")
-    params, step = load_weights(experiment.training_folder(LIDIT) / "checkpoints", weights)
-    return experiment, experiment.pipeline(), params, step
+    checkpoints = experiment.training_folder(LIDIT) / "checkpoints"
+    require_checkpoint(checkpoints)
+    pipeline = experiment.pipeline(*experiment.drawing_mesh(devices))
+    params, step = load_weights(checkpoints, weights, pipeline.abstract_params())
+    return experiment, pipeline, params, step

@@ -20,8 +20,8 @@ from lidit_jax.models.flops import lidit_forward
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
 from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
-from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated
-from lidit_jax.tasks import text_work, to_pictures
+from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, place, replicated, shardings
+from lidit_jax.tasks import init_lidit, text_work, to_pictures
 from lidit_jax.text.encoders import PromptEncoder, encode, tokenize
 
 
@@ -94,6 +94,18 @@ class Pipeline:
             pictures.append(np.asarray(drawn)[:count])
         return np.concatenate(pictures)
 
+    def abstract_params(self) -> Any:
+        """Shapes and places of LI-DiT's parameters, to load into."""
+        widths = [encoder.hidden_size for encoder in self.encoders.values()]
+        boxed = jax.eval_shape(functools.partial(init_lidit, self.model, widths), jax.random.key(0))
+        if self.mesh is None:
+            alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            places = jax.tree.map(lambda _: alone, nn.unbox(boxed))
+        else:
+            places = shardings(boxed, self.mesh, self.rules)
+        abstract = lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)  # noqa: E731
+        return jax.tree.map(abstract, nn.unbox(boxed), places)
+
     def flops(self, height: int, width: int, how: SampleConfig) -> int:
         """Operations that drawing a batch needs; as of a step's, see `models/flops.py`. The VAE's are not counted."""
         rows = self.rows(how) * (1 if how.guidance_scale == 1.0 else 2)
@@ -122,8 +134,8 @@ class Pipeline:
         """Rows, of which every process has all, over the mesh."""
         if self.mesh is None:
             return arrays
-        place = batch_sharding(self.mesh, self.rules)
-        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, place, x.__getitem__), arrays)
+        rows = batch_sharding(self.mesh, self.rules)
+        return place(arrays, jax.tree.map(lambda _: rows, arrays))
 
     def _in_force(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

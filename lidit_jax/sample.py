@@ -1,15 +1,18 @@
 """Draws: `python -m lidit_jax.sample --workdir=DIR --prompt="a red circle left of a blue square" --out=DIR`.
 
-Writes one PNG an image and `grid.png`. The workdir of a training run is all it needs.
+Writes one PNG an image and `grid.png`. The workdir of a training run is all it needs. All devices draw; on a pod, run
+it with --distributed on every host.
 """
 
 from absl import flags
 from etils import epath
 
 from lidit_jax import cli
+from lidit_jax.parallel.hosts import join_hosts
 from lidit_jax.sampling import Request, draw_to_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", None, "drawn by several hosts; unset: where the environment names some")
 _PROMPT = flags.DEFINE_string("prompt", None, "what to draw")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "or: a UTF-8 text file, one prompt a line")
 _OUT = flags.DEFINE_string("out", None, "folder for the pictures")
@@ -27,6 +30,7 @@ _WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, or params for the raw one
 
 
 def main() -> None:
+    join_hosts(_DISTRIBUTED.value)
     draw_to_folder(
         Request(
             workdir=epath.Path(cli.require(_WORKDIR.name)),

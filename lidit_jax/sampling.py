@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 
+import jax
 from etils import epath
 
 from lidit_jax import experiment
@@ -51,7 +52,7 @@ def draw_to_folder(request: Request) -> None:
     if request.weights not in ("ema", "params"):
         raise UserError(f"--weights={request.weights}: use ema or params")
 
-    run, pipeline, params, step = experiment.load(request.workdir, request.weights)
+    run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
     changes = {
         "sampler": request.sampler,
         "steps": request.steps,
@@ -78,6 +79,8 @@ def draw_to_folder(request: Request) -> None:
         *(len(repeated), width, height, how.sampler, how.steps, how.guidance_scale, step),
     )
     pictures = pipeline(params, repeated, seeds, height, width, how)
+    if jax.process_index():  # all hosts have drawn; one writes
+        return
     request.out.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         save_png(picture, request.out / f"{i:05d}.png")

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from lidit_jax import tasks
 from lidit_jax.checkpoint import Checkpoints, load_weights, steps_taken
-from lidit_jax.config import build, claim_workdir, read_workdir
+from lidit_jax.config import build, claim_workdir
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
@@ -33,6 +33,7 @@ from lidit_jax.models.discriminator import PatchDiscriminator
 from lidit_jax.models.lidit import num_parameters
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
+from lidit_jax.parallel.watchdog import watched
 from lidit_jax.pictures import grid
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.text.encoders import StoredEncoding, tokenize
@@ -85,7 +86,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     pipeline, state = _train_lidit(experiment, dataset, mesh, rules)
     if "evaluate" in config:
         evaluation = build(SceneEvaluation, config.evaluate, "evaluate")
-        evaluate_scenes(pipeline, state.averaged, experiment.sample, evaluation, dataset, workdir)
+        with watched(experiment.train.stalled_after, "evaluate") as watchdog:
+            evaluate_scenes(pipeline, state.averaged, experiment.sample, evaluation, dataset, workdir, watchdog.beat)
 
 
 @contextlib.contextmanager
@@ -105,7 +107,7 @@ def _run_part(
     mesh: Mesh,
     rules: ShardingRules,
     facts: Mapping[str, Any],
-    initial_params: Any = None,
+    initial_params: Callable[[Any], Any] | None = None,
 ) -> TrainState:
     """One part through the one loop, in its folder of the workdir."""
     folder = experiment.training_folder(task.name)
@@ -127,14 +129,17 @@ def _run_part(
             initial_params=initial_params,
         )
     finally:
-        checkpoints.close()
-        metrics.close()
+        with watched(config.stalled_after, task.name):
+            checkpoints.close()
+            metrics.close()
 
 
-def _on_host(params: Any, mesh: Mesh) -> Any:
+def _on_host(params: Any, mesh: Mesh, stalled_after: float) -> Any:
     """The whole of a tree that is cut over the mesh, on every host."""
     # One program: leaf by leaf, hosts may gather in different orders, and wait for each other for ever.
-    return jax.device_get(jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(params))
+    gather = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+    with watched(stalled_after, "gathering what was trained"):
+        return jax.device_get(gather(params))
 
 
 def _train_language_model(
@@ -162,7 +167,7 @@ def _train_language_model(
         )
 
     state = _run_part(experiment, task, training, batches, mesh, rules, {"data": dataset.fingerprint})
-    params = _on_host(state.params, mesh)
+    params = _on_host(state.params, mesh, training.stalled_after)
     if jax.process_index() == 0:
         save_llm(folder, config, params, tokenizer)
     multihost_utils.sync_global_devices(f"saved {name}")
@@ -261,7 +266,7 @@ class _VAEStage:
         latents = autoencoding.latent_statistics(state.averaged["vae"], measured)
         factors = {"shift_factor": latents.shift_factor, "scaling_factor": latents.scaling_factor}
         logger.info("vae: latents have %s", ", ".join(f"{name} {value:.4f}" for name, value in factors.items()))
-        params = _on_host(state.averaged["vae"], mesh)
+        params = _on_host(state.averaged["vae"], mesh, training.stalled_after)
         if jax.process_index() == 0:
             folder = experiment.vae_folder()
             if folder.exists():  # of fewer steps; should this be cut short here, the checkpoint has the new one
@@ -284,7 +289,8 @@ def _train_lidit(
     stored = dataset.stored_prompts()
     draws = config.sample_every > 0 or "evaluate" in experiment.config
     # With stored features the encoders are there to draw alone.
-    pipeline = experiment.pipeline(mesh, rules, with_encoders=draws or not stored)
+    with watched(config.stalled_after, "loading the encoders"):
+        pipeline = experiment.pipeline(mesh, rules, with_encoders=draws or not stored)
     prompts = dataset.captions(how.batch_size, experiment.config.seed)
     bucket = dataset.largest_bucket()
 
@@ -322,12 +328,15 @@ def _train_lidit(
     return pipeline, state
 
 
-def _initial_params(experiment: Experiment) -> Any:
+def _initial_params(experiment: Experiment) -> Callable[[Any], Any] | None:
     """For fine-tuning: LI-DiT's averaged weights from the workdir that `start_from` names."""
     if not experiment.config.get("start_from"):
         return None
     other = epath.Path(experiment.config.start_from)
-    read_workdir(other)  # says so if it is none
-    params, step = load_weights(other / "training" / LIDIT / "checkpoints", "ema")
-    logger.info("starting from %s, step %d", other, step)
-    return params
+
+    def load(into: Any) -> Any:
+        params, step = load_weights(other / "training" / LIDIT / "checkpoints", "ema", into)
+        logger.info("starting from %s, step %d", other, step)
+        return params
+
+    return load

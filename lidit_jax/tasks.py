@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from lidit_jax.models.vae_loss import (
     values_per_image,
     with_gradient,
 )
+from lidit_jax.parallel.rules import whole
 from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.train import Batch, Evaluate, Task
@@ -195,26 +196,14 @@ def lidit_task(
         kept in memory from the one to the other. Both compute the same.
     """
 
-    def init(key):
-        side = 2 * model.config.patch_size
-        latents = jnp.zeros((1, side, side, vae.config.latent_channels))
-        text = [
-            TextFeatures(
-                prefix=jnp.zeros((1, encoder.hidden_size)),
-                prompt=jnp.zeros((1, 1, encoder.hidden_size)),
-                mask=jnp.ones((1, 1), bool),
-            )
-            for encoder in encoders.values()
-        ]
-        return model.init(key, latents, jnp.zeros((1,)), text)["params"]
-
     def loss(params, frozen, batch, key, phase):
         del phase
         posterior_key, diffusion_key = jax.random.split(key)
         if "moments" in batch:
             posterior = DiagonalGaussian.from_moments(batch["moments"])
         else:
-            posterior = vae.apply({"params": frozen["vae"]}, to_pixels(batch["image"]), method=AutoencoderKL.encode)
+            pixels = to_pixels(batch["image"])
+            posterior = vae.apply({"params": whole(frozen["vae"])}, pixels, method=AutoencoderKL.encode)
         latents = to_model_latents(posterior.sample(posterior_key), vae.config)
         latents = jax.lax.stop_gradient(latents)
         text = encode(encoders, frozen["encoders"], batch)
@@ -228,13 +217,24 @@ def lidit_task(
 
     return Task(
         name="lidit",
-        init=init,
+        init=functools.partial(init_lidit, model, [encoder.hidden_size for encoder in encoders.values()]),
         loss=loss,
         frozen=frozen,
         evaluate=evaluate,
         prepare=None if encode_in_step else prepare,
         flops=functools.partial(_lidit_flops, model, vae, encoders, frozen),
     )
+
+
+def init_lidit(model: LIDiT, text_widths: Sequence[int], key: jax.Array) -> Any:
+    """Random parameters, boxed with their logical axes; `text_widths` are those of the encoders' features."""
+    side = 2 * model.config.patch_size
+    text = [
+        TextFeatures(prefix=jnp.zeros((1, width)), prompt=jnp.zeros((1, 1, width)), mask=jnp.ones((1, 1), bool))
+        for width in text_widths
+    ]
+    latents = jnp.zeros((1, side, side, model.config.latent_channels))
+    return model.init(key, latents, jnp.zeros((1,)), text)["params"]
 
 
 def _lidit_flops(

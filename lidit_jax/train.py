@@ -28,7 +28,7 @@ from lidit_jax.metrics import Metrics, Progress
 from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.preemption import Preempted, listening
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated, shardings
-from lidit_jax.parallel.watchdog import Watchdog
+from lidit_jax.parallel.watchdog import watched
 
 logger = logging.getLogger(__name__)
 
@@ -312,7 +312,7 @@ def train(
     *,
     seed: int,
     facts: Mapping[str, Any],
-    initial_params: Any = None,
+    initial_params: Callable[[Any], Any] | None = None,
 ) -> TrainState:
     """Trains to `config.steps`, going on from the newest checkpoint if there is one.
 
@@ -320,14 +320,16 @@ def train(
       batches: first step -> this process's part of the batches from that step on. Its position is kept in checkpoints.
       facts: JSON-able facts that the checkpoint records and a resumed run must agree with (data fingerprint, digests
         of the frozen parts).
-      initial_params: parameters to start from instead of random ones, when there is no checkpoint (fine-tuning).
+      initial_params: (shapes and places of the parameters) -> parameters to start from instead of random ones; called
+        when there is no checkpoint (fine-tuning).
 
     Raises:
       Preempted: SIGTERM came; the last step is saved.
       UserError: after too many non-finite steps in a row, or if the checkpoint's facts differ.
     """
     config, task = trainer.config, trainer.task
-    state, positions = _first_state(trainer, checkpoints, seed, facts, initial_params)
+    with watched(config.stalled_after, task.name):
+        state, positions = _first_state(trainer, checkpoints, seed, facts, initial_params)
     step = int(state.step)
     if step >= config.steps:
         return state
@@ -342,7 +344,7 @@ def train(
         contextlib.closing(batches(step)) as stream,
         jax.set_mesh(trainer.mesh),
         listening() as notice,
-        Watchdog(config.stalled_after if jax.process_count() > 1 else 0, task.name) as watchdog,
+        watched(config.stalled_after, task.name) as watchdog,
     ):
         if positions:
             stream.restore(positions)
@@ -387,14 +389,18 @@ def train(
 
 
 def _first_state(
-    trainer: Trainer, checkpoints: Checkpoints, seed: int, facts: Mapping[str, Any], initial_params: Any
+    trainer: Trainer, checkpoints: Checkpoints, seed: int, facts: Mapping[str, Any], initial_params: Callable | None
 ) -> tuple[TrainState, Sequence[Mapping[str, Any]]]:
     """(the newest checkpoint's state or a fresh one, the positions in the data that go with it)."""
     found = checkpoints.restore(trainer.abstract_state(), facts)
     if found is not None:
         return found
     state = trainer.init(seed)
-    return state if initial_params is None else _start_from(state, initial_params, trainer), ()
+    if initial_params is not None:
+        params = initial_params(trainer.abstract_state().params)
+        ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+        state = state.replace(params=params, ema=ema)
+    return state, ()
 
 
 def _peak(mesh: Mesh) -> float | None:
@@ -419,13 +425,3 @@ def _log(
             f"{in_row} steps in a row had a loss or gradient that is not finite (step {step}): the weights are those "
             "from before them; lower train.learning_rate or look at the data"
         )
-
-
-def _start_from(state: TrainState, params: Any, trainer: Trainer) -> TrainState:
-    expected = jax.tree.map(lambda x: x.shape, state.params)
-    given = jax.tree.map(lambda x: x.shape, params)
-    if expected != given:
-        raise UserError("the weights to start from belong to a model of another size: compare the two configs' model")
-    params = jax.device_put(params, trainer.state_shardings.params)
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-    return state.replace(params=params, ema=ema)

@@ -230,7 +230,7 @@ def test_weights_are_read_without_the_optimiser(tmp_path):
 
 
 def test_missing_checkpoints_and_weights_are_said(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint there"):
+    with pytest.raises(UserError, match="no finished checkpoint there"):
         load_weights(tmp_path / "nothing", "ema")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no finished checkpoint there"):

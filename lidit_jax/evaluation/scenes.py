@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,8 +59,11 @@ def evaluate_scenes(
     evaluation: SceneEvaluation,
     dataset: Dataset,
     workdir: epath.Path,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Accuracy]]:
     """Draws, checks, prints; writes `scores.json` and `grid.png` (held-out prompts under their pictures).
+
+    Args: beat: called after each kind of prompts, for who watches that something is done.
 
     Raises:
       UserError: if the data set is not the built-in one, whose scenes are known.
@@ -76,6 +80,7 @@ def evaluate_scenes(
     scores, pictures = {}, {}
     for kind, prompts in kinds.items():
         pictures[kind], checks = _draw_and_check(pipeline, params, how, prompts, side)
+        beat()
         scores[kind] = accuracies(checks)
         if kind == "two objects":
             for language, name in (("en", "English"), ("zh", "Chinese")):

@@ -70,8 +70,8 @@ class Dense(nn.Module):
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
         y = jnp.matmul(x.astype(self.dtype), in_use(kernel, self.axes, self.dtype))
         if self.use_bias:
-            bias_init = nn.with_logical_partitioning(ZERO_INIT, (self.axes[1],))
-            y = y + self.param("bias", bias_init, (self.features,), jnp.float32).astype(self.dtype)
+            bias = self.param("bias", nn.with_logical_partitioning(ZERO_INIT, ("bias",)), (self.features,), jnp.float32)
+            y = y + in_use(bias, (self.axes[1],), self.dtype)
         return y
 
 

@@ -8,6 +8,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+# Numbers in a frozen weight that is worth cutting: of fewer, a message costs more than the memory.
+CUT_FROM = 1 << 14
+
 MeshAxes = str | tuple[str, ...] | None
 
 
@@ -31,6 +34,7 @@ class ShardingRules:
     llm_embed: MeshAxes = None
     conv_in: MeshAxes = None
     conv_out: MeshAxes = "fsdp"
+    bias: MeshAxes = ("fsdp", "tensor")  # cut as finely as can be; used as the features are that it is added to
     layers: MeshAxes = None  # the scanned depth
     norm: MeshAxes = None
 
@@ -56,6 +60,28 @@ def shardings(boxed: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     return jax.tree.map(fit, specs, nn.unbox(boxed), is_leaf=is_spec)
 
 
+def stored_shardings(tree: Any, mesh: Mesh, rules: ShardingRules) -> Any:
+    """For frozen weights that are used whole (`whole`): each is cut along its longest axis that the mesh divides.
+
+    Args: tree: of anything with a shape.
+    """
+    shards = num_shards(mesh, rules.embed)
+
+    def cut(leaf: Any) -> NamedSharding:
+        fitting = [axis for axis, size in enumerate(leaf.shape) if size % shards == 0]
+        if not fitting or math.prod(leaf.shape) < CUT_FROM:
+            return replicated(mesh)
+        longest = max(fitting, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, rules.embed))
+
+    return jax.tree.map(cut, tree)
+
+
+def whole(tree: Any) -> Any:
+    """Inside a jitted function: the tree's arrays, gathered where a device has a part of them."""
+    return jax.tree.map(lambda x: nn.with_logical_constraint(x, (None,) * x.ndim), tree)
+
+
 def batch_sharding(mesh: Mesh, rules: ShardingRules) -> NamedSharding:
     """Leading axis over the batch axes of the mesh, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(rules.batch))
@@ -70,6 +96,11 @@ def num_shards(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
     """Parts that mesh axes cut an array's axis into."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape[name] for name in names)
+
+
+def place(arrays: Any, places: Any) -> Any:
+    """NumPy arrays, of which every process has the whole, on the devices as the tree of shardings says."""
+    return jax.tree.map(lambda x, to: jax.make_array_from_callback(x.shape, to, x.__getitem__), arrays, places)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

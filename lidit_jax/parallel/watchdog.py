@@ -6,9 +6,16 @@ import sys
 import threading
 import time
 
+import jax
+
 from lidit_jax.parallel.hosts import leave
 
 logger = logging.getLogger(__name__)
+
+
+def watched(seconds: float, name: str) -> "Watchdog":
+    """`Watchdog` where hosts can wait for each other: in a run of several. A single one waits for nobody."""
+    return Watchdog(seconds if jax.process_count() > 1 else 0, name)
 
 
 class Watchdog:
@@ -43,9 +50,8 @@ class Watchdog:
         while not self._done.wait(self._seconds / 20):
             if time.monotonic() - self._last > self._seconds:
                 logger.error(
-                    "error: %s: no step in %.0f s (train.stalled_after), on this host or another; what this one does:",
-                    self._name,
-                    self._seconds,
+                    "error: %s: nothing done in %.0f s (train.stalled_after), here or elsewhere; what is done here:",
+                    *(self._name, self._seconds),
                 )
                 faulthandler.dump_traceback(sys.__stderr__)
                 leave(1)
