@@ -8,12 +8,16 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import flax
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 
 from lidit_jax.errors import UserError
@@ -21,6 +25,10 @@ from lidit_jax.errors import UserError
 # What goes on happening until somebody does something; a connection that broke is another matter.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _OF_A_DISK = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC", re.I)
+# Of a part of an array that is written in one piece, and read in one piece again: bytes from which on a stack over
+# blocks is cut into blocks. Without it a 10B model's stack of 14 GB would take twice that to read a single block.
+CUT_FROM = 64 << 20
+READ_BYTES = 256 << 20  # of a stack, at once, where its pieces let it
 
 
 class DataPositionHandler(ocp.CheckpointHandler):
@@ -70,7 +78,7 @@ class Checkpoints:
         Args: position: of this process in the data, JSON-able.
         """
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state),
+            state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_save_args, state)),
             facts=ocp.args.JsonSave(dict(facts)),
             config=ocp.args.JsonSave(self.config),
             data=SaveDataPosition(position),
@@ -174,6 +182,104 @@ def load_weights(folder: str | epath.Path, weights: str, into: Any = None) -> tu
     Raises:
       UserError: if there is no checkpoint, none of these weights in it, or they are not what is wanted.
     """
+    with _newest(folder, weights) as (manager, step, tree):
+        alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=alone), tree)
+        if into is not None:
+            check_same_model(abstract, into)
+            abstract = into
+        args = ocp.args.PyTreeRestore(
+            {weights: abstract},
+            restore_args=ocp.checkpoint_utils.construct_restore_args({weights: abstract}),
+            partial_restore=True,
+        )
+        restored = manager.restore(step, args=ocp.args.Composite(state=args))
+    return restored.state[weights], step
+
+
+@contextlib.contextmanager
+def open_weights(folder: str | epath.Path, weights: str) -> Iterator["StoredWeights"]:
+    """One tree of the newest checkpoint, to be read array by array; arguments and errors as of `load_weights`."""
+    with _newest(folder, weights) as (_, step, tree):
+        flat, context = flax.traverse_util.flatten_dict(tree), ocp.type_handlers.get_ts_context()
+        yield StoredWeights({path: StoredArray(leaf, context) for path, leaf in flat.items()}, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeights(Mapping):
+    """Path -> `StoredArray`. Attributes: step: of training."""
+
+    arrays: Mapping[tuple[str, ...], "StoredArray"]
+    step: int
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(array.shape) for array in self.arrays.values())
+
+    def __getitem__(self, path: tuple[str, ...]) -> "StoredArray":
+        return self.arrays[path]
+
+    def __iter__(self) -> Iterator[tuple[str, ...]]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+
+class StoredArray:
+    """An array of a checkpoint, in host memory as far as it is asked for: `np.asarray` reads all of it, iteration one
+    entry of the first axis after the other.
+    """
+
+    def __init__(self, metadata: Any, context: tensorstore.Context):
+        """Args: metadata: as Orbax has it of the array; context: one for all arrays of a checkpoint."""
+        self.shape, self.dtype = tuple(metadata.shape), np.dtype(metadata.dtype)
+        self._metadata, self._context = metadata, context
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Raises UserError if it can't be read."""
+        array = self._read(self._open())
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Raises UserError if it can't be read."""
+        store = self._open()
+        entry_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        at_once = max(1, READ_BYTES // max(1, entry_bytes))
+        # Whatever is read of a piece, all of it is decompressed: once if it can be, and a large one not again.
+        piece = store.chunk_layout.read_chunk.shape
+        if piece[0] <= at_once:
+            at_once -= at_once % piece[0]
+        elif math.prod(piece) * self.dtype.itemsize > READ_BYTES:
+            at_once = piece[0]
+        for begin in range(0, self.shape[0], at_once):
+            yield from self._read(store[begin : min(begin + at_once, self.shape[0])])
+
+    def _open(self) -> tensorstore.TensorStore:
+        directory = epath.Path(self._metadata.directory)
+        info = ocp.type_handlers.ParamInfo(name=self._metadata.name, parent_dir=directory, ts_context=self._context)
+        spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
+        with self._reading():
+            return tensorstore.open(spec, context=self._context, read=True, open=True).result()
+
+    def _read(self, store: tensorstore.TensorStore) -> np.ndarray:
+        with self._reading():
+            return store.read().result()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self._metadata.directory}: {self._metadata.name} can't be read "
+                f"({' '.join(str(error).split())[:200]}); the checkpoint may be damaged"
+            ) from error
+
+
+@contextlib.contextmanager
+def _newest(folder: str | epath.Path, weights: str) -> Iterator[tuple[ocp.CheckpointManager, int, Mapping[str, Any]]]:
+    """-> (Orbax's manager, the newest step, Orbax's metadata of each of the weights' arrays in nested dicts)."""
     folder = epath.Path(folder).resolve()
     require_checkpoint(folder)
     handlers = {"state": ocp.PyTreeCheckpointHandler()}
@@ -187,15 +293,11 @@ def load_weights(folder: str | epath.Path, weights: str, into: Any = None) -> tu
         if tree.get(weights) is None:
             kept = ", ".join(name for name in ("params", "ema") if tree.get(name) is not None)
             raise UserError(f"{folder}: the checkpoint has no {weights!r} weights; it has {kept}")
-        alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=alone), tree[weights])
-        if into is not None:
-            check_same_model(abstract, into)
-            abstract = into
-        args = ocp.args.PyTreeRestore(
-            {weights: abstract},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({weights: abstract}),
-            partial_restore=True,
-        )
-        restored = manager.restore(step, args=ocp.args.Composite(state=args))
-    return restored.state[weights], step
+        yield manager, step, tree[weights]
+
+
+def _save_args(array: jax.Array) -> ocp.SaveArgs:
+    """Where the blocks of a large stack are a file's pieces each, one can be read without the others."""
+    part = array.sharding.shard_shape(array.shape)
+    is_large_stack = array.ndim > 2 and math.prod(part) * array.dtype.itemsize > CUT_FROM
+    return ocp.SaveArgs(shard_axes=(0,)) if is_large_stack else ocp.SaveArgs()

@@ -42,7 +42,7 @@ from lidit_jax.parallel.rules import ShardingRules, place, stored_shardings
 from lidit_jax.parts import EncoderConfig, TextConfig, VAEPartConfig
 from lidit_jax.pipeline import Pipeline, SampleConfig
 from lidit_jax.text.encoders import PromptEncoder
-from lidit_jax.text.load_encoder import load_encoder, open_encoder
+from lidit_jax.text.load_encoder import load_encoder, open_encoder, tokenizer_folder
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.train import TrainConfig
 from lidit_jax.weights.diffusers_vae import load_vae
@@ -280,7 +280,11 @@ class Experiment:
 
     def frozen_digests(self) -> dict[str, str]:
         """What the checkpoint says of the weights that are not in it."""
-        digests = {f"encoders.{name}": folder_digest(self.encoder_folder(name)) for name in self.encoders}
+        digests = {}
+        for name in self.encoders:
+            # An exported folder has the tokenizer beside the LLM.
+            folders = dict.fromkeys((self.encoder_folder(name), tokenizer_folder(self.encoder_folder(name))))
+            digests[f"encoders.{name}"] = " ".join(folder_digest(folder) for folder in folders)
         return digests | {"vae": folder_digest(self.vae_folder())}
 
 

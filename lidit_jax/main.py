@@ -8,18 +8,25 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli, stages
+from lidit_jax.exported import start_from_exported
 from lidit_jax.parallel.hosts import join_hosts
 
 _CONFIG = cli.define_config()
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", None, "one run on several hosts; unset: where the environment names some"
 )
+_FROM_TORCH = flags.DEFINE_string(
+    "from_torch", None, "start from a folder that `export` wrote: its LI-DiT, and its encoders and VAE"
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, logs, pictures (local or gs://)")
 
 
 def main() -> None:
     join_hosts(_DISTRIBUTED.value)
-    stages.run(cli.read_config(_CONFIG), epath.Path(cli.require(_WORKDIR.name)))
+    config = cli.read_config(_CONFIG)
+    if _FROM_TORCH.value:
+        config = start_from_exported(config, epath.Path(_FROM_TORCH.value))
+    stages.run(config, epath.Path(cli.require(_WORKDIR.name)))
 
 
 if __name__ == "__main__":

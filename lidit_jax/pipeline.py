@@ -21,7 +21,7 @@ from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
 from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, place, replicated, shardings
-from lidit_jax.tasks import init_lidit, text_work, to_pictures
+from lidit_jax.tasks import text_work, to_pictures
 from lidit_jax.text.encoders import PromptEncoder, encode, tokenize
 
 
@@ -97,7 +97,7 @@ class Pipeline:
     def abstract_params(self) -> Any:
         """Shapes and places of LI-DiT's parameters, to load into."""
         widths = [encoder.hidden_size for encoder in self.encoders.values()]
-        boxed = jax.eval_shape(functools.partial(init_lidit, self.model, widths), jax.random.key(0))
+        boxed = jax.eval_shape(functools.partial(self.model.init_params, widths), jax.random.key(0))
         if self.mesh is None:
             alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             places = jax.tree.map(lambda _: alone, nn.unbox(boxed))

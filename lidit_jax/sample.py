@@ -12,6 +12,7 @@ from lidit_jax.parallel.hosts import join_hosts
 from lidit_jax.sampling import Request, draw_to_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
+_FROM_TORCH = flags.DEFINE_string("from_torch", None, "or: a folder that `export` wrote")
 _DISTRIBUTED = flags.DEFINE_bool("distributed", None, "drawn by several hosts; unset: where the environment names some")
 _PROMPT = flags.DEFINE_string("prompt", None, "what to draw")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "or: a UTF-8 text file, one prompt a line")
@@ -33,7 +34,8 @@ def main() -> None:
     join_hosts(_DISTRIBUTED.value)
     draw_to_folder(
         Request(
-            workdir=epath.Path(cli.require(_WORKDIR.name)),
+            workdir=_WORKDIR.value and epath.Path(_WORKDIR.value),
+            from_torch=_FROM_TORCH.value and epath.Path(_FROM_TORCH.value),
             out=epath.Path(cli.require(_OUT.name)),
             prompt=_PROMPT.value,
             prompts_file=_PROMPTS_FILE.value,

@@ -9,6 +9,7 @@ from etils import epath
 from lidit_jax import experiment
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
+from lidit_jax.exported import load_exported
 from lidit_jax.pictures import grid, save_png
 from lidit_jax.text.encoders import truncated_prompts
 
@@ -19,10 +20,14 @@ MAX_PROMPTS_FILE = 64 << 20  # bytes: a larger file is hardly one of prompts
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to draw, with None for what the workdir's config says. Sides in pixels."""
+    """What to draw, with None for what the config says. Sides in pixels.
 
-    workdir: epath.Path
+    Either `workdir`, of a run, or `from_torch`, a folder that `export` wrote.
+    """
+
+    workdir: epath.Path | None
     out: epath.Path
+    from_torch: epath.Path | None = None
     prompt: str | None = None
     prompts_file: str | None = None
     num_images: int = 1
@@ -52,7 +57,14 @@ def draw_to_folder(request: Request) -> None:
     if request.weights not in ("ema", "params"):
         raise UserError(f"--weights={request.weights}: use ema or params")
 
-    run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
+    if (request.workdir is None) == (request.from_torch is None):
+        raise UserError("give either --workdir=DIR of a run or --from_torch=DIR of an export")
+    if request.from_torch is not None:
+        run, pipeline, params = load_exported(request.from_torch, jax.devices())
+        origin = str(request.from_torch)
+    else:
+        run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
+        origin = f"step {step}"
     changes = {
         "sampler": request.sampler,
         "steps": request.steps,
@@ -75,8 +87,8 @@ def draw_to_folder(request: Request) -> None:
     how = dataclasses.replace(how, batch_size=min(how.batch_size, len(repeated)))
     seeds = [(request.seed + i) % 2**32 for i in range(len(repeated))]
     logger.info(
-        "drawing %d pictures of %dx%d with %s, %d steps, guidance %g, from step %d",
-        *(len(repeated), width, height, how.sampler, how.steps, how.guidance_scale, step),
+        "drawing %d pictures of %dx%d with %s, %d steps, guidance %g, from %s",
+        *(len(repeated), width, height, how.sampler, how.steps, how.guidance_scale, origin),
     )
     pictures = pipeline(params, repeated, seeds, height, width, how)
     if jax.process_index():  # all hosts have drawn; one writes

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lidit_jax import tasks
-from lidit_jax.checkpoint import Checkpoints, load_weights, steps_taken
+from lidit_jax.checkpoint import Checkpoints, load_weights, require_checkpoint, steps_taken
 from lidit_jax.config import build, claim_workdir
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
@@ -28,6 +28,7 @@ from lidit_jax.evaluation.reconstruction import (
 )
 from lidit_jax.evaluation.scenes import SceneEvaluation, evaluate_scenes
 from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.exported import is_exported, load_params
 from lidit_jax.metrics import Metrics
 from lidit_jax.models.discriminator import PatchDiscriminator
 from lidit_jax.models.lidit import num_parameters
@@ -70,6 +71,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         dataset.check_latents(folder_digest(experiment.vae_folder()))
         if experiment.has_lidit and dataset.stored_prompts():
             dataset.check_features(experiment.stored_encoders())
+    _check_start(experiment)
     experiment.check_picture_sizes(dataset.smallest_side())
     vae_stage = _VAEStage(experiment, dataset)
     claim_workdir(workdir, config, write=jax.process_index() == 0)
@@ -88,6 +90,14 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         evaluation = build(SceneEvaluation, config.evaluate, "evaluate")
         with watched(experiment.train.stalled_after, "evaluate") as watchdog:
             evaluate_scenes(pipeline, state.averaged, experiment.sample, evaluation, dataset, workdir, watchdog.beat)
+
+
+def _check_start(experiment: Experiment) -> None:
+    """Raises UserError if a new run is to start from weights that are not there."""
+    other = epath.Path(experiment.config.get("start_from") or "")
+    begun = experiment.has_lidit and steps_taken(experiment.training_folder(LIDIT) / "checkpoints")
+    if experiment.config.get("start_from") and not begun and not is_exported(other):
+        require_checkpoint(other / "training" / LIDIT / "checkpoints")
 
 
 @contextlib.contextmanager
@@ -324,17 +334,21 @@ def _train_lidit(
         )
 
     facts = {"data": dataset.fingerprint, "frozen": experiment.frozen_digests()}
-    state = _run_part(experiment, task, config, batches, mesh, rules, facts, initial_params=_initial_params(experiment))
+    initial_params = _initial_params(experiment, mesh, rules)
+    state = _run_part(experiment, task, config, batches, mesh, rules, facts, initial_params)
     return pipeline, state
 
 
-def _initial_params(experiment: Experiment) -> Callable[[Any], Any] | None:
-    """For fine-tuning: LI-DiT's averaged weights from the workdir that `start_from` names."""
+def _initial_params(experiment: Experiment, mesh: Mesh, rules: ShardingRules) -> Callable[[Any], Any] | None:
+    """For fine-tuning: LI-DiT's averaged weights from the workdir, or exported folder, that `start_from` names."""
     if not experiment.config.get("start_from"):
         return None
     other = epath.Path(experiment.config.start_from)
 
     def load(into: Any) -> Any:
+        if is_exported(other):
+            logger.info("starting from %s", other)
+            return load_params(other, into, mesh, rules)
         params, step = load_weights(other / "training" / LIDIT / "checkpoints", "ema", into)
         logger.info("starting from %s, step %d", other, step)
         return params

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
 from lidit_jax.models.flops import FORWARD_AND_BACKWARD, TextLengths, lidit_forward, vae_encoder_forward
 from lidit_jax.models.image_similarity import psnr
-from lidit_jax.models.lidit import LIDiT, TextFeatures
+from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.lpips import LPIPS
 from lidit_jax.models.vae import AutoencoderKL, DiagonalGaussian, to_model_latents
@@ -217,24 +217,13 @@ def lidit_task(
 
     return Task(
         name="lidit",
-        init=functools.partial(init_lidit, model, [encoder.hidden_size for encoder in encoders.values()]),
+        init=functools.partial(model.init_params, [encoder.hidden_size for encoder in encoders.values()]),
         loss=loss,
         frozen=frozen,
         evaluate=evaluate,
         prepare=None if encode_in_step else prepare,
         flops=functools.partial(_lidit_flops, model, vae, encoders, frozen),
     )
-
-
-def init_lidit(model: LIDiT, text_widths: Sequence[int], key: jax.Array) -> Any:
-    """Random parameters, boxed with their logical axes; `text_widths` are those of the encoders' features."""
-    side = 2 * model.config.patch_size
-    text = [
-        TextFeatures(prefix=jnp.zeros((1, width)), prompt=jnp.zeros((1, 1, width)), mask=jnp.ones((1, 1), bool))
-        for width in text_widths
-    ]
-    latents = jnp.zeros((1, side, side, model.config.latent_channels))
-    return model.init(key, latents, jnp.zeros((1,)), text)["params"]
 
 
 def _lidit_flops(

@@ -53,6 +53,24 @@ def llm_folder(tmp_path_factory):
     return folder
 
 
+def test_a_tokenizer_beside_the_weights_is_found_where_diffusers_puts_it(llm_folder, tmp_path):
+    for number, name in ((1, "text_encoder"), (2, "text_encoder_2")):
+        weights, tokenizer = tmp_path / name, tmp_path / name.replace("text_encoder", "tokenizer")
+        shutil.copytree(llm_folder, weights)
+        tokenizer.mkdir()
+        for file in weights.glob("*token*"):
+            shutil.move(file, tokenizer / file.name)
+        if number == 2:
+            train_tokenizer(["other"], 270).save_pretrained(tokenizer)
+    expected = load(llm_folder)[0].tokenizer(PROMPTS)
+    found = [load(tmp_path / name)[0].tokenizer(PROMPTS) for name in ("text_encoder", "text_encoder_2")]
+    np.testing.assert_array_equal(found[0]["tokens"], expected["tokens"])
+    assert (found[1]["tokens"] != expected["tokens"]).any()
+    shutil.rmtree(tmp_path / "tokenizer_2")
+    with pytest.raises(UserError, match=r"text_encoder_2: no tokenizer\.json in it"):
+        load(tmp_path / "text_encoder_2")
+
+
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """-> a folder whose files are also those of gs://bucket."""

@@ -77,10 +77,11 @@ def test_the_twin_predicts_what_we_do(text, model, tolerance):
     params = random_params(ours, latents, timesteps, features)
     expected = jax.jit(ours.apply)({"params": params}, latents, timesteps, features)
 
-    twin = torch_lidit.from_flax(work.model, work.text_widths, params)
+    twin = torch_lidit.from_flax(work.model, work.text_widths, params, dtype=getattr(torch, work.model.dtype))
+    arguments = torch_lidit.channels_first(latents), torch.from_numpy(timesteps)
     with torch.no_grad():
-        actual = twin(*map(torch.from_numpy, (latents, timesteps)), workload.twin_features(work, "cpu"))
-    assert_close(actual, expected, tolerance)
+        actual = twin(*arguments, **workload.twin_features(work, "cpu")).sample
+    assert_close(actual.movedim(1, -1), expected, tolerance)
 
 
 def random_params(model, *arguments):
@@ -96,22 +97,23 @@ def test_the_twin_learns_what_we_learn(one_device):
     trainer, batch = train_step.make_trainer(work, config, experiment.config.mesh)
     state, key, text = trainer.init(0), jax.random.key(1), workload.twin_features(work, "cpu")
     before = jax.device_get(state.params)
-    start = torch_lidit.state_dict_of_flax(before)
+    start = torch_lidit.state_dict_of_flax(work.model, before)
     twins = []
     for remat in ("none", "full", "dots"):
         model = dataclasses.replace(work.model, remat=remat)
         twins.append(torch_lidit.Trainer(torch_lidit.from_flax(model, work.text_widths, before), config))
     for number in range(2):
-        drawn = {name: torch.tensor(x) for name, x in train_step.draw(work, batch["moments"], key, number).items()}
+        drawn = {name: x[None] for name, x in train_step.draw(work, batch["moments"], key, number).items()}
+        [draw] = torch_lidit.draws(drawn)
         rate = float(trainer.learning_rate(number))
         with jax.set_mesh(trainer.mesh):
             state, metrics = trainer.step(state, trainer.task.frozen, batch, key, number)
         assert metrics["grad_norm"] > config.clip_norm
         for twin in twins:
-            loss, norm = twin.step(torch_lidit.Draw(**drawn), text, rate)
+            loss, norm = twin.step(draw, text, rate)
             assert loss.item() == pytest.approx(float(metrics["loss"]), rel=1e-5)
             assert norm.item() == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
-    ours = [torch_lidit.state_dict_of_flax(jax.device_get(tree)) for tree in (state.params, state.ema)]
+    ours = [torch_lidit.state_dict_of_flax(work.model, jax.device_get(tree)) for tree in (state.params, state.ema)]
     for twin in twins:
         names = [name for name, _ in twin.model.named_parameters()]
         assert set(names) == set(start)
@@ -140,15 +142,15 @@ def test_contestants_of_sampling_draw_the_same(tmp_path):
 )
 def test_the_twin_takes_a_samplers_steps(name, schedule):
     class Model(torch.nn.Module):
-        def forward(self, x, timesteps, text):
-            return predict(x, timesteps)
+        def forward(self, x, timesteps, return_dict):
+            return (predict(x, timesteps),)
 
     def predict(x, timesteps):
         return 0.5 * x**2 + timesteps[:, None] / 1000
 
     noise, table = np.random.default_rng(0).standard_normal((2, 3), np.float32), samplers.step_table(name, schedule, 4)
     expected = samplers.sample(name, schedule, predict, noise, 4)
-    drawn = torch_lidit.Sampler(Model(), table, schedule.prediction, 1.0)(torch.from_numpy(noise), ())
+    drawn = torch_lidit.Sampler(Model(), table, schedule.prediction, 1.0)(torch.from_numpy(noise), {})
     assert_close(drawn, expected, 1e-5)
 
 
@@ -168,7 +170,7 @@ def test_sizes_come_from_the_config_and_from_what_is_given():
 def test_the_twin_refuses_a_rematerialisation_that_it_cannot_do():
     work, _ = tiny_workload(remat="offload")
     with pytest.raises(UserError, match="model.remat='offload'"):
-        torch_lidit.LIDiT(work.model, work.text_widths)
+        torch_lidit.from_flax(work.model, work.text_widths, {})
 
 
 def run(name, *arguments):

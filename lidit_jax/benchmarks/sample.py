@@ -4,7 +4,7 @@ From noise and features to latents by the config's sampler, with its classifier-
 in one batch. The frozen LLMs and the VAE's decoder take no part, on either side.
 
     lidit_jax         as `lidit_jax.pipeline` draws: all steps in one program, on one device
-    PyTorch           the same model (`torch_lidit.py`), its matrices cast once to what they are multiplied in
+    PyTorch           the model that is exported (`torch_lidit.py`), loaded in the dtype of its products
     PyTorch compiled  the guided prediction under `torch.compile`
 
 All have the same weights and begin with the same noise, so that latents can be compared. A step is one evaluation of
@@ -96,16 +96,14 @@ def twin(
     workload: Workload, sampler: str, steps: int, guidance_scale: float, *, folder: Path, device: str, compiled: bool
 ) -> Work:
     """As `ours`, with its weights."""
-    import torch
-
     from lidit_jax.benchmarks import torch_lidit
 
-    model = load_twin(workload, folder, device)
+    model = load_twin(workload, folder, device, workload.model.dtype)
     rows = step_table(sampler, workload.schedule, steps)
     draw = torch_lidit.Sampler(model, rows, workload.schedule.prediction, guidance_scale, compiled=compiled)
     text = twin_features(workload, device, with_empty=guidance_scale != 1.0)
-    noise = torch.from_numpy(workload.noise()).to(device)
-    return lambda: draw(noise, text).cpu().numpy()
+    noise = torch_lidit.channels_first(workload.noise(), device)
+    return lambda: draw(noise, text).movedim(1, -1).cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ The step of `lidit_jax.train`: refiners, DiT, loss, gradient, clipping, AdamW an
 has them, on latents and features that were computed ahead. The frozen LLMs and the VAE take no part, on either side.
 
     lidit_jax         on all devices, over the config's mesh
-    PyTorch           the same model (`torch_lidit.py`) on one device
+    PyTorch           the model that is exported (`torch_lidit.py`) on one device, under autocast
     PyTorch compiled  its loss and gradient under `torch.compile`
 
 All begin with the same weights and use the same times and noise, so that losses and gradients can be compared; PyTorch
@@ -144,12 +144,12 @@ def twin(workload: Workload, config: TrainConfig, steps: int, *, folder: Path, d
 
     from lidit_jax.benchmarks import torch_lidit
 
-    trainer = torch_lidit.Trainer(load_twin(workload, folder, device), config, compiled=compiled)
+    dtype = getattr(torch, workload.model.dtype)
+    trainer = torch_lidit.Trainer(load_twin(workload, folder, device), config, dtype=dtype, compiled=compiled)
     text = twin_features(workload, device)
     with np.load(folder / DRAWS) as file:
         learning_rates = file["learning_rate"].tolist()
-        tensors = [torch.from_numpy(file[name]).to(device) for name in torch_lidit.Draw._fields]
-    draws = map(torch_lidit.Draw, *tensors)
+        draws = torch_lidit.draws(file, device)
     turns = itertools.cycle(zip(draws, learning_rates, strict=True))
 
     def work() -> np.ndarray:

@@ -34,6 +34,7 @@ from lidit_jax.text.load_encoder import open_encoder
 
 if TYPE_CHECKING:
     from lidit_jax.benchmarks import torch_lidit
+    from lidit_jax.pytorch import transformer_lidit
 
 # The flags that both command lines have.
 _CONFIG = cli.define_config()  # default: the demo
@@ -207,30 +208,33 @@ def save_weights(folder: Path, params: Any) -> None:
     save_file({name: np.ascontiguousarray(jax.device_get(array)) for name, array in flat.items()}, folder / WEIGHTS)
 
 
-def load_twin(workload: Workload, folder: Path, device: str) -> "torch_lidit.LIDiT":
-    """PyTorch's model with the weights that were saved."""
+def load_twin(
+    workload: Workload, folder: Path, device: str, dtype: str = "float32"
+) -> "transformer_lidit.LIDiTTransformer2DModel":
+    """PyTorch's model with the weights that were saved, in this dtype."""
     import torch
     from safetensors.numpy import load_file
 
     from lidit_jax.benchmarks import torch_lidit
 
     torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing, which is JAX's default
-    return torch_lidit.from_flax(workload.model, workload.text_widths, load_file(folder / WEIGHTS), device)
+    params = load_file(folder / WEIGHTS)
+    return torch_lidit.from_flax(workload.model, workload.text_widths, params, device, getattr(torch, dtype))
 
 
-def twin_features(workload: Workload, device: str, *, with_empty: bool = False) -> "list[torch_lidit.TextFeatures]":
-    """`Workload.features` for PyTorch."""
+def twin_features(workload: Workload, device: str, *, with_empty: bool = False) -> "torch_lidit.Text":
+    """`Workload.features` for PyTorch's model."""
     import torch
-
-    from lidit_jax.benchmarks import torch_lidit
 
     def tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.float32)).to(device, getattr(torch, dtype))  # NumPy's have no bfloat16
 
-    return [
-        torch_lidit.TextFeatures(tensor(of.prefix, d), tensor(of.prompt, d), torch.from_numpy(of.mask).to(device))
-        for of, d in zip(workload.features(with_empty=with_empty), workload.text_dtypes.values(), strict=True)
-    ]
+    features, dtypes = workload.features(with_empty=with_empty), workload.text_dtypes.values()
+    return {
+        "encoder_hidden_states": [tensor(of.prompt, dtype) for of, dtype in zip(features, dtypes, strict=True)],
+        "encoder_attention_mask": [torch.from_numpy(of.mask).to(device) for of in features],
+        "instruction_hidden_states": [tensor(of.prefix, dtype) for of, dtype in zip(features, dtypes, strict=True)],
+    }
 
 
 # --- the contest -------------------------------------------------------------------------------------------------

@@ -268,6 +268,15 @@ def step_table(
     return sampler.build_table(schedule, points, eta)
 
 
+def default_spacing(sampler_name: str, schedule: Schedule) -> str | None:
+    """The timestep spacing that a sampler has for a schedule if none is named; None for RectifiedFlow."""
+    spacings = SAMPLERS[sampler_name].spacings
+    if not spacings:
+        return None
+    must_start_at_noise = schedule.zero_terminal_snr and spacings[0] == "leading"
+    return "trailing" if must_start_at_noise else spacings[0]
+
+
 def _checked_sampler(sampler_name: str, schedule: Schedule, eta: float) -> Sampler:
     fitting = ", ".join(samplers_for(schedule))
     schedule_name = type(schedule).__name__
@@ -290,9 +299,8 @@ def _checked_spacing(sampler_name: str, schedule: Schedule, spacing: str | None,
     if spacing is not None and spacing not in spacings:
         choices = f"choose one of {', '.join(spacings)}" if spacings else "leave it unset"
         raise UserError(f"sampler {sampler_name!r} has no timestep spacing {spacing!r}; {choices}")
-    if spacing is None and spacings:
-        must_start_at_noise = schedule.zero_terminal_snr and spacings[0] == "leading"
-        spacing = "trailing" if must_start_at_noise else spacings[0]
+    if spacing is None:
+        spacing = default_spacing(sampler_name, schedule)
     if spacing == "leading" and schedule.zero_terminal_snr:
         raise UserError("a schedule with zero_terminal_snr must be sampled from its last timestep: use 'trailing'")
     if steps_offset and spacing != "leading":

@@ -134,6 +134,19 @@ class LIDiT(nn.Module):
         )
         return dit(latents, condition, mask, time + pooled)
 
+    def init_params(self, text_widths: Sequence[int], key: jax.Array) -> Any:
+        """Random parameters, boxed with their logical axes.
+
+        Args: text_widths: D of each LLM.
+        """
+        side = 2 * self.config.patch_size
+        text = [
+            TextFeatures(prefix=jnp.zeros((1, width)), prompt=jnp.zeros((1, 1, width)), mask=jnp.ones((1, 1), bool))
+            for width in text_widths
+        ]
+        latents = jnp.zeros((1, side, side, self.config.latent_channels))
+        return self.init(key, latents, jnp.zeros((1,)), text)["params"]
+
 
 class TextCondition(nn.Module):
     """Per LLM: project -> linguistic token refiner; then collaborative refiner -> truncate -> concatenate."""

@@ -44,6 +44,7 @@ _KINDS = {
     "TPU v6e": V6E,
     "NVIDIA A100": Chip("A100", 312e12, 80 * GB, 2039 * GB, 300 * GB),
     "NVIDIA H100": Chip("H100", 989e12, 80 * GB, 3350 * GB, 450 * GB),
+    "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12, 80 * GB, 2039 * GB, 300 * GB),
     "NVIDIA H200": Chip("H200", 989e12, 141 * GB, 4800 * GB, 450 * GB),
 }
 

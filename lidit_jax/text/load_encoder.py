@@ -1,5 +1,6 @@
 """A folder in Hugging Face's format -> a prompt encoder, whatever kind of model is in it."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from lidit_jax.weights.huggingface_llm import load_llm_encoder
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, read_config, read_json_object
 
 MODEL_TYPES = (*SUPPORTED, *huggingface_t5.MODEL_TYPES)
+TOKENIZER_FILE = "tokenizer.json"
+DIFFUSERS_ENCODER = re.compile(r"text_encoder(_\d+)?")
 PROBES = ["", " a b", "红色", "😀", "\x00", "\u0f00 xyz"]
 
 
@@ -43,7 +46,7 @@ def open_encoder(
         kind, config = T5TextEncoder, huggingface_t5.t5_config(values, file, dtype=dtype)
     else:
         kind, config = LLMTextEncoder, llm_config(values, file, dtype=dtype)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(tokenizer_folder(folder))
     try:
         return kind(config, make_prompts(tokenizer))
     except UserError as error:
@@ -73,6 +76,16 @@ def load_encoder(
     return encoder, encoder.freeze(params)
 
 
+def tokenizer_folder(folder: epath.Path) -> epath.Path:
+    """Where the tokenizer of an encoder's folder is: in it or, as diffusers lays pipelines out, beside `text_encoder_2`
+    in `tokenizer_2`.
+    """
+    if not DIFFUSERS_ENCODER.fullmatch(folder.name) or (folder / TOKENIZER_FILE).exists():
+        return folder
+    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    return beside if (beside / TOKENIZER_FILE).exists() else folder
+
+
 def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
     """A tokenizer from a folder in Hugging Face's format (tokenizer.json).
 
@@ -80,9 +93,9 @@ def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
       UserError: if the folder holds no readable tokenizer.json.
     """
     with local_tokenizer_files(folder) as files:
-        file = files / "tokenizer.json"
+        file = files / TOKENIZER_FILE
         if not file.is_file():
-            raise UserError(f"{folder}: no tokenizer.json in it; name a folder that save_pretrained wrote")
+            raise UserError(f"{folder}: no {TOKENIZER_FILE} in it; name a folder that save_pretrained wrote")
         template = _processors_template(epath.Path(files))
         # The tokenizers library raises bare Exceptions for a broken file, and panics, which are not even Exceptions.
         try:
@@ -92,7 +105,7 @@ def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder}/tokenizer.json: not a tokenizer ({reason})") from error
+            raise UserError(f"{folder}/{TOKENIZER_FILE}: not a tokenizer ({reason})") from error
     if template and not tokenizer.chat_template:
         tokenizer.chat_template = template
     return tokenizer

@@ -72,7 +72,7 @@ class PromptTokenizer:
     @functools.cached_property
     def digest(self) -> str:
         """Sixteen hexadecimal digits over what stands before every prompt and how long one may be."""
-        facts = [self._prefix, self._separator, self.max_length]
+        facts = [self._prefix, self.separator, self.max_length]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @functools.cached_property
@@ -115,7 +115,7 @@ class PromptTokenizer:
         raise UserError(f"the tokenizer's chat template fails ({errors[0]}): set text.chat_template=False")
 
     @functools.cached_property
-    def _separator(self) -> str:
+    def separator(self) -> str:
         """What makes a prompt's first word the token that it would be behind the instruction.
 
         A byte-level tokenizer writes the space before a word into its token, so the prompt needs one; a SentencePiece
@@ -139,7 +139,7 @@ class PromptTokenizer:
         tokens = np.full(shape, self.tokenizer.eos_token_id, np.int32)  # padding is masked: any valid token will do
         mask = np.zeros(shape, bool)
         truncated = np.zeros(len(prompts), bool)
-        texts = [p if not p or p.startswith(" ") else f"{self._separator}{p}" for p in prompts]
+        texts = [p if not p or p.startswith(" ") else f"{self.separator}{p}" for p in prompts]
         for row, ids in enumerate(self._encode(texts)):
             truncated[row] = len(ids) > self.max_length - 1
             ids = [*ids[: self.max_length - 1], self.tokenizer.eos_token_id]

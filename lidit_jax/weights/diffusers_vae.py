@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from lidit_jax.errors import UserError
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import DOWN_BLOCK_TYPE, UP_BLOCK_TYPE, VAEConfig
+from lidit_jax.weights.placing import torch_axes
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, new_folder, read_config
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -49,7 +50,7 @@ def load_vae(folder: str | Path) -> tuple[VAEConfig, dict[str, Any]]:
         names = {path: _stored_name(torch_name(path), weights.names) for path in parameter_shapes(config)}
         weights.refuse_unexpected(names.values(), OWN_TENSORS)
         for path, shape in parameter_shapes(config).items():
-            axes = _torch_axes(len(shape))
+            axes = torch_axes(len(shape))
             value = weights.read(names[path], tuple(shape[axis] for axis in axes))
             flat[path] = np.ascontiguousarray(value.astype(np.float32).transpose(np.argsort(axes)))
     return config, flax.traverse_util.unflatten_dict(flat)
@@ -104,14 +105,9 @@ def _to_torch(config: VAEConfig, params: Mapping[tuple[str, ...], Any]) -> dict[
     for path, shape in shapes.items():
         if params[path].shape != shape:
             raise UserError(f"the VAE's {'/'.join(path)} has shape {params[path].shape}, its config asks for {shape}")
-        value = np.asarray(params[path], np.float32).transpose(_torch_axes(len(shape)))
+        value = np.asarray(params[path], np.float32).transpose(torch_axes(len(shape)))
         tensors[torch_name(path)] = np.ascontiguousarray(value)  # save_file writes a transposed view's bytes unordered
     return tensors
-
-
-def _torch_axes(ndim: int) -> tuple[int, ...]:
-    """The axes of our array in PyTorch's order: HWIO -> OIHW, IO -> OI."""
-    return {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
 
 
 def _stored_name(name: str, stored: set[str]) -> str:

@@ -52,13 +52,13 @@ def place_parameters(
     derived: str = "",
     norm_offset: float = 0.0,
 ) -> dict[str, Any]:
-    """Reads an encoder's parameters, each straight into its place; says how far it is when that takes long.
+    """Reads a model's parameters, each straight into its place; says how far it is when that takes long.
 
     Matrices and biases come in `dtype`, in which each use would cast them anyway; the norms' scales come in float32.
-    PyTorch's [out, in] becomes our [in, out], and tensors of single blocks become our stacks.
+    PyTorch's kernels become ours (`torch_axes`), and tensors of single blocks become our stacks.
 
     Args:
-      boxed: shapes and logical axes by path; the paths that start with "layers" are stacks over the blocks.
+      boxed: shapes and logical axes by path; those whose first axis is "layers" are stacks over the blocks.
       names: of the tensors of each: one, or of a stack one for each block.
       belonging, derived: of `SafetensorsFolder.refuse_unexpected`.
       norm_offset: added to the norms' scales.
@@ -71,7 +71,7 @@ def place_parameters(
     """
     for path, leaf in boxed.items():  # before memory of their size is asked for
         for name in names[path]:
-            weights.check(name, _shape_in_file(path, leaf.value.shape))
+            weights.check(name, shape_in_file(path, leaf))
     weights.refuse_unexpected(itertools.chain.from_iterable(names.values()), belonging, derived)
     total = sum(weights.num_bytes(name) for of_parameter in names.values() for name in of_parameter)
     progress = _Progress(str(weights.folder), total)
@@ -83,8 +83,8 @@ def place_parameters(
             leaf,
             placement.sharding(leaf),
             dtype=_dtype_of(path, dtype),
-            stacked=_is_stacked(path),
-            transposed=_is_transposed(path),
+            in_file=shape_in_file(path, leaf),
+            transposed=is_transposed(path),
             offset=norm_offset if _is_norm(path) else 0.0,
             progress=progress,
         )
@@ -117,7 +117,7 @@ def _place_parameter(
     sharding: jax.sharding.Sharding,
     *,
     dtype: np.dtype,
-    stacked: bool,
+    in_file: tuple[int, ...],
     transposed: bool,
     offset: float,
     progress: "_Progress",
@@ -126,13 +126,12 @@ def _place_parameter(
 
     A tensor is read, cast, cut and sent; only then is the next one read, so the host never holds two of them.
     """
-    shape = boxed.value.shape
-    in_file = _sharding_in_file(sharding, stacked, transposed)
+    shape, stacked = boxed.value.shape, is_stacked(boxed)
+    sharding_in_file = _sharding_in_file(sharding, stacked, transposed, len(shape))
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)() if stacked else None
     for i, name in enumerate(names):
-        one = shape[1:] if stacked else shape
-        value = weights.read(name, one[::-1] if transposed else one).astype(dtype, copy=False)
-        value = jax.make_array_from_callback(value.shape, in_file, lambda index, value=value: value[index])
+        value = weights.read(name, in_file).astype(dtype, copy=False)
+        value = jax.make_array_from_callback(value.shape, sharding_in_file, lambda index, value=value: value[index])
         if stacked:
             stack, is_finite = _set_entry(sharding, transposed, offset)(stack, value, np.int32(i))
         else:
@@ -183,27 +182,38 @@ def _convert(sharding: jax.sharding.Sharding, transposed: bool, offset: float):
 
 
 def _as_ours(value: jax.Array, transposed: bool, offset: float) -> jax.Array:
-    value = value.T if transposed else value
+    value = value.transpose(np.argsort(torch_axes(value.ndim))) if transposed else value
     return value + jnp.asarray(offset, value.dtype) if offset else value
 
 
-def _is_stacked(path: Path) -> bool:
-    return path[0] == "layers"
+def torch_axes(ndim: int) -> tuple[int, ...]:
+    """The axes of our array in PyTorch's order: HWIO -> OIHW, IO -> OI; a vector's stays."""
+    return {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
 
 
-def _is_transposed(path: Path) -> bool:
+def is_stacked(boxed: nn.LogicallyPartitioned) -> bool:
+    """Whether the first axis is that of blocks, which PyTorch has a tensor each for."""
+    return boxed.names[:1] == ("layers",)
+
+
+def is_transposed(path: Path) -> bool:
+    """Whether PyTorch has the axes in another order (`torch_axes`)."""
     return path[-1] == "kernel"
 
 
-def _shape_in_file(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of one tensor, from the shape of our parameter."""
-    shape = shape[1:] if _is_stacked(path) else shape
-    return shape[::-1] if _is_transposed(path) else shape
+def shape_in_file(path: Path, boxed: nn.LogicallyPartitioned) -> tuple[int, ...]:
+    """Of one of the tensors of our parameter."""
+    shape = boxed.value.shape[1:] if is_stacked(boxed) else boxed.value.shape
+    return tuple(shape[axis] for axis in torch_axes(len(shape))) if is_transposed(path) else shape
 
 
-def _sharding_in_file(sharding: jax.sharding.Sharding, stacked: bool, transposed: bool) -> jax.sharding.Sharding:
-    """Of one tensor as the file has it."""
+def _sharding_in_file(
+    sharding: jax.sharding.Sharding, stacked: bool, transposed: bool, ndim: int
+) -> jax.sharding.Sharding:
+    """Of one tensor as the file has it. Args: ndim: axes of our parameter."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    axes = sharding.spec[1:] if stacked else sharding.spec
-    return NamedSharding(sharding.mesh, PartitionSpec(*(axes[::-1] if transposed else axes)))
+    axes = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))[1 if stacked else 0 :]
+    if transposed:
+        axes = tuple(axes[axis] for axis in torch_axes(len(axes)))
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))

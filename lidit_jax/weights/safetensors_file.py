@@ -1,11 +1,14 @@
-"""One safetensors file, read by ranges: its header is checked before anything else of it is believed.
+"""One safetensors file, read and written by ranges: its header is checked before anything else of it is believed.
 
-The safetensors library maps local files into memory. Here a tensor is read when it is asked for and at no other time,
-from a bucket as from a disk, and its bytes are nobody's memory but the caller's.
+The safetensors library maps local files into memory, and writes what is all there. Here a tensor is read when it is
+asked for and at no other time, from a bucket as from a disk, and its bytes are nobody's memory but the caller's; and
+tensors are written one after the other, in any order.
 """
 
 import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -21,6 +24,7 @@ FLOAT_TYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 MAX_AXES = 8
 MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors library
 
@@ -98,6 +102,56 @@ class SafetensorsFile:
         if covered != data_size:
             raise ValueError(f"it has {data_size} bytes of data, its header describes {covered}")
         return 8 + length, entries
+
+
+class SafetensorsWriter:
+    """Writes one file, of one type: its header first, then every tensor into its place when it is given.
+
+    A context manager; left without an error before all tensors were given, it raises ValueError. What the disk refuses
+    is an OSError.
+    """
+
+    def __init__(self, file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype):
+        """Writes the header.
+
+        Args:
+          file: is made, or written over.
+          shapes: of the tensors by name, in the order of the file.
+          dtype: one of `FLOAT_TYPES`.
+        """
+        self._dtype, self._shapes, self._offsets = np.dtype(dtype), dict(shapes), {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # diffusers refuses a file that does not say so
+        end = 0
+        for name, shape in shapes.items():
+            begin, end = end, end + math.prod(shape) * self._dtype.itemsize
+            self._offsets[name] = begin
+            header[name] = {"dtype": TYPE_NAMES[self._dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)  # so that the data is aligned, as the library has it
+        self._start, self._missing = 8 + len(encoded), set(shapes)
+        self._stream = file.open("wb")
+        try:
+            self._stream.write(len(encoded).to_bytes(8, "little") + encoded)
+            self._stream.truncate(self._start + end)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._stream.close()
+        if kind is None and self._missing:
+            raise ValueError(f"tensor {min(self._missing)} was not written")
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Raises ValueError for values of another shape or type than the header says."""
+        if values.shape != self._shapes[name] or values.dtype != self._dtype:
+            raise ValueError(f"tensor {name} is {values.dtype} {values.shape}, not {self._dtype} {self._shapes[name]}")
+        self._stream.seek(self._start + self._offsets[name])
+        self._stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8))  # bfloat16 is no buffer's type
+        self._missing.discard(name)
 
 
 def _entry(name: str, value: Any, data_size: int) -> tuple[str, tuple[int, ...], tuple[int, int]]:

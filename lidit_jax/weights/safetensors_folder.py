@@ -55,6 +55,16 @@ class SafetensorsFolder:
     def names(self) -> set[str]:
         return set(self._file_of_tensor)
 
+    @property
+    def files(self) -> list[epath.Path]:
+        """With the tensors in them, in the order of their names."""
+        return sorted(set(self._file_of_tensor.values()), key=str)
+
+    def open_all(self) -> None:
+        """Raises UserError if a shard is missing or damaged, also one that nobody asks for."""
+        for file in self.files:
+            self._open(file)
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Looks the tensor up without reading it.
 
@@ -117,6 +127,18 @@ class SafetensorsFolder:
         if file not in self._files:
             self._files[file] = SafetensorsFile(file)
         return self._files[file]
+
+
+def weights_files(folder: str | epath.Path, stem: str) -> list[epath.Path]:
+    """The files that hold a folder's weights: one, or an index and its shards, all of them there and whole.
+
+    Raises:
+        UserError: one is missing or damaged, or there are none (`SafetensorsFolder` says what is looked for).
+    """
+    with SafetensorsFolder(folder, stem) as weights:
+        weights.open_all()
+        one, index = (weights.folder / f"{stem}.safetensors{ending}" for ending in ("", ".index.json"))
+        return [one] if one.exists() else [index, *weights.files]
 
 
 def read_config(folder: str | epath.Path) -> dict[str, Any]:

@@ -1,0 +1,521 @@
+"""LI-DiT's text-to-image pipeline: frozen LLMs read the prompt behind an instruction, a diffusion transformer draws.
+
+This file stands alone beside the weights that it was exported with and needs torch, diffusers and transformers:
+
+    pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True, dtype=torch.bfloat16).to("cuda")
+    pipe("a red circle left of a blue square").images[0]
+"""
+
+import inspect
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1  # of the `lidit` value in model_index.json
+MAX_ENCODERS = 4
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# An LLM's feature is the output of its third-to-last block; transformers lists the embeddings first and the last
+# block's output, normalised, last.
+THIRD_TO_LAST = -3
+
+
+class PromptFeatures(NamedTuple):
+    """What the text encoders say of B prompts, a list with an entry for each encoder.
+
+    Attributes:
+      embeds: [B, L_i, D_i], of the prompts, padded on the right.
+      masks: bool [B, L_i], True on the prompts' tokens.
+      instructions: of what stands before every prompt: [P_i, D_i], or [B, P_i, D_i] where the prompt changes it, as it
+        does in a bidirectional encoder.
+    """
+
+    embeds: list[Tensor]
+    masks: list[Tensor]
+    instructions: list[Tensor]
+
+
+class LIDiTPipeline(DiffusionPipeline):
+    """Text to image with LI-DiT.
+
+    Args:
+      transformer: LI-DiT.
+      vae: the autoencoder of its latents.
+      scheduler: with the noise schedule that it was trained with.
+      text_encoder, tokenizer, …: up to four, in the order that the transformer was trained with.
+      lidit: facts of the training run: format_version, resolution, sample (steps, guidance_scale), and of each encoder
+        kind ("llm" or "t5"), prefix (token ids before every prompt), separator and max_length.
+      text_encoder_sources: component name -> {"name", "revision", "class"} of encoders that are not in the folder:
+        those are loaded from the Hugging Face hub, or from a local folder, in the transformer's dtype. `{}` loads none,
+        for prompts that come as `prompt_embeds`.
+
+    Raises:
+      ValueError: the folder is of another kind, or of a newer format than this file knows.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->text_encoder_4->transformer->vae"
+    _optional_components = [
+        *("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4"),
+        *("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4"),
+    ]
+    _callback_tensor_inputs = ["latents", "noise_pred"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        vae: AutoencoderKL,
+        scheduler: SchedulerMixin,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder_2: PreTrainedModel,
+        tokenizer_2: PreTrainedTokenizerBase,
+        text_encoder_3: PreTrainedModel,
+        tokenizer_3: PreTrainedTokenizerBase,
+        text_encoder_4: PreTrainedModel,
+        tokenizer_4: PreTrainedTokenizerBase,
+        lidit: dict | None = None,
+        text_encoder_sources: dict | None = None,
+    ):
+        super().__init__()
+        _check_facts(lidit)
+        given = {
+            "text_encoder": text_encoder,
+            "tokenizer": tokenizer,
+            "text_encoder_2": text_encoder_2,
+            "tokenizer_2": tokenizer_2,
+            "text_encoder_3": text_encoder_3,
+            "tokenizer_3": tokenizer_3,
+            "text_encoder_4": text_encoder_4,
+            "tokenizer_4": tokenizer_4,
+        }
+        sources = dict(text_encoder_sources or {})
+        for index in range(len(lidit["encoders"])):
+            encoder, its_tokenizer = component_names(index)
+            if encoder not in sources:
+                continue
+            if given[encoder] is None:
+                given[encoder] = _load_encoder(encoder, sources[encoder], transformer.dtype)
+            if given[its_tokenizer] is None:
+                given[its_tokenizer] = _load_tokenizer(encoder, sources[encoder])
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, **given)
+        self.register_to_config(lidit=lidit, text_encoder_sources=sources)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: PromptFeatures | None = None,
+        negative_prompt_embeds: PromptFeatures | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        """Draws.
+
+        Args:
+          prompt: one or several.
+          negative_prompt: what guidance leads away from: one for all, or one a prompt. The model was trained with "".
+          height, width: in pixels; default: the training resolution.
+          num_inference_steps, guidance_scale: default: those of the training run. Guidance of 1 is none, at half the
+            work.
+          num_images_per_prompt: drawn one after the other for each prompt.
+          generator: of the noise; of a list, one a picture.
+          latents: [B, C, height / factor, width / factor], standard normal noise to start from.
+          prompt_embeds, negative_prompt_embeds: what `encode_prompt` gave, in place of the texts.
+          output_type: "pil", "np", "pt", or "latent" for [B, C, h, w] in the transformer's scale.
+          callback_on_step_end: called as (pipeline, step, timestep, {name: tensor}) after every step; what it returns
+            replaces those tensors.
+          callback_on_step_end_tensor_inputs: which: "latents", "noise_pred".
+
+        Returns:
+          `.images`, or a tuple with them alone.
+
+        Raises:
+          ValueError: for arguments that do not fit, saying what would.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        facts = self.config.lidit
+        height = facts["resolution"] if height is None else height
+        width = facts["resolution"] if width is None else width
+        steps = facts["sample"]["steps"] if num_inference_steps is None else num_inference_steps
+        scale = facts["sample"]["guidance_scale"] if guidance_scale is None else guidance_scale
+        self._check(height, width, steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        self._guidance_scale, self._interrupt = scale, False
+
+        text = self._features(prompt, prompt_embeds, "prompt")
+        count = text.masks[0].shape[0]
+        if self.do_classifier_free_guidance:
+            negative = self._negative_features(negative_prompt, negative_prompt_embeds, count)
+            text = _joined(text, negative)  # the conditional rows first
+        text = _repeated(text, num_images_per_prompt)
+        latents = self.prepare_latents(count * num_images_per_prompt, height, width, generator, latents)
+        latents = self._denoise(
+            latents, text, steps, generator, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
+
+        if output_type == "latent":
+            images = latents
+        else:
+            images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # --- the prompt --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str]) -> PromptFeatures:
+        """The features of one prompt or several.
+
+        Raises:
+          ValueError: an encoder is not loaded.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        embeds, masks, instructions = [], [], []
+        for index, facts in enumerate(self.config.lidit["encoders"]):
+            encoder, tokenizer = (getattr(self, name) for name in component_names(index))
+            if encoder is None or tokenizer is None:
+                name = component_names(index)[0]
+                raise ValueError(f"{name} is not loaded: load the pipeline with it, or pass prompt_embeds")
+            tokens, mask = tokenize(tokenizer, prompts, facts)
+            hidden, mask = self._encode(encoder, facts, tokens, mask)
+            length = len(facts["prefix"])
+            embeds.append(hidden[:, length:])
+            masks.append(mask)
+            # Causal attention: what stands before a prompt does not see it.
+            instructions.append(hidden[:, :length] if facts["kind"] == "t5" else hidden[0, :length])
+        return PromptFeatures(embeds, masks, instructions)
+
+    def _encode(
+        self, encoder: PreTrainedModel, facts: Mapping[str, Any], tokens: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """tokens and mask [B, L] -> features [B, P + L, D] with those of the prefix first, mask [B, L]."""
+        prefix = torch.tensor(facts["prefix"], dtype=torch.long).expand(len(tokens), -1)
+        # A hooked module (offloading) moves its inputs to where it runs by itself.
+        device = self._execution_device if hasattr(encoder, "_hf_hook") else encoder.device
+        tokens = torch.cat([prefix, tokens], dim=1).to(device)
+        whole = torch.cat([torch.ones_like(prefix, dtype=torch.bool), mask], dim=1).to(device)
+        if facts["kind"] == "t5":
+            hidden = encoder(input_ids=tokens, attention_mask=whole.long()).last_hidden_state
+        else:
+            outputs = encoder(input_ids=tokens, attention_mask=whole.long(), output_hidden_states=True, use_cache=False)
+            hidden = outputs.hidden_states[THIRD_TO_LAST]
+        return hidden.to(self._execution_device), mask.to(self._execution_device)
+
+    def _features(self, prompt: Any, features: PromptFeatures | None, name: str) -> PromptFeatures:
+        if (prompt is None) == (features is None):
+            raise ValueError(f"pass either {name} or {name}_embeds")
+        if features is not None:
+            return self._placed(features, name)
+        if isinstance(prompt, str):
+            return self.encode_prompt(prompt)
+        if not isinstance(prompt, list | tuple) or not prompt or not all(isinstance(text, str) for text in prompt):
+            raise ValueError(f"{name} must be a text or a list of texts, not {prompt!r:.80}")
+        return self.encode_prompt(prompt)
+
+    def _negative_features(self, prompt: Any, features: PromptFeatures | None, count: int) -> PromptFeatures:
+        """For `count` prompts."""
+        if features is None:
+            features = self._features("" if prompt is None else prompt, None, "negative_prompt")
+        else:
+            features = self._placed(features, "negative_prompt")
+        found = features.masks[0].shape[0]
+        if found == 1:
+            return _repeated(features, count)
+        if found != count:
+            raise ValueError(f"there are {found} negative prompts for {count} prompts: pass one, or one for each")
+        return features
+
+    def _placed(self, features: PromptFeatures, name: str) -> PromptFeatures:
+        expected = len(self.config.lidit["encoders"])
+        if len(features) != 3 or any(len(part) != expected for part in features):
+            raise ValueError(f"{name}_embeds must be what encode_prompt gives, for {expected} encoders")
+        return PromptFeatures(*([x.to(self._execution_device) for x in part] for part in features))
+
+    # --- the picture -------------------------------------------------------------------------------------------------
+
+    def prepare_latents(
+        self,
+        count: int,
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """The noise to start from, float32 [count, C, height / factor, width / factor].
+
+        Raises:
+          ValueError: the given latents are of another shape, or the generators of another number.
+        """
+        factor = self.vae_scale_factor
+        shape = (count, self.vae.config.latent_channels, height // factor, width // factor)
+        if latents is None:
+            if isinstance(generator, list) and len(generator) != count:
+                raise ValueError(
+                    f"there are {len(generator)} generators for {count} pictures: pass one, or one for each"
+                )
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents have the shape {tuple(latents.shape)}, these pictures need {shape}")
+        # Float32 throughout: the sum of many small steps is where lower precision would show.
+        latents = latents.to(self._execution_device, torch.float32)
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _denoise(
+        self,
+        latents: Tensor,
+        text: PromptFeatures,
+        steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback: Callable | None,
+        callback_inputs: Sequence[str],
+    ) -> Tensor:
+        """From noise to latents, [B, C, h, w] float32."""
+        self.scheduler.set_timesteps(steps, device=latents.device)
+        self._num_timesteps = len(self.scheduler.timesteps)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} if takes_generator else {}
+        with self.progress_bar(total=self._num_timesteps) as progress:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                if self._interrupt:
+                    continue
+                noise_pred = self._predict(latents, timestep, text)
+                latents = self.scheduler.step(noise_pred, timestep, latents, return_dict=False, **options)[0]
+                if callback is not None:
+                    tensors = {"latents": latents, "noise_pred": noise_pred}
+                    tensors = {name: tensors[name] for name in callback_inputs}
+                    latents = (callback(self, step, timestep, tensors) or {}).get("latents", latents)
+                progress.update()
+        return latents
+
+    def _predict(self, latents: Tensor, timestep: Tensor, text: PromptFeatures) -> Tensor:
+        """What the scheduler's `step` takes, guided: [B, C, h, w] float32."""
+        x = latents
+        if hasattr(self.scheduler, "scale_model_input"):  # flow matching has none
+            x = self.scheduler.scale_model_input(x, timestep)
+        if self.do_classifier_free_guidance:
+            x = torch.cat([x, x])
+        output = self.transformer(
+            hidden_states=x,  # float32: the transformer casts, and answers in the same type
+            timestep=timestep.to(x.device, torch.float32).expand(len(x)),
+            encoder_hidden_states=text.embeds,
+            encoder_attention_mask=text.masks,
+            instruction_hidden_states=text.instructions,
+            return_dict=False,
+        )[0].float()
+        if not self.do_classifier_free_guidance:
+            return output
+        conditional, unconditional = output.chunk(2)
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] in the transformer's scale -> pictures [B, 3, H, W], about -1 to 1."""
+        config = self.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is not None and std is not None:  # of each channel, in place of one shift
+            mean, std = (
+                torch.tensor(x, dtype=latents.dtype, device=latents.device)[:, None, None] for x in (mean, std)
+            )
+            latents = latents * std / config.scaling_factor + mean
+        else:
+            latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+
+    def enable_vae_slicing(self) -> None:
+        """Decodes pictures one after the other, for less memory."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decodes large pictures in tiles, for less memory."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        self.vae.disable_tiling()
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale != 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """A callback that sets `_interrupt` ends the drawing early."""
+        return self._interrupt
+
+    def _check(
+        self, height: int, width: int, steps: int, num_images: int, output_type: str, callback_inputs: Sequence[str]
+    ) -> None:
+        cell = self.vae_scale_factor * self.transformer.config.patch_size
+        for name, side in (("height", height), ("width", width)):
+            if not isinstance(side, int) or side < cell or side % cell:
+                below = max(cell, side // cell * cell) if isinstance(side, int) else cell
+                raise ValueError(f"{name}={side!r:.40} is not a multiple of {cell}: use {below} or {below + cell}")
+        for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", num_images)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r:.40} must be a whole number of at least 1")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r:.40} is unknown: use one of {', '.join(OUTPUT_TYPES)}")
+        for name in callback_inputs:
+            if name not in self._callback_tensor_inputs:
+                known = ", ".join(self._callback_tensor_inputs)
+                raise ValueError(f"callback_on_step_end_tensor_inputs has {name!r:.40}: use some of {known}")
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Puts the code beside the configuration: what `save_pretrained` writes loads as this folder did."""
+        super().save_config(save_directory, **kwargs)
+        _copy_code(type(self), Path(save_directory))
+        _copy_code(type(self.transformer), Path(save_directory) / "transformer")
+
+    def to_json_string(self) -> str:
+        """model_index.json, in which classes of a folder's own code are named by their files."""
+        values = json.loads(super().to_json_string())
+        values["_class_name"] = _file_and_class(type(self))
+        values["transformer"] = _file_and_class(type(self.transformer))
+        sources = values["text_encoder_sources"] or {}
+        # Of an encoder that is in the folder the source has no further use.
+        values["text_encoder_sources"] = {name: of for name, of in sources.items() if getattr(self, name) is None}
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def component_names(index: int) -> tuple[str, str]:
+    """Of encoder 0, 1, …: ("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), …"""
+    suffix = f"_{index + 1}" if index else ""
+    return f"text_encoder{suffix}", f"tokenizer{suffix}"
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], facts: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Prompts to tokens int64 [B, L] and mask bool [B, L]: an end token after each, padding on the right.
+
+    Longer ones are cut at their end, with a warning. Even an empty prompt has its end token.
+
+    Args:
+      facts: the encoder's, with the separator that makes a prompt's first word the token that it would be behind the
+        instruction, and max_length, L.
+    """
+    length, end = facts["max_length"], tokenizer.eos_token_id
+    texts = [text if not text or text.startswith(" ") else facts["separator"] + text for text in prompts]
+    # Half a surrogate pair is not text. A prompt that spells out a special token is.
+    texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    tokens = torch.full((len(prompts), length), end, dtype=torch.long)
+    mask = torch.zeros((len(prompts), length), dtype=torch.bool)
+    for row, ids in enumerate(encoded):
+        if len(ids) > length - 1:
+            cut = tokenizer.decode(ids[length - 1 :])
+            logger.warning("a prompt is longer than %d tokens; this part of it is not read: %.500s", length - 1, cut)
+        ids = [*ids[: length - 1], end]
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = True
+    return tokens, mask
+
+
+def _check_facts(facts: Any) -> None:
+    """Raises ValueError unless these are facts that this file knows how to use."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("encoders"), list):
+        raise ValueError("model_index.json has no lidit value with its encoders: this is no folder of LI-DiT's")
+    version = facts.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"this folder has format_version {version!r:.40}, its pipeline_lidit.py knows {FORMAT_VERSION}: use the "
+            "pipeline_lidit.py of a newer lidit-jax"
+        )
+    if not 1 <= len(facts["encoders"]) <= MAX_ENCODERS:
+        raise ValueError(f"model_index.json names {len(facts['encoders'])} encoders; there can be 1 to {MAX_ENCODERS}")
+
+
+def _load_encoder(component: str, source: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    kind = getattr(transformers, source["class"])
+    return kind.from_pretrained(
+        _place(component, source), revision=_revision(source), dtype=dtype, use_safetensors=True
+    )
+
+
+def _load_tokenizer(component: str, source: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    kind = transformers.PreTrainedTokenizerFast
+    return kind.from_pretrained(_place(component, source), revision=_revision(source))
+
+
+def _place(component: str, source: Mapping[str, Any]) -> str:
+    name = source["name"]
+    if os.path.isabs(name) and not os.path.isdir(name):
+        raise ValueError(
+            f"{component} is not in this folder but in {name}, which is not there: pass {component}= to "
+            "from_pretrained, or export with --text_encoders=copy"
+        )
+    return name
+
+
+def _revision(source: Mapping[str, Any]) -> str:
+    return source.get("revision") or "main"
+
+
+def _joined(first: PromptFeatures, second: PromptFeatures) -> PromptFeatures:
+    """The rows of both."""
+    both = [
+        a if a.ndim == 2 else torch.cat([a, b]) for a, b in zip(first.instructions, second.instructions, strict=True)
+    ]
+    embeds = [torch.cat(pair) for pair in zip(first.embeds, second.embeds, strict=True)]
+    masks = [torch.cat(pair) for pair in zip(first.masks, second.masks, strict=True)]
+    return PromptFeatures(embeds, masks, both)
+
+
+def _repeated(features: PromptFeatures, times: int) -> PromptFeatures:
+    """Each row so many times, its copies together; what has no row for each prompt stays as it is."""
+    if times == 1:
+        return features
+    return PromptFeatures(
+        [x.repeat_interleave(times, dim=0) for x in features.embeds],
+        [x.repeat_interleave(times, dim=0) for x in features.masks],
+        [x if x.ndim == 2 else x.repeat_interleave(times, dim=0) for x in features.instructions],
+    )
+
+
+def _copy_code(cls: type, folder: Path) -> None:
+    """The file that a class is defined in."""
+    folder.mkdir(exist_ok=True)
+    source = Path(inspect.getfile(cls)).resolve()
+    if source != (folder / source.name).resolve():  # the folder that it was loaded from
+        shutil.copyfile(source, folder / source.name)
+
+
+def _file_and_class(cls: type) -> list[str]:
+    return [Path(inspect.getfile(cls)).stem, cls.__name__]

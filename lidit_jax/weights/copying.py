@@ -1,0 +1,47 @@
+"""Files of published weights, copied as they are: in chunks, from a disk or a bucket."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from etils import epath
+
+from lidit_jax.weights.folders import TOKENIZER_FILES
+from lidit_jax.weights.safetensors_folder import CONFIG_FILE, weights_files
+
+CHUNK = 16 << 20  # bytes
+# Beside config.json and the weights; transformers warns where it is missing from a model that generates.
+EXTRA_FILES = ("generation_config.json",)
+
+
+def model_files(folder: epath.Path, stem: str) -> list[epath.Path]:
+    """The weights and what is read beside them, but for config.json.
+
+    Raises:
+      UserError: a file of the weights is missing or damaged.
+    """
+    extra = [folder / name for name in EXTRA_FILES if (folder / name).exists()]
+    return [*weights_files(folder, stem), *extra]
+
+
+def tokenizer_files(folder: epath.Path) -> list[epath.Path]:
+    return sorted(
+        (file for file in folder.iterdir() if TOKENIZER_FILES.fullmatch(file.name) and file.name != CONFIG_FILE),
+        key=str,
+    )
+
+
+def num_bytes(files: Iterable[epath.Path]) -> int:
+    return sum(file.stat().length for file in files)
+
+
+def copy_files(files: Iterable[epath.Path], folder: Path, copied: Callable[[int], None]) -> None:
+    """Copies the files into a folder, which is made.
+
+    Args: copied: called with the number of bytes after every chunk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        with file.open("rb") as source, (folder / file.name).open("wb") as target:
+            while chunk := source.read(CHUNK):
+                target.write(chunk)
+                copied(len(chunk))

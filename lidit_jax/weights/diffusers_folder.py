@@ -1,0 +1,245 @@
+"""The layout of a whole model for diffusers: what its model_index.json says, and the way back to a config.
+
+    model_index.json   classes of the parts, and under "lidit" the facts of the run that no part's own config holds
+    pipeline_lidit.py  the pipeline
+    transformer/       LI-DiT, with its code
+    vae/  scheduler/   in diffusers' format
+    text_encoder/  tokenizer/  text_encoder_2/  tokenizer_2/  …   in Hugging Face's, in the order of the config's names
+
+An encoder that is not in the folder is named in "text_encoder_sources".
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from lidit_jax.diffusion.schedules import RectifiedFlow, Schedule
+from lidit_jax.errors import UserError
+from lidit_jax.weights import diffusers_scheduler
+from lidit_jax.weights.diffusers_vae import DIFFUSERS_VERSION
+from lidit_jax.weights.safetensors_folder import read_config, read_json_object
+from lidit_jax.weights.torch_lidit import read_lidit_config
+
+INDEX_FILE = "model_index.json"
+PIPELINE = ("pipeline_lidit", "LIDiTPipeline")  # file and class
+TRANSFORMER = ("transformer_lidit", "LIDiTTransformer2DModel")
+FORMAT_VERSION = 1
+MAX_ENCODERS = 4
+MAX_TOKENS = 1 << 20  # of a prompt: more is a damaged number
+MAX_SIDE = 1 << 16  # pixels
+# Of LI-DiT's config, how it is computed here, which its own config.json does not say.
+COMPUTING = ("dtype", "attention", "remat", "scan_unroll")
+# Of a schedule, what is for training alone and not in the scheduler's config.
+TRAINING_ONLY = ("logit_mean", "logit_std")
+# What `Experiment` asks for and a finished model has no use for.
+UNUSED_SECTIONS = {
+    "seed": 0,
+    "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+    "train": {"steps": 1, "batch_size": 1, "learning_rate": 1e-4},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderEntry:
+    """One prompt encoder in a model_index.json.
+
+    Attributes:
+      name, dtype: its name in the config, and what it computes in there.
+      kind: "llm" (third-to-last block, causal) or "t5" (last output, bidirectional).
+      class_name: of transformers.
+      prefix, separator, max_length: see `PromptTokenizer`.
+      source: {"name", "revision"} of one that is not in the folder.
+    """
+
+    name: str
+    dtype: str
+    kind: str
+    class_name: str
+    prefix: tuple[int, ...]
+    separator: str
+    max_length: int
+    source: Mapping[str, Any] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        keys = ("name", "dtype", "kind", "separator", "max_length")
+        return {key: getattr(self, key) for key in keys} | {"prefix": list(self.prefix)}
+
+
+def component_names(index: int) -> tuple[str, str]:
+    """Of encoder 0, 1, …: ("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), …"""
+    suffix = f"_{index + 1}" if index else ""
+    return f"text_encoder{suffix}", f"tokenizer{suffix}"
+
+
+def model_index(encoders: Sequence[TextEncoderEntry], scheduler_class: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What model_index.json holds.
+
+    Args: facts: of the run, JSON-able; `read_folder` says which it needs.
+    """
+    components: dict[str, Any] = {}
+    sources = {}
+    for index in range(MAX_ENCODERS):
+        encoder, tokenizer = component_names(index)
+        components |= {encoder: [None, None], tokenizer: [None, None]}
+        if index >= len(encoders):
+            continue
+        entry = encoders[index]
+        if entry.source is None:
+            components[encoder] = ["transformers", entry.class_name]
+            components[tokenizer] = ["transformers", "PreTrainedTokenizerFast"]
+        else:
+            sources[encoder] = {**entry.source, "class": entry.class_name}
+    return {
+        "_class_name": list(PIPELINE),
+        "_diffusers_version": DIFFUSERS_VERSION,
+        "transformer": list(TRANSFORMER),
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", scheduler_class],
+        **components,
+        "text_encoder_sources": sources,
+        "lidit": {
+            "format_version": FORMAT_VERSION,
+            "encoders": [entry.facts() for entry in encoders],
+            **facts,
+        },
+    }
+
+
+def is_exported_folder(folder: epath.Path) -> bool:
+    """Whether its model_index.json says that `python -m lidit_jax.export` wrote it, or diffusers after that."""
+    try:
+        return isinstance(read_json_object(folder / INDEX_FILE).get("lidit"), dict)
+    except UserError:
+        return False
+
+
+def read_folder(folder: str | epath.Path) -> ConfigDict:
+    """The config of the model in such a folder, with which `Experiment` finds all of its parts there.
+
+    Of LI-DiT's own weights it says nothing: they are in `transformer/`. The data section is a place holder with the
+    training resolution.
+
+    Raises:
+      UserError: a part or its description is missing, damaged, or of a newer format.
+    """
+    folder = epath.Path(folder)
+    file = folder / INDEX_FILE
+    if not file.exists():
+        raise UserError(f"{folder}: no {INDEX_FILE} there; name a folder that python -m lidit_jax.export wrote")
+    index = read_json_object(file)
+    facts = _facts(index, file)
+    schedule, sampler = _schedule(folder)
+    # Read to find out now that it is missing or damaged.
+    read_config(folder / "vae")
+    config = UNUSED_SECTIONS | {
+        "data": {"source": "shapes", "resolution": _integer(facts, "resolution", file, MAX_SIDE)},
+        "text": _text(facts, file),
+        "encoders": _encoders(folder, index, facts, file),
+        "vae": {"weights": str(folder / "vae"), "dtype": _text_value(facts, "vae_dtype", file)},
+        "model": _object(facts, "model", file) | read_lidit_config(folder / "transformer"),
+        "diffusion": _diffusion(schedule, facts, file),
+        "sample": _object(facts, "sample", file) | {"sampler": sampler},
+    }
+    return ConfigDict(config)
+
+
+def _facts(index: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
+    facts = index.get("lidit")
+    if not isinstance(facts, dict):
+        raise UserError(f"{file}: no lidit object in it; name a folder that python -m lidit_jax.export wrote")
+    version = facts.get("format_version")
+    if type(version) is not int or version < 1:
+        raise UserError(f"{file}: lidit.format_version={version!r:.80} is not a whole number from 1 on")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{file}: lidit.format_version={version!r:.80} is newer than {FORMAT_VERSION}, which this program reads: "
+            "install a newer lidit-jax"
+        )
+    return facts
+
+
+def _schedule(folder: epath.Path) -> tuple[Schedule, str]:
+    file = folder / "scheduler" / diffusers_scheduler.CONFIG_FILE
+    return diffusers_scheduler.read_scheduler(read_json_object(file), file)
+
+
+def _diffusion(schedule: Schedule, facts: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
+    """The schedule as `make_schedule` takes it."""
+    values = dataclasses.asdict(schedule)
+    if not isinstance(schedule, RectifiedFlow):
+        return {"name": "ddpm", **values}
+    trained = _object(facts, "diffusion", file)
+    for key in TRAINING_ONLY:
+        if type(trained.get(key, 0.0)) not in (int, float):
+            raise UserError(f"{file}: lidit.diffusion.{key}={trained[key]!r:.80} is not a number")
+    return {"name": "rectified_flow", **values, **{key: trained[key] for key in TRAINING_ONLY if key in trained}}
+
+
+def _text(facts: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
+    text = _object(facts, "text", file)
+    _integer(text, "max_length", file, MAX_TOKENS)
+    return text
+
+
+def _encoders(folder: epath.Path, index: Mapping[str, Any], facts: Mapping[str, Any], file: epath.Path) -> dict:
+    """name -> an entry under `encoders` in a config."""
+    entries = facts.get("encoders")
+    if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_ENCODERS:
+        raise UserError(f"{file}: lidit.encoders is not a list of 1 to {MAX_ENCODERS} encoders")
+    found = {}
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise UserError(f"{file}: lidit.encoders[{i}] is not an object")
+        name = _text_value(entry, "name", file)
+        if not re.fullmatch(r"[\w-]{1,100}", name):
+            raise UserError(f"{file}: {name!r:.80} is not an encoder's name")
+        found[name] = {
+            "weights": _weights(folder, index, component_names(i)[0], file),
+            "dtype": _text_value(entry, "dtype", file),
+        }
+    if list(found) != sorted(found) or len(found) != len(entries):
+        # A config's sections are in that order, which is the order of the model's branches.
+        raise UserError(f"{file}: the names of lidit.encoders are not in alphabetical order: {', '.join(found)}")
+    return found
+
+
+def _weights(folder: epath.Path, index: Mapping[str, Any], component: str, file: epath.Path) -> str:
+    """Where an encoder is: in the folder, or where text_encoder_sources says."""
+    if (folder / component).exists():
+        read_config(folder / component)
+        return str(folder / component)
+    sources = index.get("text_encoder_sources")
+    source = sources.get(component) if isinstance(sources, dict) else None
+    if source is None:
+        raise UserError(f"{folder / component} is missing, and {file} names no source of it; copy the folder again")
+    if not isinstance(source, dict):
+        raise UserError(f"{file}: text_encoder_sources.{component} is not an object")
+    return _text_value(source, "name", file)
+
+
+def _object(values: Mapping[str, Any], key: str, file: epath.Path) -> dict[str, Any]:
+    """A section of a config: names with plain values."""
+    section = values.get(key)
+    if not isinstance(section, dict):
+        raise UserError(f"{file}: lidit.{key} is not an object; export the model again")
+    for name, value in section.items():
+        if not name.isidentifier() or isinstance(value, dict | list):
+            raise UserError(f"{file}: lidit.{key}.{name:.80} is no setting that a config can have")
+    return section
+
+
+def _text_value(values: Mapping[str, Any], key: str, file: epath.Path) -> str:
+    if not isinstance(values.get(key), str) or not values[key]:
+        raise UserError(f"{file}: {key}={values.get(key)!r:.80} is not a text")
+    return values[key]
+
+
+def _integer(values: Mapping[str, Any], key: str, file: epath.Path, most: int) -> int:
+    value = values.get(key)
+    if type(value) is not int or not 1 <= value <= most:
+        raise UserError(f"{file}: {key}={value!r:.80} is not a whole number from 1 to {most}")
+    return value

@@ -1,0 +1,149 @@
+"""A noise schedule and its sampler <-> a diffusers `scheduler/scheduler_config.json`.
+
+The class is the sampler's (`diffusion/samplers.py` says which), its settings are the schedule's: from the same noise,
+with the same number of steps, diffusers' scheduler takes the steps of our sampler. Both end at zero noise and clip
+nothing. One case differs: "ddim" on "trailing" timesteps (zero terminal SNR), where the number of steps does not divide
+that of the schedule; diffusers leaves some noise there.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lidit_jax.diffusion.samplers import default_spacing
+from lidit_jax.diffusion.schedules import BETA_SCHEDULES, DDPM, RectifiedFlow, Schedule
+from lidit_jax.errors import UserError
+from lidit_jax.weights.diffusers_vae import DIFFUSERS_VERSION
+
+CONFIG_FILE = "scheduler_config.json"
+# sampler -> diffusers' class
+CLASSES = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+}
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
+# Settings that our samplers have one value of.
+_OF_EVERY_DDPM = {"trained_betas": None, "thresholding": False, "steps_offset": 0}
+_FLOW_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+FIXED: dict[str, dict[str, Any]] = {
+    "ddpm": _OF_EVERY_DDPM | {"clip_sample": False, "variance_type": "fixed_small"},
+    "ddim": _OF_EVERY_DDPM | {"clip_sample": False, "set_alpha_to_one": True},
+    "dpmpp_2m": _OF_EVERY_DDPM
+    | {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"}
+    | {"lower_order_final": True, "euler_at_final": False, "variance_type": None}
+    | dict.fromkeys((*_FLOW_SPACINGS, "use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"), False),
+    "euler": {"invert_sigmas": False, "shift_terminal": None}
+    | dict.fromkeys((*_FLOW_SPACINGS, "use_dynamic_shifting", "stochastic_sampling"), False),
+    "heun": {},
+}
+# What diffusers takes for an absent key, where that is not the value above.
+DEFAULTS = {
+    "clip_sample": True,
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "shift": 1.0,
+}
+DEFAULT_SPACINGS = {"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "linspace"}
+MAX_TIMESTEPS = 1_000_000  # a table of that length is computed before anything else is
+
+
+def scheduler_class(sampler: str) -> str:
+    """The name of diffusers' class for one of `diffusion.samplers.SAMPLERS`."""
+    return CLASSES[sampler]
+
+
+def scheduler_config(schedule: Schedule, sampler: str) -> dict[str, Any]:
+    """What scheduler_config.json holds for a schedule and a sampler that goes with it."""
+    values = {"_class_name": CLASSES[sampler], "_diffusers_version": DIFFUSERS_VERSION}
+    values |= {"num_train_timesteps": schedule.num_timesteps, **FIXED[sampler]}
+    if isinstance(schedule, RectifiedFlow):
+        return values | {"shift": schedule.shift}
+    return values | {
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "beta_schedule": schedule.beta_schedule,
+        "prediction_type": PREDICTIONS[schedule.prediction],
+        "rescale_betas_zero_snr": schedule.zero_terminal_snr,
+        "timestep_spacing": default_spacing(sampler, schedule),
+    }
+
+
+def read_scheduler(values: Mapping[str, Any], file: Any) -> tuple[Schedule, str]:
+    """-> (schedule, sampler), from what a scheduler_config.json holds; keys that are absent have diffusers' defaults.
+
+    What a schedule has for training alone (`RectifiedFlow.logit_mean`) is not in such a file and stays its default.
+
+    Args:
+        file: where the values come from, for messages.
+
+    Raises:
+        UserError: a class, or a setting of it, that no sampler here has; or a value that is out of range.
+    """
+    sampler = _sampler(values, file)
+    for key, wanted in FIXED[sampler].items():
+        found = values.get(key, DEFAULTS.get(key, wanted))
+        if type(found) is not type(wanted) or found != wanted:
+            raise UserError(f"{file}: {key}={found!r:.80} is not supported: only {wanted!r} is")
+    values = {**DEFAULTS, **values}
+    steps = values["num_train_timesteps"]
+    if type(steps) is not int or not 2 <= steps <= MAX_TIMESTEPS:
+        raise UserError(f"{file}: num_train_timesteps={steps!r:.80} is not a whole number from 2 to {MAX_TIMESTEPS}")
+    try:
+        schedule = _flow(values) if sampler in ("euler", "heun") else _ddpm(values, file)
+    except UserError as error:
+        raise UserError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from error
+    expected = default_spacing(sampler, schedule)
+    spacing = values.get("timestep_spacing", DEFAULT_SPACINGS.get(sampler))
+    if expected is not None and spacing != expected:
+        raise UserError(f"{file}: timestep_spacing={spacing!r:.80} is not supported here: only {expected!r} is")
+    return schedule, sampler
+
+
+def _sampler(values: Mapping[str, Any], file: Any) -> str:
+    class_name = values.get("_class_name")
+    for sampler, name in CLASSES.items():
+        if class_name == name:
+            return sampler
+    raise UserError(
+        f"{file}: _class_name {class_name!r:.80} is not supported; use one of {', '.join(CLASSES.values())}"
+    )
+
+
+def _flow(values: Mapping[str, Any]) -> RectifiedFlow:
+    return RectifiedFlow(shift=_number(values, "shift"), num_timesteps=values["num_train_timesteps"])
+
+
+def _ddpm(values: Mapping[str, Any], file: Any) -> DDPM:
+    kinds = {diffusers: ours for ours, diffusers in PREDICTIONS.items()}
+    prediction, rescaled = values["prediction_type"], values["rescale_betas_zero_snr"]
+    if not isinstance(prediction, str) or prediction not in kinds:
+        raise UserError(f"{file}: prediction_type={prediction!r:.80} is not supported; use one of {', '.join(kinds)}")
+    if values["beta_schedule"] not in BETA_SCHEDULES:
+        raise UserError(
+            f"{file}: beta_schedule={values['beta_schedule']!r:.80} is not supported; use one of "
+            f"{', '.join(BETA_SCHEDULES)}"
+        )
+    if not isinstance(rescaled, bool):
+        raise UserError(f"{file}: rescale_betas_zero_snr={rescaled!r:.80} is not true or false")
+    return DDPM(
+        num_timesteps=values["num_train_timesteps"],
+        beta_start=_number(values, "beta_start"),
+        beta_end=_number(values, "beta_end"),
+        beta_schedule=values["beta_schedule"],
+        prediction=kinds[prediction],
+        zero_terminal_snr=rescaled,
+    )
+
+
+def _number(values: Mapping[str, Any], key: str) -> float:
+    """Raises UserError unless it is a number that a float can hold."""
+    value = values[key]
+    if type(value) not in (int, float) or abs(value) > 1e300:
+        raise UserError(f"{key}={value!r:.80} is not a number")
+    return value

@@ -1,0 +1,340 @@
+"""PyTorch's LI-DiT, a `transformer/` folder (config.json + safetensors) <-> `LIDiTConfig` and a Flax parameter tree.
+
+The model that reads it in PyTorch is `lidit_jax/pytorch/transformer_lidit.py`; nothing here needs PyTorch.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax
+import flax.linen as nn
+import jax
+import ml_dtypes
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from lidit_jax.errors import UserError
+from lidit_jax.models.lidit import FUSIONS, LIDiT, LIDiTConfig
+from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.weights.diffusers_vae import DIFFUSERS_VERSION, WEIGHTS_STEM
+from lidit_jax.weights.placing import Placement, is_stacked, is_transposed, place_parameters, shape_in_file, torch_axes
+from lidit_jax.weights.published_config import MAX_BLOCKS, positive_integer, positive_number, refuse_quantised
+from lidit_jax.weights.safetensors_file import SafetensorsWriter
+from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, read_config
+
+CLASS_NAME = "LIDiTTransformer2DModel"
+FORMAT_VERSION = 1  # of config.json and the names of the weights, as the class has it
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+MAX_SHARD_BYTES = 5 * 10**9
+MAX_LLMS = 64
+OWN_TENSORS = ("timestep_embedder.", "text_condition.", "dit.")
+
+# What a config.json holds of a `LIDiTConfig`; the rest is how, not what, it computes.
+SIZES = ("hidden_size", "num_heads", "patch_size", "latent_channels")
+COUNTS = ("depth", "refiner_blocks", "collaborative_blocks")  # of blocks
+RATIOS = ("mlp_ratio", "refiner_mlp_ratio")
+SWITCHES = ("refiner_gated", "refiner_causal", "refiner_rotary")
+FIELDS = (*SIZES, *COUNTS, *RATIOS, *SWITCHES, "fusion")
+
+# Our name of a module -> PyTorch's; `\1` is a number.
+MODULES = {
+    r"block_(\d+)_branch_(\d+)": r"blocks.\1.\2",
+    r"block_(\d+)": r"blocks.\1",
+    r"project_(\d+)": r"projections.\1",
+    r"pool_(\d+)": r"pooled_texts.\1",
+    r"token_refiner_(\d+)": r"token_refiners.\1",
+    "query": "to_q",
+    "key": "to_k",
+    "value": "to_v",
+    "query_norm": "norm_q",
+    "key_norm": "norm_k",
+    "dense|Dense_0": "linear",
+    "in": "linear_in",
+    "out": "linear_out",
+}
+ATTENTIONS = ("attention", "self_attention", "cross_attention")
+
+ParameterPath = tuple[str, ...]  # ("dit", "blocks", "modulation", "Dense_0", "kernel")
+
+
+class Leaf(Protocol):
+    """An array, or what is read like one: whole by `np.asarray`, or along its first axis by iteration."""
+
+    shape: tuple[int, ...]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray: ...
+
+    def __iter__(self) -> Iterator[np.ndarray]: ...
+
+
+def torch_name(path: ParameterPath, block: int | None = None) -> str:
+    """PyTorch's name of a parameter of `LIDiT`: `("dit", "blocks", "self_attention", "query", "kernel")` of block 3 ->
+    `"dit.blocks.3.self_attention.to_q.weight"`.
+    """
+    *modules, leaf = path
+    names = []
+    for parent, module in zip((None, *modules), modules, strict=False):
+        is_attentions = parent in ATTENTIONS and module == "out"
+        names.append("to_out" if is_attentions else _module_name(module))
+        if module == "blocks":
+            names.append(str(block))
+    return ".".join([*names, "bias" if leaf == "bias" else "weight"])
+
+
+def read_lidit_config(folder: str | Path | epath.Path) -> dict[str, Any]:
+    """The fields of `LIDiTConfig` that the folder's config.json holds.
+
+    Raises:
+      UserError: it is missing, of another model or of a newer format, or has a key that is unknown or a value that
+        cannot be.
+    """
+    return _read_config(folder)[0]
+
+
+def load_lidit(
+    folder: str | Path | epath.Path, *, mesh: Mesh | None = None, rules: ShardingRules | None = None
+) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
+    """Reads a LI-DiT that `save_lidit`, or diffusers' `save_pretrained`, wrote.
+
+    One tensor at a time is in host memory on its way to its place on the devices.
+
+    Args:
+      folder: with config.json and diffusion_pytorch_model.safetensors, or that file's shards and their index. On a disk
+        or in a bucket (gs://…).
+      mesh, rules: where the parameters go; default: all on the first device.
+
+    Returns:
+      The fields of `LIDiTConfig` that say what the model is, the width of each LLM's features, and the parameters for
+      `LIDiT(config).apply({"params": params}, …)`: a nested dict of float32 arrays.
+
+    Raises:
+      UserError: as `read_lidit_config`; a file or tensor is missing, damaged, of the wrong shape, not floating point or
+        not finite; weights are only there as pickles (.bin, .pt), which are never read.
+    """
+    fields, text_widths = _read_config(folder)
+    boxed = _boxed_parameters(_canonical(fields), tuple(text_widths))
+    names = {path: torch_names(path, leaf) for path, leaf in boxed.items()}
+    with SafetensorsFolder(folder, WEIGHTS_STEM) as weights:
+        params = place_parameters(weights, boxed, names, Placement(mesh, rules), dtype="float32", belonging=OWN_TENSORS)
+    return fields, text_widths, params
+
+
+def save_lidit(
+    folder: str | Path,
+    config: LIDiTConfig,
+    leaves: Mapping[ParameterPath, Leaf],
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int], Any] = lambda num_bytes: None,
+) -> None:
+    """Writes config.json and the weights, which diffusers' `from_pretrained` and `load_lidit` read.
+
+    Leaves are asked for one at a time, and of a stack one block at a time: one tensor is in memory, never a file of
+    them. The same leaves give the same bytes.
+
+    Args:
+      folder: is made; what fails leaves it incomplete, for the caller to remove.
+      leaves: of the Flax tree, by path.
+      dtype: "float32", or "bfloat16", rounded to the nearest.
+      max_shard_bytes: of a file; a tensor that is larger has a file to itself.
+      progress: called with the number of bytes after every tensor.
+
+    Raises:
+      UserError: the parameters are not those of the config, or the dtype is another.
+      OSError: the disk refuses.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"weights can't be written as {dtype!r:.80}: use {' or '.join(DTYPES)}")
+    fields, text_widths = {name: getattr(config, name) for name in FIELDS}, _text_widths(leaves)
+    boxed = _boxed_of(config, leaves)
+    shapes = {name: shape_in_file(path, leaf) for path, leaf in boxed.items() for name in torch_names(path, leaf)}
+    shards = _plan_shards(shapes, DTYPES[dtype].itemsize, max_shard_bytes)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / CONFIG_FILE, _config_dict(fields, text_widths))
+    if len(shards) > 1:
+        _write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", _index(shapes, shards, DTYPES[dtype].itemsize))
+    with contextlib.ExitStack() as stack:
+        writers = {}
+        for file, names in shards.items():
+            of_file = {name: shapes[name] for name in names}
+            writer = stack.enter_context(SafetensorsWriter(folder / file, of_file, DTYPES[dtype]))
+            writers |= dict.fromkeys(names, writer)
+        for name, view in torch_tensors(config, leaves):
+            tensor = np.array(view, DTYPES[dtype], order="C")
+            writers[name].write(name, tensor)
+            progress(tensor.nbytes)
+
+
+def torch_tensors(config: LIDiTConfig, leaves: Mapping[ParameterPath, Leaf]) -> Iterator[tuple[str, np.ndarray]]:
+    """The state of PyTorch's model, tensor by tensor: (name, a view of what the leaf gave).
+
+    Raises:
+      UserError: the parameters are not those of the config.
+    """
+    for path, leaf in _boxed_of(config, leaves).items():
+        values = leaves[path] if is_stacked(leaf) else [np.asarray(leaves[path])]
+        for name, value in zip(torch_names(path, leaf), values, strict=True):
+            yield name, value.transpose(torch_axes(value.ndim)) if is_transposed(path) else value
+
+
+def torch_names(path: ParameterPath, boxed: nn.LogicallyPartitioned) -> list[str]:
+    """Of a parameter's tensors: one, or of a stack one for each block."""
+    return (
+        [torch_name(path, block) for block in range(boxed.value.shape[0])] if is_stacked(boxed) else [torch_name(path)]
+    )
+
+
+def _module_name(module: str) -> str:
+    for pattern, name in MODULES.items():
+        if match := re.fullmatch(pattern, module):
+            return match.expand(name)
+    return module
+
+
+# --- config.json -------------------------------------------------------------------------------------------------
+
+
+def _read_config(folder: str | Path | epath.Path) -> tuple[dict[str, Any], list[int]]:
+    """-> fields of `LIDiTConfig`, text widths."""
+    file, values = epath.Path(folder) / CONFIG_FILE, read_config(folder)
+    if values.get("_class_name") != CLASS_NAME:
+        raise UserError(f"{file}: _class_name is {values.get('_class_name')!r:.80}, not {CLASS_NAME!r}: not LI-DiT's")
+    version = values.get("format_version")
+    if type(version) is not int or version < 1:
+        raise UserError(f"{file}: format_version={version!r:.80} is not a whole number from 1 on")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format_version={version!r:.80} is newer than {FORMAT_VERSION}, which this program reads: install "
+            "a newer lidit-jax"
+        )
+    refuse_quantised(values, file)
+    known = {*FIELDS, "text_widths", "format_version"}
+    if unknown := sorted(key for key in values.keys() - known if not key.startswith("_")):  # those are diffusers'
+        raise UserError(f"{file}: key {unknown[0]!r:.80} is unknown; the model could compute something else by it")
+    if missing := sorted(known - values.keys()):
+        raise UserError(f"{file}: {missing[0]} is missing")
+    fields = {name: positive_integer(values, name, file) for name in SIZES}
+    fields |= {name: _count(values, name, file) for name in COUNTS}
+    fields |= {name: positive_number(values, name, file) for name in RATIOS}
+    fields |= {name: _switch(values, name, file) for name in SWITCHES}
+    fields["fusion"] = values["fusion"]
+    if values["fusion"] not in FUSIONS:
+        raise UserError(f"{file}: fusion={values['fusion']!r:.80} is unknown: use one of {', '.join(FUSIONS)}")
+    try:
+        LIDiTConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    widths = values["text_widths"]
+    if not isinstance(widths, list) or not 1 <= len(widths) <= MAX_LLMS:
+        raise UserError(f"{file}: text_widths is not a list of 1 to {MAX_LLMS} widths")
+    return fields, [positive_integer({"text_widths": width}, "text_widths", file) for width in widths]
+
+
+def _count(values: Mapping[str, Any], key: str, file: epath.Path) -> int:
+    least = 1 if key == "depth" else 0
+    if type(values[key]) is not int or not least <= values[key] <= MAX_BLOCKS:
+        raise UserError(f"{file}: {key}={values[key]!r:.80} is not a whole number from {least} to {MAX_BLOCKS}")
+    return values[key]
+
+
+def _switch(values: Mapping[str, Any], key: str, file: epath.Path) -> bool:
+    if not isinstance(values[key], bool):
+        raise UserError(f"{file}: {key}={values[key]!r:.80} is not true or false")
+    return values[key]
+
+
+def _config_dict(fields: Mapping[str, Any], text_widths: Sequence[int]) -> dict[str, Any]:
+    return {
+        "_class_name": CLASS_NAME,
+        "_diffusers_version": DIFFUSERS_VERSION,
+        **fields,
+        "text_widths": list(text_widths),
+        "format_version": FORMAT_VERSION,
+    }
+
+
+# --- the parameters ----------------------------------------------------------------------------------------------
+
+
+def _canonical(fields: Mapping[str, Any]) -> LIDiTConfig:
+    """With the fields that change no parameter as they are cheapest to trace."""
+    return LIDiTConfig(**fields, remat="none", attention="xla", dtype="float32")
+
+
+@functools.cache
+def _boxed_parameters(
+    config: LIDiTConfig, text_widths: tuple[int, ...]
+) -> dict[ParameterPath, nn.LogicallyPartitioned]:
+    """Shape and logical axes of every parameter of `LIDiT(config)` by its path; computes and allocates nothing."""
+    init = functools.partial(LIDiT(config).init_params, text_widths)
+    return flax.traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0)))
+
+
+def _text_widths(leaves: Mapping[ParameterPath, Leaf]) -> tuple[int, ...]:
+    kernels = (("text_condition", f"project_{i}", "dense", "kernel") for i in itertools.count())
+    return tuple(leaves[path].shape[0] for path in itertools.takewhile(leaves.__contains__, kernels))
+
+
+def _boxed_of(
+    config: LIDiTConfig, leaves: Mapping[ParameterPath, Leaf]
+) -> dict[ParameterPath, nn.LogicallyPartitioned]:
+    """`_boxed_parameters` of the model that the leaves are of. Raises UserError unless they are those of the config."""
+    fields, text_widths = {name: getattr(config, name) for name in FIELDS}, _text_widths(leaves)
+    if not text_widths:
+        raise UserError("LI-DiT's parameters lack text_condition/project_0: there is no LLM")
+    boxed = _boxed_parameters(_canonical(fields), text_widths)
+    if missing := boxed.keys() - leaves.keys():
+        raise UserError(f"LI-DiT's parameters lack {'/'.join(min(missing))}, which its config asks for")
+    if unexpected := leaves.keys() - boxed.keys():
+        raise UserError(f"LI-DiT's parameters have {'/'.join(min(unexpected))}, which its config does not know")
+    for path, leaf in boxed.items():
+        found, shape = tuple(leaves[path].shape), leaf.value.shape
+        if found != shape:
+            raise UserError(f"LI-DiT's {'/'.join(path)} has shape {found}, its config asks for {shape}")
+    return boxed
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def _plan_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int) -> dict[str, list[str]]:
+    """Names of the tensors in each file, by the file's name: those of a block beside one another."""
+    shards, left = [[]], max_shard_bytes
+    for name in sorted(shapes, key=_by_number):
+        size = math.prod(shapes[name]) * itemsize
+        if size > left and shards[-1]:
+            shards.append([])
+            left = max_shard_bytes
+        shards[-1].append(name)
+        left -= size
+    if len(shards) == 1:
+        return {f"{WEIGHTS_STEM}.safetensors": shards[0]}
+    total = len(shards)
+    return {f"{WEIGHTS_STEM}-{i:05}-of-{total:05}.safetensors": names for i, names in enumerate(shards, start=1)}
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts block 2 before block 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def _index(shapes: Mapping[str, tuple[int, ...]], shards: Mapping[str, list[str]], itemsize: int) -> dict[str, Any]:
+    """What the library that reads shards finds them by."""
+    return {
+        "metadata": {"total_size": sum(map(math.prod, shapes.values())) * itemsize},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,571 @@
+"""The export command: what is in the folder, that it is there whole or not at all, and the way back to JAX."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import DELETED, change_config, tiny_config
+from diffusers import DiffusionPipeline
+from etils import epath
+from random_workdirs import CAPTIONS, make_workdir, random_config
+from safetensors.numpy import load_file, save_file
+
+from lidit_jax import experiment, exporting
+from lidit_jax.config import claim_workdir
+from lidit_jax.errors import UserError
+from lidit_jax.experiment import Experiment
+from lidit_jax.exported import load_exported
+from lidit_jax.exporting import Request, export
+from lidit_jax.text.encoders import encode, tokenize
+from lidit_jax.text.train_tokenizer import train_tokenizer
+from lidit_jax.weights import folders
+from lidit_jax.weights.diffusers_folder import read_folder
+
+torch.set_num_threads(1)  # these models are so small that threads wait for each other
+PROMPTS = ["a red circle", ""]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("run") / "two", random_config())
+
+
+@pytest.fixture(scope="module")
+def folder(workdir):
+    out = workdir / "../exported"
+    export(Request(workdir, out))
+    return Path(out)
+
+
+def export_of(workdir, out, **options) -> Path:
+    export(Request(workdir, epath.Path(out), **options))
+    return Path(out)
+
+
+def index_of(folder):
+    return json.loads((folder / "model_index.json").read_text())
+
+
+def files_in(folder):
+    return sorted(str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file())
+
+
+def load(folder, **options):
+    pipe = DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=True, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_has_what_diffusers_and_people_look_for(folder, workdir):
+    assert set(files_in(folder)) >= {
+        *("model_index.json", "README.md", "pipeline_lidit.py", "scheduler/scheduler_config.json"),
+        *("transformer/config.json", "transformer/transformer_lidit.py"),
+        *("transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+        *("vae/config.json", "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer/tokenizer.json"),
+        *("text_encoder_2/config.json", "text_encoder_2/model.safetensors", "tokenizer_2/tokenizer.json"),
+    }
+    assert not [name for name in files_in(folder) if "tokenizer" in Path(name).name and name.startswith("text_enc")]
+    index = index_of(folder)
+    assert index["_class_name"] == ["pipeline_lidit", "LIDiTPipeline"]
+    assert index["transformer"] == ["transformer_lidit", "LIDiTTransformer2DModel"]
+    assert index["text_encoder"] == ["transformers", "LlamaModel"]
+    assert index["text_encoder_2"] == ["transformers", "Qwen2Model"]
+    assert index["text_encoder_3"] == [None, None]
+    assert index["lidit"]["trained"] == {"step": 7, "weights": "ema"}
+    assert index["lidit"]["resolution"] == 32
+    # Lists are components to diffusers.
+    assert {key for key, value in index.items() if not isinstance(value, list)} == {
+        *("_diffusers_version", "lidit", "text_encoder_sources")
+    }
+    for part in ("vae", "encoders/llama"):
+        there = "text_encoder" if "/" in part else part
+        [weights] = (folder / there).glob("*.safetensors")
+        assert weights.read_bytes() == (workdir / part / weights.name).read_bytes()
+    for file in files_in(folder):
+        assert (folder / file).stat().st_mode & 0o400
+
+
+def test_ema_and_raw_weights_in_either_type(workdir, folder, tmp_path):
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    raw = export_of(workdir, tmp_path / "raw", weights="params")
+    assert (raw / name).read_bytes() != (folder / name).read_bytes()
+    assert index_of(raw)["lidit"]["trained"]["weights"] == "params"
+    half = export_of(workdir, tmp_path / "half", dtype="bfloat16", max_shard_gb=0.001)
+    assert (half / name).stat().st_size < 0.6 * (folder / name).stat().st_size
+    assert (half / "vae/diffusion_pytorch_model.safetensors").stat().st_size == (
+        (folder / "vae/diffusion_pytorch_model.safetensors").stat().st_size
+    )
+    assert load(half, dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+
+
+def test_the_cards_code_runs_as_pasted_and_its_facts_are_the_runs(folder, tmp_path, monkeypatch):
+    card = (folder / "README.md").read_text()
+    front = card.split("---")[1]
+    assert "license: apache-2.0" in front
+    assert "library_name: diffusers" in front
+    assert "pipeline_tag: text-to-image" in front
+    for fact in ("rectified flow, shift 3", "euler, 25 steps, guidance 3", "7 steps of 8 pictures", "32 pixels"):
+        assert fact in card
+    [code] = re.findall(r"```python\n(.*?)```", card, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("FOLDER", str(folder)), {})
+    assert (tmp_path / "picture.png").exists()
+
+
+def test_the_card_names_the_licences_of_what_others_made(workdir, t5_folder, tmp_path):
+    config = random_config()
+    config.encoders.qwen = {"weights": str(t5_folder), "dtype": "float32"}
+    config.vae.weights = str(workdir / "vae")
+    run = make_workdir(tmp_path / "run", config)
+    card = (export_of(run, tmp_path / "copied") / "README.md").read_text()
+    assert "license: other" in card
+    assert f"qwen is in `text_encoder_2/`, a copy of `{t5_folder}`: its own licence applies" in card
+    assert f"`vae/` is a copy of `{workdir / 'vae'}`: its own licence applies" in card
+    card = (export_of(run, tmp_path / "referred", text_encoders="reference") / "README.md").read_text()
+    assert f"qwen is not in this folder, loaded from `{t5_folder}`" in card
+
+
+# --- text encoders ---------------------------------------------------------------------------------------------------
+
+
+def test_published_llms_are_copied_from_folders_and_referred_to_on_the_hub(workdir, tmp_path, monkeypatch):
+    commit = "a" * 40
+    snapshot = tmp_path / "models--org--llm/snapshots" / commit
+    shutil.copytree(workdir / "encoders/llama", snapshot)
+    monkeypatch.setattr(folders, "_download", lambda name: epath.Path(snapshot))
+    config = random_config()
+    config.encoders.llama.weights = "org/llm"
+    config.encoders.qwen.weights = str(workdir / "encoders/qwen")
+    config.vae.weights = str(workdir / "vae")
+    run = make_workdir(tmp_path / "run", config)
+    usual, copied, referred = (
+        export_of(run, tmp_path / str(mode), text_encoders=mode) for mode in (None, "copy", "reference")
+    )
+    source = {"name": "org/llm", "revision": commit, "class": "LlamaModel"}
+    assert index_of(usual)["text_encoder_sources"] == {"text_encoder": source}
+    assert index_of(usual)["text_encoder"] == [None, None]
+    assert not (usual / "text_encoder").exists()
+    assert (usual / "text_encoder_2/model.safetensors").exists()
+    assert index_of(copied)["text_encoder_sources"] == {}
+    assert (copied / "text_encoder/model.safetensors").exists()
+    assert set(index_of(referred)["text_encoder_sources"]) == {"text_encoder", "text_encoder_2"}
+    assert read_folder(usual).encoders.llama.weights == "org/llm"
+
+    asked = []
+    kinds = (transformers.LlamaModel, transformers.PreTrainedTokenizerFast)
+    for kind, real in [(kind, kind.from_pretrained) for kind in kinds]:
+
+        def from_hub(name, *arguments, revision="main", real=real, **options):
+            if name == "org/llm":
+                asked.append(revision)
+                name = str(snapshot)
+            return real(name, *arguments, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", from_hub)
+    pipe = load(usual, dtype=torch.bfloat16)
+    assert asked == [commit, commit]
+    assert pipe.text_encoder.dtype == torch.bfloat16
+    assert pipe("a", num_inference_steps=1).images[0].size == (32, 32)
+
+
+TINY = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
+
+
+def save_llms(root: Path) -> dict[str, Path]:
+    """name -> folder of a tiny LLM of a family that the demo does not train, as its authors write it."""
+    gemma3_rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4, "projection_dim": 16}
+    text = transformers.LlamaConfig(**TINY)
+    models = {
+        "gemma2": transformers.Gemma2ForCausalLM(
+            transformers.Gemma2Config(**TINY, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, sliding_window=4)
+        ),
+        "gemma3": transformers.Gemma3ForCausalLM(
+            transformers.Gemma3TextConfig(
+                **TINY,
+                sliding_window=4,
+                layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+                rope_parameters={"full_attention": gemma3_rope, "sliding_attention": gemma3_rope},
+            )
+        ),
+        "mistral": transformers.MistralForCausalLM(transformers.MistralConfig(**TINY, sliding_window=4)),
+        "qwen3": transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TINY)),
+        "llava": transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(
+                vision_config=transformers.CLIPVisionConfig(**vision), text_config=text, image_token_index=299
+            )
+        ),
+        "own_llava": transformers.LlamaForCausalLM(text),
+    }
+    found = {}
+    for seed, (name, model) in enumerate(models.items()):
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        found[name] = root / name
+        model.save_pretrained(found[name], max_shard_size="20KB" if name == "mistral" else "5GB")
+        train_tokenizer(CAPTIONS, 299).save_pretrained(found[name])
+    # As llava-hf's files have it.
+    found["old_llava"] = Path(shutil.copytree(found["llava"], root / "old_llava"))
+    rename(found["old_llava"], "model.language_model.", "language_model.model.")
+    change_config(found["own_llava"], model_type="llava_llama", mm_hidden_size=16, architectures=["LlavaLlama"])
+    file = found["own_llava"] / "model.safetensors"
+    tensors = load_file(file) | {"model.mm_projector.weight": np.zeros((2, 2), np.float32)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return found
+
+
+def rename(folder: Path, old: str, new: str) -> None:
+    """The beginnings of the tensors' names."""
+    file = folder / "model.safetensors"
+    tensors = {re.sub(f"^{re.escape(old)}", new, name): value for name, value in load_file(file).items()}
+    assert any(name.startswith(new) for name in tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("names", [("gemma2", "gemma3", "mistral", "qwen3"), ("llava", "old_llava", "own_llava")])
+def test_every_family_of_llms_says_the_same_in_pytorch(workdir, tmp_path, names):
+    llms = save_llms(tmp_path)
+    config = random_config()
+    config.encoders = {name: {"weights": str(llms[name]), "dtype": "float32"} for name in names}
+    config.vae.weights = str(workdir / "vae")
+    run_folder = make_workdir(tmp_path / "run", config)
+    if "own_llava" in names:
+        with pytest.raises(UserError, match="own_llava has model_type 'llava_llama', .* use --text_encoders=copy"):
+            export_of(run_folder, tmp_path / "out", text_encoders="reference")
+    folder = export_of(run_folder, tmp_path / "out")
+    prompts = ["a red circle above a blue square", "", "红色圆形"]
+    if "mistral" in names:
+        assert len(list((folder / "text_encoder_3").glob("model-*-of-*.safetensors"))) > 1
+    theirs = load(folder).encode_prompt(prompts)
+    run = Experiment(config, run_folder)
+    encoders, frozen = run.load_encoders()
+    assert len(encoders) == len(names)
+    ours = encode(encoders, frozen, tokenize(encoders, prompts))
+    for index, features in enumerate(ours):
+        mask = np.asarray(features.mask)
+        np.testing.assert_array_equal(theirs.masks[index].numpy(), mask)
+        expected, got = np.asarray(features.prompt)[mask], theirs.embeds[index].numpy()[mask]
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+        expected = np.asarray(features.prefix)
+        np.testing.assert_allclose(theirs.instructions[index], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("bug")])
+def test_what_breaks_in_the_middle_leaves_nothing(workdir, tmp_path, monkeypatch, error):
+    def broken(*arguments):
+        raise error
+
+    monkeypatch.setattr(exporting, "copy_files", broken)
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as caught:
+        export_of(workdir, tmp_path / "out")
+    if isinstance(error, OSError):
+        assert str(caught.value) == f"cannot write {tmp_path / 'out'}: No space left on device"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_known_before_anything_is_written(workdir, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match=r"out needs 0\.0 GB, the disk has 0\.0 GB left: make room"):
+        export_of(workdir, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_replaces_an_export_and_nothing_else(workdir, folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    (out / "of_the_old.txt").write_text("")
+    with pytest.raises(UserError, match=r"is not empty: name another folder, or give --overwrite"):
+        export_of(workdir, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "model_card", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            export_of(workdir, out, overwrite=True)
+    assert (out / "of_the_old.txt").exists()
+    export_of(workdir, out, overwrite=True)
+    assert files_in(out) == files_in(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    empty, other = tmp_path / "empty", tmp_path / "other"
+    empty.mkdir()
+    assert files_in(export_of(workdir, empty, overwrite=True)) == files_in(folder)
+    other.mkdir()
+    (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(UserError, match="no folder of an export: --overwrite replaces those alone"):
+        export_of(workdir, other, overwrite=True)
+    assert files_in(other) == ["model_index.json"]
+
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+from lidit_jax import cli, export, exporting
+
+def stop(*arguments):
+    Path(sys.argv[0]).touch()
+    time.sleep(120)
+
+exporting.copy_files = stop
+sys.argv = sys.argv[1:]
+cli.run(export.main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_killed_export_leaves_no_folder_that_looks_whole(workdir, tmp_path, number):
+    (tmp_path / "outs").mkdir()
+    out, started = tmp_path / "outs/out", tmp_path / "started"
+    command = [sys.executable, "-c", STOPPED, str(started), f"--workdir={workdir}", f"--out={out}"]
+    process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.DEVNULL)
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(60) == (143 if number == signal.SIGTERM else -9)
+    assert not out.exists()
+    if number == signal.SIGTERM:
+        assert list(out.parent.iterdir()) == []
+    export_of(workdir, out)
+
+
+# --- what users get wrong --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "best"}, "--weights=best: use ema or params"),
+        ({"dtype": "float16"}, "--dtype=float16: use float32 or bfloat16"),
+        ({"text_encoders": "link"}, "--text_encoders=link: use copy or reference"),
+        ({"max_shard_gb": 0.0}, "--max_shard_gb=0.0 must be from"),
+        ({"max_shard_gb": float("nan")}, "--max_shard_gb=nan must be from"),
+    ],
+)
+def test_options_that_are_none(workdir, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        export_of(workdir, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_that_cannot_be_written(workdir, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file: name a folder"):
+        export_of(workdir, tmp_path / "file")
+    with pytest.raises(UserError, match="cannot write .*file/out: Not a directory"):
+        export_of(workdir, tmp_path / "file/out")
+    with pytest.raises(UserError, match="gs://bucket/out: weights are written to local folders only"):
+        export(Request(workdir, epath.Path("gs://bucket/out")))
+
+
+def test_workdirs_with_nothing_to_export(workdir, tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json there"):
+        export_of(epath.Path(tmp_path / "none"), tmp_path / "out")
+    config = tiny_config()
+    for section in ("text", "encoders", "model", "diffusion", "train", "sample", "evaluate"):
+        del config[section]
+    claim_workdir(epath.Path(tmp_path / "vae"), config)
+    with pytest.raises(UserError, match="is the run of a VAE alone"):
+        export_of(epath.Path(tmp_path / "vae"), tmp_path / "out")
+    begun = epath.Path(shutil.copytree(workdir, tmp_path / "begun"))
+    shutil.rmtree(begun / "training")
+    with pytest.raises(UserError, match="no (finished )?checkpoint there"):
+        export_of(begun, tmp_path / "out")
+    shutil.rmtree(begun / "encoders/qwen")
+    with pytest.raises(UserError, match=r"encoders/qwen/config\.json is missing"):
+        export_of(begun, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_encoders_than_a_pipeline_has_places_for(workdir, t5_folder, tmp_path):
+    config = random_config()
+    config.encoders = {f"t5_{i}": {"weights": str(t5_folder), "dtype": "float32"} for i in range(5)}
+    config.vae.weights = str(workdir / "vae")
+    claim_workdir(epath.Path(tmp_path / "run"), config)
+    with pytest.raises(UserError, match="the run has 5 encoders; a pipeline of diffusers has up to 4 here"):
+        export_of(epath.Path(tmp_path / "run"), tmp_path / "out")
+
+
+def test_weights_that_are_cut_short_are_not_copied(workdir, tmp_path):
+    copy = epath.Path(shutil.copytree(workdir, tmp_path / "copy"))
+    file = copy / "vae/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match="is not a readable safetensors file .*; copy it again"):
+        export_of(copy, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--workdir is required"),
+        (["--workdir=/not/there", "--out=out"], "no config.json there"),
+    ],
+)
+def test_the_command_says_mistakes_in_one_line(tmp_path, arguments, message):
+    command = [sys.executable, "-m", "lidit_jax.export", *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_says_last_how_to_load_what_it_wrote(workdir, tmp_path):
+    command = [sys.executable, "-m", "lidit_jax.export", f"--workdir={workdir}", "--out=out", "--dtype=bfloat16"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "out: ema weights of step 7" in last
+    assert "DiffusionPipeline.from_pretrained('out', trust_remote_code=True)" in last
+
+
+def test_neither_torch_nor_diffusers_is_needed(workdir, tmp_path):
+    code = f"""
+import sys
+for name in ("torch", "diffusers"):
+    sys.modules[name] = None
+from etils import epath
+from lidit_jax.exported import load_exported
+from lidit_jax.exporting import Request, export
+from lidit_jax.weights.diffusers_folder import read_folder
+export(Request(epath.Path({str(workdir)!r}), epath.Path("out")))
+read_folder("out")
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- back to JAX -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(workdir):
+    """(experiment, pictures) from the workdir itself."""
+    run, pipeline, params, _ = experiment.load(workdir)
+    return run, pipeline(params, PROMPTS, range(2), 32, 48, run.sample)
+
+
+@pytest.mark.parametrize("saved_by_diffusers", [False, True])
+def test_back_in_jax_the_pictures_are_the_same_to_the_bit(folder, drawn, tmp_path, saved_by_diffusers):
+    run, expected = drawn
+    if saved_by_diffusers:
+        load(folder).save_pretrained(tmp_path / "saved")
+        folder = tmp_path / "saved"
+    back = Experiment(read_folder(folder), epath.Path(tmp_path))
+    assert back.model.config.depth == run.model.config.depth
+    assert back.schedule == run.schedule
+    assert back.sample == run.sample
+    assert back.encoder_folder("qwen") == epath.Path(folder) / "text_encoder_2"
+    _, pipeline, params = load_exported(epath.Path(folder))
+    got = pipeline(params, PROMPTS, range(2), 32, 48, back.sample)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_what_only_training_knows_of_a_schedule_comes_back(tmp_path):
+    diffusion = {"name": "rectified_flow", "shift": 2.0, "logit_mean": 0.5, "logit_std": 2.0}
+    config = random_config(diffusion, "heun")
+    folder = export_of(make_workdir(tmp_path / "run", config), tmp_path / "out")
+    assert read_folder(folder).diffusion.to_dict() == diffusion | {"num_timesteps": 1000}
+    assert read_folder(folder).sample.sampler == "heun"
+
+
+def remove(*parts):
+    return lambda folder: shutil.rmtree(folder.joinpath(*parts))
+
+
+def change_index(**changes):
+    def change(folder):
+        values = index_of(folder) | changes
+        (folder / "model_index.json").write_text(json.dumps(values))
+
+    return change
+
+
+def change_facts(**changes):
+    def change(folder):
+        values = index_of(folder)
+        values["lidit"] = {key: value for key, value in (values["lidit"] | changes).items() if value is not DELETED}
+        (folder / "model_index.json").write_text(json.dumps(values))
+
+    return change
+
+
+ENTRY = {"name": "llama", "dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model_index.json").unlink(), r"no model_index\.json there; name a folder that"),
+        (lambda folder: (folder / "model_index.json").write_text("[]"), "is not a JSON object"),
+        (lambda folder: (folder / "model_index.json").write_bytes(b"\xff"), "is not a readable JSON file"),
+        (lambda folder: (folder / "model_index.json").write_text("[" * 100_000), "is not a readable JSON file"),
+        (change_index(lidit=None), "no lidit object in it"),
+        (change_facts(format_version=2), "format_version=2 is newer than 1, which this program reads: install a newer"),
+        (change_facts(format_version="1"), "format_version='1' is not a whole number"),
+        (change_facts(format_version=True), "format_version=True is not a whole number"),
+        (change_facts(resolution=10**30), "resolution=1000000.* is not a whole number from 1 to 65536"),
+        (change_facts(resolution=DELETED), "resolution=None"),
+        (change_facts(text=[]), r"lidit\.text is not an object"),
+        (change_facts(text={"max_length": 10**9}), "max_length=1000000000 is not a whole number"),
+        (change_facts(text={"max_length": 12, "a.b": 1}), r"lidit\.text\.a\.b is no setting"),
+        (change_facts(text={"max_length": 12, "instruction": {}}), r"lidit\.text\.instruction is no setting"),
+        (change_facts(sample=3), r"lidit\.sample is not an object"),
+        (change_facts(diffusion={"logit_mean": "0"}), r"diffusion\.logit_mean='0' is not a number"),
+        (change_facts(vae_dtype=7), "vae_dtype=7 is not a text"),
+        (change_facts(encoders={}), "encoders is not a list of 1 to 4 encoders"),
+        (change_facts(encoders=[ENTRY] * 5), "encoders is not a list of 1 to 4 encoders"),
+        (change_facts(encoders=["llama"]), r"lidit\.encoders\[0\] is not an object"),
+        (change_facts(encoders=[{"name": "../x", "dtype": "float32"}]), "'../x' is not an encoder's name"),
+        (change_facts(encoders=[ENTRY, ENTRY]), "not in alphabetical order: llama"),
+        (change_facts(encoders=[ENTRY | {"name": "z"}, ENTRY]), "not in alphabetical order: z, llama"),
+        (remove("vae"), r"vae/config\.json is missing"),
+        (remove("scheduler"), r"scheduler/scheduler_config\.json is missing"),
+        (remove("transformer"), r"transformer/config\.json is missing"),
+        (remove("text_encoder_2"), r"text_encoder_2 is missing, and .* names no source of it"),
+        (lambda folder: (folder / "text_encoder/config.json").unlink(), r"text_encoder/config\.json is missing"),
+    ],
+)
+def test_a_damaged_folder_is_said_in_one_line(folder, tmp_path, damage, message):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    damage(copy)
+    with pytest.raises(UserError, match=message) as caught:
+        read_folder(copy)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"text": {"max_length": 12}}, r"config key text\.instruction is missing"),
+        ({"text": {"max_length": 12, "instruction": 3}}, r"text\.instruction is 3: it must be of type str"),
+        ({"sample": {"stpes": 4}}, r"config key sample\.stpes is unknown; did you mean 'steps'"),
+        ({"encoders": [ENTRY | {"dtype": "int4"}, ENTRY | {"name": "qwen"}]}, r"encoders\.llama\.dtype"),
+        ({"vae_dtype": "int4"}, r"vae\.dtype"),
+    ],
+)
+def test_settings_that_are_none_are_said_when_the_config_is_used(folder, tmp_path, facts, message):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    change_facts(**facts)(copy)
+    with pytest.raises(UserError, match=message):
+        Experiment(read_folder(copy), epath.Path(tmp_path))
