@@ -18,6 +18,7 @@ from lidit_jax.json_file import write_json
 T = TypeVar("T")
 
 CONFIG_FILE = "config.json"
+MAX_NUMBER = 10**30  # of what is given as a whole number where any number may be
 # Keys that may differ when a run goes on: none changes what a step computes. (`steps` alone may also grow.)
 FREE_KEYS = (
     *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
@@ -58,6 +59,8 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
         return
     if float in kinds:
         kinds.append(int)
+        if isinstance(value, int) and abs(value) > MAX_NUMBER:
+            raise UserError(f"config key {key} is {value!r:.40}…: no number that can be computed with")
     is_flag = isinstance(value, bool) and bool not in kinds
     if is_flag or not isinstance(value, tuple(kinds)):
         names = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in dict.fromkeys(kinds))

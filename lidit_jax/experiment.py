@@ -233,7 +233,7 @@ class Experiment:
                 raise UserError(f"features need LLMs that are finished: give --config.encoders.{name}.weights=FOLDER")
             encoder = open_encoder(config.weights, self.prompt_tokenizer, dtype=config.dtype)
             found[name] = StoredEncoder(
-                digest=folder_digest(self.encoder_folder(name)),
+                digest=self._encoder_digest(name),
                 text=encoder.tokenizer.digest,
                 dtype=config.dtype,
                 hidden_size=encoder.hidden_size,
@@ -278,13 +278,14 @@ class Experiment:
         fsdp = math.gcd(self.model.config.hidden_size, len(devices))
         return make_mesh({"data": -1, "fsdp": fsdp}, devices), ShardingRules()
 
+    def _encoder_digest(self, name: str) -> str:
+        """The same wherever the tokenizer is: an exported folder has it beside the LLM."""
+        folder = self.encoder_folder(name)
+        return folder_digest(*dict.fromkeys((folder, tokenizer_folder(folder))))
+
     def frozen_digests(self) -> dict[str, str]:
         """What the checkpoint says of the weights that are not in it."""
-        digests = {}
-        for name in self.encoders:
-            # An exported folder has the tokenizer beside the LLM.
-            folders = dict.fromkeys((self.encoder_folder(name), tokenizer_folder(self.encoder_folder(name))))
-            digests[f"encoders.{name}"] = " ".join(folder_digest(folder) for folder in folders)
+        digests = {f"encoders.{name}": self._encoder_digest(name) for name in self.encoders}
         return digests | {"vae": folder_digest(self.vae_folder())}
 
 

@@ -6,6 +6,7 @@ import signal
 import sys
 from typing import Any
 
+import jax
 from absl import flags
 from etils import epath
 
@@ -27,6 +28,8 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a folder that was ex
 
 
 def main() -> None:
+    # Only files are touched: an accelerator may be busy with training, or be part of a pod, whose hosts all must come.
+    jax.config.update("jax_platforms", "cpu")
     signal.signal(signal.SIGTERM, _terminated)
     export(
         Request(

@@ -16,6 +16,7 @@ from lidit_jax.models.lidit import LIDiTConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.weights.diffusers_folder import INDEX_FILE, read_folder
+from lidit_jax.weights.folders import is_there
 from lidit_jax.weights.torch_lidit import load_lidit
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ FREE_FIELDS = ("remat", "scan_unroll", "attention", "dtype")
 
 def is_exported(folder: epath.Path) -> bool:
     """Whether `start_from` names such a folder, not a workdir."""
-    return (folder / INDEX_FILE).exists()
+    return is_there(folder / INDEX_FILE)
 
 
 def load_exported(folder: epath.Path, devices: Sequence[jax.Device] = ()) -> tuple[Experiment, Pipeline, Any]:
@@ -58,6 +59,8 @@ def start_from_exported(config: ConfigDict, folder: epath.Path) -> ConfigDict:
     Raises:
       UserError: its model or its encoders are not the folder's.
     """
+    if "://" not in str(folder):
+        folder = folder.resolve()  # the workdir's config must mean the same from anywhere
     theirs = read_folder(folder)
     config = config.copy_and_resolve_references()
     for section in ("model", "encoders", "text", "diffusion"):
@@ -82,7 +85,8 @@ def start_from_exported(config: ConfigDict, folder: epath.Path) -> ConfigDict:
                     "%s was trained with %s.%s=%r, goes on with %r", folder, section, key, value, config[section][key]
                 )
     config.start_from = str(folder)
-    config.vae.weights = config.vae.weights or theirs.vae.weights
-    for name, encoder in config.encoders.items():
-        encoder.weights = encoder.weights or theirs.encoders[name].weights
+    with config.unlocked():  # `weights` may be left out of a config
+        config.vae.weights = config.vae.get("weights") or theirs.vae.weights
+        for name, encoder in config.encoders.items():
+            encoder.weights = encoder.get("weights") or theirs.encoders[name].weights
     return config

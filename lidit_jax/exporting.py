@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,6 +51,10 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ("ema", "params")
 DTYPES = {"float32": 4, "bfloat16": 2}  # bytes of a number
 TEXT_ENCODERS = ("copy", "reference")
+# What is at the top of an exported folder.
+EXPORTED = re.compile(
+    r"model_index\.json|pipeline_lidit\.py|README\.md|(text_encoder|tokenizer)(_\d+)?|transformer|vae|scheduler"
+)
 SPARE_BYTES = 64 << 20  # for all that is small
 
 
@@ -96,6 +101,7 @@ def export(request: Request) -> None:
     run = Experiment(read_workdir(request.workdir), request.workdir)
     if not run.has_lidit:
         raise UserError(f"{request.workdir} is the run of a VAE alone: its {run.vae_folder()} is in diffusers' format")
+    _check_not_used(request.out, run)
     encoders = [_text_encoder(run, name, request.text_encoders) for name in run.encoders]
     vae = run.vae_folder()
     VAEConfig.from_dict(read_config(vae))
@@ -150,6 +156,19 @@ def _check(request: Request) -> None:
         raise UserError(f"--out={out} is not empty: name another folder, or give --overwrite")
     if not is_exported_folder(epath.Path(out)):
         raise UserError(f"--out={out} is not empty and no folder of an export: --overwrite replaces those alone")
+    for entry in sorted(out.iterdir()):
+        if not EXPORTED.fullmatch(entry.name):
+            raise UserError(f"{entry} is of no export: --overwrite would delete it; move it, or name another --out")
+
+
+def _check_not_used(out: epath.Path, run: Experiment) -> None:
+    """Raises UserError if the folder, which is about to be replaced, has weights that the run is made of."""
+    replaced = local_folder(out).resolve()
+    used = [run.vae_folder(), *(run.encoder_folder(name) for name in run.encoders)]
+    used += [epath.Path(run.config.get("start_from") or run.workdir), epath.Path(run.workdir)]
+    for folder in used:
+        if "://" not in str(folder) and Path(folder).resolve().is_relative_to(replaced):
+            raise UserError(f"--out={out} holds {folder}, which the run needs: name another folder")
 
 
 def _check_space(out: epath.Path, needed: int) -> None:
@@ -207,11 +226,14 @@ def _source(weights: str, folder: epath.Path) -> dict[str, Any]:
     """
     if _is_hub_name(weights):
         # The hub's cache names the folder of a snapshot by its commit.
-        revision = folder.name if folder.parent.name == "snapshots" else None
-        return {"name": weights, "revision": revision}
+        name, _, wanted = weights.partition("@")
+        revision = folder.name if folder.parent.name == "snapshots" else wanted or None
+        return {"name": name, "revision": revision}
     if "://" in weights:
         raise UserError(f"{weights} is in a bucket, where transformers reads nothing: use --text_encoders=copy")
-    return {"name": str(Path(weights).absolute()), "revision": None}
+    source = {"name": str(Path(weights).absolute()), "revision": None}
+    tokenizer = tokenizer_folder(folder)
+    return source if tokenizer == folder else source | {"tokenizer": str(Path(tokenizer).absolute())}
 
 
 def _write_encoders(encoders: Sequence[_TextEncoder], folder: Path, copied: Any) -> None:

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 
+from etils import epath
+
 from lidit_jax.experiment import Experiment
 from lidit_jax.weights.diffusers_folder import TextEncoderEntry, component_names
+from lidit_jax.weights.folders import HUB_NAME
 
 TITLE = "LI-DiT"
 
@@ -18,14 +21,17 @@ def model_card(
       step: of the exported weights.
       num_parameters, dtype: of LI-DiT's weights.
     """
-    sections = (_front_matter(run), _title(), _how_to_draw(run, dtype), _facts(run, encoders, step, num_parameters))
+    sections = (
+        _front_matter(run),
+        _title(),
+        _how_to_draw(run, encoders, dtype),
+        _facts(run, encoders, step, num_parameters),
+    )
     return "\n\n".join((*sections, _licences(run, encoders))) + "\n"
 
 
 def _front_matter(run: Experiment) -> str:
-    licence = ["license: apache-2.0"]
-    if run.vae.weights or any(encoder.weights for encoder in run.encoders.values()):
-        licence = ["license: other", "license_name: of-its-parts", "license_link: README.md"]
+    licence = ["license: other", "license_name: of-its-parts", "license_link: README.md"]
     tags = ["tags:", "- text-to-image", "- diffusers", "- lidit", "- lidit-jax"]
     return "\n".join(
         ["---", *licence, "library_name: diffusers", "pipeline_tag: text-to-image", *tags, "inference: false", "---"]
@@ -41,8 +47,15 @@ def _title() -> str:
     )
 
 
-def _how_to_draw(run: Experiment, dtype: str) -> str:
+def _how_to_draw(run: Experiment, encoders: Sequence[TextEncoderEntry], dtype: str) -> str:
     how = run.sample
+    # Each part in what it was trained with: LLMs in twice as many bits take twice the memory, for nothing.
+    dtypes = {"default": dtype, "vae": run.vae.dtype}
+    dtypes |= {component_names(index)[0]: entry.dtype for index, entry in enumerate(encoders)}
+    if len(set(dtypes.values())) == 1:
+        given = f"torch.{dtype}"
+    else:
+        given = "{" + ", ".join(f'"{name}": torch.{kind}' for name, kind in dtypes.items()) + "}"
     return f"""## Drawing
 
     pip install torch diffusers transformers accelerate safetensors
@@ -55,7 +68,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True, dtype=torch.{dtype}).to(device)
+pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True, dtype={given}).to(device)
 picture = pipe(
     "a red circle left of a blue square",
     num_inference_steps={how.steps},
@@ -84,9 +97,12 @@ def _facts(run: Experiment, encoders: Sequence[TextEncoderEntry], step: int, num
         "data": _data_words(run),
         "resolution": f"{run.data.resolution} pixels",
         "training": f"{step:,} steps of {train.batch_size:,} pictures",
+        "started from": f"`{_public(run.config.get('start_from') or '')}`, another LI-DiT, whose terms apply too",
         "objective": _objective_words(run),
         "sampler": f"{how.sampler}, {how.steps} steps, guidance {how.guidance_scale:g}",
     }
+    if not run.config.get("start_from"):
+        del rows["started from"]
     table = [f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows.items()]
     return "\n".join(["## What it is", "", "| | |", "|---|---|", *table])
 
@@ -96,7 +112,14 @@ def _encoder_words(run: Experiment, entry: TextEncoderEntry) -> str:
 
 
 def _origin(weights: str) -> str:
-    return f"`{weights}`" if weights else "trained in the same run"
+    return f"`{_public(weights)}`" if weights else "trained in the same run"
+
+
+def _public(place: str) -> str:
+    """A name of the hub as it is; of a folder, whose path is nobody's business, its last part."""
+    if HUB_NAME.fullmatch(place) and not epath.Path(place).exists():
+        return place
+    return epath.Path(place).name
 
 
 def _vae_words(run: Experiment) -> str:
@@ -109,7 +132,7 @@ def _data_words(run: Experiment) -> str:
     if data.mixture:
         return "a mixture of " + ", ".join(data.mixture)
     count = f", {data.num_examples:,} pictures" if data.source == "shapes" else ""
-    return f"{data.source}{f' `{data.path}`' if data.path else ' (built in)'}{count}"
+    return f"{data.source}{f' `{_public(data.path)}`' if data.path else ' (built in)'}{count}"
 
 
 def _objective_words(run: Experiment) -> str:
@@ -134,9 +157,9 @@ def _licences(run: Experiment, encoders: Sequence[TextEncoderEntry]) -> str:
             lines.append(f"- `{folder}/` ({entry.name}): trained in the same run, as LI-DiT's weights.")
             continue
         inside = "is not in this folder, loaded from" if entry.source else f"is in `{folder}/`, a copy of"
-        lines.append(f"- {entry.name} {inside} `{weights}`: its own licence applies, to copies as well.")
+        lines.append(f"- {entry.name} {inside} `{_public(weights)}`: its own licence applies, to copies as well.")
     if run.vae.weights:
-        lines.append(f"- `vae/` is a copy of `{run.vae.weights}`: its own licence applies.")
+        lines.append(f"- `vae/` is a copy of `{_public(run.vae.weights)}`: its own licence applies.")
     else:
         lines.append("- `vae/`: trained in the same run, as LI-DiT's weights.")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 import jax
 from etils import epath
@@ -9,8 +10,10 @@ from etils import epath
 from lidit_jax import experiment
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
+from lidit_jax.experiment import Experiment
 from lidit_jax.exported import load_exported
 from lidit_jax.pictures import grid, save_png
+from lidit_jax.pipeline import Pipeline, SampleConfig
 from lidit_jax.text.encoders import truncated_prompts
 
 logger = logging.getLogger(__name__)
@@ -18,9 +21,34 @@ logger = logging.getLogger(__name__)
 MAX_PROMPTS_FILE = 64 << 20  # bytes: a larger file is hardly one of prompts
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How to draw, with None for what the config says. Sides in pixels."""
+
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    decode_pixels: int | None = None
+
+    def settled(self, run: Experiment, pipeline: Pipeline) -> tuple[SampleConfig, int, int]:
+        """-> how, height, width.
+
+        Raises:
+          UserError: for what does not fit the model.
+        """
+        given = {name: getattr(self, name) for name in ("sampler", "steps", "guidance_scale", "decode_pixels")}
+        how = dataclasses.replace(run.sample, **{name: value for name, value in given.items() if value is not None})
+        step_table(how.sampler, pipeline.schedule, how.steps)  # raises for a sampler that does not fit
+        height, width = self.height or run.data.resolution, self.width or run.data.resolution
+        pipeline.check_size(height, width)
+        return how, height, width
+
+
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What to draw, with None for what the config says. Sides in pixels.
+class Request(Drawing):
+    """What to draw.
 
     Either `workdir`, of a run, or `from_torch`, a folder that `export` wrote.
     """
@@ -31,12 +59,6 @@ class Request:
     prompt: str | None = None
     prompts_file: str | None = None
     num_images: int = 1
-    height: int | None = None
-    width: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    sampler: str | None = None
-    decode_pixels: int | None = None
     seed: int = 0
     weights: str = "ema"
 
@@ -65,23 +87,8 @@ def draw_to_folder(request: Request) -> None:
     else:
         run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
         origin = f"step {step}"
-    changes = {
-        "sampler": request.sampler,
-        "steps": request.steps,
-        "guidance_scale": request.guidance_scale,
-        "decode_pixels": request.decode_pixels,
-    }
-    how = dataclasses.replace(run.sample, **{name: value for name, value in changes.items() if value is not None})
-    step_table(how.sampler, pipeline.schedule, how.steps)  # raises for a sampler that does not fit
-    height, width = request.height or run.data.resolution, request.width or run.data.resolution
-    pipeline.check_size(height, width)
-
-    for name, count in truncated_prompts(pipeline.encoders, prompts).items():
-        if count:
-            logger.warning(
-                "%d of %d prompts are longer than the %d tokens of text.max_length for %s: they are cut at their end",
-                *(count, len(prompts), run.text.max_length, name),
-            )
+    how, height, width = request.settled(run, pipeline)
+    warn_of_truncated(run, pipeline, prompts)
 
     repeated = [prompt for prompt in prompts for _ in range(request.num_images)]
     how = dataclasses.replace(how, batch_size=min(how.batch_size, len(repeated)))
@@ -98,6 +105,16 @@ def draw_to_folder(request: Request) -> None:
         save_png(picture, request.out / f"{i:05d}.png")
     save_png(grid(list(pictures), repeated), request.out / "grid.png")
     logger.info("%s", request.out / "grid.png")
+
+
+def warn_of_truncated(run: Experiment, pipeline: Pipeline, prompts: Sequence[str]) -> None:
+    """Says how many prompts an encoder does not read to their end."""
+    for name, count in truncated_prompts(pipeline.encoders, prompts).items():
+        if count:
+            logger.warning(
+                "%d of %d prompts are longer than the %d tokens of text.max_length for %s: they are cut at their end",
+                *(count, len(prompts), run.text.max_length, name),
+            )
 
 
 def read_prompts(request: Request) -> list[str]:

@@ -21,7 +21,7 @@ from random_workdirs import CAPTIONS, make_workdir, random_config
 from safetensors.numpy import load_file, save_file
 
 from lidit_jax import experiment, exporting
-from lidit_jax.config import claim_workdir
+from lidit_jax.config import claim_workdir, read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.exported import load_exported
@@ -114,7 +114,7 @@ def test_ema_and_raw_weights_in_either_type(workdir, folder, tmp_path):
 def test_the_cards_code_runs_as_pasted_and_its_facts_are_the_runs(folder, tmp_path, monkeypatch):
     card = (folder / "README.md").read_text()
     front = card.split("---")[1]
-    assert "license: apache-2.0" in front
+    assert "license: other" in front  # whose the weights are, only who trained them can say
     assert "library_name: diffusers" in front
     assert "pipeline_tag: text-to-image" in front
     for fact in ("rectified flow, shift 3", "euler, 25 steps, guidance 3", "7 steps of 8 pictures", "32 pixels"):
@@ -132,10 +132,11 @@ def test_the_card_names_the_licences_of_what_others_made(workdir, t5_folder, tmp
     run = make_workdir(tmp_path / "run", config)
     card = (export_of(run, tmp_path / "copied") / "README.md").read_text()
     assert "license: other" in card
-    assert f"qwen is in `text_encoder_2/`, a copy of `{t5_folder}`: its own licence applies" in card
-    assert f"`vae/` is a copy of `{workdir / 'vae'}`: its own licence applies" in card
+    assert f"qwen is in `text_encoder_2/`, a copy of `{t5_folder.name}`: its own licence applies" in card
+    assert "`vae/` is a copy of `vae`: its own licence applies" in card
     card = (export_of(run, tmp_path / "referred", text_encoders="reference") / "README.md").read_text()
-    assert f"qwen is not in this folder, loaded from `{t5_folder}`" in card
+    assert f"qwen is not in this folder, loaded from `{t5_folder.name}`" in card
+    assert str(t5_folder) not in card  # a card is for others
 
 
 # --- text encoders ---------------------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def test_published_llms_are_copied_from_folders_and_referred_to_on_the_hub(workd
     assert index_of(copied)["text_encoder_sources"] == {}
     assert (copied / "text_encoder/model.safetensors").exists()
     assert set(index_of(referred)["text_encoder_sources"]) == {"text_encoder", "text_encoder_2"}
-    assert read_folder(usual).encoders.llama.weights == "org/llm"
+    assert read_folder(usual).encoders.llama.weights == f"org/llm@{commit}"  # as PyTorch loads it
 
     asked = []
     kinds = (transformers.LlamaModel, transformers.PreTrainedTokenizerFast)
@@ -177,7 +178,7 @@ def test_published_llms_are_copied_from_folders_and_referred_to_on_the_hub(workd
         monkeypatch.setattr(kind, "from_pretrained", from_hub)
     pipe = load(usual, dtype=torch.bfloat16)
     assert asked == [commit, commit]
-    assert pipe.text_encoder.dtype == torch.bfloat16
+    assert pipe.text_encoder.dtype == torch.float32  # as in training, whatever the rest is in
     assert pipe("a", num_inference_steps=1).images[0].size == (32, 32)
 
 
@@ -292,14 +293,15 @@ def test_a_full_disk_is_known_before_anything_is_written(workdir, tmp_path, monk
 def test_overwriting_replaces_an_export_and_nothing_else(workdir, folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(folder, out)
-    (out / "of_the_old.txt").write_text("")
+    (out / "tokenizer_4").mkdir()
+    (out / "tokenizer_4" / "of_the_old.txt").write_text("")
     with pytest.raises(UserError, match=r"is not empty: name another folder, or give --overwrite"):
         export_of(workdir, out)
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "model_card", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_of(workdir, out, overwrite=True)
-    assert (out / "of_the_old.txt").exists()
+    assert (out / "tokenizer_4" / "of_the_old.txt").exists()
     export_of(workdir, out, overwrite=True)
     assert files_in(out) == files_in(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -311,6 +313,52 @@ def test_overwriting_replaces_an_export_and_nothing_else(workdir, folder, tmp_pa
     with pytest.raises(UserError, match="no folder of an export: --overwrite replaces those alone"):
         export_of(workdir, other, overwrite=True)
     assert files_in(other) == ["model_index.json"]
+    (out / ".git").mkdir()
+    with pytest.raises(UserError, match=r"\.git is of no export: --overwrite would delete it"):
+        export_of(workdir, out, overwrite=True)
+    assert (out / ".git").exists()
+
+
+def test_an_export_that_a_run_is_made_of_is_not_replaced(workdir, folder, tmp_path):
+    config = random_config()
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    for name, component in (("llama", "text_encoder"), ("qwen", "text_encoder_2")):
+        config.encoders[name].weights = str(out / component)
+    config.vae.weights = str(workdir / "vae")
+    run = make_workdir(tmp_path / "run", config)
+    with pytest.raises(UserError, match="which the run needs: name another folder"):
+        export_of(run, out, overwrite=True, text_encoders="reference")
+    assert files_in(out) == files_in(folder)
+    # By reference, the tokenizer is found where an exported folder has it.
+    referred = export_of(run, tmp_path / "referred", text_encoders="reference")
+    source = json.loads((referred / "model_index.json").read_text())["text_encoder_sources"]["text_encoder_2"]
+    assert source["tokenizer"] == str(out / "tokenizer_2")
+    pipe = DiffusionPipeline.from_pretrained(referred, trust_remote_code=True)
+    assert pipe.tokenizer_2("a")["input_ids"] and pipe.text_encoder_2 is not None
+
+
+def test_each_part_is_loaded_in_what_it_was_trained_in(folder, tmp_path):
+    config = random_config()
+    config.encoders.qwen.dtype = "bfloat16"
+    run = make_workdir(tmp_path / "run", config)
+    card = (export_of(run, tmp_path / "out") / "README.md").read_text()
+    assert '"text_encoder_2": torch.bfloat16' in card and '"default": torch.float32' in card
+
+
+def test_a_compiled_transformer_is_saved_as_what_it_was(folder, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.transformer = torch.compile(pipe.transformer)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "transformer" / "transformer_lidit.py").exists()
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert type(again.transformer).__name__ == "LIDiTTransformer2DModel"
+
+
+def test_a_run_and_its_export_have_the_same_frozen_parts(workdir, folder):
+    """So that what was computed with the one's LLMs is taken for the other's."""
+    ours = Experiment(read_workdir(workdir), workdir).frozen_digests()
+    assert Experiment(read_folder(folder), folder).frozen_digests() == ours
 
 
 STOPPED = """
@@ -559,6 +607,9 @@ def test_a_damaged_folder_is_said_in_one_line(folder, tmp_path, damage, message)
     [
         ({"text": {"max_length": 12}}, r"config key text\.instruction is missing"),
         ({"text": {"max_length": 12, "instruction": 3}}, r"text\.instruction is 3: it must be of type str"),
+        ({"sample": {"steps": 10**12}}, "more than the 1000000 that make sense"),
+        ({"sample": {"steps": 4, "guidance_scale": 10**400}}, r"sample\.guidance_scale is 1000.*no number"),
+        ({"encoders": [ENTRY | {"name": "__class__"}]}, "'__class__' is not an encoder's name"),
         ({"sample": {"stpes": 4}}, r"config key sample\.stpes is unknown; did you mean 'steps'"),
         ({"encoders": [ENTRY | {"dtype": "int4"}, ENTRY | {"name": "qwen"}]}, r"encoders\.llama\.dtype"),
         ({"vae_dtype": "int4"}, r"vae\.dtype"),

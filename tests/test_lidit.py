@@ -149,6 +149,9 @@ def test_an_odd_head_size_is_refused_where_positions_are_rotary():
     with pytest.raises(UserError, match="refiner_rotary=False"):
         LIDiTConfig(depth=1, hidden_size=12, num_heads=4)
     LIDiTConfig(depth=1, hidden_size=12, num_heads=4, refiner_rotary=False)
+    for wrong in ({"mlp_ratio": 1e-9}, {"refiner_mlp_ratio": 1e-9}, {"scan_unroll": 0}, {"hidden_size": 2}):
+        with pytest.raises(UserError, match=f"model.{next(iter(wrong))}="):
+            LIDiTConfig(**{"depth": 1, "hidden_size": 16, "num_heads": 1} | wrong)
 
 
 def test_model_returns_zero_at_initialisation():

@@ -37,6 +37,7 @@ from lidit_jax.errors import UserError
 
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 
+MAX_STEPS = 1_000_000  # as many evaluations would take for ever; more is a damaged number
 # diffusers gives DPM-Solver++ this signal power at the last timestep of a schedule with zero terminal SNR, where the
 # log-SNR of the exact value would be minus infinity (the smallest float16 above 0).
 _DPM_SOLVER_TERMINAL_ALPHA_CUMPROD = 2.0**-24
@@ -315,6 +316,8 @@ def _checked_num_steps(num_steps: int, schedule: Schedule) -> int:
         raise UserError(f"the number of sampling steps must be a whole number, got {num_steps!r}") from None
     if num_steps < 1:
         raise UserError(f"the number of sampling steps must be at least 1, got {num_steps}")
+    if num_steps > MAX_STEPS:
+        raise UserError(f"{num_steps!r:.40} sampling steps are more than the {MAX_STEPS} that make sense")
     if isinstance(schedule, DDPM) and num_steps > schedule.num_timesteps:
         raise UserError(f"{num_steps} sampling steps are more than the schedule's {schedule.num_timesteps} timesteps")
     return num_steps

@@ -83,6 +83,13 @@ class LIDiTConfig:
             raise UserError(
                 f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}"
             )
+        for name in ("mlp_ratio", "refiner_mlp_ratio"):
+            if int(self.hidden_size * getattr(self, name)) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} leaves no width: use a larger one")
+        if self.hidden_size < 4:
+            raise UserError(f"model.hidden_size={self.hidden_size} is too small: use at least 4")
+        if self.scan_unroll < 1:
+            raise UserError(f"model.scan_unroll={self.scan_unroll} must be at least 1")
         if self.refiner_rotary and self.hidden_size // self.num_heads % 2:
             raise UserError(
                 f"model.hidden_size / model.num_heads = {self.hidden_size // self.num_heads} is odd, which rotary "

@@ -60,8 +60,8 @@ class LIDiTPipeline(DiffusionPipeline):
       lidit: facts of the training run: format_version, resolution, sample (steps, guidance_scale), and of each encoder
         kind ("llm" or "t5"), prefix (token ids before every prompt), separator and max_length.
       text_encoder_sources: component name -> {"name", "revision", "class"} of encoders that are not in the folder:
-        those are loaded from the Hugging Face hub, or from a local folder, in the transformer's dtype. `{}` loads none,
-        for prompts that come as `prompt_embeds`.
+        those are loaded from the Hugging Face hub, or from a local folder, in the dtype that training had them in. `{}`
+        loads none, for prompts that come as `prompt_embeds`.
 
     Raises:
       ValueError: the folder is of another kind, or of a newer format than this file knows.
@@ -103,12 +103,12 @@ class LIDiTPipeline(DiffusionPipeline):
             "tokenizer_4": tokenizer_4,
         }
         sources = dict(text_encoder_sources or {})
-        for index in range(len(lidit["encoders"])):
+        for index, facts in enumerate(lidit["encoders"]):
             encoder, its_tokenizer = component_names(index)
             if encoder not in sources:
                 continue
             if given[encoder] is None:
-                given[encoder] = _load_encoder(encoder, sources[encoder], transformer.dtype)
+                given[encoder] = _load_encoder(encoder, sources[encoder], getattr(torch, facts["dtype"]))
             if given[its_tokenizer] is None:
                 given[its_tokenizer] = _load_tokenizer(encoder, sources[encoder])
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, **given)
@@ -143,13 +143,13 @@ class LIDiTPipeline(DiffusionPipeline):
           height, width: in pixels; default: the training resolution.
           num_inference_steps, guidance_scale: default: those of the training run. Guidance of 1 is none, at half the
             work.
-          num_images_per_prompt: drawn one after the other for each prompt.
+          num_images_per_prompt: those of a prompt follow one another; all pictures are drawn in one batch.
           generator: of the noise; of a list, one a picture.
           latents: [B, C, height / factor, width / factor], standard normal noise to start from.
           prompt_embeds, negative_prompt_embeds: what `encode_prompt` gave, in place of the texts.
           output_type: "pil", "np", "pt", or "latent" for [B, C, h, w] in the transformer's scale.
-          callback_on_step_end: called as (pipeline, step, timestep, {name: tensor}) after every step; what it returns
-            replaces those tensors.
+          callback_on_step_end: called as (pipeline, step, timestep, {name: tensor}) after every step; latents that it
+            returns replace these.
           callback_on_step_end_tensor_inputs: which: "latents", "noise_pred".
 
         Returns:
@@ -298,13 +298,14 @@ class LIDiTPipeline(DiffusionPipeline):
         """From noise to latents, [B, C, h, w] float32."""
         self.scheduler.set_timesteps(steps, device=latents.device)
         self._num_timesteps = len(self.scheduler.timesteps)
+        is_guided = self.do_classifier_free_guidance  # as the text is, whatever a callback does to the scale
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         options = {"generator": generator} if takes_generator else {}
         with self.progress_bar(total=self._num_timesteps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 if self._interrupt:
                     continue
-                noise_pred = self._predict(latents, timestep, text)
+                noise_pred = self._predict(latents, timestep, text, is_guided)
                 latents = self.scheduler.step(noise_pred, timestep, latents, return_dict=False, **options)[0]
                 if callback is not None:
                     tensors = {"latents": latents, "noise_pred": noise_pred}
@@ -313,12 +314,12 @@ class LIDiTPipeline(DiffusionPipeline):
                 progress.update()
         return latents
 
-    def _predict(self, latents: Tensor, timestep: Tensor, text: PromptFeatures) -> Tensor:
+    def _predict(self, latents: Tensor, timestep: Tensor, text: PromptFeatures, is_guided: bool) -> Tensor:
         """What the scheduler's `step` takes, guided: [B, C, h, w] float32."""
         x = latents
         if hasattr(self.scheduler, "scale_model_input"):  # flow matching has none
             x = self.scheduler.scale_model_input(x, timestep)
-        if self.do_classifier_free_guidance:
+        if is_guided:
             x = torch.cat([x, x])
         output = self.transformer(
             hidden_states=x,  # float32: the transformer casts, and answers in the same type
@@ -328,7 +329,7 @@ class LIDiTPipeline(DiffusionPipeline):
             instruction_hidden_states=text.instructions,
             return_dict=False,
         )[0].float()
-        if not self.do_classifier_free_guidance:
+        if not is_guided:
             return output
         conditional, unconditional = output.chunk(2)
         return unconditional + self.guidance_scale * (conditional - unconditional)
@@ -344,7 +345,14 @@ class LIDiTPipeline(DiffusionPipeline):
             latents = latents * std / config.scaling_factor + mean
         else:
             latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        dtype = self.vae.dtype
+        overflows = dtype == torch.float16 and getattr(config, "force_upcast", False)
+        if overflows:
+            self.vae.to(torch.float32)
+        pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        if overflows:
+            self.vae.to(dtype)
+        return pictures
 
     def enable_vae_slicing(self) -> None:
         """Decodes pictures one after the other, for less memory."""
@@ -401,13 +409,13 @@ class LIDiTPipeline(DiffusionPipeline):
         """Puts the code beside the configuration: what `save_pretrained` writes loads as this folder did."""
         super().save_config(save_directory, **kwargs)
         _copy_code(type(self), Path(save_directory))
-        _copy_code(type(self.transformer), Path(save_directory) / "transformer")
+        _copy_code(type(_unwrapped(self.transformer)), Path(save_directory) / "transformer")
 
     def to_json_string(self) -> str:
         """model_index.json, in which classes of a folder's own code are named by their files."""
         values = json.loads(super().to_json_string())
         values["_class_name"] = _file_and_class(type(self))
-        values["transformer"] = _file_and_class(type(self.transformer))
+        values["transformer"] = _file_and_class(type(_unwrapped(self.transformer)))
         sources = values["text_encoder_sources"] or {}
         # Of an encoder that is in the folder the source has no further use.
         values["text_encoder_sources"] = {name: of for name, of in sources.items() if getattr(self, name) is None}
@@ -471,6 +479,8 @@ def _load_encoder(component: str, source: Mapping[str, Any], dtype: torch.dtype)
 
 def _load_tokenizer(component: str, source: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     kind = transformers.PreTrainedTokenizerFast
+    # Folders of a pipeline have the tokenizer beside the encoder.
+    source = source | {"name": source.get("tokenizer") or source["name"]}
     return kind.from_pretrained(_place(component, source), revision=_revision(source))
 
 
@@ -507,6 +517,13 @@ def _repeated(features: PromptFeatures, times: int) -> PromptFeatures:
         [x.repeat_interleave(times, dim=0) for x in features.masks],
         [x if x.ndim == 2 else x.repeat_interleave(times, dim=0) for x in features.instructions],
     )
+
+
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside of what `torch.compile` or data parallelism made of it."""
+    for name in ("_orig_mod", "module"):
+        model = getattr(model, name, model)
+    return model
 
 
 def _copy_code(cls: type, folder: Path) -> None:

@@ -163,8 +163,8 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
         ]
         self._check_shapes(hidden_states, text)
-        batch, dtype = hidden_states.shape[0], self.dtype
-        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch)
+        dtype = self.dit.patch_embedding.bias.dtype  # no quantisation changes it, and `self.dtype` takes a millisecond
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(hidden_states.shape[0])
 
         time = self.timestep_embedder(timestep)  # [B, C]
         condition, mask, pooled = self.text_condition(text, time, dtype)

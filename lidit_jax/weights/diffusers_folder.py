@@ -21,6 +21,7 @@ from lidit_jax.diffusion.schedules import RectifiedFlow, Schedule
 from lidit_jax.errors import UserError
 from lidit_jax.weights import diffusers_scheduler
 from lidit_jax.weights.diffusers_vae import DIFFUSERS_VERSION
+from lidit_jax.weights.folders import HUB_NAME, is_there
 from lidit_jax.weights.safetensors_folder import read_config, read_json_object
 from lidit_jax.weights.torch_lidit import read_lidit_config
 
@@ -33,6 +34,7 @@ MAX_TOKENS = 1 << 20  # of a prompt: more is a damaged number
 MAX_SIDE = 1 << 16  # pixels
 # Of LI-DiT's config, how it is computed here, which its own config.json does not say.
 COMPUTING = ("dtype", "attention", "remat", "scan_unroll")
+MAX_TIMES = 1e6  # of what the logit of the training times is about
 # Of a schedule, what is for training alone and not in the scheduler's config.
 TRAINING_ONLY = ("logit_mean", "logit_std")
 # What `Experiment` asks for and a finished model has no use for.
@@ -128,7 +130,7 @@ def read_folder(folder: str | epath.Path) -> ConfigDict:
     """
     folder = epath.Path(folder)
     file = folder / INDEX_FILE
-    if not file.exists():
+    if not is_there(file):
         raise UserError(f"{folder}: no {INDEX_FILE} there; name a folder that python -m lidit_jax.export wrote")
     index = read_json_object(file)
     facts = _facts(index, file)
@@ -174,7 +176,7 @@ def _diffusion(schedule: Schedule, facts: Mapping[str, Any], file: epath.Path) -
         return {"name": "ddpm", **values}
     trained = _object(facts, "diffusion", file)
     for key in TRAINING_ONLY:
-        if type(trained.get(key, 0.0)) not in (int, float):
+        if type(trained.get(key, 0.0)) not in (int, float) or not abs(trained.get(key, 0.0)) < MAX_TIMES:
             raise UserError(f"{file}: lidit.diffusion.{key}={trained[key]!r:.80} is not a number")
     return {"name": "rectified_flow", **values, **{key: trained[key] for key in TRAINING_ONLY if key in trained}}
 
@@ -195,7 +197,7 @@ def _encoders(folder: epath.Path, index: Mapping[str, Any], facts: Mapping[str, 
         if not isinstance(entry, dict):
             raise UserError(f"{file}: lidit.encoders[{i}] is not an object")
         name = _text_value(entry, "name", file)
-        if not re.fullmatch(r"[\w-]{1,100}", name):
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,99}", name):
             raise UserError(f"{file}: {name!r:.80} is not an encoder's name")
         found[name] = {
             "weights": _weights(folder, index, component_names(i)[0], file),
@@ -218,7 +220,9 @@ def _weights(folder: epath.Path, index: Mapping[str, Any], component: str, file:
         raise UserError(f"{folder / component} is missing, and {file} names no source of it; copy the folder again")
     if not isinstance(source, dict):
         raise UserError(f"{file}: text_encoder_sources.{component} is not an object")
-    return _text_value(source, "name", file)
+    name = _text_value(source, "name", file)
+    revision = source.get("revision")
+    return f"{name}@{revision}" if isinstance(revision, str) and HUB_NAME.fullmatch(f"{name}@{revision}") else name
 
 
 def _object(values: Mapping[str, Any], key: str, file: epath.Path) -> dict[str, Any]:

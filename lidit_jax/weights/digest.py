@@ -12,19 +12,21 @@ WHOLE_BELOW = 1 << 28  # bytes; of larger files evenly spaced chunks are read: 1
 SAMPLED_CHUNKS = 64
 
 
-def folder_digest(folder: str | epath.Path) -> str:
+def folder_digest(*folders: str | epath.Path) -> str:
     """Sixteen hexadecimal digits over names, sizes and contents of config.json, *.safetensors and a tokenizer's files.
+
+    Of several folders it is that of one with the files of all of them.
 
     Of a file over 256 MiB, its first and last MiB and 62 between them stand for the whole.
 
     Raises:
       UserError: if the folder has no such file.
     """
-    folder = epath.Path(folder)
-    files = [f for f in folder.glob("*") if TOKENIZER_FILES.fullmatch(f.name) or f.suffix == ".safetensors"]
+    entries = [file for folder in folders for file in epath.Path(folder).glob("*")]
+    files = [f for f in entries if TOKENIZER_FILES.fullmatch(f.name) or f.suffix == ".safetensors"]
     if not files:
-        raise UserError(f"{folder}: no config.json and no .safetensors file there")
-    return _digest(sorted(files, key=str))
+        raise UserError(f"{folders[0]}: no config.json and no .safetensors file there")
+    return _digest(sorted(files, key=lambda file: file.name))
 
 
 def file_digest(file: str | epath.Path) -> str:

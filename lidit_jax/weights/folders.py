@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 
 from lidit_jax.errors import UserError
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")  # NAME or NAME@REVISION
 # Weights as safetensors, what describes them, and the tokenizer. No pickles, and none of the second copies of the
 # weights that some repositories keep beside these.
 WANTED = ("*.json", "*.safetensors", "*.jinja")
@@ -24,26 +24,34 @@ MAX_TOKENIZER_FILE = 256 << 20  # bytes
 
 
 def find_folder(name: str) -> epath.Path:
-    """The folder that `name` stands for; a name of the hub (`meta-llama/Llama-3.1-8B-Instruct`) is downloaded once.
+    """The folder that `name` stands for; a name of the hub (`meta-llama/Llama-3.1-8B-Instruct`) is downloaded once, as
+    it is there now or, with @REVISION after it, as it was then.
 
     Raises:
       UserError: the bucket cannot be reached; or there is no such folder, and the hub has nothing of that name or
         cannot be reached.
     """
     folder = epath.Path(name)
-    try:
-        is_there = folder.exists()
-    except Exception as error:  # of many types: of the network, of the bucket's answers
-        raise UserError(f"{name} cannot be reached ({_reason(error)})") from error
-    if is_there or not HUB_NAME.fullmatch(name):
+    if is_there(folder) or not HUB_NAME.fullmatch(name):
         return folder
     return _download(name)
+
+
+def is_there(path: epath.Path) -> bool:
+    """Whether it exists. Raises UserError if its bucket cannot be reached."""
+    try:
+        return path.exists()
+    except Exception as error:  # of many types: of the network, of the bucket's answers
+        raise UserError(f"{path} cannot be reached ({_reason(error)})") from error
 
 
 @functools.cache  # once a run: all its parts see one revision
 def _download(name: str) -> epath.Path:
     try:
-        return epath.Path(snapshot_download(name, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        repository, _, revision = name.partition("@")
+        return epath.Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+        )
     except Exception as error:  # of many types: of the network, of the hub's answers, of the disk
         raise UserError(
             f"{name}: no such folder here, and the Hugging Face hub does not give it ({_reason(error)})"

@@ -1,0 +1,183 @@
+"""Public benchmarks' prompts, and the folders in which their official scorers look for pictures.
+
+    geneval        evaluation_metadata.jsonl; 00000/metadata.jsonl, 00000/samples/0000.png   (Ghosh et al. 2023)
+    t2i_compbench  a file of prompts, one a line; samples/PROMPT_000000.png                   (Huang et al. 2023)
+    dpg_bench      a folder of ID.txt, or a JSONL of id and prompt; ID.png, a grid of four    (Hu et al. 2024)
+    prompts        a file of prompts, one a line; 00000_0.png
+
+Pictures are written in an order in which the last file of a prompt says that all are there.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from lidit_jax.errors import UserError
+from lidit_jax.json_file import write_json
+from lidit_jax.pictures import save_png
+
+MAX_BYTES = 64 << 20  # of a benchmark's file: a larger one is hardly one of prompts
+MAX_NAME = 255  # bytes of a file's name
+
+
+class Benchmark(Protocol):
+    """Attributes: prompts: in the benchmark's order."""
+
+    prompts: Sequence[str]
+
+    def last_file(self, index: int) -> str:
+        """Of prompt `index`, relative to the folder; where it is, the prompt is done."""
+
+    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
+        """All pictures of a prompt, uint8 [H, W, 3]."""
+
+
+class GenEval:
+    """A folder a prompt, with its metadata and its pictures."""
+
+    def __init__(self, file: epath.Path, num_images: int):
+        del num_images
+        self._metadata = [_geneval_entry(file, number, line) for number, line in _lines(file)]
+        self.prompts = [entry["prompt"] for entry in self._metadata]
+
+    def last_file(self, index: int) -> str:
+        return f"{index:05}/metadata.jsonl"
+
+    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
+        for i, picture in enumerate(pictures):
+            save_png(picture, out / f"{index:05}" / "samples" / f"{i:04}.png")
+        write_json(out / self.last_file(index), self._metadata[index], indent=None)
+
+
+class T2ICompBench:
+    """One folder for all; a picture's name is its prompt and a number that counts all pictures."""
+
+    def __init__(self, file: epath.Path, num_images: int):
+        self._num_images = num_images
+        # Some of its files have more columns after the prompt.
+        self.prompts = [line.split("\t")[0].strip() for _, line in _lines(file)]
+        for prompt in self.prompts:
+            # The scorer takes what is before the first underscore for the prompt.
+            if re.search(r"[/\\_\x00]", prompt) or len(self._name(prompt, 0).encode()) > MAX_NAME:
+                raise UserError(
+                    f"{file}: {prompt!r:.80} can be no file's name, which T2I-CompBench makes of its prompts"
+                )
+
+    def last_file(self, index: int) -> str:
+        return self._name(self.prompts[index], self._num_images * (index + 1) - 1)
+
+    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
+        for i, picture in enumerate(pictures):
+            save_png(picture, out / self._name(self.prompts[index], self._num_images * index + i))
+
+    @staticmethod
+    def _name(prompt: str, number: int) -> str:
+        return f"samples/{prompt}_{number:06}.png"
+
+
+class DPGBench:
+    """A grid of four pictures a prompt, two by two without a gap; or a single picture."""
+
+    def __init__(self, file: epath.Path, num_images: int):
+        if num_images not in (1, 4):
+            raise UserError(f"--num_images={num_images}: dpg_bench's grids have 4 pictures, or 1")
+        entries = _texts(file) if file.is_dir() else [_dpg_entry(file, number, line) for number, line in _lines(file)]
+        self._ids, self.prompts = [name for name, _ in entries], [prompt for _, prompt in entries]
+        if len(set(self._ids)) < len(self._ids):
+            raise UserError(f"{file}: two prompts have the same id")
+
+    def last_file(self, index: int) -> str:
+        return f"{self._ids[index]}.png"
+
+    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
+        sheet = pictures[0]
+        if len(pictures) == 4:
+            sheet = np.concatenate([np.concatenate(pictures[i : i + 2], axis=1) for i in (0, 2)], axis=0)
+        save_png(sheet, out / self.last_file(index))
+
+
+class PlainPrompts:
+    """Pictures named by the number of their prompt and their own."""
+
+    def __init__(self, file: epath.Path, num_images: int):
+        self._num_images = num_images
+        self.prompts = [line.strip() for _, line in _lines(file)]
+
+    def last_file(self, index: int) -> str:
+        return f"{index:05}_{self._num_images - 1}.png"
+
+    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
+        for i, picture in enumerate(pictures):
+            save_png(picture, out / f"{index:05}_{i}.png")
+
+
+BENCHMARKS: Mapping[str, Callable[[epath.Path, int], Benchmark]] = {
+    "geneval": GenEval,
+    "t2i_compbench": T2ICompBench,
+    "dpg_bench": DPGBench,
+    "prompts": PlainPrompts,
+}
+
+
+def open_benchmark(name: str, file: epath.Path, num_images: int) -> Benchmark:
+    """Args: num_images: pictures a prompt.
+
+    Raises:
+      UserError: there is no such benchmark or file, or the file is none of this benchmark's.
+    """
+    if name not in BENCHMARKS:
+        raise UserError(f"--benchmark={name}: use one of {', '.join(BENCHMARKS)}")
+    if not file.exists():
+        raise UserError(f"--file={file}: no such file; name the benchmark's own")
+    if file.is_dir() and name != "dpg_bench":
+        raise UserError(f"--file={file} is a folder: name a file")
+    benchmark = BENCHMARKS[name](file, num_images)
+    if not benchmark.prompts:
+        raise UserError(f"--file={file}: no prompt in it")
+    return benchmark
+
+
+def _lines(file: epath.Path) -> list[tuple[int, str]]:
+    """(number from 1, line) of all that are not blank."""
+    return [(number, line) for number, line in enumerate(_read(file).splitlines(), 1) if line.strip()]
+
+
+def _read(file: epath.Path) -> str:
+    if file.stat().length > MAX_BYTES:
+        raise UserError(f"{file}: larger than {MAX_BYTES >> 20} MiB; is it a benchmark's?")
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 (byte {error.start}); is it a benchmark's?") from None
+
+
+def _object(file: epath.Path, number: int, line: str, keys: Mapping[str, type]) -> dict[str, Any]:
+    """A line of JSON that has these keys."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError(f"{file}, line {number}: not JSON; is it the benchmark's own file?") from None
+    for key, kind in keys.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+            raise UserError(f"{file}, line {number}: no {key!r} in it; is it the benchmark's own file?")
+    return entry
+
+
+def _geneval_entry(file: epath.Path, number: int, line: str) -> dict[str, Any]:
+    return _object(file, number, line, {"prompt": str, "tag": str, "include": list})
+
+
+def _dpg_entry(file: epath.Path, number: int, line: str) -> tuple[str, str]:
+    entry = _object(file, number, line, {"id": str, "prompt": str})
+    if not re.fullmatch(r"[\w-]{1,200}", entry["id"]):
+        raise UserError(f"{file}, line {number}: id {entry['id']!r:.80} can be no picture's name")
+    return entry["id"], entry["prompt"]
+
+
+def _texts(folder: epath.Path) -> list[tuple[str, str]]:
+    """(id, prompt) of a folder of ID.txt."""
+    return [(file.stem, _read(file).strip()) for file in sorted(folder.glob("*.txt"), key=str)]
