@@ -35,6 +35,7 @@ setup(
         "tensorflow-cpu>=2.21; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
         "tensorflow-datasets>=4.9.10",
+        "tensorstore>=0.1.86",  # of slices of checkpoints; Orbax brings it
         "tokenizers>=0.23",
         "tqdm>=4.70",
         "transformers>=5.23",
