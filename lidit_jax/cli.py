@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -17,6 +18,8 @@ from lidit_jax.parallel.hosts import leave
 from lidit_jax.parallel.preemption import Preempted
 
 USER_MISTAKE = 2
+
+flags.disclaim_key_flags()  # those that are defined here are of the command line that asks for them, and in its --help
 
 
 def run(main: Callable[[], None]) -> None:
@@ -45,6 +48,30 @@ def run(main: Callable[[], None]) -> None:
 def define_config() -> flags.FlagHolder:
     """--config=FILE.py[:ARGUMENT], with --config.path.to.key=value on top."""
     return config_flags.DEFINE_config_file("config", None, "a file of configs/, with its argument after a colon")
+
+
+def define_drawing() -> Callable[[], dict[str, Any]]:
+    """The flags of what draws -> what gives their values, as `sampling.Drawing` takes them."""
+    sides = "pixels (default: the training resolution)"
+    found = {
+        "height": flags.DEFINE_integer("height", None, sides),
+        "width": flags.DEFINE_integer("width", None, sides),
+        "steps": flags.DEFINE_integer("steps", None, "sampling steps (default: the config's)"),
+        "guidance_scale": flags.DEFINE_float(
+            "guidance", None, "classifier-free guidance scale; 1 is none (default: the config's)"
+        ),
+        "sampler": flags.DEFINE_string("sampler", None, "ddpm, ddim, dpmpp_2m; euler, heun (default: the config's)"),
+        "decode_pixels": flags.DEFINE_integer(
+            "decode_pixels", None, "decode larger pictures in tiles, for less memory (default: the config's)"
+        ),
+        "weights": flags.DEFINE_string("weights", "ema", "ema, or params for the raw ones"),
+    }
+    return lambda: {name: flag.value for name, flag in found.items()}
+
+
+def define_distributed() -> flags.FlagHolder:
+    """--distributed, for `hosts.join_hosts`."""
+    return flags.DEFINE_bool("distributed", None, "by several hosts; unset: where the environment names some")
 
 
 def read_config(holder: flags.FlagHolder) -> ConfigDict:

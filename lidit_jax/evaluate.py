@@ -14,17 +14,12 @@ from lidit_jax.evaluation.drawing import Request, draw_benchmark
 from lidit_jax.parallel.hosts import join_hosts
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", None, "drawn by several hosts; unset: where the environment names some")
+_DISTRIBUTED = cli.define_distributed()
 _BENCHMARK = flags.DEFINE_string("benchmark", None, ", ".join(BENCHMARKS))
 _FILE = flags.DEFINE_string("file", None, "the benchmark's prompts")
 _OUT = flags.DEFINE_string("out", None, "folder for the pictures")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "pictures a prompt")
-_HEIGHT = flags.DEFINE_integer("height", None, "pixels (default: the training resolution)")
-_WIDTH = flags.DEFINE_integer("width", None, "pixels (default: the training resolution)")
-_STEPS = flags.DEFINE_integer("steps", None, "sampling steps (default: the config's)")
-_GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance scale (default: the config's)")
-_SAMPLER = flags.DEFINE_string("sampler", None, "see `sample` (default: the config's)")
-_WEIGHTS = flags.DEFINE_string("weights", "ema", "ema, or params for the raw ones")
+_DRAWING = cli.define_drawing()
 
 
 def main() -> None:
@@ -36,12 +31,7 @@ def main() -> None:
             file=epath.Path(cli.require(_FILE.name)),
             out=epath.Path(cli.require(_OUT.name)),
             num_images=_NUM_IMAGES.value,
-            height=_HEIGHT.value,
-            width=_WIDTH.value,
-            steps=_STEPS.value,
-            guidance_scale=_GUIDANCE.value,
-            sampler=_SAMPLER.value,
-            weights=_WEIGHTS.value,
+            **_DRAWING(),
         )
     )
 

@@ -7,7 +7,6 @@ and the LLMs are copied as files. `weights/diffusers_folder.py` says what is in 
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from lidit_jax.checkpoint import open_weights
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.json_file import write_json
 from lidit_jax.model_card import model_card
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.text.encoders import T5TextEncoder
@@ -242,14 +242,14 @@ def _write_encoders(encoders: Sequence[_TextEncoder], folder: Path, copied: Any)
             continue
         model, tokenizer = component_names(index)
         copy_files(encoder.files, folder / model, copied)
-        _write_json(folder / model / CONFIG_FILE, encoder.config)
+        write_json(folder / model / CONFIG_FILE, encoder.config)
         copy_files(encoder.tokenizer, folder / tokenizer, copied)
 
 
 def _write_scheduler(run: Experiment, folder: Path) -> None:
     (folder / "scheduler").mkdir()
     values = diffusers_scheduler.scheduler_config(run.schedule, run.sample.sampler)
-    _write_json(folder / "scheduler" / diffusers_scheduler.CONFIG_FILE, values)
+    write_json(folder / "scheduler" / diffusers_scheduler.CONFIG_FILE, values)
 
 
 def _write_index(run: Experiment, encoders: Sequence[_TextEncoder], trained: Mapping[str, Any], folder: Path) -> None:
@@ -264,11 +264,7 @@ def _write_index(run: Experiment, encoders: Sequence[_TextEncoder], trained: Map
         "trained": trained,
     }
     scheduler_class = diffusers_scheduler.scheduler_class(run.sample.sampler)
-    _write_json(folder / INDEX_FILE, model_index([e.entry for e in encoders], scheduler_class, facts))
-
-
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX_FILE, model_index([e.entry for e in encoders], scheduler_class, facts))
 
 
 def _copy_code(module: str, folder: Path) -> None:

@@ -12,9 +12,7 @@ from lidit_jax.exported import start_from_exported
 from lidit_jax.parallel.hosts import join_hosts
 
 _CONFIG = cli.define_config()
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", None, "one run on several hosts; unset: where the environment names some"
-)
+_DISTRIBUTED = cli.define_distributed()
 _FROM_TORCH = flags.DEFINE_string(
     "from_torch", None, "start from a folder that `export` wrote: its LI-DiT, and its encoders and VAE"
 )

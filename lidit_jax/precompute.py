@@ -15,7 +15,7 @@ from lidit_jax.precomputing import precompute
 _CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", None, "folder to write")
 _BATCH = flags.DEFINE_integer("batch", 32, "pictures that a process encodes at once", lower_bound=1)
-_DISTRIBUTED = flags.DEFINE_bool("distributed", None, "as of lidit_jax.main")
+_DISTRIBUTED = cli.define_distributed()
 _FEATURES = flags.DEFINE_bool("features", False, "also keep the captions' features by every encoder")
 _DTYPE = flags.DEFINE_enum("dtype", "float16", DTYPES, "of the moments")
 

@@ -23,7 +23,7 @@ MAX_PROMPTS_FILE = 64 << 20  # bytes: a larger file is hardly one of prompts
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """How to draw, with None for what the config says. Sides in pixels."""
+    """How to draw, with None for what the config says. Sides in pixels; weights are "ema" or "params"."""
 
     height: int | None = None
     width: int | None = None
@@ -31,6 +31,11 @@ class Drawing:
     guidance_scale: float | None = None
     sampler: str | None = None
     decode_pixels: int | None = None
+    weights: str = "ema"
+
+    def __post_init__(self):
+        if self.weights not in ("ema", "params"):
+            raise UserError(f"--weights={self.weights}: use ema or params")
 
     def settled(self, run: Experiment, pipeline: Pipeline) -> tuple[SampleConfig, int, int]:
         """-> how, height, width.
@@ -60,7 +65,6 @@ class Request(Drawing):
     prompts_file: str | None = None
     num_images: int = 1
     seed: int = 0
-    weights: str = "ema"
 
 
 def draw_to_folder(request: Request) -> None:
@@ -76,8 +80,6 @@ def draw_to_folder(request: Request) -> None:
         raise UserError(f"--seed={request.seed} must be from 0 to {2**32 - 1}")
     if request.out.exists() and not request.out.is_dir():
         raise UserError(f"--out={request.out} is a file: name a folder")
-    if request.weights not in ("ema", "params"):
-        raise UserError(f"--weights={request.weights}: use ema or params")
 
     if (request.workdir is None) == (request.from_torch is None):
         raise UserError("give either --workdir=DIR of a run or --from_torch=DIR of an export")

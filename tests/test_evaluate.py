@@ -9,7 +9,7 @@ from PIL import Image
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation import drawing
-from lidit_jax.evaluation.benchmarks import open_benchmark
+from lidit_jax.evaluation.benchmarks import GenEval, open_benchmark
 from lidit_jax.evaluation.drawing import Request, draw_benchmark, seed_of
 
 GENEVAL = [
@@ -50,9 +50,9 @@ def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, gene
     (out / "00001" / "metadata.jsonl").unlink()  # as if it had been killed at the second prompt
     (out / "00001" / "samples" / "0002.png").unlink()
     written = []
-    write = open_benchmark("geneval", geneval, 3).__class__.write
+    write = GenEval.write
     monkeypatch.setattr(
-        drawing.open_benchmark("geneval", geneval, 3).__class__,
+        GenEval,
         "write",
         lambda self, out, index, pictures: (written.append(index), write(self, out, index, pictures)),
     )

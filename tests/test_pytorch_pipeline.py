@@ -148,16 +148,31 @@ def test_without_jax_the_same_noise_gives_the_same_pictures(tmp_path, t5_folder)
             files = {"latents": f"{file}_noise.npy", "out": f"{file}_drawn.npy"}
             jobs.append({"name": name, "folder": str(folder), "load": custom, "call": call, **files})
             ours.append(drawn)
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_JAX, str(tmp_path / "jobs.json")]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    draw_without_jax(tmp_path, jobs)
     for job, expected in zip(jobs, ours, strict=True):
         drawn = np.load(job["out"])
         print(f"{job['name']}: {min(psnr(a, b) for a, b in zip(expected, drawn, strict=True)):.1f} dB")
         assert_same_pictures(expected, drawn)
         assert psnr(expected[0], expected[1]) < 30
+
+
+def test_the_demo_after_a_few_steps_draws_the_same_without_jax(tmp_path, trained_workdir):
+    loaded = experiment.load(epath.Path(trained_workdir))[:3]
+    folder, noise = export_of(epath.Path(trained_workdir), tmp_path / "folder"), tmp_path / "noise.npy"
+    np.save(noise, noise_for(loaded, len(PROMPTS)).numpy())
+    call = {"prompt": PROMPTS, "num_inference_steps": 25}
+    job = {"folder": str(folder), "load": {}, "call": call, "latents": str(noise), "out": str(tmp_path / "drawn.npy")}
+    draw_without_jax(tmp_path, [job])
+    assert_same_pictures(drawn_by_jax(loaded, PROMPTS, steps=25), np.load(job["out"]))
+
+
+def draw_without_jax(tmp_path, jobs):
+    """In a process that refuses JAX."""
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_JAX, str(tmp_path / "jobs.json")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_guidance_the_pictures_are_those_of_the_prompt_alone(pipe, loaded):

@@ -42,7 +42,6 @@ class Request(Drawing):
     file: epath.Path
     out: epath.Path
     num_images: int = 4
-    weights: str = "ema"
 
 
 def draw_benchmark(request: Request) -> None:

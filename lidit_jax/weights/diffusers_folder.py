@@ -22,6 +22,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.weights import diffusers_scheduler
 from lidit_jax.weights.diffusers_vae import DIFFUSERS_VERSION
 from lidit_jax.weights.folders import HUB_NAME, is_there
+from lidit_jax.weights.published_config import check_format_version
 from lidit_jax.weights.safetensors_folder import read_config, read_json_object
 from lidit_jax.weights.torch_lidit import read_lidit_config
 
@@ -153,14 +154,7 @@ def _facts(index: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
     facts = index.get("lidit")
     if not isinstance(facts, dict):
         raise UserError(f"{file}: no lidit object in it; name a folder that python -m lidit_jax.export wrote")
-    version = facts.get("format_version")
-    if type(version) is not int or version < 1:
-        raise UserError(f"{file}: lidit.format_version={version!r:.80} is not a whole number from 1 on")
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{file}: lidit.format_version={version!r:.80} is newer than {FORMAT_VERSION}, which this program reads: "
-            "install a newer lidit-jax"
-        )
+    check_format_version(facts.get("format_version"), FORMAT_VERSION, f"{file}: lidit.format_version")
     return facts
 
 

@@ -47,6 +47,16 @@ def refuse_quantised(values: Mapping[str, Any], file: Any) -> None:
         raise UserError(f"{file}: quantization_config: quantised weights are not supported; use the original ones")
 
 
+def check_format_version(version: Any, newest: int, where: str) -> None:
+    """Raises UserError unless the version, found at `where`, is one from 1 to `newest`."""
+    if type(version) is not int or version < 1:
+        raise UserError(f"{where}={version!r:.80} is not a whole number from 1 on")
+    if version > newest:
+        raise UserError(
+            f"{where}={version!r:.80} is newer than {newest}, which this program reads: install a newer lidit-jax"
+        )
+
+
 def positive_integer(
     values: PreTrainedConfig | Mapping[str, Any], key: str, file: Any, default: int | None = None
 ) -> int:

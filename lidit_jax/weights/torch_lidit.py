@@ -6,7 +6,6 @@ The model that reads it in PyTorch is `lidit_jax/pytorch/transformer_lidit.py`; 
 import contextlib
 import functools
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +21,18 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lidit_jax.errors import UserError
+from lidit_jax.json_file import write_json
 from lidit_jax.models.lidit import FUSIONS, LIDiT, LIDiTConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.weights.diffusers_vae import DIFFUSERS_VERSION, WEIGHTS_STEM
 from lidit_jax.weights.placing import Placement, is_stacked, is_transposed, place_parameters, shape_in_file, torch_axes
-from lidit_jax.weights.published_config import MAX_BLOCKS, positive_integer, positive_number, refuse_quantised
+from lidit_jax.weights.published_config import (
+    MAX_BLOCKS,
+    check_format_version,
+    positive_integer,
+    positive_number,
+    refuse_quantised,
+)
 from lidit_jax.weights.safetensors_file import SafetensorsWriter
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, read_config
 
@@ -158,11 +164,11 @@ def save_lidit(
     boxed = _boxed_of(config, leaves)
     shapes = {name: shape_in_file(path, leaf) for path, leaf in boxed.items() for name in torch_names(path, leaf)}
     shards = _plan_shards(shapes, DTYPES[dtype].itemsize, max_shard_bytes)
-    folder = Path(folder)
+    folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / CONFIG_FILE, _config_dict(fields, text_widths))
+    write_json(folder / CONFIG_FILE, _config_dict(fields, text_widths))
     if len(shards) > 1:
-        _write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", _index(shapes, shards, DTYPES[dtype].itemsize))
+        write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", _index(shapes, shards, DTYPES[dtype].itemsize))
     with contextlib.ExitStack() as stack:
         writers = {}
         for file, names in shards.items():
@@ -209,14 +215,7 @@ def _read_config(folder: str | Path | epath.Path) -> tuple[dict[str, Any], list[
     file, values = epath.Path(folder) / CONFIG_FILE, read_config(folder)
     if values.get("_class_name") != CLASS_NAME:
         raise UserError(f"{file}: _class_name is {values.get('_class_name')!r:.80}, not {CLASS_NAME!r}: not LI-DiT's")
-    version = values.get("format_version")
-    if type(version) is not int or version < 1:
-        raise UserError(f"{file}: format_version={version!r:.80} is not a whole number from 1 on")
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{file}: format_version={version!r:.80} is newer than {FORMAT_VERSION}, which this program reads: install "
-            "a newer lidit-jax"
-        )
+    check_format_version(values.get("format_version"), FORMAT_VERSION, f"{file}: format_version")
     refuse_quantised(values, file)
     known = {*FIELDS, "text_widths", "format_version"}
     if unknown := sorted(key for key in values.keys() - known if not key.startswith("_")):  # those are diffusers'
@@ -334,7 +333,3 @@ def _index(shapes: Mapping[str, tuple[int, ...]], shards: Mapping[str, list[str]
         "metadata": {"total_size": sum(map(math.prod, shapes.values())) * itemsize},
         "weight_map": {name: file for file, names in shards.items() for name in names},
     }
-
-
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
