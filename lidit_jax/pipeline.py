@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
@@ -22,7 +21,8 @@ from lidit_jax.models.vae import AutoencoderKL, from_model_latents
 from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, place, replicated, shardings
 from lidit_jax.tasks import text_work, to_pictures
-from lidit_jax.text.encoders import PromptEncoder, encode, tokenize
+from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead, tokenize
+from lidit_jax.text.shared_prompts import SharedPrompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,11 @@ class SampleConfig:
             if getattr(self, name) < least:
                 raise UserError(f"sample.{name}={getattr(self, name)} must be at least {least}")
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether the empty prompt has a part in every evaluation of the model."""
+        return self.guidance_scale != 1.0
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
@@ -71,24 +76,37 @@ class Pipeline:
     rules: ShardingRules | None = None
 
     def __call__(
-        self, params: Any, prompts: Sequence[str], seeds: Sequence[int], height: int, width: int, how: SampleConfig
+        self,
+        params: Any,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        height: int,
+        width: int,
+        how: SampleConfig,
+        images_per_prompt: int = 1,
     ) -> np.ndarray:
-        """One picture a prompt: uint8 [N, height, width, 3].
+        """As many pictures a prompt, all of a prompt together: uint8 [N, height, width, 3].
 
         A picture is a function of its prompt and its seed (and of `how`), not of its neighbours in the batch.
 
+        Args: seeds: [N], one a picture.
+
         Raises:
           UserError: if the VAE and the patch size do not divide the height or width, or the sampler does not fit.
+          ValueError: if there are not `images_per_prompt` seeds a prompt.
         """
+        if len(seeds) != len(prompts) * images_per_prompt:
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts with {images_per_prompt} pictures each")
         self.check_size(height, width)
         rows, scale = self.rows(how), np.float32(how.guidance_scale)
+        shared = self._shared_prompts(how, images_per_prompt)
         pictures = []
-        for start in range(0, len(prompts), rows):
-            part = list(prompts[start : start + rows])
+        for start in range(0, len(seeds), rows):
+            part = [*seeds[start : start + rows]]
             count = len(part)
-            part += [""] * (rows - count)  # one shape, one compilation
-            part_seeds = np.asarray([*seeds[start : start + count]] + [0] * (rows - count), np.uint32)
-            given = tokenize(self.encoders, part), tokenize(self.encoders, [""] * rows), part_seeds
+            part += [0] * (rows - count)  # one shape, one compilation
+            to_encode, places = shared.batch(prompts, start)
+            given = tokenize(self.encoders, to_encode), places, np.asarray(part, np.uint32)
             with self._in_force():
                 drawn = self._draw(params, self.frozen, *self._put(given), scale, **_static(how, height, width))
             pictures.append(np.asarray(drawn)[:count])
@@ -106,20 +124,23 @@ class Pipeline:
         abstract = lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)  # noqa: E731
         return jax.tree.map(abstract, nn.unbox(boxed), places)
 
-    def flops(self, height: int, width: int, how: SampleConfig) -> int:
+    def flops(self, height: int, width: int, how: SampleConfig, images_per_prompt: int = 1) -> int:
         """Operations that drawing a batch needs; as of a step's, see `models/flops.py`. The VAE's are not counted."""
-        rows = self.rows(how) * (1 if how.guidance_scale == 1.0 else 2)
-        prompts = {name: encoder.tokenizer.max_length for name, encoder in self.encoders.items()}
-        encoding, lengths = text_work(self.encoders, self.frozen["encoders"], rows, prompts)
+        rows = self.rows(how) * (2 if how.is_guided else 1)
+        tokens = {name: encoder.tokenizer.max_length for name, encoder in self.encoders.items()}
+        encoded = self._shared_prompts(how, images_per_prompt).encoded
+        encoding, lengths = text_work(self.encoders, self.frozen["encoders"], encoded, tokens)
         factor = self.vae.config.downsampling_factor
         evaluations = len(step_table(how.sampler, self.schedule, how.steps).timesteps)
         of_one = lidit_forward(self.model.config, rows, height // factor, width // factor, lengths)
         return encoding + evaluations * of_one
 
-    def lower(self, params: Any, height: int, width: int, how: SampleConfig) -> jax.stages.Lowered:
+    def lower(
+        self, params: Any, height: int, width: int, how: SampleConfig, images_per_prompt: int = 1
+    ) -> jax.stages.Lowered:
         """The program that draws a batch, for shapes in place of arrays; see `compiling.py`."""
-        rows = self.rows(how)
-        given = tokenize(self.encoders, [""] * rows), tokenize(self.encoders, [""] * rows), np.zeros(rows, np.uint32)
+        to_encode, places = self._shared_prompts(how, images_per_prompt).batch([], 0)
+        given = tokenize(self.encoders, to_encode), places, np.zeros(self.rows(how), np.uint32)
         place = None if self.mesh is None else batch_sharding(self.mesh, self.rules)
         given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), given)
         with self._in_force():
@@ -127,8 +148,13 @@ class Pipeline:
 
     def rows(self, how: SampleConfig) -> int:
         """Pictures at once."""
-        shards = 1 if self.mesh is None else num_batch_shards(self.mesh, self.rules)
-        return math.ceil(how.batch_size / shards) * shards
+        return math.ceil(how.batch_size / self._shards()) * self._shards()
+
+    def _shards(self) -> int:
+        return 1 if self.mesh is None else num_batch_shards(self.mesh, self.rules)
+
+    def _shared_prompts(self, how: SampleConfig, images_per_prompt: int) -> SharedPrompts:
+        return SharedPrompts(self.rows(how), images_per_prompt, how.is_guided, self._shards())
 
     def _put(self, arrays: Any) -> Any:
         """Rows, of which every process has all, over the mesh."""
@@ -163,7 +189,7 @@ class Pipeline:
         params,
         frozen,
         tokens,
-        empty,
+        places,
         seeds,
         guidance_scale,
         *,
@@ -175,9 +201,10 @@ class Pipeline:
         decode_pixels,
         decode_tile,
     ):
-        if is_guided:  # conditional rows first, as `guided` wants them
-            tokens = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), tokens, empty)
-        text = encode(self.encoders, frozen["encoders"], tokens)
+        encoded = encode_ahead(self.encoders, frozen["encoders"], tokens)
+        repeat = lambda rows: jax.tree.map(lambda x: x[rows["places"]], rows["encoded"])  # noqa: E731
+        encoded = self._on_own_rows(repeat, {"encoded": encoded, "places": places})
+        text = encode(self.encoders, frozen["encoders"], encoded)
         predict = lambda x, timesteps: self.model.apply({"params": params}, x, timesteps, text)  # noqa: E731
         if is_guided:
             predict = guided(predict, guidance_scale)
@@ -187,14 +214,19 @@ class Pipeline:
         noise = initial_noise(keys, (height // factor, width // factor, self.vae.config.latent_channels))
         latents = sample(sampler, self.schedule, predict, noise, steps, keys)
         latents = from_model_latents(latents, self.vae.config)
-        decode = lambda params, latents: decode_within(  # noqa: E731
+        decode = lambda latents, params: decode_within(  # noqa: E731
             self.vae, params, latents, pixels_at_once=decode_pixels, tile=decode_tile
         )
-        if self.mesh is not None:
-            # Slices and tiles are each device's own: taken of the whole batch they would be decoded by all devices.
-            rows = PartitionSpec(self.rules.batch)
-            decode = jax.shard_map(decode, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)
-        return to_pictures(decode(frozen["vae"], latents))
+        # Slices and tiles are each device's own: taken of the whole batch they would be decoded by all devices.
+        return to_pictures(self._on_own_rows(decode, latents, frozen["vae"]))
+
+    def _on_own_rows(self, function: Callable[..., Any], rows: Any, *whole: Any) -> Any:
+        """`function(rows, *whole)`, where each device has its own of the rows and all of the rest; gives rows."""
+        if self.mesh is None:
+            return function(rows, *whole)
+        own = PartitionSpec(self.rules.batch)
+        specs = own, *[PartitionSpec() for _ in whole]
+        return jax.shard_map(function, in_specs=specs, out_specs=own, check_vma=False)(rows, *whole)
 
 
 _STATIC = ("height", "width", "steps", "sampler", "is_guided", "decode_pixels", "decode_tile")
@@ -202,5 +234,5 @@ _STATIC = ("height", "width", "steps", "sampler", "is_guided", "decode_pixels", 
 
 def _static(how: SampleConfig, height: int, width: int) -> dict[str, Any]:
     """What a program is compiled for."""
-    values = {"height": height, "width": width, "is_guided": how.guidance_scale != 1.0}
+    values = {"height": height, "width": width}
     return values | {name: getattr(how, name) for name in _STATIC if name not in values}

@@ -92,20 +92,20 @@ def draw_to_folder(request: Request) -> None:
     how, height, width = request.settled(run, pipeline)
     warn_of_truncated(run, pipeline, prompts)
 
-    repeated = [prompt for prompt in prompts for _ in range(request.num_images)]
-    how = dataclasses.replace(how, batch_size=min(how.batch_size, len(repeated)))
-    seeds = [(request.seed + i) % 2**32 for i in range(len(repeated))]
+    seeds = [(request.seed + i) % 2**32 for i in range(len(prompts) * request.num_images)]
+    how = dataclasses.replace(how, batch_size=min(how.batch_size, len(seeds)))
     logger.info(
         "drawing %d pictures of %dx%d with %s, %d steps, guidance %g, from %s",
-        *(len(repeated), width, height, how.sampler, how.steps, how.guidance_scale, origin),
+        *(len(seeds), width, height, how.sampler, how.steps, how.guidance_scale, origin),
     )
-    pictures = pipeline(params, repeated, seeds, height, width, how)
+    pictures = pipeline(params, prompts, seeds, height, width, how, request.num_images)
     if jax.process_index():  # all hosts have drawn; one writes
         return
     request.out.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         save_png(picture, request.out / f"{i:05d}.png")
-    save_png(grid(list(pictures), repeated), request.out / "grid.png")
+    captions = [prompt for prompt in prompts for _ in range(request.num_images)]
+    save_png(grid(list(pictures), captions), request.out / "grid.png")
     logger.info("%s", request.out / "grid.png")
 
 

@@ -1,0 +1,120 @@
+"""Pictures of a prompt share its encoding; nothing else changes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lidit_jax.experiment import load
+from lidit_jax.parallel.mesh import make_mesh
+from lidit_jax.parallel.rules import ShardingRules, replicated
+from lidit_jax.text.encoders import LLMTextEncoder
+from lidit_jax.text.shared_prompts import SharedPrompts
+
+PROMPTS = ["a red circle", "红色圆形", "a blue square above a green circle"]
+
+
+@pytest.fixture(scope="module")
+def loaded(trained_workdir):
+    """(experiment, pipeline, parameters)."""
+    return load(epath.Path(trained_workdir))[:3]
+
+
+@pytest.fixture(scope="module")
+def expected(loaded):
+    """Four pictures a prompt, each with a prompt of its own."""
+    run, pipeline, params = loaded
+    repeated = [prompt for prompt in PROMPTS for _ in range(4)]
+    return pipeline(params, repeated, range(12), 32, 32, dataclasses.replace(run.sample, batch_size=12))
+
+
+@given(
+    shards=st.integers(1, 4),
+    per_shard=st.integers(1, 6),
+    images_per_prompt=st.integers(1, 9),
+    is_guided=st.booleans(),
+    num_prompts=st.integers(1, 9),
+)
+@settings(max_examples=200)
+def test_every_row_finds_its_prompt_among_those_of_its_device(
+    shards, per_shard, images_per_prompt, is_guided, num_prompts
+):
+    pictures, prompts = shards * per_shard, [f"prompt {i}" for i in range(num_prompts)]
+    shared = SharedPrompts(pictures, images_per_prompt, is_guided, shards)
+    found = []
+    for start in range(0, num_prompts * images_per_prompt, pictures):
+        encoded, places = shared.batch(prompts, start)
+        assert len(encoded) == shared.encoded
+        rows = np.asarray(encoded).reshape(shards, -1)  # [S, E]
+        rows = np.take_along_axis(rows, places.reshape(shards, -1), axis=1).flatten()
+        assert (rows[pictures:] == "").all() and len(rows) == pictures * (2 if is_guided else 1)
+        found += list(rows[:pictures])
+    repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    assert found[: len(repeated)] == repeated and not any(found[len(repeated) :])
+
+
+@pytest.mark.parametrize(
+    ("pictures", "images_per_prompt", "is_guided", "shards", "encoded"),
+    [
+        (16, 4, True, 1, 4 + 1),
+        (16, 1, True, 1, 16 + 1),
+        (16, 4, False, 1, 4),
+        (16, 16, True, 1, 1 + 1),
+        (16, 64, True, 1, 1 + 1),
+        (4, 3, False, 1, 2),
+        (16, 4, True, 8, 8),  # a device has four rows: of one prompt, or without any
+        (16, 1, True, 8, 8 * 4),
+    ],
+)
+def test_a_prompt_is_encoded_once_on_a_device(pictures, images_per_prompt, is_guided, shards, encoded):
+    assert SharedPrompts(pictures, images_per_prompt, is_guided, shards).encoded == encoded
+
+
+# Whole prompts in a batch; prompts that a batch's end divides; more pictures of a prompt than a batch has.
+@pytest.mark.parametrize("batch_size", [12, 6, 3])
+def test_pictures_that_share_a_prompt_are_those_that_do_not(loaded, expected, batch_size, monkeypatch):
+    run, pipeline, params = loaded
+    pipeline = dataclasses.replace(pipeline)  # nothing is compiled yet
+    encode_prompts, rows = LLMTextEncoder.encode_prompts, []
+    monkeypatch.setattr(
+        LLMTextEncoder,
+        "encode_prompts",
+        lambda self, frozen, tokens, mask: (rows.append(len(tokens)), encode_prompts(self, frozen, tokens, mask))[1],
+    )
+    how = dataclasses.replace(run.sample, batch_size=batch_size)
+    got = pipeline(params, PROMPTS, range(12), 32, 32, how, images_per_prompt=4)
+    assert np.abs(got.astype(int) - expected).max() <= 1
+    prompts_at_once = {12: 3, 6: 2, 3: 2}[batch_size]
+    assert rows == [prompts_at_once + 1] * len(pipeline.encoders)  # traced once
+
+
+def test_a_mesh_draws_the_pictures_of_a_prompt_that_one_device_draws(loaded, expected):
+    run, _, params = loaded
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    spread = run.pipeline(mesh, ShardingRules())
+    how = dataclasses.replace(run.sample, batch_size=8)
+    got = spread(jax.device_put(params, replicated(mesh)), PROMPTS, range(12), 32, 32, how, images_per_prompt=4)
+    assert np.abs(got.astype(int) - expected).max() <= 1
+
+
+def test_what_is_counted_and_compiled_shares_prompts_too(loaded):
+    run, pipeline, params = loaded
+    how = dataclasses.replace(run.sample, batch_size=8)
+    one, four = (pipeline.flops(32, 32, how, images_per_prompt) for images_per_prompt in (1, 4))
+    encoder_flops = sum(
+        encoder.flops(1, encoder.tokenizer.max_length, encoder.prefix_length(pipeline.frozen["encoders"][name]))
+        for name, encoder in pipeline.encoders.items()
+    )
+    assert one - four == (9 - 3) * encoder_flops
+    tokens = pipeline.lower(params, 32, 32, how, images_per_prompt=4).in_avals[0][2]
+    assert {shape.shape[0] for shape in jax.tree.leaves(tokens)} == {3}
+
+
+def test_seeds_that_are_not_one_a_picture_are_refused(loaded):
+    run, pipeline, params = loaded
+    with pytest.raises(ValueError, match="3 seeds for 3 prompts with 4 pictures each"):
+        pipeline(params, PROMPTS, range(3), 32, 32, run.sample, images_per_prompt=4)
