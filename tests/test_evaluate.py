@@ -11,6 +11,8 @@ from lidit_jax.errors import UserError
 from lidit_jax.evaluation import drawing
 from lidit_jax.evaluation.benchmarks import GenEval, open_benchmark
 from lidit_jax.evaluation.drawing import Request, draw_benchmark, seed_of
+from lidit_jax.pipeline import Pipeline
+from lidit_jax.text.shared_prompts import SharedPrompts
 
 GENEVAL = [
     {"tag": "two_object", "include": [{"class": "bench", "count": 1}, {"class": "cow", "count": 1}], "prompt": "a cow"},
@@ -59,6 +61,29 @@ def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, gene
     draw_benchmark(asked)
     assert written == [1]
     assert {name: (out / name).read_bytes() for name in files_of(out)} == before
+
+
+def test_all_batches_are_drawn_by_one_compilation(trained_workdir, geneval, tmp_path, monkeypatch):
+    pipelines, batches = [], []
+    load, draw = drawing.experiment.load, Pipeline.__call__
+    monkeypatch.setattr(
+        drawing.experiment, "load", lambda *args: (loaded := load(*args), pipelines.append(loaded[1]))[0]
+    )
+    monkeypatch.setattr(Pipeline, "__call__", lambda self, *args: (batches.append(len(args[1])), draw(self, *args))[1])
+    draw_benchmark(request(trained_workdir, "geneval", geneval, tmp_path / "out", num_images=4))
+    assert batches == [2, 1]  # eight pictures are drawn at once
+    [pipeline] = pipelines
+    assert pipeline._draw._cache_size() == 1
+
+
+def test_more_pictures_of_a_prompt_than_are_drawn_at_once(trained_workdir, tmp_path, monkeypatch):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n")
+    encode, batches = SharedPrompts.batch, []
+    monkeypatch.setattr(SharedPrompts, "batch", lambda self, *a: (batches.append(self.pictures), encode(self, *a))[1])
+    draw_benchmark(request(trained_workdir, "prompts", epath.Path(file), tmp_path / "out", num_images=11))
+    assert files_of(tmp_path / "out") == sorted([*(f"00000_{i}.png" for i in range(11)), "drawn_with.json"])
+    assert batches == [8, 8]  # no more than `sample.batch_size`
 
 
 def test_another_model_or_another_way_to_draw_needs_another_folder(trained_workdir, geneval, tmp_path):

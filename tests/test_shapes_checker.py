@@ -254,6 +254,7 @@ def test_accuracies_count_objects_scenes_and_only_stated_relations():
     assert counts == {
         "objects": (3, 5),
         "color": (4, 5),
+        "pair": (3, 5),
         "shape": (3, 5),
         "size": (3, 5),
         "relation": (3, 4),

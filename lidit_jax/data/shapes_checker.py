@@ -69,9 +69,14 @@ class ObjectCheck:
     relation: bool | None
 
     @property
+    def pair(self) -> bool:
+        """An object of this colour and shape is there."""
+        return self.color and self.shape
+
+    @property
     def right(self) -> bool:
         """An object of this colour and shape is there and its relations hold (the size is not asked)."""
-        return self.color and self.shape and self.relation is not False
+        return self.pair and self.relation is not False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,18 +294,24 @@ class Accuracy:
 
 
 def accuracies(checks: Iterable[SceneCheck]) -> dict[str, Accuracy]:
-    """Sums up checks: "objects" (those all right), "color", "shape", "size", "relation" and "scenes".
+    """Sums up checks: "objects" (those all right), "pair", "color", "shape", "size", "relation" and "scenes".
 
     All but "scenes" count objects; "relation" counts only those that a relation names.
     """
     checks = list(checks)
-    objects = [item for result in checks for item in result.objects]
+    found = object_accuracies(item for result in checks for item in result.objects)
+    return found | {"scenes": Accuracy(sum(result.all_right for result in checks), len(checks))}
+
+
+def object_accuracies(objects: Iterable[ObjectCheck]) -> dict[str, Accuracy]:
+    """As `accuracies`, of objects alone: without "scenes"."""
+    objects = list(objects)
     related = [item.relation for item in objects if item.relation is not None]
     return {
         "objects": Accuracy(sum(item.right for item in objects), len(objects)),
+        "pair": Accuracy(sum(item.pair for item in objects), len(objects)),
         "color": Accuracy(sum(item.color for item in objects), len(objects)),
         "shape": Accuracy(sum(item.shape for item in objects), len(objects)),
         "size": Accuracy(sum(item.size for item in objects), len(objects)),
         "relation": Accuracy(sum(related), len(related)),
-        "scenes": Accuracy(sum(result.all_right for result in checks), len(checks)),
     }

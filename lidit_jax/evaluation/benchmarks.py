@@ -1,9 +1,10 @@
 """Public benchmarks' prompts, and the folders in which their official scorers look for pictures.
 
-    geneval        evaluation_metadata.jsonl; 00000/metadata.jsonl, 00000/samples/0000.png   (Ghosh et al. 2023)
-    t2i_compbench  a file of prompts, one a line; samples/PROMPT_000000.png                   (Huang et al. 2023)
-    dpg_bench      a folder of ID.txt, or a JSONL of id and prompt; ID.png, a grid of four    (Hu et al. 2024)
-    prompts        a file of prompts, one a line; 00000_0.png
+    geneval          evaluation_metadata.jsonl; 00000/metadata.jsonl, 00000/samples/0000.png   (Ghosh et al. 2023)
+    t2i_compbench    a file of prompts, one a line; samples/PROMPT_000000.png                   (Huang et al. 2023)
+    dpg_bench        a folder of ID.txt, or a JSONL of id and prompt; ID.png, a grid of four    (Hu et al. 2024)
+    positional_bias  a folder of T2I-CompBench's lists; as geneval, see `adjective_pairs.py`    (Ma et al. 2024)
+    prompts          a file of prompts, one a line; 00000_0.png
 
 Pictures are written in an order in which the last file of a prompt says that all are there.
 """
@@ -17,6 +18,8 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError
+from lidit_jax.evaluation.adjective_pairs import PositionalBias
+from lidit_jax.evaluation.attributes import KINDS
 from lidit_jax.json_file import write_json
 from lidit_jax.pictures import save_png
 
@@ -103,23 +106,42 @@ class DPGBench:
 class PlainPrompts:
     """Pictures named by the number of their prompt and their own."""
 
-    def __init__(self, file: epath.Path, num_images: int):
-        self._num_images = num_images
-        self.prompts = [line.strip() for _, line in _lines(file)]
+    def __init__(self, prompts: Sequence[str], num_images: int):
+        self.prompts, self._num_images = prompts, num_images
+
+    def files(self, index: int) -> list[str]:
+        """Of a prompt's pictures."""
+        return [f"{index:05}_{i}.png" for i in range(self._num_images)]
 
     def last_file(self, index: int) -> str:
-        return f"{index:05}_{self._num_images - 1}.png"
+        return self.files(index)[-1]
 
     def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
-        for i, picture in enumerate(pictures):
-            save_png(picture, out / f"{index:05}_{i}.png")
+        for name, picture in zip(self.files(index), pictures, strict=True):
+            save_png(picture, out / name)
+
+
+def _plain_prompts(file: epath.Path, num_images: int) -> PlainPrompts:
+    return PlainPrompts([line.strip() for _, line in _lines(file)], num_images)
+
+
+def _positional_bias(folder: epath.Path, num_images: int) -> PositionalBias:
+    del num_images
+    if not folder.is_dir():
+        raise UserError(f"--file={folder} is a file: name the folder of T2I-CompBench's lists, examples/dataset")
+    files = {kind: folder / f"{kind}_val.txt" for kind in KINDS}
+    for file in files.values():
+        if not file.is_file():
+            raise UserError(f"--file={folder} has no {file.name}: name the folder of T2I-CompBench's lists")
+    return PositionalBias({kind: [line for _, line in _lines(file)] for kind, file in files.items()})
 
 
 BENCHMARKS: Mapping[str, Callable[[epath.Path, int], Benchmark]] = {
     "geneval": GenEval,
     "t2i_compbench": T2ICompBench,
     "dpg_bench": DPGBench,
-    "prompts": PlainPrompts,
+    "positional_bias": _positional_bias,
+    "prompts": _plain_prompts,
 }
 
 
@@ -130,10 +152,10 @@ def open_benchmark(name: str, file: epath.Path, num_images: int) -> Benchmark:
       UserError: there is no such benchmark or file, or the file is none of this benchmark's.
     """
     if name not in BENCHMARKS:
-        raise UserError(f"--benchmark={name}: use one of {', '.join(BENCHMARKS)}")
+        raise UserError(f"--benchmark={name}: use one of {', '.join(BENCHMARKS)} or shapes")
     if not file.exists():
         raise UserError(f"--file={file}: no such file; name the benchmark's own")
-    if file.is_dir() and name != "dpg_bench":
+    if file.is_dir() and name not in ("dpg_bench", "positional_bias"):
         raise UserError(f"--file={file} is a folder: name a file")
     benchmark = BENCHMARKS[name](file, num_images)
     if not benchmark.prompts:

@@ -17,6 +17,7 @@ from lidit_jax import experiment
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.benchmarks import Benchmark, open_benchmark
+from lidit_jax.evaluation.scene_benchmark import ShapesBenchmark
 from lidit_jax.experiment import Experiment
 from lidit_jax.json_file import write_json
 from lidit_jax.sampling import Drawing, warn_of_truncated
@@ -24,6 +25,7 @@ from lidit_jax.sampling import Drawing, warn_of_truncated
 logger = logging.getLogger(__name__)
 
 FACTS_FILE = "drawn_with.json"
+SHAPES = "shapes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,20 +34,32 @@ class Request(Drawing):
 
     Attributes:
       workdir: of a run.
-      benchmark, file: see `evaluation/benchmarks.py`.
+      benchmark, file: see `evaluation/benchmarks.py`; "shapes", the built-in scenes, has no file.
       out: folder for the pictures.
       num_images: pictures a prompt.
+      num_scenes: of "shapes", prompts of each kind.
     """
 
     workdir: epath.Path
     benchmark: str
-    file: epath.Path
+    file: epath.Path | None
     out: epath.Path
     num_images: int = 4
+    num_scenes: int = 256
+
+    def open(self) -> Benchmark:
+        """Raises UserError, see `open_benchmark`."""
+        if self.benchmark != SHAPES:
+            if self.file is None:
+                raise UserError(f"--file is required for --benchmark={self.benchmark}: name the benchmark's own")
+            return open_benchmark(self.benchmark, self.file, self.num_images)
+        if self.file is not None:
+            raise UserError(f"--file={self.file}: --benchmark={SHAPES} is built in; leave --file out")
+        return ShapesBenchmark(self.num_scenes, self.num_images)
 
 
 def draw_benchmark(request: Request) -> None:
-    """Draws what is not there yet. All devices of all hosts draw; the first host writes.
+    """Draws what is not there yet. All devices of all hosts draw; the first host writes, and judges built-in scenes.
 
     A picture's seed is made of its prompt and its number, so that it is the same in every run; on another number of
     devices it may differ by rounding.
@@ -55,7 +69,7 @@ def draw_benchmark(request: Request) -> None:
     """
     if request.num_images < 1:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
-    benchmark = open_benchmark(request.benchmark, request.file, request.num_images)
+    benchmark = request.open()
     run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
     how, height, width = request.settled(run, pipeline)
     facts = _facts(request, benchmark, run, step) | {"height": height, "width": width}
@@ -68,19 +82,22 @@ def draw_benchmark(request: Request) -> None:
         *(request.benchmark, len(benchmark.prompts), len(left), request.num_images, width, height, step),
     )
     num_images = request.num_images
-    at_once = max(1, pipeline.rows(how) // num_images)
+    rows = pipeline.rows(how)
+    at_once = max(1, rows // num_images)
     # One shape and so one compilation, however many are drawn last.
-    how = dataclasses.replace(how, batch_size=at_once * num_images)
+    how = dataclasses.replace(how, batch_size=min(rows, at_once * num_images))
     with tqdm.tqdm(total=len(left) * num_images, unit="picture", desc="drawing", mininterval=1) as bar:
         for indices in _batches(left, at_once):
-            prompts = [benchmark.prompts[index] for index in indices for _ in range(num_images)]
-            seeds = [seed_of(benchmark.prompts[index], i) for index in indices for i in range(num_images)]
-            pictures = pipeline(params, prompts, seeds, height, width, how)
+            prompts = [benchmark.prompts[index] for index in indices]
+            seeds = [seed_of(prompt, i) for prompt in prompts for i in range(num_images)]
+            pictures = pipeline(params, prompts, seeds, height, width, how, num_images)
             if jax.process_index() == 0:
                 for row, index in enumerate(indices):
                     benchmark.write(request.out, index, pictures[row * num_images : (row + 1) * num_images])
-            bar.update(len(prompts))
+            bar.update(len(seeds))
     multihost_utils.sync_global_devices("drew the benchmark")
+    if isinstance(benchmark, ShapesBenchmark) and jax.process_index() == 0:
+        benchmark.judge(request.out)
     logger.info("%s", request.out)
 
 

@@ -1,0 +1,43 @@
+"""The built-in scenes as a benchmark: drawn like a list of prompts, then judged exactly."""
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from lidit_jax.errors import UserError
+from lidit_jax.evaluation.benchmarks import PlainPrompts
+from lidit_jax.evaluation.scenes import SceneEvaluation, report_scenes, score_scenes
+
+
+class ShapesBenchmark(PlainPrompts):
+    """As many prompts of each kind: two, three and four objects, and two of which one is a held-out pair."""
+
+    def __init__(self, num_scenes: int, num_images: int):
+        """Args: num_scenes: of each kind.
+
+        Raises:
+          UserError: there would be no scene.
+        """
+        if num_scenes < 1:
+            raise UserError(f"--num_scenes={num_scenes} must be at least 1")
+        self._scenes = SceneEvaluation(num_scenes, num_scenes, num_scenes, num_scenes).prompts()
+        super().__init__([scene.prompt for scene in self._scenes], num_images)
+
+    def judge(self, out: epath.Path) -> None:
+        """Checks the pictures that are in the folder, all of them; prints and writes the scores beside them.
+
+        Raises:
+          UserError: a picture is missing or damaged.
+        """
+        scenes = [scene for scene in self._scenes for _ in range(self._num_images)]
+        files = [out / name for index in range(len(self._scenes)) for name in self.files(index)]
+        pictures = [_read(file) for file in files]
+        report_scenes(score_scenes(scenes, pictures), scenes, pictures, out)
+
+
+def _read(file: epath.Path) -> np.ndarray:
+    try:
+        with file.open("rb") as stream, Image.open(stream) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file}: can't be read ({error}); remove it and run the command again") from None

@@ -1,0 +1,106 @@
+"""Pictures of the built-in scenes are judged by kind, by language, by place in the prompt, and on held-out pairs."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+from test_evaluate import request
+
+from lidit_jax.data.shapes import HELD_OUT_PAIRS, draw
+from lidit_jax.errors import UserError
+from lidit_jax.evaluation.drawing import draw_benchmark
+from lidit_jax.evaluation.scene_benchmark import ShapesBenchmark
+from lidit_jax.evaluation.scenes import HELD_OUT, SceneEvaluation, named_at, score_scenes
+
+
+def drawn(prompts, change=lambda scene: scene):
+    return [draw(change(prompt.scene), 48, 48) for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return SceneEvaluation(6, 4, 6, 8).prompts()
+
+
+def test_scenes_as_they_should_be_are_right_in_every_group(prompts):
+    scores = score_scenes(prompts, drawn(prompts))
+    for group, accuracy in scores.items():
+        for what, found in accuracy.items():
+            assert found.correct == found.total, (group, what)
+    assert list(scores)[:2] == ["all scenes", "two objects"]
+    assert scores["all scenes"]["scenes"].total == 6 + 6 + 8
+    assert scores["four objects"]["pair"].total == 32
+    assert scores["four objects, Chinese"]["scenes"].total == 4
+    assert scores[HELD_OUT]["objects"].total == 8
+
+
+def test_an_object_is_counted_at_the_place_where_the_prompt_names_it(prompts):
+    """The last object of four is drawn in another colour."""
+
+    def recolored(scene):
+        if len(scene.objects) < 4:
+            return scene
+        last = scene.objects[-1]
+        others = {(item.color, item.shape) for item in scene.objects}
+        color = next(c for c in ("red", "green", "blue", "black", "purple") if (c, last.shape) not in others)
+        return dataclasses.replace(scene, objects=(*scene.objects[:-1], dataclasses.replace(last, color=color)))
+
+    scores = score_scenes(prompts, drawn(prompts, recolored))
+    right = [scores[named_at("four objects", place)]["pair"].value for place in range(4)]
+    assert right == [1, 1, 1, 0]
+    assert scores["four objects"]["scenes"].correct == 0
+    assert scores["three objects"]["scenes"].value == 1
+    assert scores["all scenes"]["scenes"].correct == 12
+
+
+def test_the_held_out_pair_is_counted_apart_from_what_stands_beside_it(prompts):
+    def without_held_out(scene):
+        kept = tuple(item for item in scene.objects if (item.color, item.shape) not in HELD_OUT_PAIRS)
+        return dataclasses.replace(scene, objects=kept)
+
+    scores = score_scenes(prompts, drawn(prompts, without_held_out))
+    itself = scores["the held-out pair itself"]
+    assert itself["pair"].correct == 0
+    beside = scores[HELD_OUT]["pair"].total - itself["pair"].total
+    assert scores[HELD_OUT]["pair"].correct == beside
+    assert "scenes" not in itself
+
+
+def test_shapes_are_drawn_judged_and_judged_again(trained_workdir, tmp_path):
+    out = tmp_path / "out"
+    asked = request(trained_workdir, "shapes", None, out, num_images=2, num_scenes=3)
+    draw_benchmark(asked)
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["all scenes"]["scenes"]["total"] == 3 * 3 * 2
+    assert scores["three objects"]["objects"]["total"] == 3 * 3 * 2
+    assert len(list(out.glob("*_*.png"))) == 4 * 3 * 2
+    (out / "00004_1.png").unlink()
+    (out / "scores.json").unlink()
+    draw_benchmark(asked)
+    assert json.loads((out / "scores.json").read_text()) == scores
+    (out / "00004_0.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="00004_0.png: can't be read"):
+        draw_benchmark(asked)
+
+
+def test_scenes_come_without_a_file_and_other_benchmarks_with_one(trained_workdir, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\n")
+    with pytest.raises(UserError, match="leave --file out"):
+        draw_benchmark(request(trained_workdir, "shapes", epath.Path(file), tmp_path / "out"))
+    with pytest.raises(UserError, match="--file is required"):
+        draw_benchmark(request(trained_workdir, "prompts", None, tmp_path / "out"))
+    with pytest.raises(UserError, match="num_scenes=0"):
+        ShapesBenchmark(0, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_are_in_both_languages_and_of_no_training_scene(prompts):
+    languages = [prompt.language for prompt in prompts if prompt.kind == "four objects"]
+    assert languages == ["en", "zh"] * 4
+    for prompt in prompts:
+        is_held_out = [(item.color, item.shape) in HELD_OUT_PAIRS for item in prompt.scene.objects]
+        assert any(is_held_out) == (prompt.kind == HELD_OUT)
+    assert np.unique([prompt.prompt for prompt in prompts]).size > 20
