@@ -10,48 +10,15 @@ The paper does not say which size it ablates; ours is the 1B.
 
 from ml_collections import ConfigDict
 
+from lidit_jax.ablation.rows import ROWS
 from lidit_jax.errors import UserError
 from lidit_jax.text.prompts import INSTRUCTION
-
-LLAMA, QWEN, T5, BASE_LLAMA = "llama3", "qwen", "t5", "llama3_base"
-# What each row changes: encoders, instruction or not, refiner blocks, and the switches of the model.
-PLAIN = {"encoders": (LLAMA,), "instruction": False, "refiner_blocks": 0}
-REFINED = {"encoders": (LLAMA,), "instruction": False, "refiner_blocks": 2}
-FULL = {"encoders": (LLAMA,), "instruction": True, "refiner_blocks": 2}
-BOTH_LLMS = {**FULL, "encoders": (LLAMA, QWEN)}
-ROWS = {
-    "table2_baseline": PLAIN,
-    "table2_instruction": {**PLAIN, "instruction": True},
-    "table2_token_refiner": REFINED,
-    "table2_instruction_and_token_refiner": FULL,
-    "table2_collaborative_refiner": BOTH_LLMS,
-    "table3_t5": {**PLAIN, "encoders": (T5,)},
-    "table3_t5_token_refiner": {**REFINED, "encoders": (T5,)},
-    "table3_qwen": {**PLAIN, "encoders": (QWEN,)},
-    "table3_qwen_token_refiner": {**REFINED, "encoders": (QWEN,)},
-    "table3_llama": PLAIN,
-    "table3_llama_causal_token_refiner": {**REFINED, "refiner_causal": True},
-    "table3_llama_token_refiner": REFINED,
-    "table4_base_llm": {**PLAIN, "encoders": (BASE_LLAMA,)},
-    "table4_base_llm_instruction": {**PLAIN, "encoders": (BASE_LLAMA,), "instruction": True},
-    "table4_multimodal_llm": PLAIN,
-    "table4_multimodal_llm_instruction": {**PLAIN, "instruction": True},
-    "table5_1_block": {**REFINED, "refiner_blocks": 1},
-    "table5_2_blocks": REFINED,
-    "table5_3_blocks": {**REFINED, "refiner_blocks": 3},
-    "table5_2_blocks_without_gate": {**REFINED, "refiner_gated": False},
-    "table6_llama": FULL,
-    "table6_qwen": {**FULL, "encoders": (QWEN,)},
-    "table6_concatenate": {**BOTH_LLMS, "fusion": "concatenate"},
-    "table6_collaborative_refiner": BOTH_LLMS,
-}
 
 
 def get_config(row: str = "") -> ConfigDict:
     if row not in ROWS:
         raise UserError(f"configs/ablation.py:{row}: name a row after the colon, one of {', '.join(ROWS)}")
-    switches = dict(ROWS[row])
-    encoders, with_instruction = switches.pop("encoders"), switches.pop("instruction")
+    with_instruction = ROWS[row].instruction
 
     config = ConfigDict()
     config.seed = 0
@@ -79,7 +46,7 @@ def get_config(row: str = "") -> ConfigDict:
         "chat_template": with_instruction,  # ours: a template is an instruction of its own
         "encode": "in_step",  # ours
     }
-    config.encoders = {name: {"weights": "", "dtype": "bfloat16"} for name in encoders}
+    config.encoders = {name: {"weights": "", "dtype": "bfloat16"} for name in ROWS[row].encoders}
     config.vae = {"weights": "", "dtype": "bfloat16"}  # paper: 8x, 16 channels
     config.model = {
         "depth": 28,
@@ -88,17 +55,13 @@ def get_config(row: str = "") -> ConfigDict:
         "patch_size": 2,  # paper
         "latent_channels": 16,  # paper
         "mlp_ratio": 4.0,
-        "refiner_blocks": 2,  # paper, but for the rows that change it
-        "refiner_gated": True,
-        "refiner_causal": False,
         "refiner_rotary": True,  # ours
         "refiner_mlp_ratio": 4.0,
-        "fusion": "collaborative",
         "collaborative_blocks": 1,  # paper
         "remat": "full",
         "attention": "auto",
         "dtype": "bfloat16",  # paper
-        **switches,
+        **ROWS[row].model(),  # what the row is about
     }
     config.diffusion = {"name": "ddpm", "prediction": "epsilon", "beta_schedule": "scaled_linear"}
     config.train = {

@@ -45,9 +45,9 @@ def run(main: Callable[[], None]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def define_config() -> flags.FlagHolder:
+def define_config(default: str | None = None) -> flags.FlagHolder:
     """--config=FILE.py[:ARGUMENT], with --config.path.to.key=value on top."""
-    return config_flags.DEFINE_config_file("config", None, "a file of configs/, with its argument after a colon")
+    return config_flags.DEFINE_config_file("config", default, "a file of configs/, with its argument after a colon")
 
 
 def define_drawing() -> Callable[[], dict[str, Any]]:
@@ -95,6 +95,14 @@ def require(name: str) -> str:
     if not value:
         raise UserError(f"--{name} is required")
     return value
+
+
+def require_list(name: str) -> list[str]:
+    """The values of a list flag that must be given."""
+    values = [value.strip() for value in flags.FLAGS[name].value or () if value.strip()]
+    if not values:
+        raise UserError(f"--{name} is required")
+    return values
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -73,11 +73,12 @@ def nearest(name: str, choices: Any) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(choices)}"
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True) -> None:
+def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, may_grow: bool = True) -> None:
     """Writes the config into a new workdir, or checks that an old one belongs to the same config.
 
     Args:
       write: False only checks: where many processes share a workdir, one of them writes.
+      may_grow: the steps of the part that is trained last may differ.
 
     Raises:
       UserError: if the workdir was made with another config, or can't be written. Nothing is overwritten.
@@ -98,7 +99,9 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True) -
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key) or any(part in FREE_KEYS for part in key.split(".")):
             continue
-        if key == ("train.steps" if "train" in config else "vae.train.steps"):  # of the part that is trained last
+        if may_grow and key == (
+            "train.steps" if "train" in config else "vae.train.steps"
+        ):  # of the part that is trained last
             continue
         raise UserError(
             f"{workdir} belongs to another config: {key} was {before.get(key, 'absent')!r}, "

@@ -109,7 +109,7 @@ def _said_of(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from None
 
 
-def _run_part(
+def run_part(
     experiment: Experiment,
     task: Task,
     config: TrainConfig,
@@ -144,7 +144,7 @@ def _run_part(
             metrics.close()
 
 
-def _on_host(params: Any, mesh: Mesh, stalled_after: float) -> Any:
+def on_host(params: Any, mesh: Mesh, stalled_after: float) -> Any:
     """The whole of a tree that is cut over the mesh, on every host."""
     # One program: leaf by leaf, hosts may gather in different orders, and wait for each other for ever.
     gather = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
@@ -176,8 +176,8 @@ def _train_language_model(
             with_images=False,
         )
 
-    state = _run_part(experiment, task, training, batches, mesh, rules, {"data": dataset.fingerprint})
-    params = _on_host(state.params, mesh, training.stalled_after)
+    state = run_part(experiment, task, training, batches, mesh, rules, {"data": dataset.fingerprint})
+    params = on_host(state.params, mesh, training.stalled_after)
     if jax.process_index() == 0:
         save_llm(folder, config, params, tokenizer)
     multihost_utils.sync_global_devices(f"saved {name}")
@@ -271,12 +271,12 @@ class _VAEStage:
         facts = {"data": self.dataset.fingerprint}
         if self.lpips is not None:
             facts["perceptual"] = file_digest(perceptual.weights)
-        state = _run_part(experiment, task, training, batches, mesh, rules, facts)
+        state = run_part(experiment, task, training, batches, mesh, rules, facts)
         measured = itertools.islice(batches(training.steps), STATISTICS_BATCHES)
         latents = autoencoding.latent_statistics(state.averaged["vae"], measured)
         factors = {"shift_factor": latents.shift_factor, "scaling_factor": latents.scaling_factor}
         logger.info("vae: latents have %s", ", ".join(f"{name} {value:.4f}" for name, value in factors.items()))
-        params = _on_host(state.averaged["vae"], mesh, training.stalled_after)
+        params = on_host(state.averaged["vae"], mesh, training.stalled_after)
         if jax.process_index() == 0:
             folder = experiment.vae_folder()
             if folder.exists():  # of fewer steps; should this be cut short here, the checkpoint has the new one
@@ -335,7 +335,7 @@ def _train_lidit(
 
     facts = {"data": dataset.fingerprint, "frozen": experiment.frozen_digests()}
     initial_params = _initial_params(experiment, mesh, rules)
-    state = _run_part(experiment, task, config, batches, mesh, rules, facts, initial_params)
+    state = run_part(experiment, task, config, batches, mesh, rules, facts, initial_params)
     return pipeline, state
 
 

@@ -43,6 +43,7 @@ class DataConfig:
       class_names: file with a class's name a line, for classes that are numbers.
       features: of "precomputed", whether the prompts' features are used, where the folder has them.
       num_examples: of "shapes".
+      object_shares: of "shapes", how often scenes have 1, 2, 3 and 4 objects, in any unit; None: the usual.
       held_out_shards: of "tar", how many of the last shards are kept from training, for evaluation. Of "shapes" nothing
         need be kept: its held-out scenes are others than any training's.
       index_dir: where the shards' indexes are kept; "": each beside its shard.
@@ -78,6 +79,7 @@ class DataConfig:
     class_names: str = ""
     features: bool = True
     num_examples: int = 1_000_000
+    object_shares: Sequence[float] | None = None
     held_out_shards: int = 0
     index_dir: str = ""
     sequential: bool = False

@@ -53,7 +53,8 @@ class IndexedDataset(Dataset):
     def _open(self, part: DataConfig, held_out: bool) -> Source:
         if part.source == "shapes":
             seed = HELD_OUT_SEED if held_out else 0
-            return ShapesSource(part.num_examples, part.resolution, part.resolution, seed)
+            side = part.resolution
+            return ShapesSource(part.num_examples, side, side, seed, shares=part.object_shares)
         if part.source == "precomputed":
             # The filters of pictures have done their work; but a caption there must be, where any is trained on.
             captions = [functools.partial(no_caption, fields=part.chooser(0.0).used)] if self._with_captions else []

@@ -95,7 +95,12 @@ def holds(relation: str, dx: float, dy: float) -> bool:
 # --- sampling ---------------------------------------------------------------------------------------------------
 
 
-def sample_scene(rng: np.random.Generator, num_objects: int | None = None, pairs: Pairs = "train") -> Scene:
+def sample_scene(
+    rng: np.random.Generator,
+    num_objects: int | None = None,
+    pairs: Pairs = "train",
+    shares: Sequence[float] | None = None,
+) -> Scene:
     """Draws a scene of 1 to 4 objects, no two of the same colour and shape.
 
     Objects are fully inside, apart by a visible gap, and each stated relation is clear: the centres of its two
@@ -104,16 +109,17 @@ def sample_scene(rng: np.random.Generator, num_objects: int | None = None, pairs
 
     Args:
       rng: where the randomness comes from.
-      num_objects: 1 to 4; None draws it with `NUM_OBJECTS_PROBABILITIES`.
+      num_objects: 1 to 4; None draws it.
       pairs: "train" uses no held-out pair, "held_out" uses at least one, "all" does not care.
+      shares: where the number is drawn, how often it is 1, 2, 3 and 4, in any unit; None: `NUM_OBJECTS_PROBABILITIES`.
 
     Raises:
-      UserError: num_objects is not 1 to 4 or `pairs` is unknown.
+      UserError: num_objects is not 1 to 4, `pairs` is unknown, or the shares are not four of at least 0, one above it.
     """
-    _check_arguments(num_objects, pairs)
+    _check_arguments(num_objects, pairs, shares)
     if num_objects is None:
-        counts, probabilities = zip(*NUM_OBJECTS_PROBABILITIES.items(), strict=True)
-        num_objects = counts[int(np.searchsorted(np.cumsum(probabilities)[:-1], rng.random(), side="right"))]
+        shares = tuple(NUM_OBJECTS_PROBABILITIES.values()) if shares is None else np.divide(shares, np.sum(shares))
+        num_objects = 1 + int(np.searchsorted(np.cumsum(shares)[:-1], rng.random(), side="right"))
     appearances = _sample_appearances(rng, num_objects, pairs)
     sizes = [list(SIZES)[i] for i in rng.integers(len(SIZES), size=num_objects)]
     radii = np.array([rng.uniform(*SIZES[size]) for size in sizes])
@@ -125,11 +131,15 @@ def sample_scene(rng: np.random.Generator, num_objects: int | None = None, pairs
     return Scene(objects, tuple(_relation(objects, i, i + 1) for i in range(num_objects - 1)))
 
 
-def _check_arguments(num_objects: int | None, pairs: str) -> None:
+def _check_arguments(num_objects: int | None, pairs: str, shares: Sequence[float] | None) -> None:
     if num_objects is not None and num_objects not in NUM_OBJECTS_PROBABILITIES:
         raise UserError(f"num_objects is {num_objects}: a scene of shapes holds 1 to 4 objects (or None: it varies)")
     if pairs not in ("train", "held_out", "all"):
         raise UserError(f'pairs is {pairs!r}: use "train", "held_out" or "all"')
+    if shares is not None:
+        are_shares = len(shares) == len(NUM_OBJECTS_PROBABILITIES) and all(0 <= share < 1e6 for share in shares)
+        if not are_shares or not sum(shares) > 0:
+            raise UserError(f"shares are {tuple(shares)!r:.80}: give how often scenes have 1, 2, 3 and 4 objects")
 
 
 def _sample_appearances(rng: np.random.Generator, num_objects: int, pairs: Pairs) -> list[tuple[str, str]]:
@@ -377,13 +387,14 @@ class ShapesSource(Source):
         seed: int = 0,
         pairs: Pairs = "train",
         num_objects: int | None = None,
+        shares: Sequence[float] | None = None,
     ):
-        """See `sample_scene` for `pairs` and `num_objects`; height and width are the pictures', in pixels.
+        """See `sample_scene` for `pairs`, `num_objects` and `shares`; height and width are the pictures', in pixels.
 
         Raises:
           UserError: a value is out of range.
         """
-        _check_arguments(num_objects, pairs)
+        _check_arguments(num_objects, pairs, shares)
         if num_examples < 1:
             raise UserError(f"num_examples is {num_examples}: a source of shapes needs at least 1")
         if min(height, width) < 24:
@@ -396,13 +407,15 @@ class ShapesSource(Source):
         self.seed = seed
         self.pairs = pairs
         self.num_objects = num_objects
+        self.shares = None if shares is None else tuple(shares)
 
     @property
     def fingerprint(self) -> str:
         """Identifies the content: equal fingerprints mean equal examples."""
+        shares = f", shares={self.shares}" if self.shares else ""
         return (
             f"ShapesSource(version={_FORMAT_VERSION}, num_examples={self.num_examples}, height={self.height}, "
-            f"width={self.width}, seed={self.seed}, pairs={self.pairs}, num_objects={self.num_objects})"
+            f"width={self.width}, seed={self.seed}, pairs={self.pairs}, num_objects={self.num_objects}{shares})"
         )
 
     def __repr__(self) -> str:
@@ -421,7 +434,7 @@ class ShapesSource(Source):
         Raises:
           IndexError: the index is not within 0 to len - 1.
         """
-        return sample_scene(self._rng(index), self.num_objects, self.pairs)
+        return sample_scene(self._rng(index), self.num_objects, self.pairs, self.shares)
 
     def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[dict]:
         """{"key": str, "image": uint8 [H, W, 3], "captions": {"en": str, "zh": str}, "metadata": {}} each.
@@ -442,7 +455,7 @@ class ShapesSource(Source):
 
     def _scene_and_text(self, index: int) -> tuple[Scene, dict]:
         rng = self._rng(index)
-        scene = sample_scene(rng, self.num_objects, self.pairs)
+        scene = sample_scene(rng, self.num_objects, self.pairs, self.shares)
         return scene, {
             "key": f"shapes-{self.pairs}-{self.seed}-{index}",
             "captions": {language: caption(scene, language, rng) for language in _TEMPLATES},

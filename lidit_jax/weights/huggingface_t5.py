@@ -1,6 +1,7 @@
-"""A transformers T5 or mT5 folder (config.json + safetensors) -> `T5Config` and the encoder's parameters."""
+"""A transformers T5 or mT5 folder (config.json + safetensors) -> `T5Config` and the encoder's parameters, and back."""
 
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,18 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from transformers import PreTrainedConfig
+from safetensors.numpy import save_file
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.weights.placing import Placement, place_parameters
 from lidit_jax.weights.published_config import parse, positive_integer, positive_number
-from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, read_config
+from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, new_folder, read_config
 
 WEIGHTS_STEM = "model"
 MODEL_TYPES = ("t5", "mt5")
@@ -90,6 +93,44 @@ def load_t5_encoder(
         names = {path: _stored_names(config, path, weights) for path in boxed}
         params = place_parameters(weights, boxed, names, Placement(mesh, rules), dtype=dtype, belonging=(BLOCKS,))
     return config, params
+
+
+def save_t5_encoder(
+    folder: str | Path | epath.Path, config: T5Config, params: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Writes the encoder as transformers' `T5EncoderModel.from_pretrained` reads it, in float32, with its tokenizer.
+
+    Args:
+        params: of `T5Encoder(config)`, on this host.
+
+    Raises:
+        UserError: the folder exists, or the activation has no name there.
+    """
+    kinds = {meant: kind for kind, meant in FEED_FORWARDS.items()}
+    if (config.activation, config.gated) not in kinds:
+        raise UserError(f"T5 with activation={config.activation!r}, gated={config.gated} has no name in transformers")
+    values = {key: getattr(config, key) for key in (*SIZES, *DISTANCES, "layer_norm_epsilon")}
+    values |= {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "feed_forward_proj": kinds[config.activation, config.gated],
+        "torch_dtype": "float32",
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    tensors = {}
+    for path, array in flax.traverse_util.flatten_dict(nn.meta.unbox(params)).items():
+        array = np.asarray(array, np.float32)
+        if path[0] == "layers":
+            names = [f"{BLOCKS}{block}.{BLOCK_MODULES[path[1]]}.weight" for block in range(config.num_layers)]
+            for name, value in zip(names, array, strict=True):
+                tensors[name] = np.ascontiguousarray(value.T) if path[-1] == "kernel" else value
+        else:
+            tensors[EMBEDDINGS[-1] if path[0] == "embed_tokens" else OUTSIDE_BLOCKS[path[0]]] = array
+    with new_folder(folder) as scratch:
+        (scratch / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, scratch / f"{WEIGHTS_STEM}.safetensors", metadata={"format": "pt"})
+        tokenizer.save_pretrained(str(scratch))
 
 
 def t5_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: str = "auto") -> T5Config:

@@ -1,0 +1,133 @@
+"""What the ablations' language models read: scenes' captions, alone and in an instruction's answer.
+
+Half of the documents are a caption. In the other half the instruction stands before the caption, and after it an answer
+that does what the instruction says: it names every object's size, colour, shape and place. So a model of next tokens
+learns two ways to read a caption, as text that goes on and as something to be described, as the paper's
+instruction-tuned LLMs have.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from lidit_jax.data.batch_stream import NEWS, BatchStream, News
+from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.captions import CaptionChooser
+from lidit_jax.data.shapes import Scene, ShapesSource
+from lidit_jax.text.prompts import PromptTokenizer
+
+INSTRUCTED = 0.5  # of the documents
+_NO_PICTURE = Bucket(0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A caption and, where the instruction stands before it, the answer (else "")."""
+
+    caption: str
+    answer: str
+
+
+class Corpus:
+    """Document i is a function of i; there are as many as the source has scenes."""
+
+    def __init__(self, source: ShapesSource, captions: Mapping[str, float]):
+        """Args: captions: how often each language is drawn."""
+        self._source, self._choose = source, CaptionChooser(captions)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"corpus of {self._source.fingerprint} with {dict(self._choose.fields)}"
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Document:
+        rng = np.random.default_rng((self._source.seed, index, 1))
+        [example] = self._source.describe([index])
+        instructed = rng.random() < INSTRUCTED
+        return Document(
+            self._choose(example["captions"], rng), describe(self._source.scene(index)) if instructed else ""
+        )
+
+
+def describe(scene: Scene) -> str:
+    """Object by object, in the order of the captions: "a small red circle at the top left, …"."""
+    return ", ".join(f"a {item.size} {item.color} {item.shape} {_place(item.x, item.y)}" for item in scene.objects)
+
+
+def _place(x: float, y: float) -> str:
+    across = "left" if x < 0.4 else "right" if x > 0.6 else ""
+    down = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
+    return f"at the {' '.join(word for word in (down, across) if word) or 'middle'}"
+
+
+class DocumentTokenizer:
+    """Documents to tokens that begin as prompts do when they are encoded, with and without the instruction."""
+
+    def __init__(self, plain: PromptTokenizer, instructed: PromptTokenizer, length: int):
+        """Args: length: tokens of a document; longer ones are cut."""
+        self._plain, self._instructed, self._length = plain, instructed, length
+
+    def __call__(self, documents: Sequence[Document]) -> dict[str, np.ndarray]:
+        """-> {"tokens": int32 [B, L], "mask": bool [B, L]}, padded on the right."""
+        tokens = np.full((len(documents), self._length), self._plain.tokenizer.eos_token_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for row, ids in enumerate(self._tokens(documents)):
+            ids = ids[: self._length]
+            tokens[row, : len(ids)], mask[row, : len(ids)] = ids, True
+        return {"tokens": tokens, "mask": mask}
+
+    def _tokens(self, documents: Sequence[Document]) -> list[list[int]]:
+        is_instructed = [bool(document.answer) for document in documents]
+        captions, answers = [document.caption for document in documents], [document.answer for document in documents]
+        plain, instructed, answered = (
+            [row[is_there].tolist() for row, is_there in zip(found["tokens"], found["mask"], strict=True)]
+            for found in (self._plain(captions), self._instructed(captions), self._instructed(answers))
+        )
+        begin, instruction = self._plain.prefix().tolist(), self._instructed.prefix().tolist()
+        return [
+            instruction + instructed[row] + answered[row] if is_instructed[row] else begin + plain[row]
+            for row in range(len(documents))
+        ]
+
+
+class DocumentStream(BatchStream):
+    """Batch k holds documents k B to (k + 1) B - 1; every process gets its rows."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: DocumentTokenizer,
+        batch_size: int,
+        first_batch: int,
+        rows: range,
+    ):
+        """Args: rows: of a batch, this process's."""
+        super().__init__(corpus.fingerprint, first_batch, max_broken=0.0)
+        self._corpus, self._tokenizer, self._batch_size, self._rows = corpus, tokenizer, batch_size, rows
+        self._batches: Any = None
+
+    def _make(self, batch: int) -> dict[str, Any]:
+        first = batch * self._batch_size
+        numbers = range(first + self._rows.start, first + self._rows.stop)
+        found = self._tokenizer([self._corpus[number % len(self._corpus)] for number in numbers])
+        return found | {NEWS: News(_NO_PICTURE, len(numbers))}
+
+    def start_prefetch(self) -> None:
+        if self._batches is None:
+            numbers = grain.MapDataset.range(self._next_batch, 1 << 31)
+            options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+            self._batches = iter(numbers.map(self._make).to_iter_dataset(options))
+
+    def report(self) -> dict[str, float]:
+        return {}  # there are no groups
+
+    def _next(self) -> dict[str, Any]:
+        return next(self._batches)
+
+    def _stop(self) -> None:
+        self._batches = None

@@ -1,0 +1,141 @@
+"""The ablations' prompt encoders: small language models trained once on the corpus, then frozen, the same for all rows.
+
+The causal ones (LLaMA's and Qwen's type) learn next-token prediction. The bidirectional one is T5's encoder; it learns
+to fill in tokens that are masked, which is T5's own objective without its decoder.
+"""
+
+import functools
+import logging
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from lidit_jax.ablation.corpus import Corpus, DocumentStream, DocumentTokenizer
+from lidit_jax.ablation.rows import LLAMA, QWEN, T5
+from lidit_jax.config import build
+from lidit_jax.data.loader import rows_of_process
+from lidit_jax.data.shapes import ShapesSource
+from lidit_jax.experiment import LLM_FAMILIES, Experiment
+from lidit_jax.models.layers import Dense
+from lidit_jax.models.llm import CausalLM, LLMConfig
+from lidit_jax.models.t5 import T5Config, T5Encoder
+from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.stages import on_host, run_part
+from lidit_jax.text.prompts import PromptTokenizer
+from lidit_jax.text.train_tokenizer import train_tokenizer
+from lidit_jax.train import Task, TrainConfig
+from lidit_jax.weights.huggingface_llm import save_llm
+from lidit_jax.weights.huggingface_t5 import save_t5_encoder
+
+logger = logging.getLogger(__name__)
+
+FAMILIES = {LLAMA: "llama", QWEN: "qwen2", T5: "t5"}
+TOKENIZER_DOCUMENTS = 4000
+MASKED = 0.3  # of the tokens; T5's 0.15 gives so short texts less to learn from a step
+
+
+def train_encoder(experiment: Experiment, name: str, settings: ConfigDict, mesh: Mesh, rules: ShardingRules) -> None:
+    """Trains `name` into the workdir's encoders/NAME, in Hugging Face's format; nothing if it is there.
+
+    Args:
+      experiment: of the parts that all rows share.
+      settings: `language_models` of the config.
+    """
+    folder = experiment.workdir / "encoders" / name
+    if folder.exists():
+        return
+    data = experiment.data
+    source = ShapesSource(data.num_examples, seed=int(settings.corpus_seed), shares=data.object_shares)
+    corpus = Corpus(source, data.captions)
+    tokenizer = _tokenizer(corpus, settings.instruction, int(settings.model.vocab_size))
+    prompts = functools.partial(PromptTokenizer, tokenizer, int(settings.length), chat_template=False)
+    documents = DocumentTokenizer(
+        prompts(instruction=""), prompts(instruction=settings.instruction), int(settings.length)
+    )
+    training = build(TrainConfig, settings.train, "language_models.train")
+    if FAMILIES[name] == "t5":
+        model: Any = build(T5Config, settings.t5, "language_models.t5", vocab_size=settings.model.vocab_size)
+        task = masked_token_task(name, model, tokenizer.mask_token_id)
+    else:
+        where = "language_models.model"
+        model = build(LLMConfig, settings.model, where, **LLM_FAMILIES[FAMILIES[name]], dtype="float32")
+        task = next_token_task(name, model)
+
+    def batches(first: int) -> DocumentStream:
+        rows = rows_of_process(training.batch_size, jax.process_index(), jax.process_count())
+        return DocumentStream(corpus, documents, training.batch_size, first, rows)
+
+    state = run_part(experiment, task, training, batches, mesh, rules, {"data": corpus.fingerprint})
+    params = on_host(state.params, mesh, training.stalled_after)
+    if jax.process_index() == 0:
+        if FAMILIES[name] == "t5":
+            save_t5_encoder(folder, model, params["encoder"], tokenizer)
+        else:
+            save_llm(folder, model, params, tokenizer)
+    multihost_utils.sync_global_devices(f"saved {name}")
+
+
+def next_token_task(name: str, config: LLMConfig) -> Task:
+    """Next-token prediction on whole documents: {"tokens": int32 [B, L], "mask": bool [B, L]}."""
+    model = CausalLM(config)
+
+    def loss(params, frozen, batch, key, phase):
+        del frozen, key, phase
+        logits = model.apply({"params": params}, batch["tokens"])[:, :-1]  # [B, L - 1, V]
+        return _mean_loss(logits, batch["tokens"][:, 1:], batch["mask"][:, 1:])
+
+    return Task(name=name, init=lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"], loss=loss)
+
+
+class MaskedTokenModel(nn.Module):
+    """T5's encoder with a linear head over the vocabulary, which only the training needs."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """tokens int32 [B, L], mask bool [B, L] -> float32 [B, L, V]."""
+        x = T5Encoder(self.config, name="encoder")(tokens, mask)
+        return Dense(self.config.vocab_size, ("embed", "vocab"), use_bias=False, name="head")(x)
+
+
+def masked_token_task(name: str, config: T5Config, mask_token: int) -> Task:
+    """To fill in the tokens that were masked; documents as in `next_token_task`."""
+    model = MaskedTokenModel(config)
+
+    def init(key):
+        return model.init(key, jnp.zeros((1, 2), jnp.int32), jnp.ones((1, 2), bool))["params"]
+
+    def loss(params, frozen, batch, key, phase):
+        del frozen, phase
+        tokens, mask = batch["tokens"], batch["mask"]
+        hidden = mask & jax.random.bernoulli(key, MASKED, tokens.shape)
+        logits = model.apply({"params": params}, jnp.where(hidden, mask_token, tokens), mask)
+        return _mean_loss(logits, tokens, hidden)
+
+    return Task(name=name, init=init, loss=loss)
+
+
+def _mean_loss(logits: jax.Array, tokens: jax.Array, counted: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """logits [B, L, V], tokens int32 [B, L], counted bool [B, L] -> mean negative log-likelihood, perplexity."""
+    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+    mean = -jnp.sum(log_likelihood * counted) / jnp.maximum(jnp.sum(counted), 1)
+    return mean, {"perplexity": jnp.exp(mean)}
+
+
+def _tokenizer(corpus: Corpus, instruction: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Trained on the corpus, the instruction as often as it is there; its last token, the mask, is in no text."""
+    texts = []
+    for index in np.linspace(0, len(corpus) - 1, TOKENIZER_DOCUMENTS).astype(int).tolist():
+        document = corpus[index]
+        texts += [document.caption, *([instruction, document.answer] if document.answer else [])]
+    tokenizer = train_tokenizer(texts, vocab_size - 1)
+    tokenizer.add_special_tokens({"mask_token": "<|mask|>"})
+    return tokenizer

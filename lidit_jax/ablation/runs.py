@@ -1,0 +1,228 @@
+"""All runs of some ablation tables: the parts that they share, then one run a row and seed, each a process of its own.
+
+OUT/config.json            what all runs have in common
+OUT/parts/                 the frozen language models and the VAE, trained once
+OUT/runs/ROW/SEED/         an ordinary workdir each (`sample --workdir` draws from it), with log.txt and scores.json
+"""
+
+import copy
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import tqdm
+from etils import epath
+from ml_collections import ConfigDict
+
+from lidit_jax import stages
+from lidit_jax.ablation.language_models import FAMILIES, train_encoder
+from lidit_jax.ablation.rows import ROWS, Row
+from lidit_jax.config import claim_workdir, read_workdir
+from lidit_jax.errors import UserError
+from lidit_jax.evaluation.scenes import SCORES_FILE
+from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.parallel.mesh import make_mesh
+from lidit_jax.parallel.preemption import Preempted, listening
+from lidit_jax.parallel.rules import ShardingRules
+
+logger = logging.getLogger(__name__)
+
+PARTS_SECTIONS = ("seed", "mesh", "data", "vae")
+LOG_FILE = "log.txt"
+METRICS_FILE = "metrics.jsonl"
+VAE = "vae"
+LOOK_EVERY = 1.0  # seconds between two looks at the processes
+
+
+class Part(NamedTuple):
+    """What all runs share: "vae", or the name of a language model."""
+
+    name: str
+
+    def log(self, out: epath.Path) -> epath.Path:
+        return out / "parts" / f"{self.name}.{LOG_FILE}"
+
+    def metrics(self, out: epath.Path) -> epath.Path:
+        return out / "parts" / "training" / self.name / METRICS_FILE
+
+    def steps(self, config: ConfigDict) -> int:
+        return (config.vae if self.name == VAE else config.language_models).train.steps
+
+    def is_done(self, out: epath.Path) -> bool:
+        return self.folder(out).exists()
+
+    def folder(self, out: epath.Path) -> epath.Path:
+        """Of the finished weights."""
+        return out / "parts" / (VAE if self.name == VAE else f"encoders/{self.name}")
+
+    def do(self, config: ConfigDict, out: epath.Path) -> None:
+        parts = parts_config(config)
+        if self.name == VAE:
+            stages.run(parts, out / "parts")
+        else:
+            experiment = Experiment(parts, out / "parts")
+            train_encoder(experiment, self.name, config.language_models, make_mesh(parts.mesh), ShardingRules())
+
+    def __str__(self) -> str:
+        return f"parts/{self.name}"
+
+
+class Run(NamedTuple):
+    """One row with one seed."""
+
+    row: Row
+    seed: int
+
+    def workdir(self, out: epath.Path) -> epath.Path:
+        return out / "runs" / self.row.name / str(self.seed)
+
+    def log(self, out: epath.Path) -> epath.Path:
+        return self.workdir(out) / LOG_FILE
+
+    def metrics(self, out: epath.Path) -> epath.Path:
+        return self.workdir(out) / "training" / LIDIT / METRICS_FILE
+
+    def steps(self, config: ConfigDict) -> int:
+        return config.train.steps
+
+    def is_done(self, out: epath.Path) -> bool:
+        return (self.workdir(out) / SCORES_FILE).exists()
+
+    def parts(self) -> list[Part]:
+        return [Part(VAE), *map(Part, self.row.encoders)]
+
+    def do(self, config: ConfigDict, out: epath.Path) -> None:
+        for part in self.parts():
+            if not part.is_done(out):
+                raise UserError(f"--out={out} has no {part} yet, which {self} needs: run --only={part} first")
+        stages.run(run_config(config, self, out), self.workdir(out))
+
+    def __str__(self) -> str:
+        return f"{self.row.name}/{self.seed}"
+
+
+Job = Part | Run
+
+
+def find_job(name: str) -> Job:
+    """From "ROW/SEED" or "parts/NAME". Raises UserError if there is none of that name."""
+    jobs = {str(Part(part)): Part(part) for part in (VAE, *FAMILIES)}
+    row_name, _, seed = name.rpartition("/")
+    rows = {row.name: row for row in ROWS.values() if set(row.encoders) <= FAMILIES.keys()}
+    if name in jobs:
+        return jobs[name]
+    if row_name not in rows or not seed.isdecimal():
+        raise UserError(f"--only={name}: name ROW/SEED, where rows are {', '.join(sorted(rows))}, or {', '.join(jobs)}")
+    return Run(rows[row_name], int(seed))
+
+
+def parts_config(config: ConfigDict) -> ConfigDict:
+    """Of the parts that all runs share: a VAE's alone."""
+    return ConfigDict({section: config[section] for section in PARTS_SECTIONS})
+
+
+def run_config(config: ConfigDict, run: Run, out: epath.Path) -> ConfigDict:
+    """Of one run: an ordinary config, with the shared parts' folders in it."""
+    changed = copy.deepcopy(config)
+    del changed["language_models"]
+    changed.seed = run.seed
+    changed.text.instruction = config.language_models.instruction if run.row.instruction else ""
+    changed.vae = {"weights": str(Part(VAE).folder(out)), "dtype": config.vae.dtype}
+    changed.encoders = {name: {"weights": str(Part(name).folder(out)), "dtype": "float32"} for name in run.row.encoders}
+    changed.model.update(run.row.model())
+    return changed
+
+
+def do_one(out: epath.Path, job: Job) -> None:
+    """Trains one part, or trains and judges one run; goes on where it was stopped."""
+    config = read_workdir(out)
+    if "language_models" not in config:
+        raise UserError(f"--out={out} is no folder of ablations: run the command without --only first")
+    job.do(config, out)
+
+
+def do_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], at_once: int) -> None:
+    """Trains the parts and then does what is left of the runs, so many at a time.
+
+    Raises:
+      UserError: the folder belongs to another config, or a run failed (the others are ended; nothing is lost).
+      Preempted: SIGTERM came; all is saved.
+    """
+    claim_workdir(out, config, may_grow=False)
+    parts = dict.fromkeys(part for run in runs for part in run.parts())
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    for jobs in (list(parts), list(runs)):
+        left = [job for job in jobs if not job.is_done(out)]
+        logger.info("%d of %d left: %s", len(left), len(jobs), ", ".join(map(str, left)))
+        if left:
+            _work(left, config, out, at_once)
+
+
+def _work(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, at_once: int) -> None:
+    """Each in a process of its own, with one progress bar over all steps."""
+    waiting, working = iter(jobs), {}
+    bar = tqdm.tqdm(total=sum(job.steps(config) for job in jobs), unit="step", smoothing=0.02, mininterval=5)
+    with bar, listening() as notice:
+        try:
+            while not notice.came:
+                for job in _take(waiting, at_once - len(working)):
+                    working[job] = _start(job, out)
+                if not working:
+                    return
+                time.sleep(LOOK_EVERY)
+                for job, process in list(working.items()):
+                    if process.poll() is not None:
+                        del working[job]
+                        _check(job, process.returncode, out)
+                done = sum(job.steps(config) for job in jobs if job not in working and job.is_done(out))
+                bar.set_postfix_str(", ".join(map(str, working)), refresh=False)
+                bar.update(done + sum(_steps_taken(job, out) for job in working) - bar.n)
+            raise Preempted("stopped by SIGTERM, all runs are saved; run it again to go on")
+        finally:
+            for process in working.values():
+                process.terminate()  # it saves its step, as before a preemption
+            for process in working.values():
+                process.wait()
+
+
+def _take(jobs: Iterator[Job], count: int) -> list[Job]:
+    return list(itertools.islice(jobs, max(count, 0)))
+
+
+def _start(job: Job, out: epath.Path) -> subprocess.Popen:
+    environment = {
+        # The rows' seeds differ in no program: what one compiled, the others find.
+        "JAX_COMPILATION_CACHE_DIR": str(out / "compiled"),
+        # Several share a GPU.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    command = [sys.executable, "-m", "lidit_jax.ablate", f"--out={out}", f"--only={job}"]
+    job.log(out).parent.mkdir(parents=True, exist_ok=True)
+    with job.log(out).open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment | dict(os.environ))
+
+
+def _check(job: Job, status: int, out: epath.Path) -> None:
+    if status or not job.is_done(out):
+        log = job.log(out)
+        lines = log.read_bytes().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        said = [line for line in lines if line.startswith("error: ")] or lines
+        raise UserError(f"{job} ended with status {status} ({said[-1][:200]}): see {log}; run it again to go on")
+
+
+def _steps_taken(job: Job, out: epath.Path) -> int:
+    """So far, as far as it has said."""
+    file = job.metrics(out)
+    lines = file.read_text().splitlines() if file.exists() else []
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError):
+            continue  # it is being written
+    return 0
