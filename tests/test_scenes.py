@@ -81,7 +81,10 @@ def test_shapes_are_drawn_judged_and_judged_again(trained_workdir, tmp_path):
     draw_benchmark(asked)
     assert json.loads((out / "scores.json").read_text()) == scores
     (out / "00004_0.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="00004_0.png: can't be read"):
+    with pytest.raises(UserError, match="00004_0.png is damaged"):
+        draw_benchmark(asked)
+    (out / "00004_0.png").unlink()
+    with pytest.raises(UserError, match="00004_0.png can't be read"):
         draw_benchmark(asked)
 
 

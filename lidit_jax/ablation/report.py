@@ -91,14 +91,14 @@ def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: 
     rows = dict.fromkeys(entry.row for table in tables.values() for entry in table.values())
     results = {row: Result.read(out, row, seeds) for row in rows}
     text = "\n".join(_markdown(name, table, results) for name, table in tables.items() if name != FIGURE_3)
-    text += "\n" + _places_markdown(_curves(tables, results))
+    text += "\n" + _places_markdown(_labels(tables), results)
     values = {row.name: result.to_json() for row, result in results.items()}
     write_json(out / "tables.json", {"seeds": seeds, "unit": "per cent", "rows": values})
     (out / "tables.md").write_text(text)
     for name, table in tables.items():
         if name != FIGURE_3:
             _plot_table(out / f"table{name}.png", name, table, results)
-    _plot_places(out / "figure3.png", _curves(tables, results))
+    _plot_places(out / "figure3.png", _labels(tables), results)
     logger.info("\n%s\n%s", text, out / "tables.md")
 
 
@@ -128,22 +128,25 @@ class Result:
 
 
 def _markdown(name: str, table: Mapping[str, TableRow], results: Mapping[Row, Result]) -> str:
-    lines = [f"### Table {name}", "", f"| row | {' | '.join(COLUMNS)} | paper: T2I-CompBench | DPG-Bench |"]
-    lines.append("|---" * (len(COLUMNS) + 3) + "|")
+    lines = [
+        f"### Table {name}",
+        "",
+        f"| row | {' | '.join(COLUMNS)} | pairs, seed by seed | paper: T2I-CompBench | DPG-Bench |",
+    ]
+    lines.append("|---" * (len(COLUMNS) + 4) + "|")
     for entry in table.values():
         cells = [str(results[entry.row].columns[column]) for column in COLUMNS]
+        cells.append(", ".join(f"{value:.1f}" for value in results[entry.row].columns["pairs"].values))
         lines.append(f"| {entry.label} | {' | '.join(cells)} | {entry.paper[0]:.2f} | {entry.paper[1]:.2f} |")
-    lines += [
-        "",
-        "| the paper's ordering | its difference | pairs here | scenes here | appears |",
-        "|---|---|---|---|---|",
-    ]
+    lines += ["", "| the paper's ordering | its difference | pairs here | seeds | scenes here | appears |"]
+    lines.append("|---" * 6 + "|")
     for worse, better in orderings(table):
         of_worse, of_better = results[worse.row].columns, results[better.row].columns
         pairs, scenes = (of_better[column] - of_worse[column] for column in ("pairs", "scenes"))
         paper = better.paper.t2i_compbench - worse.paper.t2i_compbench
-        cells = (f"{better.label} over {worse.label}", f"{paper:+.2f}", _signed(pairs), _signed(scenes), verdict(pairs))
-        lines.append(f"| {' | '.join(cells)} |")
+        seeds = f"{sum(value > 0 for value in pairs.values)} of {len(pairs.values)}"
+        cells = (f"{better.label} over {worse.label}", f"{paper:+.2f}", _signed(pairs), seeds, _signed(scenes))
+        lines.append(f"| {' | '.join(cells)} | {verdict(pairs)} |")
     return "\n".join([*lines, ""])
 
 
@@ -164,16 +167,17 @@ def _signed(mean: Mean) -> str:
     return ("+" if mean.value >= 0 else "") + str(mean)
 
 
-def _curves(tables: Mapping[str, Mapping[str, TableRow]], results: Mapping[Row, Result]) -> dict[str, Sequence[Mean]]:
-    """By label, of every row once; the names of Table 3 first, as they say which LLM it is."""
+def _labels(tables: Mapping[str, Mapping[str, TableRow]]) -> dict[Row, str]:
+    """Of every row once; the names of Table 3 first, as they say which LLM it is."""
     labels: dict[Row, str] = {}
     for name in sorted(tables, key=lambda name: (name not in ("3", FIGURE_3), name)):
         for entry in tables[name].values():
-            labels.setdefault(entry.row, entry.label)
-    return {label: results[row].places for row, label in labels.items()}
+            # Table 2's, which is LLaMA's, says what comes on top.
+            labels.setdefault(entry.row, f"LLaMA {entry.label}" if entry.label.startswith("+") else entry.label)
+    return labels
 
 
-def _places_markdown(curves: Mapping[str, Sequence[Mean]]) -> str:
+def _places_markdown(labels: Mapping[Row, str], results: Mapping[Row, Result]) -> str:
     lines = [
         "### Figure 3",
         "",
@@ -181,65 +185,70 @@ def _places_markdown(curves: Mapping[str, Sequence[Mean]]) -> str:
         "",
     ]
     lines += ["| row | 1st | 2nd | 3rd | 4th | 4th less 1st |", "|---|---|---|---|---|---|"]
-    for label, places in curves.items():
-        cells = " | ".join(map(str, places))
-        lines.append(f"| {label} | {cells} | {_signed(places[-1] - places[0])} |")
+    for row, label in labels.items():
+        places = results[row].places
+        lines.append(f"| {label} | {' | '.join(map(str, places))} | {_signed(places[-1] - places[0])} |")
     return "\n".join([*lines, ""])
 
 
 def _plot_table(file: epath.Path, name: str, table: Mapping[str, TableRow], results: Mapping[Row, Result]) -> None:
+    """Means as bars, seeds as points on them: of three seeds, an interval says little that the points do not."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.4 + 0.5 * len(table)), sharey=True, layout="constrained")
-    labels = [entry.label for entry in table.values()]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.8 + 0.55 * len(table)), sharey=True, layout="constrained")
     at = np.arange(len(table))[::-1]
     ours = [("pairs", "#2a6fb0"), ("scenes", "#9cc3e6")]
     theirs = [("T2I-CompBench", "#c05a1c"), ("DPG-Bench", "#f0b98d")]
     for i, (column, color) in enumerate(ours):
         means = [results[entry.row].columns[column] for entry in table.values()]
-        errors = [0 if math.isnan(mean.half_width) else mean.half_width for mean in means]
-        values = [mean.value for mean in means]
-        axes[0].barh(at + 0.2 - 0.4 * i, values, 0.38, xerr=errors, color=color, label=f"{column} right", capsize=2)
+        bars = at + 0.2 - 0.4 * i
+        axes[0].barh(bars, [mean.value for mean in means], 0.38, color=color, label=f"{column} right")
+        for bar, mean in zip(bars, means, strict=True):
+            axes[0].plot(mean.values, [bar] * len(mean.values), "o", ms=3.5, mfc="white", mec="black", mew=0.8)
     for i, (column, color) in enumerate(theirs):
-        values = [entry.paper[i] for entry in table.values()]
-        axes[1].barh(at + 0.2 - 0.4 * i, values, 0.38, color=color, label=column)
-    axes[0].set_yticks(at, labels)
-    axes[0].set_title("built-in scenes, here")
+        axes[1].barh(at + 0.2 - 0.4 * i, [entry.paper[i] for entry in table.values()], 0.38, color=color, label=column)
+    axes[0].set_yticks(at, [entry.label for entry in table.values()])
+    axes[0].set_title("built-in scenes, here (points: seeds)")
     axes[1].set_title("the paper")
     for axis in axes:
-        axis.set_xlim(0, 100)
+        axis.set_xlim(0, 102)
         axis.set_xlabel("per cent")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, -0.55 if len(table) < 6 else -0.4), ncols=2, frameon=False)
     figure.suptitle(f"Table {name}")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     _save(figure, file)
 
 
-def _plot_places(file: epath.Path, curves: Mapping[str, Sequence[Mean]]) -> None:
+def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[Row, Result]) -> None:
+    """Means as thick lines, seeds as thin ones; rows with a token refiner have a panel of their own."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    colors = plt.get_cmap("tab10")
-    shift = np.linspace(-0.06, 0.06, len(curves))  # or the bars of the intervals hide one another
-    for i, (label, places) in enumerate(curves.items()):
-        errors = [0 if math.isnan(mean.half_width) else mean.half_width for mean in places]
-        values = [mean.value for mean in places]
-        style = "--" if label.startswith(T5.upper()) else "-"
-        axis.errorbar(
-            np.array(PLACES) + 1 + shift[i],
-            values,
-            errors,
-            label=label,
-            color=colors(i % 10),
-            ls=style,
-            marker="o",
-            capsize=3,
-        )
-    axis.set_xticks([place + 1 for place in PLACES], ["1st", "2nd", "3rd", "4th"])
-    axis.set_xlabel("place of the pair in prompts of four objects")
-    axis.set_ylabel("pairs right, per cent")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    panels = {
+        "features as they are": [row for row in labels if not row.refiner_blocks],
+        "with a token refiner": [row for row in labels if row.refiner_blocks],
+    }
+    panels = {title: rows for title, rows in panels.items() if rows}
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1 + 5 * len(panels), 5.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    colors, at = plt.get_cmap("tab10"), [place + 1 for place in PLACES]
+    for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
+        for i, row in enumerate(rows):
+            places = results[row].places
+            style = "--" if row.encoders == (T5,) else "-"
+            for of_seed in zip(*(mean.values for mean in places), strict=True):
+                axis.plot(at, of_seed, style, color=colors(i), lw=0.8, alpha=0.45)
+            axis.plot(
+                at, [mean.value for mean in places], style, color=colors(i), lw=2.2, marker="o", label=labels[row]
+            )
+        axis.set_title(title)
+        axis.set_xticks(at, ["1st", "2nd", "3rd", "4th"])
+        axis.set_xlabel("place of the pair in prompts of four objects")
+        axis.set_ylim(0, 102)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    axes[0][0].set_ylabel("pairs right, per cent")
+    figure.suptitle("Figure 3 (thin lines: seeds)")
     _save(figure, file)
 
 

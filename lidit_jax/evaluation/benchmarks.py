@@ -25,6 +25,7 @@ from lidit_jax.pictures import save_png
 
 MAX_BYTES = 64 << 20  # of a benchmark's file: a larger one is hardly one of prompts
 MAX_NAME = 255  # bytes of a file's name
+FACTS_FILE = "drawn_with.json"  # beside the pictures: what they are of
 
 
 class Benchmark(Protocol):

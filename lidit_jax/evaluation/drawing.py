@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from lidit_jax import experiment
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.benchmarks import Benchmark, open_benchmark
+from lidit_jax.evaluation.benchmarks import FACTS_FILE, Benchmark, open_benchmark
 from lidit_jax.evaluation.scene_benchmark import ShapesBenchmark
 from lidit_jax.experiment import Experiment
 from lidit_jax.json_file import write_json
@@ -24,7 +24,6 @@ from lidit_jax.sampling import Drawing, warn_of_truncated
 
 logger = logging.getLogger(__name__)
 
-FACTS_FILE = "drawn_with.json"
 SHAPES = "shapes"
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.benchmarks import open_benchmark
-from lidit_jax.evaluation.drawing import FACTS_FILE
+from lidit_jax.evaluation.benchmarks import FACTS_FILE, open_benchmark
 from lidit_jax.evaluation.scoring import read_picture
 from lidit_jax.weights.folders import is_there
 

@@ -1,12 +1,11 @@
 """The built-in scenes as a benchmark: drawn like a list of prompts, then judged exactly."""
 
-import numpy as np
 from etils import epath
-from PIL import Image
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.benchmarks import PlainPrompts
 from lidit_jax.evaluation.scenes import SceneEvaluation, report_scenes, score_scenes
+from lidit_jax.evaluation.scoring import read_picture
 
 
 class ShapesBenchmark(PlainPrompts):
@@ -31,13 +30,5 @@ class ShapesBenchmark(PlainPrompts):
         """
         scenes = [scene for scene in self._scenes for _ in range(self._num_images)]
         files = [out / name for index in range(len(self._scenes)) for name in self.files(index)]
-        pictures = [_read(file) for file in files]
+        pictures = [read_picture(file) for file in files]
         report_scenes(score_scenes(scenes, pictures), scenes, pictures, out)
-
-
-def _read(file: epath.Path) -> np.ndarray:
-    try:
-        with file.open("rb") as stream, Image.open(stream) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file}: can't be read ({error}); remove it and run the command again") from None

@@ -17,7 +17,7 @@ from etils import epath
 
 from lidit_jax.data.decoding import BrokenPicture, decode
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.drawing import FACTS_FILE
+from lidit_jax.evaluation.benchmarks import FACTS_FILE
 from lidit_jax.json_file import write_json
 from lidit_jax.weights.digest import folder_digest
 from lidit_jax.weights.folders import find_folder, is_there
@@ -184,12 +184,14 @@ def read_picture(file: epath.Path) -> np.ndarray:
     """uint8 [H, W, 3].
 
     Raises:
-      UserError: the file is damaged, or no picture.
+      UserError: the file is missing, damaged, or no picture.
     """
     try:
         return decode(file.read_bytes(), MAX_PIXELS)
     except BrokenPicture as error:
-        raise UserError(f"{file} is damaged ({error}): draw it again") from error
+        raise UserError(f"{file} is damaged ({error}): replace it") from error
+    except OSError as error:
+        raise UserError(f"{file} can't be read ({error.strerror or error}): replace it") from error
 
 
 # --- models -----------------------------------------------------------------------------------------------------

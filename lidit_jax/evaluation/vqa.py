@@ -74,8 +74,8 @@ class BlipVqa:
     of [CLS], and the picture is resized to the model's square by Pillow's bicubic filter, whatever the folder's
     processor would do.
 
-    The official weights are for 480 x 480 pixels; Salesforce/blip-vqa-base is the same model with its position table
-    resized to 384 x 384 when it was converted, so that its scores come near the official ones, but not to the digit.
+    The official script runs at 480 x 480 pixels; Salesforce/blip-vqa-base, the same model, is published for 384 x 384,
+    so its scores come near the official ones, but not to the digit.
     """
 
     def __init__(self, name: str):
