@@ -5,15 +5,18 @@
 trains the rows of that table under one budget each, judges every object of what they draw, and writes tables.md,
 tables.json and plots, with the paper's figures beside. --table=2,3 does several (rows that they share once),
 --table=figure3 the curve over the place in the prompt. Run it again and it goes on where it was stopped; rows that are
-there are not trained again. --jobs=N trains N at a time, on one GPU too.
+there are not trained again, and what is complete stays in the tables. --jobs=N trains N at a time, on a CPU or on one
+GPU; a TPU takes one. It is for one machine.
 """
 
+import jax
 from absl import flags
 from etils import epath
 
 from lidit_jax import cli
 from lidit_jax.ablation import report, runs
 from lidit_jax.errors import UserError
+from lidit_jax.weights.safetensors_folder import local_folder
 
 _CONFIG = cli.define_config("configs/ablation_scenes.py")
 _TABLE = flags.DEFINE_list("table", None, f"of the paper: {', '.join(report.CHOICES)}; several by commas")
@@ -24,7 +27,9 @@ _ONLY = flags.DEFINE_string("only", None, "ROW/SEED or parts/NAME: this alone, o
 
 
 def main() -> None:
-    out = epath.Path(cli.require(_OUT.name)).resolve()
+    out = epath.Path(local_folder(cli.require(_OUT.name)).resolve())
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file: name a folder")
     if _ONLY.value:
         runs.do_one(out, runs.find_job(_ONLY.value))
         return
@@ -33,11 +38,13 @@ def main() -> None:
         if flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value} must be at least 1")
     report.check_plotting()
+    # This process only looks after others, which need the accelerator: a TPU's compiler has one user at a time.
+    jax.config.update("jax_platforms", "cpu")
     rows = dict.fromkeys(entry.row for table in tables.values() for entry in table.values())
     # Seed by seed: stopped early, it has whole tables of fewer seeds.
     todo = [runs.Run(row, seed) for seed in range(_SEEDS.value) for row in rows]
     runs.do_all(cli.read_config(_CONFIG), out, todo, _JOBS.value)
-    report.write(out, tables, _SEEDS.value)
+    report.write(out, report.choose([*tables, *report.complete(out, _SEEDS.value)]), _SEEDS.value)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -46,7 +47,12 @@ def run(main: Callable[[], None]) -> None:
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
-    """--config=FILE.py[:ARGUMENT], with --config.path.to.key=value on top."""
+    """--config=FILE.py[:ARGUMENT], with --config.path.to.key=value on top.
+
+    Args: default: a file of the repository; found from other folders too.
+    """
+    if default and not Path(default).exists():
+        default = str(Path(__file__).resolve().parents[1] / default)
     return config_flags.DEFINE_config_file("config", default, "a file of configs/, with its argument after a colon")
 
 
@@ -114,6 +120,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if "config" not in flags.FLAGS:
             raise
         _exit(_unknown_key(str(error)))
+    except OSError:  # of a config that is not there, where one of its values is given too
+        _exit("the file that --config names is not there: name one of configs/")
 
 
 def _unknown_key(message: str) -> str:

@@ -78,7 +78,7 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, m
 
     Args:
       write: False only checks: where many processes share a workdir, one of them writes.
-      may_grow: the steps of the part that is trained last may differ.
+      may_grow: the steps of the part that is trained last may differ, and how the run is evaluated.
 
     Raises:
       UserError: if the workdir was made with another config, or can't be written. Nothing is overwritten.
@@ -97,7 +97,8 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, m
         return
     before, now = _flat(read_workdir(workdir)), _flat(config)
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key) or any(part in FREE_KEYS for part in key.split(".")):
+        is_free = any(part in FREE_KEYS for part in key.split(".")) and (may_grow or not key.startswith("evaluate."))
+        if before.get(key) == now.get(key) or is_free:
             continue
         if may_grow and key == (
             "train.steps" if "train" in config else "vae.train.steps"

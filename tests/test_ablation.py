@@ -17,9 +17,10 @@ from lidit_jax.ablation.corpus import Corpus, DocumentStream, DocumentTokenizer,
 from lidit_jax.ablation.language_models import _tokenizer, masked_token_task, next_token_task
 from lidit_jax.ablation.report import Mean
 from lidit_jax.ablation.rows import ROWS, TABLES, Row
+from lidit_jax.config import claim_workdir
 from lidit_jax.data.shapes import ShapesSource
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.scenes import COUNTS, HELD_OUT, SCORES_FILE, named_at
+from lidit_jax.evaluation.scenes import COUNTS, SCORES_FILE, named_at
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.text.prompts import INSTRUCTION, PromptTokenizer
@@ -191,7 +192,7 @@ def test_orderings_are_the_papers():
 
 def write_scores(out, row, seed, right):
     """Of 100 in every group, so many right; of the objects named 4th 20 fewer."""
-    groups = ["all scenes", HELD_OUT, *(named_at(COUNTS[4], place) for place in range(4))]
+    groups = ["all scenes", "the held-out pair itself", *(named_at(COUNTS[4], place) for place in range(4))]
     names = ("objects", "pair", "scenes")
     cell = lambda group: {"correct": right - 20 * ("4th" in group), "total": 100, "interval": [0, 1]}  # noqa: E731
     workdir = runs.Run(row, seed).workdir(out)
@@ -265,6 +266,10 @@ def test_what_is_wrong_is_said_in_one_line_before_anything_is_trained(tmp_path):
     found = ablate("--table=2", f"--out={tmp_path}/b")
     assert found.returncode == 2
     assert "belongs to another config" in found.stderr
+    for out, words in (("gs://bucket/a", "local folders only"), (ROOT / "setup.py", "is a file: name a folder")):
+        found = ablate("--table=2", f"--out={out}")
+        assert found.returncode == 2
+        assert words in found.stderr
     assert not (tmp_path / "a").exists()
     assert [file.name for file in (tmp_path / "b").iterdir()] == ["config.json"]
 
@@ -285,6 +290,58 @@ def test_a_table_is_made_and_made_again_without_training(tmp_path):
     another = ablate(*arguments, "--config.train.steps=4")
     assert another.returncode == 2
     assert "train.steps was 3, now 4" in another.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda config: config.__delitem__("language_models"), "none of ablations"),
+        (lambda config: config.evaluate.update(four_objects=0), "four_objects=0"),
+        (lambda config: config.model.update(hidden_size=127), "model.hidden_size=127"),
+        (lambda config: config.language_models.model.update(num_hidden_layers=2), "at least 3 blocks"),
+        (lambda config: config.language_models.train.update(stepz=1), "language_models.train.stepz is unknown"),
+        (lambda config: config.data.update(object_shares=(0, 1)), "1, 2, 3 and 4 objects"),
+    ],
+)
+def test_a_config_that_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, change, words):
+    config = load_config("ablation_scenes")
+    with config.language_models.train.unlocked():
+        change(config)
+    out = epath.Path(tmp_path / "out")
+    with pytest.raises(UserError, match=words):
+        runs.do_all(config, out, [runs.Run(Row(), 0)], 1)
+    assert not out.exists()
+
+
+def test_runs_that_are_judged_otherwise_are_not_put_into_one_table(tmp_path):
+    config, out = load_config("ablation_scenes"), epath.Path(tmp_path / "out")
+    claim_workdir(out, config, may_grow=False)
+    config.evaluate.four_objects = 8
+    with pytest.raises(UserError, match="evaluate.four_objects was 512, now 8"):
+        runs.do_all(config, out, [runs.Run(Row(), 0)], 1)
+
+
+def test_two_processes_do_not_train_the_same(tmp_path):
+    import fcntl
+
+    out, job = epath.Path(tmp_path / "out"), runs.Part("vae")
+    claim_workdir(out, load_config("ablation_scenes"))
+    lock = job.log(out).with_suffix(".lock")
+    lock.parent.mkdir()
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="by another process"):
+            runs.do_one(out, job)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"all scenes": {"pair": {"correct": 1, "total": 0}}}'])
+def test_damaged_scores_are_said_in_one_line(tmp_path, text):
+    out, row = epath.Path(tmp_path), Row()
+    workdir = runs.Run(row, 0).workdir(out)
+    workdir.mkdir(parents=True)
+    (workdir / SCORES_FILE).write_text(text)
+    with pytest.raises(UserError, match="remove it, and its run is judged again"):
+        report.Result.read(out, row, 1)
 
 
 def test_a_folder_that_is_none_of_ablations_is_refused(tmp_path):

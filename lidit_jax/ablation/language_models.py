@@ -4,9 +4,9 @@ The causal ones (LLaMA's and Qwen's type) learn next-token prediction. The bidir
 to fill in tokens that are masked, which is T5's own objective without its decoder.
 """
 
+import dataclasses
 import functools
 import logging
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ from lidit_jax.ablation.rows import LLAMA, QWEN, T5
 from lidit_jax.config import build
 from lidit_jax.data.loader import rows_of_process
 from lidit_jax.data.shapes import ShapesSource
+from lidit_jax.errors import UserError
 from lidit_jax.experiment import LLM_FAMILIES, Experiment
 from lidit_jax.models.layers import Dense
 from lidit_jax.models.llm import CausalLM, LLMConfig
@@ -36,7 +37,8 @@ from lidit_jax.weights.huggingface_t5 import save_t5_encoder
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = {LLAMA: "llama", QWEN: "qwen2", T5: "t5"}
+LLAMA_FAMILY = "llama"
+FAMILIES = {LLAMA: LLAMA_FAMILY, QWEN: "qwen2", T5: T5}
 TOKENIZER_DOCUMENTS = 4000
 MASKED = 0.3  # of the tokens; T5's 0.15 gives so short texts less to learn from a step
 
@@ -59,13 +61,10 @@ def train_encoder(experiment: Experiment, name: str, settings: ConfigDict, mesh:
     documents = DocumentTokenizer(
         prompts(instruction=""), prompts(instruction=settings.instruction), int(settings.length)
     )
-    training = build(TrainConfig, settings.train, "language_models.train")
-    if FAMILIES[name] == "t5":
-        model: Any = build(T5Config, settings.t5, "language_models.t5", vocab_size=settings.model.vocab_size)
+    model, training = check_settings(name, settings)
+    if isinstance(model, T5Config):
         task = masked_token_task(name, model, tokenizer.mask_token_id)
     else:
-        where = "language_models.model"
-        model = build(LLMConfig, settings.model, where, **LLM_FAMILIES[FAMILIES[name]], dtype="float32")
         task = next_token_task(name, model)
 
     def batches(first: int) -> DocumentStream:
@@ -75,11 +74,31 @@ def train_encoder(experiment: Experiment, name: str, settings: ConfigDict, mesh:
     state = run_part(experiment, task, training, batches, mesh, rules, {"data": corpus.fingerprint})
     params = on_host(state.params, mesh, training.stalled_after)
     if jax.process_index() == 0:
-        if FAMILIES[name] == "t5":
+        if isinstance(model, T5Config):
             save_t5_encoder(folder, model, params["encoder"], tokenizer)
         else:
             save_llm(folder, model, params, tokenizer)
     multihost_utils.sync_global_devices(f"saved {name}")
+
+
+def check_settings(name: str, settings: ConfigDict) -> tuple[LLMConfig | T5Config, TrainConfig]:
+    """The model `name` and its training, from `language_models` of the config.
+
+    Raises:
+      UserError: for what is missing or impossible there.
+    """
+    for key in ("instruction", "corpus_seed", "length", "model", "t5", "train"):
+        if key not in settings:
+            raise UserError(f"config key language_models.{key} is missing")
+    training = build(TrainConfig, settings.train, "language_models.train")
+    family = FAMILIES[name]
+    where = "language_models.model"
+    causal = build(LLMConfig, settings.model, where, **LLM_FAMILIES[LLAMA_FAMILY if family == T5 else family])
+    causal = dataclasses.replace(causal, dtype="float32")
+    causal.as_encoder()  # raises for too few blocks
+    if family != T5:
+        return causal, training
+    return build(T5Config, settings.t5, "language_models.t5", vocab_size=causal.vocab_size), training
 
 
 def next_token_task(name: str, config: LLMConfig) -> Task:

@@ -15,7 +15,7 @@ from scipy import stats
 from lidit_jax.ablation.rows import T5, TABLES, Row, TableRow
 from lidit_jax.ablation.runs import Run
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.scenes import COUNTS, HELD_OUT, SCORES_FILE, named_at
+from lidit_jax.evaluation.scenes import COUNTS, SCORES_FILE, named_at
 from lidit_jax.json_file import write_json
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ COLUMNS = {
     "pairs": ("all scenes", "pair"),
     "objects": ("all scenes", "objects"),
     "scenes": ("all scenes", "scenes"),
-    "held-out": (HELD_OUT, "objects"),
+    "held-out": ("the held-out pair itself", "pair"),
 }
 FOUR = COUNTS[4]
 PLACES = range(4)
@@ -86,15 +86,34 @@ def check_plotting() -> None:
         raise UserError('plots need matplotlib: pip install "lidit-jax[eval]"') from None
 
 
+def complete(out: epath.Path, seeds: int) -> list[str]:
+    """Names of the tables of which all runs are there, whichever call made them."""
+    return [
+        name
+        for name, table in choose(CHOICES).items()
+        if all(Run(entry.row, seed).is_done(out) for entry in table.values() for seed in range(seeds))
+    ]
+
+
 def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: int) -> None:
-    """tables.md, tables.json and a plot for each table, of runs that are all there."""
+    """tables.md, tables.json and a plot for each table, of runs that are all there.
+
+    Raises:
+      UserError: a run's scores are damaged.
+    """
     rows = dict.fromkeys(entry.row for table in tables.values() for entry in table.values())
     results = {row: Result.read(out, row, seeds) for row in rows}
     text = "\n".join(_markdown(name, table, results) for name, table in tables.items() if name != FIGURE_3)
-    text += "\n" + _places_markdown(_labels(tables), results)
+    text += (
+        "\n± is over the seeds of LI-DiT's training alone: every language model and the VAE were trained once, and all "
+        "runs draw the same prompts.\n\n"
+    )
+    text += _places_markdown(_labels(tables), results)
     values = {row.name: result.to_json() for row, result in results.items()}
     write_json(out / "tables.json", {"seeds": seeds, "unit": "per cent", "rows": values})
-    (out / "tables.md").write_text(text)
+    beside = out / ".tables.md"
+    beside.write_text(text)
+    beside.replace(out / "tables.md")
     for name, table in tables.items():
         if name != FIGURE_3:
             _plot_table(out / f"table{name}.png", name, table, results)
@@ -111,11 +130,11 @@ class Result:
 
     @classmethod
     def read(cls, out: epath.Path, row: Row, seeds: int) -> "Result":
-        scores = [json.loads((Run(row, seed).workdir(out) / SCORES_FILE).read_text()) for seed in range(seeds)]
+        files = [Run(row, seed).workdir(out) / SCORES_FILE for seed in range(seeds)]
+        scores = {file: _read_scores(file) for file in files}
 
         def mean(group: str, what: str) -> Mean:
-            cells = [of_seed[group][what] for of_seed in scores]
-            return Mean(tuple(100 * cell["correct"] / cell["total"] for cell in cells))
+            return Mean(tuple(_percent(file, of_seed, group, what) for file, of_seed in scores.items()))
 
         columns = {name: mean(*where) for name, where in COLUMNS.items()}
         return cls(columns, [mean(named_at(FOUR, place), "pair") for place in PLACES])
@@ -125,6 +144,21 @@ class Result:
             **{name: list(mean.values) for name, mean in self.columns.items()},
             "pairs by place in prompts of four": [list(mean.values) for mean in self.places],
         }
+
+
+def _read_scores(file: epath.Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} can't be read ({error}): remove it, and its run is judged again") from None
+
+
+def _percent(file: epath.Path, scores: Any, group: str, what: str) -> float:
+    try:
+        cell = scores[group][what]
+        return 100 * float(cell["correct"]) / float(cell["total"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        raise UserError(f"{file} has no {what!r} of {group!r}: remove it, and its run is judged again") from None
 
 
 def _markdown(name: str, table: Mapping[str, TableRow], results: Mapping[Row, Result]) -> str:

@@ -5,7 +5,8 @@ OUT/parts/                 the frozen language models and the VAE, trained once
 OUT/runs/ROW/SEED/         an ordinary workdir each (`sample --workdir` draws from it), with log.txt and scores.json
 """
 
-import copy
+import dataclasses
+import fcntl
 import itertools
 import json
 import logging
@@ -21,11 +22,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax import stages
-from lidit_jax.ablation.language_models import FAMILIES, train_encoder
+from lidit_jax.ablation.language_models import FAMILIES, check_settings, train_encoder
 from lidit_jax.ablation.rows import ROWS, Row
-from lidit_jax.config import claim_workdir, read_workdir
+from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.scenes import SCORES_FILE
+from lidit_jax.evaluation.scenes import SCORES_FILE, SceneEvaluation
 from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.preemption import Preempted, listening
@@ -129,7 +130,7 @@ def parts_config(config: ConfigDict) -> ConfigDict:
 
 def run_config(config: ConfigDict, run: Run, out: epath.Path) -> ConfigDict:
     """Of one run: an ordinary config, with the shared parts' folders in it."""
-    changed = copy.deepcopy(config)
+    changed = ConfigDict(config.to_dict())  # a copy, and one that takes new keys
     del changed["language_models"]
     changed.seed = run.seed
     changed.text.instruction = config.language_models.instruction if run.row.instruction else ""
@@ -139,12 +140,40 @@ def run_config(config: ConfigDict, run: Run, out: epath.Path) -> ConfigDict:
     return changed
 
 
+def check(config: ConfigDict, out: epath.Path, runs: Sequence[Run]) -> None:
+    """Raises UserError for what can be known to be wrong before anything is trained or written."""
+    if "language_models" not in config or "evaluate" not in config:
+        raise UserError("the config is none of ablations: take configs/ablation_scenes.py")
+    counts = dataclasses.asdict(build(SceneEvaluation, config.evaluate, "evaluate"))
+    for kind, count in counts.items():
+        if count < 1:
+            raise UserError(
+                f"evaluate.{kind}={count}: every kind of scenes has its place in the tables; give at least 1"
+            )
+    Experiment(parts_config(config), out / "parts")
+    for row in dict.fromkeys(run.row for run in runs):
+        Experiment(run_config(config, Run(row, 0), out), out)
+    for name in dict.fromkeys(name for run in runs for name in run.row.encoders):
+        check_settings(name, config.language_models)
+
+
 def do_one(out: epath.Path, job: Job) -> None:
-    """Trains one part, or trains and judges one run; goes on where it was stopped."""
+    """Trains one part, or trains and judges one run; goes on where it was stopped.
+
+    Raises:
+      UserError: another process is at it, or what it needs is not there.
+    """
     config = read_workdir(out)
     if "language_models" not in config:
         raise UserError(f"--out={out} is no folder of ablations: run the command without --only first")
-    job.do(config, out)
+    lock = job.log(out).with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as held:  # until this process ends, however it ends
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{job} is being trained by another process: wait for it, or end it") from None
+        job.do(config, out)
 
 
 def do_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], at_once: int) -> None:
@@ -154,6 +183,7 @@ def do_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], at_once: in
       UserError: the folder belongs to another config, or a run failed (the others are ended; nothing is lost).
       Preempted: SIGTERM came; all is saved.
     """
+    check(config, out, runs)
     claim_workdir(out, config, may_grow=False)
     parts = dict.fromkeys(part for run in runs for part in run.parts())
     (out / "parts").mkdir(parents=True, exist_ok=True)
@@ -176,10 +206,12 @@ def _work(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, at_once: int
                 if not working:
                     return
                 time.sleep(LOOK_EVERY)
+                if notice.came:
+                    break
                 for job, process in list(working.items()):
                     if process.poll() is not None:
                         del working[job]
-                        _check(job, process.returncode, out)
+                        _check(job, process, out)
                 done = sum(job.steps(config) for job in jobs if job not in working and job.is_done(out))
                 bar.set_postfix_str(", ".join(map(str, working)), refresh=False)
                 bar.update(done + sum(_steps_taken(job, out) for job in working) - bar.n)
@@ -204,16 +236,21 @@ def _start(job: Job, out: epath.Path) -> subprocess.Popen:
     }
     command = [sys.executable, "-m", "lidit_jax.ablate", f"--out={out}", f"--only={job}"]
     job.log(out).parent.mkdir(parents=True, exist_ok=True)
-    with job.log(out).open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment | dict(os.environ))
+    with job.log(out).open("wb") as log:
+        # In a session of its own: signals reach it from here alone, so that it is asked to save, and waited for.
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment | dict(os.environ), start_new_session=True
+        )
 
 
-def _check(job: Job, status: int, out: epath.Path) -> None:
-    if status or not job.is_done(out):
+def _check(job: Job, process: subprocess.Popen, out: epath.Path) -> None:
+    if process.returncode or not job.is_done(out):
         log = job.log(out)
         lines = log.read_bytes().decode(errors="replace").strip().splitlines() or ["it said nothing"]
         said = [line for line in lines if line.startswith("error: ")] or lines
-        raise UserError(f"{job} ended with status {status} ({said[-1][:200]}): see {log}; run it again to go on")
+        raise UserError(
+            f"{job} ended with status {process.returncode} ({said[-1][:200]}): see {log}; run it again to go on"
+        )
 
 
 def _steps_taken(job: Job, out: epath.Path) -> int:

@@ -14,6 +14,7 @@ from lidit_jax.data.filters import Filter
 from lidit_jax.data.folder_shards import FolderShards
 from lidit_jax.data.record_shards import ArrayRecordShards, TfdsShards
 from lidit_jax.data.sample import Shards
+from lidit_jax.data.shapes import check_shares
 from lidit_jax.data.tar_shards import TarShards
 from lidit_jax.errors import UserError
 
@@ -106,6 +107,8 @@ class DataConfig:
             return
         if self.source not in SOURCES:
             raise UserError(f"data.source={self.source!r} is unknown: use one of {', '.join(SOURCES)}")
+        if self.object_shares is not None:
+            check_shares(self.object_shares)
         if self.source != "shapes" and not self.path:
             raise UserError(f"data.path is empty: give --config.data.path={_PATHS[self.source]}")
         if self.held_out_shards < 0 or (self.held_out_shards and self.source != "tar"):

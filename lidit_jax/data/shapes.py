@@ -137,9 +137,14 @@ def _check_arguments(num_objects: int | None, pairs: str, shares: Sequence[float
     if pairs not in ("train", "held_out", "all"):
         raise UserError(f'pairs is {pairs!r}: use "train", "held_out" or "all"')
     if shares is not None:
-        are_shares = len(shares) == len(NUM_OBJECTS_PROBABILITIES) and all(0 <= share < 1e6 for share in shares)
-        if not are_shares or not sum(shares) > 0:
-            raise UserError(f"shares are {tuple(shares)!r:.80}: give how often scenes have 1, 2, 3 and 4 objects")
+        check_shares(shares)
+
+
+def check_shares(shares: Sequence[float]) -> None:
+    """Raises UserError unless they can say how often scenes have 1, 2, 3 and 4 objects."""
+    are_numbers = len(shares) == len(NUM_OBJECTS_PROBABILITIES) and all(isinstance(s, int | float) for s in shares)
+    if not are_numbers or not all(0 <= share < 1e6 for share in shares) or not sum(shares) > 0:
+        raise UserError(f"object_shares={tuple(shares)!r:.80}: give how often scenes have 1, 2, 3 and 4 objects")
 
 
 def _sample_appearances(rng: np.random.Generator, num_objects: int, pairs: Pairs) -> list[tuple[str, str]]:
