@@ -16,6 +16,7 @@ from etils import epath
 from lidit_jax import cli
 from lidit_jax.ablation import report, runs
 from lidit_jax.errors import UserError
+from lidit_jax.evaluation.eval_extra import require_extra
 from lidit_jax.weights.safetensors_folder import local_folder
 
 _CONFIG = cli.define_config("configs/ablation_scenes.py")
@@ -37,7 +38,7 @@ def main() -> None:
     for flag in (_SEEDS, _JOBS):
         if flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value} must be at least 1")
-    report.check_plotting()
+    require_extra("ablate", "matplotlib")
     # This process only looks after others, which need the accelerator: a TPU's compiler has one user at a time.
     jax.config.update("jax_platforms", "cpu")
     rows = dict.fromkeys(entry.row for table in tables.values() for entry in table.values())

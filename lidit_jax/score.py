@@ -18,8 +18,9 @@ from etils import epath
 from lidit_jax import cli
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation import compbench_score, dpg_score, geneval_score, positional_bias
+from lidit_jax.evaluation.eval_extra import require_extra
 from lidit_jax.evaluation.report import write_report
-from lidit_jax.evaluation.scoring import ScoreRequest, require_libraries
+from lidit_jax.evaluation.scoring import ScoreRequest
 
 logger = logging.getLogger("lidit_jax.score")  # run as a module, __name__ is "__main__", of which nothing is shown
 
@@ -44,7 +45,7 @@ _MODEL_NAME = flags.DEFINE_string("model_name", "ours", "of what drew, in the re
 def main() -> None:
     if cli.require(_BENCHMARK.name) not in SCORERS:
         raise UserError(f"--benchmark={_BENCHMARK.value}: use one of {', '.join(SCORERS)}")
-    require_libraries()
+    require_extra("scoring", "matplotlib", "torch", "transformers")
     request = ScoreRequest(
         benchmark=_BENCHMARK.value,
         pictures=epath.Path(cli.require(_PICTURES.name)),

@@ -18,6 +18,7 @@ from PIL import Image
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation import detectors, geneval_score, scoring
 from lidit_jax.evaluation.detectors import Detection, instances, load_detector, mask_bounds
+from lidit_jax.evaluation.eval_extra import require_extra
 from lidit_jax.evaluation.geneval_score import (
     COLORS,
     ClipColors,
@@ -543,4 +544,4 @@ def test_a_damaged_results_file_is_said(tmp_path, content):
 def test_scoring_needs_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r'scoring needs matplotlib: pip install "lidit-jax\[eval\]"'):
-        scoring.require_libraries()
+        require_extra("scoring", "matplotlib", "torch")

@@ -15,6 +15,7 @@ from scipy import stats
 from lidit_jax.ablation.rows import T5, TABLES, Row, TableRow
 from lidit_jax.ablation.runs import Run
 from lidit_jax.errors import UserError
+from lidit_jax.evaluation.eval_extra import png_of
 from lidit_jax.evaluation.scenes import COUNTS, SCORES_FILE, named_at
 from lidit_jax.json_file import write_json
 
@@ -76,14 +77,6 @@ def choose(names: Sequence[str]) -> dict[str, Mapping[str, TableRow]]:
         else:
             found[name] = TABLES[name]
     return found
-
-
-def check_plotting() -> None:
-    """Raises UserError where matplotlib is missing, before hours are spent."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError('plots need matplotlib: pip install "lidit-jax[eval]"') from None
 
 
 def complete(out: epath.Path, seeds: int) -> list[str]:
@@ -227,9 +220,10 @@ def _places_markdown(labels: Mapping[Row, str], results: Mapping[Row, Result]) -
 
 def _plot_table(file: epath.Path, name: str, table: Mapping[str, TableRow], results: Mapping[Row, Result]) -> None:
     """Means as bars, seeds as points on them: of three seeds, an interval says little that the points do not."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.8 + 0.55 * len(table)), sharey=True, layout="constrained")
+    figure = Figure(figsize=(11, 1.8 + 0.55 * len(table)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     at = np.arange(len(table))[::-1]
     ours = [("pairs", "#2a6fb0"), ("scenes", "#9cc3e6")]
     theirs = [("T2I-CompBench", "#c05a1c"), ("DPG-Bench", "#f0b98d")]
@@ -255,17 +249,17 @@ def _plot_table(file: epath.Path, name: str, table: Mapping[str, TableRow], resu
 
 def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[Row, Result]) -> None:
     """Means as thick lines, seeds as thin ones; rows with a token refiner have a panel of their own."""
-    import matplotlib.pyplot as plt
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     panels = {
         "features as they are": [row for row in labels if not row.refiner_blocks],
         "with a token refiner": [row for row in labels if row.refiner_blocks],
     }
     panels = {title: rows for title, rows in panels.items() if rows}
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(1 + 5 * len(panels), 5.2), sharey=True, squeeze=False, layout="constrained"
-    )
-    colors, at = plt.get_cmap("tab10"), [place + 1 for place in PLACES]
+    figure = Figure(figsize=(1 + 5 * len(panels), 5.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    colors, at = colormaps["tab10"], [place + 1 for place in PLACES]
     for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
         for i, row in enumerate(rows):
             places = results[row].places
@@ -287,10 +281,6 @@ def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[R
 
 
 def _save(figure: Any, file: epath.Path) -> None:
-    import matplotlib.pyplot as plt
-
     beside = file.with_name(f".{file.name}")
-    with beside.open("wb") as stream:
-        figure.savefig(stream, format="png", dpi=150)
+    beside.write_bytes(png_of(figure))
     beside.replace(file)
-    plt.close(figure)

@@ -16,6 +16,7 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.drawn_folder import DrawnFile, drawn_files
+from lidit_jax.evaluation.eval_extra import require_extra
 from lidit_jax.evaluation.scoring import device, load_model, load_processor, model_folder
 from lidit_jax.json_file import write_json
 from lidit_jax.weights.digest import file_digest, folder_digest
@@ -70,7 +71,7 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
       UserError: for what does not fit, before any picture is scored; or for a damaged picture. Nothing is overwritten
         but scores of the same pictures by the same models.
     """
-    require_libraries()
+    require_extra("fidelity", "torch", "torchmetrics", "transformers")
     if request.inception is None and request.clip is None:
         raise UserError("nothing to score: give --inception=FILE for FID, --clip=FOLDER for the CLIP score, or both")
     if (request.inception is None) != (request.reference is None):
@@ -102,16 +103,6 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
     said = ", ".join(f"{name} {score:.3f}" for name, score in said.items() if score is not None)
     logger.info("%s of %d pictures; %s", said, count, request.out / SCORES_FILE)
     return scores
-
-
-def require_libraries() -> None:
-    """Raises UserError if what the scores are computed by is not installed."""
-    try:
-        import torch  # noqa: F401
-        import torchmetrics  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UserError(f'fidelity needs {error.name}: pip install "lidit-jax[eval]"') from error
 
 
 def load_network(file: epath.Path) -> Any:

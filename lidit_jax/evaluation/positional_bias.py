@@ -6,7 +6,6 @@ prompt. A model whose text encoder does not favour a prompt's start has a level 
 
 import collections
 import dataclasses
-import io
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.adjective_pairs import METADATA_FILE, SAMPLES, read_pairs
+from lidit_jax.evaluation.eval_extra import png_of
 from lidit_jax.evaluation.quarters import QUARTERS, interval_by_quarter, mean_by_quarter
 from lidit_jax.evaluation.report import Report
 from lidit_jax.evaluation.scoring import ScoreRequest, open_results, read_picture, require_pictures_folder
@@ -120,9 +120,7 @@ def chart(means: Sequence[float], intervals: Sequence[Sequence[float]]) -> bytes
     axes.set_title("Positional bias", loc="left", fontsize=14, fontweight="bold", pad=26)
     axes.text(0, 1.03, "BLIP-VQA score of adjective-noun pairs (%), 95 % intervals", transform=axes.transAxes,
               color=_TEXT, fontsize=9.5)  # fmt: skip
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=160)
-    return file.getvalue()
+    return png_of(figure)
 
 
 def _means_by(parts: Sequence[Part], attribute: str) -> Mapping[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from lidit_jax.evaluation.eval_extra import png_of
 from lidit_jax.evaluation.paper_results import table_1
 from lidit_jax.json_file import write_json
 from lidit_jax.pictures import save_png
@@ -96,9 +97,7 @@ def chart(report: Report, model_name: str) -> Any:
     if len(bars) > 1:
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=len(bars), frameon=False,
                       fontsize=9, handlelength=1, handleheight=1, columnspacing=1.4)  # fmt: skip
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=160)
-    return Image.open(file).convert("RGB")
+    return Image.open(io.BytesIO(png_of(figure))).convert("RGB")
 
 
 def _draw_bars(axes: Any, names: Sequence[str], bars: Sequence[tuple[str, Mapping[str, float], str]]) -> None:

@@ -197,16 +197,6 @@ def read_picture(file: epath.Path) -> np.ndarray:
 # --- models -----------------------------------------------------------------------------------------------------
 
 
-def require_libraries() -> None:
-    """Raises UserError if what the scorers and the report import is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UserError(f'scoring needs {error.name}: pip install "lidit-jax[eval]"') from error
-
-
 @functools.cache
 def device() -> Any:
     """The torch.device on which models run: a GPU where there is one."""
