@@ -70,7 +70,7 @@ class ObjectCheck:
 
     @property
     def pair(self) -> bool:
-        """An object of this colour and shape is there."""
+        """The component that is taken for it has its colour and its shape."""
         return self.color and self.shape
 
     @property
