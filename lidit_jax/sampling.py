@@ -15,10 +15,9 @@ from lidit_jax.exported import load_exported
 from lidit_jax.pictures import grid, save_png
 from lidit_jax.pipeline import Pipeline, SampleConfig
 from lidit_jax.text.encoders import truncated_prompts
+from lidit_jax.text_file import read_text
 
 logger = logging.getLogger(__name__)
-
-MAX_PROMPTS_FILE = 64 << 20  # bytes: a larger file is hardly one of prompts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,12 +131,7 @@ def read_prompts(request: Request) -> list[str]:
     file = epath.Path(request.prompts_file)
     if not file.exists() or file.is_dir():
         raise UserError(f"--prompts_file={file}: no such file")
-    if file.stat().length > MAX_PROMPTS_FILE:
-        raise UserError(f"--prompts_file={file}: larger than {MAX_PROMPTS_FILE >> 20} MiB; is it a list of prompts?")
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompts_file={file}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    text = read_text(file, f"--prompts_file={file}", "a list of prompts")
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise UserError(f"--prompts_file={file}: no prompt in it; write one a line")

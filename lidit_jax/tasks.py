@@ -63,11 +63,16 @@ def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer
         logits = model.apply({"params": params}, sequence)[
             :, len(prefix) - 1 : -1
         ]  # [B, L, V]: each sees what is before
-        log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]  # [B, L]
-        mean = -jnp.sum(log_likelihood * mask) / jnp.sum(mask)
-        return mean, {"perplexity": jnp.exp(mean)}
+        return token_loss(logits, tokens, mask)
 
     return Task(name=name, init=init, loss=loss)
+
+
+def token_loss(logits: jax.Array, tokens: jax.Array, counted: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """logits [B, L, V], tokens int32 [B, L], counted bool [B, L] -> mean negative log-likelihood, {"perplexity": …}."""
+    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]  # [B, L]
+    mean = -jnp.sum(log_likelihood * counted) / jnp.maximum(jnp.sum(counted), 1)
+    return mean, {"perplexity": jnp.exp(mean)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ from vqa_models import picture, save_vilt
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation import dpg_score
+from lidit_jax.evaluation.benchmarks import cut
 from lidit_jax.evaluation.dpg_questions import Question, read_questions
-from lidit_jax.evaluation.dpg_score import category_scores, cut, picture_score, score
+from lidit_jax.evaluation.dpg_score import category_scores, picture_score, score
 from lidit_jax.evaluation.scoring import ScoreRequest
 from lidit_jax.pictures import save_png
 

@@ -67,4 +67,6 @@ def test_columns_without_a_score_or_without_company_are_reported(tmp_path, bench
 
 
 def test_nothing_but_nan_is_reported_too(tmp_path):
-    write_report(report_of("positional_bias", first=math.nan), epath.Path(tmp_path), "mine")
+    table = write_report(report_of("positional_bias", first=math.nan), epath.Path(tmp_path), "mine")
+    assert "| **mine** |  |" in table.splitlines()
+    assert json.loads((tmp_path / "report.json").read_text())["columns"] == {"first": None}

@@ -29,6 +29,7 @@ from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages import on_host, run_part
+from lidit_jax.tasks import token_loss
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.train import Task, TrainConfig
@@ -108,7 +109,7 @@ def next_token_task(name: str, config: LLMConfig) -> Task:
     def loss(params, frozen, batch, key, phase):
         del frozen, key, phase
         logits = model.apply({"params": params}, batch["tokens"])[:, :-1]  # [B, L - 1, V]
-        return _mean_loss(logits, batch["tokens"][:, 1:], batch["mask"][:, 1:])
+        return token_loss(logits, batch["tokens"][:, 1:], batch["mask"][:, 1:])
 
     return Task(name=name, init=lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"], loss=loss)
 
@@ -137,16 +138,9 @@ def masked_token_task(name: str, config: T5Config, mask_token: int) -> Task:
         tokens, mask = batch["tokens"], batch["mask"]
         hidden = mask & jax.random.bernoulli(key, MASKED, tokens.shape)
         logits = model.apply({"params": params}, jnp.where(hidden, mask_token, tokens), mask)
-        return _mean_loss(logits, tokens, hidden)
+        return token_loss(logits, tokens, hidden)
 
     return Task(name=name, init=init, loss=loss)
-
-
-def _mean_loss(logits: jax.Array, tokens: jax.Array, counted: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """logits [B, L, V], tokens int32 [B, L], counted bool [B, L] -> mean negative log-likelihood, perplexity."""
-    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
-    mean = -jnp.sum(log_likelihood * counted) / jnp.maximum(jnp.sum(counted), 1)
-    return mean, {"perplexity": jnp.exp(mean)}
 
 
 def _tokenizer(corpus: Corpus, instruction: str, vocab_size: int) -> PreTrainedTokenizerBase:

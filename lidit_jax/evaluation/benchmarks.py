@@ -22,8 +22,8 @@ from lidit_jax.evaluation.adjective_pairs import PositionalBias
 from lidit_jax.evaluation.attributes import KINDS
 from lidit_jax.json_file import write_json
 from lidit_jax.pictures import save_png
+from lidit_jax.text_file import read_text
 
-MAX_BYTES = 64 << 20  # of a benchmark's file: a larger one is hardly one of prompts
 MAX_NAME = 255  # bytes of a file's name
 FACTS_FILE = "drawn_with.json"  # beside the pictures: what they are of
 
@@ -104,6 +104,24 @@ class DPGBench:
         save_png(sheet, out / self.last_file(index))
 
 
+def cut(sheet: np.ndarray, pictures: int, file: epath.Path) -> list[np.ndarray]:
+    """The pictures of a grid of four, two by two, row by row; or the one that it is.
+
+    Args:
+      sheet: uint8 [2 H, 2 W, 3] if pictures is 4.
+      file: for the error.
+
+    Raises:
+      UserError: its sides are not even.
+    """
+    if pictures == 1:
+        return [sheet]
+    height, width = sheet.shape[:2]
+    if height % 2 or width % 2:
+        raise UserError(f"{file} is {width}x{height}: no grid of four pictures, two by two, of one size")
+    return [half for row in np.split(sheet, 2, axis=0) for half in np.split(row, 2, axis=1)]
+
+
 class PlainPrompts:
     """Pictures named by the number of their prompt and their own."""
 
@@ -170,12 +188,7 @@ def _lines(file: epath.Path) -> list[tuple[int, str]]:
 
 
 def _read(file: epath.Path) -> str:
-    if file.stat().length > MAX_BYTES:
-        raise UserError(f"{file}: larger than {MAX_BYTES >> 20} MiB; is it a benchmark's?")
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 (byte {error.start}); is it a benchmark's?") from None
+    return read_text(file, str(file), "a benchmark's")
 
 
 def _object(file: epath.Path, number: int, line: str, keys: Mapping[str, type]) -> dict[str, Any]:

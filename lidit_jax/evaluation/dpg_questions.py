@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from etils import epath
 
 from lidit_jax.errors import UserError
+from lidit_jax.text_file import read_text
 
-MAX_BYTES = 64 << 20  # of the questions' file: the official one has a few
 MAX_FIELD = 1 << 16  # characters
 ID, NUMBER, PARENTS, TUPLE, TEXT = COLUMNS = (
     "item_id",
@@ -52,12 +52,7 @@ def read_questions(file: epath.Path) -> tuple[dict[str, Questions], str]:
     """
     if not file.is_file():
         raise UserError(f"--questions={file}: no such file; it is dpg_bench.csv of TencentQQGYLab/ELLA")
-    if file.stat().length > MAX_BYTES:
-        raise UserError(f"--questions={file}: larger than {MAX_BYTES >> 20} MiB; is it dpg_bench.csv?")
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--questions={file}: not UTF-8 (byte {error.start}); is it dpg_bench.csv?") from None
+    text = read_text(file, f"--questions={file}", "dpg_bench.csv")
     prompts: dict[str, dict[int, Question]] = {}
     for line, row in _rows(file, text):
         prompts.setdefault(row[ID], {})[_number(file, line, row[NUMBER])] = Question(

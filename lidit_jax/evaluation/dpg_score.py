@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.benchmarks import FACTS_FILE
+from lidit_jax.evaluation.benchmarks import FACTS_FILE, cut
 from lidit_jax.evaluation.dpg_questions import Questions, read_questions
 from lidit_jax.evaluation.report import Report
 from lidit_jax.evaluation.scoring import ScoreRequest, open_results, read_picture, require_pictures_folder
@@ -90,24 +90,6 @@ def category_scores(
             for number, question in prompts[name].items():
                 found[question.broad_category if broad else question.category].append(answers[number])
     return {category: (float(np.mean(found[category])), len(found[category])) for category in sorted(found)}
-
-
-def cut(sheet: np.ndarray, pictures: int, file: epath.Path) -> list[np.ndarray]:
-    """The pictures of a grid of four, two by two, row by row; or the one that it is.
-
-    Args:
-      sheet: uint8 [2 H, 2 W, 3] if pictures is 4.
-      file: for the error.
-
-    Raises:
-      UserError: its sides are not even.
-    """
-    if pictures == 1:
-        return [sheet]
-    height, width = sheet.shape[:2]
-    if height % 2 or width % 2:
-        raise UserError(f"{file} is {width}x{height}: no grid of four pictures, two by two, of one size")
-    return [half for row in np.split(sheet, 2, axis=0) for half in np.split(row, 2, axis=1)]
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from lidit_jax import experiment
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.benchmarks import FACTS_FILE, Benchmark, open_benchmark
+from lidit_jax.evaluation.claimed_folder import check_claim, read_claim
 from lidit_jax.evaluation.scene_benchmark import ShapesBenchmark
 from lidit_jax.experiment import Experiment
 from lidit_jax.json_file import write_json
@@ -126,29 +127,14 @@ def _digest(text: str) -> str:
 
 def _claim(out: epath.Path, facts: dict[str, Any]) -> None:
     """Notes in the folder what it holds. Raises UserError if it holds something else; nothing is overwritten."""
-    file = out / FACTS_FILE
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file: name a folder")
-    if file.exists():
-        try:
-            found = json.loads(file.read_text())
-        except ValueError:
-            found = None
-        if not isinstance(found, dict):
-            raise UserError(f"{file} is damaged: name another --out")
-        for key, value in facts.items():
-            if found.get(key) != value:
-                raise UserError(
-                    f"--out={out} has pictures of another {key} ({found.get(key)!r:.80}, now {value!r:.80}): name "
-                    "another folder"
-                )
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"--out={out} is not empty and has no {FACTS_FILE}: name another folder")
+    found = read_claim(out, FACTS_FILE)
+    if found is not None:
+        check_claim(out, "pictures", found, facts, facts)
     multihost_utils.sync_global_devices("looked at the folder")
-    if jax.process_index() == 0 and not file.exists():
+    if jax.process_index() == 0 and found is None:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            write_json(file, facts)
+            write_json(out / FACTS_FILE, facts)
         except OSError as error:
             raise UserError(f"--out={out} can't be written ({error.strerror or error}); name another") from error
 

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.benchmarks import FACTS_FILE, open_benchmark
+from lidit_jax.evaluation.benchmarks import FACTS_FILE, cut, open_benchmark
 from lidit_jax.evaluation.scoring import read_picture
 from lidit_jax.weights.folders import is_there
 
@@ -38,15 +38,7 @@ class DrawnFile:
 
     def read(self) -> Iterator[np.ndarray]:
         """uint8 [H, W, 3] each. Raises UserError for a damaged file, or a sheet that can't be cut into four."""
-        picture = read_picture(self.file)
-        if self.pictures == 1:
-            yield picture
-            return
-        height, width, _ = picture.shape
-        if height % 2 or width % 2:
-            raise UserError(f"{self.file} is no sheet of four pictures: it has {width}x{height} pixels")
-        for row in np.split(picture, 2):
-            yield from np.split(row, 2, axis=1)
+        yield from cut(read_picture(self.file), self.pictures, self.file)
 
 
 def picture_files(folder: epath.Path, flag: str) -> list[epath.Path]:

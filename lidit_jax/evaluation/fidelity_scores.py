@@ -5,7 +5,6 @@ imported when a score is asked for.
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import tqdm
 from etils import epath
 
 from lidit_jax.errors import UserError
+from lidit_jax.evaluation.claimed_folder import check_claim, read_claim
 from lidit_jax.evaluation.drawn_folder import DrawnFile, drawn_files
 from lidit_jax.evaluation.eval_extra import require_extra
 from lidit_jax.evaluation.scoring import device, load_model, load_processor, model_folder
@@ -85,7 +85,8 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
     if request.reference is not None and min(count, request.reference.count) < 2:
         raise UserError(f"FID needs 2 pictures at least: there are {count}, and {request.reference.count} to compare")
     scores = _facts(request) | {"num_pictures": count}
-    _check_out(request.out, scores)
+    if (found := read_claim(request.out, SCORES_FILE)) is not None:
+        check_claim(request.out, "scores", found, scores, FACTS)
     fid = None if request.inception is None else FrechetDistance(load_network(request.inception))
     clip = None if request.clip is None else ClipScore(request.clip)
 
@@ -235,27 +236,6 @@ def _digest(file: epath.Path) -> str:
     if not file.exists() or file.is_dir():
         raise UserError(f"--inception={file}: no such file; name a .safetensors file of FID's Inception weights")
     return file_digest(file)
-
-
-def _check_out(out: epath.Path, facts: Mapping[str, Any]) -> None:
-    """Raises UserError if the folder has something else than scores of these pictures."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file: name a folder")
-    file = out / SCORES_FILE
-    if not file.exists():
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"--out={out} is not empty and has no {SCORES_FILE}: name another folder")
-        return
-    try:
-        found = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError):
-        raise UserError(f"{file} is damaged: name another --out") from None
-    for key in FACTS:
-        if found.get(key) != facts[key]:
-            raise UserError(
-                f"--out={out} has scores of another {key} ({found.get(key)!r:.80}, now {facts[key]!r:.80}): name "
-                "another folder"
-            )
 
 
 def _write(out: epath.Path, scores: Mapping[str, Any]) -> None:

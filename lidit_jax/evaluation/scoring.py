@@ -18,6 +18,7 @@ from etils import epath
 from lidit_jax.data.decoding import BrokenPicture, decode
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.benchmarks import FACTS_FILE
+from lidit_jax.evaluation.claimed_folder import check_claim, read_claim
 from lidit_jax.json_file import write_json
 from lidit_jax.weights.digest import folder_digest
 from lidit_jax.weights.folders import find_folder, is_there
@@ -134,26 +135,14 @@ def open_results(
 
 def _claimed(file: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The results that are there. Raises UserError if they are of something else."""
-    out = file.parent
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file: name a folder")
-    if not file.exists():
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"--out={out} is not empty and has no {RESULTS_FILE}: name another folder")
+    found = read_claim(file.parent, file.name)
+    if found is None:
         return {}
-    try:
-        found = json.loads(file.read_text())
-        of, results = dict(found["facts"]), dict(found["results"])
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged: name another --out") from None
-    if not results:
-        return {}  # a run that ended before its first picture claims nothing
-    for key in sorted({*of, *facts}):
-        if of.get(key) != facts.get(key):
-            raise UserError(
-                f"--out={out} has results of another {key} ({of.get(key)!r:.80}, now {facts.get(key)!r:.80}): name "
-                "another folder"
-            )
+    of, results = found.get("facts"), found.get("results")
+    if not isinstance(of, dict) or not isinstance(results, dict):
+        raise UserError(f"{file} is damaged: name another --out")
+    if results:  # a run that ended before its first picture claims nothing
+        check_claim(file.parent, "results", of, facts, sorted({*of, *facts}))
     return results
 
 

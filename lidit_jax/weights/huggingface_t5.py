@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def load_t5_encoder(
     config = t5_config(read_config(folder), folder / CONFIG_FILE, dtype=dtype, attention=attention)
     with SafetensorsFolder(folder, WEIGHTS_STEM) as weights:
         boxed = _boxed_parameters(config)
-        names = {path: _stored_names(config, path, weights) for path in boxed}
+        names = {path: _stored_names(config, path, weights.names) for path in boxed}
         params = place_parameters(weights, boxed, names, Placement(mesh, rules), dtype=dtype, belonging=(BLOCKS,))
     return config, params
 
@@ -121,12 +121,8 @@ def save_t5_encoder(
     tensors = {}
     for path, array in flax.traverse_util.flatten_dict(nn.meta.unbox(params)).items():
         array = np.asarray(array, np.float32)
-        if path[0] == "layers":
-            names = [f"{BLOCKS}{block}.{BLOCK_MODULES[path[1]]}.weight" for block in range(config.num_layers)]
-            for name, value in zip(names, array, strict=True):
-                tensors[name] = np.ascontiguousarray(value.T) if path[-1] == "kernel" else value
-        else:
-            tensors[EMBEDDINGS[-1] if path[0] == "embed_tokens" else OUTSIDE_BLOCKS[path[0]]] = array
+        for name, value in zip(_stored_names(config, path), array if path[0] == "layers" else [array], strict=True):
+            tensors[name] = np.ascontiguousarray(value.T) if path[-1] == "kernel" else value
     with new_folder(folder) as scratch:
         (scratch / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, scratch / f"{WEIGHTS_STEM}.safetensors", metadata={"format": "pt"})
@@ -188,10 +184,10 @@ def _boxed_parameters(config: T5Config) -> dict[tuple[str, ...], nn.LogicallyPar
     return flax.traverse_util.flatten_dict(shapes["params"])
 
 
-def _stored_names(config: T5Config, path: tuple[str, ...], weights: SafetensorsFolder) -> list[str]:
-    """transformers' names: one a block, or one in all."""
+def _stored_names(config: T5Config, path: tuple[str, ...], there: Collection[str] = ()) -> list[str]:
+    """transformers' names: one a block, or one in all; of those that mean the same, the one that is there."""
     if path[0] == "layers":
         return [f"{BLOCKS}{block}.{BLOCK_MODULES[path[1]]}.weight" for block in range(config.num_layers)]
     if path[0] == "embed_tokens":
-        return [next((name for name in EMBEDDINGS if name in weights.names), EMBEDDINGS[-1])]
+        return [next((name for name in EMBEDDINGS if name in there), EMBEDDINGS[-1])]
     return [OUTSIDE_BLOCKS[path[0]]]
