@@ -53,6 +53,8 @@ def get_config(row: str = "") -> ConfigDict:
         "hidden_size": 1152,
         "num_heads": 16,
         "patch_size": 2,  # paper
+        "position": "conv+rope",  # ours; the paper: "conv"
+        "position_grid": 16,  # ours: tokens a side at 256 px
         "latent_channels": 16,  # paper
         "mlp_ratio": 4.0,
         "refiner_rotary": True,  # ours

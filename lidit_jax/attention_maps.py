@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lidit_jax.models.layers import Attention, rotated
+from lidit_jax.models.layers import Attention, rotate_query_and_key
+from lidit_jax.models.rotary import RotaryTables
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -49,8 +50,8 @@ def _weights(
     x: jax.Array,
     context: jax.Array | None = None,
     key_mask: jax.Array | None = None,
-    positions: jax.Array | None = None,
-    context_positions: jax.Array | None = None,
+    rotary: RotaryTables | None = None,
+    context_rotary: RotaryTables | None = None,
 ) -> jax.Array:
     """What `Attention` does between its projections and the values; the last arguments are those of its call."""
 
@@ -58,9 +59,8 @@ def _weights(
         projected = outputs[(*attention.path, f"{name}_norm" if attention.qk_norm else name)]
         return projected.reshape(*projected.shape[:2], attention.num_heads, -1)
 
-    query, key = heads("query"), heads("key")  # [B, Lq, H, D], [B, Lk, H, D]
-    if positions is not None:
-        query, key = rotated(query, key, positions, context_positions)
+    # [B, Lq, H, D], [B, Lk, H, D]
+    query, key = rotate_query_and_key(heads("query"), heads("key"), rotary, context_rotary)
     logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     mask = jnp.ones(logits.shape[-2:], bool)
     if attention.is_causal:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import logging
 import re
 import types
 import typing
@@ -14,6 +15,8 @@ from ml_collections import ConfigDict
 
 from lidit_jax.errors import UserError
 from lidit_jax.json_file import write_json
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -104,9 +107,10 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, m
             "train.steps" if "train" in config else "vae.train.steps"
         ):  # of the part that is trained last
             continue
+        restore = f"give --config.{key}={before[key]}, or " if key in before else ""
         raise UserError(
             f"{workdir} belongs to another config: {key} was {before.get(key, 'absent')!r}, "
-            f"now {now.get(key, 'absent')!r}; use another --workdir"
+            f"now {now.get(key, 'absent')!r}; {restore}use another --workdir"
         )
     if write:
         write_json(file, _plain(config))
@@ -127,6 +131,10 @@ def read_workdir(workdir: epath.Path) -> ConfigDict:
             raise ValueError("not an object")
     except ValueError as error:
         raise UserError(f"{file}: not a run's config ({error})") from error
+    model = values.get("model")
+    if isinstance(model, dict) and "position" not in model:
+        logger.warning("%s is from before model.position: the model has the positions of that time, 'conv'", file)
+        model["position"] = "conv"
     return ConfigDict(values)
 
 

@@ -12,6 +12,7 @@ A workdir describes itself:
 A config without the sections that belong to LI-DiT is of a VAE alone.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +55,8 @@ LIDIT = "lidit"
 SECTIONS = ("seed", "mesh", "data", "vae")  # of every config
 LIDIT_SECTIONS = ("text", "encoders", "model", "diffusion", "train", "sample")  # all of them or, for a VAE alone, none
 OPTIONAL_SECTIONS = ("start_from", "evaluate")
+# Fields of the model's config that change how it is computed and not what.
+FREE_FIELDS = ("remat", "scan_unroll", "attention", "dtype")
 # The kinds of decoder-only LLMs that a run can train for itself, by what transformers calls them.
 LLM_FAMILIES = {"llama": {"attention_bias": False}, "qwen2": {"attention_bias": True}}
 
@@ -82,6 +85,9 @@ class Experiment:
         self.encoders = {
             name: build(EncoderConfig, config.encoders[name], f"encoders.{name}") for name in config.encoders
         }
+        if "position" not in config.model:
+            # Weights fit several positions, so a workdir must say which it was trained with, whatever the default.
+            raise UserError(f"config key model.position is missing: {LIDiTConfig.position!r} is recommended")
         self.model = LIDiT(build(LIDiTConfig, config.model, "model"))
         self.schedule: Schedule = make_schedule(**config.diffusion)
         self.train = build(TrainConfig, config.train, "train")
@@ -287,6 +293,22 @@ class Experiment:
         """What the checkpoint says of the weights that are not in it."""
         digests = {f"encoders.{name}": self._encoder_digest(name) for name in self.encoders}
         return digests | {"vae": folder_digest(self.vae_folder())}
+
+
+def check_start(config: ConfigDict, theirs: ConfigDict, source: epath.Path) -> None:
+    """Raises UserError unless the model of a run computes the same as the one whose weights it starts from.
+
+    Shapes do not tell: weights of one model.position, say, fit others too.
+    """
+    for field in dataclasses.fields(LIDiTConfig):
+        if field.name in FREE_FIELDS:
+            continue
+        ours, other = (model.get(field.name, field.default) for model in (config.model, theirs.model))
+        if ours != other:
+            raise UserError(
+                f"config key model.{field.name} is {ours!r}, in {source} it is {other!r}: give "
+                f"--config.model.{field.name}={other}"
+            )
 
 
 def load(

@@ -1,6 +1,5 @@
 """The way back from a folder for diffusers: to draw with it, or to train on from it."""
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +10,7 @@ from ml_collections import ConfigDict
 
 from lidit_jax.checkpoint import check_same_model
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import Experiment
-from lidit_jax.models.lidit import LIDiTConfig
+from lidit_jax.experiment import Experiment, check_start
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.weights.diffusers_folder import INDEX_FILE, read_folder
@@ -20,9 +18,6 @@ from lidit_jax.weights.folders import is_there
 from lidit_jax.weights.torch_lidit import load_lidit
 
 logger = logging.getLogger(__name__)
-
-# Of the model's config, what changes how it is computed and not what.
-FREE_FIELDS = ("remat", "scan_unroll", "attention", "dtype")
 
 
 def is_exported(folder: epath.Path) -> bool:
@@ -71,13 +66,7 @@ def start_from_exported(config: ConfigDict, folder: epath.Path) -> ConfigDict:
             f"the config's encoders are {', '.join(config.encoders)}, those of {folder} are "
             f"{', '.join(theirs.encoders)}: use the same names"
         )
-    for field in dataclasses.fields(LIDiTConfig):
-        value = config.model.get(field.name, field.default)
-        if field.name not in FREE_FIELDS and value != theirs.model.get(field.name, field.default):
-            raise UserError(
-                f"config key model.{field.name} is {value!r}, in {folder} it is {theirs.model[field.name]!r}: give "
-                f"--config.model.{field.name}={theirs.model[field.name]}"
-            )
+    check_start(config, theirs, folder)
     for section in ("text", "diffusion"):
         for key, value in theirs[section].items():
             if config[section].get(key, value) != value:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from lidit_jax import tasks
 from lidit_jax.checkpoint import Checkpoints, load_weights, require_checkpoint, steps_taken
-from lidit_jax.config import build, claim_workdir
+from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
@@ -27,7 +27,7 @@ from lidit_jax.evaluation.reconstruction import (
     is_judged,
 )
 from lidit_jax.evaluation.scenes import SceneEvaluation, evaluate_scenes
-from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.experiment import LIDIT, Experiment, check_start
 from lidit_jax.exported import is_exported, load_params
 from lidit_jax.metrics import Metrics
 from lidit_jax.models.discriminator import PatchDiscriminator
@@ -40,6 +40,7 @@ from lidit_jax.pipeline import Pipeline
 from lidit_jax.text.encoders import StoredEncoding, tokenize
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.train import Task, TrainConfig, Trainer, TrainState, check_batch_size, train
+from lidit_jax.weights.diffusers_folder import read_folder
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
 from lidit_jax.weights.digest import file_digest, folder_digest
 from lidit_jax.weights.huggingface_llm import save_llm
@@ -93,11 +94,16 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def _check_start(experiment: Experiment) -> None:
-    """Raises UserError if a new run is to start from weights that are not there."""
+    """Raises UserError if a new run is to start from weights that are not there, or are of a model that differs."""
     other = epath.Path(experiment.config.get("start_from") or "")
     begun = experiment.has_lidit and steps_taken(experiment.training_folder(LIDIT) / "checkpoints")
-    if experiment.config.get("start_from") and not begun and not is_exported(other):
-        require_checkpoint(other / "training" / LIDIT / "checkpoints")
+    if not experiment.config.get("start_from") or begun:
+        return
+    if is_exported(other):
+        check_start(experiment.config, read_folder(other), other)
+        return
+    require_checkpoint(other / "training" / LIDIT / "checkpoints")
+    check_start(experiment.config, read_workdir(other), other)
 
 
 @contextlib.contextmanager

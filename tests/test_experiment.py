@@ -17,7 +17,9 @@ from PIL import Image
 
 from lidit_jax import experiment, stages
 from lidit_jax.checkpoint import load_weights
+from lidit_jax.config import claim_workdir, read_workdir
 from lidit_jax.errors import UserError
+from lidit_jax.experiment import Experiment
 from lidit_jax.models import vae_tiling
 from lidit_jax.models.vae_tiling import decode_in_tiles
 from lidit_jax.sampling import Request, draw_to_folder
@@ -180,6 +182,49 @@ def test_a_workdir_of_another_config_is_refused_and_kept(trained_workdir):
     with pytest.raises(UserError, match=r"another config: model\.depth was 2, now 3"):
         stages.run(config, trained_workdir)
     assert (trained_workdir / "config.json").read_bytes() == before
+
+
+def without_position(workdir, copy):
+    """A copy of a run's config.json as it was before there was `model.position`."""
+    values = json.loads((workdir / "config.json").read_text())
+    del values["model"]["position"]
+    copy.mkdir()
+    (copy / "config.json").write_text(json.dumps(values))
+    return epath.Path(copy)
+
+
+def test_a_workdir_from_before_model_position_has_conv(trained_workdir, tmp_path):
+    old = without_position(trained_workdir, tmp_path / "old")
+    assert read_workdir(old).model.position == "conv"
+    config = tiny_config()
+    config.model.position = "conv"
+    claim_workdir(old, config)
+    assert json.loads((old / "config.json").read_text())["model"]["position"] == "conv"
+
+
+def test_an_old_workdir_is_not_resumed_with_another_position(trained_workdir, tmp_path):
+    old = without_position(trained_workdir, tmp_path / "old")
+    config = tiny_config()
+    config.model.position = "sincos"
+    with pytest.raises(UserError, match=r"position was 'conv', now 'sincos'; give --config\.model\.position=conv, or"):
+        claim_workdir(old, config)
+
+
+def test_a_config_without_a_position_is_rejected(tmp_path):
+    config = tiny_config()
+    del config.model.position
+    with pytest.raises(UserError, match=r"config key model\.position is missing"):
+        Experiment(config, epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize(("field", "value"), [("position", "sincos"), ("position_grid", 7), ("refiner_causal", True)])
+def test_fine_tuning_does_not_start_from_a_model_that_computes_something_else(trained_workdir, tmp_path, field, value):
+    config = tiny_config()
+    theirs = config.model[field]
+    config.start_from, config.model[field] = str(trained_workdir), value
+    with pytest.raises(UserError, match=rf"model\.{field} is {value!r}, in .*: give --config\.model\.{field}={theirs}"):
+        stages.run(config, epath.Path(tmp_path / "tuned"))
+    assert not (tmp_path / "tuned").exists()
 
 
 def test_a_workdir_without_a_run_is_said(tmp_path):

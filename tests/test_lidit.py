@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lidit_jax.errors import UserError
 from lidit_jax.models.dit import patchify, unpatchify
 from lidit_jax.models.lidit import LIDiT, LIDiTConfig, TextFeatures, num_parameters
-from lidit_jax.models.refiners import CollaborativeRefiner, LinguisticTokenRefiner
+from lidit_jax.models.refiners import CollaborativeRefiner, LinguisticTokenRefiner, text_rotary_tables
 
 WIDTH = 32
 SMALL = {"depth": 2, "hidden_size": WIDTH, "num_heads": 4, "patch_size": 1, "latent_channels": 4, "dtype": "float32"}
@@ -112,11 +112,11 @@ def reversed_tokens(x):
 @pytest.mark.parametrize("rotary", [False, True])
 def test_the_token_refiner_knows_the_order_of_tokens_only_by_rotary_positions(rotary):
     x, mask, conditioning = normal(0, (2, 6, WIDTH)), jnp.ones((2, 6), bool), normal(1, (2, WIDTH))
-    positions = jnp.arange(6) if rotary else None
-    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4), x, mask, conditioning, positions)
+    tables = text_rotary_tables(jnp.arange(6), WIDTH // 4) if rotary else None
+    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4), x, mask, conditioning, tables)
     params = opened(params)
-    refined = apply(params, x, mask, conditioning, positions)
-    of_reversed = apply(params, reversed_tokens(x), mask, conditioning, positions)
+    refined = apply(params, x, mask, conditioning, tables)
+    of_reversed = apply(params, reversed_tokens(x), mask, conditioning, tables)
     assert (np.abs(reversed_tokens(of_reversed) - refined).max() > 1e-3) == rotary
 
 
@@ -125,20 +125,21 @@ def test_a_collaborative_branch_knows_the_order_of_the_others_tokens_only_by_rot
     branches = [normal(0, (2, 6, WIDTH)), normal(1, (2, 4, WIDTH))]
     masks = [jnp.ones(x.shape[:2], bool) for x in branches]
     conditionings = [normal(3 + i, (2, WIDTH)) for i in range(2)]
-    positions = [jnp.arange(6), jnp.arange(4)] if rotary else None
-    params, apply = refiner_and_params(CollaborativeRefiner(1, 4), branches, masks, conditionings, positions)
+    tables = [text_rotary_tables(jnp.arange(n), WIDTH // 4) for n in (6, 4)] if rotary else None
+    params, apply = refiner_and_params(CollaborativeRefiner(1, 4), branches, masks, conditionings, tables)
     params = opened(params)
-    refined = apply(params, branches, masks, conditionings, positions)[0]
-    of_reversed = apply(params, [branches[0], reversed_tokens(branches[1])], masks, conditionings, positions)[0]
+    refined = apply(params, branches, masks, conditionings, tables)[0]
+    of_reversed = apply(params, [branches[0], reversed_tokens(branches[1])], masks, conditionings, tables)[0]
     assert (np.abs(of_reversed - refined).max() > 1e-4) == rotary
 
 
 def test_only_the_distance_between_refined_tokens_matters_not_where_counting_starts():
     x, mask, conditioning = normal(0, (2, 6, WIDTH)), jnp.ones((2, 6), bool), normal(1, (2, WIDTH))
-    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4), x, mask, conditioning, jnp.arange(6))
+    tables, shifted_tables = (text_rotary_tables(jnp.arange(6) - start, WIDTH // 4) for start in (0, 3))
+    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4), x, mask, conditioning, tables)
     params = opened(params)
-    shifted = apply(params, x, mask, conditioning, jnp.arange(6) - 3)
-    np.testing.assert_allclose(shifted, apply(params, x, mask, conditioning, jnp.arange(6)), atol=1e-5)
+    shifted = apply(params, x, mask, conditioning, shifted_tables)
+    np.testing.assert_allclose(shifted, apply(params, x, mask, conditioning, tables), atol=1e-5)
 
 
 def test_positions_count_from_the_prompts_first_token():
@@ -148,7 +149,7 @@ def test_positions_count_from_the_prompts_first_token():
 def test_an_odd_head_size_is_refused_where_positions_are_rotary():
     with pytest.raises(UserError, match="refiner_rotary=False"):
         LIDiTConfig(depth=1, hidden_size=12, num_heads=4)
-    LIDiTConfig(depth=1, hidden_size=12, num_heads=4, refiner_rotary=False)
+    LIDiTConfig(depth=1, hidden_size=12, num_heads=4, refiner_rotary=False, position="conv")
     for wrong in ({"mlp_ratio": 1e-9}, {"refiner_mlp_ratio": 1e-9}, {"scan_unroll": 0}, {"hidden_size": 2}):
         with pytest.raises(UserError, match=f"model.{next(iter(wrong))}="):
             LIDiTConfig(**{"depth": 1, "hidden_size": 16, "num_heads": 1} | wrong)

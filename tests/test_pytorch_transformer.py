@@ -124,6 +124,12 @@ def fresh(tiny):
         ([LLAMA, Text(10, 0, 5)], {"refiner_rotary": False, "refiner_causal": True}, 2, 4),
         ([Text(10, 0, 1)], {"refiner_blocks": 0, "mlp_ratio": 2.5}, 2, 2),
         ([QWEN, T5], {"refiner_blocks": 2, "collaborative_blocks": 0, "refiner_causal": True}, 4, 4),
+        ([LLAMA], {"position": "conv"}, 4, 6),
+        ([LLAMA], {"position": "sincos", "position_grid": 3, "hidden_size": 18, "num_heads": 3}, 4, 6),
+        ([LLAMA], {"position": "conv+sincos+rope", "position_grid": 5}, 4, 6),
+        # Grids and head sizes of the 1B and the 10B model.
+        ([QWEN], {"position": "rope", "hidden_size": 144, "depth": 1}, 32, 32),
+        ([QWEN], {"position": "sincos+rope", "hidden_size": 128, "depth": 1, "position_grid": 32}, 48, 80),
     ],
 )
 def test_it_predicts_what_flax_predicts(texts, changes, height, width):

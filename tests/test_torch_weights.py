@@ -87,6 +87,8 @@ def assert_same(params, leaves):
         ({"depth": 12, "refiner_gated": False, "patch_size": 1}, (8,)),
         ({"collaborative_blocks": 2, "mlp_ratio": 2.5, "refiner_blocks": 2}, (8, 6, 4)),
         ({"fusion": "concatenate", "refiner_causal": True, "refiner_rotary": False, "refiner_blocks": 0}, (8, 6)),
+        ({"position": "conv"}, (8,)),
+        ({"position": "sincos+rope", "position_grid": 32}, (8,)),
     ],
 )
 def test_what_is_written_is_read_again_bit_by_bit(changes, text_widths, tmp_path):
@@ -241,7 +243,7 @@ def test_parameters_of_another_model_are_not_written(leaves, tmp_path):
     [
         ({"_class_name": "SD3Transformer2DModel"}, "'SD3Transformer2DModel', not 'LIDiTTransformer2DModel'"),
         ({"_class_name": DELETED}, "_class_name is None"),
-        ({"format_version": 2}, "format_version=2 is newer than 1, which this program reads"),
+        ({"format_version": 3}, "format_version=3 is newer than 2, which this program reads"),
         ({"format_version": "1"}, "format_version='1' is not a whole number"),
         ({"format_version": DELETED}, "format_version=None"),
         ({"positions": "2d"}, "key 'positions' is unknown"),
@@ -254,6 +256,10 @@ def test_parameters_of_another_model_are_not_written(leaves, tmp_path):
         ({"mlp_ratio": "4"}, "mlp_ratio='4' is not a positive number"),
         ({"refiner_gated": 1}, "refiner_gated=1 is not true or false"),
         ({"fusion": []}, r"fusion=\[\] is unknown"),
+        ({"position": 2}, "position=2 is not a string"),
+        ({"position": "table"}, "model.position='table' is unknown"),
+        ({"position": DELETED}, "position is missing"),
+        ({"position_grid": 0}, "position_grid=0 is not a positive whole number"),
         ({"text_widths": 24}, "text_widths is not a list of 1 to 64 widths"),
         ({"text_widths": []}, "text_widths is not a list"),
         ({"text_widths": [24, "10"]}, "text_widths='10'"),
@@ -265,6 +271,17 @@ def test_a_config_that_cannot_be_is_refused(folder, changes, message):
         with pytest.raises(UserError, match=message) as error:
             read(folder)
         assert "\n" not in str(error.value)
+
+
+def test_a_folder_of_format_1_has_the_position_of_its_time(tmp_path):
+    config = dataclasses.replace(CONFIG, position="conv")
+    leaves = random_leaves(config)
+    save_lidit(tmp_path, config, leaves)
+    change_config(tmp_path, format_version=1, position=DELETED, position_grid=DELETED)
+    fields, _, params = load_lidit(tmp_path)
+    assert fields["position"] == "conv"
+    assert_same(params, leaves)
+    assert LIDiTTransformer2DModel.from_pretrained(tmp_path).dit.position == ("conv",)
 
 
 def test_what_diffusers_notes_down_for_itself_is_left_alone(folder):

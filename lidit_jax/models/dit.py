@@ -1,4 +1,4 @@
-"""The diffusion transformer of LI-DiT (paper section 3.3, Figure 5 right): latents and text in, noise out."""
+"""The diffusion transformer of LI-DiT (paper section 3.2, Figure 5 right): latents and text in, noise out."""
 
 from typing import Any
 
@@ -15,10 +15,19 @@ from lidit_jax.models.layers import (
     Dense,
     FeedForward,
     Modulation,
-    in_use,
     layer_norm,
     modulate,
 )
+from lidit_jax.models.positions import (
+    CONV,
+    ROPE,
+    SINCOS,
+    ConvPositionEmbedding,
+    parse_position,
+    rope_tables,
+    sincos_embedding,
+)
+from lidit_jax.models.rotary import RotaryTables
 
 _kernels = jax.checkpoint_policies.save_only_these_names(splash_attention.CHECKPOINT_NAME)
 _dots = jax.checkpoint_policies.save_from_both_policies(
@@ -42,50 +51,6 @@ REMAT_POLICIES = {
 }
 
 
-class ConvPositionEmbedding(nn.Module):
-    """A convolutional ResBlock on the grid of tokens, in place of a table of positions.
-
-    Its zero padding is what tells a token where the borders are, at any resolution. The inner width is a quarter of
-    the outer (ours), so that the block stays under one percent of the model.
-    """
-
-    bottleneck: int = 4
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, h, w, C] -> [B, h, w, C]."""
-        features = x.shape[-1]
-        inner = features // self.bottleneck
-        h = Conv3x3(inner, ("embed", "conv_out"), self.dtype, name="conv_in")(nn.silu(layer_norm(x)))
-        h = Conv3x3(features, ("conv_out", "embed"), self.dtype, name="conv_out")(nn.silu(layer_norm(h)))
-        return x + h
-
-
-class Conv3x3(nn.Module):
-    """Convolution over [B, h, w, C] that keeps the size; its kernel's last axes are the logical `axes`."""
-
-    features: int
-    axes: tuple[str, str]
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        axes = (None, None, *self.axes)
-        kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-        bias_init = nn.with_logical_partitioning(ZERO_INIT, (self.axes[1],))
-        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            in_use(kernel, axes, self.dtype),
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return y + bias.astype(self.dtype)
-
-
 class LIDiTBlock(nn.Module):
     """Self-attention, cross-attention to the text, FFN; each between scale+shift and a gate (nine vectors in all)."""
 
@@ -96,9 +61,16 @@ class LIDiTBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, text: jax.Array, text_mask: jax.Array, conditioning: jax.Array
+        self,
+        x: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+        conditioning: jax.Array,
+        rotary: RotaryTables | None = None,
     ) -> tuple[jax.Array, None]:
-        """x [B, N, C], text [B, M, C], text_mask bool [B, M], conditioning [B, C] -> (x [B, N, C], None)."""
+        """x [B, N, C], text [B, M, C], text_mask bool [B, M], conditioning [B, C], rotary tables of N positions or None
+        -> (x [B, N, C], None).
+        """
         x = nn.with_logical_constraint(x, ACTIVATION)
         attention = {"qk_norm": True, "implementation": self.implementation, "dtype": self.dtype}
         self_attention = Attention(self.num_heads, **attention, name="self_attention")
@@ -110,20 +82,25 @@ class LIDiTBlock(nn.Module):
             y = layer(modulate(layer_norm(x), shift, scale).astype(self.dtype))
             return x + (gate[:, None] * y.astype(jnp.float32)).astype(x.dtype)
 
-        x = sublayer(x, self_attention, *vectors[0:3])
+        x = sublayer(x, lambda h: self_attention(h, rotary=rotary), *vectors[0:3])
         x = sublayer(x, lambda h: cross_attention(h, text, key_mask=text_mask), *vectors[3:6])
         x = sublayer(x, feed_forward, *vectors[6:9])
         return x, None  # (carry, nothing collected): the signature that nn.scan wants
 
 
 class DiT(nn.Module):
-    """Patchify, position ResBlock, `depth` blocks under one scan, adaLN output. Any size that the patch divides."""
+    """Patchify, positions, `depth` blocks under one scan, adaLN output. Any size that the patch divides.
+
+    `position` and `position_grid` are as in `LIDiTConfig`.
+    """
 
     depth: int
     hidden_size: int
     num_heads: int
     patch_size: int
     out_channels: int
+    position: str
+    position_grid: int
     mlp_ratio: float = 4.0
     remat: str = "full"
     scan_unroll: int = 1
@@ -145,10 +122,17 @@ class DiT(nn.Module):
 
         x = patchify(latents, patch)  # [B, h, w, patch^2 C_in]
         x = Dense(self.hidden_size, (None, "embed"), dtype=self.dtype, name="patch_embedding")(x)
-        x = ConvPositionEmbedding(dtype=self.dtype, name="position_embedding")(x)
+        positions, rotary = parse_position(self.position), None
+        if SINCOS in positions:
+            x = x + sincos_embedding(h, w, self.hidden_size, self.position_grid).astype(x.dtype)
+        if CONV in positions:
+            x = ConvPositionEmbedding(dtype=self.dtype, name="position_embedding")(x)
+        if ROPE in positions:
+            rotary = rope_tables(h, w, self.hidden_size // self.num_heads, self.position_grid)
         x = x.reshape(batch, h * w, self.hidden_size)  # [B, N, C]
+        self.sow("intermediates", "tokens", x)
 
-        x, _ = self._blocks()(x, text, text_mask, conditioning)
+        x, _ = self._blocks()(x, text, text_mask, conditioning, rotary)
 
         shift, scale = Modulation(2, self.hidden_size, dtype=self.dtype, name="final_modulation")(conditioning)
         x = modulate(layer_norm(x), shift, scale)
@@ -163,7 +147,7 @@ class DiT(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast,) * 4,
             length=self.depth,
             unroll=self.scan_unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lidit_jax.models.lidit import LIDiTConfig
 from lidit_jax.models.llm import LLMConfig
+from lidit_jax.models.positions import CONV, parse_position
 from lidit_jax.models.t5 import T5Config
 from lidit_jax.models.vae_config import VAEConfig
 
@@ -72,7 +73,8 @@ def lidit_forward(
             sample += config.collaborative_blocks * _collaborative_branch(config, one.total, total - one.total)
 
     sample += dense(tokens, patch, width)  # patch embedding
-    sample += 2 * 9 * dense(tokens, width, width // 4)  # position ResBlock
+    if CONV in parse_position(config.position):
+        sample += 2 * 9 * dense(tokens, width, width // 4)  # position ResBlock
     sample += config.depth * _dit_block(config, tokens, condition)
     sample += dense(1, width, 2 * width) + dense(tokens, width, patch)  # output
     return batch_size * sample + shared

@@ -15,15 +15,12 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.rotary import rotary_tables, rotate
+from lidit_jax.models.rotary import RotaryTables, rotate
 
 # Xavier-uniform, as DiT and its descendants use for transformer matrices.
 KERNEL_INIT = nn.initializers.xavier_uniform()
 # Zero: a gate or an output that starts closed leaves the residual stream untouched (adaLN-zero, DiT section 3.2).
 ZERO_INIT = nn.initializers.zeros_init()
-# Prompts are short: with a base of 100 a third of the angles make a turn within thirty tokens, with LLMs' 10,000 a
-# sixth, and neighbours are found sooner. The slowest takes over 500 tokens for a turn: no two positions look alike.
-ROTARY_THETA = 100.0
 # What models compute in. Half precision without bfloat16's range overflows in LLMs.
 DTYPES = ("float32", "bfloat16")
 # Logical axes of weights that are cut for storage alone.
@@ -153,13 +150,18 @@ class FeedForward(nn.Module):
         return Dense(features, ("mlp", "embed"), dtype=self.dtype, name="out")(x)
 
 
-def rotated(
-    query: jax.Array, key: jax.Array, positions: jax.Array, context_positions: jax.Array | None
+def rotate_query_and_key(
+    query: jax.Array, key: jax.Array, rotary: RotaryTables | None, context_rotary: RotaryTables | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Queries [B, L, H, D] and keys [B, M, H, D] turned by their positions, int [L] and [M] (None: the queries')."""
-    context_positions = positions if context_positions is None else context_positions
-    query = rotate(query, *rotary_tables(positions, query.shape[-1], ROTARY_THETA))
-    return query, rotate(key, *rotary_tables(context_positions, key.shape[-1], ROTARY_THETA))
+    """Rotates queries [B, L, H, D] and keys [B, M, H, D] by tables of L and M positions.
+
+    Args:
+      rotary: the queries' tables; None leaves both as they are.
+      context_rotary: the keys' tables; None: the queries'.
+    """
+    if rotary is None:
+        return query, key
+    return rotate(query, *rotary), rotate(key, *(rotary if context_rotary is None else context_rotary))
 
 
 class Attention(nn.Module):
@@ -181,13 +183,13 @@ class Attention(nn.Module):
         x: jax.Array,
         context: jax.Array | None = None,
         key_mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        context_positions: jax.Array | None = None,
+        rotary: RotaryTables | None = None,
+        context_rotary: RotaryTables | None = None,
     ) -> jax.Array:
         """x [B, L, C], context [B, M, C] (default: x), key_mask bool [B, M] -> [B, L, C].
 
-        With `positions` int [L] (and `context_positions` [M], where there is a context) queries and keys are rotated
-        by them, so that a token finds another by how far away it is.
+        `rotary` holds the tables of L positions, `context_rotary` those of M where there is a context: queries and keys
+        are rotated by them, so that a token finds another by how far away it is.
         """
         batch, length, features = x.shape
         context = x if context is None else context
@@ -201,8 +203,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             query = RMSNorm(name="query_norm")(query)
             key = RMSNorm(name="key_norm")(key)
-        if positions is not None:
-            query, key = rotated(query, key, positions, context_positions)
+        query, key = rotate_query_and_key(query, key, rotary, context_rotary)
         y = dot_product_attention(
             query, key, value, key_mask=key_mask, is_causal=self.is_causal, implementation=self.implementation
         )

@@ -13,7 +13,8 @@ from lidit_jax.errors import UserError
 from lidit_jax.models.attention import check_implementation
 from lidit_jax.models.dit import REMAT_POLICIES, DiT
 from lidit_jax.models.layers import Dense, RMSNorm, TimestepEmbedder, check_dtype
-from lidit_jax.models.refiners import CollaborativeRefiner, LinguisticTokenRefiner
+from lidit_jax.models.positions import ROPE, parse_position
+from lidit_jax.models.refiners import CollaborativeRefiner, LinguisticTokenRefiner, text_rotary_tables
 
 FUSIONS = ("collaborative", "concatenate")
 
@@ -53,6 +54,10 @@ class LIDiTConfig:
       refiner_gated, refiner_causal: Table 5's and Table 3's switches.
       refiner_rotary: rotary positions in both refiners' attentions (ours), counted from the prompt's first token, so
         that the same words of two LLMs are near each other whatever comes before them.
+      position: how the image's tokens know where they are: "conv" (paper), "sincos", "rope" (ours), or several joined
+        by "+"; see `models/positions.py`.
+      position_grid: side in tokens of the square grid on which neighbours are 1 apart for "sincos" and "rope": the one
+        of the resolution that is trained first. Fine-tuning at another resolution keeps it, and so keeps the layout.
       fusion: "collaborative" (collaborative refiner, then concatenation) or "concatenate".
       collaborative_blocks: blocks of the collaborative refiner (paper: 1).
       refiner_mlp_ratio: FFN width of the refiners over their width (ours: 4, as in the DiT).
@@ -66,6 +71,8 @@ class LIDiTConfig:
     patch_size: int = 2
     latent_channels: int = 16
     mlp_ratio: float = 4.0
+    position: str = "conv+rope"
+    position_grid: int = 16
     refiner_blocks: int = 2
     refiner_gated: bool = True
     refiner_causal: bool = False
@@ -95,6 +102,13 @@ class LIDiTConfig:
                 f"model.hidden_size / model.num_heads = {self.hidden_size // self.num_heads} is odd, which rotary "
                 "positions cannot be: choose other sizes, or model.refiner_rotary=False"
             )
+        if ROPE in parse_position(self.position) and self.hidden_size // self.num_heads % 4:
+            raise UserError(
+                f"model.hidden_size / model.num_heads = {self.hidden_size // self.num_heads} is not divisible by 4, as "
+                "'rope' needs: choose other sizes, or another model.position"
+            )
+        if self.position_grid < 1:
+            raise UserError(f"model.position_grid={self.position_grid} must be at least 1")
         check_dtype("model.dtype", self.dtype)
         check_implementation(self.attention)
         if self.fusion not in FUSIONS:
@@ -132,6 +146,8 @@ class LIDiT(nn.Module):
             num_heads=config.num_heads,
             patch_size=config.patch_size,
             out_channels=config.latent_channels,
+            position=config.position,
+            position_grid=config.position_grid,
             mlp_ratio=config.mlp_ratio,
             remat=config.remat,
             scan_unroll=config.scan_unroll,
@@ -169,7 +185,10 @@ class TextCondition(nn.Module):
         refiner |= {"implementation": config.attention, "dtype": dtype}
 
         branches, masks, pooled = [], [], []
-        positions = [features.positions() for features in text] if config.refiner_rotary else None
+        rotary = None
+        if config.refiner_rotary:
+            head_dim = config.hidden_size // config.num_heads
+            rotary = [text_rotary_tables(features.positions(), head_dim) for features in text]
         for i, features in enumerate(text):
             x, mask = FeatureProjection(config.hidden_size, dtype, name=f"project_{i}")(features)  # [B, P + L, C]
             pooled.append(PooledText(config.hidden_size, name=f"pool_{i}")(x, mask))  # [B, C]
@@ -180,12 +199,12 @@ class TextCondition(nn.Module):
                 **refiner,
                 name=f"token_refiner_{i}",
             )
-            branches.append(ltr(x, mask, time + pooled[-1], positions and positions[i]))
+            branches.append(ltr(x, mask, time + pooled[-1], rotary and rotary[i]))
             masks.append(mask)
 
         if config.fusion == "collaborative":
             cr = CollaborativeRefiner(config.collaborative_blocks, **refiner, name="collaborative_refiner")
-            branches = cr(branches, masks, [time + p for p in pooled], positions)
+            branches = cr(branches, masks, [time + p for p in pooled], rotary)
 
         # Only now, after the refiners have used them, the system prompt and the instruction are dropped.
         branches = [x[:, features.prefix_length :] for x, features in zip(branches, text, strict=True)]

@@ -16,6 +16,16 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.models.layers import ACTIVATION, Attention, FeedForward, Modulation, RMSNorm, modulate
+from lidit_jax.models.rotary import RotaryTables, rotary_tables
+
+# Prompts are short: with a base of 100 a third of the angles make a turn within thirty tokens, with LLMs' 10,000 a
+# sixth, and neighbours are found sooner. The slowest takes over 500 tokens for a turn: no two positions look alike.
+ROTARY_THETA = 100.0
+
+
+def text_rotary_tables(positions: jax.Array, head_dim: int) -> RotaryTables:
+    """Returns the tables of the refiners' rotary positions int [L], float32 [L, head_dim] each."""
+    return rotary_tables(positions, head_dim, ROTARY_THETA)
 
 
 class LinguisticTokenRefinerBlock(nn.Module):
@@ -33,10 +43,10 @@ class LinguisticTokenRefinerBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, key_mask: jax.Array, conditioning: jax.Array, positions: jax.Array | None = None
+        self, x: jax.Array, key_mask: jax.Array, conditioning: jax.Array, rotary: RotaryTables | None = None
     ) -> jax.Array:
-        """x [B, L, C], key_mask bool [B, L], conditioning (pooled text + timestep) [B, C], positions int [L] or None
-        -> [B, L, C].
+        """x [B, L, C], key_mask bool [B, L], conditioning (pooled text + timestep) [B, C], rotary tables of L positions
+        or None -> [B, L, C].
         """
         x = nn.with_logical_constraint(x, ACTIVATION)
         attention = Attention(
@@ -52,7 +62,7 @@ class LinguisticTokenRefinerBlock(nn.Module):
             gates = Modulation(2, x.shape[-1], dtype=self.dtype, name="gates")
             attention_gate, feed_forward_gate = gates(conditioning)  # [B, C] each
         h = RMSNorm(name="attention_norm")(x)
-        x = x + _gate(attention_gate, attention(h, key_mask=key_mask, positions=positions))
+        x = x + _gate(attention_gate, attention(h, key_mask=key_mask, rotary=rotary))
         return x + _gate(feed_forward_gate, feed_forward(RMSNorm(name="feed_forward_norm")(x)))
 
 
@@ -69,7 +79,7 @@ class LinguisticTokenRefiner(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, key_mask: jax.Array, conditioning: jax.Array, positions: jax.Array | None = None
+        self, x: jax.Array, key_mask: jax.Array, conditioning: jax.Array, rotary: RotaryTables | None = None
     ) -> jax.Array:
         """As `LinguisticTokenRefinerBlock`."""
         for i in range(self.num_blocks):
@@ -82,7 +92,7 @@ class LinguisticTokenRefiner(nn.Module):
                 self.dtype,
                 name=f"block_{i}",
             )
-            x = block(x, key_mask, conditioning, positions)
+            x = block(x, key_mask, conditioning, rotary)
         return x
 
 
@@ -101,11 +111,11 @@ class CollaborativeRefinerBranch(nn.Module):
         others: jax.Array,
         others_mask: jax.Array,
         conditioning: jax.Array,
-        positions: jax.Array | None = None,
-        others_positions: jax.Array | None = None,
+        rotary: RotaryTables | None = None,
+        others_rotary: RotaryTables | None = None,
     ) -> jax.Array:
-        """x [B, L, C], others [B, M, C], others_mask bool [B, M], conditioning [B, C], positions int [L] and [M] or
-        None -> [B, L, C].
+        """x [B, L, C], others [B, M, C], others_mask bool [B, M], conditioning [B, C], rotary tables of L and of M
+        positions or None -> [B, L, C].
         """
         x = nn.with_logical_constraint(x, ACTIVATION)
         attention = Attention(
@@ -117,7 +127,7 @@ class CollaborativeRefinerBranch(nn.Module):
 
         h = modulate(RMSNorm(name="attention_norm")(x).astype(jnp.float32), shift_1, scale_1)
         others = RMSNorm(name="context_norm")(others)
-        y = attention(h.astype(self.dtype), others, others_mask, positions, others_positions)
+        y = attention(h.astype(self.dtype), others, others_mask, rotary, others_rotary)
         x = x + _gate(gate_1, y)
         h = modulate(RMSNorm(name="feed_forward_norm")(x).astype(jnp.float32), shift_2, scale_2)
         return x + _gate(gate_2, feed_forward(h.astype(self.dtype)))
@@ -142,10 +152,10 @@ class CollaborativeRefiner(nn.Module):
         branches: Sequence[jax.Array],
         key_masks: Sequence[jax.Array],
         conditionings: Sequence[jax.Array],
-        positions: Sequence[jax.Array] | None = None,
+        rotary: Sequence[RotaryTables] | None = None,
     ) -> list[jax.Array]:
-        """Per LLM: features [B, L_i, C], key mask bool [B, L_i], conditioning [B, C], and positions int [L_i] unless
-        None -> features [B, L_i, C].
+        """Per LLM: features [B, L_i, C], key mask bool [B, L_i], conditioning [B, C], and rotary tables of L_i
+        positions unless None -> features [B, L_i, C].
         """
         branches = list(branches)
         if len(branches) == 1:
@@ -155,13 +165,13 @@ class CollaborativeRefiner(nn.Module):
             for i, x in enumerate(branches):
                 others = jnp.concatenate(_without(i, branches), axis=1)
                 others_mask = jnp.concatenate(_without(i, key_masks), axis=1)
-                where = (None, None)
-                if positions is not None:
-                    where = (positions[i], jnp.concatenate(_without(i, positions)))
+                tables = (None, None)
+                if rotary is not None:
+                    tables = (rotary[i], jax.tree.map(lambda *of: jnp.concatenate(of), *_without(i, rotary)))
                 branch = CollaborativeRefinerBranch(
                     self.num_heads, self.mlp_ratio, self.implementation, self.dtype, name=f"block_{block}_branch_{i}"
                 )
-                refined.append(branch(x, others, others_mask, conditionings[i], *where))
+                refined.append(branch(x, others, others_mask, conditionings[i], *tables))
             branches = refined
         return branches
 

@@ -10,6 +10,7 @@ import numpy as np
 from lidit_jax.errors import UserError
 
 DEFAULT_THETA = 10_000.0
+RotaryTables = tuple[jax.Array, jax.Array]  # cos and sin, float32 [L, D]
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -96,10 +97,14 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
 
 def rotary_tables(
     positions: jax.Array, head_dim: int, theta: float = DEFAULT_THETA, scaling: RopeScaling | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of RoPE, float32 [L, D], halves repeated as transformers lays them out."""
+) -> RotaryTables:
+    """Returns cos and sin of RoPE for positions int [L]: float32 [L, D] each."""
     frequencies, factor = rotary_frequencies(head_dim, theta, scaling)
-    angles = positions.astype(jnp.float32)[:, None] * frequencies  # [L, D / 2]
+    return tables_of_angles(positions.astype(jnp.float32)[:, None] * frequencies, factor)
+
+
+def tables_of_angles(angles: jax.Array, factor: float = 1.0) -> RotaryTables:
+    """Returns cos and sin, times `factor`, of angles [L, D / 2], halves repeated as transformers lays them out."""
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

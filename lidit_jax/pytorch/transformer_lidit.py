@@ -23,11 +23,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-FORMAT_VERSION = 1  # of config.json and the names of the weights
+FORMAT_VERSION = 2  # of config.json and the names of the weights
 FUSIONS = ("collaborative", "concatenate")
+POSITIONS = ("conv", "sincos", "rope")
 EPSILON = 1e-6  # of all norms
-# Prompts are short: a small base makes neighbours easy to find, and no two positions of a prompt look alike.
-ROTARY_THETA = 100.0
+# Base of all positions' frequencies. Prompts and grids of tokens are short beside an LLM's context: with a small base
+# neighbours are easy to find, and no two positions look alike.
+THETA = 100.0
 
 RotaryTables = tuple[Tensor, Tensor]  # cos and sin, float32 [L, head size]
 
@@ -61,6 +63,9 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
       mlp_ratio: width of the blocks' FFN over C.
       refiner_blocks: of each linguistic token refiner; 0 leaves it out.
       refiner_gated, refiner_causal: switches of Tables 5 and 3.
+      position: how the image's tokens know where they are: "conv", a convolutional ResBlock (the paper's), "sincos",
+        "rope", or several joined by "+".
+      position_grid: side in tokens of the square grid on which neighbours are 1 apart for "sincos" and "rope".
       refiner_rotary: rotary positions in the refiners, counted from the prompt's first token.
       refiner_mlp_ratio: width of the refiners' FFN over C.
       fusion: "collaborative", a collaborative refiner and then concatenation, or "concatenate" (Table 6).
@@ -88,6 +93,8 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch_size: int = 2,
         latent_channels: int = 16,
         mlp_ratio: float = 4.0,
+        position: str = "conv",  # also of folders of format 1, which do not say it
+        position_grid: int = 16,
         refiner_blocks: int = 2,
         refiner_gated: bool = True,
         refiner_causal: bool = False,
@@ -112,6 +119,10 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             )
         if fusion not in FUSIONS:
             raise ValueError(f"fusion={fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
+        if not set(position.split("+")) <= set(POSITIONS):
+            raise ValueError(f"position={position!r} is unknown: join {', '.join(POSITIONS)} by '+'")
+        if "rope" in position and hidden_size // num_heads % 4:
+            raise ValueError(f"hidden_size / num_heads = {hidden_size // num_heads} is not divisible by 4, for 'rope'")
 
         self.timestep_embedder = TimestepEmbedder(hidden_size)
         self.text_condition = TextCondition(
@@ -125,7 +136,8 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             causal=refiner_causal,
             rotary=refiner_rotary,
         )
-        self.dit = DiT(depth, hidden_size, num_heads, patch_size, latent_channels, mlp_ratio)
+        sizes = (depth, hidden_size, num_heads, patch_size, latent_channels, mlp_ratio)
+        self.dit = DiT(*sizes, position=position.split("+"), position_grid=position_grid)
         self._initialise_weights()
 
     def forward(
@@ -436,17 +448,33 @@ def _without(i: int, items: Sequence) -> list:
 
 
 class DiT(nn.Module):
-    """Patchify, position ResBlock, `depth` blocks, adaLN output. Any size that the patch divides."""
+    """Patchify, positions, `depth` blocks, adaLN output. Any size that the patch divides.
+
+    Args:
+      position: some of `POSITIONS`.
+      position_grid: as of `LIDiTTransformer2DModel`.
+    """
 
     def __init__(
-        self, depth: int, hidden_size: int, num_heads: int, patch_size: int, latent_channels: int, mlp_ratio: float
+        self,
+        depth: int,
+        hidden_size: int,
+        num_heads: int,
+        patch_size: int,
+        latent_channels: int,
+        mlp_ratio: float,
+        *,
+        position: Sequence[str],
+        position_grid: int,
     ):
         super().__init__()
         self.patch_size = patch_size
+        self.head_dim = hidden_size // num_heads
+        self.position, self.position_grid = tuple(position), position_grid
         self.gradient_checkpointing = False
         features = patch_size**2 * latent_channels
         self.patch_embedding = nn.Linear(features, hidden_size)
-        self.position_embedding = ConvPositionEmbedding(hidden_size)
+        self.position_embedding = ConvPositionEmbedding(hidden_size) if "conv" in position else nn.Identity()
         self.blocks = nn.ModuleList(LIDiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
         self.final_modulation = Modulation(hidden_size, 2)
         self.output = Float32Linear(hidden_size, features)
@@ -459,21 +487,25 @@ class DiT(nn.Module):
         text_mask = text_mask[:, None, None]  # [B, 1, 1, M]
 
         x = self.patch_embedding(patchify(latents, self.patch_size))  # [B, h, w, C]
+        rows, columns = grid_coordinates(h, w, self.position_grid, x.device)
+        if "sincos" in self.position:
+            x = x + sincos_embedding(rows, columns, x.shape[-1]).to(x.dtype)
         x = self.position_embedding(x).flatten(1, 2)  # [B, N, C]
+        rotary = rope_tables(rows, columns, self.head_dim) if "rope" in self.position else None
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, text, text_mask, conditioning)
+                x = self._gradient_checkpointing_func(block, x, text, text_mask, conditioning, rotary)
             else:
-                x = block(x, text, text_mask, conditioning)
+                x = block(x, text, text_mask, conditioning, rotary)
         shift, scale = self.final_modulation(conditioning, x.dtype)
         x = self.output(modulate(layer_norm(x), shift, scale))  # [B, N, patch^2 C_latents]
         return unpatchify(x.unflatten(1, (h, w)), self.patch_size)
 
 
 class ConvPositionEmbedding(nn.Module):
-    """A convolutional ResBlock on the grid of tokens, in place of a table of positions.
+    """A convolutional ResBlock on the grid of tokens (section 3.2).
 
-    Its zero padding is what tells a token where the borders are, at any resolution.
+    Its zero padding tells a token how far the borders are, up to two tokens.
     """
 
     BOTTLENECK = 4  # C over the inner width
@@ -504,10 +536,14 @@ class LIDiTBlock(nn.Module):
         self.feed_forward = FeedForward(hidden_size, mlp_ratio)
         self.modulation = Modulation(hidden_size, 9)
 
-    def forward(self, x: Tensor, text: Tensor, text_mask: Tensor, conditioning: Tensor) -> Tensor:
-        """x [B, N, C], text [B, M, C], text_mask bool [B, 1, 1, M], conditioning [B, C] -> [B, N, C]."""
+    def forward(
+        self, x: Tensor, text: Tensor, text_mask: Tensor, conditioning: Tensor, rotary: RotaryTables | None
+    ) -> Tensor:
+        """x [B, N, C], text [B, M, C], text_mask bool [B, 1, 1, M], conditioning [B, C], tables of N positions or None
+        -> [B, N, C].
+        """
         vectors = self.modulation(conditioning, x.dtype)
-        x = self._sublayer(x, self.self_attention, *vectors[0:3])
+        x = self._sublayer(x, lambda h: self.self_attention(h, rotary=rotary), *vectors[0:3])
         x = self._sublayer(x, lambda h: self.cross_attention(h, text, text_mask), *vectors[3:6])
         return self._sublayer(x, self.feed_forward, *vectors[6:9])
 
@@ -655,8 +691,50 @@ def gated(y: Tensor, gate: Tensor | None) -> Tensor:
 
 def rotary_tables(positions: Tensor, head_dim: int) -> RotaryTables:
     """RoFormer's cos and sin of positions int [L], halves repeated: float32 [L, head size]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions.float()[:, None] * (1.0 / ROTARY_THETA**exponents)  # [L, head size / 2]
+    return tables_of_angles(angles_of(positions.float(), head_dim // 2))
+
+
+def rope_tables(rows: Tensor, columns: Tensor, head_dim: int) -> RotaryTables:
+    """Axial rotary positions (Heo et al. 2024) of a grid of tokens: half of a head's pairs turn with the row, half with
+    the column. rows [h], columns [w] -> float32 [h * w, head size] each.
+    """
+    shape = (len(rows), len(columns), head_dim // 4)
+    of_rows = angles_of(rows, head_dim // 4)[:, None].expand(shape)
+    of_columns = angles_of(columns, head_dim // 4)[None].expand(shape)
+    return tables_of_angles(torch.cat([of_rows, of_columns], dim=-1).flatten(0, 1))
+
+
+def sincos_embedding(rows: Tensor, columns: Tensor, features: int) -> Tensor:
+    """Two-dimensional sine-cosine positions: half of the features encodes the row, half the column, each as sines and
+    then cosines; features that four does not divide end in zeros. rows [h], columns [w] -> float32 [h, w, features].
+    """
+    quarter = features // 4
+    shape = (len(rows), len(columns), 2 * quarter)
+    of_rows, of_columns = angles_of(rows, quarter), angles_of(columns, quarter)
+    of_rows = torch.cat([of_rows.sin(), of_rows.cos()], dim=-1)[:, None].expand(shape)
+    of_columns = torch.cat([of_columns.sin(), of_columns.cos()], dim=-1)[None].expand(shape)
+    return F.pad(torch.cat([of_rows, of_columns], dim=-1), (0, features - 4 * quarter))
+
+
+def grid_coordinates(height: int, width: int, reference_side: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Coordinates of a grid's rows [height] and columns [width] from the image's centre, float32. An image of any size
+    and aspect ratio covers the area reference_side^2, so that a layout is kept at another resolution.
+    """
+    unit = reference_side / math.sqrt(height * width)
+    rows, columns = (
+        (torch.arange(side, dtype=torch.float32, device=device) - (side - 1) / 2) * unit for side in (height, width)
+    )
+    return rows, columns
+
+
+def angles_of(positions: Tensor, count: int) -> Tensor:
+    """positions float32 [L] -> their angles at `count` geometrically spaced frequencies, [L, count]."""
+    exponents = torch.arange(count, dtype=torch.float32, device=positions.device) / count
+    return positions[:, None] * (1.0 / THETA**exponents)
+
+
+def tables_of_angles(angles: Tensor) -> RotaryTables:
+    """cos and sin of angles [L, head size / 2], halves repeated."""
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 

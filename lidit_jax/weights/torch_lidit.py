@@ -37,7 +37,7 @@ from lidit_jax.weights.safetensors_file import SafetensorsWriter
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, read_config
 
 CLASS_NAME = "LIDiTTransformer2DModel"
-FORMAT_VERSION = 1  # of config.json and the names of the weights, as the class has it
+FORMAT_VERSION = 2  # of config.json and the names of the weights, as the class has it; 1 had no `position`
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_SHARD_BYTES = 5 * 10**9
 MAX_LLMS = 64
@@ -48,7 +48,7 @@ SIZES = ("hidden_size", "num_heads", "patch_size", "latent_channels")
 COUNTS = ("depth", "refiner_blocks", "collaborative_blocks")  # of blocks
 RATIOS = ("mlp_ratio", "refiner_mlp_ratio")
 SWITCHES = ("refiner_gated", "refiner_causal", "refiner_rotary")
-FIELDS = (*SIZES, *COUNTS, *RATIOS, *SWITCHES, "fusion")
+FIELDS = (*SIZES, "position_grid", *COUNTS, *RATIOS, *SWITCHES, "fusion", "position")
 
 # Our name of a module -> PyTorch's; `\1` is a number.
 MODULES = {
@@ -217,16 +217,20 @@ def _read_config(folder: str | Path | epath.Path) -> tuple[dict[str, Any], list[
         raise UserError(f"{file}: _class_name is {values.get('_class_name')!r:.80}, not {CLASS_NAME!r}: not LI-DiT's")
     check_format_version(values.get("format_version"), FORMAT_VERSION, f"{file}: format_version")
     refuse_quantised(values, file)
+    if values["format_version"] == 1:
+        values = {"position": "conv", "position_grid": LIDiTConfig.position_grid, **values}
     known = {*FIELDS, "text_widths", "format_version"}
     if unknown := sorted(key for key in values.keys() - known if not key.startswith("_")):  # those are diffusers'
         raise UserError(f"{file}: key {unknown[0]!r:.80} is unknown; the model could compute something else by it")
     if missing := sorted(known - values.keys()):
         raise UserError(f"{file}: {missing[0]} is missing")
-    fields = {name: positive_integer(values, name, file) for name in SIZES}
+    fields = {name: positive_integer(values, name, file) for name in (*SIZES, "position_grid")}
     fields |= {name: _count(values, name, file) for name in COUNTS}
     fields |= {name: positive_number(values, name, file) for name in RATIOS}
     fields |= {name: _switch(values, name, file) for name in SWITCHES}
-    fields["fusion"] = values["fusion"]
+    fields["fusion"], fields["position"] = values["fusion"], values["position"]
+    if not isinstance(values["position"], str):
+        raise UserError(f"{file}: position={values['position']!r:.80} is not a string")
     if values["fusion"] not in FUSIONS:
         raise UserError(f"{file}: fusion={values['fusion']!r:.80} is unknown: use one of {', '.join(FUSIONS)}")
     try:

@@ -1,0 +1,132 @@
+"""Positions of the image's tokens in the diffusion transformer.
+
+The paper names one convolutional ResBlock ("conv", section 3.2). Its two 3x3 convolutions see 5x5 tokens, so zero
+padding tells the two outer rings of tokens apart and no others. "sincos" and "rope" (ours) tell every token apart, at
+any height and width and without a table: coordinates are relative to the image's centre and scaled by its area, so that
+a layout learned at one resolution is kept at another. `docs/architecture.md` has the measurements.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lidit_jax.errors import UserError
+from lidit_jax.models.layers import ZERO_INIT, in_use, layer_norm
+from lidit_jax.models.rotary import RotaryTables, rotary_frequencies, tables_of_angles
+
+CONV, SINCOS, ROPE = KINDS = ("conv", "sincos", "rope")
+# Base of the frequencies, as for the refiners: grids have 8 to 64 tokens a side, so with LLMs' 10,000 most of the
+# frequencies would not change over an image.
+THETA = 100.0
+
+
+def parse_position(position: str) -> tuple[str, ...]:
+    """Returns the kinds that `model.position` joins by "+": "conv+rope" -> ("conv", "rope").
+
+    Raises:
+      UserError: a kind is unknown or named twice.
+    """
+    kinds = tuple(position.split("+"))
+    if not set(kinds) <= set(KINDS) or len(set(kinds)) < len(kinds):
+        raise UserError(
+            f"model.position={position!r:.80} is unknown: use one of {', '.join(KINDS)}, or several joined as in "
+            "'conv+rope'"
+        )
+    return kinds
+
+
+def grid_coordinates(height: int, width: int, reference_side: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the coordinates of a grid's rows, float32 [height], and columns, [width], from the image's centre.
+
+    An image of any size and aspect ratio covers the area `reference_side`^2: on a square grid of that side,
+    neighbouring tokens are 1 apart, on one of twice the side 1/2.
+    """
+    unit = reference_side / math.sqrt(height * width)
+    rows, columns = (
+        (jnp.arange(side, dtype=jnp.float32) - (side - 1) / 2) * jnp.float32(unit) for side in (height, width)
+    )
+    return rows, columns
+
+
+def sincos_embedding(height: int, width: int, features: int, reference_side: int) -> jax.Array:
+    """Returns two-dimensional sine-cosine positions, float32 [height, width, features].
+
+    The first half of the features encodes the row, the second the column, each as sines and then cosines (DiT,
+    Peebles and Xie 2023, with our coordinates). Features that four does not divide end in zeros.
+    """
+    quarter = features // 4
+    frequencies = THETA ** -(jnp.arange(quarter, dtype=jnp.float32) / max(quarter, 1))
+
+    def encode(coordinates: jax.Array) -> jax.Array:
+        angles = coordinates[:, None] * frequencies
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)  # [side, features / 2]
+
+    rows, columns = (encode(axis) for axis in grid_coordinates(height, width, reference_side))
+    shape = (height, width, 2 * quarter)
+    rows, columns = jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None], shape)
+    return jnp.pad(jnp.concatenate([rows, columns], axis=-1), ((0, 0), (0, 0), (0, features - 4 * quarter)))
+
+
+def rope_tables(height: int, width: int, head_dim: int, reference_side: int) -> RotaryTables:
+    """Returns cos and sin of two-dimensional rotary positions, float32 [height * width, head_dim] each.
+
+    Half of a head's pairs turn with the row, the other half with the column (axial RoPE, Heo et al. 2024). The
+    logits then depend on how far apart two tokens are, not on where the two are.
+    """
+    frequencies, _ = rotary_frequencies(head_dim // 2, THETA)  # [head_dim / 4]
+    rows, columns = grid_coordinates(height, width, reference_side)
+    shape = (height, width, head_dim // 4)
+    angles = jnp.concatenate(
+        [
+            jnp.broadcast_to((rows[:, None] * frequencies)[:, None], shape),
+            jnp.broadcast_to((columns[:, None] * frequencies)[None], shape),
+        ],
+        axis=-1,
+    )
+    return tables_of_angles(angles.reshape(height * width, head_dim // 2))
+
+
+class ConvPositionEmbedding(nn.Module):
+    """A convolutional ResBlock on the grid of tokens (paper, section 3.2), [B, h, w, C] -> [B, h, w, C].
+
+    Its zero padding tells a token how far the borders are, up to two tokens. The inner width is a quarter of the outer
+    (ours), so that the block stays under one percent of the model.
+    """
+
+    bottleneck: int = 4
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = x.shape[-1]
+        inner = features // self.bottleneck
+        h = Conv3x3(inner, ("embed", "conv_out"), self.dtype, name="conv_in")(nn.silu(layer_norm(x)))
+        h = Conv3x3(features, ("conv_out", "embed"), self.dtype, name="conv_out")(nn.silu(layer_norm(h)))
+        return x + h
+
+
+class Conv3x3(nn.Module):
+    """Convolution over [B, h, w, C] that keeps the size; its kernel's last axes are the logical `axes`."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        axes = (None, None, *self.axes)
+        kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
+        bias_init = nn.with_logical_partitioning(ZERO_INIT, (self.axes[1],))
+        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
+        y = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            in_use(kernel, axes, self.dtype),
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias.astype(self.dtype)
