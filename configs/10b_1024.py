@@ -103,6 +103,7 @@ def get_config() -> ConfigDict:
         "refiner_gated": True,  # paper
         "refiner_causal": False,  # paper
         "refiner_rotary": True,  # ours
+        "refiner_qk_norm": True,  # ours: in bfloat16 their logits are unbounded without it
         "refiner_mlp_ratio": 4.0,  # ours
         "fusion": "collaborative",  # paper
         "collaborative_blocks": 1,  # paper

@@ -58,6 +58,7 @@ def get_config(row: str = "") -> ConfigDict:
         "latent_channels": 16,  # paper
         "mlp_ratio": 4.0,
         "refiner_rotary": True,  # ours
+        "refiner_qk_norm": True,  # ours: in bfloat16 their logits are unbounded without it
         "refiner_mlp_ratio": 4.0,
         "collaborative_blocks": 1,  # paper
         "remat": "full",

@@ -100,6 +100,7 @@ def get_config() -> ConfigDict:
         "refiner_gated": True,
         "refiner_causal": False,
         "refiner_rotary": True,
+        "refiner_qk_norm": False,
         "refiner_mlp_ratio": 1.0,
         "fusion": "collaborative",
         "collaborative_blocks": 1,  # paper

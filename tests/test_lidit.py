@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lidit_jax.attention_maps import attention_maps
 from lidit_jax.errors import UserError
 from lidit_jax.models.dit import patchify, unpatchify
 from lidit_jax.models.lidit import LIDiT, LIDiTConfig, TextFeatures, num_parameters
@@ -153,6 +154,18 @@ def test_an_odd_head_size_is_refused_where_positions_are_rotary():
     for wrong in ({"mlp_ratio": 1e-9}, {"refiner_mlp_ratio": 1e-9}, {"scan_unroll": 0}, {"hidden_size": 2}):
         with pytest.raises(UserError, match=f"model.{next(iter(wrong))}="):
             LIDiTConfig(**{"depth": 1, "hidden_size": 16, "num_heads": 1} | wrong)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_refiner_qk_norm_bounds_the_logits_of_large_features(qk_norm):
+    """At the 10B model's head size: large weights saturate the softmax, unless queries and keys are normalised."""
+    x, mask = normal(0, (1, 256, 64)), jnp.ones((1, 256), bool)
+    params, _ = refiner_and_params(LinguisticTokenRefiner(1, 1, qk_norm=qk_norm), x, mask, normal(1, (1, 64)))
+    for name in ("query", "key"):
+        params["block_0"]["attention"][name]["kernel"] *= 30
+    maps = attention_maps(LinguisticTokenRefiner(1, 1, qk_norm=qk_norm), params, x, mask, normal(1, (1, 64)))
+    largest = maps["block_0/attention"].max(-1).mean()
+    assert (largest < 0.3) if qk_norm else (largest > 0.9)
 
 
 def test_model_returns_zero_at_initialisation():

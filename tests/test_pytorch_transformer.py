@@ -124,7 +124,7 @@ def fresh(tiny):
         ([LLAMA, Text(10, 0, 5)], {"refiner_rotary": False, "refiner_causal": True}, 2, 4),
         ([Text(10, 0, 1)], {"refiner_blocks": 0, "mlp_ratio": 2.5}, 2, 2),
         ([QWEN, T5], {"refiner_blocks": 2, "collaborative_blocks": 0, "refiner_causal": True}, 4, 4),
-        ([LLAMA], {"position": "conv"}, 4, 6),
+        ([LLAMA, QWEN], {"refiner_qk_norm": True, "position": "conv"}, 4, 6),
         ([LLAMA], {"position": "sincos", "position_grid": 3, "hidden_size": 18, "num_heads": 3}, 4, 6),
         ([LLAMA], {"position": "conv+sincos+rope", "position_grid": 5}, 4, 6),
         # Grids and head sizes of the 1B and the 10B model.
@@ -326,7 +326,9 @@ def test_inputs_that_do_not_fit_are_refused(tiny, changes, message):
         ({"hidden_size": 17}, "not divisible by num_heads=2"),
         ({"hidden_size": 6}, "odd, which rotary"),
         ({"fusion": "sum"}, "use one of collaborative, concatenate"),
-        ({"format_version": 2}, "has format_version 2, this transformer_lidit.py knows 1"),
+        ({"format_version": 3}, "has format_version 3, this transformer_lidit.py knows 2"),
+        ({"position": "table"}, "join conv, sincos, rope by"),
+        ({"position": "rope", "hidden_size": 12}, "not divisible by 4, for 'rope'"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(changes, message):

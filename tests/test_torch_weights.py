@@ -87,7 +87,7 @@ def assert_same(params, leaves):
         ({"depth": 12, "refiner_gated": False, "patch_size": 1}, (8,)),
         ({"collaborative_blocks": 2, "mlp_ratio": 2.5, "refiner_blocks": 2}, (8, 6, 4)),
         ({"fusion": "concatenate", "refiner_causal": True, "refiner_rotary": False, "refiner_blocks": 0}, (8, 6)),
-        ({"position": "conv"}, (8,)),
+        ({"position": "conv", "refiner_qk_norm": True}, (8, 6)),
         ({"position": "sincos+rope", "position_grid": 32}, (8,)),
     ],
 )
@@ -277,7 +277,7 @@ def test_a_folder_of_format_1_has_the_position_of_its_time(tmp_path):
     config = dataclasses.replace(CONFIG, position="conv")
     leaves = random_leaves(config)
     save_lidit(tmp_path, config, leaves)
-    change_config(tmp_path, format_version=1, position=DELETED, position_grid=DELETED)
+    change_config(tmp_path, format_version=1, position=DELETED, position_grid=DELETED, refiner_qk_norm=DELETED)
     fields, _, params = load_lidit(tmp_path)
     assert fields["position"] == "conv"
     assert_same(params, leaves)

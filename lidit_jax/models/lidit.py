@@ -58,6 +58,8 @@ class LIDiTConfig:
         by "+"; see `models/positions.py`.
       position_grid: side in tokens of the square grid on which neighbours are 1 apart for "sincos" and "rope": the one
         of the resolution that is trained first. Fine-tuning at another resolution keeps it, and so keeps the layout.
+      refiner_qk_norm: RMSNorm of queries and keys in the refiners too (ours: the paper states it for the DiT's layers
+        alone, section 3.2); it bounds their logits in bfloat16.
       fusion: "collaborative" (collaborative refiner, then concatenation) or "concatenate".
       collaborative_blocks: blocks of the collaborative refiner (paper: 1).
       refiner_mlp_ratio: FFN width of the refiners over their width (ours: 4, as in the DiT).
@@ -77,6 +79,7 @@ class LIDiTConfig:
     refiner_gated: bool = True
     refiner_causal: bool = False
     refiner_rotary: bool = True
+    refiner_qk_norm: bool = False
     refiner_mlp_ratio: float = 4.0
     fusion: str = "collaborative"
     collaborative_blocks: int = 1
@@ -182,7 +185,7 @@ class TextCondition(nn.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
         refiner = {"num_heads": config.num_heads, "mlp_ratio": config.refiner_mlp_ratio}
-        refiner |= {"implementation": config.attention, "dtype": dtype}
+        refiner |= {"qk_norm": config.refiner_qk_norm, "implementation": config.attention, "dtype": dtype}
 
         branches, masks, pooled = [], [], []
         rotary = None

@@ -38,6 +38,7 @@ class LinguisticTokenRefinerBlock(nn.Module):
     mlp_ratio: float = 4.0
     gated: bool = True
     is_causal: bool = False
+    qk_norm: bool = False
     implementation: str = "auto"
     dtype: Any = jnp.float32
 
@@ -51,6 +52,7 @@ class LinguisticTokenRefinerBlock(nn.Module):
         x = nn.with_logical_constraint(x, ACTIVATION)
         attention = Attention(
             self.num_heads,
+            qk_norm=self.qk_norm,
             is_causal=self.is_causal,
             implementation=self.implementation,
             dtype=self.dtype,
@@ -74,6 +76,7 @@ class LinguisticTokenRefiner(nn.Module):
     mlp_ratio: float = 4.0
     gated: bool = True
     is_causal: bool = False
+    qk_norm: bool = False
     implementation: str = "auto"
     dtype: Any = jnp.float32
 
@@ -88,6 +91,7 @@ class LinguisticTokenRefiner(nn.Module):
                 self.mlp_ratio,
                 self.gated,
                 self.is_causal,
+                self.qk_norm,
                 self.implementation,
                 self.dtype,
                 name=f"block_{i}",
@@ -101,6 +105,7 @@ class CollaborativeRefinerBranch(nn.Module):
 
     num_heads: int
     mlp_ratio: float = 4.0
+    qk_norm: bool = False
     implementation: str = "auto"
     dtype: Any = jnp.float32
 
@@ -119,7 +124,11 @@ class CollaborativeRefinerBranch(nn.Module):
         """
         x = nn.with_logical_constraint(x, ACTIVATION)
         attention = Attention(
-            self.num_heads, implementation=self.implementation, dtype=self.dtype, name="cross_attention"
+            self.num_heads,
+            qk_norm=self.qk_norm,
+            implementation=self.implementation,
+            dtype=self.dtype,
+            name="cross_attention",
         )
         feed_forward = FeedForward(self.mlp_ratio, dtype=self.dtype, name="feed_forward")
         modulation = Modulation(6, x.shape[-1], dtype=self.dtype, name="modulation")(conditioning)
@@ -143,6 +152,7 @@ class CollaborativeRefiner(nn.Module):
     num_blocks: int
     num_heads: int
     mlp_ratio: float = 4.0
+    qk_norm: bool = False
     implementation: str = "auto"
     dtype: Any = jnp.float32
 
@@ -169,7 +179,12 @@ class CollaborativeRefiner(nn.Module):
                 if rotary is not None:
                     tables = (rotary[i], jax.tree.map(lambda *of: jnp.concatenate(of), *_without(i, rotary)))
                 branch = CollaborativeRefinerBranch(
-                    self.num_heads, self.mlp_ratio, self.implementation, self.dtype, name=f"block_{block}_branch_{i}"
+                    self.num_heads,
+                    self.mlp_ratio,
+                    self.qk_norm,
+                    self.implementation,
+                    self.dtype,
+                    name=f"block_{block}_branch_{i}",
                 )
                 refined.append(branch(x, others, others_mask, conditionings[i], *tables))
             branches = refined

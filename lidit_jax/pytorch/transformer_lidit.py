@@ -67,6 +67,7 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         "rope", or several joined by "+".
       position_grid: side in tokens of the square grid on which neighbours are 1 apart for "sincos" and "rope".
       refiner_rotary: rotary positions in the refiners, counted from the prompt's first token.
+      refiner_qk_norm: RMSNorm of queries and keys in the refiners too.
       refiner_mlp_ratio: width of the refiners' FFN over C.
       fusion: "collaborative", a collaborative refiner and then concatenation, or "concatenate" (Table 6).
       collaborative_blocks: of the collaborative refiner.
@@ -99,6 +100,7 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         refiner_gated: bool = True,
         refiner_causal: bool = False,
         refiner_rotary: bool = True,
+        refiner_qk_norm: bool = False,
         refiner_mlp_ratio: float = 4.0,
         fusion: str = "collaborative",
         collaborative_blocks: int = 1,
@@ -135,6 +137,7 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             gated=refiner_gated,
             causal=refiner_causal,
             rotary=refiner_rotary,
+            qk_norm=refiner_qk_norm,
         )
         sizes = (depth, hidden_size, num_heads, patch_size, latent_channels, mlp_ratio)
         self.dit = DiT(*sizes, position=position.split("+"), position_grid=position_grid)
@@ -248,7 +251,7 @@ class TextCondition(nn.Module):
 
     Args:
       collaborative_blocks: 0 concatenates what the token refiners give.
-      gated, causal, rotary: of the refiners.
+      gated, causal, rotary, qk_norm: of the refiners.
     """
 
     def __init__(
@@ -263,6 +266,7 @@ class TextCondition(nn.Module):
         gated: bool,
         causal: bool,
         rotary: bool,
+        qk_norm: bool,
     ):
         super().__init__()
         self.head_dim = hidden_size // num_heads
@@ -271,9 +275,12 @@ class TextCondition(nn.Module):
         self.projections = nn.ModuleList(FeatureProjection(width, hidden_size) for width in text_widths)
         self.pooled_texts = nn.ModuleList(PooledText(hidden_size) for _ in text_widths)
         self.token_refiners = nn.ModuleList(
-            LinguisticTokenRefiner(token_refiner_blocks, *sizes, gated=gated, causal=causal) for _ in text_widths
+            LinguisticTokenRefiner(token_refiner_blocks, *sizes, gated=gated, causal=causal, qk_norm=qk_norm)
+            for _ in text_widths
         )
-        self.collaborative_refiner = CollaborativeRefiner(collaborative_blocks, len(text_widths), *sizes)
+        self.collaborative_refiner = CollaborativeRefiner(
+            collaborative_blocks, len(text_widths), *sizes, qk_norm=qk_norm
+        )
 
     def forward(self, text: Sequence[TextFeatures], time: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """text of n LLMs, time [B, C] -> condition [B, sum L_i, C], mask bool [B, sum L_i], pooled text [B, C]."""
@@ -339,12 +346,21 @@ class LinguisticTokenRefiner(nn.Module):
     """Full self-attention over one LLM's features: early tokens see later ones, which the LLM hid from them."""
 
     def __init__(
-        self, num_blocks: int, hidden_size: int, num_heads: int, mlp_ratio: float, *, gated: bool, causal: bool
+        self,
+        num_blocks: int,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        *,
+        gated: bool,
+        causal: bool,
+        qk_norm: bool,
     ):
         super().__init__()
         self.causal = causal
+        sizes = (hidden_size, num_heads, mlp_ratio)
         self.blocks = nn.ModuleList(
-            LinguisticTokenRefinerBlock(hidden_size, num_heads, mlp_ratio, gated=gated) for _ in range(num_blocks)
+            LinguisticTokenRefinerBlock(*sizes, gated=gated, qk_norm=qk_norm) for _ in range(num_blocks)
         )
 
     def forward(self, x: Tensor, mask: Tensor, conditioning: Tensor, rotary: RotaryTables | None) -> Tensor:
@@ -360,10 +376,10 @@ class LinguisticTokenRefiner(nn.Module):
 class LinguisticTokenRefinerBlock(nn.Module):
     """Self-attention -> gate -> FFN -> gate, each with a residual. Gates only: no shift or scale before a sublayer."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, gated: bool):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, gated: bool, qk_norm: bool):
         super().__init__()
         self.attention_norm = RMSNorm(hidden_size)
-        self.attention = Attention(hidden_size, num_heads)
+        self.attention = Attention(hidden_size, num_heads, qk_norm=qk_norm)
         self.feed_forward_norm = RMSNorm(hidden_size)
         self.feed_forward = FeedForward(hidden_size, mlp_ratio)
         self.gates = Modulation(hidden_size, 2) if gated else None
@@ -381,10 +397,20 @@ class CollaborativeRefiner(nn.Module):
     Without rounds, or others to read, branches pass through it.
     """
 
-    def __init__(self, num_blocks: int, num_branches: int, hidden_size: int, num_heads: int, mlp_ratio: float):
+    def __init__(
+        self,
+        num_blocks: int,
+        num_branches: int,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        *,
+        qk_norm: bool,
+    ):
         super().__init__()
+        sizes = (hidden_size, num_heads, mlp_ratio)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(CollaborativeRefinerBranch(hidden_size, num_heads, mlp_ratio) for _ in range(num_branches))
+            nn.ModuleList(CollaborativeRefinerBranch(*sizes, qk_norm=qk_norm) for _ in range(num_branches))
             for _ in range(num_blocks)
         )
 
@@ -413,11 +439,11 @@ class CollaborativeRefiner(nn.Module):
 class CollaborativeRefinerBranch(nn.Module):
     """One LLM's branch: cross-attention to the other branches, then FFN; scale and shift before, gate after each."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool):
         super().__init__()
         self.attention_norm = RMSNorm(hidden_size)
         self.context_norm = RMSNorm(hidden_size)
-        self.cross_attention = Attention(hidden_size, num_heads)
+        self.cross_attention = Attention(hidden_size, num_heads, qk_norm=qk_norm)
         self.feed_forward_norm = RMSNorm(hidden_size)
         self.feed_forward = FeedForward(hidden_size, mlp_ratio)
         self.modulation = Modulation(hidden_size, 6)

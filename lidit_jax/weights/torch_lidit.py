@@ -37,7 +37,8 @@ from lidit_jax.weights.safetensors_file import SafetensorsWriter
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, read_config
 
 CLASS_NAME = "LIDiTTransformer2DModel"
-FORMAT_VERSION = 2  # of config.json and the names of the weights, as the class has it; 1 had no `position`
+# Of config.json and the names of the weights, as the class has it. 1 had neither `position` nor `refiner_qk_norm`.
+FORMAT_VERSION = 2
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_SHARD_BYTES = 5 * 10**9
 MAX_LLMS = 64
@@ -47,7 +48,7 @@ OWN_TENSORS = ("timestep_embedder.", "text_condition.", "dit.")
 SIZES = ("hidden_size", "num_heads", "patch_size", "latent_channels")
 COUNTS = ("depth", "refiner_blocks", "collaborative_blocks")  # of blocks
 RATIOS = ("mlp_ratio", "refiner_mlp_ratio")
-SWITCHES = ("refiner_gated", "refiner_causal", "refiner_rotary")
+SWITCHES = ("refiner_gated", "refiner_causal", "refiner_rotary", "refiner_qk_norm")
 FIELDS = (*SIZES, "position_grid", *COUNTS, *RATIOS, *SWITCHES, "fusion", "position")
 
 # Our name of a module -> PyTorch's; `\1` is a number.
@@ -218,7 +219,7 @@ def _read_config(folder: str | Path | epath.Path) -> tuple[dict[str, Any], list[
     check_format_version(values.get("format_version"), FORMAT_VERSION, f"{file}: format_version")
     refuse_quantised(values, file)
     if values["format_version"] == 1:
-        values = {"position": "conv", "position_grid": LIDiTConfig.position_grid, **values}
+        values = {"position": "conv", "position_grid": LIDiTConfig.position_grid, "refiner_qk_norm": False, **values}
     known = {*FIELDS, "text_widths", "format_version"}
     if unknown := sorted(key for key in values.keys() - known if not key.startswith("_")):  # those are diffusers'
         raise UserError(f"{file}: key {unknown[0]!r:.80} is unknown; the model could compute something else by it")
