@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from lidit_jax.json_file import finite
 from lidit_jax.pictures import save_png
 
 
@@ -18,6 +19,7 @@ class Metrics:
     """Writes scalars and pictures of one part into its folder; only the first process writes.
 
     `metrics.jsonl` has one object a logged step; when a run resumes, lines of steps that are taken again are repeated.
+    Values that are not finite are null there.
     """
 
     def __init__(self, folder: str | epath.Path):
@@ -36,7 +38,7 @@ class Metrics:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer:
             self._writer.write_scalars(step, dict(values))
-            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.write(json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n")
             self._lines.flush()
 
     def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
