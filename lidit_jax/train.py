@@ -103,11 +103,13 @@ class TrainConfig:
     """Numbers of one part's training, under `train` in the config.
 
     Attributes:
-      schedule: learning rate after warm-up: "constant", or "cosine" down to a hundredth at the last step.
+      schedule: learning rate after warm-up: "constant", or "cosine" down to a hundredth at the last step. Skipped steps
+        do not advance it.
       accumulate: micro-batches a step; the mean of their gradients, weighted as their losses are, equals the whole
         batch's, but for losses that look at a batch as a whole (a discriminator's batch normalisation and adaptive
         weight).
-      ema_decay: 0 keeps no average. The decay is ramped up over the first steps: min(decay, (1 + t) / (10 + t)).
+      ema_decay: 0 keeps no average. The decay is ramped up over the first updates: min(decay, (1 + t) / (10 + t)) after
+        t updates.
       max_skipped_in_row: non-finite steps in a row after which the run stops.
       stalled_after: seconds without a step after which a run on several hosts ends, as one of them must be waiting for
         ever; 0: it waits. Compiling, judging and saving must each be done within.
@@ -162,6 +164,12 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     return optax.adamw(
         learning_rate(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix
     )
+
+
+def _updates_made(opt_state: Any) -> jax.Array:
+    """Returns the updates counted by the learning rate's schedule: an int32 scalar, which skipped steps leave alone."""
+    [schedule] = [state for state in opt_state if isinstance(state, optax.ScaleByScheduleState)]
+    return schedule.count
 
 
 def _is_matrix(params: Any) -> Any:
@@ -250,6 +258,7 @@ class Trainer:
         with nn.logical_axis_rules(self.rules.pairs()):
             loss, metrics, grads = self._gradients(state.params, frozen, batch, key, phase)
 
+        updates_made = _updates_made(state.opt_state)
         grad_norm = optax.tree.norm(grads)
         if self.task.networks:
             metrics |= {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in self.task.networks}
@@ -265,7 +274,7 @@ class Trainer:
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if ema is not None:
-                decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+                decay = jnp.minimum(config.ema_decay, (1.0 + updates_made) / (10.0 + updates_made))
                 ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
             return state.replace(params=params, ema=ema, opt_state=opt_state)
 
@@ -277,7 +286,7 @@ class Trainer:
             skipped=state.skipped + ~finite,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
         )
-        metrics |= {"loss": loss, "grad_norm": grad_norm, "learning_rate": self.learning_rate(state.step - 1)}
+        metrics |= {"loss": loss, "grad_norm": grad_norm, "learning_rate": self.learning_rate(updates_made)}
         metrics |= {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
         return state, metrics
 
