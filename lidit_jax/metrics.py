@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from lidit_jax.json_file import finite
 from lidit_jax.pictures import save_png
 
 
@@ -18,6 +19,8 @@ class Metrics:
     """Writes scalars and pictures of one part into its folder; only the first process writes.
 
     `metrics.jsonl` has one object a logged step; when a run resumes, lines of steps that are taken again are repeated.
+    Values that are not finite are null there. Names that nothing was measured for are left out: the loss where every
+    step of the interval was skipped, a quarter of the schedule that no sample fell into.
     """
 
     def __init__(self, folder: str | epath.Path):
@@ -36,7 +39,7 @@ class Metrics:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer:
             self._writer.write_scalars(step, dict(values))
-            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+            self._lines.write(json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n")
             self._lines.flush()
 
     def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
@@ -98,16 +101,18 @@ class Progress:
         return self._speed
 
     def print(self, step: int, values: Mapping[str, float]) -> None:
+        """Prints the line; a dash stands for what no step of the interval measured."""
         if jax.process_index():
             return
         speed = self._speed["samples_per_second"]
         left = (self.steps - step) * self.batch_size / max(speed, 1e-9)
         work = f"  {self._speed['tflops_per_second']:.3g} TFLOP/s" if "tflops_per_second" in self._speed else ""
         work += f" (MFU {100 * self._speed['mfu']:.0f}%)" if "mfu" in self._speed else ""
-        skipped = f"  skipped {values['skipped']:.0f}" if values["skipped"] else ""
+        skipped = f"  skipped {values['skipped_in_interval']} ({values['skipped']} in all)" if values["skipped"] else ""
+        measured = lambda name, form: format(values[name], form) if name in values else "-"  # noqa: E731
         print(
-            f"{self.name} {step}/{self.steps} ({100 * step // self.steps}%)  loss {values['loss']:.4f}  "
-            f"grad {values['grad_norm']:.3f}  lr {values['learning_rate']:.2e}  {speed:.1f} samples/s{work}  "
+            f"{self.name} {step}/{self.steps} ({100 * step // self.steps}%)  loss {measured('loss', '.4f')}  "
+            f"grad {measured('grad_norm', '.3f')}  lr {measured('learning_rate', '.2e')}  {speed:.1f} samples/s{work}  "
             f"data wait {100 * self._speed['data_wait']:.0f}%{skipped}  eta {duration(left)}",
             file=sys.stderr,
             flush=True,

@@ -31,6 +31,7 @@ from lidit_jax.parallel.rules import whole
 from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.train import Batch, Evaluate, Task
+from lidit_jax.weighted_mean import Perplexity, WeightedMean
 
 
 def to_pixels(images: jax.Array) -> jax.Array:
@@ -68,11 +69,22 @@ def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer
     return Task(name=name, init=init, loss=loss)
 
 
-def token_loss(logits: jax.Array, tokens: jax.Array, counted: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """logits [B, L, V], tokens int32 [B, L], counted bool [B, L] -> mean negative log-likelihood, {"perplexity": …}."""
+def token_loss(
+    logits: jax.Array, tokens: jax.Array, counted: jax.Array
+) -> tuple[WeightedMean, dict[str, WeightedMean]]:
+    """Averages the negative log-likelihood of the counted tokens, in nats.
+
+    Args:
+      logits: float32 [B, L, V].
+      tokens: int32 [B, L].
+      counted: bool [B, L].
+
+    Returns:
+      The mean, weighted by the number of counted tokens, and {"perplexity": its exponential}.
+    """
     log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]  # [B, L]
-    mean = -jnp.sum(log_likelihood * counted) / jnp.maximum(jnp.sum(counted), 1)
-    return mean, {"perplexity": jnp.exp(mean)}
+    loss = WeightedMean.over(-log_likelihood, counted)
+    return loss, {"perplexity": Perplexity(loss.mean, loss.weight)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +141,7 @@ def vae_task(
         decoded = autoencode(features, method=AutoencoderKL.decode_last)
         kl = kl_loss(posterior, images)
         metrics = {"kl": kl, "psnr": jnp.mean(psnr(decoded, images))}
+        over_images = lambda mean: WeightedMean(mean, jnp.float32(len(images)))  # noqa: E731
 
         def dissimilarity(decoded):
             parts = {"reconstruction": reconstruction_loss(decoded, images, objective.reconstruction)}
@@ -141,7 +154,8 @@ def vae_task(
         value, gradient, parts = value_and_gradient_at(dissimilarity, decoded)
         metrics |= parts
         if not phase:
-            return with_gradient(value, decoded, gradient) + objective.kl_weight * kl, metrics
+            total = with_gradient(value, decoded, gradient) + objective.kl_weight * kl
+            return over_images(total), jax.tree.map(over_images, metrics)
 
         in_kernel = functools.partial(_gradient_in_last_kernel, model, params["vae"], features)
         score = lambda pictures: discriminator.apply({"params": params["discriminator"]}, pictures)  # noqa: E731
@@ -152,7 +166,8 @@ def vae_task(
         value, gradient = value + weight * adversarial, gradient + weight * slope
         hinge = hinge_loss(score(images), score(jax.lax.stop_gradient(decoded)))
         metrics |= {"hinge": hinge, "adaptive_weight": adaptive}
-        return with_gradient(value, decoded, gradient) + objective.kl_weight * kl + hinge, metrics
+        total = with_gradient(value, decoded, gradient) + objective.kl_weight * kl + hinge
+        return over_images(total), jax.tree.map(over_images, metrics)
 
     return Task(
         name="vae",
@@ -214,8 +229,8 @@ def lidit_task(
         text = encode(encoders, frozen["encoders"], batch)
         predict = lambda x, timesteps: model.apply({"params": params}, x, timesteps, text)  # noqa: E731
         loss, metrics = diffusion_loss(schedule, predict, latents, diffusion_key)
-        truncated = [jnp.mean(batch[f"{name}/truncated"].astype(jnp.float32)) for name in encoders]
-        return loss, metrics | {"truncated_prompts": sum(truncated) / len(truncated)}
+        truncated = jnp.stack([batch[f"{name}/truncated"] for name in encoders])  # [encoders, B]
+        return loss, metrics | {"truncated_prompts": WeightedMean.over(truncated)}
 
     def prepare(frozen, batch):
         return encode_ahead(encoders, frozen["encoders"], batch)

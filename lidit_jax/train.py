@@ -29,6 +29,7 @@ from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.preemption import Preempted, listening
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated, shardings
 from lidit_jax.parallel.watchdog import watched
+from lidit_jax.weighted_mean import WeightedMean, mean_of_steps
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Task:
     Attributes:
       name: for the log.
       init: key -> parameters, boxed with their logical axes (what Flax's `Module.init` gives).
-      loss: (params, frozen, batch, key, phase) -> (float32 scalar, dict of float32 scalars). Traced, so pure.
+      loss: (params, frozen, batch, key, phase) -> (the loss, named metrics), means with their weights. Traced, so pure.
       frozen: arrays that the loss reads and nothing changes (LLMs, VAE).
       evaluate: what is logged every `sample_every` steps and at the end, or None.
       prepare: (frozen, batch) -> batch, a program of its own before the step, or None. Traced, so pure; its results
@@ -88,7 +89,7 @@ class Task:
 
     name: str
     init: Callable[[jax.Array], Any]
-    loss: Callable[[Any, Any, Batch, jax.Array, int], tuple[jax.Array, dict[str, jax.Array]]]
+    loss: Callable[[Any, Any, Batch, jax.Array, int], tuple[WeightedMean, dict[str, WeightedMean]]]
     frozen: Any = None
     evaluate: Evaluate | None = None
     prepare: Callable[[Any, Batch], Batch] | None = None
@@ -102,10 +103,13 @@ class TrainConfig:
     """Numbers of one part's training, under `train` in the config.
 
     Attributes:
-      schedule: learning rate after warm-up: "constant", or "cosine" down to a hundredth at the last step.
-      accumulate: micro-batches a step; their mean gradient equals the whole batch's, but for losses that look at a
-        batch as a whole (a discriminator's batch normalisation and adaptive weight).
-      ema_decay: 0 keeps no average. The decay is ramped up over the first steps: min(decay, (1 + t) / (10 + t)).
+      schedule: learning rate after warm-up: "constant", or "cosine" down to a hundredth at the last step. Skipped steps
+        do not advance it.
+      accumulate: micro-batches a step; the mean of their gradients, weighted as their losses are, equals the whole
+        batch's, but for losses that look at a batch as a whole (a discriminator's batch normalisation and adaptive
+        weight).
+      ema_decay: 0 keeps no average. The decay is ramped up over the first updates: min(decay, (1 + t) / (10 + t)) after
+        t updates.
       max_skipped_in_row: non-finite steps in a row after which the run stops.
       stalled_after: seconds without a step after which a run on several hosts ends, as one of them must be waiting for
         ever; 0: it waits. Compiling, judging and saving must each be done within.
@@ -162,6 +166,12 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
+def _updates_made(opt_state: Any) -> jax.Array:
+    """Returns the updates counted by the learning rate's schedule: an int32 scalar, which skipped steps leave alone."""
+    [schedule] = [state for state in opt_state if isinstance(state, optax.ScaleByScheduleState)]
+    return schedule.count
+
+
 def _is_matrix(params: Any) -> Any:
     # Boxed leaves (at initialisation) have one more entry in their path, the box's attribute.
     named = lambda path: any(getattr(entry, "key", None) in ("kernel", "embed_tokens") for entry in path[-2:])  # noqa: E731
@@ -213,8 +223,12 @@ class Trainer:
 
     def step(
         self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array, number: int
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """(the state after step `number`, metrics); the given state is donated."""
+    ) -> tuple[TrainState, dict[str, WeightedMean | jax.Array]]:
+        """(the state after step `number`, metrics); the given state is donated.
+
+        Metrics are the task's and "loss", as weighted means, and the scalars "grad_norm", "learning_rate" (that of this
+        step's update), "skipped" and "skipped_in_row" (over 0 if this step was skipped).
+        """
         return self._step(state, frozen, batch, key, bisect.bisect_right(self.task.phases, number))
 
     def lower(self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array) -> jax.stages.Lowered:
@@ -244,6 +258,7 @@ class Trainer:
         with nn.logical_axis_rules(self.rules.pairs()):
             loss, metrics, grads = self._gradients(state.params, frozen, batch, key, phase)
 
+        updates_made = _updates_made(state.opt_state)
         grad_norm = optax.tree.norm(grads)
         if self.task.networks:
             metrics |= {f"grad_norm/{name}": optax.tree.norm(grads[name]) for name in self.task.networks}
@@ -259,19 +274,19 @@ class Trainer:
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
             if ema is not None:
-                decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+                decay = jnp.minimum(config.ema_decay, (1.0 + updates_made) / (10.0 + updates_made))
                 ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
             return state.replace(params=params, ema=ema, opt_state=opt_state)
 
         # A branch, not a choice element by element: that would read both trees, and copy the donated one.
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(loss.mean) & jnp.isfinite(grad_norm)
         state = jax.lax.cond(finite, update, lambda state, grads: state, state, grads)
         state = state.replace(
             step=state.step + 1,
             skipped=state.skipped + ~finite,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
         )
-        metrics |= {"loss": loss, "grad_norm": grad_norm, "learning_rate": self.learning_rate(state.step - 1)}
+        metrics |= {"loss": loss, "grad_norm": grad_norm, "learning_rate": self.learning_rate(updates_made)}
         metrics |= {"skipped": state.skipped, "skipped_in_row": state.skipped_in_row}
         return state, metrics
 
@@ -282,25 +297,34 @@ class Trainer:
         return jax.tree.map(lambda g: g * scale, grads)
 
     def _gradients(self, params, frozen, batch, key, phase):
-        loss_of_phase = lambda *arguments: self.task.loss(*arguments, phase)  # noqa: E731
-        grad = jax.value_and_grad(loss_of_phase, has_aux=True)
+        """(loss, metrics, gradients of the loss's mean)."""
+
+        def loss_of_phase(*arguments):
+            loss, metrics = self.task.loss(*arguments, phase)
+            return loss.mean, (loss, metrics)
+
+        grad = jax.grad(loss_of_phase, has_aux=True)
         count = self.config.accumulate
         if count == 1:
-            (loss, metrics), grads = grad(params, frozen, batch, key)
+            grads, (loss, metrics) = grad(params, frozen, batch, key)
             return loss, metrics, grads
         # Every count-th row, so that each micro-batch is spread over all devices.
         split = lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)  # noqa: E731
         micro_batches = jax.tree.map(split, batch)
 
-        def add(total, i_and_micro_batch):
+        def merge(so_far, i_and_micro_batch):
             i, micro_batch = i_and_micro_batch
-            result = grad(params, frozen, micro_batch, jax.random.fold_in(key, i))
-            return jax.tree.map(lambda t, r: t + r / count, total, result), None
+            grads, (loss, metrics) = so_far
+            new_grads, (new_loss, new_metrics) = grad(params, frozen, micro_batch, jax.random.fold_in(key, i))
+            loss = loss.merge(new_loss)
+            metrics = {name: metrics[name].merge(new) for name, new in new_metrics.items()}
+            share = new_loss.share_of(loss)
+            return (jax.tree.map(lambda g, new: g + share * (new - g), grads, new_grads), (loss, metrics)), None
 
         first = jax.tree.map(lambda x: x[0], micro_batches)
         shapes = jax.eval_shape(grad, params, frozen, first, key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-        ((loss, metrics), grads), _ = jax.lax.scan(add, zeros, (jnp.arange(count), micro_batches))
+        (grads, (loss, metrics)), _ = jax.lax.scan(merge, zeros, (jnp.arange(count), micro_batches))
         return loss, metrics, grads
 
 
@@ -412,12 +436,18 @@ def _peak(mesh: Mesh) -> float | None:
 def _log(
     metrics: Metrics, progress: Progress, step: int, pending: list, report: Mapping[str, float], config: TrainConfig
 ) -> None:
+    """Logs the means over an interval's steps that were not skipped, and the learning rate of its last update.
+
+    Args: pending: metrics of each step of the interval, on the device.
+    """
     rows = jax.device_get(pending)
-    names = dict.fromkeys(name for row in rows for name in row)  # a new phase may have come, with more of them
-    values = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
-    values["skipped"] = int(rows[-1]["skipped"])
+    taken = [row for row in rows if not row["skipped_in_row"]]
+    values = mean_of_steps(taken)
+    values.pop("skipped_in_row", None)
+    if taken:
+        values["learning_rate"] = float(taken[-1]["learning_rate"])
+    values |= {"skipped": int(rows[-1]["skipped"]), "skipped_in_interval": len(rows) - len(taken)}
     in_row = max(int(row["skipped_in_row"]) for row in rows)
-    del values["skipped_in_row"]
     metrics.scalars(step, values | progress.speed(step) | dict(report))
     progress.print(step, values)
     if in_row >= config.max_skipped_in_row:

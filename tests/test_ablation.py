@@ -137,7 +137,7 @@ def test_padding_is_not_trained_on(kind):
     params = jax.tree.map(lambda x: x.unbox(), task.init(jax.random.key(0)), is_leaf=lambda x: hasattr(x, "unbox"))
     tokens = np.random.default_rng(0).integers(0, 60, (4, 12)).astype(np.int32)
     mask = np.arange(12) < np.array([12, 7, 4, 9])[:, None]
-    loss = lambda tokens: task.loss(params, None, {"tokens": tokens, "mask": mask}, jax.random.key(1), 0)[0]  # noqa: E731
+    loss = lambda tokens: task.loss(params, None, {"tokens": tokens, "mask": mask}, jax.random.key(1), 0)[0].mean  # noqa: E731
     first = loss(jnp.asarray(tokens))
     assert np.isfinite(first)
     assert first == pytest.approx(float(loss(jnp.where(mask, tokens, 5))), rel=1e-6)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lidit_jax.diffusion.losses import diffusion_loss
 from lidit_jax.diffusion.schedules import DDPM, RectifiedFlow, make_schedule, resolution_shift
 from lidit_jax.errors import UserError
+from lidit_jax.weighted_mean import mean_of_steps
 
 SCHEDULES = {
     "epsilon": DDPM(),
@@ -191,8 +192,9 @@ def test_ddpm_loss_matches_a_numpy_derivation(prediction):
             eps[i] if prediction == "epsilon" else np.sqrt(signal_power) * eps[i] - np.sqrt(1 - signal_power) * x0[i]
         )
         squared += np.sum((target - noisy**2 / (1 + t / 500)) ** 2)
-    assert loss.dtype == jnp.float32
-    assert float(loss) == pytest.approx(squared / x0.size, rel=1e-5)
+    assert loss.mean.dtype == jnp.float32
+    assert float(loss.mean) == pytest.approx(squared / x0.size, rel=1e-5)
+    assert loss.weight == 64
 
 
 def test_rectified_flow_loss_matches_a_numpy_derivation():
@@ -208,7 +210,7 @@ def test_rectified_flow_loss_matches_a_numpy_derivation():
     eps = np.asarray(jax.random.normal(noise_key, x0.shape), np.float64)
     noisy = (1 - s) * x0 + s * eps
     expected = np.mean((noisy**2 / (1 + 1000 * s / 500) - (eps - x0)) ** 2)
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(loss.mean) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
@@ -223,7 +225,7 @@ def test_the_loss_of_a_perfect_prediction_is_zero(name):
         return schedule.target(constant, noise, times)
 
     loss, _ = diffusion_loss(schedule, perfect, constant, jax.random.key(0))
-    assert float(loss) < 1e-8
+    assert float(loss.mean) < 1e-8
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
@@ -235,27 +237,46 @@ def test_the_loss_of_predicting_zero_is_the_power_of_the_target(name):
         power["v"] = np.mean(schedule.alphas_cumprod + 0.7**2 * (1 - schedule.alphas_cumprod))
     # The variance of a target element is at most 2 + 4 * 0.49 about its power, that of the power over times at most
     # a quarter; five standard errors of the mean over 4096 times and 64 elements of each.
-    assert float(loss) == pytest.approx(power[schedule.prediction], abs=5 * np.sqrt((4 / 64 + 0.25) / 4096))
+    assert float(loss.mean) == pytest.approx(power[schedule.prediction], abs=5 * np.sqrt((4 / 64 + 0.25) / 4096))
 
 
 def test_the_loss_is_float32_for_bfloat16_predictions():
     loss, metrics = diffusion_loss(
         DDPM(), lambda x, t: x.astype(jnp.bfloat16), jnp.ones((4, 3), jnp.bfloat16), jax.random.key(0)
     )
-    assert loss.dtype == jnp.float32
-    assert metrics["loss_quarter_1"].dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves((loss, metrics))} == {jnp.dtype(jnp.float32)}
 
 
 def test_quarter_losses_are_finite_without_samples_and_average_to_the_loss():
     x0 = jnp.ones((2, 5))
     loss, metrics = diffusion_loss(DDPM(), nonlinear_prediction, x0, jax.random.key(1))
-    losses = np.array([metrics[f"loss_quarter_{k}"] for k in (1, 2, 3, 4)])
-    counts = np.array([metrics[f"count_quarter_{k}"] for k in (1, 2, 3, 4)])
+    quarters = [metrics[f"loss_quarter_{k}"] for k in (1, 2, 3, 4)]
+    losses, counts = (np.array([getattr(q, name) for q in quarters]) for name in ("mean", "weight"))
     assert np.isfinite(losses).all()
     assert (counts == 0).sum() >= 2
     assert (losses[counts == 0] == 0).all()
-    assert counts.sum() == 2
-    assert (losses * counts).sum() / 2 == pytest.approx(float(loss), rel=1e-6)
+    assert counts.sum() == loss.weight == 2
+    assert (losses * counts).sum() / 2 == pytest.approx(float(loss.mean), rel=1e-6)
+
+
+def test_quarter_losses_over_small_batches_are_those_of_all_their_samples():
+    """Batches of 2 leave most quarters empty; the loss is 1 everywhere."""
+
+    def predict(x, timesteps):
+        del timesteps
+        return schedule.target(x0, noise, times) + 1.0
+
+    schedule, x0, rows = DDPM(prediction="epsilon"), jnp.zeros((2, 3)), []
+    for number in range(6):
+        key = jax.random.key(number)
+        times_key, noise_key = jax.random.split(key)
+        times, noise = schedule.sample_times(times_key, 2), jax.random.normal(noise_key, x0.shape)
+        rows.append(diffusion_loss(schedule, predict, x0, key)[1])
+    assert any(row[f"loss_quarter_{k}"].weight == 0 for row in rows for k in (1, 2, 3, 4))
+    logged = mean_of_steps(jax.device_get(rows))
+    assert logged == pytest.approx({f"loss_quarter_{k}": 1.0 for k in (1, 2, 3, 4)})
+    empty = [name for name, mean in rows[0].items() if mean.weight == 0]
+    assert empty and mean_of_steps(jax.device_get(rows[:1])).keys() == rows[0].keys() - set(empty)
 
 
 def test_quarter_losses_belong_to_the_times_of_their_quarter():
@@ -268,7 +289,7 @@ def test_quarter_losses_belong_to_the_times_of_their_quarter():
 
     _, metrics = diffusion_loss(schedule, off_by_root_of_t, jnp.zeros((512, 2)), jax.random.key(0))
     for k in (1, 2, 3, 4):
-        assert 250 * (k - 1) - 1e-2 <= metrics[f"loss_quarter_{k}"] <= 250 * k - 1 + 1e-2
+        assert 250 * (k - 1) - 1e-2 <= metrics[f"loss_quarter_{k}"].mean <= 250 * k - 1 + 1e-2
 
 
 def test_a_prediction_of_another_shape_is_refused():

@@ -85,7 +85,7 @@ def ours(workload: Workload, config: TrainConfig, steps: int, *, mesh: Mapping[s
         with jax.set_mesh(trainer.mesh):
             for _ in range(steps):
                 state, of_step = trainer.step(state, trainer.task.frozen, batch, key, next(number))
-                metrics.append((of_step["loss"], of_step["grad_norm"]))
+                metrics.append((of_step["loss"].mean, of_step["grad_norm"]))
         return np.array(jax.device_get(metrics), np.float32).T
 
     return work

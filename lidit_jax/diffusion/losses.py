@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.diffusion.schedules import Schedule
+from lidit_jax.weighted_mean import WeightedMean
 
 NUM_TIME_BANDS = 4
 
@@ -15,7 +16,7 @@ def diffusion_loss(
     predict: Callable[[jax.Array, jax.Array], jax.Array],
     x0: jax.Array,
     key: jax.Array,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[WeightedMean, dict[str, WeightedMean]]:
     """Mean squared error of the model's prediction at random times, in float32.
 
     With `DDPM(prediction="epsilon")` it is the paper's ||eps - eps_theta(x_t, t)||^2 (appendix A.1), averaged over
@@ -28,9 +29,9 @@ def diffusion_loss(
         key: split in two: the first key draws the times, the second the noise.
 
     Returns:
-        The loss, a float32 scalar, and scalar metrics: `loss`, and for each quarter k = 1 … 4 of the schedule, from
-        little noise to much, `loss_quarter_k` (the mean over the samples whose time lies in it; 0 if none does) and
-        `count_quarter_k` (how many do), so that means over several steps can be weighted.
+        The loss, a mean over the B samples, and as metrics `loss_quarter_k` for each quarter k = 1 … 4 of the
+        schedule, from little noise to much: the mean over the samples whose time lies in it, weighted by their number
+        (0 if there are none).
 
     Raises:
         ValueError: if the prediction does not have the shape of x0.
@@ -46,18 +47,12 @@ def diffusion_loss(
 
     errors = jnp.square(prediction.astype(jnp.float32) - schedule.target(x0, noise, times))
     loss_per_sample = errors.mean(axis=tuple(range(1, errors.ndim)))  # [B]
-    loss = loss_per_sample.mean()
-    return loss, {"loss": loss, **_loss_by_quarter(loss_per_sample, timesteps / schedule.num_timesteps)}
+    return WeightedMean.over(loss_per_sample), _loss_by_quarter(loss_per_sample, timesteps / schedule.num_timesteps)
 
 
-def _loss_by_quarter(loss_per_sample: jax.Array, fractions: jax.Array) -> dict[str, jax.Array]:
-    """Mean loss and sample count of each quarter of [0, 1); loss_per_sample and fractions [B]."""
+def _loss_by_quarter(loss_per_sample: jax.Array, fractions: jax.Array) -> dict[str, WeightedMean]:
+    """Averages the loss within each quarter of [0, 1); loss_per_sample and fractions [B]."""
     bands = jnp.clip((fractions * NUM_TIME_BANDS).astype(jnp.int32), 0, NUM_TIME_BANDS - 1)
-    metrics = {}
-    for band in range(NUM_TIME_BANDS):
-        inside = bands == band
-        count = inside.sum()
-        total = jnp.where(inside, loss_per_sample, 0.0).sum()
-        metrics[f"loss_quarter_{band + 1}"] = total / jnp.maximum(count, 1)
-        metrics[f"count_quarter_{band + 1}"] = count
-    return metrics
+    return {
+        f"loss_quarter_{band + 1}": WeightedMean.over(loss_per_sample, bands == band) for band in range(NUM_TIME_BANDS)
+    }

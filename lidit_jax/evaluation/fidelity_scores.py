@@ -18,7 +18,7 @@ from lidit_jax.evaluation.claimed_folder import check_claim, read_claim
 from lidit_jax.evaluation.drawn_folder import DrawnFile, drawn_files
 from lidit_jax.evaluation.eval_extra import require_extra
 from lidit_jax.evaluation.scoring import device, load_model, load_processor, model_folder
-from lidit_jax.json_file import write_json
+from lidit_jax.json_file import finite, write_json
 from lidit_jax.weights.digest import file_digest, folder_digest
 
 logger = logging.getLogger(__name__)
@@ -241,6 +241,6 @@ def _digest(file: epath.Path) -> str:
 def _write(out: epath.Path, scores: Mapping[str, Any]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / SCORES_FILE, scores)
+        write_json(out / SCORES_FILE, finite(scores))
     except OSError as error:
         raise UserError(f"--out={out} can't be written ({error.strerror or error}); name another") from error

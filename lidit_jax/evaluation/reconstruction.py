@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lidit_jax.errors import UserError
-from lidit_jax.json_file import write_json
+from lidit_jax.json_file import finite, write_json
 from lidit_jax.models.image_similarity import psnr, ssim
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
@@ -237,7 +237,7 @@ def report(
                 scores["images"], scores["psnr"], scores["ssim"], workdir / SHEET_FILE)  # fmt: skip
     save_png(sheet, workdir / SHEET_FILE)
     factors = {"shift_factor": config.shift_factor, "scaling_factor": config.scaling_factor}
-    write_json(workdir / SCORES_FILE, {**scores, **factors, **facts})
+    write_json(workdir / SCORES_FILE, finite({**scores, **factors}) | facts)
 
 
 def _one_over_the_other(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:

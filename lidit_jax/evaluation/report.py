@@ -11,7 +11,7 @@ from etils import epath
 
 from lidit_jax.evaluation.eval_extra import png_of
 from lidit_jax.evaluation.paper_results import table_1
-from lidit_jax.json_file import write_json
+from lidit_jax.json_file import finite, write_json
 from lidit_jax.pictures import save_png
 
 JSON_FILE, TABLE_FILE, CHART_FILE = "report.json", "report.md", "report.png"
@@ -58,9 +58,7 @@ def write_report(report: Report, out: epath.Path, model_name: str) -> str:
       OSError: the folder cannot be written.
     """
     values = dataclasses.asdict(report)
-    # JSON has no NaN.
-    values["columns"] = {name: None if math.isnan(score) else score for name, score in report.columns.items()}
-    write_json(out / JSON_FILE, {"model": model_name, **values})
+    write_json(out / JSON_FILE, finite({"model": model_name, **values}))
     table = markdown(report, model_name)
     (out / TABLE_FILE).write_text(f"# {_title(report)}\n\n{table}\n![scores]({CHART_FILE})\n")
     save_png(chart(report, model_name), out / CHART_FILE)
