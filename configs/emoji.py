@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
         "features": True,  # of precomputed: use the LLMs' features, where they are kept
         "resolution": 64,
         "max_aspect": 2.0,
+        "bucket_multiple": 0,  # the cell, 8 px: 5 buckets; 16 gives 3
         "captions": None,  # the usual fields of whatever data it is
         "class_template": "",
         "caption_dropout": 0.1,

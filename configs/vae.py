@@ -31,6 +31,7 @@ def get_config(path: str = "") -> ConfigDict:
         "shuffle_buffer": 0,  # likewise: four batches of every group
         "resolution": 64,  # ours; 256 is usual
         "max_aspect": 1.0,
+        "bucket_multiple": 0,  # the cell
         "min_side": 0,
         "num_threads": 2,
         "num_workers": 0,
