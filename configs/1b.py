@@ -132,6 +132,7 @@ def get_config() -> ConfigDict:
         "ema_decay": 0.9999,
         "max_skipped_in_row": 20,
         "stalled_after": 1800.0,
+        "compile_ahead": True,  # the step of every bucket before the first step
         "log_every": 100,
         "checkpoint_every": 2500,
         "sample_every": 5000,

@@ -75,6 +75,7 @@ def get_config(row: str = "") -> ConfigDict:
         "weight_decay": 0.01,
         "clip_norm": 1.0,
         "ema_decay": 0.9999,
+        "compile_ahead": True,  # the step of every bucket before the first step
         "checkpoint_every": 5000,
         "sample_every": 10_000,
     }

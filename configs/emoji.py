@@ -101,6 +101,7 @@ def get_config() -> ConfigDict:
             "warmup_steps": 100,
             "schedule": "cosine",
             "ema_decay": 0.99,
+            "compile_ahead": True,
             "log_every": 100,
         },
         "kl_weight": 1e-4,
@@ -135,6 +136,7 @@ def get_config() -> ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
         "ema_decay": 0.995,
+        "compile_ahead": True,  # the step of every bucket before the first step
         "log_every": 50,
         "checkpoint_every": 500,
         "sample_every": 500,

@@ -61,6 +61,7 @@ def get_config(path: str = "") -> ConfigDict:
             "b2": 0.99,
             "clip_norm": 1.0,
             "ema_decay": 0.99,
+            "compile_ahead": True,  # the step of every bucket before the first step
             "log_every": 100,
             "checkpoint_every": 1000,
             "sample_every": 1000,

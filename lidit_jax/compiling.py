@@ -245,10 +245,8 @@ def _on_devices(experiment: Experiment, devices: Sequence[jax.Device], chip: Chi
 
 def _compile(trainer: Trainer, frozen: Any, batch: Mapping[str, Any], topology: str, chip: Chip) -> Report:
     state, mesh = trainer.abstract_state(), trainer.mesh
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     parts = {"weights": state.params, "ema": state.ema, "optimiser": state.opt_state, "frozen": frozen, "batch": batch}
-    lower = lambda: trainer.lower(state, frozen, batch, key)  # noqa: E731
+    lower = lambda: trainer.lower(state, frozen, batch)  # noqa: E731
     rows = trainer.config.batch_size
     return _report(lower, mesh, parts, topology, chip, "train", rows, trainer.task.flops(batch))
 

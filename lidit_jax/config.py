@@ -22,7 +22,7 @@ MAX_NUMBER = 10**30  # of what is given as a whole number where any number may b
 # Keys that may differ when a run goes on: none changes what a step computes. (`steps` alone may also grow.)
 FREE_KEYS = (
     *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
-    *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken"),
+    *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
 )
 # Keys that workdirs of earlier versions lack, with the value that stands for what those versions did.
 ABSENT_MEANS = {"data.bucket_multiple": 0}
