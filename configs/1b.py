@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
         "features": True,  # of precomputed: use the LLMs' features, where they are kept
         "resolution": 256,  # paper
         "max_aspect": 2.0,  # ours; the paper groups by aspect ratio and names no limit
+        "bucket_multiple": 64,  # ours: 3 buckets; 0, which is the cell of 16 px, gives 9
         "captions": {"txt": 0.5, "synthetic": 0.5},  # paper: original and synthetic mixed; the shares are ours
         "caption_dropout": 0.1,  # ours
         "min_aesthetic": 4.7,  # paper
@@ -134,6 +135,7 @@ def get_config() -> ConfigDict:
         "ema_decay": 0.9999,
         "max_skipped_in_row": 20,
         "stalled_after": 1800.0,
+        "compile_ahead": True,  # the step of every bucket before the first step
         "log_every": 100,
         "checkpoint_every": 2500,
         "sample_every": 5000,

@@ -34,6 +34,7 @@ def get_config(row: str = "") -> ConfigDict:
         "features": True,  # of precomputed: use the LLMs' features, where they are kept
         "resolution": 256,  # paper
         "max_aspect": 2.0,  # ours
+        "bucket_multiple": 64,  # ours: 3 buckets; 0, which is the cell of 16 px, gives 9
         "captions": {"txt": 1.0, "class": 1.0},  # whichever a picture has
         "class_template": "a photo of {}",  # paper: for pictures with a class and no caption
         "caption_dropout": 0.1,  # ours
@@ -77,6 +78,7 @@ def get_config(row: str = "") -> ConfigDict:
         "weight_decay": 0.01,
         "clip_norm": 1.0,
         "ema_decay": 0.9999,
+        "compile_ahead": True,  # the step of every bucket before the first step
         "checkpoint_every": 5000,
         "sample_every": 10_000,
     }

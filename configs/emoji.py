@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
         "features": True,  # of precomputed: use the LLMs' features, where they are kept
         "resolution": 64,
         "max_aspect": 2.0,
+        "bucket_multiple": 0,  # the cell, 8 px: 5 buckets; 16 gives 3
         "captions": None,  # the usual fields of whatever data it is
         "class_template": "",
         "caption_dropout": 0.1,
@@ -100,6 +101,7 @@ def get_config() -> ConfigDict:
             "warmup_steps": 100,
             "schedule": "cosine",
             "ema_decay": 0.99,
+            "compile_ahead": True,
             "log_every": 100,
         },
         "kl_weight": 1e-4,
@@ -137,6 +139,7 @@ def get_config() -> ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
         "ema_decay": 0.995,
+        "compile_ahead": True,  # the step of every bucket before the first step
         "log_every": 50,
         "checkpoint_every": 500,
         "sample_every": 500,

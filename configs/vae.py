@@ -31,6 +31,7 @@ def get_config(path: str = "") -> ConfigDict:
         "shuffle_buffer": 0,  # likewise: four batches of every group
         "resolution": 64,  # ours; 256 is usual
         "max_aspect": 1.0,
+        "bucket_multiple": 0,  # the cell
         "min_side": 0,
         "num_threads": 2,
         "num_workers": 0,
@@ -60,6 +61,7 @@ def get_config(path: str = "") -> ConfigDict:
             "b2": 0.99,
             "clip_norm": 1.0,
             "ema_decay": 0.99,
+            "compile_ahead": True,  # the step of every bucket before the first step
             "log_every": 100,
             "checkpoint_every": 1000,
             "sample_every": 1000,

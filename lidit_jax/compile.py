@@ -1,7 +1,8 @@
 """Compiles the train step for TPUs that are not there: `python -m lidit_jax.compile --config=… --topology=v5p:8x8x4`.
 
-With `--program=sample` the drawing of pictures in its place; `--weights` lists where each weight goes. Says what a chip
-holds, whether that fits, and how long a step takes at the least. Needs no TPU, but its compiler:
+Compiles the square bucket and an extreme one, and reports the one that needs more memory; `--bucket=640x384` compiles
+that one alone. With `--program=sample` the sampling of images in its place; `--weights` lists where each weight goes.
+Says what a chip holds, whether that fits, and how long a step takes at the least. Needs no TPU, but its compiler:
 `pip install -e ".[tpu]"`. Exit code 1 where it does not fit.
 """
 
@@ -23,6 +24,11 @@ _PREFIX = flags.DEFINE_integer(
     "prefix_tokens", 64, "of system prompt and instruction, where encoders have no weights", lower_bound=0
 )
 _PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "the train step, or prompts to pictures")
+_BUCKET = flags.DEFINE_string(
+    "bucket",
+    "",
+    "the bucket to compile, as 640x384 (height, width); unset: the square and, of training, an extreme one",
+)
 _WEIGHTS = flags.DEFINE_bool("weights", False, "list where each weight goes, and compile nothing")
 _JSON = flags.DEFINE_string("json", None, "file for all numbers")
 
@@ -35,7 +41,7 @@ def main() -> None:
     if _WEIGHTS.value:
         print("\n".join(where_weights_go(config, topology, _SLICES.value)))
         return
-    report = compile_step(config, topology, _SLICES.value, _PREFIX.value, _PROGRAM.value)
+    report = compile_step(config, topology, _SLICES.value, _PREFIX.value, _PROGRAM.value, _BUCKET.value)
     print("\n".join(report.lines()))
     if _JSON.value:
         write_json(epath.Path(_JSON.value), report.to_json())

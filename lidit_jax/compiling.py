@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lidit_jax import tasks
+from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.llm import LLM
@@ -50,6 +51,7 @@ class Report:
       what: "train" (a step) or "sample" (a batch of pictures).
       chip: its peaks.
       devices, batch_size: in all.
+      bucket: size of the images.
       mesh: axis -> size.
       parts: bytes of what lies in memory through the step: "weights", "ema", "optimiser", "frozen", "batch"; where a
         run draws, "beside": what it trains with and does not draw with.
@@ -58,6 +60,8 @@ class Report:
       model_flops: that the models need, rematerialisation not counted, all chips together.
       cost: of the compiled program, one chip; None where there is none.
       seconds: that lowering and compiling took.
+      bytes_by_bucket: peak memory of every bucket that was compiled, this one included (where the compiler ran out of
+        memory: what it would have needed).
     """
 
     topology: str
@@ -66,6 +70,7 @@ class Report:
     devices: int
     mesh: Mapping[str, int]
     batch_size: int
+    bucket: Bucket
     parts: Mapping[str, int]
     temporaries: int | None
     peak: int | None
@@ -74,6 +79,12 @@ class Report:
     model_flops: float
     cost: Cost | None
     seconds: float
+    bytes_by_bucket: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Peak memory or, where the compiler ran out of it, the memory that the program would have needed."""
+        return sum(self.parts.values()) + self.needed if self.peak is None else self.peak
 
     @property
     def fits(self) -> bool:
@@ -116,8 +127,13 @@ class Report:
         gb = lambda count: f"{count / 1e9:8.2f} GB"  # noqa: E731
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items())
         rows = [
-            f"{self.topology}: {self.devices} chips ({mesh}), batch {self.batch_size}, compiled in {self.seconds:.0f} s"
+            f"{self.topology}: {self.devices} chips ({mesh}), batch {self.batch_size} of {self.bucket}, compiled in "
+            f"{self.seconds:.0f} s"
         ]
+        if len(self.bytes_by_bucket) > 1:
+            rows += ["", "peak memory by bucket"]
+            rows += [f"  {bucket:14}{gb(count)}" for bucket, count in self.bytes_by_bucket.items()]
+            rows.append(f"  all that follows is of {self.bucket}, which needs the most")
         rows += ["", "a chip's memory"] + [f"  {name:14}{gb(count)}" for name, count in self.parts.items()]
         if self.peak is None:
             rows.append(f"  {'temporaries':14}{gb(self.needed)}")
@@ -184,25 +200,63 @@ class _Run:
 
 
 def compile_step(
-    config: ConfigDict, topology: str, num_slices: int = 1, prefix_tokens: int = 64, program: str = "train"
+    config: ConfigDict,
+    topology: str,
+    num_slices: int = 1,
+    prefix_tokens: int = 64,
+    program: str = "train",
+    bucket: str = "",
 ) -> Report:
     """Compiles the train step of a config (frozen encoders, VAE's encoder, LI-DiT, AdamW, EMA), or its sampling.
+
+    The train step is compiled for the square bucket and for the one of the most extreme aspect: with about as many
+    tokens, it may pad them otherwise or take another attention kernel. The report is of the one that needs more memory.
 
     Args:
       program: "train", or "sample": prompts to pictures, a batch as a run draws it for its log.
       topology: e.g. "v5p:8x8x4".
       num_slices: of that topology, joined by the data centre's network.
       prefix_tokens: of system prompt and instruction, where no tokenizer is at hand.
+      bucket: the only one to compile, as "640x384" (height, width); "": the square and, of training, an extreme one.
 
     Raises:
-      UserError: the config or the mesh cannot work, or the TPU's compiler is not installed.
+      UserError: the config or the mesh cannot work, there is no such bucket, or the TPU's compiler is not installed.
     """
     run = _run(config, topology, num_slices, prefix_tokens)
+    buckets = _buckets(run.experiment, bucket)
     if program == "sample":
-        return _compile_sampling(run, topology)
+        return _compile_sampling(run, topology, buckets[0])
     check_batch_size(run.experiment.train, run.mesh)
-    batch = abstract_batch(run.experiment, run.encoders, run.mesh, run.rules)
-    return _compile(run.trainer(run.experiment.train), run.frozen, batch, topology, run.chip)
+    trainer, reports = run.trainer(run.experiment.train), []
+    for of in buckets:
+        logger.info("compiling the step for bucket %s", of)
+        batch = abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, of)
+        reports.append(_compile(trainer, run.frozen, batch, topology, run.chip, of))
+    return worst(reports)
+
+
+def _buckets(experiment: Experiment, only: str) -> list[Bucket]:
+    """The square bucket and the widest, or the only one that is asked for; see `compile_step`."""
+    buckets = experiment.data.buckets(experiment.cell())
+    if only:
+        found = [bucket for bucket in buckets if str(bucket) == only]
+        if not found:
+            raise UserError(
+                f"--bucket={only}: the config has no such bucket, use one of {', '.join(map(str, buckets))}"
+            )
+        return found
+    square = Bucket(experiment.data.resolution, experiment.data.resolution)
+    return list(dict.fromkeys((square, buckets[-1])))
+
+
+def worst(reports: Sequence[Report]) -> Report:
+    """The report of the bucket that needs the most memory, with that of the others and the time of all."""
+    largest = max(reports, key=lambda report: (not report.fits, report.bytes))
+    return dataclasses.replace(
+        largest,
+        seconds=sum(report.seconds for report in reports),
+        bytes_by_bucket={str(report.bucket): report.bytes for report in reports},
+    )
 
 
 def where_weights_go(config: ConfigDict, topology: str, num_slices: int = 1) -> list[str]:
@@ -243,27 +297,27 @@ def _on_devices(experiment: Experiment, devices: Sequence[jax.Device], chip: Chi
     return _Run(experiment, chip, mesh, rules, encoders, frozen, experiment.autoencoder(experiment.vae_config()))
 
 
-def _compile(trainer: Trainer, frozen: Any, batch: Mapping[str, Any], topology: str, chip: Chip) -> Report:
+def _compile(
+    trainer: Trainer, frozen: Any, batch: Mapping[str, Any], topology: str, chip: Chip, bucket: Bucket
+) -> Report:
     state, mesh = trainer.abstract_state(), trainer.mesh
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(mesh))
     parts = {"weights": state.params, "ema": state.ema, "optimiser": state.opt_state, "frozen": frozen, "batch": batch}
-    lower = lambda: trainer.lower(state, frozen, batch, key)  # noqa: E731
+    lower = lambda: trainer.lower(state, frozen, batch)  # noqa: E731
     rows = trainer.config.batch_size
-    return _report(lower, mesh, parts, topology, chip, "train", rows, trainer.task.flops(batch))
+    return _report(lower, mesh, parts, topology, chip, "train", rows, bucket, trainer.task.flops(batch))
 
 
-def _compile_sampling(run: _Run, topology: str) -> Report:
-    experiment, how, side = run.experiment, run.experiment.sample, run.experiment.data.resolution
+def _compile_sampling(run: _Run, topology: str, bucket: Bucket) -> Report:
+    experiment, how = run.experiment, run.experiment.sample
     pipeline = Pipeline(experiment.model, experiment.schedule, run.encoders, run.vae, run.frozen, run.mesh, run.rules)
-    pipeline.check_size(side, side)
+    pipeline.check_size(*bucket)
     state = run.state()
-    lower = lambda: pipeline.lower(state.averaged, side, side, how)  # noqa: E731
+    lower = lambda: pipeline.lower(state.averaged, *bucket, how)  # noqa: E731
     # A run draws with one copy of the weights; what else it trains with stays where it is.
     beside = state.opt_state if state.ema is None else (state.params, state.opt_state)
     parts = {"weights": state.averaged, "frozen": run.frozen, "beside": beside}
-    rows, flops = pipeline.rows(how), pipeline.flops(side, side, how)
-    return _report(lower, run.mesh, parts, topology, run.chip, "sample", rows, flops)
+    rows, flops = pipeline.rows(how), pipeline.flops(*bucket, how)
+    return _report(lower, run.mesh, parts, topology, run.chip, "sample", rows, bucket, flops)
 
 
 def _report(
@@ -274,6 +328,7 @@ def _report(
     chip: Chip,
     program: str,
     batch_size: int,
+    bucket: Bucket,
     model_flops: float,
 ) -> Report:
     started, compiled, needed = time.monotonic(), None, None
@@ -291,6 +346,7 @@ def _report(
         devices=mesh.devices.size,
         mesh={axis: mesh.shape[axis] for axis in mesh.axis_names},
         batch_size=batch_size,
+        bucket=bucket,
         parts={name: _bytes_a_chip(tree) for name, tree in parts.items()},
         temporaries=memory and memory.temp_size_in_bytes,
         peak=memory and memory.peak_memory_in_bytes + _bytes_a_chip(parts.get("beside")),
@@ -386,11 +442,11 @@ def abstract_frozen(
 
 
 def abstract_batch(
-    experiment: Experiment, encoders: Mapping[str, PromptEncoder], mesh: Mesh, rules: ShardingRules
+    experiment: Experiment, encoders: Mapping[str, PromptEncoder], mesh: Mesh, rules: ShardingRules, bucket: Bucket
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of square pictures with their tokens."""
-    rows, side, length = experiment.train.batch_size, experiment.data.resolution, experiment.text.max_length
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((rows, side, side, 3), jnp.uint8)}
+    """A batch of images of one bucket with their tokens."""
+    rows, length = experiment.train.batch_size, experiment.text.max_length
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((rows, *bucket, 3), jnp.uint8)}
     for name in encoders:
         shapes[f"{name}/tokens"] = (rows, length), jnp.int32
         shapes[f"{name}/mask"] = (rows, length), jnp.bool_

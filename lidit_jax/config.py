@@ -25,8 +25,10 @@ MAX_NUMBER = 10**30  # of what is given as a whole number where any number may b
 # Keys that may differ when a run goes on: none changes what a step computes. (`steps` alone may also grow.)
 FREE_KEYS = (
     *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
-    *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken"),
+    *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
 )
+# Keys that workdirs of earlier versions lack, with the value that stands for what those versions did.
+ABSENT_MEANS = {"data.bucket_multiple": 0}
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T:
@@ -98,7 +100,7 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, m
                 f"{workdir}: can't be written ({error.strerror or error}); choose another --workdir"
             ) from error
         return
-    before, now = _flat(read_workdir(workdir)), _flat(config)
+    before, now = ({**ABSENT_MEANS, **_flat(values)} for values in (read_workdir(workdir), config))
     for key in sorted(before.keys() | now.keys()):
         is_free = any(part in FREE_KEYS for part in key.split(".")) and (may_grow or not key.startswith("evaluate."))
         if before.get(key) == now.get(key) or is_free:
@@ -107,13 +109,18 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, m
             "train.steps" if "train" in config else "vae.train.steps"
         ):  # of the part that is trained last
             continue
-        restore = f"give --config.{key}={before[key]}, or " if key in before else ""
+        resume = f"give --config.{key}={before.get(key)} or " if _is_one_word(before.get(key)) and key in now else ""
         raise UserError(
             f"{workdir} belongs to another config: {key} was {before.get(key, 'absent')!r}, "
-            f"now {now.get(key, 'absent')!r}; {restore}use another --workdir"
+            f"now {now.get(key, 'absent')!r}; {resume}use another --workdir"
         )
     if write:
         write_json(file, _plain(config))
+
+
+def _is_one_word(value: Any) -> bool:
+    """True if a value can be given on the command line as it is printed."""
+    return isinstance(value, int | float) or isinstance(value, str) and re.fullmatch(r"[\w./:-]+", value) is not None
 
 
 def read_workdir(workdir: epath.Path) -> ConfigDict:

@@ -26,9 +26,10 @@ from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import Metrics, Progress
 from lidit_jax.parallel.chips import chip_of
-from lidit_jax.parallel.preemption import Preempted, listening
+from lidit_jax.parallel.preemption import Notice, Preempted, listening
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated, shardings
-from lidit_jax.parallel.watchdog import watched
+from lidit_jax.parallel.watchdog import Watchdog, watched
+from lidit_jax.warm_up import Program, warm_up
 from lidit_jax.weighted_mean import WeightedMean, mean_of_steps
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,8 @@ class TrainConfig:
       max_skipped_in_row: non-finite steps in a row after which the run stops.
       stalled_after: seconds without a step after which a run on several hosts ends, as one of them must be waiting for
         ever; 0: it waits. Compiling, judging and saving must each be done within.
+      compile_ahead: compile the step for every bucket of the data, and every phase, before the first step; False: each
+        when it first comes, so that the first steps come sooner and later ones have to wait.
       log_every, checkpoint_every, sample_every, keep: steps, and checkpoints kept; sample_every=0: none.
     """
 
@@ -129,6 +132,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     max_skipped_in_row: int = 20
     stalled_after: float = 1800.0
+    compile_ahead: bool = True
     log_every: int = 100
     checkpoint_every: int = 1000
     sample_every: int = 0
@@ -199,15 +203,17 @@ class Trainer:
         self._boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
         self.state_shardings = shardings(self._boxed, mesh, rules)
         self.batch_sharding = batch_sharding(mesh, rules)
-        self._step = jax.jit(
+        step = jax.jit(
             self._take_step,
             in_shardings=(self.state_shardings, None, self.batch_sharding, replicated(mesh)),
             out_shardings=(self.state_shardings, replicated(mesh)),
             donate_argnums=0,
             static_argnums=4,
         )
-        self.prepare = task.prepare and jax.jit(
-            self._prepare, in_shardings=(None, self.batch_sharding), out_shardings=self.batch_sharding
+        self._step = Program(step, batch_argnum=2, static_argnums=(4,))
+        self.prepare = task.prepare and Program(
+            jax.jit(self._prepare, in_shardings=(None, self.batch_sharding), out_shardings=self.batch_sharding),
+            batch_argnum=1,
         )
 
     def init(self, seed: int) -> TrainState:
@@ -221,6 +227,11 @@ class Trainer:
         abstract = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
         return jax.tree.map(abstract, nn.unbox(self._boxed), self.state_shardings)
 
+    def abstract_key(self) -> jax.ShapeDtypeStruct:
+        """Shape, dtype and sharding of the random key that steps take."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self.mesh))
+
     def step(
         self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array, number: int
     ) -> tuple[TrainState, dict[str, WeightedMean | jax.Array]]:
@@ -229,11 +240,26 @@ class Trainer:
         Metrics are the task's and "loss", as weighted means, and the scalars "grad_norm", "learning_rate" (that of this
         step's update), "skipped" and "skipped_in_row" (over 0 if this step was skipped).
         """
-        return self._step(state, frozen, batch, key, bisect.bisect_right(self.task.phases, number))
+        return self._step(state, frozen, batch, key, self.phase(number))
 
-    def lower(self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array) -> jax.stages.Lowered:
+    def phase(self, number: int) -> int:
+        """How many of the task's phases have come at step `number`."""
+        return bisect.bisect_right(self.task.phases, number)
+
+    def compile(self, batch: Mapping[str, jax.ShapeDtypeStruct], phase: int) -> None:
+        """Compiles what a step does on batches of these shapes (before `prepare`), to be used when one comes.
+
+        To be called under the mesh, as `step`. No step is taken, and no memory of the devices is used for arrays.
+        """
+        if self.prepare:
+            prepared = self.prepare.compile(self.task.frozen, batch)
+            abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding)  # noqa: E731
+            batch = jax.tree.map(abstract, prepared)
+        self._step.compile(self.abstract_state(), self.task.frozen, batch, self.abstract_key(), phase)
+
+    def lower(self, state: TrainState, frozen: Any, batch: Batch) -> jax.stages.Lowered:
         """The step of the first phase for shapes in place of arrays; see `compiling.py`."""
-        return self._step.lower(state, frozen, batch, key, 0)
+        return self._step.lower(state, frozen, batch, self.abstract_key(), 0)
 
     def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """This process's rows of a batch -> global arrays over the mesh."""
@@ -354,7 +380,7 @@ def train(
     config, task = trainer.config, trainer.task
     with watched(config.stalled_after, task.name):
         state, positions = _first_state(trainer, checkpoints, seed, facts, initial_params)
-    step = int(state.step)
+    step = first_step = int(state.step)
     if step >= config.steps:
         return state
     if step:
@@ -377,6 +403,9 @@ def train(
             waited = time.monotonic()
             batch = trainer.put(next(stream))
             progress.waited(time.monotonic() - waited)
+            if step == first_step and config.compile_ahead:
+                with progress.paused():
+                    _warm_up(trainer, stream, batch, step, watchdog, notice)
             if task.flops:
                 progress.worked(task.flops(batch))
             if trainer.prepare:
@@ -425,6 +454,20 @@ def _first_state(
         ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
         state = state.replace(params=params, ema=ema)
     return state, ()
+
+
+def _warm_up(
+    trainer: Trainer, stream: BatchStream, batch: Batch, step: int, watchdog: Watchdog, notice: Notice
+) -> None:
+    """Args: batch: the first one, which came from the stream last."""
+
+    def compiled() -> None:
+        watchdog.beat()
+        if notice.reached():  # all is saved: no step was taken since the start
+            raise Preempted(f"{name}: stopped by SIGTERM before step {step + 1}; run it again to resume")
+
+    name, steps = trainer.task.name, range(step, trainer.config.steps)
+    warm_up(trainer, name, batch, stream.bucket, stream.buckets, steps, compiled)
 
 
 def _peak(mesh: Mesh) -> float | None:

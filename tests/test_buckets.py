@@ -1,10 +1,19 @@
+import dataclasses
+import json
+
 import numpy as np
 import pytest
+from conftest import load_config
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from stored_data import data_of, write_tars
 
+from lidit_jax.config import build, claim_workdir
 from lidit_jax.data.buckets import Bucket, assign, make_buckets, resize_to_cover_and_crop
+from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 
 # --- make_buckets -----------------------------------------------------------------------------------------------
@@ -51,6 +60,72 @@ def test_aspect_one_is_the_square_alone():
 def test_impossible_buckets_say_what_would_do(arguments, says):
     with pytest.raises(UserError, match=says):
         make_buckets(*arguments)
+
+
+# --- data.bucket_multiple ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "finest", "configured"), [("1b", 9, 3), ("ablation", 9, 3), ("10b", 19, 5), ("10b_1024", 37, 9)]
+)
+def test_paper_configs_have_few_buckets_that_keep_the_area_and_the_square(name, finest, configured):
+    config = load_config(name, *(["table2_baseline"] if name == "ablation" else []))
+    data = build(DataConfig, {**config.data, "path": "shards"}, "data")
+    buckets = data.buckets(16)
+    assert len(buckets) == configured
+    assert len(dataclasses.replace(data, bucket_multiple=0).buckets(16)) == finest
+    assert Bucket(data.resolution, data.resolution) in buckets
+    assert all(side % 64 == 0 for bucket in buckets for side in bucket)
+    assert min(height * width for height, width in buckets) > 0.93 * data.resolution**2
+    assert max(width / height for height, width in buckets) > 1.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"bucket_multiple": 48},
+            "data.bucket_multiple=48 does not work with data.resolution=256, data.max_aspect=2 and cells of 16 px: "
+            r"use one of 16 \(9 buckets\), 32 \(5 buckets\), 64 \(3 buckets\), 128 \(1 bucket\)$",
+        ),
+        ({"bucket_multiple": 8}, "data.bucket_multiple=8 does not work"),
+        ({"bucket_multiple": -16}, "data.bucket_multiple=-16 does not work"),
+        ({"bucket_multiple": 256}, "data.bucket_multiple=256 does not work"),  # leaves no side for max_aspect=2
+        ({"bucket_multiple": 64, "resolution": 250}, "resolution=250 is not a multiple of 16: use 240 or 256"),
+    ],
+)
+def test_an_impossible_bucket_multiple_names_those_that_work(changes, says):
+    data = build(DataConfig, {"source": "shapes", "resolution": 256, "max_aspect": 2.0, **changes}, "data")
+    with pytest.raises(UserError, match=says):
+        data.buckets(16)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_without_a_bucket_multiple_the_fingerprint_is_that_of_earlier_versions(tmp_path, sequential):
+    of = lambda **more: open_dataset(  # noqa: E731
+        data_of("tar", write_tars(tmp_path / "tar"), sequential=sequential, resolution=64, **more), 8
+    )
+    fingerprint = of().fingerprint
+    assert fingerprint.endswith(" in 80x48 72x56 64x64 56x72 48x80")  # written before the field existed
+    assert of(bucket_multiple=0).fingerprint == of(bucket_multiple=8).fingerprint == fingerprint
+    assert of(bucket_multiple=16).fingerprint == fingerprint.replace(" 72x56", "").replace(" 56x72", "")
+
+
+def test_a_workdir_without_a_bucket_multiple_resumes_with_0_alone(tmp_path):
+    config = load_config("1b")
+    with config.unlocked():
+        del config.data.bucket_multiple
+    claim_workdir(epath.Path(tmp_path), config)
+    before = json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(
+        UserError, match="data.bucket_multiple was 0, now 64; give --config.data.bucket_multiple=0 or use another"
+    ):
+        claim_workdir(epath.Path(tmp_path), load_config("1b"))
+    assert json.loads((tmp_path / "config.json").read_text()) == before
+    claim_workdir(epath.Path(tmp_path), config)
+    config = load_config("1b")
+    config.data.bucket_multiple = 0
+    claim_workdir(epath.Path(tmp_path), config)
 
 
 # --- assign -----------------------------------------------------------------------------------------------------

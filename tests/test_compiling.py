@@ -15,6 +15,7 @@ from etils import epath
 
 from lidit_jax import compiling, tasks
 from lidit_jax.compiling import AssumedTokenizer, abstract_batch, abstract_frozen, topology_devices
+from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.parallel.chips import V5E
@@ -24,6 +25,7 @@ from lidit_jax.train import Trainer
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 RULES = ShardingRules()
+SQUARE = Bucket(32, 32)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +63,8 @@ def report(with_weights):
     vae = part.autoencoder(part.vae_config())
     task = tasks.lidit_task(part.model, part.schedule, encoders, vae, frozen)
     trainer = Trainer(task, part.train, mesh, RULES)
-    batch = abstract_batch(part, encoders, mesh, RULES)
-    return compiling._compile(trainer, frozen, batch, "v5e:2x4", V5E), trainer
+    batch = abstract_batch(part, encoders, mesh, RULES, SQUARE)
+    return compiling._compile(trainer, frozen, batch, "v5e:2x4", V5E, SQUARE), trainer
 
 
 def test_the_report_says_what_a_chip_holds_and_does(report):
@@ -82,9 +84,70 @@ def test_the_report_says_what_a_chip_holds_and_does(report):
     assert report.cost.messages["all-gather"] > 0 and report.cost.unknown_loops == 0
     assert 0 < report.mfu_bound() < 1
     text = "\n".join(report.lines())
-    for words in ("8 chips (data 2, fsdp 4, tensor 1), batch 8", "of 16 GB", "all-gather", "so the MFU is at most"):
+    for words in (
+        "8 chips (data 2, fsdp 4, tensor 1), batch 8 of 32x32",
+        "of 16 GB",
+        "all-gather",
+        "so the MFU is at most",
+    ):
         assert words in text
     assert json.loads(json.dumps(report.to_json()))["cost"]["flops"] == report.cost.flops
+
+
+@pytest.fixture
+def of_buckets(with_weights, report, monkeypatch):
+    """The tiny config at 10b.py's resolution, grid and buckets, and the batches that are compiled; none really is.
+
+    The extreme bucket needs a byte more than the square one.
+    """
+    monkeypatch.setattr(compiling, "topology_devices", lambda *_: (jax.devices(), V5E))
+    config, batches = with_weights.copy_and_resolve_references(), []
+    config.mesh.update(MESH)
+    config.model.patch_size = 2
+    with config.unlocked():
+        config.data.update(resolution=512, max_aspect=2.0, bucket_multiple=64)
+
+    def record(trainer, frozen, batch, topology, chip, bucket):
+        batches.append(batch["image"].shape)
+        return dataclasses.replace(report[0], bucket=bucket, peak=1000 + (bucket != Bucket(512, 512)), seconds=2)
+
+    monkeypatch.setattr(compiling, "_compile", record)
+    return config, batches
+
+
+def test_the_square_and_the_extreme_bucket_are_compiled_and_the_larger_one_decides(of_buckets):
+    config, batches = of_buckets
+    report = compiling.compile_step(config, "v5e:2x4")
+    assert batches == [(8, 512, 512, 3), (8, 384, 640, 3)]
+    assert report.bucket == Bucket(384, 640) and report.peak == 1001 and report.seconds == 4
+    assert report.bytes_by_bucket == {"512x512": 1000, "384x640": 1001}
+    text = "\n".join(report.lines())
+    assert "batch 8 of 384x640, compiled in 4 s\n\npeak memory by bucket\n  512x512 " in text
+    assert "all that follows is of 384x640, which needs the most" in text
+    assert json.loads(json.dumps(report.to_json()))["bytes_by_bucket"]["384x640"] == 1001
+
+
+def test_one_bucket_can_be_compiled_alone(of_buckets):
+    config, batches = of_buckets
+    report = compiling.compile_step(config, "v5e:2x4", bucket="576x448")
+    assert batches == [(8, 576, 448, 3)] and "peak memory by bucket" not in "\n".join(report.lines())
+    with pytest.raises(
+        UserError, match="--bucket=500x500: the config has no such bucket, use one of 640x384, 576x448,"
+    ):
+        compiling.compile_step(config, "v5e:2x4", bucket="500x500")
+    config.data.max_aspect = 1.0
+    assert "peak memory by bucket" not in "\n".join(compiling.compile_step(config, "v5e:2x4").lines())
+    assert batches[1:] == [(8, 512, 512, 3)]
+
+
+def test_a_bucket_that_does_not_fit_decides_whatever_the_others_need(report):
+    square, _ = report
+    lacking = dataclasses.replace(
+        square, bucket=Bucket(24, 40), peak=None, temporaries=None, program=None, cost=None, needed=1
+    )
+    found = compiling.worst([square, lacking])
+    assert not found.fits and found.bytes_by_bucket["24x40"] == sum(square.parts.values()) + 1
+    assert found.bytes_by_bucket["32x32"] == square.peak
 
 
 def test_what_does_not_fit_is_said_with_what_would(report):
@@ -187,6 +250,21 @@ def test_drawing_is_compiled_too(with_weights, monkeypatch):
     # Three evaluations with guidance; tiny as it is, the VAE's decoder takes more than the model.
     assert report.flops_ratio > 1 and report.cost.unknown_loops == 0
     assert "a batch of pictures takes at least" in "\n".join(report.lines())
+
+
+@pytest.mark.slow
+def test_buckets_of_the_same_area_need_about_the_same_memory(with_weights, monkeypatch):
+    """The tiny model on the grid of 10b.py (32x32 tokens, and 24x40), both really compiled."""
+    monkeypatch.setattr(compiling, "topology_devices", lambda *_: (jax.devices(), V5E))
+    config = with_weights.copy_and_resolve_references()
+    config.mesh.update(MESH)
+    config.model.patch_size = 2
+    with config.unlocked():
+        config.data.update(resolution=512, max_aspect=2.0, bucket_multiple=64)
+    report = compiling.compile_step(config, "v5e:2x4")
+    square, extreme = report.bytes_by_bucket["512x512"], report.bytes_by_bucket["384x640"]
+    assert report.bytes == max(square, extreme) and str(report.bucket) in report.bytes_by_bucket
+    assert 0.8 < extreme / square < 1.2
 
 
 @pytest.mark.slow

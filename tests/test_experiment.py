@@ -206,7 +206,7 @@ def test_an_old_workdir_is_not_resumed_with_another_position(trained_workdir, tm
     old = without_position(trained_workdir, tmp_path / "old")
     config = tiny_config()
     config.model.position = "sincos"
-    with pytest.raises(UserError, match=r"position was 'conv', now 'sincos'; give --config\.model\.position=conv, or"):
+    with pytest.raises(UserError, match=r"position was 'conv', now 'sincos'; give --config\.model\.position=conv or"):
         claim_workdir(old, config)
 
 

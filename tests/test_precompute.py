@@ -41,7 +41,8 @@ def config(trained_workdir, tmp_path_factory):
 
 def changed(config, **data):
     config = config.copy_and_resolve_references()
-    config.data.update(**data)
+    with config.unlocked():
+        config.data.update(**data)
     return config
 
 
@@ -136,8 +137,10 @@ def test_broken_pictures_are_left_out(config, tmp_path):
 def test_what_does_not_belong_together_is_refused(config, latents, trained_workdir, tmp_path):
     ahead = changed(config, source="precomputed", path=str(latents))
     run = epath.Path(tmp_path / "run")
-    with pytest.raises(UserError, match="made for the groups .* the run has"):
-        stages.run(changed(ahead, max_aspect=1.0), run)
+    theirs = "made for 3 buckets from 40x24 to 24x40, multiples of 8 px, the run has 1 bucket from 32x32 to 32x32"
+    for change in ({"max_aspect": 1.0}, {"bucket_multiple": 16}):
+        with pytest.raises(UserError, match=f"{theirs}.*: use the same .* data.bucket_multiple, or compute"):
+            stages.run(changed(ahead, **change), run)
     other = ahead.copy_and_resolve_references()
     other.vae.weights = str(tmp_path / "vae")
     epath.Path(tmp_path / "vae").mkdir()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from stored_data import data_of, write_tars
 from test_precompute import losses
 from test_tar_source import encode, write_tar
+from test_warm_up import compilations
 
 from lidit_jax import stages
 from lidit_jax.checkpoint import Checkpoints
@@ -442,7 +443,7 @@ def test_changed_shards_are_refused(shards, tmp_path):
         next(resumed)
 
 
-def test_a_run_on_streams_resumes_to_the_losses_of_one_that_never_stopped(trained_workdir, tmp_path):
+def test_a_run_on_streams_resumes_to_the_losses_of_one_that_never_stopped(trained_workdir, tmp_path, capsys):
     config = tiny_config()
     folder = write_tars(tmp_path / "tar", 30)
     config.data.update(source="tar", path=str(folder), max_aspect=2.0)
@@ -454,7 +455,10 @@ def test_a_run_on_streams_resumes_to_the_losses_of_one_that_never_stopped(traine
     for name in config.encoders:
         config.encoders[name].weights = str(trained_workdir / "encoders" / name)
     config.vae.weights = str(trained_workdir / "vae")
-    stages.run(config, epath.Path(tmp_path / "run"))
+    with compilations() as compiled:
+        stages.run(config, epath.Path(tmp_path / "run"))
+    assert sum("_take_step" in name for name in compiled) == 2  # the third bucket is empty
+    assert "lidit: compiling the step for bucket 2 of 2 (24x40): " in capsys.readouterr().err
     whole = losses(tmp_path / "run")
     shutil.rmtree(tmp_path / "run/training/lidit/checkpoints/6")
     stages.run(config, epath.Path(tmp_path / "run"))

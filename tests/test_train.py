@@ -75,6 +75,10 @@ class Numbers(BatchStream):
             x[3, 2] = np.nan
         return {"x": x, NEWS: News(Bucket(8, 8), 16)}
 
+    @property
+    def buckets(self):
+        return (Bucket(8, 8),)
+
     def start_prefetch(self):
         pass
 

@@ -117,6 +117,10 @@ class DocumentStream(BatchStream):
         found = self._tokenizer([self._corpus[number % len(self._corpus)] for number in numbers])
         return found | {NEWS: News(_NO_PICTURE, len(numbers))}
 
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        return (_NO_PICTURE,)
+
     def start_prefetch(self) -> None:
         if self._batches is None:
             numbers = grain.MapDataset.range(self._next_batch, 1 << 31)

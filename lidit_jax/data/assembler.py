@@ -66,6 +66,19 @@ class Assembler:
         return elements
 
 
+def shapes_in_bucket(
+    shapes: Mapping[str, tuple[int, ...]], bucket: Bucket, other: Bucket
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of a batch -> those of a batch of another bucket."""
+    found = dict(shapes)
+    for content in ("image", "moments"):
+        if content in shapes:
+            rows, height, width, channels = shapes[content]  # of moments in latent cells: fractions of the bucket's
+            height, width = height * other.height // bucket.height, width * other.width // bucket.width
+            found[content] = (rows, height, width, channels)
+    return found
+
+
 class _RowGenerators:
     """One random stream for each row of a batch, the same whichever process reads the row.
 

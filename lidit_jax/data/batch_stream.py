@@ -46,6 +46,19 @@ class BatchStream(grain.DatasetIterator):
         self._dropped: collections.Counter[str] = collections.Counter()
         self._groups: collections.Counter[Bucket] = collections.Counter()
         self._read = self._borrowed = 0
+        self._bucket: Bucket | None = None
+
+    @property
+    @abc.abstractmethod
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The buckets that batches come in; those without a share of them are left out."""
+
+    @property
+    def bucket(self) -> Bucket:
+        """The bucket of the batch handed out last."""
+        if self._bucket is None:
+            raise ValueError("no batch was handed out yet")
+        return self._bucket
 
     @property
     def broken(self) -> collections.Counter[str]:
@@ -64,6 +77,7 @@ class BatchStream(grain.DatasetIterator):
         elements = self._next()
         self._next_batch += 1
         news: News = elements.pop(NEWS)
+        self._bucket = news.bucket
         self._groups[news.bucket] += 1
         self._dropped.update(news.dropped)
         self._read += news.read

@@ -8,7 +8,7 @@ from typing import Any
 
 from lidit_jax.config import build
 from lidit_jax.data import filters
-from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.buckets import Bucket, make_buckets
 from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.filters import Filter
 from lidit_jax.data.folder_shards import FolderShards
@@ -55,7 +55,10 @@ class DataConfig:
       shuffle_buffer: of sequential reading, samples that wait in memory, on all hosts together; 0: four batches of
         every group.
       resolution: side in pixels of a square picture; groups of other aspect ratios have about the same area.
-      max_aspect: longest side over shortest of the groups; 1 makes all pictures square.
+      max_aspect: longest side over shortest of the buckets; 1 makes all images square.
+      bucket_multiple: pixels that both sides of every bucket are a multiple of; larger values give fewer buckets, and
+        so fewer shapes to compile. A multiple of the cell (VAE down-sampling times patch size) that divides
+        `resolution`; 0: the cell itself, which gives the most buckets.
       allow_enlarging: False drops pictures that are smaller than their group.
       captions: caption field -> how often it is drawn (original and synthetic captions mixed); None: the usual fields.
       class_template: text around the field "class", e.g. "a photo of {}"; "" for none.
@@ -87,6 +90,7 @@ class DataConfig:
     streams: int = 0
     shuffle_buffer: int = 0
     max_aspect: float = 1.0
+    bucket_multiple: int = 0
     allow_enlarging: bool = True
     captions: Mapping[str, float] | None = None
     class_template: str = ""
@@ -157,6 +161,33 @@ class DataConfig:
         ):
             raise UserError("data.mixture: give every source a weight above 0, or none of them")
         return parts
+
+    def buckets(self, cell: int) -> tuple[Bucket, ...]:
+        """Returns the aspect-ratio buckets, by ascending aspect; see `make_buckets`.
+
+        Args:
+          cell: pixels that both sides of every image must be multiples of (VAE down-sampling times patch size).
+
+        Raises:
+          UserError: `bucket_multiple` cannot be used (the message names those that can), or nothing fits the cell.
+        """
+        multiple = self.bucket_multiple or cell
+        sizes = {
+            size: make_buckets(self.resolution, size, self.max_aspect)
+            for size in range(cell, self.resolution + 1, cell)
+            if self.resolution % size == 0 and 1 <= self.max_aspect <= (self.resolution // size) ** 2
+        }
+        if not sizes:
+            return make_buckets(self.resolution, cell, self.max_aspect)  # raises: resolution or max_aspect is wrong
+        if multiple not in sizes:
+            choices = ", ".join(
+                f"{size} ({len(buckets)} bucket{'s' * (len(buckets) > 1)})" for size, buckets in sizes.items()
+            )
+            raise UserError(
+                f"data.bucket_multiple={multiple} does not work with data.resolution={self.resolution}, "
+                f"data.max_aspect={self.max_aspect:g} and cells of {cell} px: use one of {choices}"
+            )
+        return sizes[multiple]
 
     def weights(self) -> list[float] | None:
         """Of the mixture's sources; None where none are given."""

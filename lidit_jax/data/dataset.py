@@ -9,7 +9,7 @@ import numpy as np
 
 from lidit_jax.data.assembler import Assembler, Tokenize
 from lidit_jax.data.batch_stream import BatchStream
-from lidit_jax.data.buckets import Bucket, make_buckets
+from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.stored_features import StoredPrompts
@@ -27,7 +27,7 @@ class Dataset(abc.ABC):
     def __init__(self, config: DataConfig, cell: int, held_out: bool, with_captions: bool):
         """As `open_dataset`."""
         self.config = config
-        self.buckets = make_buckets(config.resolution, cell, config.max_aspect)
+        self.buckets = config.buckets(cell)
         self.broken: collections.Counter[str] = collections.Counter()
         self.dropped: collections.Counter[str] = collections.Counter()
         self._with_captions = with_captions

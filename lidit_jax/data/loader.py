@@ -164,6 +164,10 @@ class Loader(BatchStream):
         shares = enumerate(reader.plan.shares().tolist())
         self.shares = {reader.assembler.buckets[bucket]: share for bucket, share in shares if share}
 
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        return tuple(self.shares)
+
     def start_prefetch(self) -> None:
         if self._batches is None:
             numbers = grain.MapDataset.range(self._next_batch, _ENDLESS)

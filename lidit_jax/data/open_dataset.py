@@ -16,7 +16,7 @@ def open_dataset(config: DataConfig, cell: int, held_out: bool = False, with_cap
 
     Raises:
       UserError: if there is no data, the filters leave nothing, too much is broken, no sample has a caption field
-        that the config names, or the resolution is no multiple of `cell`.
+        that the config names, or there are no buckets of the resolution (`DataConfig.buckets`).
     """
     kind = StreamedDataset if config.sequential else IndexedDataset
     return kind(config, cell, held_out, with_captions)

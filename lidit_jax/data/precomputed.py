@@ -12,6 +12,7 @@ which of them an encoder cut.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,6 +86,7 @@ class Manifest:
             raise UserError(f"{file}: not what `python -m lidit_jax.precompute` writes ({error!r:.200})") from error
         good = manifest.dtype in DTYPES
         good &= all(type(size) is int and size >= 1 for size in (manifest.cell, manifest.channels))
+        good &= bool(manifest.buckets) and all(min(bucket) >= 1 for bucket in manifest.buckets)
         good &= all(0 <= bucket < len(manifest.buckets) and count >= 0 for _, bucket, count in manifest.files)
         if not good or any("/" in name or name.startswith(".") for name, _, _ in manifest.files):
             raise UserError(f"{file}: has impossible values; make it again with `python -m lidit_jax.precompute`")
@@ -112,10 +114,9 @@ class PrecomputedSource(Source):
             raise UserError(f"{folder}: not finished; run `python -m lidit_jax.precompute` again, it goes on")
         self.manifest = Manifest.read(path / MANIFEST)
         if tuple(buckets) != self.manifest.buckets:
-            of = lambda sizes: " ".join(map(str, sizes))  # noqa: E731
             raise UserError(
-                f"{folder}: made for the groups {of(self.manifest.buckets)}, the run has {of(buckets)}: "
-                "use the same data.resolution and data.max_aspect, or compute them anew"
+                f"{folder}: made for {_summary(self.manifest.buckets)}, the run has {_summary(buckets)}: use the same "
+                "data.resolution, data.max_aspect and data.bucket_multiple, or compute the latents anew"
             )
         self._filters = tuple(filters)
         self.encoders = self.manifest.encoders if with_features else {}
@@ -172,6 +173,12 @@ class PrecomputedSource(Source):
         kept = [(name, field) for name in self.encoders for field in captions]
         features = {(n, field): self.encoders[n].check(tensors[f"features/{n}/{field}"]) for n, field in kept}
         return example | {"features": features, "truncated": {(name, field) for name, field in text["truncated"]}}
+
+
+def _summary(buckets: Sequence[Bucket]) -> str:
+    multiple = math.gcd(*(side for bucket in buckets for side in bucket))
+    count = f"{len(buckets)} bucket{'s' * (len(buckets) > 1)}"
+    return f"{count} from {buckets[0]} to {buckets[-1]}, multiples of {multiple} px"
 
 
 def to_record(

@@ -185,6 +185,10 @@ class StreamLoader(BatchStream):
         self._batches: grain.DatasetIterator | None = None
         self._snapshots: dict[int, list[Snapshot]] = {}
 
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        return self._plan.buckets
+
     def start_prefetch(self) -> None:
         if self._batches is None:
             batches = _Batches(

@@ -1,0 +1,134 @@
+"""Compiles the train step for every bucket before the first step, instead of when the bucket first comes."""
+
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from lidit_jax.data.assembler import shapes_in_bucket
+from lidit_jax.data.buckets import Bucket
+from lidit_jax.metrics import duration
+
+
+class Program:
+    """A jitted function of a batch that also runs executables compiled before their batches come.
+
+    Calls of a jitted function do not find what `lower(…).compile()` made, so the executables are kept here, by the
+    shapes of the batch. Unlike JAX's compilation cache on disk, this needs no folder and traces nothing twice; where
+    there is such a cache, the executables come from it.
+    """
+
+    def __init__(self, jitted: Any, batch_argnum: int, static_argnums: tuple[int, ...] = ()):
+        """Args: static_argnums: as `jax.jit` was given."""
+        self._jitted, self._batch, self._static = jitted, batch_argnum, static_argnums
+        self._executables: dict[Hashable, jax.stages.Compiled] = {}
+        self._results: dict[Hashable, Any] = {}  # shapes and dtypes
+
+    def __call__(self, *arguments: Any) -> Any:
+        executable = self._executables.get(self._key(arguments))
+        if executable is None:
+            return self._jitted(*arguments)
+        return executable(*(argument for i, argument in enumerate(arguments) if i not in self._static))
+
+    def lower(self, *arguments: Any) -> jax.stages.Lowered:
+        """Args: arguments: arrays, or `jax.ShapeDtypeStruct` with shardings in their place."""
+        return self._jitted.lower(*arguments)
+
+    def compile(self, *arguments: Any) -> Any:
+        """Compiles for arguments as of `lower`, without running; returns the shapes and dtypes of the results."""
+        key = self._key(arguments)
+        if key not in self._executables:
+            lowered = self.lower(*arguments)
+            self._executables[key], self._results[key] = lowered.compile(), lowered.out_info
+        return self._results[key]
+
+    def _key(self, arguments: Sequence[Any]) -> Hashable:
+        return batch_key(arguments[self._batch]), *(arguments[i] for i in self._static)
+
+
+def batch_key(batch: Mapping[str, Any]) -> Hashable:
+    """Names, shapes and dtypes of a batch's arrays."""
+    return tuple(sorted((name, array.shape, str(array.dtype)) for name, array in batch.items()))
+
+
+class Trains(Protocol):
+    """The part of `train.Trainer` that a warm-up needs."""
+
+    def phase(self, number: int) -> int: ...
+
+    def compile(self, batch: Mapping[str, jax.ShapeDtypeStruct], phase: int) -> None: ...
+
+
+class _Planned(NamedTuple):
+    """A program to compile: its bucket, counted from 1, and what it is compiled for."""
+
+    number: int
+    bucket: Bucket
+    phase: int
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def warm_up(
+    trainer: Trains,
+    name: str,
+    batch: Mapping[str, jax.Array],
+    bucket: Bucket,
+    buckets: Sequence[Bucket],
+    steps: range,
+    compiled: Callable[[], None],
+) -> None:
+    """Compiles the step for each of the buckets, in their order, and for each phase that the steps pass through.
+
+    Nothing runs, and no arrays are made. A run that needs one program alone is left to compile it at its first step.
+    On several hosts, all compile the same programs in the same order.
+
+    Args:
+      name: of the trained component, for the progress lines.
+      batch: any batch, as the step takes it: it says all shapes but those that depend on the bucket.
+      bucket: the batch's.
+      steps: those that are left to take.
+      compiled: called after each program.
+    """
+    planned = _plan(trainer, batch, bucket, buckets, steps)
+    if len(planned) < 2:
+        return
+    phases = sorted({of.phase for of in planned})
+    _print(
+        f"{name}: compiling the step for {len(buckets)} bucket{'s' * (len(buckets) > 1)}"
+        f"{f' in {len(phases)} phases' if len(phases) > 1 else ''} before step {steps.start + 1} "
+        "(train.compile_ahead=False: each when it first comes)"
+    )
+    started = time.monotonic()
+    for done, of in enumerate(planned, 1):
+        begun = time.monotonic()
+        trainer.compile(of.batch, of.phase)
+        now = time.monotonic()
+        phase = f", phase {phases.index(of.phase) + 1} of {len(phases)}" if len(phases) > 1 else ""
+        _print(
+            f"{name}: compiling the step for bucket {of.number} of {len(buckets)} ({of.bucket}){phase}: "
+            f"{now - begun:.0f} s, eta {duration((now - started) / done * (len(planned) - done))}"
+        )
+        compiled()
+
+
+def _plan(
+    trainer: Trains, batch: Mapping[str, jax.Array], bucket: Bucket, buckets: Sequence[Bucket], steps: range
+) -> list[_Planned]:
+    """Phases in their order, the buckets of each; one program alone for buckets whose batches have the same shapes."""
+    planned = {}
+    for phase in range(trainer.phase(steps.start), trainer.phase(steps.stop - 1) + 1):
+        for number, other in enumerate(buckets, 1):
+            shapes = shapes_in_bucket({key: array.shape for key, array in batch.items()}, bucket, other)
+            abstract = {
+                key: jax.ShapeDtypeStruct(shapes[key], array.dtype, sharding=array.sharding)
+                for key, array in batch.items()
+            }
+            planned.setdefault((phase, batch_key(abstract)), _Planned(number, other, phase, abstract))
+    return list(planned.values())
+
+
+def _print(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)

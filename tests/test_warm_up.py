@@ -1,0 +1,222 @@
+"""The step compiled for every bucket ahead of the first step: nothing is left to compile at any later one."""
+
+import contextlib
+import itertools
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from stored_data import data_of, write_tars
+from test_train import ONE_DEVICE, assert_equal_trees, make_trainer, run
+
+from lidit_jax.checkpoint import steps_taken
+from lidit_jax.data.assembler import shapes_in_bucket
+from lidit_jax.data.batch_stream import NEWS, BatchStream, News
+from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.open_dataset import open_dataset
+from lidit_jax.parallel.preemption import Preempted
+from lidit_jax.train import Task
+
+BUCKETS = (Bucket(24, 8), Bucket(16, 16))
+EIGHT_DEVICES = {"data": 2, "fsdp": 4, "tensor": 1}
+NO_EMA = {"ema_decay": 0.0, "checkpoint_every": 50}
+
+
+class Images(BatchStream):
+    """Batch k is random images of bucket k, over and over; it notes how many programs were compiled before it."""
+
+    def __init__(self, first, buckets=BUCKETS, compiled=(), seen=None):
+        super().__init__("images", first, 1.0)
+        self._buckets, self._compiled, self._seen = buckets, compiled, [] if seen is None else seen
+
+    @property
+    def buckets(self):
+        return self._buckets
+
+    def _next(self):
+        self._seen.append(len(self._compiled))
+        bucket = self._buckets[self._next_batch % len(self._buckets)]
+        image = np.random.default_rng(self._next_batch).normal(size=(8, *bucket, 3)).astype(np.float32)
+        return {"image": image, "label": image.sum(axis=(1, 2, 3)), NEWS: News(bucket, 8)}
+
+    def start_prefetch(self):
+        pass
+
+    def _stop(self):
+        pass
+
+
+def image_task(phases=(), prepared=False):
+    """Colours to a label, weighted by the phase; with `prepared`, a program of its own computes the colours."""
+    colors = lambda batch: jnp.mean(batch["image"], axis=(1, 2))  # noqa: E731
+
+    def loss(params, frozen, batch, key, phase):
+        found = (batch["colors"] if prepared else colors(batch)) @ params["kernel"]
+        return (1 + phase) * jnp.mean(jnp.square(found[:, 0] - batch["label"])), {}
+
+    prepare = lambda frozen, batch: {**batch, "colors": colors(batch)}  # noqa: E731
+    init = lambda key: {"kernel": jax.random.normal(key, (3, 1))}  # noqa: E731
+    return Task("toy", init, loss, prepare=prepare if prepared else None, phases=phases)
+
+
+def trainer_of(mesh=ONE_DEVICE, phases=(), prepared=False, steps=5, **changes):
+    return make_trainer(mesh, image_task(phases, prepared), steps=steps, batch_size=8, **NO_EMA, **changes)
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    """Of five steps in two phases. What it compiled stays with it."""
+    return trainer_of(phases=(2,))
+
+
+@contextlib.contextmanager
+def compilations():
+    """The names of the functions that XLA compiles meanwhile."""
+    found = []
+
+    def listen(event, duration, **facts):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(str(facts.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def compiled_by(folder, trainer, buckets=BUCKETS):
+    """(programs compiled before each batch is asked for, those of the step and of preparing it in all)."""
+    seen = []
+    with compilations() as compiled:
+        run(folder, trainer, lambda first: Images(first, buckets, compiled, seen))
+    return seen, [sum(name in of for of in compiled) for name in ("_take_step", "_prepare")]
+
+
+@pytest.mark.parametrize(("mesh", "prepared"), [(ONE_DEVICE, False), (EIGHT_DEVICES, True)])
+def test_nothing_is_compiled_after_the_first_step_in_any_bucket_phase_or_resumed_run(tmp_path, mesh, prepared):
+    phases, buckets = (3, 5), len(BUCKETS)
+    seen, found = compiled_by(tmp_path, trainer_of(mesh, phases, prepared, steps=5))
+    assert found == [2 * buckets, prepared * buckets]  # the third phase is not reached
+    assert seen[0] < seen[1] and seen[1:] == [seen[1]] * 4
+    seen, found = compiled_by(tmp_path, trainer_of(mesh, phases, prepared, steps=8))
+    assert found == [buckets, prepared * buckets]  # the third alone is left
+    assert seen[0] < seen[1] and seen[1:] == [seen[1]] * 2
+
+
+def test_without_a_warm_up_each_program_is_compiled_when_it_comes_and_computes_the_same(tmp_path, trainer):
+    seen = []
+    with compilations() as compiled:
+        lazy = trainer_of(phases=(2,), compile_ahead=False)
+        without = run(tmp_path / "without", lazy, lambda first: Images(first, BUCKETS, compiled, seen))
+    assert sum("_take_step" in name for name in compiled) == 2 * len(BUCKETS)
+    assert seen == sorted(set(seen))  # two buckets in the first phase, then two in the second
+    assert_equal_trees(without, run(tmp_path / "with", trainer, Images))
+
+
+def test_one_bucket_is_compiled_once_and_at_its_first_step(tmp_path, capsys):
+    seen, found = compiled_by(tmp_path, trainer_of(steps=3), BUCKETS[:1])
+    assert found == [1, 0] and seen[1:] == [seen[1]] * 2
+    assert "compiling" not in capsys.readouterr().err
+
+
+def test_batches_without_images_are_of_one_shape_whatever_their_bucket(tmp_path, capsys):
+    class Words(Images):
+        def _next(self):
+            elements = super()._next()
+            return {"words": elements.pop("image")[:, :8, :8], **elements}
+
+    task = image_task()
+    loss = lambda params, frozen, batch, *more: task.loss(params, frozen, {**batch, "image": batch["words"]}, *more)  # noqa: E731
+    trainer = make_trainer(ONE_DEVICE, Task("toy", task.init, loss), steps=3, batch_size=8, **NO_EMA)
+    with compilations() as compiled:
+        run(tmp_path, trainer, Words)
+    assert sum("_take_step" in name for name in compiled) == 1
+    assert "compiling" not in capsys.readouterr().err
+
+
+def test_the_progress_lines_say_bucket_size_seconds_and_time_left(tmp_path, trainer, capsys):
+    run(tmp_path, trainer, Images)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "compiling" in line]
+    assert lines[0].startswith("toy: compiling the step for 2 buckets in 2 phases before step 1 (train.compile_ahead=")
+    assert lines[1].startswith("toy: compiling the step for bucket 1 of 2 (24x8), phase 1 of 2: ")
+    assert lines[1].partition(" s, eta ")[2].startswith("0m")
+    assert lines[4].startswith("toy: compiling the step for bucket 2 of 2 (16x16), phase 2 of 2: ")
+    assert lines[4].endswith(" s, eta 0m00s") and len(lines) == 5
+
+
+def test_sigterm_during_the_warm_up_ends_it_and_the_next_start_is_the_run_that_never_stopped(
+    tmp_path, trainer, monkeypatch
+):
+    compiled = []
+
+    def and_stop(batch, phase):
+        compiled.append((batch["image"].shape, phase))
+        if len(compiled) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(trainer, "compile", and_stop)
+        with pytest.raises(Preempted, match="toy: stopped by SIGTERM before step 1; run it again to resume"):
+            run(tmp_path / "stopped", trainer, Images)
+    assert compiled == [((8, 24, 8, 3), 0), ((8, 16, 16, 3), 0), ((8, 24, 8, 3), 1)]
+    assert steps_taken(tmp_path / "stopped/checkpoints") == 0
+    resumed = run(tmp_path / "stopped", trainer, Images)
+    assert_equal_trees(resumed, run(tmp_path / "whole", trainer, Images))
+
+
+def test_the_watchdog_is_beaten_after_every_program(tmp_path, trainer, monkeypatch):
+    beats, compiled = [], []
+    monkeypatch.setattr("lidit_jax.train.Watchdog.beat", lambda self: beats.append(len(compiled)))
+    compile_one = trainer.compile
+    monkeypatch.setattr(trainer, "compile", lambda *arguments: compiled.append(compile_one(*arguments)))
+    run(tmp_path, trainer, Images)
+    assert {1, 2, 3, 4} <= set(beats)
+
+
+def test_the_warm_up_allocates_no_arrays_on_the_devices():
+    trainer = trainer_of(EIGHT_DEVICES)
+    shape = jax.ShapeDtypeStruct((8, 512, 512, 3), jnp.float32, sharding=trainer.batch_sharding)
+    label = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=trainer.batch_sharding)
+    with jax.set_mesh(trainer.mesh):
+        before = {id(array) for array in jax.live_arrays()}
+        trainer.compile({"image": shape, "label": label}, 0)
+        made = [array.nbytes for array in jax.live_arrays() if id(array) not in before]
+    assert sum(made) < 1e4  # constants of the program at most
+
+
+def test_batches_of_another_type_are_not_given_to_what_was_compiled_ahead(trainer):
+    batch = trainer.put({key: value for key, value in Images(0)._next().items() if key != NEWS})
+    state = trainer.init(0)
+    with jax.set_mesh(trainer.mesh), compilations() as compiled:
+        halves = {key: x.astype(jnp.float16) for key, x in batch.items()}
+        _, metrics = trainer.step(state, None, halves, jax.random.key(1), 0)
+    assert np.isfinite(metrics["loss"]) and sum("_take_step" in name for name in compiled) == 1
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_loaders_name_the_buckets_that_have_images_and_that_of_the_last_batch(tmp_path, sequential):
+    config = data_of("tar", write_tars(tmp_path / "tar"), sequential=sequential, max_aspect=4.0)
+    dataset = open_dataset(config, 8)
+    loader = dataset.batches(2, 0, None)
+    assert len(dataset.buckets) == 5 and loader.buckets == (Bucket(32, 32), Bucket(24, 40))
+    shapes = set()
+    for batch in itertools.islice(loader, 6):
+        assert batch["image"].shape[1:3] == loader.bucket
+        shapes.add(loader.bucket)
+    loader.close()
+    assert shapes == set(loader.buckets)
+
+
+@pytest.mark.parametrize(
+    ("resolution", "bucket", "latents"), [(256, Bucket(192, 320), (24, 40)), (512, Bucket(640, 384), (80, 48))]
+)
+def test_shapes_of_other_buckets_are_those_of_their_images_and_latents(resolution, bucket, latents):
+    square, side = Bucket(resolution, resolution), resolution // 8
+    shapes = {"image": (4, *square, 3), "moments": (4, side, side, 32), "llama3/tokens": (4, 256)}
+    found = shapes_in_bucket(shapes, square, bucket)
+    assert found == {"image": (4, *bucket, 3), "moments": (4, *latents, 32), "llama3/tokens": (4, 256)}
+    assert shapes_in_bucket(found, bucket, square) == shapes
