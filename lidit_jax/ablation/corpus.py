@@ -1,9 +1,9 @@
-"""What the ablations' language models read: scenes' captions, alone and in an instruction's answer.
+"""Training text of the miniature ablations' language models: captions of scenes, and instructed descriptions.
 
-Half of the documents are a caption. In the other half the instruction stands before the caption, and after it an answer
-that does what the instruction says: it names every object's size, colour, shape and place. So a model of next tokens
-learns two ways to read a caption, as text that goes on and as something to be described, as the paper's
-instruction-tuned LLMs have.
+Base models read captions alone. For tuned ones, a share of the documents has the instruction before the caption and,
+after it, an answer that follows the instruction: it names every object's size, colour, shape and place. A next-token
+model then learns two ways to read a caption, as text to continue and as something to describe, like the paper's
+instruction-tuned LLMs. The answers are text about scenes; no image is read, so nothing here is multi-modal.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.shapes import Scene, ShapesSource
 from lidit_jax.text.prompts import PromptTokenizer
 
-INSTRUCTED = 0.5  # of the documents
 _NO_PICTURE = Bucket(0, 0)
 
 
@@ -32,15 +31,21 @@ class Document:
 
 
 class Corpus:
-    """Document i is a function of i; there are as many as the source has scenes."""
+    """One document per scene of the source; document i depends on i alone."""
 
-    def __init__(self, source: ShapesSource, captions: Mapping[str, float]):
-        """Args: captions: how often each language is drawn."""
-        self._source, self._choose = source, CaptionChooser(captions)
+    def __init__(self, source: ShapesSource, captions: Mapping[str, float], instructed_share: float):
+        """Args:
+        captions: how often each language is drawn.
+        instructed_share: share of the documents with instruction and answer; the captions do not depend on it.
+        """
+        self._source, self._choose, self._instructed_share = source, CaptionChooser(captions), instructed_share
 
     @property
     def fingerprint(self) -> str:
-        return f"corpus of {self._source.fingerprint} with {dict(self._choose.fields)}"
+        return (
+            f"corpus of {self._source.fingerprint} with {dict(self._choose.fields)}, "
+            f"{self._instructed_share} instructed"
+        )
 
     def __len__(self) -> int:
         return len(self._source)
@@ -48,7 +53,7 @@ class Corpus:
     def __getitem__(self, index: int) -> Document:
         rng = np.random.default_rng((self._source.seed, index, 1))
         [example] = self._source.describe([index])
-        instructed = rng.random() < INSTRUCTED
+        instructed = rng.random() < self._instructed_share
         return Document(
             self._choose(example["captions"], rng), describe(self._source.scene(index)) if instructed else ""
         )

@@ -115,7 +115,7 @@ def find_job(name: str) -> Job:
     """From "ROW/SEED" or "parts/NAME". Raises UserError if there is none of that name."""
     jobs = {str(Part(part)): Part(part) for part in (VAE, *FAMILIES)}
     row_name, _, seed = name.rpartition("/")
-    rows = {row.name: row for row in ROWS.values() if set(row.encoders) <= FAMILIES.keys()}
+    rows = {row.name: row for row in ROWS.values()}
     if name in jobs:
         return jobs[name]
     if row_name not in rows or not seed.isdecimal():

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 QUARTERS = 4
+QUARTER_NAMES = ("0-25 %", "25-50 %", "50-75 %", "75-100 %")  # as in Figure 3
 BOOTSTRAP_ROUNDS, BOOTSTRAP_SEED = 2000, 20240617
 
 
