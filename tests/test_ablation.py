@@ -1,5 +1,6 @@
 """The ablations in miniature: rows, the language models' corpus, runs as processes, tables."""
 
+import collections
 import contextlib
 import itertools
 import json
@@ -19,7 +20,8 @@ from lidit_jax.ablation.corpus import Corpus, DocumentStream, DocumentTokenizer,
 from lidit_jax.ablation.language_models import FAMILIES, TUNED, _tokenizer, masked_token_task, next_token_task
 from lidit_jax.ablation.report import Mean
 from lidit_jax.ablation.rows import BASE_LLMS, ROWS, T5, TABLES
-from lidit_jax.config import claim_workdir
+from lidit_jax.config import build, claim_workdir
+from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.shapes import ShapesSource
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.scenes import COUNTS, SCORES_FILE, named_at
@@ -102,6 +104,36 @@ def test_a_run_differs_from_another_by_its_row_and_seed_alone():
     assert baseline.model.refiner_blocks == 0
     for section in ("data", "train", "diffusion", "sample", "evaluate", "vae"):
         assert run[section] == baseline[section]
+
+
+# --- captions of the full-scale rows ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("captions", "shares"),
+    [
+        ({"txt": "alt text", "synthetic": "a long text"}, {"alt text": 0.5, "a long text": 0.5}),
+        ({"class": "tench", "synthetic": "a long text"}, {"a photo of tench": 0.5, "a long text": 0.5}),
+        ({"txt": "alt text"}, {"alt text": 1.0}),
+        ({"class": "tench"}, {"a photo of tench": 1.0}),
+        ({"synthetic": "a long text", "license": "CC0"}, {"a long text": 1.0}),
+        ({"class": "tench", "synthetic": " "}, {"a photo of tench": 1.0}),
+    ],
+    ids=["CC12M", "ImageNet", "CC12M without synthetic", "ImageNet without synthetic", "synthetic alone", "blank"],
+)
+def test_original_and_synthetic_captions_are_mixed_where_a_sample_has_both(captions, shares):
+    config = load_config("ablation", "table2_baseline")
+    config.data.path = "shards"
+    choose, rng = build(DataConfig, config.data, "data").chooser(0.0), np.random.default_rng(0)
+    counts = collections.Counter(choose(captions, rng) for _ in range(2000))
+    assert {text: count / 2000 for text, count in counts.items()} == pytest.approx(shares, abs=0.04)
+
+
+def test_a_base_llm_gets_the_instruction_as_plain_text():
+    for row, is_tuned in (("table4_base_llm_instruction", False), ("table4_multimodal_llm_instruction", True)):
+        text = load_config("ablation", row).text
+        assert (text.instruction, text.chat_template) == (INSTRUCTION, is_tuned)
+    assert load_config("ablation", "table2_baseline").text.instruction == ""
 
 
 # --- what the language models read ------------------------------------------------------------------------------
