@@ -24,7 +24,7 @@ _NO_PICTURE = Bucket(0, 0)
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A caption and, where the instruction stands before it, the answer (else "")."""
+    """A caption, and the answer if the instruction stands before it (else "")."""
 
     caption: str
     answer: str
@@ -60,7 +60,7 @@ class Corpus:
 
 
 def describe(scene: Scene) -> str:
-    """Object by object, in the order of the captions: "a small red circle at the top left, …"."""
+    """Describes a scene object by object, in the captions' order: "a small red circle at the top left, …"."""
     return ", ".join(f"a {item.size} {item.color} {item.shape} {_place(item.x, item.y)}" for item in scene.objects)
 
 
@@ -71,10 +71,10 @@ def _place(x: float, y: float) -> str:
 
 
 class DocumentTokenizer:
-    """Documents to tokens that begin as prompts do when they are encoded, with and without the instruction."""
+    """Tokenises documents so that they begin with the tokens of an encoded prompt, with and without the instruction."""
 
     def __init__(self, plain: PromptTokenizer, instructed: PromptTokenizer, length: int):
-        """Args: length: tokens of a document; longer ones are cut."""
+        """Args: length: tokens of a document; longer ones are truncated."""
         self._plain, self._instructed, self._length = plain, instructed, length
 
     def __call__(self, documents: Sequence[Document]) -> dict[str, np.ndarray]:
@@ -101,7 +101,7 @@ class DocumentTokenizer:
 
 
 class DocumentStream(BatchStream):
-    """Batch k holds documents k B to (k + 1) B - 1; every process gets its rows."""
+    """Stream of token batches: batch k holds documents k B to (k + 1) B - 1; every process gets its rows."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class DocumentStream(BatchStream):
         first_batch: int,
         rows: range,
     ):
-        """Args: rows: of a batch, this process's."""
+        """Args: rows: this process's rows of a batch."""
         super().__init__(corpus.fingerprint, first_batch, max_broken=0.0)
         self._corpus, self._tokenizer, self._batch_size, self._rows = corpus, tokenizer, batch_size, rows
         self._batches: Any = None
@@ -129,7 +129,7 @@ class DocumentStream(BatchStream):
             self._batches = iter(numbers.map(self._make).to_iter_dataset(options))
 
     def report(self) -> dict[str, float]:
-        return {}  # there are no groups
+        return {}  # there are no buckets
 
     def _next(self) -> dict[str, Any]:
         return next(self._batches)
