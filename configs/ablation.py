@@ -1,16 +1,22 @@
 """One row of the paper's Tables 2 to 6: `--config=configs/ablation.py:ROW`.
 
     python -m lidit_jax.main --config=configs/ablation.py:table2_token_refiner --workdir=gs://BUCKET/ablation/ROW \
-        --config.data.path="gs://BUCKET/imagenet_and_cc12m/*.tar" \
-        --config.encoders.llama3.weights=FOLDER --config.vae.weights=FOLDER
+        --config.data.path="gs://BUCKET/imagenet_and_cc12m/*.tar" --config.data.class_names=FILE \
+        --config.encoders.llama3_base.weights=FOLDER --config.vae.weights=FOLDER
 
-All rows: 256 px, batch 256, 300k steps at 1e-4, ImageNet ("a photo of {class}") and 1.3M CC12M pairs (paper, 4.1).
-The paper does not say which size it ablates; ours is the 1B.
+All rows train LI-DiT-1B at 256 px with batches of 256 for 300k steps at a learning rate of 1e-4 (paper, 5.1 and 5.3).
+`llama3` and `qwen` are the LLMs after multi-modal instruction tuning, `llama3_base` and `qwen_base` those before it;
+`lidit_jax/ablation/rows.py` explains which row uses which, and what of that is inferred.
+
+The data is ImageNet, captioned "a photo of {class}", and 1.3M image-text pairs of CC12M; original captions are mixed
+with synthetic ones by CogVLM (5.1, which we read as covering both sets; the shares are ours). A sample of either set
+has one original caption, `txt` or `class`, and may have a `synthetic` one: then each is drawn half of the time, else
+the original always. Without any synthetic captions, give --config.data.captions.synthetic=0.
 """
 
 from ml_collections import ConfigDict
 
-from lidit_jax.ablation.rows import ROWS
+from lidit_jax.ablation.rows import BASE_LLMS, ROWS
 from lidit_jax.errors import UserError
 from lidit_jax.text.prompts import INSTRUCTION
 
@@ -19,6 +25,7 @@ def get_config(row: str = "") -> ConfigDict:
     if row not in ROWS:
         raise UserError(f"configs/ablation.py:{row}: name a row after the colon, one of {', '.join(ROWS)}")
     with_instruction = ROWS[row].instruction
+    is_tuned = not set(ROWS[row].encoders) & set(BASE_LLMS)
 
     config = ConfigDict()
     config.seed = 0
@@ -27,6 +34,7 @@ def get_config(row: str = "") -> ConfigDict:
     config.data = {
         "source": "tar",
         "path": "",  # to fill in; paper: ImageNet and 1.3M pairs of CC12M
+        "class_names": "",  # to fill in where ImageNet's classes are numbers: a file with one name a line
         "index_dir": "",  # beside the data
         "sequential": False,  # True: no indexes, shards are read from end to end
         "streams": 0,  # of sequential reading: as many as go
@@ -35,8 +43,9 @@ def get_config(row: str = "") -> ConfigDict:
         "resolution": 256,  # paper
         "max_aspect": 2.0,  # ours
         "bucket_multiple": 64,  # ours: 3 buckets; 0, which is the cell of 16 px, gives 9
-        "captions": {"txt": 1.0, "class": 1.0},  # whichever a picture has
-        "class_template": "a photo of {}",  # paper: for pictures with a class and no caption
+        # paper: original (CC12M's, ImageNet's class) and synthetic mixed; the shares are ours
+        "captions": {"txt": 0.5, "class": 0.5, "synthetic": 0.5},
+        "class_template": "a photo of {}",  # paper
         "caption_dropout": 0.1,  # ours
         "num_workers": 16,  # ours
     }
@@ -44,15 +53,16 @@ def get_config(row: str = "") -> ConfigDict:
         "max_length": 128,  # ours
         "system_prompt": "You are a helpful assistant." if with_instruction else "",  # ours
         "instruction": INSTRUCTION if with_instruction else "",
-        "chat_template": with_instruction,  # ours: a template is an instruction of its own
+        # Ours: a template is an instruction of its own, and a base LLM was not trained on one.
+        "chat_template": with_instruction and is_tuned,
         "encode": "in_step",  # ours
     }
     config.encoders = {name: {"weights": "", "dtype": "bfloat16"} for name in ROWS[row].encoders}
     config.vae = {"weights": "", "dtype": "bfloat16"}  # paper: 8x, 16 channels
     config.model = {
-        "depth": 28,
-        "hidden_size": 1152,
-        "num_heads": 16,
+        "depth": 28,  # paper: LI-DiT-1B unless said otherwise (5.1), as the rest of Table 7
+        "hidden_size": 1152,  # paper
+        "num_heads": 16,  # paper
         "patch_size": 2,  # paper
         "position": "conv+rope",  # ours; the paper: "conv"
         "position_grid": 16,  # ours: tokens a side at 256 px
@@ -87,7 +97,7 @@ def get_config(row: str = "") -> ConfigDict:
         "steps": 25,
         "guidance_scale": 6.0,
         "batch_size": 16,
-        # More pixels are decoded in parts: pictures one after the other, a larger picture in tiles of this side.
+        # More pixels than this are decoded image by image, and a larger image in tiles of this side.
         "decode_pixels": 1024 * 1024,
         "decode_tile": 256,
     }

@@ -1,7 +1,7 @@
 """The paper's ablations in miniature: `python -m lidit_jax.ablate --table=2 --seeds=3 --out=DIR`.
 
-Built-in scenes of two, three and four objects, one as often as the other, because pairs of adjective and noun can be
-mixed up only where there are several; captions, picture size, VAE and DiT are the demo's. All numbers are ours.
+Built-in scenes of two, three and four objects in equal shares, because adjectives and nouns can be mixed up only where
+there are several; captions, image size, VAE and DiT are the demo's. All numbers are ours.
 """
 
 import importlib.util
@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     del config.encoders  # the rows' own
     config.language_models = {
         "instruction": INSTRUCTION,  # paper
+        "instructed_share": 0.5,  # of a tuned model's documents; a base model's have no instruction
         "corpus_seed": 7,
         "length": 88,  # tokens of instruction, caption and answer
         "model": {
@@ -53,7 +54,7 @@ def get_config() -> ConfigDict:
 
 
 def _demo() -> ConfigDict:
-    """The demo's config, whose pictures, VAE and DiT these are."""
+    """Loads the demo's config, which has the images, the VAE and the DiT."""
     specification = importlib.util.spec_from_file_location("shapes", Path(__file__).with_name("shapes.py"))
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)

@@ -2,11 +2,15 @@
 
     python -m lidit_jax.ablate --table=2 --seeds=3 --out=DIR
 
-trains the rows of that table under one budget each, judges every object of what they draw, and writes tables.md,
-tables.json and plots, with the paper's figures beside. --table=2,3 does several (rows that they share once),
---table=figure3 the curve over the place in the prompt. Run it again and it goes on where it was stopped; rows that are
-there are not trained again, and what is complete stays in the tables. --jobs=N trains N at a time, on a CPU or on one
-GPU; a TPU takes one. It is for one machine.
+trains each row of the table on the same budget, checks every object in the images it generates, and writes tables.md,
+tables.json and plots with the paper's figures beside. --table=2,3 makes several tables and trains the rows they share
+once; --table=figure3 is the curve over the place in the prompt. Run it again to resume: finished rows are not trained
+again, and complete tables stay. --jobs=N trains N rows at a time, on a CPU or on one GPU; a TPU takes one. It runs on
+one host.
+
+As in the paper, rows without the instruction use a base LM and rows with it a tuned one; Table 4 has all four
+combinations. The base LM is trained on captions alone; the tuned one, which stands for the paper's multi-modal LLM,
+also on descriptions that the instruction asks for, as text and without images.
 """
 
 import jax

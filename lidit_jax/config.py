@@ -120,7 +120,7 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, m
 
 def _is_one_word(value: Any) -> bool:
     """True if a value can be given on the command line as it is printed."""
-    return isinstance(value, int | float) or isinstance(value, str) and re.fullmatch(r"[\w./:-]+", value) is not None
+    return isinstance(value, int | float) or isinstance(value, str) and re.fullmatch(r"[\w./:+-]+", value) is not None
 
 
 def read_workdir(workdir: epath.Path) -> ConfigDict:

@@ -1,10 +1,11 @@
 """Draws a benchmark: `python -m lidit_jax.evaluate --workdir=DIR --benchmark=geneval --file=FILE --out=DIR`.
 
-FILE is the benchmark's own (GenEval's evaluation_metadata.jsonl, one of T2I-CompBench's lists, DPG-Bench's prompts, the
-folder of T2I-CompBench's lists for positional_bias, or any list of prompts); OUT becomes the folder that its official
-scorer reads, and that `python -m lidit_jax.score` does. --benchmark=shapes, the built-in scenes, needs no file, and is
-judged at once (scores.json, grid.png). Run the same command again and it goes on where it stopped. All devices draw; on
-a pod, run it with --distributed on every host.
+FILE is the benchmark's own (GenEval's evaluation_metadata.jsonl, one of T2I-CompBench's lists, DPG-Bench's prompts,
+the folder of T2I-CompBench's lists for positional_bias, or any list of prompts); positional_bias makes prompts of
+four adjective-noun pairs of one kind, as the paper's samples are, or with --mixed_pairs (ours) of one to eight. OUT
+becomes the folder that its official scorer reads, and that `python -m lidit_jax.score` does. --benchmark=shapes, the
+built-in scenes, needs no file, and is judged at once (scores.json, grid.png). Run the same command again and it goes
+on where it stopped. All devices draw; on a pod, run it with --distributed on every host.
 """
 
 from absl import flags
@@ -22,6 +23,11 @@ _FILE = flags.DEFINE_string("file", None, "the benchmark's prompts")
 _OUT = flags.DEFINE_string("out", None, "folder for the pictures")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "pictures a prompt")
 _NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "of shapes, prompts of each kind")
+_MIXED_PAIRS = flags.DEFINE_bool(
+    "mixed_pairs",
+    False,
+    "of positional_bias (ours): one to eight pairs of mixed kinds per prompt, instead of the paper's four of one kind",
+)
 _DRAWING = cli.define_drawing()
 
 
@@ -35,6 +41,7 @@ def main() -> None:
             out=epath.Path(cli.require(_OUT.name)),
             num_images=_NUM_IMAGES.value,
             num_scenes=_NUM_SCENES.value,
+            mixed_pairs=_MIXED_PAIRS.value,
             **_DRAWING(),
         )
     )

@@ -1,5 +1,8 @@
 """The ablations in miniature: rows, the language models' corpus, runs as processes, tables."""
 
+import collections
+import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -12,26 +15,31 @@ from conftest import ROOT, load_config
 from etils import epath
 from ml_collections import ConfigDict
 
-from lidit_jax.ablation import report, runs
+from lidit_jax.ablation import language_models, report, runs
 from lidit_jax.ablation.corpus import Corpus, DocumentStream, DocumentTokenizer, describe
-from lidit_jax.ablation.language_models import _tokenizer, masked_token_task, next_token_task
+from lidit_jax.ablation.language_models import FAMILIES, TUNED, _tokenizer, masked_token_task, next_token_task
 from lidit_jax.ablation.report import Mean
-from lidit_jax.ablation.rows import ROWS, TABLES, Row
-from lidit_jax.config import claim_workdir
+from lidit_jax.ablation.rows import BASE_LLMS, ROWS, T5, TABLES
+from lidit_jax.config import build, claim_workdir
+from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.shapes import ShapesSource
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.scenes import COUNTS, SCORES_FILE, named_at
+from lidit_jax.experiment import Experiment
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.text.prompts import INSTRUCTION, PromptTokenizer
 from lidit_jax.weights.huggingface_t5 import load_t5_encoder, save_t5_encoder
 
+BASELINE = ROWS["table2_baseline"]
+SCENES = ShapesSource(200, seed=7, shares=(0, 1, 1, 1))
+LANGUAGES = {"en": 0.6, "zh": 0.4}
 T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
 def corpus():
-    return Corpus(ShapesSource(200, seed=7, shares=(0, 1, 1, 1)), {"en": 0.6, "zh": 0.4})
+    return Corpus(SCENES, LANGUAGES, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +54,35 @@ def prompts(tokenizer, instruction, length=300):
 # --- rows --------------------------------------------------------------------------------------------------------
 
 
-def test_rows_that_are_the_same_have_one_name_and_others_their_own():
+def test_rows_are_one_run_exactly_where_the_papers_scores_are_equal():
+    entries = {f"table{table}_{name}": entry for table, rows in TABLES.items() for name, entry in rows.items()}
+    for (name, one), (other_name, other) in itertools.combinations(entries.items(), 2):
+        assert (one.row == other.row) == (one.paper == other.paper), (name, other_name)
+
+
+def test_rows_have_one_name_each():
     assert len({row.name for row in ROWS.values()}) == len(set(ROWS.values()))
-    assert ROWS["table2_token_refiner"] == ROWS["table3_llama_token_refiner"] == ROWS["table5_2_blocks"]
     assert ROWS["table6_collaborative_refiner"].name == "llama3+qwen-instruction-2-blocks-collaborative"
+    assert BASELINE.name == "llama3_base"
+
+
+def test_the_instruction_goes_with_the_multimodal_llm_in_all_tables_but_the_one_about_it():
+    for name, row in ROWS.items():
+        is_base = bool(set(row.encoders) & set(BASE_LLMS))
+        if row.encoders != (T5,) and not name.startswith("table4_"):
+            assert is_base == (not row.instruction), name
+    table_4 = {(row.encoders, row.instruction) for name, row in ROWS.items() if name.startswith("table4_")}
+    assert table_4 == set(itertools.product([("llama3",), ("llama3_base",)], [False, True]))
 
 
 def test_jobs_are_found_by_the_names_they_print():
-    jobs = [runs.Part(name) for name in ("vae", "llama3", "qwen", "t5")]
-    jobs += [runs.Run(entry.row, 2) for name in ("2", "3", "5", "6") for entry in TABLES[name].values()]
+    jobs = [runs.Part(name) for name in ("vae", "llama3", "llama3_base", "qwen", "qwen_base", "t5")]
+    jobs += [runs.Run(row, 2) for row in ROWS.values()]
     for job in jobs:
         assert runs.find_job(str(job)) == job
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama3/x", "llama3_base/0", "parts/nothing", ""])
+@pytest.mark.parametrize("name", ["llama3", "llama3/x", "llama2/0", "parts/nothing", ""])
 def test_a_job_that_is_none_is_refused(name):
     with pytest.raises(UserError, match="name ROW/SEED"):
         runs.find_job(name)
@@ -73,11 +96,44 @@ def test_a_run_differs_from_another_by_its_row_and_seed_alone():
     assert list(run.encoders) == ["llama3", "qwen"]
     assert run.encoders.qwen.weights == "/out/parts/encoders/qwen"
     assert run.model.refiner_blocks == 2
-    baseline = runs.run_config(config, runs.Run(Row(), 5), epath.Path("/out"))
+    baseline = runs.run_config(config, runs.Run(BASELINE, 5), epath.Path("/out"))
+    assert baseline.encoders.to_dict() == {
+        "llama3_base": {"weights": "/out/parts/encoders/llama3_base", "dtype": "float32"}
+    }
     assert baseline.text.instruction == ""
     assert baseline.model.refiner_blocks == 0
     for section in ("data", "train", "diffusion", "sample", "evaluate", "vae"):
         assert run[section] == baseline[section]
+
+
+# --- captions of the full-scale rows ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("captions", "shares"),
+    [
+        ({"txt": "alt text", "synthetic": "a long text"}, {"alt text": 0.5, "a long text": 0.5}),
+        ({"class": "tench", "synthetic": "a long text"}, {"a photo of tench": 0.5, "a long text": 0.5}),
+        ({"txt": "alt text"}, {"alt text": 1.0}),
+        ({"class": "tench"}, {"a photo of tench": 1.0}),
+        ({"synthetic": "a long text", "license": "CC0"}, {"a long text": 1.0}),
+        ({"class": "tench", "synthetic": " "}, {"a photo of tench": 1.0}),
+    ],
+    ids=["CC12M", "ImageNet", "CC12M without synthetic", "ImageNet without synthetic", "synthetic alone", "blank"],
+)
+def test_original_and_synthetic_captions_are_mixed_where_a_sample_has_both(captions, shares):
+    config = load_config("ablation", "table2_baseline")
+    config.data.path = "shards"
+    choose, rng = build(DataConfig, config.data, "data").chooser(0.0), np.random.default_rng(0)
+    counts = collections.Counter(choose(captions, rng) for _ in range(2000))
+    assert {text: count / 2000 for text, count in counts.items()} == pytest.approx(shares, abs=0.04)
+
+
+def test_a_base_llm_gets_the_instruction_as_plain_text():
+    for row, is_tuned in (("table4_base_llm_instruction", False), ("table4_multimodal_llm_instruction", True)):
+        text = load_config("ablation", row).text
+        assert (text.instruction, text.chat_template) == (INSTRUCTION, is_tuned)
+    assert load_config("ablation", "table2_baseline").text.instruction == ""
 
 
 # --- what the language models read ------------------------------------------------------------------------------
@@ -98,6 +154,51 @@ def test_half_of_the_documents_follow_the_instruction_and_all_are_functions_of_t
     documents = [corpus[i] for i in range(len(corpus))]
     assert documents == [corpus[i] for i in range(len(corpus))]
     assert 0.35 < np.mean([bool(document.answer) for document in documents]) < 0.65
+
+
+def test_base_models_read_the_same_captions_and_no_instruction(corpus):
+    base = Corpus(SCENES, LANGUAGES, 0.0)
+    assert [base[i].caption for i in range(len(base))] == [corpus[i].caption for i in range(len(corpus))]
+    assert not any(base[i].answer for i in range(len(base)))
+    assert base.fingerprint != corpus.fingerprint
+    assert {name for name in FAMILIES if name not in TUNED} == {*BASE_LLMS, T5}
+
+
+class Recorded(Exception):
+    """Stops `train_encoder` where it would train."""
+
+
+def test_base_and_tuned_models_differ_in_their_documents_alone(tmp_path, monkeypatch):
+    config, seen = load_config("ablation_scenes"), {}
+    config.data.num_examples = 500
+
+    def record(experiment, task, training, batches, mesh, rules, facts):
+        with contextlib.closing(batches(0)) as stream:
+            seen[task.name] = experiment.config.seed, training, facts["data"], next(stream)
+        raise Recorded
+
+    monkeypatch.setattr(language_models, "run_part", record)
+    monkeypatch.setattr(language_models, "TOKENIZER_DOCUMENTS", 200)
+    parts = Experiment(runs.parts_config(config), epath.Path(tmp_path))
+    for name in FAMILIES:
+        with pytest.raises(Recorded):
+            language_models.train_encoder(parts, name, config.language_models, None, None)
+    (seed, training, tuned_on, tuned), (base_seed, base_training, base_on, base) = seen["llama3"], seen["llama3_base"]
+    assert (seed, training) == (base_seed, base_training)
+    assert tuned_on != base_on
+    is_plain = (tuned["tokens"] == base["tokens"]).all(axis=1)
+    assert 0 < is_plain.sum() < len(is_plain)  # captions alone are the same documents; the others have more before them
+    assert (tuned["mask"].sum(1) > base["mask"].sum(1))[~is_plain].all()
+    for name, like in (("qwen", "llama3"), ("qwen_base", "llama3_base"), ("t5", "llama3_base")):
+        np.testing.assert_array_equal(seen[name][-1]["tokens"], seen[like][-1]["tokens"])
+
+
+def test_settings_of_an_older_config_are_rejected(tmp_path):
+    config = load_config("ablation_scenes")
+    del config.language_models.instructed_share
+    parts = Experiment(runs.parts_config(config), epath.Path(tmp_path))
+    with pytest.raises(UserError, match="language_models.instructed_share is missing"):
+        language_models.train_encoder(parts, "llama3_base", config.language_models, None, None)
 
 
 def test_documents_begin_with_the_tokens_that_prompts_are_encoded_with(corpus, tokenizer):
@@ -210,17 +311,27 @@ def test_tables_say_what_the_runs_scored(tmp_path):
             write_scores(out, row, seed, 40 + 5 * place + seed)
     report.write(out, tables, 3)
     text = (out / "tables.md").read_text()
-    assert "| baseline | 41.0 ± 2.5 | 41.0 ± 2.5 | 41.0 ± 2.5 | 41.0 ± 2.5 | 40.0, 41.0, 42.0 | 38.72 | 66.15 |" in text
+    scores = "41.0 ± 2.5 | 41.0 ± 2.5 | 41.0 ± 2.5 | 41.0 ± 2.5 | 40.0, 41.0, 42.0 | 38.72 | 66.15"
+    assert f"| baseline | base LLaMA | {scores} |" in text
+    assert "| + both, two LLMs, collaborative refiner | tuned LLaMA and tuned Qwen |" in text
     assert "| + instruction over baseline | +9.69 | +5.0 ± 0.0 | 3 of 3 | +5.0 ± 0.0 | yes |" in text
-    assert "| LLaMA | 41.0 ± 2.5 | 41.0 ± 2.5 | 41.0 ± 2.5 | 21.0 ± 2.5 | -20.0 ± 0.0 |" in text
-    assert json.loads((out / "tables.json").read_text())["rows"]["llama3"]["pairs"] == [40.0, 41.0, 42.0]
+    assert "| base LLaMA | 41.0 ± 2.5 | 41.0 ± 2.5 | 41.0 ± 2.5 | 21.0 ± 2.5 | -20.0 ± 0.0 |" in text
+    assert json.loads((out / "tables.json").read_text())["rows"]["llama3_base"]["pairs"] == [40.0, 41.0, 42.0]
     for name in ("table2.png", "figure3.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("names", [["7"], ["2", "x"], ["4"]])
+def test_every_row_has_its_own_description():
+    labels = {row: report.describe(row) for row in ROWS.values()}
+    assert len(set(labels.values())) == len(labels)
+    assert labels[ROWS["table3_llama_causal_token_refiner"]] == "base LLaMA + causal refiner"
+    assert labels[ROWS["table5_2_blocks_without_gate"]] == "base LLaMA + refiner without gate"
+    assert labels[ROWS["table6_qwen"]] == "tuned Qwen + instruction + refiner"
+
+
+@pytest.mark.parametrize("names", [["7"], ["2", "x"]])
 def test_a_table_that_is_not_here_is_refused(names):
-    with pytest.raises(UserError, match="choose from 2, 3, 5, 6, figure3"):
+    with pytest.raises(UserError, match="choose from 2, 3, 4, 5, 6, figure3"):
         report.choose(names)
 
 
@@ -280,7 +391,7 @@ def test_a_table_is_made_and_made_again_without_training(tmp_path):
     arguments = ["--table=figure3", "--seeds=1", f"--out={out}", "--jobs=2", *tiny_flags()]
     found = ablate(*arguments)
     assert found.returncode == 0, found.stderr
-    rows = ("llama3", "llama3-2-blocks", "t5")
+    rows = ("llama3_base", "llama3_base-2-blocks", "t5")
     assert sorted(path.name for path in (out / "runs").iterdir()) == sorted(rows)
     first = (out / "tables.json").read_text()
     stamps = [(out / "runs" / row / "0" / "scores.json").stat().st_mtime_ns for row in rows]
@@ -300,6 +411,7 @@ def test_a_table_is_made_and_made_again_without_training(tmp_path):
         (lambda config: config.model.update(hidden_size=127), "model.hidden_size=127"),
         (lambda config: config.language_models.model.update(num_hidden_layers=2), "at least 3 blocks"),
         (lambda config: config.language_models.train.update(stepz=1), "language_models.train.stepz is unknown"),
+        (lambda config: config.language_models.update(instructed_share=0.0), "instructed_share=0.0 is a share"),
         (lambda config: config.data.update(object_shares=(0, 1)), "1, 2, 3 and 4 objects"),
     ],
 )
@@ -309,7 +421,7 @@ def test_a_config_that_cannot_be_trained_is_refused_before_anything_is_written(t
         change(config)
     out = epath.Path(tmp_path / "out")
     with pytest.raises(UserError, match=words):
-        runs.do_all(config, out, [runs.Run(Row(), 0)], 1)
+        runs.do_all(config, out, [runs.Run(BASELINE, 0)], 1)
     assert not out.exists()
 
 
@@ -318,7 +430,7 @@ def test_runs_that_are_judged_otherwise_are_not_put_into_one_table(tmp_path):
     claim_workdir(out, config, may_grow=False)
     config.evaluate.four_objects = 8
     with pytest.raises(UserError, match="evaluate.four_objects was 512, now 8"):
-        runs.do_all(config, out, [runs.Run(Row(), 0)], 1)
+        runs.do_all(config, out, [runs.Run(BASELINE, 0)], 1)
 
 
 def test_two_processes_do_not_train_the_same(tmp_path):
@@ -336,7 +448,7 @@ def test_two_processes_do_not_train_the_same(tmp_path):
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"all scenes": {"pair": {"correct": 1, "total": 0}}}'])
 def test_damaged_scores_are_said_in_one_line(tmp_path, text):
-    out, row = epath.Path(tmp_path), Row()
+    out, row = epath.Path(tmp_path), BASELINE
     workdir = runs.Run(row, 0).workdir(out)
     workdir.mkdir(parents=True)
     (workdir / SCORES_FILE).write_text(text)

@@ -9,8 +9,10 @@ from etils import epath
 from test_evaluate import request
 
 from lidit_jax.data.shapes import HELD_OUT_PAIRS, draw
+from lidit_jax.data.shapes_checker import check
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.drawing import draw_benchmark
+from lidit_jax.evaluation.quarters import mean_by_quarter
 from lidit_jax.evaluation.scene_benchmark import ShapesBenchmark
 from lidit_jax.evaluation.scenes import HELD_OUT, SceneEvaluation, named_at, score_scenes
 
@@ -53,6 +55,23 @@ def test_an_object_is_counted_at_the_place_where_the_prompt_names_it(prompts):
     assert scores["four objects"]["scenes"].correct == 0
     assert scores["three objects"]["scenes"].value == 1
     assert scores["all scenes"]["scenes"].correct == 12
+
+
+def test_places_of_four_objects_are_averaged_as_in_the_positional_bias_benchmark(prompts):
+    """Several images per prompt, some with an object missing."""
+    four = [prompt for prompt in prompts if prompt.kind == "four objects"]
+    generator, images, right = np.random.default_rng(0), [], []
+    for prompt in four:
+        for _ in range(3):
+            keep = generator.random(4) < 0.6
+            kept = tuple(item for item, is_kept in zip(prompt.scene.objects, keep, strict=True) if is_kept)
+            images.append(draw(dataclasses.replace(prompt.scene, objects=kept, relations=()), 48, 48))
+            right.append([object_.pair for object_ in check(images[-1], prompt.scene).objects])
+    scores = score_scenes([prompt for prompt in four for _ in range(3)], images)
+    places = [scores[named_at("four objects", place)]["pair"].value for place in range(4)]
+    where = np.tile(range(4), len(images)), [4] * (4 * len(images)), np.repeat(np.arange(len(four)), 3 * 4)
+    np.testing.assert_allclose(places, mean_by_quarter(np.ravel(right), *where))
+    assert 0.3 < np.mean(places) < 0.9
 
 
 def test_the_held_out_pair_is_counted_apart_from_what_stands_beside_it(prompts):

@@ -1,9 +1,9 @@
-"""What the ablations' language models read: scenes' captions, alone and in an instruction's answer.
+"""Training text of the miniature ablations' language models: captions of scenes, and instructed descriptions.
 
-Half of the documents are a caption. In the other half the instruction stands before the caption, and after it an answer
-that does what the instruction says: it names every object's size, colour, shape and place. So a model of next tokens
-learns two ways to read a caption, as text that goes on and as something to be described, as the paper's
-instruction-tuned LLMs have.
+Base models read captions alone. For tuned ones, a share of the documents has the instruction before the caption and,
+after it, an answer that follows the instruction: it names every object's size, colour, shape and place. A next-token
+model then learns two ways to read a caption, as text to continue and as something to describe, like the paper's
+instruction-tuned LLMs. The answers are text about scenes; no image is read, so nothing here is multi-modal.
 """
 
 import dataclasses
@@ -19,28 +19,33 @@ from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.shapes import Scene, ShapesSource
 from lidit_jax.text.prompts import PromptTokenizer
 
-INSTRUCTED = 0.5  # of the documents
 _NO_PICTURE = Bucket(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A caption and, where the instruction stands before it, the answer (else "")."""
+    """A caption, and the answer if the instruction stands before it (else "")."""
 
     caption: str
     answer: str
 
 
 class Corpus:
-    """Document i is a function of i; there are as many as the source has scenes."""
+    """One document per scene of the source; document i depends on i alone."""
 
-    def __init__(self, source: ShapesSource, captions: Mapping[str, float]):
-        """Args: captions: how often each language is drawn."""
-        self._source, self._choose = source, CaptionChooser(captions)
+    def __init__(self, source: ShapesSource, captions: Mapping[str, float], instructed_share: float):
+        """Args:
+        captions: how often each language is drawn.
+        instructed_share: share of the documents with instruction and answer; the captions do not depend on it.
+        """
+        self._source, self._choose, self._instructed_share = source, CaptionChooser(captions), instructed_share
 
     @property
     def fingerprint(self) -> str:
-        return f"corpus of {self._source.fingerprint} with {dict(self._choose.fields)}"
+        return (
+            f"corpus of {self._source.fingerprint} with {dict(self._choose.fields)}, "
+            f"{self._instructed_share} instructed"
+        )
 
     def __len__(self) -> int:
         return len(self._source)
@@ -48,14 +53,14 @@ class Corpus:
     def __getitem__(self, index: int) -> Document:
         rng = np.random.default_rng((self._source.seed, index, 1))
         [example] = self._source.describe([index])
-        instructed = rng.random() < INSTRUCTED
+        instructed = rng.random() < self._instructed_share
         return Document(
             self._choose(example["captions"], rng), describe(self._source.scene(index)) if instructed else ""
         )
 
 
 def describe(scene: Scene) -> str:
-    """Object by object, in the order of the captions: "a small red circle at the top left, …"."""
+    """Describes a scene object by object, in the captions' order: "a small red circle at the top left, …"."""
     return ", ".join(f"a {item.size} {item.color} {item.shape} {_place(item.x, item.y)}" for item in scene.objects)
 
 
@@ -66,10 +71,10 @@ def _place(x: float, y: float) -> str:
 
 
 class DocumentTokenizer:
-    """Documents to tokens that begin as prompts do when they are encoded, with and without the instruction."""
+    """Tokenises documents so that they begin with the tokens of an encoded prompt, with and without the instruction."""
 
     def __init__(self, plain: PromptTokenizer, instructed: PromptTokenizer, length: int):
-        """Args: length: tokens of a document; longer ones are cut."""
+        """Args: length: tokens of a document; longer ones are truncated."""
         self._plain, self._instructed, self._length = plain, instructed, length
 
     def __call__(self, documents: Sequence[Document]) -> dict[str, np.ndarray]:
@@ -96,7 +101,7 @@ class DocumentTokenizer:
 
 
 class DocumentStream(BatchStream):
-    """Batch k holds documents k B to (k + 1) B - 1; every process gets its rows."""
+    """Stream of token batches: batch k holds documents k B to (k + 1) B - 1; every process gets its rows."""
 
     def __init__(
         self,
@@ -106,7 +111,7 @@ class DocumentStream(BatchStream):
         first_batch: int,
         rows: range,
     ):
-        """Args: rows: of a batch, this process's."""
+        """Args: rows: this process's rows of a batch."""
         super().__init__(corpus.fingerprint, first_batch, max_broken=0.0)
         self._corpus, self._tokenizer, self._batch_size, self._rows = corpus, tokenizer, batch_size, rows
         self._batches: Any = None
@@ -128,7 +133,7 @@ class DocumentStream(BatchStream):
             self._batches = iter(numbers.map(self._make).to_iter_dataset(options))
 
     def report(self) -> dict[str, float]:
-        return {}  # there are no groups
+        return {}  # there are no buckets
 
     def _next(self) -> dict[str, Any]:
         return next(self._batches)

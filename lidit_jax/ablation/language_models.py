@@ -1,7 +1,10 @@
-"""The ablations' prompt encoders: small language models trained once on the corpus, then frozen, the same for all rows.
+"""Prompt encoders of the miniature ablations: small language models, trained once on the corpus, then frozen.
 
-The causal ones (LLaMA's and Qwen's type) learn next-token prediction. The bidirectional one is T5's encoder; it learns
-to fill in tokens that are masked, which is T5's own objective without its decoder.
+The causal ones (LLaMA and Qwen type) learn next-token prediction, each twice: the base model on captions alone, the
+tuned one, which stands for the paper's multi-modal LLM, on captions and instructed descriptions. Both start from the
+same initial weights and take the same number of steps; in the paper, tuning comes on top of pre-training. The
+bidirectional one is T5's encoder; it learns to fill in masked tokens, T5's own objective without its decoder, on
+captions alone, because Table 3 compares it with base LLMs. All share one tokenizer.
 """
 
 import dataclasses
@@ -18,7 +21,7 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from lidit_jax.ablation.corpus import Corpus, DocumentStream, DocumentTokenizer
-from lidit_jax.ablation.rows import LLAMA, QWEN, T5
+from lidit_jax.ablation.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5
 from lidit_jax.config import build
 from lidit_jax.data.loader import rows_of_process
 from lidit_jax.data.shapes import ShapesSource
@@ -39,30 +42,32 @@ from lidit_jax.weights.huggingface_t5 import save_t5_encoder
 logger = logging.getLogger(__name__)
 
 LLAMA_FAMILY = "llama"
-FAMILIES = {LLAMA: LLAMA_FAMILY, QWEN: "qwen2", T5: T5}
+FAMILIES = {LLAMA: LLAMA_FAMILY, BASE_LLAMA: LLAMA_FAMILY, QWEN: "qwen2", BASE_QWEN: "qwen2", T5: T5}
+TUNED = (LLAMA, QWEN)  # the others read captions alone
 TOKENIZER_DOCUMENTS = 4000
 MASKED = 0.3  # of the tokens; T5's 0.15 gives so short texts less to learn from a step
 
 
 def train_encoder(experiment: Experiment, name: str, settings: ConfigDict, mesh: Mesh, rules: ShardingRules) -> None:
-    """Trains `name` into the workdir's encoders/NAME, in Hugging Face's format; nothing if it is there.
+    """Trains `name` into the workdir's encoders/NAME, in Hugging Face's format; returns at once if that exists.
 
     Args:
-      experiment: of the parts that all rows share.
+      experiment: its data and its workdir are used.
       settings: `language_models` of the config.
     """
     folder = experiment.workdir / "encoders" / name
     if folder.exists():
         return
+    model, training = check_settings(name, settings)
     data = experiment.data
     source = ShapesSource(data.num_examples, seed=int(settings.corpus_seed), shares=data.object_shares)
-    corpus = Corpus(source, data.captions)
-    tokenizer = _tokenizer(corpus, settings.instruction, int(settings.model.vocab_size))
+    tuning = Corpus(source, data.captions, float(settings.instructed_share))
+    corpus = tuning if name in TUNED else Corpus(source, data.captions, 0.0)
+    tokenizer = _tokenizer(tuning, settings.instruction, int(settings.model.vocab_size))
     prompts = functools.partial(PromptTokenizer, tokenizer, int(settings.length), chat_template=False)
     documents = DocumentTokenizer(
         prompts(instruction=""), prompts(instruction=settings.instruction), int(settings.length)
     )
-    model, training = check_settings(name, settings)
     if isinstance(model, T5Config):
         task = masked_token_task(name, model, tokenizer.mask_token_id)
     else:
@@ -83,14 +88,19 @@ def train_encoder(experiment: Experiment, name: str, settings: ConfigDict, mesh:
 
 
 def check_settings(name: str, settings: ConfigDict) -> tuple[LLMConfig | T5Config, TrainConfig]:
-    """The model `name` and its training, from `language_models` of the config.
+    """Returns the model `name` and its training, from `language_models` of the config.
 
     Raises:
-      UserError: for what is missing or impossible there.
+      UserError: a key is missing there, or a value is impossible.
     """
-    for key in ("instruction", "corpus_seed", "length", "model", "t5", "train"):
+    for key in ("instruction", "instructed_share", "corpus_seed", "length", "model", "t5", "train"):
         if key not in settings:
             raise UserError(f"config key language_models.{key} is missing")
+    if not 0 < settings.instructed_share <= 1:
+        raise UserError(
+            f"language_models.instructed_share={settings.instructed_share} is a share of the tuned models' documents: "
+            "use more than 0 and at most 1"
+        )
     training = build(TrainConfig, settings.train, "language_models.train")
     family = FAMILIES[name]
     where = "language_models.model"
@@ -127,7 +137,7 @@ class MaskedTokenModel(nn.Module):
 
 
 def masked_token_task(name: str, config: T5Config, mask_token: int) -> Task:
-    """To fill in the tokens that were masked; documents as in `next_token_task`."""
+    """Filling in masked tokens; documents as in `next_token_task`."""
     model = MaskedTokenModel(config)
 
     def init(key):
@@ -144,7 +154,10 @@ def masked_token_task(name: str, config: T5Config, mask_token: int) -> Task:
 
 
 def _tokenizer(corpus: Corpus, instruction: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Trained on the corpus, the instruction as often as it is there; its last token, the mask, is in no text."""
+    """Trains a tokenizer on the corpus, with the instruction as often as documents have it.
+
+    Its last token, the mask, is in no text.
+    """
     texts = []
     for index in np.linspace(0, len(corpus) - 1, TOKENIZER_DOCUMENTS).astype(int).tolist():
         document = corpus[index]

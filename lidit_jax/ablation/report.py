@@ -12,19 +12,21 @@ import numpy as np
 from etils import epath
 from scipy import stats
 
-from lidit_jax.ablation.rows import T5, TABLES, Row, TableRow
+from lidit_jax.ablation.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5, TABLES, Row, TableRow
 from lidit_jax.ablation.runs import Run
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.eval_extra import png_of
+from lidit_jax.evaluation.quarters import QUARTER_NAMES, QUARTERS
 from lidit_jax.evaluation.scenes import COUNTS, SCORES_FILE, named_at
 from lidit_jax.json_file import write_json
 
 logger = logging.getLogger(__name__)
 
 FIGURE_3 = "figure3"
-# Table 4 is about multi-modal tuning of the LLMs, which captions of scenes cannot give.
-CHOICES = (*(table for table in TABLES if table != "4"), FIGURE_3)
-# Name here -> (group of prompts, what is right of it), see `evaluation/scenes.py`.
+CHOICES = (*TABLES, FIGURE_3)
+# "tuned" stands for the paper's multi-modal LLMs: tuned on instructions, but on text alone.
+ENCODERS = {LLAMA: "tuned LLaMA", BASE_LLAMA: "base LLaMA", QWEN: "tuned Qwen", BASE_QWEN: "base Qwen", T5: "T5"}
+# Column -> (group of prompts, measure), see `evaluation/scenes.py`.
 COLUMNS = {
     "pairs": ("all scenes", "pair"),
     "objects": ("all scenes", "objects"),
@@ -32,13 +34,13 @@ COLUMNS = {
     "held-out": ("the held-out pair itself", "pair"),
 }
 FOUR = COUNTS[4]
-PLACES = range(4)
+PLACES = range(QUARTERS)
 CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """Over seeds, with Student's 95 % interval; of one seed alone, without."""
+    """Mean over seeds with Student's 95 % interval; a single seed has no interval."""
 
     values: tuple[float, ...]
 
@@ -57,12 +59,12 @@ class Mean:
         return f"{self.value:.1f}" if math.isnan(self.half_width) else f"{self.value:.1f} ± {self.half_width:.1f}"
 
     def __sub__(self, other: "Mean") -> "Mean":
-        """Of the differences seed by seed: both rows drew the same prompts from the same noise."""
+        """Mean of the differences seed by seed: both rows had the same prompts and the same noise."""
         return Mean(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
 
 def choose(names: Sequence[str]) -> dict[str, Mapping[str, TableRow]]:
-    """The tables of these names; Figure 3 is the curve of some of Table 3's rows.
+    """Returns the tables of these names; Figure 3 is the curve of some of Table 3's rows.
 
     Raises:
       UserError: there is no such table here.
@@ -70,8 +72,7 @@ def choose(names: Sequence[str]) -> dict[str, Mapping[str, TableRow]]:
     found = {}
     for name in names:
         if name not in CHOICES:
-            why = " (multi-modal tuning needs real LLMs: configs/ablation.py:table4_… )" if name == "4" else ""
-            raise UserError(f"--table={name}: choose from {', '.join(CHOICES)}{why}")
+            raise UserError(f"--table={name}: choose from {', '.join(CHOICES)}")
         if name == FIGURE_3:
             found[name] = {key: TABLES["3"][key] for key in ("t5", "llama", "llama_token_refiner")}
         else:
@@ -80,7 +81,7 @@ def choose(names: Sequence[str]) -> dict[str, Mapping[str, TableRow]]:
 
 
 def complete(out: epath.Path, seeds: int) -> list[str]:
-    """Names of the tables of which all runs are there, whichever call made them."""
+    """Returns the names of the tables whose runs are all done, by this call or an earlier one."""
     return [
         name
         for name, table in choose(CHOICES).items()
@@ -89,7 +90,7 @@ def complete(out: epath.Path, seeds: int) -> list[str]:
 
 
 def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: int) -> None:
-    """tables.md, tables.json and a plot for each table, of runs that are all there.
+    """Writes tables.md, tables.json and a plot for each table; all their runs must be done.
 
     Raises:
       UserError: a run's scores are damaged.
@@ -99,9 +100,11 @@ def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: 
     text = "\n".join(_markdown(name, table, results) for name, table in tables.items() if name != FIGURE_3)
     text += (
         "\n± is over the seeds of LI-DiT's training alone: every language model and the VAE were trained once, and all "
-        "runs draw the same prompts.\n\n"
+        "runs generate the same prompts. A tuned LM, which stands for the paper's multi-modal LLM, was tuned on "
+        "instructions in text; it saw no image.\n\n"
     )
-    text += _places_markdown(_labels(tables), results)
+    labels = {row: describe(row) for row in rows}
+    text += _places_markdown(labels, results)
     values = {row.name: result.to_json() for row, result in results.items()}
     write_json(out / "tables.json", {"seeds": seeds, "unit": "per cent", "rows": values})
     beside = out / ".tables.md"
@@ -110,13 +113,18 @@ def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: 
     for name, table in tables.items():
         if name != FIGURE_3:
             _plot_table(out / f"table{name}.png", name, table, results)
-    _plot_places(out / "figure3.png", _labels(tables), results)
+    _plot_places(out / "figure3.png", labels, results)
     logger.info("\n%s\n%s", text, out / "tables.md")
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Of one row: each column, and pairs by their place in prompts of four; all in per cent."""
+    """Scores of one row, all in per cent.
+
+    Attributes:
+      columns: see `COLUMNS`.
+      places: pairs right in each quarter of the prompts of four objects, see `QUARTER_NAMES`.
+    """
 
     columns: Mapping[str, Mean]
     places: Sequence[Mean]
@@ -158,13 +166,14 @@ def _markdown(name: str, table: Mapping[str, TableRow], results: Mapping[Row, Re
     lines = [
         f"### Table {name}",
         "",
-        f"| row | {' | '.join(COLUMNS)} | pairs, seed by seed | paper: T2I-CompBench | DPG-Bench |",
+        f"| row | encoder here | {' | '.join(COLUMNS)} | pairs, seed by seed | paper: T2I-CompBench | DPG-Bench |",
     ]
-    lines.append("|---" * (len(COLUMNS) + 4) + "|")
+    lines.append("|---" * (len(COLUMNS) + 5) + "|")
     for entry in table.values():
         cells = [str(results[entry.row].columns[column]) for column in COLUMNS]
         cells.append(", ".join(f"{value:.1f}" for value in results[entry.row].columns["pairs"].values))
-        lines.append(f"| {entry.label} | {' | '.join(cells)} | {entry.paper[0]:.2f} | {entry.paper[1]:.2f} |")
+        cells = [entry.label, _encoders(entry.row), *cells, *(f"{score:.2f}" for score in entry.paper)]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| the paper's ordering | its difference | pairs here | seeds | scenes here | appears |"]
     lines.append("|---" * 6 + "|")
     for worse, better in orderings(table):
@@ -178,13 +187,13 @@ def _markdown(name: str, table: Mapping[str, TableRow], results: Mapping[Row, Re
 
 
 def orderings(table: Mapping[str, TableRow]) -> list[tuple[TableRow, TableRow]]:
-    """All pairs of rows as (worse, better) by the paper's T2I-CompBench, from the table's top to its end."""
+    """Returns all pairs of rows as (worse, better) by the paper's T2I-CompBench, in the table's order."""
     pairs = itertools.combinations(table.values(), 2)
     return [(a, b) if a.paper < b.paper else (b, a) for a, b in pairs]
 
 
 def verdict(difference: Mean) -> str:
-    """Whether a difference that the paper has as positive is so here: outside of the interval, or not to be told."""
+    """Returns "yes" or "**reversed**" if the interval of a difference, positive in the paper, excludes zero."""
     if math.isnan(difference.half_width) or abs(difference.value) <= difference.half_width:
         return "not to be told"
     return "yes" if difference.value > 0 else "**reversed**"
@@ -194,24 +203,30 @@ def _signed(mean: Mean) -> str:
     return ("+" if mean.value >= 0 else "") + str(mean)
 
 
-def _labels(tables: Mapping[str, Mapping[str, TableRow]]) -> dict[Row, str]:
-    """Of every row once; the names of Table 3 first, as they say which LLM it is."""
-    labels: dict[Row, str] = {}
-    for name in sorted(tables, key=lambda name: (name not in ("3", FIGURE_3), name)):
-        for entry in tables[name].values():
-            # Table 2's, which is LLaMA's, says what comes on top.
-            labels.setdefault(entry.row, f"LLaMA {entry.label}" if entry.label.startswith("+") else entry.label)
-    return labels
+def _encoders(row: Row) -> str:
+    return " and ".join(ENCODERS[name] for name in row.encoders)
+
+
+def describe(row: Row) -> str:
+    """Names a row outside of its table: "base LLaMA + causal refiner"."""
+    words = [_encoders(row)] + ["instruction"] * row.instruction
+    if row.refiner_blocks:
+        kind = "causal refiner" if row.refiner_causal else "refiner"
+        size = "" if row.refiner_blocks == 2 else f" of {row.refiner_blocks} block{'s' * (row.refiner_blocks > 1)}"
+        words.append(f"{kind}{size}{'' if row.refiner_gated else ' without gate'}")
+    if len(row.encoders) > 1:
+        words.append("collaborative refiner" if row.fusion == "collaborative" else "concatenation")
+    return " + ".join(words)
 
 
 def _places_markdown(labels: Mapping[Row, str], results: Mapping[Row, Result]) -> str:
     lines = [
         "### Figure 3",
         "",
-        "Pairs right of prompts of four objects, by the place at which the prompt names them:",
+        "Pairs right in prompts of four objects, by their quarter of the prompt:",
         "",
     ]
-    lines += ["| row | 1st | 2nd | 3rd | 4th | 4th less 1st |", "|---|---|---|---|---|---|"]
+    lines += [f"| row | {' | '.join(QUARTER_NAMES)} | last less first |", "|---|---|---|---|---|---|"]
     for row, label in labels.items():
         places = results[row].places
         lines.append(f"| {label} | {' | '.join(map(str, places))} | {_signed(places[-1] - places[0])} |")
@@ -219,7 +234,7 @@ def _places_markdown(labels: Mapping[Row, str], results: Mapping[Row, Result]) -
 
 
 def _plot_table(file: epath.Path, name: str, table: Mapping[str, TableRow], results: Mapping[Row, Result]) -> None:
-    """Means as bars, seeds as points on them: of three seeds, an interval says little that the points do not."""
+    """Plots means as bars and seeds as points: with three seeds, an interval says little that the points do not."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 1.8 + 0.55 * len(table)), layout="constrained")
@@ -248,7 +263,7 @@ def _plot_table(file: epath.Path, name: str, table: Mapping[str, TableRow], resu
 
 
 def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[Row, Result]) -> None:
-    """Means as thick lines, seeds as thin ones; rows with a token refiner have a panel of their own."""
+    """Plots means as thick lines and seeds as thin ones; rows with a token refiner have their own panel."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -263,14 +278,14 @@ def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[R
     for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
         for i, row in enumerate(rows):
             places = results[row].places
-            style = "--" if row.encoders == (T5,) else "-"
+            style = "--" if T5 in row.encoders else "-"
             for of_seed in zip(*(mean.values for mean in places), strict=True):
                 axis.plot(at, of_seed, style, color=colors(i), lw=0.8, alpha=0.45)
             axis.plot(
                 at, [mean.value for mean in places], style, color=colors(i), lw=2.2, marker="o", label=labels[row]
             )
         axis.set_title(title)
-        axis.set_xticks(at, ["1st", "2nd", "3rd", "4th"])
+        axis.set_xticks(at, QUARTER_NAMES)
         axis.set_xlabel("place of the pair in prompts of four objects")
         axis.set_ylim(0, 102)
         axis.spines[["top", "right"]].set_visible(False)

@@ -1,23 +1,39 @@
-"""The rows of the paper's ablation tables: what each changes, and what the paper measured."""
+"""The rows of the paper's ablation tables (section 5.3): what each changes, and what the paper measured.
+
+A row uses the base LLM or the multi-modal (instruction-tuned) one. The paper states which for Table 2's baseline, "DiT
+with pre-trained LLaMA3-8B", and for Table 4, which has a column for it. For the other rows it is inferred: equal scores
+are one trained model.
+
+- 38.72/66.15 stands in Table 2 (baseline), Table 3 (LLaMA3 without refiner) and Table 4 (neither tick): base.
+- 48.41/73.45 stands in Table 2 (instruction) and Table 4 (both ticks): multi-modal.
+- 54.02/77.08, the refiner without the instruction, stands in Tables 2, 3 and 5. Table 3 compares it with the base LLM,
+  so it is on the base LLM too, and with it the rest of Tables 3 and 5, Qwen's rows included.
+- 56.79/78.62, instruction and refiner, stands in Tables 2 and 6. The instruction row above is multi-modal, so these and
+  the rest of Table 6 are too.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-LLAMA, QWEN, T5, BASE_LLAMA = "llama3", "qwen", "t5", "llama3_base"
+# Names of the encoders in a config: LLMs after multi-modal instruction tuning, the same before it, and T5.
+LLAMA, QWEN = "llama3", "qwen"
+BASE_LLAMA, BASE_QWEN = "llama3_base", "qwen_base"
+T5 = "t5"
+BASE_LLMS = (BASE_LLAMA, BASE_QWEN)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One way to give prompts to the DiT.
+    """One way to condition the DiT on prompts; equal rows are one training run, whichever tables they stand in.
 
     Attributes:
-      encoders: in the order of their names, which is that of the model's branches.
-      instruction: whether prompts follow the instruction (Table 2).
+      encoders: names, sorted as the model's branches are.
+      instruction: True puts the instruction before every prompt (Table 2).
       refiner_blocks, refiner_causal, refiner_gated, fusion: as in `LIDiTConfig`.
     """
 
-    encoders: tuple[str, ...] = (LLAMA,)
+    encoders: tuple[str, ...]
     instruction: bool = False
     refiner_blocks: int = 0
     refiner_causal: bool = False
@@ -25,13 +41,13 @@ class Row:
     fusion: str = "collaborative"
 
     def model(self) -> dict[str, Any]:
-        """What goes under `model` in a config."""
+        """Fields of the config's `model` section that the row sets."""
         names = ("refiner_blocks", "refiner_causal", "refiner_gated", "fusion")
         return {name: getattr(self, name) for name in names}
 
     @property
     def name(self) -> str:
-        """Of what it is, whichever table it stands in: "llama3-instruction-2-blocks"."""
+        """Name of the row's runs, the same in all tables: "llama3-instruction-2-blocks"."""
         words = ["+".join(self.encoders)]
         words += ["instruction"] * self.instruction
         if self.refiner_blocks:
@@ -43,30 +59,31 @@ class Row:
 
 
 class Scores(NamedTuple):
-    """The paper's, in per cent: mean of T2I-CompBench's three attributes, and DPG-Bench."""
+    """The paper's scores in per cent: mean over T2I-CompBench's three attributes, and DPG-Bench."""
 
     t2i_compbench: float
     dpg_bench: float
 
 
 class TableRow(NamedTuple):
-    """A row as the paper's table has it."""
+    """A row of one of the paper's tables."""
 
     label: str
     row: Row
     paper: Scores
 
 
-_PLAIN = Row()
-_REFINED = Row(refiner_blocks=2)
-_FULL = Row(refiner_blocks=2, instruction=True)
+_PLAIN = Row((BASE_LLAMA,))
+_REFINED = dataclasses.replace(_PLAIN, refiner_blocks=2)
+_INSTRUCTED = Row((LLAMA,), instruction=True)
+_FULL = dataclasses.replace(_INSTRUCTED, refiner_blocks=2)
 _BOTH = dataclasses.replace(_FULL, encoders=(LLAMA, QWEN))
 
-# Table -> {its row's name here: the row}.
+# Table -> {the row's name in this code: the row}.
 TABLES: Mapping[str, Mapping[str, TableRow]] = {
     "2": {
         "baseline": TableRow("baseline", _PLAIN, Scores(38.72, 66.15)),
-        "instruction": TableRow("+ instruction", Row(instruction=True), Scores(48.41, 73.45)),
+        "instruction": TableRow("+ instruction", _INSTRUCTED, Scores(48.41, 73.45)),
         "token_refiner": TableRow("+ token refiner", _REFINED, Scores(54.02, 77.08)),
         "instruction_and_token_refiner": TableRow("+ both", _FULL, Scores(56.79, 78.62)),
         "collaborative_refiner": TableRow("+ both, two LLMs, collaborative refiner", _BOTH, Scores(60.31, 80.25)),
@@ -74,8 +91,8 @@ TABLES: Mapping[str, Mapping[str, TableRow]] = {
     "3": {
         "t5": TableRow("T5", Row((T5,)), Scores(48.82, 73.56)),
         "t5_token_refiner": TableRow("T5 + refiner", Row((T5,), refiner_blocks=2), Scores(49.52, 74.63)),
-        "qwen": TableRow("Qwen", Row((QWEN,)), Scores(38.11, 65.61)),
-        "qwen_token_refiner": TableRow("Qwen + refiner", Row((QWEN,), refiner_blocks=2), Scores(53.81, 76.49)),
+        "qwen": TableRow("Qwen", Row((BASE_QWEN,)), Scores(38.11, 65.61)),
+        "qwen_token_refiner": TableRow("Qwen + refiner", Row((BASE_QWEN,), refiner_blocks=2), Scores(53.81, 76.49)),
         "llama": TableRow("LLaMA", _PLAIN, Scores(38.72, 66.15)),
         "llama_causal_token_refiner": TableRow(
             "LLaMA + refiner, causal", dataclasses.replace(_REFINED, refiner_causal=True), Scores(45.84, 71.01)
@@ -83,14 +100,12 @@ TABLES: Mapping[str, Mapping[str, TableRow]] = {
         "llama_token_refiner": TableRow("LLaMA + refiner, full attention", _REFINED, Scores(54.02, 77.08)),
     },
     "4": {
-        "base_llm": TableRow("base LLM", Row((BASE_LLAMA,)), Scores(38.72, 66.15)),
+        "base_llm": TableRow("base LLM", _PLAIN, Scores(38.72, 66.15)),
         "base_llm_instruction": TableRow(
-            "base LLM + instruction", Row((BASE_LLAMA,), instruction=True), Scores(38.47, 65.84)
+            "base LLM + instruction", dataclasses.replace(_PLAIN, instruction=True), Scores(38.47, 65.84)
         ),
-        "multimodal_llm": TableRow("multi-modal LLM", _PLAIN, Scores(44.22, 71.81)),
-        "multimodal_llm_instruction": TableRow(
-            "multi-modal LLM + instruction", Row(instruction=True), Scores(48.41, 73.45)
-        ),
+        "multimodal_llm": TableRow("multi-modal LLM", Row((LLAMA,)), Scores(44.22, 71.81)),
+        "multimodal_llm_instruction": TableRow("multi-modal LLM + instruction", _INSTRUCTED, Scores(48.41, 73.45)),
     },
     "5": {
         "1_block": TableRow("1 block", dataclasses.replace(_REFINED, refiner_blocks=1), Scores(48.25, 73.83)),
@@ -109,7 +124,7 @@ TABLES: Mapping[str, Mapping[str, TableRow]] = {
         "collaborative_refiner": TableRow("both, collaborative refiner", _BOTH, Scores(60.31, 80.25)),
     },
 }
-# Every row by "table2_baseline", as `configs/ablation.py` names it.
+# Every row as `configs/ablation.py` names it: "table2_baseline".
 ROWS: Mapping[str, Row] = {
     f"table{table}_{name}": entry.row for table, entries in TABLES.items() for name, entry in entries.items()
 }

@@ -1,8 +1,8 @@
-"""All runs of some ablation tables: the parts that they share, then one run a row and seed, each a process of its own.
+"""Runs of the ablation tables, each in its own process: first the shared networks, then one run per row and seed.
 
-OUT/config.json            what all runs have in common
+OUT/config.json            config common to all runs
 OUT/parts/                 the frozen language models and the VAE, trained once
-OUT/runs/ROW/SEED/         an ordinary workdir each (`sample --workdir` draws from it), with log.txt and scores.json
+OUT/runs/ROW/SEED/         one ordinary workdir each, for `sample --workdir` too, with log.txt and scores.json
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ LOOK_EVERY = 1.0  # seconds between two looks at the processes
 
 
 class Part(NamedTuple):
-    """What all runs share: "vae", or the name of a language model."""
+    """A frozen network that the runs share: "vae", or the name of a language model."""
 
     name: str
 
@@ -59,7 +59,7 @@ class Part(NamedTuple):
         return self.folder(out).exists()
 
     def folder(self, out: epath.Path) -> epath.Path:
-        """Of the finished weights."""
+        """Folder of the finished weights."""
         return out / "parts" / (VAE if self.name == VAE else f"encoders/{self.name}")
 
     def do(self, config: ConfigDict, out: epath.Path) -> None:
@@ -112,10 +112,10 @@ Job = Part | Run
 
 
 def find_job(name: str) -> Job:
-    """From "ROW/SEED" or "parts/NAME". Raises UserError if there is none of that name."""
+    """Returns the job "ROW/SEED" or "parts/NAME". Raises UserError if there is none of that name."""
     jobs = {str(Part(part)): Part(part) for part in (VAE, *FAMILIES)}
     row_name, _, seed = name.rpartition("/")
-    rows = {row.name: row for row in ROWS.values() if set(row.encoders) <= FAMILIES.keys()}
+    rows = {row.name: row for row in ROWS.values()}
     if name in jobs:
         return jobs[name]
     if row_name not in rows or not seed.isdecimal():
@@ -124,12 +124,12 @@ def find_job(name: str) -> Job:
 
 
 def parts_config(config: ConfigDict) -> ConfigDict:
-    """Of the parts that all runs share: a VAE's alone."""
+    """Returns the config of the shared networks: that of a VAE alone."""
     return ConfigDict({section: config[section] for section in PARTS_SECTIONS})
 
 
 def run_config(config: ConfigDict, run: Run, out: epath.Path) -> ConfigDict:
-    """Of one run: an ordinary config, with the shared parts' folders in it."""
+    """Returns one run's config, an ordinary one that names the shared networks' folders."""
     changed = ConfigDict(config.to_dict())  # a copy, and one that takes new keys
     del changed["language_models"]
     changed.seed = run.seed
@@ -141,7 +141,7 @@ def run_config(config: ConfigDict, run: Run, out: epath.Path) -> ConfigDict:
 
 
 def check(config: ConfigDict, out: epath.Path, runs: Sequence[Run]) -> None:
-    """Raises UserError for what can be known to be wrong before anything is trained or written."""
+    """Raises UserError for a config that cannot be trained, before anything is trained or written."""
     if "language_models" not in config or "evaluate" not in config:
         raise UserError("the config is none of ablations: take configs/ablation_scenes.py")
     counts = dataclasses.asdict(build(SceneEvaluation, config.evaluate, "evaluate"))
@@ -158,10 +158,10 @@ def check(config: ConfigDict, out: epath.Path, runs: Sequence[Run]) -> None:
 
 
 def do_one(out: epath.Path, job: Job) -> None:
-    """Trains one part, or trains and judges one run; goes on where it was stopped.
+    """Trains one shared network, or trains and evaluates one run; resumes an interrupted one.
 
     Raises:
-      UserError: another process is at it, or what it needs is not there.
+      UserError: another process is training it, or a network that it needs is missing.
     """
     config = read_workdir(out)
     if "language_models" not in config:
@@ -177,11 +177,11 @@ def do_one(out: epath.Path, job: Job) -> None:
 
 
 def do_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], at_once: int) -> None:
-    """Trains the parts and then does what is left of the runs, so many at a time.
+    """Trains the missing shared networks, then does the missing runs, `at_once` at a time.
 
     Raises:
-      UserError: the folder belongs to another config, or a run failed (the others are ended; nothing is lost).
-      Preempted: SIGTERM came; all is saved.
+      UserError: the folder belongs to another config, or a run failed (the others are stopped; their steps are saved).
+      Preempted: SIGTERM came; all runs are saved.
     """
     check(config, out, runs)
     claim_workdir(out, config, may_grow=False)
@@ -195,7 +195,7 @@ def do_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], at_once: in
 
 
 def _work(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, at_once: int) -> None:
-    """Each in a process of its own, with one progress bar over all steps."""
+    """Runs each job in its own process, with one progress bar over all steps."""
     waiting, working = iter(jobs), {}
     bar = tqdm.tqdm(total=sum(job.steps(config) for job in jobs), unit="step", smoothing=0.02, mininterval=5)
     with bar, listening() as notice:
@@ -254,7 +254,7 @@ def _check(job: Job, process: subprocess.Popen, out: epath.Path) -> None:
 
 
 def _steps_taken(job: Job, out: epath.Path) -> int:
-    """So far, as far as it has said."""
+    """Steps taken so far, by the job's metrics file."""
     file = job.metrics(out)
     lines = file.read_text().splitlines() if file.exists() else []
     for line in reversed(lines):

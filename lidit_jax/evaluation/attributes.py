@@ -1,10 +1,10 @@
-"""The attributes of T2I-CompBench's colour, shape and texture prompts."""
+"""The attributes of T2I-CompBench's colour, shape and texture prompts; its shapes include sizes."""
 
 from collections.abc import Mapping
 
 
 def words(text: str) -> frozenset[str]:
-    """Those between spaces."""
+    """Splits a text at its spaces."""
     return frozenset(text.split())
 
 

@@ -3,7 +3,8 @@
     geneval          evaluation_metadata.jsonl; 00000/metadata.jsonl, 00000/samples/0000.png   (Ghosh et al. 2023)
     t2i_compbench    a file of prompts, one a line; samples/PROMPT_000000.png                   (Huang et al. 2023)
     dpg_bench        a folder of ID.txt, or a JSONL of id and prompt; ID.png, a grid of four    (Hu et al. 2024)
-    positional_bias  a folder of T2I-CompBench's lists; as geneval, see `adjective_pairs.py`    (Ma et al. 2024)
+    positional_bias  a folder of T2I-CompBench's lists, or a file of prompts of adjective-noun pairs, one a line; as
+                     geneval, see `adjective_pairs.py`                                          (Ma et al. 2024)
     prompts          a file of prompts, one a line; 00000_0.png
 
 Pictures are written in an order in which the last file of a prompt says that all are there.
@@ -18,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.adjective_pairs import PositionalBias
+from lidit_jax.evaluation.adjective_pairs import PositionalBias, parse_prompt
 from lidit_jax.evaluation.attributes import KINDS
 from lidit_jax.json_file import write_json
 from lidit_jax.pictures import save_png
@@ -144,18 +145,31 @@ def _plain_prompts(file: epath.Path, num_images: int) -> PlainPrompts:
     return PlainPrompts([line.strip() for _, line in _lines(file)], num_images)
 
 
-def _positional_bias(folder: epath.Path, num_images: int) -> PositionalBias:
+def _positional_bias(path: epath.Path, num_images: int, mixed_pairs: bool = False) -> PositionalBias:
     del num_images
-    if not folder.is_dir():
-        raise UserError(f"--file={folder} is a file: name the folder of T2I-CompBench's lists, examples/dataset")
-    files = {kind: folder / f"{kind}_val.txt" for kind in KINDS}
+    if not path.is_dir():
+        if mixed_pairs:
+            raise UserError(f"--file={path} is a file: --mixed_pairs needs the folder of T2I-CompBench's lists")
+        prompts, pairs = [], []
+        for number, line in _lines(path):
+            try:
+                pairs.append(parse_prompt(line))
+            except ValueError as error:
+                raise UserError(
+                    f"{path}, line {number}: {error}; write prompts as 'A green bench and a red car.', or name the "
+                    "folder of T2I-CompBench's lists, examples/dataset"
+                ) from None
+            prompts.append(line.strip())
+        return PositionalBias(prompts, pairs)
+    files = {kind: path / f"{kind}_val.txt" for kind in KINDS}
     for file in files.values():
         if not file.is_file():
-            raise UserError(f"--file={folder} has no {file.name}: name the folder of T2I-CompBench's lists")
-    return PositionalBias({kind: [line for _, line in _lines(file)] for kind, file in files.items()})
+            raise UserError(f"--file={path} has no {file.name}: name the folder of T2I-CompBench's lists")
+    lists = {kind: [line for _, line in _lines(file)] for kind, file in files.items()}
+    return PositionalBias.from_lists(lists, mixed_pairs)
 
 
-BENCHMARKS: Mapping[str, Callable[[epath.Path, int], Benchmark]] = {
+BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
     "geneval": GenEval,
     "t2i_compbench": T2ICompBench,
     "dpg_bench": DPGBench,
@@ -164,8 +178,12 @@ BENCHMARKS: Mapping[str, Callable[[epath.Path, int], Benchmark]] = {
 }
 
 
-def open_benchmark(name: str, file: epath.Path, num_images: int) -> Benchmark:
-    """Args: num_images: pictures a prompt.
+def open_benchmark(name: str, file: epath.Path, num_images: int, mixed_pairs: bool = False) -> Benchmark:
+    """Reads a benchmark's prompts.
+
+    Args:
+      num_images: images per prompt.
+      mixed_pairs: of "positional_bias", one to eight pairs of mixed kinds per prompt, instead of four of one kind.
 
     Raises:
       UserError: there is no such benchmark or file, or the file is none of this benchmark's.
@@ -176,7 +194,9 @@ def open_benchmark(name: str, file: epath.Path, num_images: int) -> Benchmark:
         raise UserError(f"--file={file}: no such file; name the benchmark's own")
     if file.is_dir() and name not in ("dpg_bench", "positional_bias"):
         raise UserError(f"--file={file} is a folder: name a file")
-    benchmark = BENCHMARKS[name](file, num_images)
+    if mixed_pairs and name != "positional_bias":
+        raise UserError(f"--mixed_pairs goes with --benchmark=positional_bias, not {name}")
+    benchmark = BENCHMARKS[name](file, num_images, **({"mixed_pairs": True} if mixed_pairs else {}))
     if not benchmark.prompts:
         raise UserError(f"--file={file}: no prompt in it")
     return benchmark

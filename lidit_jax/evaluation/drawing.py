@@ -38,6 +38,7 @@ class Request(Drawing):
       out: folder for the pictures.
       num_images: pictures a prompt.
       num_scenes: of "shapes", prompts of each kind.
+      mixed_pairs: of "positional_bias", see `open_benchmark`.
     """
 
     workdir: epath.Path
@@ -46,13 +47,16 @@ class Request(Drawing):
     out: epath.Path
     num_images: int = 4
     num_scenes: int = 256
+    mixed_pairs: bool = False
 
     def open(self) -> Benchmark:
         """Raises UserError, see `open_benchmark`."""
         if self.benchmark != SHAPES:
             if self.file is None:
                 raise UserError(f"--file is required for --benchmark={self.benchmark}: name the benchmark's own")
-            return open_benchmark(self.benchmark, self.file, self.num_images)
+            return open_benchmark(self.benchmark, self.file, self.num_images, self.mixed_pairs)
+        if self.mixed_pairs:
+            raise UserError(f"--mixed_pairs goes with --benchmark=positional_bias, not {SHAPES}")
         if self.file is not None:
             raise UserError(f"--file={self.file}: --benchmark={SHAPES} is built in; leave --file out")
         return ShapesBenchmark(self.num_scenes, self.num_images)

@@ -1,22 +1,28 @@
-"""Are pairs of an adjective and a noun drawn worse the later they stand in a prompt? (paper, appendix A.3 and Figure 3)
+"""Scores adjective-noun pairs by their place in the prompt (paper, appendix A.3 and Figure 3).
 
-BLIP-VQA is asked of each pair ("a red car?") as T2I-CompBench does; the mean of its "yes" is taken by quarters of the
-prompt. A model whose text encoder does not favour a prompt's start has a level curve.
+As in T2I-CompBench, BLIP-VQA is asked about each pair ("a red car?") in each image. The probabilities of "yes" are
+averaged within each prompt's segment first, over its images, then over prompts. A model whose text encoder does not
+favour the start of the prompt has a level curve.
 """
 
 import collections
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.adjective_pairs import METADATA_FILE, SAMPLES, read_pairs
+from lidit_jax.evaluation.adjective_pairs import METADATA_FILE, SAMPLES, Pair, read_pairs
 from lidit_jax.evaluation.eval_extra import png_of
-from lidit_jax.evaluation.quarters import QUARTERS, interval_by_quarter, mean_by_quarter
+from lidit_jax.evaluation.quarters import (
+    QUARTER_NAMES,
+    QUARTERS,
+    interval_by_quarter,
+    mean_by_quarter,
+    mean_over_prompts,
+)
 from lidit_jax.evaluation.report import Report
 from lidit_jax.evaluation.scoring import ScoreRequest, open_results, read_picture, require_pictures_folder
 from lidit_jax.evaluation.vqa import load_blip
@@ -24,13 +30,21 @@ from lidit_jax.evaluation.vqa import load_blip
 logger = logging.getLogger(__name__)
 
 CURVE_FILE = "positional_bias.png"
-COLUMNS = ("first quarter", "second quarter", "third quarter", "last quarter")
+ALL_PAIRS = "all pairs"
 _COLOR, _TEXT, _GRID = "#c8442f", "#555555", "#e9ebee"
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A pair in a picture: its score from 0 to 1, its place, and its prompt's number."""
+class ScoredPair:
+    """A pair in an image.
+
+    Attributes:
+      score: from 0 to 1.
+      position: index in its prompt, from 0.
+      count: number of pairs in its prompt.
+      kind: color, shape or texture.
+      prompt: number of its prompt.
+    """
 
     score: float
     position: int
@@ -40,10 +54,10 @@ class Part:
 
 
 def score(request: ScoreRequest) -> Report:
-    """In per cent, each quarter's mean, and that of all pairs; draws the curve into `request.out`.
+    """Returns each quarter's mean and the mean of all pairs, per cent; plots the curve into `request.out`.
 
     Raises:
-      UserError: no such pictures or model, or `request.out` has results of something else.
+      UserError: there are no such images or model, or `request.out` has results of something else.
     """
     pairs = _find_prompts(require_pictures_folder(request))
     prompt_of = {f"{name}/{SAMPLES}/{file}": name for name in pairs for file in _samples(request.pictures / name)}
@@ -52,18 +66,18 @@ def score(request: ScoreRequest) -> Report:
     model = load_blip(request.require("vqa"))
 
     def ask(name: str) -> list[float]:
-        questions = [f"{pair['phrase']}?" for pair in pairs[prompt_of[name]]]
+        questions = [f"{pair.phrase}?" for pair in pairs[prompt_of[name]]]
         return model.yes_probabilities(read_picture(request.pictures / name), questions)
 
     with open_results(request, [request.pictures / name for name in prompt_of], ("vqa",)) as results:
         scored = results.complete(list(prompt_of), ask)
-    parts = [
-        Part(value, position, len(values), pairs[prompt_of[name]][position]["kind"], int(prompt_of[name]))
+    scores = [
+        ScoredPair(value, position, len(values), pairs[prompt_of[name]][position].kind, int(prompt_of[name]))
         for name, values in scored.items()
         for position, value in enumerate(values)
     ]
-    report = summary(parts)
-    curve = chart([report.columns[name] for name in COLUMNS], report.details["intervals"])
+    report = summary(scores)
+    curve = chart([report.columns[name] for name in QUARTER_NAMES], report.details["intervals"])
     try:
         (request.out / CURVE_FILE).write_bytes(curve)
     except OSError as error:
@@ -71,30 +85,33 @@ def score(request: ScoreRequest) -> Report:
     return report
 
 
-def summary(parts: Sequence[Part]) -> Report:
-    """Quarters' means, per cent, with their 95 % intervals; by number of pairs and by kind in the details.
+def summary(scores: Sequence[ScoredPair]) -> Report:
+    """Returns the quarters' means, per cent, with 95 % intervals; by number of pairs and by kind in the details.
 
-    Args: parts: of all pictures, at least one.
+    Every mean is taken within a prompt first, then over prompts; `counts` are numbers of prompts.
+
+    Args: scores: of all images, at least one.
     """
-    places = [part.score for part in parts], [part.position for part in parts], [part.count for part in parts]
-    means = 100 * mean_by_quarter(*places)
-    intervals = 100 * interval_by_quarter(*places, [part.prompt for part in parts])
-    everything = 100 * float(np.mean(places[0]))
+    values, prompts = [pair.score for pair in scores], [pair.prompt for pair in scores]
+    places = [pair.position for pair in scores], [pair.count for pair in scores]
+    means = 100 * mean_by_quarter(values, *places, prompts)
+    intervals = 100 * interval_by_quarter(values, *places, prompts)
+    columns = dict(zip(QUARTER_NAMES, map(float, means), strict=True))
     return Report(
         benchmark="positional_bias",
-        columns=dict(zip(COLUMNS, map(float, means), strict=True)) | {"all pairs": everything},
-        counts={name: len(parts) for name in (*COLUMNS, "all pairs")},
+        columns=columns | {ALL_PAIRS: 100 * mean_over_prompts(values, prompts)},
+        counts=dict.fromkeys((*QUARTER_NAMES, ALL_PAIRS), len(set(prompts))),
         details={
             "intervals": intervals.tolist(),
-            "by_number_of_pairs": _means_by(parts, "count"),
-            "by_kind": _means_by(parts, "kind"),
-            "prompts": len({part.prompt for part in parts}),
+            "by_number_of_pairs": _means_by(scores, "count"),
+            "by_kind": _means_by(scores, "kind"),
+            "prompts": len(set(prompts)),
         },
     )
 
 
 def chart(means: Sequence[float], intervals: Sequence[Sequence[float]]) -> bytes:
-    """A PNG of the curve. Args: means, intervals: of each quarter, per cent: [4], [4, 2]."""
+    """Plots the curve as a PNG. Args: means, intervals: of each quarter, per cent: [4], [4, 2]."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
@@ -106,8 +123,8 @@ def chart(means: Sequence[float], intervals: Sequence[Sequence[float]]) -> bytes
     for x, mean, top in zip(at, means, high, strict=True):
         axes.annotate(f"{mean:.1f}", (x, top), (0, 5), textcoords="offset points", ha="center", color=_COLOR,
                       fontsize=10, fontweight="bold", zorder=4)  # fmt: skip
-    axes.set_xticks(at, ["first", "second", "third", "last"], fontsize=10.5)
-    axes.set_xlabel("quarter of the prompt", color=_TEXT, labelpad=6)
+    axes.set_xticks(at, QUARTER_NAMES, fontsize=10.5)
+    axes.set_xlabel("place of the pair in the prompt", color=_TEXT, labelpad=6)
     axes.set_xlim(-0.25, QUARTERS - 0.75)
     # At least ten points high, so that a level curve looks level.
     middle, half = (min(low) + max(high)) / 2, max(5.0, 0.75 * (max(high) - min(low)))
@@ -123,15 +140,18 @@ def chart(means: Sequence[float], intervals: Sequence[Sequence[float]]) -> bytes
     return png_of(figure)
 
 
-def _means_by(parts: Sequence[Part], attribute: str) -> Mapping[str, float]:
-    values = collections.defaultdict(list)
-    for part in parts:
-        values[getattr(part, attribute)].append(part.score)
-    return {str(key): 100 * float(np.mean(values[key])) for key in sorted(values)}
+def _means_by(scores: Sequence[ScoredPair], attribute: str) -> Mapping[str, float]:
+    groups = collections.defaultdict(list)
+    for pair in scores:
+        groups[getattr(pair, attribute)].append(pair)
+    return {
+        str(key): 100 * mean_over_prompts([pair.score for pair in group], [pair.prompt for pair in group])
+        for key, group in sorted(groups.items())
+    }
 
 
-def _find_prompts(folder: epath.Path) -> dict[str, list[dict[str, Any]]]:
-    """Each prompt's folder, by number, and its pairs. Raises UserError if there is none of this benchmark."""
+def _find_prompts(folder: epath.Path) -> dict[str, list[Pair]]:
+    """Returns the pairs of each prompt's folder. Raises UserError if there is none of this benchmark."""
     names = sorted(path.name for path in folder.iterdir() if path.name.isascii() and path.name.isdigit())
     names = [name for name in names if (folder / name / METADATA_FILE).exists()]
     if not names:

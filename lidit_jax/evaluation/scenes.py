@@ -115,6 +115,9 @@ def score_scenes(prompts: Sequence[ScenePrompt], pictures: Sequence[np.ndarray])
     ("four objects, Chinese"), the objects named at a place in the prompt ("four objects, named 1st"), and of scenes
     with a held-out pair that pair alone ("the held-out pair itself"). What is right is as in `accuracies`.
 
+    All prompts must have the same number of images. Each place of four objects is then the mean of `mean_by_quarter`,
+    which is taken within a prompt's segment first.
+
     Args: pictures: uint8 [H, W, 3] each, one a prompt.
     """
     checks = [check(picture, p.scene) for picture, p in zip(pictures, prompts, strict=True)]
@@ -140,7 +143,7 @@ def score_scenes(prompts: Sequence[ScenePrompt], pictures: Sequence[np.ndarray])
 
 
 def named_at(kind: str, place: int) -> str:
-    """The group of the objects of such scenes that prompts name at this place, from 0."""
+    """Names the group of the objects of such scenes that prompts name at this place, from 0."""
     return f"{kind}, named {('1st', '2nd', '3rd', '4th')[place]}"
 
 
