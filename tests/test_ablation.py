@@ -26,6 +26,7 @@ from lidit_jax.data.shapes import ShapesSource
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.scenes import COUNTS, SCORES_FILE, named_at
 from lidit_jax.experiment import Experiment
+from lidit_jax.models.lidit import LIDiTConfig
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.text.prompts import INSTRUCTION, PromptTokenizer
@@ -460,3 +461,11 @@ def test_a_folder_that_is_none_of_ablations_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(ConfigDict({"seed": 0}).to_dict()))
     with pytest.raises(UserError, match="no folder of ablations"):
         runs.do_one(epath.Path(tmp_path), runs.Part("vae"))
+
+
+def test_the_papers_position_embedding_has_a_row_of_its_own():
+    row, full = load_config("ablation", "position_conv"), load_config("ablation", "table2_collaborative_refiner")
+    assert row.model.position == "conv"
+    assert full.model.position == LIDiTConfig.position != "conv"
+    row.model.position = full.model.position
+    assert row.to_dict() == full.to_dict()

@@ -167,7 +167,7 @@ def rotate_query_and_key(
 class Attention(nn.Module):
     """Multi-head attention of x to itself, or to a context.
 
-    With `qk_norm`, queries and keys are RMS-normalised over the head size before the product (paper section 3.3),
+    With `qk_norm`, queries and keys are RMS-normalised over the head size before the product (paper section 3.2),
     which bounds the logits and so keeps bfloat16 training of deep models stable.
     """
 

@@ -239,7 +239,10 @@ class FeatureProjection(nn.Module):
 
 
 class PooledText(nn.Module):
-    """Masked mean over the tokens, then a two-layer MLP (ours): joins the timestep embedding."""
+    """Masked mean over the tokens, then a two-layer MLP (ours).
+
+    It joins the timestep embedding; with several LLMs, the DiT's conditioning is the sum of theirs (ours).
+    """
 
     hidden_size: int
 

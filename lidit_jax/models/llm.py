@@ -2,7 +2,7 @@
 
 Numerically these are transformers' `LlamaModel`, `MistralModel`, `Qwen2Model`, `Qwen3Model`, `GemmaModel`,
 `Gemma2Model` and `Gemma3TextModel` (the parity tests compare them). As a prompt encoder a model runs only up to its
-third-to-last block (paper section 3.1); as a language model it runs to its logits.
+third-to-last block (paper section 5.1); as a language model it runs to its logits.
 """
 
 import dataclasses

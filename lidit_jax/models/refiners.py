@@ -1,7 +1,9 @@
-"""The two refiners of the LLM-infused diffuser (paper section 3.2, Figure 5 left).
+"""The two refiners of the LLM-infused diffuser (paper section 3.1, Figure 5 left).
 
 `LinguisticTokenRefiner` undoes the causal mask: full self-attention lets early tokens see later ones.
 `CollaborativeRefiner` lets several LLMs' features read one another.
+Ours, where the paper is silent: RMSNorm before every sublayer, and the optional RMSNorm of queries and keys (`qk_norm`;
+the paper states QK-norm for the diffusion transformer alone, section 3.2).
 Both start as the identity, because every sublayer ends in a gate that starts at zero.
 
 Both take the tokens' positions, for rotary attention (ours: the paper draws no positions). Without them a token finds

@@ -596,7 +596,7 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention of x to itself, or to a context.
 
-    With `qk_norm`, queries and keys are RMS-normalised over the head size before the product (section 3.3): that bounds
+    With `qk_norm`, queries and keys are RMS-normalised over the head size before the product (section 3.2): that bounds
     the logits, and so keeps deep models stable in bfloat16.
     """
 

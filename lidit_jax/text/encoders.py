@@ -66,7 +66,7 @@ class FrozenLLM:
 
 @dataclasses.dataclass(frozen=True)
 class LLMTextEncoder:
-    """One LLM as a prompt encoder: its third-to-last block's output (paper section 3.1).
+    """One LLM as a prompt encoder: its third-to-last block's output (paper section 5.1).
 
     `config` is the whole model's; what runs is `config.as_encoder()`. Being causal, the LLM computes the prefix once
     for all prompts.
