@@ -19,9 +19,9 @@ def diffusion_loss(
 ) -> tuple[WeightedMean, dict[str, WeightedMean]]:
     """Mean squared error of the model's prediction at random times, in float32.
 
-    With `DDPM(prediction="epsilon")` it is the paper's ||eps - eps_theta(x_t, t)||^2, averaged over elements. Equation 7
-    (appendix A.1) divides it by 2 sigma_t^2; the weight of 1 is ours, that of Ho et al.'s simple loss (2020, equation
-    14), which latent diffusion models are trained with. With `RectifiedFlow` SD3's conditional flow matching with logit-normal times.
+    With `DDPM(prediction="epsilon")` it is the paper's ||eps - eps_theta(x_t, t)||^2, averaged over elements. The
+    paper's Equation 7 (appendix A.1) divides it by 2 sigma_t^2; the weight of 1 is ours, that of the simple loss of Ho
+    et al. (2020, equation 14). With `RectifiedFlow` it is SD3's conditional flow matching with logit-normal times.
 
     Args:
         schedule: draws the times, adds the noise and states the target.
