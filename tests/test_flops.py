@@ -46,6 +46,8 @@ def text_of(lengths: list[TextLengths], batch: int) -> list[TextFeatures]:
         ({"refiner_gated": False, "refiner_blocks": 3}, [TextLengths(48, 64, 1024)], (32, 16)),
         ({"fusion": "concatenate", "refiner_blocks": 0}, [TextLengths(16, 32, 512), TextLengths(0, 64, 512)], (16, 16)),
         ({"patch_size": 1, "collaborative_blocks": 2}, [TextLengths(32, 32, 512, False)] * 3, (16, 12)),
+        ({"position": "conv"}, [TextLengths(16, 64, 512)], (16, 32)),
+        ({"position": "sincos+rope"}, [TextLengths(16, 64, 512)], (16, 32)),
     ],
 )
 def test_the_model_is_what_xla_counts(changes, lengths, size):
