@@ -141,7 +141,6 @@ def vae_task(
         decoded = autoencode(features, method=AutoencoderKL.decode_last)
         kl = kl_loss(posterior, images)
         metrics = {"kl": kl, "psnr": jnp.mean(psnr(decoded, images))}
-        over_images = lambda mean: WeightedMean(mean, jnp.float32(len(images)))  # noqa: E731
 
         def dissimilarity(decoded):
             parts = {"reconstruction": reconstruction_loss(decoded, images, objective.reconstruction)}
@@ -154,8 +153,7 @@ def vae_task(
         value, gradient, parts = value_and_gradient_at(dissimilarity, decoded)
         metrics |= parts
         if not phase:
-            total = with_gradient(value, decoded, gradient) + objective.kl_weight * kl
-            return over_images(total), jax.tree.map(over_images, metrics)
+            return _over_images(images, with_gradient(value, decoded, gradient) + objective.kl_weight * kl, metrics)
 
         in_kernel = functools.partial(_gradient_in_last_kernel, model, params["vae"], features)
         score = lambda pictures: discriminator.apply({"params": params["discriminator"]}, pictures)  # noqa: E731
@@ -167,7 +165,7 @@ def vae_task(
         hinge = hinge_loss(score(images), score(jax.lax.stop_gradient(decoded)))
         metrics |= {"hinge": hinge, "adaptive_weight": adaptive}
         total = with_gradient(value, decoded, gradient) + objective.kl_weight * kl + hinge
-        return over_images(total), jax.tree.map(over_images, metrics)
+        return _over_images(images, total, metrics)
 
     return Task(
         name="vae",
@@ -178,6 +176,14 @@ def vae_task(
         phases=(objective.adversarial_start,) if discriminator else (),
         networks={"vae": 0, "discriminator": 1} if discriminator else {},
     )
+
+
+def _over_images(
+    images: jax.Array, loss: jax.Array, metrics: Mapping[str, jax.Array]
+) -> tuple[WeightedMean, dict[str, WeightedMean]]:
+    """Weighs scalars that are means over a batch's images [B, H, W, C] by their number."""
+    weigh = lambda mean: WeightedMean(mean, jnp.float32(images.shape[0]))  # noqa: E731
+    return weigh(loss), {name: weigh(mean) for name, mean in metrics.items()}
 
 
 def _gradient_in_last_kernel(model: AutoencoderKL, params: Any, features: jax.Array, gradient: jax.Array) -> jax.Array:
