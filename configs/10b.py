@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.start_from = ""
     # Ours: on 256 chips this is fsdp=32, whose collectives take 0.18 s a step where those of fsdp=256 take 0.29 s. It
-    # needs 22 GB a chip; for v5e, which has 16 GB, give --config.mesh.data=1.
+    # needs 22 GB a chip; where chips are fewer, or have 16 GB as v5e's, give --config.mesh.data=1.
     config.mesh = {"data": 8, "fsdp": -1, "tensor": 1}
 
     config.data = {
