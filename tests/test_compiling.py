@@ -254,10 +254,10 @@ def test_drawing_is_compiled_too(with_weights, monkeypatch):
 
 
 @pytest.mark.slow
-def test_buckets_of_the_same_area_need_about_the_same_memory(with_weights, monkeypatch):
+def test_buckets_of_the_same_area_need_about_the_same_memory(monkeypatch):
     """The tiny model on the grid of 10b.py (32x32 tokens, and 24x40), both really compiled."""
     monkeypatch.setattr(compiling, "topology_devices", lambda *_: (jax.devices(), V5E))
-    config = with_weights.copy_and_resolve_references()
+    config = tiny_config()
     config.mesh.update(MESH)
     config.model.patch_size = 2
     with config.unlocked():
