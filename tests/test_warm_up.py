@@ -19,6 +19,7 @@ from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.parallel.preemption import Preempted
 from lidit_jax.train import Task
+from lidit_jax.weighted_mean import WeightedMean
 
 BUCKETS = (Bucket(24, 8), Bucket(16, 16))
 EIGHT_DEVICES = {"data": 2, "fsdp": 4, "tensor": 1}
@@ -55,7 +56,7 @@ def image_task(phases=(), prepared=False):
 
     def loss(params, frozen, batch, key, phase):
         found = (batch["colors"] if prepared else colors(batch)) @ params["kernel"]
-        return (1 + phase) * jnp.mean(jnp.square(found[:, 0] - batch["label"])), {}
+        return WeightedMean.over((1 + phase) * jnp.square(found[:, 0] - batch["label"])), {}
 
     prepare = lambda frozen, batch: {**batch, "colors": colors(batch)}  # noqa: E731
     init = lambda key: {"kernel": jax.random.normal(key, (3, 1))}  # noqa: E731
@@ -194,7 +195,7 @@ def test_batches_of_another_type_are_not_given_to_what_was_compiled_ahead(traine
     with jax.set_mesh(trainer.mesh), compilations() as compiled:
         halves = {key: x.astype(jnp.float16) for key, x in batch.items()}
         _, metrics = trainer.step(state, None, halves, jax.random.key(1), 0)
-    assert np.isfinite(metrics["loss"]) and sum("_take_step" in name for name in compiled) == 1
+    assert np.isfinite(metrics["loss"].mean) and sum("_take_step" in name for name in compiled) == 1
 
 
 @pytest.mark.parametrize("sequential", [False, True])
