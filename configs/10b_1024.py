@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
         "hidden_size": 2816,  # paper
         "num_heads": 44,  # paper
         "patch_size": 2,  # paper
-        "position": "conv+rope",  # ours; the paper: "conv"
+        "position": "conv+sincos+rope",  # ours; the paper: "conv"
         "position_grid": 32,  # ours: that of 10b.py, so that layouts are kept
         "latent_channels": 16,  # paper
         "mlp_ratio": 4.0,  # ours: gives the 9.52B of the name

@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
         "hidden_size": 1152,  # paper
         "num_heads": 16,  # paper
         "patch_size": 2,  # paper
-        "position": "conv+rope",  # ours; the paper: "conv"
+        "position": "conv+sincos+rope",  # ours; the paper: "conv"
         "position_grid": 16,  # ours: tokens a side at 256 px
         "latent_channels": 16,  # paper
         "mlp_ratio": 4.0,  # ours: gives the 0.93B of the name

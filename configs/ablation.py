@@ -68,7 +68,7 @@ def get_config(row: str = "") -> ConfigDict:
         "hidden_size": 1152,  # paper
         "num_heads": 16,  # paper
         "patch_size": 2,  # paper
-        "position": "conv" if row == POSITION_CONV else "conv+rope",  # paper: "conv"; ours
+        "position": "conv" if row == POSITION_CONV else "conv+sincos+rope",  # paper: "conv"; ours
         "position_grid": 16,  # ours: tokens a side at 256 px
         "latent_channels": 16,  # paper
         "mlp_ratio": 4.0,

@@ -113,7 +113,7 @@ def get_config() -> ConfigDict:
         "hidden_size": 192,
         "num_heads": 6,
         "patch_size": 1,
-        "position": "conv+rope",  # "conv" is the paper's
+        "position": "conv+sincos+rope",  # "conv" is the paper's
         "position_grid": 8,  # tokens a side
         "latent_channels": 16,
         "mlp_ratio": 4.0,

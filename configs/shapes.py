@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
         "hidden_size": 128,
         "num_heads": 2,
         "patch_size": 1,
-        "position": "conv+rope",  # "conv" is the paper's
+        "position": "conv+sincos+rope",  # "conv" is the paper's
         "position_grid": 4,  # tokens a side
         "latent_channels": 16,
         "mlp_ratio": 4.0,

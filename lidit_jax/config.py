@@ -28,7 +28,7 @@ FREE_KEYS = (
     *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
 )
 # Keys that workdirs of earlier versions lack, with the value that stands for what those versions did.
-ABSENT_MEANS = {"data.bucket_multiple": 0}
+ABSENT_MEANS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T:
@@ -104,6 +104,8 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, m
     for key in sorted(before.keys() | now.keys()):
         is_free = any(part in FREE_KEYS for part in key.split(".")) and (may_grow or not key.startswith("evaluate."))
         if before.get(key) == now.get(key) or is_free:
+            continue
+        if key == "model.position_grid" and now.get("model.position") == "conv":  # which has no use for it
             continue
         if may_grow and key == (
             "train.steps" if "train" in config else "vae.train.steps"

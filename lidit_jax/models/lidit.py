@@ -73,7 +73,7 @@ class LIDiTConfig:
     patch_size: int = 2
     latent_channels: int = 16
     mlp_ratio: float = 4.0
-    position: str = "conv+rope"
+    position: str = "conv+sincos+rope"
     position_grid: int = 16
     refiner_blocks: int = 2
     refiner_gated: bool = True
