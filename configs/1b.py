@@ -132,6 +132,7 @@ def get_config() -> ConfigDict:
         "weight_decay": 0.01,
         "clip_norm": 1.0,
         "accumulate": 1,
+        "gradient_reduction": "float32",  # over devices; "bfloat16" halves its bytes
         "ema_decay": 0.9999,
         "max_skipped_in_row": 20,
         "stalled_after": 1800.0,

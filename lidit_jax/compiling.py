@@ -40,6 +40,7 @@ from lidit_jax.weights.huggingface_llm import abstract_encoder
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = {"f32": "float32", "bf16": "bfloat16"}  # names of XLA's types
 TOPOLOGY = re.compile(r"(v\d+[a-z]*):\d+(x\d+)*")
 
 
@@ -150,6 +151,10 @@ class Report:
         rows[-1] += f", {self.flops_ratio:.2f} times the model's"
         if self.cost.messages:
             rows += ["", "messages"] + [f"  {kind:18}{gb(count)}" for kind, count in sorted(self.cost.messages.items())]
+        if self.cost.gradient_reductions:
+            reduced = sorted(self.cost.gradient_reductions.items())
+            reduced = ", ".join(f"{count / 1e9:.2f} GB in {_DTYPES.get(name, name)}" for name, count in reduced)
+            rows.append(f"  of which gradients' reductions: {reduced}")
         rows += ["", f"{'a step' if self.what == 'train' else 'a batch of pictures'} takes at least"]
         rows += [f"  {seconds:7.3f} s for {name}" for name, seconds in self.bounds().items()]
         rows.append(f"  so the MFU is at most {100 * self.mfu_bound():.0f} %")

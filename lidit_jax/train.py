@@ -25,6 +25,7 @@ from lidit_jax.checkpoint import Checkpoints
 from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import Metrics, Progress
+from lidit_jax.models.products import GRADIENT_DTYPES, reduce_gradients_in
 from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.preemption import Notice, Preempted, listening
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated, shardings
@@ -109,6 +110,8 @@ class TrainConfig:
       accumulate: micro-batches a step; the mean of their gradients, weighted as their losses are, equals the whole
         batch's, but for losses that look at a batch as a whole (a discriminator's batch normalisation and adaptive
         weight).
+      gradient_reduction: dtype that the gradients of bfloat16 layers are reduced over the devices in, "float32" or, for
+        half the bytes, "bfloat16". Gradients of float32 layers, biases and norms are reduced in float32 in any case.
       ema_decay: 0 keeps no average. The decay is ramped up over the first updates: min(decay, (1 + t) / (10 + t)) after
         t updates.
       max_skipped_in_row: non-finite steps in a row after which the run stops.
@@ -129,6 +132,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     accumulate: int = 1
+    gradient_reduction: str = "float32"
     ema_decay: float = 0.0
     max_skipped_in_row: int = 20
     stalled_after: float = 1800.0
@@ -141,6 +145,9 @@ class TrainConfig:
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
             raise UserError(f"train.schedule={self.schedule!r} is unknown: use one of {', '.join(SCHEDULES)}")
+        if self.gradient_reduction not in GRADIENT_DTYPES:
+            known = ", ".join(GRADIENT_DTYPES)
+            raise UserError(f"train.gradient_reduction={self.gradient_reduction!r:.80} is unknown: use one of {known}")
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 1")
@@ -281,7 +288,7 @@ class Trainer:
     def _take_step(self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array, phase: int):
         config = self.config
         key = jax.random.fold_in(key, state.step)  # derived, not carried: a resumed run draws the same numbers
-        with nn.logical_axis_rules(self.rules.pairs()):
+        with nn.logical_axis_rules(self.rules.pairs()), reduce_gradients_in(config.gradient_reduction):
             loss, metrics, grads = self._gradients(state.params, frozen, batch, key, phase)
 
         updates_made = _updates_made(state.opt_state)

@@ -91,7 +91,11 @@ def test_the_report_says_what_a_chip_holds_and_does(report):
         "so the MFU is at most",
     ):
         assert words in text
-    assert json.loads(json.dumps(report.to_json()))["cost"]["flops"] == report.cost.flops
+    reductions = report.cost.gradient_reductions
+    assert list(reductions) == ["f32"] and 0.9 < reductions["f32"] / report.cost.messages["all-reduce"] <= 1
+    assert f"of which gradients' reductions: {reductions['f32'] / 1e9:.2f} GB in float32" in text
+    found = json.loads(json.dumps(report.to_json()))["cost"]
+    assert found["flops"] == report.cost.flops and found["gradient_reductions"] == reductions
 
 
 @pytest.fixture

@@ -119,6 +119,31 @@ def test_messages_are_counted_by_kind():
     assert gathered.flops == summed.flops == 0
 
 
+def test_reductions_of_gradients_are_read_with_their_types():
+    """As the TPU's compiler writes them: several arrays at once, asynchronous, or as one fusion with their slice."""
+    named = 'metadata={op_name="jit(step)/blocks/query/gradient_reduction/dot_general"}'
+    text = f"""
+%all-reduce-scatter.3 (p: f32[64,32]) -> f32[8,32] {{
+  %p = f32[64,32]{{1,0}} parameter(0)
+  %r = f32[64,32]{{1,0}} all-reduce(%p), to_apply=%add, {named}
+  ROOT %s = f32[8,32]{{1,0}} slice(%r), slice={{[0:8], [0:32]}}
+}}
+
+ENTRY %main (p: f32[64,32], q: bf16[16]) -> f32[8,32] {{
+  %p = f32[64,32]{{1,0}} parameter(0)
+  %q = bf16[16]{{0}} parameter(1)
+  %both = (f32[64,32]{{1,0}}, bf16[16]{{0}}) all-reduce-start(%p, %q), to_apply=%add, {named}
+  %scattered = bf16[2]{{0}} reduce-scatter(%q), to_apply=%add, {named}
+  %activations = bf16[16]{{0}} all-reduce(%q), to_apply=%add, metadata={{op_name="jit(step)/blocks/query/dot_general"}}
+  ROOT %f = f32[8,32]{{1,0}} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3
+}}
+"""
+    cost = cost_of(text)
+    assert cost.gradient_reductions == {"f32": (2 + 1) * 64 * 32 * 4, "bf16": (2 + 1) * 16 * 2}
+    both = 2 * (64 * 32 * 4 + 16 * 2)
+    assert cost.messages == {"all-reduce": both + 2 * 16 * 2, "reduce-scatter": 16 * 2 + 64 * 32 * 4}
+
+
 def test_custom_calls_are_named():
     text = """
 ENTRY %main (p: f32[8,8]) -> f32[8,8] {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,14 +37,16 @@ FACTS = {"data": "random numbers"}
 
 
 class Toy(nn.Module):
+    dtype: type = jnp.float32
+
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(Dense(16, ("embed", "mlp"), name="in")(x))
-        return Dense(8, ("mlp", "embed"), name="out")(x)
+        x = nn.relu(Dense(16, ("embed", "mlp"), dtype=self.dtype, name="in")(x))
+        return Dense(8, ("mlp", "embed"), dtype=self.dtype, name="out")(x)
 
 
-def toy_task(noise=0.1):
-    model = Toy()
+def toy_task(noise=0.1, dtype=jnp.float32):
+    model = Toy(dtype)
 
     def loss(params, frozen, batch, key, phase):
         target = batch["x"][:, ::-1] + noise * jax.random.normal(key, batch["x"].shape)
@@ -172,6 +175,18 @@ def test_gradients_are_clipped_to_the_norm_before_adam_sees_them():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-9), first_moment, expected)
 
 
+@pytest.mark.parametrize(("reduction", "kept"), [("float32", "f32"), ("bfloat16", "bf16")])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_of_bfloat16_layers_are_reduced_as_the_config_says(reduction, kept, accumulate):
+    task = toy_task(dtype=jnp.bfloat16)
+    trainer = make_trainer(task=task, gradient_reduction=reduction, accumulate=accumulate)
+    batch = {"x": jax.ShapeDtypeStruct((16, 8), jnp.float32)}
+    program = trainer.lower(trainer.abstract_state(), None, batch, jax.random.key(0)).as_text()
+    gradients = re.findall(r"dot_general .*contracting_dims = \[0\] x \[0\].*: .*xbf16>\) -> .*x(\w+)>", program)
+    assert gradients == [kept] * 2
+    assert make_trainer(task=task).config.gradient_reduction == "float32"
+
+
 def test_weight_decay_pulls_matrices_alone():
     trainer = make_trainer(task=still_task(), weight_decay=0.5, ema_decay=0.0)
     state = trainer.init(0)
@@ -235,6 +250,10 @@ def test_missing_checkpoints_and_weights_are_said(tmp_path):
         ({"schedule": "linear"}, "constant, cosine"),
         ({"batch_size": 0}, "train.batch_size=0 must be at least 1"),
         ({"accumulate": 3}, "not divisible by train.accumulate=3"),
+        (
+            {"gradient_reduction": "float16"},
+            "train.gradient_reduction='float16' is unknown: use one of float32, bfloat16",
+        ),
     ],
 )
 def test_impossible_training_numbers_are_refused(changes, message):

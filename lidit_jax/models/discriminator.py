@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lidit_jax.models.layers import Conv
+
 LARGEST_WIDENING = 8  # of the first layer's width
 
 
@@ -39,16 +41,17 @@ class PatchDiscriminator(nn.Module):
             x = _leaky(BatchNorm(name=f"norm_{layer}")(x).astype(self.dtype))
         return self._conv(1, 1, "conv_out", dtype=jnp.float32)(x)
 
-    def _conv(self, features: int, stride: int, name: str, use_bias: bool = True, dtype: Any = None) -> nn.Conv:
-        return nn.Conv(
+    def _conv(self, features: int, stride: int, name: str, use_bias: bool = True, dtype: Any = None) -> Conv:
+        return Conv(
             features,
-            (4, 4),
+            ("conv_in", "conv_out"),
+            kernel_size=4,
             strides=stride,
-            padding=1,
+            padding=((1, 1), (1, 1)),
             use_bias=use_bias,
+            bias_axis="norm",
+            kernel_init=nn.initializers.normal(0.02),
             dtype=dtype or self.dtype,
-            kernel_init=_init(nn.initializers.normal(0.02), None, None, "conv_in", "conv_out"),
-            bias_init=_init(nn.initializers.zeros, "norm"),
             name=name,
         )
 

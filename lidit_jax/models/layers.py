@@ -6,7 +6,6 @@ in `dtype`; normalisation, modulation and the timestep embedding stay in float32
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,16 +14,16 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
+from lidit_jax.models.products import add_bias, convolve, matmul
 from lidit_jax.models.rotary import RotaryTables, rotate
 
 # Xavier-uniform, as DiT and its descendants use for transformer matrices.
 KERNEL_INIT = nn.initializers.xavier_uniform()
+CONV_INIT = nn.initializers.lecun_normal()
 # Zero: a gate or an output that starts closed leaves the residual stream untouched (adaLN-zero, DiT section 3.2).
 ZERO_INIT = nn.initializers.zeros_init()
 # What models compute in. Half precision without bfloat16's range overflows in LLMs.
 DTYPES = ("float32", "bfloat16")
-# Logical axes of weights that are cut for storage alone.
-STORED = ("embed", "conv_out")
 # Of tokens between layers, [B, L, C].
 ACTIVATION = ("batch", "length", "embed_activation")
 # Of published models, by the names that transformers gives them.
@@ -43,33 +42,57 @@ def check_dtype(key: str, dtype: str) -> None:
         raise UserError(f"{key}={dtype!r:.80} is not supported: use one of {', '.join(DTYPES)}")
 
 
-def in_use(weight: jax.Array, axes: Sequence[str | None], dtype: Any) -> jax.Array:
-    """A weight as a product takes it: in `dtype`, and whole along the axes that are cut for storage alone.
-
-    Without the constraint XLA may leave the weight cut and gather the whole batch instead, for each product anew. The
-    cast comes first, so that half as much is sent.
-    """
-    return nn.with_logical_constraint(weight.astype(dtype), tuple(None if axis in STORED else axis for axis in axes))
-
-
 class Dense(nn.Module):
-    """Affine map over the last axis whose kernel carries the logical axes (`axes[0]`, `axes[1]`)."""
+    """Affine map over the last axis whose kernel carries the logical axes (`axes[0]`, `axes[1]`).
+
+    With `dtype` float32 the product is one, on accelerators too (`models/products.py`).
+    """
 
     features: int
     axes: tuple[str | None, str | None]
     use_bias: bool = True
+    bias_axis: str = "bias"
     kernel_init: Any = KERNEL_INIT
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C_in] -> [..., features] in `dtype`."""
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = jnp.matmul(x.astype(self.dtype), in_use(kernel, self.axes, self.dtype))
-        if self.use_bias:
-            bias = self.param("bias", nn.with_logical_partitioning(ZERO_INIT, ("bias",)), (self.features,), jnp.float32)
-            y = y + in_use(bias, (self.axes[1],), self.dtype)
-        return y
+        y = matmul(x.astype(self.dtype), kernel, self.axes)
+        return _with_bias(self, y) if self.use_bias else y
+
+
+class Conv(nn.Module):
+    """Convolution of [B, H, W, C_in] whose kernel's last axes carry the logical axes (`axes[0]`, `axes[1]`)."""
+
+    features: int
+    axes: tuple[str | None, str | None]
+    kernel_size: int = 3
+    strides: int = 1
+    padding: str | tuple[tuple[int, int], tuple[int, int]] = "SAME"
+    use_bias: bool = True
+    bias_axis: str = "bias"
+    kernel_init: Any = CONV_INIT
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, C_in] -> [B, H', W', features] in `dtype`."""
+        kernel_init = nn.with_logical_partitioning(self.kernel_init, (None, None, *self.axes))
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", kernel_init, shape, jnp.float32)
+        strides = (self.strides, self.strides)
+        y = convolve(x.astype(self.dtype), kernel, self.axes, strides=strides, padding=self.padding)
+        return _with_bias(self, y) if self.use_bias else y
+
+
+def _with_bias(layer: Dense | Conv, y: jax.Array) -> jax.Array:
+    """Adds the layer's bias, a parameter that is zero at initialisation, to y [..., features]."""
+    bias_init = nn.with_logical_partitioning(ZERO_INIT, (layer.bias_axis,))
+    bias = layer.param("bias", bias_init, (layer.features,), jnp.float32)
+    return add_bias(y, bias, layer.bias_axis, layer.axes[1])
 
 
 class RMSNorm(nn.Module):

@@ -233,7 +233,8 @@ class FeatureProjection(nn.Module):
         batch, prefix_length = features.prompt.shape[0], features.prefix_length
         prefix = dense(norm(features.prefix))  # [P, C] or [B, P, C]
         prompt = dense(norm(features.prompt))  # [B, L, C]
-        prefix = jnp.broadcast_to(prefix, (batch, *prefix.shape[-2:]))
+        # In float32, for its transpose: the sum of the shared prefix's gradient over all samples.
+        prefix = jnp.broadcast_to(prefix.astype(jnp.float32), (batch, *prefix.shape[-2:])).astype(self.dtype)
         mask = jnp.concatenate([jnp.ones((batch, prefix_length), bool), features.mask], axis=1)
         return jnp.concatenate([prefix, prompt], axis=1), mask
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
-from lidit_jax.models.layers import ZERO_INIT, in_use, layer_norm
+from lidit_jax.models.layers import Conv, layer_norm
 from lidit_jax.models.rotary import RotaryTables, rotary_frequencies, tables_of_angles
 
 CONV, SINCOS, ROPE = KINDS = ("conv", "sincos", "rope")
@@ -103,30 +103,6 @@ class ConvPositionEmbedding(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         features = x.shape[-1]
         inner = features // self.bottleneck
-        h = Conv3x3(inner, ("embed", "conv_out"), self.dtype, name="conv_in")(nn.silu(layer_norm(x)))
-        h = Conv3x3(features, ("conv_out", "embed"), self.dtype, name="conv_out")(nn.silu(layer_norm(h)))
+        h = Conv(inner, ("embed", "conv_out"), dtype=self.dtype, name="conv_in")(nn.silu(layer_norm(x)))
+        h = Conv(features, ("conv_out", "embed"), dtype=self.dtype, name="conv_out")(nn.silu(layer_norm(h)))
         return x + h
-
-
-class Conv3x3(nn.Module):
-    """Convolution over [B, h, w, C] that keeps the size; its kernel's last axes are the logical `axes`."""
-
-    features: int
-    axes: tuple[str, str]
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        axes = (None, None, *self.axes)
-        kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), axes)
-        bias_init = nn.with_logical_partitioning(ZERO_INIT, (self.axes[1],))
-        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", bias_init, (self.features,), jnp.float32)
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            in_use(kernel, axes, self.dtype),
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        return y + bias.astype(self.dtype)

@@ -142,11 +142,12 @@ class T5Encoder(nn.Module):
         config = self.config
         init = nn.with_logical_partitioning(EMBEDDING_INIT, (None, None))
         table_shape = (config.relative_attention_num_buckets, config.num_heads)
-        table = self.param("relative_attention_bias", init, table_shape, jnp.float32).astype(config.dtype)
+        table = self.param("relative_attention_bias", init, table_shape, jnp.float32)
         of_distance = table[relative_buckets(np.arange(-length + 1, length), config)]  # [2 L - 1, H]
         positions = jnp.arange(length)
         bias = of_distance[positions - positions[:, None] + length - 1]  # [L, L, H]
-        return bias.transpose(2, 0, 1)[None]
+        # Cast last: the gradient of an entry is a sum over all places that look it up.
+        return bias.transpose(2, 0, 1)[None].astype(config.dtype)
 
 
 def relative_buckets(distances: np.ndarray, config: T5Config) -> np.ndarray:

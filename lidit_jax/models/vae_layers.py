@@ -8,6 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lidit_jax.models.attention import dot_product_attention
+from lidit_jax.models.layers import CONV_INIT, Conv, Dense
+from lidit_jax.models.products import add_bias, convolve, product_precision
+
+KERNEL_AXES = ("conv_in", "conv_out")  # the logical axes of a convolution's input and output channels
 NORM_EPSILON = 1e-6  # diffusers' AutoencoderKL fixes it; it is in no config
 MAX_SCORES = 4096**2  # of attention at once, a picture: 64 MB, those of all positions of 512 x 512 pixels
 
@@ -16,23 +21,9 @@ def _bias_init():
     return nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
 
 
-def _kernel_init():
-    return nn.with_logical_partitioning(nn.initializers.lecun_normal(), (None, None, "conv_in", "conv_out"))
-
-
-def conv(
-    features: int, dtype, name: str | None = None, kernel_size: int = 3, stride: int = 1, padding="SAME"
-) -> nn.Conv:
-    return nn.Conv(
-        features,
-        (kernel_size, kernel_size),
-        strides=stride,
-        padding=padding,
-        dtype=dtype,
-        kernel_init=_kernel_init(),
-        bias_init=_bias_init(),
-        name=name,
-    )
+def conv(features: int, dtype, name: str | None = None, kernel_size: int = 3, stride: int = 1, padding="SAME") -> Conv:
+    """A convolution of `[B, H, W, C]`; with dtype float32, in float32 on accelerators too."""
+    return Conv(features, KERNEL_AXES, kernel_size, stride, padding, bias_axis="norm", dtype=dtype, name=name)
 
 
 @flax.struct.dataclass
@@ -72,7 +63,10 @@ def group_statistics(x: jax.Array, num_groups: int, weights: jax.Array | None = 
     """Of float32 `[B, H, W, C]`; the positions weighted by `[H, W]`, which sum to 1, or all alike."""
 
     def group_mean(x: jax.Array) -> jax.Array:
-        of_channels = jnp.mean(x, axis=(1, 2)) if weights is None else jnp.einsum("bhwc,hw->bc", x, weights)
+        if weights is None:
+            of_channels = jnp.mean(x, axis=(1, 2))
+        else:
+            of_channels = jnp.einsum("bhwc,hw->bc", x, weights, precision=product_precision(x.dtype))
         return jnp.mean(of_channels.reshape(x.shape[0], num_groups, -1), axis=-1)  # [B, groups]
 
     mean = group_mean(x)
@@ -109,9 +103,8 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
 
-        def dense(name: str) -> nn.Dense:
-            kernel_init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("conv_in", "conv_out"))
-            return nn.Dense(channels, dtype=self.dtype, kernel_init=kernel_init, bias_init=_bias_init(), name=name)
+        def dense(name: str) -> Dense:
+            return Dense(channels, KERNEL_AXES, bias_axis="norm", kernel_init=CONV_INIT, dtype=self.dtype, name=name)
 
         hidden = GroupNorm(self.norm_num_groups, self.dtype, name="group_norm")(x)
         hidden = hidden.reshape(batch, height * width, 1, channels)  # [B, L, 1 head, C]
@@ -127,12 +120,13 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """
     batch, length, heads, channels = query.shape
     if length**2 <= MAX_SCORES:
-        return jax.nn.dot_product_attention(query, key, value)
+        return dot_product_attention(query, key, value, implementation="xla")
     at_once = max(1, MAX_SCORES // length)
     chunks = -(-length // at_once)
     padded = jnp.pad(query, ((0, 0), (0, chunks * at_once - length), (0, 0), (0, 0)))
     padded = padded.reshape(batch, chunks, at_once, heads, channels).swapaxes(0, 1)
-    attended = jax.lax.map(lambda part: jax.nn.dot_product_attention(part, key, value), padded)
+    attend = lambda part: dot_product_attention(part, key, value, implementation="xla")  # noqa: E731
+    attended = jax.lax.map(attend, padded)
     return attended.swapaxes(0, 1).reshape(batch, chunks * at_once, heads, channels)[:, :length]
 
 
@@ -180,9 +174,10 @@ class _EnlargingConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param("kernel", _kernel_init(), (3, 3, x.shape[-1], self.features))
+        kernel_init = nn.with_logical_partitioning(CONV_INIT, (None, None, *KERNEL_AXES))
+        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", _bias_init(), (self.features,))
-        return enlarge_and_convolve(x.astype(self.dtype), kernel) + bias.astype(self.dtype)
+        return add_bias(enlarge_and_convolve(x.astype(self.dtype), kernel), bias, "norm", KERNEL_AXES[1])
 
 
 # Rows 2p - 1 and 2p of an enlarged picture convolved with three taps: what rows p - 1 and p of the original give to
@@ -203,20 +198,17 @@ def enlarge_and_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     batch, height, width, _ = x.shape
     features = kernel.shape[-1]
-    sums = jnp.einsum("ruk,svl,klcf->uvcrsf", _TAPS, _TAPS, kernel, precision="highest")
+    sums = jnp.einsum("ruk,svl,klcf->uvcrsf", _TAPS, _TAPS, kernel, precision=product_precision(kernel.dtype))
     sums = sums.reshape(2, 2, -1, 4 * features).astype(x.dtype)
-    fours = _convolve(x, sums, ((1, 1), (1, 1)))  # [B, H + 1, W + 1, 4F]: a pixel too many on each side
+    # [B, H + 1, W + 1, 4F]: a pixel too many on each side.
+    fours = convolve(x, sums, (None, None), padding=((1, 1), (1, 1)))
     fours = fours.reshape(batch, height + 1, width + 1, 2, 2, features).swapaxes(2, 3)
     return fours.reshape(batch, 2 * height + 2, 2 * width + 2, features)[:, 1:-1, 1:-1]
 
 
 def _enlarge_then_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-    return _convolve(x, kernel.astype(x.dtype), "SAME")
-
-
-def _convolve(x: jax.Array, kernel: jax.Array, padding) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return convolve(x, kernel, KERNEL_AXES)
 
 
 enlarge_and_convolve.defvjp(

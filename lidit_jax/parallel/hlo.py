@@ -12,9 +12,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from lidit_jax.parallel.rules import GRADIENT_SCOPE
+
 _BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
           "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}  # fmt: skip
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_REDUCTIONS = ("all-reduce", "reduce-scatter")
 # Custom calls of the TPU's compiler that compute nothing.
 _NO_KERNELS = frozenset(("AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast",
                          "AssumeGatherIndicesInBound"))  # fmt: skip
@@ -33,6 +36,7 @@ class Cost:
       bytes: read and written by whatever is not fused into something else; slices of larger arrays count as slices.
       messages: bytes that a chip takes part in sending, by kind: of a gather its result, of a scatter its operand, of a
         reduction twice its size.
+      gradient_reductions: of the messages, those that reduce the gradients of weights and biases, by dtype ("f32").
       kernels: custom calls whose operations nobody can read here (the attention kernel's are counted), by target.
       unknown_loops: loops whose trips could not be read; their bodies are counted once.
     """
@@ -40,14 +44,16 @@ class Cost:
     flops: float = 0.0
     bytes: float = 0.0
     messages: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    gradient_reductions: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unknown_loops: int = 0
 
     def add(self, other: "Cost", times: int = 1) -> None:
         self.flops += times * other.flops
         self.bytes += times * other.bytes
-        for mine, theirs in ((self.messages, other.messages), (self.kernels, other.kernels)):
-            for name, count in theirs.items():
+        for field in ("messages", "gradient_reductions", "kernels"):
+            mine = getattr(self, field)
+            for name, count in getattr(other, field).items():
                 mine[name] += times * count
         self.unknown_loops += other.unknown_loops
 
@@ -120,8 +126,10 @@ class _Module:
             cost.add(self._cost(name, True))
             if "all-reduce-scatter" in name:  # XLA's name for one in place of the other
                 cost.messages = collections.Counter({"reduce-scatter": cost.messages["all-reduce"] // 2})
+                halves = {kind: count // 2 for kind, count in cost.gradient_reductions.items()}
+                cost.gradient_reductions = collections.Counter(halves)
             elif self._only_goes_on(name):
-                cost.messages = collections.Counter()
+                cost.messages, cost.gradient_reductions = collections.Counter(), collections.Counter()
         if one.opcode == "dot":
             cost.flops = _dot_flops(one, among)
         if one.opcode == "convolution":
@@ -135,9 +143,14 @@ class _Module:
                 cost.kernels[target] += 1
         kind = one.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
-            given = sum(_bytes(among[name].shape) for name in one.operands if name in among)
-            size = given if kind == "reduce-scatter" else _bytes(_result(one))
-            cost.messages[kind] += 2 * size if kind == "all-reduce" else size
+            shapes = [_result(one)]
+            if kind == "reduce-scatter":
+                shapes = [among[name].shape for name in one.operands if name in among]
+            for dtype, size in _bytes_by_dtype(shapes).items():
+                size *= 2 if kind == "all-reduce" else 1
+                cost.messages[kind] += size
+                if kind in _REDUCTIONS and f"/{GRADIENT_SCOPE}/" in one.attributes:
+                    cost.gradient_reductions[dtype] += size
         if not fused and one.opcode not in _FREE and not one.opcode.endswith("-done"):
             cost.bytes += self._traffic(one, among)
         return cost, 1
@@ -234,13 +247,21 @@ def _dims(shape: str) -> tuple[int, ...]:
 
 
 def _bytes(shape: str) -> int:
-    return sum(_BYTES.get(kind, 0) * math.prod(sizes) for kind, sizes in _arrays(shape))
+    return sum(_bytes_by_dtype([shape]).values())
+
+
+def _bytes_by_dtype(shapes: Sequence[str]) -> collections.Counter:
+    found: collections.Counter = collections.Counter()
+    for shape in shapes:
+        for kind, sizes in _arrays(shape):
+            found[kind] += _BYTES.get(kind, 0) * math.prod(sizes)
+    return found
 
 
 def _result(one: Instruction) -> str:
-    """A collective's own result: a "-start" gives its operand too, first."""
+    """A collective's own result: a "-start" gives its operand too, first; but for that of a reduction."""
     arrays = list(_arrays(one.shape))
-    if one.opcode.endswith("-start") and len(arrays) > 1:
+    if one.opcode.endswith("-start") and one.opcode != "all-reduce-start" and len(arrays) > 1:
         kind, sizes = max(arrays, key=lambda array: _BYTES.get(array[0], 0) * math.prod(array[1]))
         return f"{kind}[{','.join(map(str, sizes))}]"
     return one.shape

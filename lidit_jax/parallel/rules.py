@@ -2,14 +2,19 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Numbers in a frozen weight that is worth cutting: of fewer, a message costs more than the memory.
 CUT_FROM = 1 << 14
+
+# Name scope of the products whose results are reduced over the devices as gradients: XLA keeps it in the names of a
+# compiled program, where `hlo.py` looks for it.
+GRADIENT_SCOPE = "gradient_reduction"
 
 MeshAxes = str | tuple[str, ...] | None
 
@@ -50,14 +55,27 @@ def shardings(boxed: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     """
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), rules.pairs())
 
-    def fit(spec: PartitionSpec, leaf: Any) -> NamedSharding:
-        axes = tuple(spec) + (None,) * (len(leaf.shape) - len(spec))
-        sizes = zip(axes, leaf.shape, strict=True)
-        fitted = [axis if size % num_shards(mesh, axis) == 0 else None for axis, size in sizes]
-        return NamedSharding(mesh, PartitionSpec(*fitted))
-
+    fit = lambda spec, leaf: NamedSharding(mesh, _fit(spec, leaf.shape, mesh))  # noqa: E731
     is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
     return jax.tree.map(fit, specs, nn.unbox(boxed), is_leaf=is_spec)
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Inside a jitted function: shards x by its logical axes, as `shardings` stores a weight of these.
+
+    Does nothing where no mesh or no logical rules are in force, and inside a `shard_map`, where x is one device's own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types or not nn.get_logical_axis_rules():
+        return x
+    return jax.lax.with_sharding_constraint(x, _fit(nn.logical_to_mesh_axes(axes), x.shape, mesh))
+
+
+def _fit(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The spec without the mesh axes that do not divide the array's."""
+    axes = tuple(spec) + (None,) * (len(shape) - len(spec))
+    sizes = zip(axes, shape, strict=True)
+    return PartitionSpec(*(axis if size % num_shards(mesh, axis) == 0 else None for axis, size in sizes))
 
 
 def stored_shardings(tree: Any, mesh: Mesh, rules: ShardingRules) -> Any:
