@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.models.layers import Attention, rotated
+from lidit_jax.models.products import product_precision
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -61,7 +62,8 @@ def _weights(
     query, key = heads("query"), heads("key")  # [B, Lq, H, D], [B, Lk, H, D]
     if positions is not None:
         query, key = rotated(query, key, positions, context_positions)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    options = {"precision": product_precision(query.dtype), "preferred_element_type": jnp.float32}
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, **options) * query.shape[-1] ** -0.5
     mask = jnp.ones(logits.shape[-2:], bool)
     if attention.is_causal:
         mask = jnp.tril(mask)
