@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.models.layers import Attention, rotate_query_and_key
+from lidit_jax.models.products import product_precision
 from lidit_jax.models.rotary import RotaryTables
 
 
@@ -61,7 +62,8 @@ def _weights(
 
     # [B, Lq, H, D], [B, Lk, H, D]
     query, key = rotate_query_and_key(heads("query"), heads("key"), rotary, context_rotary)
-    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    options = {"precision": product_precision(query.dtype), "preferred_element_type": jnp.float32}
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, **options) * query.shape[-1] ** -0.5
     mask = jnp.ones(logits.shape[-2:], bool)
     if attention.is_causal:
         mask = jnp.tril(mask)

@@ -146,7 +146,8 @@ def vae_task(
             parts = {"reconstruction": reconstruction_loss(decoded, images, objective.reconstruction)}
             total = parts["reconstruction"]
             if lpips is not None:
-                parts["perceptual"] = jnp.mean(LPIPS().apply({"params": frozen["lpips"]}, decoded, images))
+                perceive = functools.partial(LPIPS(model.dtype).apply, {"params": frozen["lpips"]})
+                parts["perceptual"] = jnp.mean(perceive(decoded, images))
                 total += objective.perceptual_weight * parts["perceptual"]
             return total, parts
 

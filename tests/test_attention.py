@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_lidit import opened, text_features
 
 from lidit_jax.errors import UserError
+from lidit_jax.models import attention
 from lidit_jax.models.attention import choose, dot_product_attention
 from lidit_jax.models.lidit import LIDiT, LIDiTConfig
 from lidit_jax.models.splash_attention import LANES, LONGEST_BLOCK, _block
@@ -116,6 +117,7 @@ def test_each_platform_gets_its_kernel():
     assert chosen("tpu", 1024, 1024) == chosen("tpu", 256, 256, 72) == "splash"
     assert chosen("tpu", 1024, 300, is_masked=True) == "splash"
     assert chosen("tpu", 16, 16) == chosen("tpu", 1024, 1024, is_plain=False) == "xla"
+    assert chosen("tpu", 1024, 1024, dtype=jnp.float32) == "xla"  # the kernel would multiply as bfloat16
     assert chosen("nvidia", 256, 256, 72) == "cudnn"
     assert chosen("nvidia", 256, 256, dtype=jnp.float32) == chosen("nvidia", 256, 256, 160) == "xla"
     assert chosen("nvidia", 1024, 300, is_masked=True) == chosen("nvidia", 64, 64, is_plain=False) == "xla"
@@ -130,10 +132,13 @@ def test_a_row_without_keys_gets_the_mean_of_the_values():
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_what_a_kernel_cannot_do_is_said():
+def test_what_a_kernel_cannot_do_is_said(monkeypatch):
     arrays, _ = inputs((1, 8, 8, 1, 1, 8))
     with pytest.raises(UserError, match="takes no bias"):
         dot_product_attention(*arrays, mask=jnp.ones((1, 1, 8, 8), bool), implementation="splash")
+    monkeypatch.setattr(attention, "_platform", lambda: "tpu")
+    with pytest.raises(UserError, match="attention='splash' multiplies float32 as bfloat16: give 'auto' or 'xla'"):
+        dot_product_attention(*arrays, implementation="splash")
     with pytest.raises(UserError, match="attention='flash' is unknown: use one of auto, xla"):
         LIDiTConfig(depth=1, hidden_size=8, num_heads=1, patch_size=1, latent_channels=1, attention="flash")
 

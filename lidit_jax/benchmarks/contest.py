@@ -140,6 +140,14 @@ def machine(*others: str) -> str:
     return ", ".join([*([] if device.platform == "cpu" else [device.device_kind]), cpu, *versions])
 
 
+def forbid_tf32() -> None:
+    """Makes PyTorch multiply float32 as float32 on GPUs, as our models do; its convolutions default to TF32."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def _serve(prepare: Callable[[], Callable[[], np.ndarray]], connection: Connection) -> None:
     keep_freed_memory()  # as the command lines do
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 
 from lidit_jax import cli
-from lidit_jax.benchmarks.contest import Contestant, contest, largest_difference, machine, table
+from lidit_jax.benchmarks.contest import Contestant, contest, forbid_tf32, largest_difference, machine, table
 from lidit_jax.benchmarks.sd3_vae import CONFIG
 from lidit_jax.errors import UserError
 
@@ -98,6 +98,7 @@ def diffusers_model(
     import diffusers
     import torch
 
+    forbid_tf32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch_dtype = getattr(torch, dtype)
     model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=torch_dtype, low_cpu_mem_usage=False)

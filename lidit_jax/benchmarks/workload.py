@@ -22,7 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax import cli
-from lidit_jax.benchmarks.contest import Contestant, Result, contest, machine
+from lidit_jax.benchmarks.contest import Contestant, Result, contest, forbid_tf32, machine
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
@@ -217,7 +217,7 @@ def load_twin(
 
     from lidit_jax.benchmarks import torch_lidit
 
-    torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing, which is JAX's default
+    forbid_tf32()
     params = load_file(folder / WEIGHTS)
     return torch_lidit.from_flax(workload.model, workload.text_widths, params, device, getattr(torch, dtype))
 

@@ -1,11 +1,13 @@
 """Scaled dot-product attention: the one entry point that every module of the project goes through."""
 
+import contextlib
 import re
 
 import jax
 import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
+from lidit_jax.models.products import product_precision
 from lidit_jax.models.splash_attention import splash_attention
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
@@ -26,7 +28,7 @@ def dot_product_attention(
     softcap: float = 0.0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Attention with a float32 softmax.
+    """Attention with a float32 softmax. Of float32 arrays the products are float32 too, on accelerators as well.
 
     Args:
       query: [B, Lq, H, D].
@@ -46,7 +48,7 @@ def dot_product_attention(
       [B, Lq, H, D] in the dtype of `query`.
 
     Raises:
-      UserError: the implementation does not take a mask of queries and keys, or a bias.
+      UserError: the implementation does not take a mask of queries and keys, a bias, or float32.
     """
     check_implementation(implementation)
     is_plain = mask is None and bias is None and not softcap
@@ -56,6 +58,10 @@ def dot_product_attention(
         if not is_plain:
             raise UserError("attention='splash' takes no bias and no mask of queries and keys: give 'auto' or 'xla'")
         interpret = _platform() != "tpu"
+        if not interpret and query.dtype == jnp.float32:
+            raise UserError(
+                "attention='splash' multiplies float32 as bfloat16: give 'auto' or 'xla', or dtype bfloat16"
+            )
         options = {"key_mask": key_mask, "is_causal": is_causal, "scale": scale}
         return splash_attention(query, key, value, **options, interpret=interpret)
     if key_mask is not None:
@@ -65,16 +71,19 @@ def dot_product_attention(
         if bias is not None or is_causal:
             raise ValueError("softcap goes with a mask, not with a bias or is_causal")
         return _softcapped_attention(query, key, value, mask, scale, softcap)
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        is_causal=is_causal,
-        scale=scale,
-        implementation=implementation,
-    )
+    # jax.nn's attention takes no precision but that in force.
+    precise = jax.default_matmul_precision("highest") if query.dtype == jnp.float32 else contextlib.nullcontext()
+    with precise:
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            implementation=implementation,
+        )
 
 
 def check_implementation(implementation: str) -> None:
@@ -91,7 +100,8 @@ def choose(platform: str, query: jax.Array, key: jax.Array, *, is_plain: bool, i
       is_plain: no bias, softcap, or mask of queries and keys.
       is_masked: padding among the keys.
     """
-    if platform == "tpu" and is_plain and query.shape[1] * key.shape[1] >= SPLASH_LOGITS:
+    is_float32 = query.dtype == jnp.float32  # kernels multiply in half precision
+    if platform == "tpu" and is_plain and not is_float32 and query.shape[1] * key.shape[1] >= SPLASH_LOGITS:
         return "splash"
     # cuDNN wants a mask as a bias of every query, which is most of what it saves.
     fits_cudnn = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
@@ -115,7 +125,9 @@ def _softcapped_attention(query, key, value, mask, scale, softcap):
     """jax.nn's attention has no place for a function of the logits."""
     batch, length, num_heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)  # [B, Lq, K, H / K, D]
-    logits = jnp.einsum("bqkgd,bmkd->bkgqm", grouped, key, preferred_element_type=jnp.float32)
+    precision = product_precision(query.dtype)
+    options = {"precision": precision, "preferred_element_type": jnp.float32}
+    logits = jnp.einsum("bqkgd,bmkd->bkgqm", grouped, key, **options)
     logits = logits * (head_dim**-0.5 if scale is None else scale)
     logits = softcap * jnp.tanh(logits / softcap)
     if mask is not None:
@@ -123,5 +135,5 @@ def _softcapped_attention(query, key, value, mask, scale, softcap):
         full = full.reshape(batch, key.shape[2], -1, length, key.shape[1])
         logits = jnp.where(full, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    y = jnp.einsum("bkgqm,bmkd->bqkgd", weights, value)
+    y = jnp.einsum("bkgqm,bmkd->bqkgd", weights, value, precision=precision)
     return y.reshape(batch, length, num_heads, head_dim).astype(query.dtype)

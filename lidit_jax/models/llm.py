@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
 from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Dense, RMSNorm
+from lidit_jax.models.products import product_precision
 from lidit_jax.models.rotary import DEFAULT_THETA, RopeScaling, rotary_tables, rotate
 
 # Variance 1 / width. At the families' widths it is about their 0.02; at a toy's 64 their 0.02 itself would leave
@@ -272,7 +273,7 @@ class CausalLM(nn.Module):
         """int32 [B, L] -> next-token logits, float32 [B, L, vocab_size]."""
         x = self.norm(self.model(tokens)).astype(jnp.float32)
         if self.config.tie_word_embeddings:
-            return jnp.matmul(x, self.model.embed_tokens.T)
+            return jnp.matmul(x, self.model.embed_tokens.T, precision=product_precision(x.dtype))
         return self.lm_head(x)
 
 

@@ -1,10 +1,13 @@
 """LPIPS, how different two pictures look (Zhang et al. 2018, arXiv 1801.03924), as a loss: version 0.1 on VGG16."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
+from lidit_jax.models.products import product_precision
 
 # VGG16's convolutions: (number in torchvision's `features`, width), up to each of the five layers that are compared.
 VGG16_LAYERS = (
@@ -24,7 +27,13 @@ class LPIPS(nn.Module):
 
     Five layers' features, each position's scaled to length 1, are subtracted and squared; weights of 0 or more, one a
     channel, say how much each counts. Computes in float32.
+
+    Attributes:
+      product_dtype: with float32, convolutions multiply in float32 on accelerators too; with bfloat16, in whatever the
+        accelerator is fastest at, which is as exact as pictures that were computed in bfloat16.
     """
+
+    product_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
@@ -35,11 +44,12 @@ class LPIPS(nn.Module):
         x = jnp.concatenate([first, second]).astype(jnp.float32)
         x = (x - jnp.array(MEAN)) / jnp.array(DEVIATION)
         distance = jnp.zeros(first.shape[0])
+        precision = product_precision(self.product_dtype)
         for index, layer in enumerate(VGG16_LAYERS):
             if index:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
             for number, width in layer:
-                x = nn.relu(nn.Conv(width, (3, 3), name=f"features_{number}")(x))
+                x = nn.relu(nn.Conv(width, (3, 3), precision=precision, name=f"features_{number}")(x))
             weights = self.param(f"lin{index}", nn.initializers.ones, (x.shape[-1],))
             one, other = jnp.split(_unit_length(x), 2)
             distance += jnp.mean(jnp.sum(weights * (one - other) ** 2, axis=-1), axis=(1, 2))
