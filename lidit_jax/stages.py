@@ -26,7 +26,7 @@ from lidit_jax.evaluation.reconstruction import (
     evaluate_reconstruction,
     is_judged,
 )
-from lidit_jax.evaluation.scenes import SceneEvaluation, evaluate_scenes
+from lidit_jax.evaluation.scenes import SceneEvaluation, check_evaluation, evaluate_scenes
 from lidit_jax.experiment import LIDIT, Experiment, check_start
 from lidit_jax.exported import is_exported, load_params
 from lidit_jax.metrics import Metrics
@@ -55,6 +55,9 @@ STATISTICS_BATCHES = 16  # batches that the latents' mean and deviation are meas
 def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains every part that has no weights yet, LI-DiT last; then evaluates, where the data can be checked."""
     experiment = Experiment(config, workdir)
+    evaluation = build(SceneEvaluation, config.evaluate, "evaluate") if "evaluate" in config else None
+    if evaluation:
+        check_evaluation(evaluation, experiment.data)
     mesh, rules = make_mesh(config.mesh), ShardingRules()
     for where, training in experiment.trainings().items():
         with _said_of(where):
@@ -87,8 +90,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     if not experiment.has_lidit:
         return
     pipeline, state = _train_lidit(experiment, dataset, mesh, rules)
-    if "evaluate" in config:
-        evaluation = build(SceneEvaluation, config.evaluate, "evaluate")
+    if evaluation:
         with watched(experiment.train.stalled_after, "evaluate") as watchdog:
             evaluate_scenes(pipeline, state.averaged, experiment.sample, evaluation, dataset, workdir, watchdog.beat)
 

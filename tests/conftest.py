@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from lidit_jax.data.shapes import Scene, sample_scene
+from lidit_jax.data.shapes.layout import sample_scene
+from lidit_jax.data.shapes.scene import Scene
 
 # A slow or busy machine is no failure: no example has a deadline.
 hypothesis.settings.register_profile("no_deadline", deadline=None)

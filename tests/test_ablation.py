@@ -22,7 +22,8 @@ from lidit_jax.ablation.report import Mean
 from lidit_jax.ablation.rows import BASE_LLMS, ROWS, T5, TABLES
 from lidit_jax.config import build, claim_workdir
 from lidit_jax.data.data_config import DataConfig
-from lidit_jax.data.shapes import ShapesSource
+from lidit_jax.data.shapes.layout import SceneLayout
+from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.scenes import COUNTS, SCORES_FILE, named_at
 from lidit_jax.experiment import Experiment
@@ -33,7 +34,7 @@ from lidit_jax.text.prompts import INSTRUCTION, PromptTokenizer
 from lidit_jax.weights.huggingface_t5 import load_t5_encoder, save_t5_encoder
 
 BASELINE = ROWS["table2_baseline"]
-SCENES = ShapesSource(200, seed=7, shares=(0, 1, 1, 1))
+SCENES = ShapesSource(200, seed=7, layout=SceneLayout(shares=(0, 1, 1, 1)))
 LANGUAGES = {"en": 0.6, "zh": 0.4}
 T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dtype": "float32"}
 

@@ -263,7 +263,7 @@ def test_fine_tuning_starts_from_the_averaged_weights_of_another_run(trained_wor
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tuned, start)
 
 
-@pytest.mark.parametrize("name", ["shapes", "1b", "10b", "10b_1024", "emoji"])
+@pytest.mark.parametrize("name", ["shapes", "scenes", "1b", "10b", "10b_1024", "emoji"])
 def test_configs_are_complete_but_for_paths(name, tmp_path):
     config = load_config(name)
     config.data.path = config.data.get("path", "") or "shards"
@@ -275,7 +275,7 @@ def test_configs_are_complete_but_for_paths(name, tmp_path):
     assert experiment.Experiment(config, epath.Path(tmp_path)).model.config.depth >= 4
 
 
-@pytest.mark.parametrize("name", ["shapes", "emoji"])
+@pytest.mark.parametrize("name", ["shapes", "scenes", "emoji"])
 def test_an_override_of_one_encoder_leaves_the_others_as_they_are(name):
     config = load_config(name)
     config.encoders.llama.train.steps = 7

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
 from lidit_jax import pictures
-from lidit_jax.data.shapes import ShapesSource
+from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.errors import UserError
 from lidit_jax.pictures import grid, save_png, wrap
 

@@ -1,29 +1,42 @@
 """Pictures of the built-in scenes are judged by kind, by language, by place in the prompt, and on held-out pairs."""
 
+import collections
 import dataclasses
 import json
 
 import numpy as np
 import pytest
+from conftest import tiny_config
 from etils import epath
 from test_evaluate import request
 
-from lidit_jax.data.shapes import HELD_OUT_PAIRS, draw
-from lidit_jax.data.shapes_checker import check
+from lidit_jax import stages
+from lidit_jax.data.shapes.checker import check
+from lidit_jax.data.shapes.layout import QUADRANTS, SceneLayout
+from lidit_jax.data.shapes.rendering import render
+from lidit_jax.data.shapes.scene import DEPTH_RELATIONS, HELD_OUT_PAIRS
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.drawing import draw_benchmark
 from lidit_jax.evaluation.quarters import mean_by_quarter
 from lidit_jax.evaluation.scene_benchmark import ShapesBenchmark
-from lidit_jax.evaluation.scenes import HELD_OUT, SceneEvaluation, named_at, score_scenes
+from lidit_jax.evaluation.scenes import (
+    COUNTS,
+    HELD_OUT,
+    OVERLAP,
+    SceneEvaluation,
+    named_at,
+    report_scenes,
+    score_scenes,
+)
 
 
 def drawn(prompts, change=lambda scene: scene):
-    return [draw(change(prompt.scene), 48, 48) for prompt in prompts]
+    return [render(change(prompt.scene), 48, 48) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    return SceneEvaluation(6, 4, 6, 8).prompts()
+    return SceneEvaluation(6, 4, 6, 8).prompts(QUADRANTS, 48, 48)
 
 
 def test_scenes_as_they_should_be_are_right_in_every_group(prompts):
@@ -65,7 +78,7 @@ def test_places_of_four_objects_are_averaged_as_in_the_positional_bias_benchmark
         for _ in range(3):
             keep = generator.random(4) < 0.6
             kept = tuple(item for item, is_kept in zip(prompt.scene.objects, keep, strict=True) if is_kept)
-            images.append(draw(dataclasses.replace(prompt.scene, objects=kept, relations=()), 48, 48))
+            images.append(render(dataclasses.replace(prompt.scene, objects=kept, relations=()), 48, 48))
             right.append([object_.pair for object_ in check(images[-1], prompt.scene).objects])
     scores = score_scenes([prompt for prompt in four for _ in range(3)], images)
     places = [scores[named_at("four objects", place)]["pair"].value for place in range(4)]
@@ -115,7 +128,7 @@ def test_scenes_come_without_a_file_and_other_benchmarks_with_one(trained_workdi
     with pytest.raises(UserError, match="--file is required"):
         draw_benchmark(request(trained_workdir, "prompts", None, tmp_path / "out"))
     with pytest.raises(UserError, match="num_scenes=0"):
-        ShapesBenchmark(0, 1)
+        ShapesBenchmark(0, 1, QUADRANTS, 32, 32)
     assert not (tmp_path / "out").exists()
 
 
@@ -126,3 +139,80 @@ def test_prompts_are_in_both_languages_and_of_no_training_scene(prompts):
         is_held_out = [(item.color, item.shape) in HELD_OUT_PAIRS for item in prompt.scene.objects]
         assert any(is_held_out) == (prompt.kind == HELD_OUT)
     assert np.unique([prompt.prompt for prompt in prompts]).size > 20
+
+
+# --- layout "free" --------------------------------------------------------------------------------------------------
+
+FREE = SceneLayout("free", overlaps=0.25)
+
+
+@pytest.fixture(scope="module")
+def free_prompts():
+    return SceneEvaluation.of_each(8, FREE).prompts(FREE, 48, 80)
+
+
+def test_free_scenes_are_asked_by_count_with_overlaps_apart(free_prompts):
+    kinds = collections.Counter(prompt.kind for prompt in free_prompts)
+    assert kinds == dict.fromkeys([*COUNTS.values(), HELD_OUT, OVERLAP], 8)
+    for prompt in free_prompts:
+        depths = [relation for _, relation, _ in prompt.scene.relations if relation in DEPTH_RELATIONS]
+        assert len(depths) == (prompt.kind == OVERLAP)
+        assert prompt.scene.canvas.width / prompt.scene.canvas.height == pytest.approx(80 / 48)
+        if prompt.kind in COUNTS.values():
+            assert COUNTS[len(prompt.scene.objects)] == prompt.kind
+        assert prompt.sizes_asked == any(word in prompt.prompt for word in ("small", "large", "小", "大"))
+    assert 0 < sum(prompt.sizes_asked for prompt in free_prompts) < len(free_prompts) / 2
+
+
+def test_free_scenes_are_judged_by_place_depth_and_named_position(free_prompts, tmp_path):
+    images = [render(prompt.scene, 48, 80) for prompt in free_prompts]
+    scores = score_scenes(free_prompts, images)
+    for group, accuracy in scores.items():
+        for what, found in accuracy.items():
+            assert found.correct >= 0.97 * found.total, (group, what)
+    assert scores["all scenes"]["scenes"].total == 7 * 8
+    assert scores["all scenes"]["place"].total > 40
+    assert scores[OVERLAP]["depth"].total == 2 * 8
+    assert "depth" not in scores["six objects"]
+    assert scores[named_at("six objects", 5)]["objects"].total == 8
+    assert list(scores)[:2] == ["all scenes", "one object"]
+    report_scenes(scores, free_prompts, images, epath.Path(tmp_path))
+    table = json.loads((tmp_path / "scores.json").read_text())
+    assert table["one object"]["place"]["total"] == scores["one object"]["place"].total
+    # An empty image has none of it.
+    blank = [np.full_like(image, 255) for image in images]
+    assert score_scenes(free_prompts, blank)["all scenes"]["place"].correct == 0
+
+
+def test_only_counts_of_the_training_are_asked_of_each():
+    asked = SceneEvaluation.of_each(5, SceneLayout("free", shares=(0, 1, 0, 1)))
+    assert {name for name, count in dataclasses.asdict(asked).items() if count} == {
+        "two_objects",
+        "four_objects",
+        "held_out_pairs",
+    }
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "data", "words"),
+    [
+        ({"five_objects": 4}, {}, "five objects are asked for, and data.layout='quadrants' has at most 4"),
+        ({"overlapping_objects": 4}, {}, "evaluate.overlapping_objects"),
+        ({"two_objects": -1}, {}, "evaluate.two_objects=-1"),
+        (
+            {"six_objects": 1},
+            {"layout": "free", "resolution": 64, "object_scale": 1.1},
+            "room for 5 objects, not for 6",
+        ),
+        ({}, {"source": "folder", "path": "somewhere"}, "only scenes of data.source='shapes'"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_rejected_before_anything_is_trained(tmp_path, evaluate, data, words):
+    config = tiny_config()
+    config.evaluate.update(evaluate)
+    config.data.update({"object_shares": (1, 1)} | data)
+    if config.data.get("layout") != "free":
+        del config.data.object_shares
+    with pytest.raises(UserError, match=words):
+        stages.run(config, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()

@@ -7,8 +7,13 @@ from conftest import scene_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lidit_jax.data import shapes
-from lidit_jax.data.shapes import Scene, ShapesSource, caption, draw, sample_scene
+from lidit_jax.data.shapes import scene as shapes
+from lidit_jax.data.shapes.captions import caption
+from lidit_jax.data.shapes.layout import sample_scene
+from lidit_jax.data.shapes.quadrants import NUM_OBJECTS_PROBABILITIES
+from lidit_jax.data.shapes.rendering import coverage, render
+from lidit_jax.data.shapes.scene import Canvas, Scene
+from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.errors import UserError
 
 seeds = st.integers(0, 2**32)
@@ -29,7 +34,7 @@ def test_objects_are_inside_apart_and_different(seed, count, pairs):
     assert len(scene.objects) == count
     assert len(set(appearances(scene))) == count
     for item in scene.objects:
-        low, high = shapes.SIZES[item.size]
+        low, high = Canvas().radii(item.size)
         assert low <= item.radius <= high
         assert item.radius < min(item.x, item.y) <= max(item.x, item.y) < 1 - item.radius
     for k, first in enumerate(scene.objects):
@@ -67,7 +72,7 @@ def test_every_color_and_shape_occurs_in_training():
 def test_numbers_of_objects_and_relations_occur_as_often_as_documented():
     scenes = [scene_of(seed) for seed in range(2000)]
     counts = collections.Counter(len(scene.objects) for scene in scenes)
-    for count, probability in shapes.NUM_OBJECTS_PROBABILITIES.items():
+    for count, probability in NUM_OBJECTS_PROBABILITIES.items():
         assert counts[count] / len(scenes) == pytest.approx(probability, abs=0.05)
     relations = collections.Counter(relation for scene in scenes for _, relation, _ in scene.relations)
     for relation in shapes.RELATIONS:
@@ -88,9 +93,9 @@ def test_coverage_matches_its_own_fine_drawing(shape):
     radius, factor = 4.3, 16
     coarse = np.arange(-7, 7) + 0.5
     fine = (np.arange(-7 * factor, 7 * factor) + 0.5) / factor
-    expected = (shapes.coverage(shape, fine * 100, fine * 100, radius * 100) > 0.5).astype(float)
+    expected = (coverage(shape, fine * 100, fine * 100, radius * 100) > 0.5).astype(float)
     expected = expected.reshape(14, factor, 14, factor).mean(axis=(1, 3))
-    drawn = shapes.coverage(shape, coarse, coarse, radius)
+    drawn = coverage(shape, coarse, coarse, radius)
     assert drawn.min() == 0
     assert drawn.max() == 1
     # The distance-based edge deviates only at sharp corners.
@@ -101,7 +106,7 @@ def test_coverage_matches_its_own_fine_drawing(shape):
 @pytest.mark.parametrize("shape", shapes.SHAPES)
 def test_shapes_fill_their_square_and_stay_within(shape):
     grid = np.arange(-300, 300) + 0.5
-    rows, columns = np.nonzero(shapes.coverage(shape, grid, grid, 200.0) > 0.5)
+    rows, columns = np.nonzero(coverage(shape, grid, grid, 200.0) > 0.5)
     for indices in (rows, columns):
         low, high = grid[indices.min()] / 200, grid[indices.max()] / 200
         assert -1 <= low < high <= 1
@@ -112,7 +117,7 @@ def test_shapes_fill_their_square_and_stay_within(shape):
 @settings(max_examples=100)
 def test_pictures_keep_the_background_at_their_border_and_full_color_in_the_middle(seed, size):
     scene = scene_of(seed)
-    image = draw(scene, *size)
+    image = render(scene, *size)
     assert image.shape == (*size, 3)
     assert image.dtype == np.uint8
     for border in (image[0], image[-1], image[:, 0], image[:, -1]):
@@ -226,7 +231,7 @@ def test_an_example_is_a_function_of_seed_and_index(seed, index):
     one, other = first[index], second[np.int64(index)]
     np.testing.assert_array_equal(one.pop("image"), other.pop("image"))
     assert one == other
-    np.testing.assert_array_equal(draw(first.scene(index), 32, 32), first[index]["image"])
+    np.testing.assert_array_equal(render(first.scene(index), 32, 32), first[index]["image"])
 
 
 def test_examples_differ_and_have_the_promised_fields():

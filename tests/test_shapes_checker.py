@@ -9,16 +9,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from lidit_jax.data import shapes
-from lidit_jax.data.shapes import Scene, draw
-from lidit_jax.data.shapes_checker import (
-    Accuracy,
-    ObjectCheck,
-    SceneCheck,
-    accuracies,
-    check,
-    find_components,
-)
+from lidit_jax.data.shapes import scene as shapes
+from lidit_jax.data.shapes.checker import check
+from lidit_jax.data.shapes.reading import find_components
+from lidit_jax.data.shapes.rendering import render
+from lidit_jax.data.shapes.scene import Canvas, Scene
+from lidit_jax.data.shapes.scores import Accuracy, ObjectCheck, SceneCheck, accuracies
 
 seeds = st.integers(0, 2**32)
 num_objects = st.integers(1, 4)
@@ -67,7 +63,7 @@ DEGRADATIONS = {
 @settings(max_examples=100)
 def test_every_drawing_is_all_right(degrade, seed, size):
     scene = scene_of(seed)
-    result = check(degrade(draw(scene, *size)), scene)
+    result = check(degrade(render(scene, *size)), scene)
     assert result.all_right
     assert all(item.size for item in result.objects)
 
@@ -77,14 +73,14 @@ def test_every_drawing_is_all_right(degrade, seed, size):
 def test_places_do_not_matter_but_relations_do(seed):
     scene = scene_of(seed, 2)
     mirrored = Scene(tuple(dataclasses.replace(o, x=1 - o.x, y=1 - o.y) for o in scene.objects), scene.relations)
-    assert check(np.roll(draw(scene, 64, 64), (1, -1), axis=(0, 1)), scene).all_right
-    result = check(draw(mirrored, 64, 64), scene)
+    assert check(np.roll(render(scene, 64, 64), (1, -1), axis=(0, 1)), scene).all_right
+    result = check(render(mirrored, 64, 64), scene)
     assert result == SceneCheck((ObjectCheck(True, True, True, relation=False),) * 2, extra=0)
 
 
 def test_faint_specks_are_ignored_and_clear_ones_are_extra():
     scene = scene_of(1, 1)
-    image = draw(scene, 32, 32)
+    image = render(scene, 32, 32)
     row, column = (2 if scene.objects[0].y > 0.5 else 26), (2 if scene.objects[0].x > 0.5 else 26)
     image[row : row + 2, column : column + 2] = shapes.COLORS["black"]
     assert check(image, scene).all_right
@@ -133,7 +129,7 @@ def test_one_wrong_color_or_shape_is_all_that_is_wrong(seed, count, data):
     index = data.draw(st.integers(0, count - 1))
     part, values = data.draw(st.sampled_from([("color", tuple(shapes.COLORS)), ("shape", shapes.SHAPES)]))
     value = data.draw(st.sampled_from([value for value in values if value != getattr(scene.objects[index], part)]))
-    result = check(draw(with_object(scene, index, **{part: value}), 32, 32), scene)
+    result = check(render(with_object(scene, index, **{part: value}), 32, 32), scene)
     expected = [ObjectCheck(True, True, True, True if scene.relations else None)] * count
     expected[index] = dataclasses.replace(expected[index], **{part: False})
     assert result == SceneCheck(tuple(expected), extra=0)
@@ -147,8 +143,8 @@ def test_one_wrong_size_is_all_that_is_wrong(seed, count, data):
     scene = scene_of(seed, count)
     index = data.draw(st.integers(0, count - 1))
     size = {"small": "large", "large": "small"}[scene.objects[index].size]
-    changed = with_object(scene, index, radius=sum(shapes.SIZES[size]) / 2)
-    result = check(draw(changed, 64, 64), scene)
+    changed = with_object(scene, index, radius=sum(Canvas().radii(size)) / 2)
+    result = check(render(changed, 64, 64), scene)
     assert [item.size for item in result.objects] == [k != index for k in range(count)]
     assert result.all_right
 
@@ -161,7 +157,7 @@ def test_two_swapped_objects_have_only_their_relations_wrong(seed, count, data):
     first, second = scene.objects[i : i + 2]
     swapped = with_object(scene, i, x=second.x, y=second.y, radius=first.radius)
     swapped = with_object(swapped, i + 1, x=first.x, y=first.y)
-    result = check(draw(swapped, 64, 64), scene)
+    result = check(render(swapped, 64, 64), scene)
     assert all(item.color and item.shape and item.size for item in result.objects)
     assert result.extra == 0
     assert result.objects[i].relation is False
@@ -176,7 +172,7 @@ def test_two_swapped_objects_have_only_their_relations_wrong(seed, count, data):
 def test_a_missing_object_is_wrong_and_breaks_its_relations_alone(seed, count, data):
     scene = scene_of(seed, count)
     index = data.draw(st.integers(0, count - 1))
-    image = draw(Scene(scene.objects[:index] + scene.objects[index + 1 :], ()), 32, 32)
+    image = render(Scene(scene.objects[:index] + scene.objects[index + 1 :], ()), 32, 32)
     result = check(image, scene)
     for k, item in enumerate(result.objects):
         if k == index:
@@ -192,7 +188,7 @@ def test_a_missing_object_is_wrong_and_breaks_its_relations_alone(seed, count, d
 def test_an_added_object_is_extra_and_all_else_is_right(seed, count):
     scene = scene_of(seed, count)
     stated = Scene(scene.objects[:-1], scene.relations[:-1])
-    result = check(draw(scene, 32, 32), stated)
+    result = check(render(scene, 32, 32), stated)
     assert all(item.right and item.size for item in result.objects)
     assert result.extra == 1
     assert not result.all_right
@@ -200,7 +196,7 @@ def test_an_added_object_is_extra_and_all_else_is_right(seed, count):
 
 def test_an_object_of_two_colors_has_no_color():
     scene = Scene((shapes.SceneObject("square", "red", "large", 0.5, 0.5, 0.185),), ())
-    image = draw(scene, 32, 32)
+    image = render(scene, 32, 32)
     image[:, 16:][np.abs(image[:, 16:].astype(int) - shapes.COLORS["red"]).max(axis=-1) < 5] = shapes.COLORS["blue"]
     result = check(image, scene)
     assert not result.objects[0].color
@@ -212,7 +208,7 @@ def test_an_object_of_two_colors_has_no_color():
 def test_blocks_of_any_color_are_judged(color, width):
     image = np.full((32, 32, 3), shapes.BACKGROUND, np.uint8)
     image[8:20, :width] = color
-    components = find_components(image)
+    components = find_components(image, Canvas())
     assert len(components) <= 1
     assert all(np.isfinite([component.x, component.y, component.radius]).all() for component in components)
     check(image, scene_of(0))
@@ -220,12 +216,12 @@ def test_blocks_of_any_color_are_judged(color, width):
 
 def test_an_object_of_a_color_unlike_all_has_its_shape_only():
     scene = Scene((shapes.SceneObject("square", "red", "large", 0.5, 0.5, 0.185),), ())
-    image = draw(scene, 32, 32)
+    image = render(scene, 32, 32)
     image[np.abs(image.astype(int) - shapes.COLORS["red"]).max(axis=-1) < 5] = (40, 200, 205)
     assert check(image, scene).objects == (ObjectCheck(False, True, True, None),)
     pale = np.full((32, 32, 3), shapes.BACKGROUND, np.uint8)
     pale[10:22, 10:22] = (184, 255, 255)
-    assert find_components(pale)[0].color is None
+    assert find_components(pale, Canvas())[0].color is None
 
 
 def test_touching_objects_are_not_right():
@@ -233,13 +229,13 @@ def test_touching_objects_are_not_right():
         shapes.SceneObject("circle", color, "large", x, 0.5, 0.185) for color, x in [("red", 0.32), ("blue", 0.68)]
     )
     scene = Scene(objects, ((0, "left of", 1),))
-    assert not any(item.right for item in check(draw(scene, 32, 32), scene).objects)
+    assert not any(item.right for item in check(render(scene, 32, 32), scene).objects)
 
 
 @pytest.mark.parametrize("image", [np.zeros((32, 32, 3), np.float32), np.zeros((32, 32), np.uint8)])
 def test_only_uint8_color_pictures_are_judged(image):
     with pytest.raises(ValueError, match="uint8"):
-        find_components(image)
+        find_components(image, Canvas())
 
 
 # --- sums -------------------------------------------------------------------------------------------------------------

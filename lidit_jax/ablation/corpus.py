@@ -16,7 +16,8 @@ import numpy as np
 from lidit_jax.data.batch_stream import NEWS, BatchStream, News
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.captions import CaptionChooser
-from lidit_jax.data.shapes import Scene, ShapesSource
+from lidit_jax.data.shapes.scene import Scene
+from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.text.prompts import PromptTokenizer
 
 _NO_PICTURE = Bucket(0, 0)

@@ -24,7 +24,7 @@ from lidit_jax.ablation.corpus import Corpus, DocumentStream, DocumentTokenizer
 from lidit_jax.ablation.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5
 from lidit_jax.config import build
 from lidit_jax.data.loader import rows_of_process
-from lidit_jax.data.shapes import ShapesSource
+from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import LLM_FAMILIES, Experiment
 from lidit_jax.models.layers import Dense
@@ -60,7 +60,8 @@ def train_encoder(experiment: Experiment, name: str, settings: ConfigDict, mesh:
         return
     model, training = check_settings(name, settings)
     data = experiment.data
-    source = ShapesSource(data.num_examples, seed=int(settings.corpus_seed), shares=data.object_shares)
+    side, seed = data.resolution, int(settings.corpus_seed)
+    source = ShapesSource(data.num_examples, side, side, seed, layout=data.scene_layout)
     tuning = Corpus(source, data.captions, float(settings.instructed_share))
     corpus = tuning if name in TUNED else Corpus(source, data.captions, 0.0)
     tokenizer = _tokenizer(tuning, settings.instruction, int(settings.model.vocab_size))

@@ -5,7 +5,6 @@ OUT/parts/                 the frozen language models and the VAE, trained once
 OUT/runs/ROW/SEED/         one ordinary workdir each, for `sample --workdir` too, with log.txt and scores.json
 """
 
-import dataclasses
 import fcntl
 import itertools
 import json
@@ -38,6 +37,8 @@ PARTS_SECTIONS = ("seed", "mesh", "data", "vae")
 LOG_FILE = "log.txt"
 METRICS_FILE = "metrics.jsonl"
 VAE = "vae"
+# Of the prompts under `evaluate`, those that the tables show.
+JUDGED_KINDS = ("two_objects", "held_out_pairs", "three_objects", "four_objects")
 LOOK_EVERY = 1.0  # seconds between two looks at the processes
 
 
@@ -144,11 +145,11 @@ def check(config: ConfigDict, out: epath.Path, runs: Sequence[Run]) -> None:
     """Raises UserError for a config that cannot be trained, before anything is trained or written."""
     if "language_models" not in config or "evaluate" not in config:
         raise UserError("the config is none of ablations: take configs/ablation_scenes.py")
-    counts = dataclasses.asdict(build(SceneEvaluation, config.evaluate, "evaluate"))
-    for kind, count in counts.items():
-        if count < 1:
+    evaluation = build(SceneEvaluation, config.evaluate, "evaluate")
+    for kind in JUDGED_KINDS:
+        if (count := getattr(evaluation, kind)) < 1:
             raise UserError(
-                f"evaluate.{kind}={count}: every kind of scenes has its place in the tables; give at least 1"
+                f"evaluate.{kind}={count}: scenes of this kind have their place in the tables; give at least 1"
             )
     Experiment(parts_config(config), out / "parts")
     for row in dict.fromkeys(run.row for run in runs):

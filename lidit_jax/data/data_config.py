@@ -14,7 +14,7 @@ from lidit_jax.data.filters import Filter
 from lidit_jax.data.folder_shards import FolderShards
 from lidit_jax.data.record_shards import ArrayRecordShards, TfdsShards
 from lidit_jax.data.sample import Shards
-from lidit_jax.data.shapes import check_shares
+from lidit_jax.data.shapes.layout import SceneLayout
 from lidit_jax.data.tar_shards import TarShards
 from lidit_jax.errors import UserError
 
@@ -44,7 +44,10 @@ class DataConfig:
       class_names: file with a class's name a line, for classes that are numbers.
       features: of "precomputed", whether the prompts' features are used, where the folder has them.
       num_examples: of "shapes".
-      object_shares: of "shapes", how often scenes have 1, 2, 3 and 4 objects, in any unit; None: the usual.
+      layout: of "shapes", "quadrants" (up to 4 objects, each in its part of the image) or "free" (up to 6, anywhere).
+      object_shares: of "shapes", how often scenes have 1, 2, … objects, in any unit; None: the layout's own.
+      object_scale: of layout "free", factor on the objects' sizes: 1 is made for 64 px, less for more pixels.
+      overlaps: of layout "free", share of the scenes of two or more objects where one partly hides another.
       held_out_shards: of "tar", how many of the last shards are kept from training, for evaluation. Of "shapes" nothing
         need be kept: its held-out scenes are others than any training's.
       index_dir: where the shards' indexes are kept; "": each beside its shard.
@@ -83,7 +86,10 @@ class DataConfig:
     class_names: str = ""
     features: bool = True
     num_examples: int = 1_000_000
+    layout: str = "quadrants"
     object_shares: Sequence[float] | None = None
+    object_scale: float = 1.0
+    overlaps: float = 0.0
     held_out_shards: int = 0
     index_dir: str = ""
     sequential: bool = False
@@ -111,8 +117,9 @@ class DataConfig:
             return
         if self.source not in SOURCES:
             raise UserError(f"data.source={self.source!r} is unknown: use one of {', '.join(SOURCES)}")
-        if self.object_shares is not None:
-            check_shares(self.object_shares)
+        layout = self.scene_layout  # raises for impossible scenes
+        if self.source == "shapes":
+            layout.check_canvas(self.resolution, self.resolution)
         if self.source != "shapes" and not self.path:
             raise UserError(f"data.path is empty: give --config.data.path={_PATHS[self.source]}")
         if self.held_out_shards < 0 or (self.held_out_shards and self.source != "tar"):
@@ -132,6 +139,11 @@ class DataConfig:
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name}={getattr(self, name)} must not be negative")
         self.chooser(0.0)  # raises for impossible captions
+
+    @property
+    def scene_layout(self) -> SceneLayout:
+        """Options of the scenes of "shapes"."""
+        return SceneLayout(self.layout, self.object_shares, self.object_scale, self.overlaps)
 
     @property
     def holds_out(self) -> bool:

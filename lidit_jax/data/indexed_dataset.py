@@ -18,7 +18,7 @@ from lidit_jax.data.index import IndexPlan, examine
 from lidit_jax.data.indexed_source import IndexedSource
 from lidit_jax.data.loader import Loader, make_loader, make_plan, rows_of_process
 from lidit_jax.data.precomputed import PrecomputedSource
-from lidit_jax.data.shapes import HELD_OUT_SEED, ShapesSource
+from lidit_jax.data.shapes.source import HELD_OUT_SEED, ShapesSource
 from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source
 from lidit_jax.data.stored_features import StoredEncoder, StoredPrompts
 from lidit_jax.errors import UserError
@@ -54,7 +54,7 @@ class IndexedDataset(Dataset):
         if part.source == "shapes":
             seed = HELD_OUT_SEED if held_out else 0
             side = part.resolution
-            return ShapesSource(part.num_examples, side, side, seed, shares=part.object_shares)
+            return ShapesSource(part.num_examples, side, side, seed, layout=part.scene_layout)
         if part.source == "precomputed":
             # The filters of pictures have done their work; but a caption there must be, where any is trained on.
             captions = [functools.partial(no_caption, fields=part.chooser(0.0).used)] if self._with_captions else []

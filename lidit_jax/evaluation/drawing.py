@@ -59,7 +59,9 @@ class Request(Drawing):
             raise UserError(f"--mixed_pairs goes with --benchmark=positional_bias, not {SHAPES}")
         if self.file is not None:
             raise UserError(f"--file={self.file}: --benchmark={SHAPES} is built in; leave --file out")
-        return ShapesBenchmark(self.num_scenes, self.num_images)
+        data = Experiment(read_workdir(self.workdir), self.workdir, only_shapes=True).data
+        height, width = self.height or data.resolution, self.width or data.resolution
+        return ShapesBenchmark(self.num_scenes, self.num_images, data.scene_layout, height, width)
 
 
 def draw_benchmark(request: Request) -> None:

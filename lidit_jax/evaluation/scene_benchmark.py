@@ -2,6 +2,7 @@
 
 from etils import epath
 
+from lidit_jax.data.shapes.layout import SceneLayout
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.benchmarks import PlainPrompts
 from lidit_jax.evaluation.scenes import SceneEvaluation, report_scenes, score_scenes
@@ -9,17 +10,23 @@ from lidit_jax.evaluation.scoring import read_picture
 
 
 class ShapesBenchmark(PlainPrompts):
-    """As many prompts of each kind: two, three and four objects, and two of which one is a held-out pair."""
+    """As many prompts of each kind that the layout has, see `SceneEvaluation.of_each`."""
 
-    def __init__(self, num_scenes: int, num_images: int):
-        """Args: num_scenes: of each kind.
+    def __init__(self, num_scenes: int, num_images: int, layout: SceneLayout, height: int, width: int):
+        """Makes the prompts.
+
+        Args:
+          num_scenes: of each kind.
+          num_images: of each prompt.
+          layout: of the scenes, as in training.
+          height, width: of the images in pixels.
 
         Raises:
-          UserError: there would be no scene.
+          UserError: there would be no scene, or none on images of this size.
         """
         if num_scenes < 1:
             raise UserError(f"--num_scenes={num_scenes} must be at least 1")
-        self._scenes = SceneEvaluation(num_scenes, num_scenes, num_scenes, num_scenes).prompts()
+        self._scenes = SceneEvaluation.of_each(num_scenes, layout).prompts(layout, height, width)
         super().__init__([scene.prompt for scene in self._scenes], num_images)
 
     def judge(self, out: epath.Path) -> None:

@@ -1,0 +1,80 @@
+"""The second demo: scenes of up to six objects on a larger canvas, where positions, sizes and overlaps count.
+
+    python -m lidit_jax.main --config=configs/scenes.py --workdir=runs/scenes           # 64 px, 8x8 tokens
+    python -m lidit_jax.main --config=configs/scenes.py:128 --workdir=runs/scenes_128   # 128 px, 16x16 tokens
+
+It is the demo of configs/shapes.py with another layout of the scenes and larger networks: the miniature for all that
+needs a grid of tokens. All numbers are ours, and no run has been trained to its end yet.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from lidit_jax.errors import UserError
+
+# Factor on the objects' sizes by side in pixels: more pixels show smaller objects, with more room between them.
+OBJECT_SCALES = {64: 1.0, 128: 0.7}
+
+
+def get_config(resolution: str = "64") -> ConfigDict:
+    if resolution not in map(str, OBJECT_SCALES):
+        raise UserError(f"configs/scenes.py:{resolution}: name a side in pixels after the colon, 64 or 128")
+    side = int(resolution)
+
+    config = _demo()
+    config.data.update(
+        resolution=side,
+        layout="free",
+        object_shares=(1.0, 2.0, 2.0, 2.0, 1.5, 1.5),  # one is learned soon, and six have the longest captions
+        object_scale=OBJECT_SCALES[side],
+        overlaps=0.25,
+    )
+    # Six objects with sizes and places are 59 tokens, and the end token.
+    config.text.max_length = 60
+    for encoder in config.encoders.values():
+        encoder.model.num_hidden_layers = 4  # features come from the second
+        encoder.train.steps = 800  # captions are longer than the demo's, and say more
+    config.vae.model.update(
+        # A shape is no larger in pixels than the demo's, but two may share a token.
+        block_out_channels=(16, 32, 64, 64),
+        sample_size=side,
+    )
+    config.vae.train.update(steps=4000, batch_size=8, learning_rate=2e-3, log_every=500)
+    config.model.update(
+        depth=8,
+        hidden_size=256,
+        num_heads=4,  # of 64 channels, as in the demo
+        patch_size=1,  # 64 or 256 tokens
+        position_grid=side // 8,  # tokens a side
+    )
+    config.train.update(
+        steps=12_000,  # a guess: no run has been finished yet
+        batch_size=64,
+        learning_rate=1e-3,  # half the demo's: the model is deeper and wider
+        warmup_steps=200,
+        ema_decay=0.999,
+        log_every=100,
+        checkpoint_every=1000,
+        sample_every=4000,
+    )
+    config.evaluate = {
+        "one_object": 64,
+        "two_objects": 128,
+        "three_objects": 128,
+        "four_objects": 128,
+        "five_objects": 128,
+        "six_objects": 128,
+        "overlapping_objects": 256,
+        "held_out_pairs": 128,
+    }
+    return config
+
+
+def _demo() -> ConfigDict:
+    """Returns the demo's config, which this one changes."""
+    specification = importlib.util.spec_from_file_location("shapes", Path(__file__).with_name("shapes.py"))
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.get_config()

@@ -1,0 +1,118 @@
+"""The built-in data set: scenes of coloured shapes, rendered from a seed and captioned in English and Chinese.
+
+A scene is a few shapes with colours, sizes and spatial relations, so a generated image can be judged exactly
+(`checker.py`), and some (colour, shape) pairs never occur in training, so binding can be told from memory. Nothing is
+stored: example i of a source is a pure function of (seed, i).
+"""
+
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+
+from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
+from lidit_jax.data.shapes.captions import LANGUAGES, caption
+from lidit_jax.data.shapes.layout import QUADRANTS, SceneLayout, check_arguments, sample_scene
+from lidit_jax.data.shapes.rendering import render
+from lidit_jax.data.shapes.scene import Pairs, Scene
+from lidit_jax.data.sources import Source
+from lidit_jax.errors import UserError
+
+# No training scene has this seed, whatever the run's own seed: images and prompts are new even where pairs are not.
+HELD_OUT_SEED = 1_000_003
+_FORMAT_VERSION = 3
+
+
+class ShapesSource(Source):
+    """Random access to scenes with images and captions; nothing is stored, example i is computed from (seed, i)."""
+
+    def __init__(
+        self,
+        num_examples: int = 1_000_000,
+        height: int = 32,
+        width: int = 32,
+        seed: int = 0,
+        pairs: Pairs = "train",
+        num_objects: int | None = None,
+        layout: SceneLayout = QUADRANTS,
+    ):
+        """See `sample_scene` for `pairs`, `num_objects` and `layout`; height and width are the images', in pixels.
+
+        Raises:
+          UserError: a value is out of range.
+        """
+        check_arguments(layout, num_objects, pairs)
+        layout.check_canvas(height, width, num_objects)
+        if num_examples < 1:
+            raise UserError(f"num_examples is {num_examples}: a source of shapes needs at least 1")
+        if seed < 0:
+            raise UserError(f"seed is {seed}: use 0 or more")
+        self.num_examples = num_examples
+        self.height = height
+        self.width = width
+        self.seed = seed
+        self.pairs = pairs
+        self.num_objects = num_objects
+        self.layout = layout
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the content: equal fingerprints mean equal examples."""
+        return (
+            f"ShapesSource(version={_FORMAT_VERSION}, num_examples={self.num_examples}, height={self.height}, "
+            f"width={self.width}, seed={self.seed}, pairs={self.pairs}, num_objects={self.num_objects}"
+            f"{self.layout.fingerprint})"
+        )
+
+    def __repr__(self) -> str:
+        return self.fingerprint
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def sizes(self) -> np.ndarray:
+        """int32 [N, 2]: the height and width of every example (a read-only view, of no size in memory)."""
+        return np.broadcast_to(np.array([self.height, self.width], np.int32), (self.num_examples, 2))
+
+    def scene(self, index: int) -> Scene:
+        """The scene of example `index`.
+
+        Raises:
+          IndexError: the index is not within 0 to len - 1.
+        """
+        return self._sample(self._rng(index))
+
+    def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[dict]:
+        """{"key": str, "image": uint8 [H, W, 3], "captions": {"en": str, "zh": str}, "metadata": {}} each.
+
+        Raises:
+          IndexError: an index is not within 0 to len - 1.
+        """
+        examples = []
+        for index in indices:
+            scene, example = self._scene_and_text(index)
+            image = render(scene, self.height, self.width)
+            examples.append({**example, "image": resize_to_cover_and_crop(image, bucket) if bucket else image})
+        return examples
+
+    def describe(self, indices: Sequence[int]) -> list[dict]:
+        """As `load`, without rendering the images."""
+        return [self._scene_and_text(index)[1] for index in indices]
+
+    def _scene_and_text(self, index: int) -> tuple[Scene, dict]:
+        rng = self._rng(index)
+        scene = self._sample(rng)
+        return scene, {
+            "key": f"shapes-{self.pairs}-{self.seed}-{index}",
+            "captions": {language: caption(scene, language, rng) for language in LANGUAGES},
+            "metadata": {},
+        }
+
+    def _sample(self, rng: np.random.Generator) -> Scene:
+        return sample_scene(rng, self.num_objects, self.pairs, self.layout, self.height, self.width)
+
+    def _rng(self, index: int) -> np.random.Generator:
+        index = operator.index(index)
+        if not 0 <= index < self.num_examples:
+            raise IndexError(f"example {index} of a source of {self.num_examples}")
+        return np.random.default_rng((self.seed, index))
