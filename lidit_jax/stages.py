@@ -56,8 +56,6 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains every part that has no weights yet, LI-DiT last; then evaluates, where the data can be checked."""
     experiment = Experiment(config, workdir)
     evaluation = build(SceneEvaluation, config.evaluate, "evaluate") if "evaluate" in config else None
-    if evaluation:
-        check_evaluation(evaluation, experiment.data)
     mesh, rules = make_mesh(config.mesh), ShardingRules()
     for where, training in experiment.trainings().items():
         with _said_of(where):
@@ -66,6 +64,8 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
         check_model(mesh, experiment.model.config.hidden_size, experiment.model.config.num_heads)
         experiment.check_encoders()
     dataset = open_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    if evaluation:
+        check_evaluation(evaluation, experiment.data)
     for where, training in experiment.trainings().items():
         with _said_of(where):
             dataset.check_batch_size(training.batch_size)

@@ -118,7 +118,7 @@ class DataConfig:
         if self.source not in SOURCES:
             raise UserError(f"data.source={self.source!r} is unknown: use one of {', '.join(SOURCES)}")
         layout = self.scene_layout  # raises for impossible scenes
-        if self.source == "shapes":
+        if self.source == "shapes" and self.layout == "free":
             layout.check_canvas(self.resolution, self.resolution)
         if self.source != "shapes" and not self.path:
             raise UserError(f"data.path is empty: give --config.data.path={_PATHS[self.source]}")
