@@ -69,12 +69,12 @@ def test_an_interval_of_skipped_steps_alone_has_no_loss_and_still_a_progress_lin
 
 def test_skipped_steps_compile_nothing_and_the_state_stays_donated(logged):
     trainer = logged[-1]
-    state, programs = trainer.init(0), trainer._step._cache_size()
+    state, programs = trainer.init(0), trainer._step._jitted._cache_size()
     for number, batch in zip(range(3), Numbers(0, BAD), strict=False):
         before = state
         state, metrics = trainer.step(state, None, trainer.put(batch), jax.random.key(1), number)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-    assert trainer._step._cache_size() == programs
+    assert trainer._step._jitted._cache_size() == programs
     assert int(metrics["skipped"]) == 1
 
 
