@@ -227,7 +227,8 @@ def test_six_objects_find_room_in_few_attempts_where_the_canvas_is_full(monkeypa
         scale = max(s / 100 for s in range(60, 130) if free.max_objects(free.canvas_of(height, width, s / 100)) == 6)
         layout = SceneLayout("free", scale=scale, overlaps=0.5)
         for seed in range(150):
-            sample_scene(np.random.default_rng(seed), 6, "all", layout, height, width)
+            scene = sample_scene(np.random.default_rng(seed), 6, "all", layout, height, width)
+            assert len(scene.objects) == 6
 
 
 # --- captions ---------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def trainer_of(mesh=ONE_DEVICE, phases=(), prepared=False, steps=5, **changes):
 
 @pytest.fixture(scope="module")
 def trainer():
-    """Of five steps in two phases. What it compiled stays with it."""
+    """A trainer of five steps in two phases, which keeps its compiled programs."""
     return trainer_of(phases=(2,))
 
 

@@ -75,7 +75,7 @@ class SceneLayout:
 
     @property
     def fingerprint(self) -> str:
-        """What differs from the default layout."""
+        """Options that differ from the default layout, as the fingerprint states them."""
         shares = f", shares={self.shares}" if self.shares else ""
         if self.name == "quadrants":
             return shares
