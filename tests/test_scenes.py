@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 from etils import epath
+from stored_data import write_folder
 from test_evaluate import request
 
 from lidit_jax import stages
@@ -204,13 +205,16 @@ def test_only_counts_of_the_training_are_asked_of_each():
             {"layout": "free", "resolution": 64, "object_scale": 1.1},
             "room for 5 objects, not for 6",
         ),
-        ({}, {"source": "folder", "path": "somewhere"}, "only scenes of data.source='shapes'"),
+        ({}, {"source": "folder"}, "only scenes of data.source='shapes'"),
     ],
 )
 def test_an_evaluation_that_cannot_be_is_rejected_before_anything_is_trained(tmp_path, evaluate, data, words):
     config = tiny_config()
     config.evaluate.update(evaluate)
     config.data.update({"object_shares": (1, 1)} | data)
+    if config.data.source == "folder":
+        config.data.path = str(write_folder(tmp_path / "images", "jsonl"))
+        config.data.captions = {"text": 1.0}
     if config.data.get("layout") != "free":
         del config.data.object_shares
     with pytest.raises(UserError, match=words):
