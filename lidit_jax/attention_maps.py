@@ -57,8 +57,8 @@ def _weights(
     """What `Attention` does between its projections and the values; the last arguments are those of its call."""
 
     def heads(name: str) -> jax.Array:
-        projected = outputs[(*attention.path, f"{name}_norm" if attention.qk_norm else name)]
-        return projected.reshape(*projected.shape[:2], attention.num_heads, -1)
+        projected = outputs[(*attention.path, f"{name}_norm" if attention.layers.qk_norm else name)]
+        return projected.reshape(*projected.shape[:2], attention.layers.num_heads, -1)
 
     # [B, Lq, H, D], [B, Lk, H, D]
     query, key = rotate_query_and_key(heads("query"), heads("key"), rotary, context_rotary)

@@ -32,7 +32,8 @@ from lidit_jax.diffusion.schedules import Schedule, make_schedule
 from lidit_jax.errors import UserError
 from lidit_jax.models.discriminator import smallest_side
 from lidit_jax.models.layers import check_dtype
-from lidit_jax.models.lidit import LIDiT, LIDiTConfig
+from lidit_jax.models.lidit import LIDiT
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.lpips import SMALLEST_SIDE
 from lidit_jax.models.vae import AutoencoderKL

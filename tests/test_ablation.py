@@ -27,7 +27,7 @@ from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.scenes import COUNTS, SCORES_FILE, named_at
 from lidit_jax.experiment import Experiment
-from lidit_jax.models.lidit import LIDiTConfig
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.text.prompts import INSTRUCTION, PromptTokenizer

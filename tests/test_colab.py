@@ -16,8 +16,9 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from lidit_jax.attention_maps import attention_maps
-from lidit_jax.models.layers import Attention
-from lidit_jax.models.lidit import LIDiTConfig, TextCondition, TextFeatures
+from lidit_jax.models.layers import Attention, LayerConfig
+from lidit_jax.models.lidit import TextCondition, TextFeatures
+from lidit_jax.models.lidit_config import LIDiTConfig
 
 NOTEBOOK = ROOT / "launch" / "colab.ipynb"
 HEADS, WIDTH = 2, 16
@@ -70,7 +71,7 @@ def test_attention_maps_are_those_of_the_model(changes):
 
 
 def test_attention_maps_take_normalised_queries_and_a_context():
-    module, inputs = Attention(HEADS, qk_norm=True), (normal(0, (2, 4, WIDTH)), normal(1, (2, 3, WIDTH)))
+    module, inputs = Attention(LayerConfig(HEADS, qk_norm=True)), (normal(0, (2, 4, WIDTH)), normal(1, (2, 3, WIDTH)))
     params = random_params(module, *inputs)
     maps = attention_maps(module, params, *inputs)
     assert_maps_make_the_outputs(module, params, inputs, maps)

@@ -8,7 +8,8 @@ import pytest
 
 from lidit_jax.models import flops
 from lidit_jax.models.flops import TextLengths
-from lidit_jax.models.lidit import LIDiT, LIDiTConfig, TextFeatures
+from lidit_jax.models.lidit import LIDiT, TextFeatures
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.llm import LLM, LLMConfig, PrefixCache
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.models.vae import AutoencoderKL

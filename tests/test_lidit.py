@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from lidit_jax.attention_maps import attention_maps
 from lidit_jax.errors import UserError
 from lidit_jax.models.dit import patchify, unpatchify
-from lidit_jax.models.lidit import LIDiT, LIDiTConfig, TextFeatures, num_parameters
+from lidit_jax.models.layers import LayerConfig
+from lidit_jax.models.lidit import LIDiT, TextFeatures, num_parameters
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.refiners import CollaborativeRefiner, LinguisticTokenRefiner, text_rotary_tables
 
 WIDTH = 32
 SMALL = {"depth": 2, "hidden_size": WIDTH, "num_heads": 4, "patch_size": 1, "latent_channels": 4, "dtype": "float32"}
+LAYERS = LayerConfig(num_heads=4)
 
 
 def normal(seed, shape):
@@ -56,13 +59,13 @@ def refiner_and_params(module, *args):
 @pytest.mark.parametrize("causal", [False, True])
 def test_token_refiner_returns_its_input_at_initialisation(causal):
     x, mask, conditioning = normal(0, (2, 6, WIDTH)), jnp.ones((2, 6), bool), normal(1, (2, WIDTH))
-    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4, is_causal=causal), x, mask, conditioning)
+    params, apply = refiner_and_params(LinguisticTokenRefiner(2, LAYERS, is_causal=causal), x, mask, conditioning)
     np.testing.assert_array_equal(apply(params, x, mask, conditioning), x)
 
 
 def test_ungated_token_refiner_changes_its_input_and_has_no_gate_parameters():
     x, mask, conditioning = normal(0, (2, 6, WIDTH)), jnp.ones((2, 6), bool), normal(1, (2, WIDTH))
-    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4, gated=False), x, mask, conditioning)
+    params, apply = refiner_and_params(LinguisticTokenRefiner(2, LAYERS, gated=False), x, mask, conditioning)
     assert np.abs(apply(params, x, mask, conditioning) - x).max() > 0.1
     assert all("gates" not in block for block in params.values())
 
@@ -71,7 +74,7 @@ def test_collaborative_refiner_returns_its_input_at_initialisation():
     branches = [normal(0, (2, 6, WIDTH)), normal(1, (2, 4, WIDTH)), normal(2, (2, 5, WIDTH))]
     masks = [jnp.ones(x.shape[:2], bool) for x in branches]
     conditionings = [normal(3 + i, (2, WIDTH)) for i in range(3)]
-    params, apply = refiner_and_params(CollaborativeRefiner(1, 4), branches, masks, conditionings)
+    params, apply = refiner_and_params(CollaborativeRefiner(1, LAYERS), branches, masks, conditionings)
     for refined, x in zip(apply(params, branches, masks, conditionings), branches, strict=True):
         np.testing.assert_array_equal(refined, x)
 
@@ -79,7 +82,7 @@ def test_collaborative_refiner_returns_its_input_at_initialisation():
 def test_collaborative_refiner_of_one_llm_is_the_identity_without_parameters():
     x = normal(0, (2, 6, WIDTH))
     arguments = ([x], [jnp.ones((2, 6), bool)], [normal(1, (2, WIDTH))])
-    params, apply = refiner_and_params(CollaborativeRefiner(1, 4), *arguments)
+    params, apply = refiner_and_params(CollaborativeRefiner(1, LAYERS), *arguments)
     assert not params
     np.testing.assert_array_equal(apply(params, *arguments)[0], x)
 
@@ -88,7 +91,7 @@ def test_each_collaborative_branch_reads_the_others():
     branches = [normal(0, (2, 6, WIDTH)), normal(1, (2, 4, WIDTH))]
     masks = [jnp.ones(x.shape[:2], bool) for x in branches]
     conditionings = [normal(3 + i, (2, WIDTH)) for i in range(2)]
-    params, apply = refiner_and_params(CollaborativeRefiner(1, 4), branches, masks, conditionings)
+    params, apply = refiner_and_params(CollaborativeRefiner(1, LAYERS), branches, masks, conditionings)
     params = opened(params)
     before = apply(params, branches, masks, conditionings)
     changed = apply(params, [branches[0], branches[1].at[:, -1].add(1.0)], masks, conditionings)
@@ -100,7 +103,7 @@ def test_each_collaborative_branch_reads_the_others():
 @pytest.mark.parametrize(("causal", "sees_later_tokens"), [(False, True), (True, False)])
 def test_a_late_token_changes_an_early_refined_feature_only_without_the_causal_mask(causal, sees_later_tokens):
     x, mask, conditioning = normal(0, (1, 6, WIDTH)), jnp.ones((1, 6), bool), normal(1, (1, WIDTH))
-    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4, is_causal=causal), x, mask, conditioning)
+    params, apply = refiner_and_params(LinguisticTokenRefiner(2, LAYERS, is_causal=causal), x, mask, conditioning)
     params = opened(params)
     difference = apply(params, x.at[:, -1].add(1.0), mask, conditioning) - apply(params, x, mask, conditioning)
     assert (np.abs(difference[:, 0]).max() > 1e-4) == sees_later_tokens
@@ -114,7 +117,7 @@ def reversed_tokens(x):
 def test_the_token_refiner_knows_the_order_of_tokens_only_by_rotary_positions(rotary):
     x, mask, conditioning = normal(0, (2, 6, WIDTH)), jnp.ones((2, 6), bool), normal(1, (2, WIDTH))
     tables = text_rotary_tables(jnp.arange(6), WIDTH // 4) if rotary else None
-    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4), x, mask, conditioning, tables)
+    params, apply = refiner_and_params(LinguisticTokenRefiner(2, LAYERS), x, mask, conditioning, tables)
     params = opened(params)
     refined = apply(params, x, mask, conditioning, tables)
     of_reversed = apply(params, reversed_tokens(x), mask, conditioning, tables)
@@ -127,7 +130,7 @@ def test_a_collaborative_branch_knows_the_order_of_the_others_tokens_only_by_rot
     masks = [jnp.ones(x.shape[:2], bool) for x in branches]
     conditionings = [normal(3 + i, (2, WIDTH)) for i in range(2)]
     tables = [text_rotary_tables(jnp.arange(n), WIDTH // 4) for n in (6, 4)] if rotary else None
-    params, apply = refiner_and_params(CollaborativeRefiner(1, 4), branches, masks, conditionings, tables)
+    params, apply = refiner_and_params(CollaborativeRefiner(1, LAYERS), branches, masks, conditionings, tables)
     params = opened(params)
     refined = apply(params, branches, masks, conditionings, tables)[0]
     of_reversed = apply(params, [branches[0], reversed_tokens(branches[1])], masks, conditionings, tables)[0]
@@ -137,7 +140,7 @@ def test_a_collaborative_branch_knows_the_order_of_the_others_tokens_only_by_rot
 def test_only_the_distance_between_refined_tokens_matters_not_where_counting_starts():
     x, mask, conditioning = normal(0, (2, 6, WIDTH)), jnp.ones((2, 6), bool), normal(1, (2, WIDTH))
     tables, shifted_tables = (text_rotary_tables(jnp.arange(6) - start, WIDTH // 4) for start in (0, 3))
-    params, apply = refiner_and_params(LinguisticTokenRefiner(2, 4), x, mask, conditioning, tables)
+    params, apply = refiner_and_params(LinguisticTokenRefiner(2, LAYERS), x, mask, conditioning, tables)
     params = opened(params)
     shifted = apply(params, x, mask, conditioning, shifted_tables)
     np.testing.assert_allclose(shifted, apply(params, x, mask, conditioning, tables), atol=1e-5)
@@ -160,10 +163,11 @@ def test_an_odd_head_size_is_refused_where_positions_are_rotary():
 def test_refiner_qk_norm_bounds_the_logits_of_large_features(qk_norm):
     """At the 10B model's head size: large weights saturate the softmax, unless queries and keys are normalised."""
     x, mask = normal(0, (1, 256, 64)), jnp.ones((1, 256), bool)
-    params, _ = refiner_and_params(LinguisticTokenRefiner(1, 1, qk_norm=qk_norm), x, mask, normal(1, (1, 64)))
+    refiner = LinguisticTokenRefiner(1, LayerConfig(num_heads=1, qk_norm=qk_norm))
+    params, _ = refiner_and_params(refiner, x, mask, normal(1, (1, 64)))
     for name in ("query", "key"):
         params["block_0"]["attention"][name]["kernel"] *= 30
-    maps = attention_maps(LinguisticTokenRefiner(1, 1, qk_norm=qk_norm), params, x, mask, normal(1, (1, 64)))
+    maps = attention_maps(refiner, params, x, mask, normal(1, (1, 64)))
     largest = maps["block_0/attention"].max(-1).mean()
     assert (largest < 0.3) if qk_norm else (largest > 0.9)
 
@@ -283,7 +287,7 @@ def test_from_initialisation_each_zero_layer_opens_the_next_until_every_paramete
     assert set.union(*reached) == every
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
+@pytest.mark.parametrize("remat", ["full", "dots"])
 def test_rematerialisation_changes_no_gradient(remat):
     text = [text_features(0), text_features(10, width=16)]
     x, t = normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0])
@@ -341,7 +345,7 @@ def test_latents_that_the_patch_does_not_divide_are_refused():
     [
         ({"num_heads": 5}, "hidden_size=32 is not divisible by model.num_heads=5"),
         ({"fusion": "sum"}, "collaborative, concatenate"),
-        ({"remat": "some"}, "full, dots, offload, none"),
+        ({"remat": "some"}, "full, dots, none"),
     ],
 )
 def test_impossible_configs_are_refused(changes, message):

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from lidit_jax.errors import UserError
 from lidit_jax.models import positions
 from lidit_jax.models.dit import DiT
-from lidit_jax.models.layers import Attention
-from lidit_jax.models.lidit import LIDiTConfig
+from lidit_jax.models.layers import Attention, LayerConfig
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.positions import grid_coordinates, parse_position, rope_tables, sincos_embedding
 from lidit_jax.models.rotary import rotate
 from lidit_jax.parallel.mesh import make_mesh
@@ -113,20 +113,23 @@ def test_rope_logits_depend_on_the_offset_alone(side, head_dim):
 
 def dit(position, grid, *, heads=1, head_dim=32, depth=2):
     return DiT(
-        depth,
-        heads * head_dim,
-        heads,
-        patch_size=1,
-        out_channels=4,
-        position=position,
-        position_grid=grid,
-        remat="none",
+        LIDiTConfig(
+            depth=depth,
+            hidden_size=heads * head_dim,
+            num_heads=heads,
+            patch_size=1,
+            latent_channels=4,
+            position=position,
+            position_grid=grid,
+            remat="none",
+            dtype="float32",
+        )
     )
 
 
 def conditions(model, batch=1, seed=0):
     """Text [B, 2, C], its mask and the conditioning vector."""
-    text, vector = np.random.default_rng(seed).standard_normal((2, 1, 2, model.hidden_size)).astype(np.float32)
+    text, vector = np.random.default_rng(seed).standard_normal((2, 1, 2, model.config.hidden_size)).astype(np.float32)
     rows = lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:]))  # noqa: E731
     return rows(text), jnp.ones((batch, 2), bool), rows(vector[:, 0])
 
@@ -171,7 +174,7 @@ def test_the_tpu_kernel_gives_the_same_with_rope(side, head_dim):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, side * side, head_dim)), jnp.float32)
     tables, outputs = rope_tables(side, side, head_dim, side), {}
     for implementation in ("xla", "splash"):
-        attention = Attention(1, qk_norm=True, implementation=implementation)
+        attention = Attention(LayerConfig(1, qk_norm=True, attention=implementation))
         params = jax.jit(lambda x, a=attention: a.init(jax.random.key(0), x))(x)
         outputs[implementation] = jax.jit(lambda p, x, a=attention: a.apply(p, x, rotary=tables))(params, x)
     np.testing.assert_allclose(outputs["splash"], outputs["xla"], atol=2e-5)

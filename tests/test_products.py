@@ -20,7 +20,7 @@ from lidit_jax.data.buckets import Bucket
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.attention import dot_product_attention
 from lidit_jax.models.discriminator import PatchDiscriminator
-from lidit_jax.models.layers import Attention, Conv, Dense
+from lidit_jax.models.layers import Attention, Conv, Dense, LayerConfig
 from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.lpips import LPIPS
 from lidit_jax.models.products import add_bias, convolve, matmul, reduce_gradients_in
@@ -182,9 +182,9 @@ def test_every_float32_product_of_t5_is_one():
 
 def test_float32_attention_and_its_maps_multiply_float32():
     x = jnp.zeros((1, 8, 16))
-    check_precision(with_gradients(Attention(2, qk_norm=True), x))
-    params = jax.eval_shape(Attention(2).init, jax.random.key(0), x)["params"]
-    check_precision(attention_maps.lower(Attention(2), nn.unbox(params), x).as_text())
+    check_precision(with_gradients(Attention(LayerConfig(2, qk_norm=True)), x))
+    params = jax.eval_shape(Attention(LayerConfig(2)).init, jax.random.key(0), x)["params"]
+    check_precision(attention_maps.lower(Attention(LayerConfig(2)), nn.unbox(params), x).as_text())
     query = jnp.zeros((1, 8, 2, 8))
     masked = functools.partial(dot_product_attention, mask=jnp.ones((1, 1, 8, 8), bool), softcap=5.0)
     check_precision(lowered(masked, query, query, query))

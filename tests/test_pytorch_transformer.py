@@ -15,7 +15,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lidit_jax.models.lidit import LIDiT, LIDiTConfig, TextFeatures
+from lidit_jax.models.lidit import LIDiT, TextFeatures
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.pytorch import transformer_lidit
 from lidit_jax.pytorch.transformer_lidit import LIDiTTransformer2DModel
 from lidit_jax.weights.torch_lidit import FIELDS, save_lidit, torch_tensors

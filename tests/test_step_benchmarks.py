@@ -167,12 +167,6 @@ def test_sizes_come_from_the_config_and_from_what_is_given():
         workload.from_config(load_config("vae", "shards"))
 
 
-def test_the_twin_refuses_a_rematerialisation_that_it_cannot_do():
-    work, _ = tiny_workload(remat="offload")
-    with pytest.raises(UserError, match="model.remat='offload'"):
-        torch_lidit.from_flax(work.model, work.text_widths, {})
-
-
 def run(name, *arguments):
     """The command line on one device, with as little work as there is."""
     command = [sys.executable, "-m", f"lidit_jax.benchmarks.{name}", "--rounds=1", "--batch=2", *arguments]

@@ -23,7 +23,8 @@ from safetensors.numpy import load_file, save_file
 from lidit_jax import checkpoint
 from lidit_jax.checkpoint import Checkpoints, load_weights, open_weights
 from lidit_jax.errors import UserError
-from lidit_jax.models.lidit import LIDiT, LIDiTConfig, TextFeatures
+from lidit_jax.models.lidit import LIDiT, TextFeatures
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.parallel.rules import ShardingRules, shardings
 from lidit_jax.pytorch.transformer_lidit import LIDiTTransformer2DModel
 from lidit_jax.weights.safetensors_file import SafetensorsWriter
@@ -400,7 +401,7 @@ def test_a_model_of_a_billion_is_written_in_the_memory_of_a_shard(tmp_path, dtyp
     make = f"""
 import jax, jax.numpy as jnp, sys
 from lidit_jax.checkpoint import Checkpoints
-from lidit_jax.models.lidit import LIDiTConfig
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.weights import torch_lidit
 import flax
 config = LIDiTConfig(**{model})
@@ -416,7 +417,7 @@ checkpoints.close()
 import sys
 from pathlib import Path
 from lidit_jax.checkpoint import open_weights
-from lidit_jax.models.lidit import LIDiTConfig
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.weights.torch_lidit import save_lidit
 config = LIDiTConfig(**{model})
 with open_weights(sys.argv[1] + "/checkpoints", "params") as weights:

@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from lidit_jax.diffusion.samplers import StepTable
 from lidit_jax.diffusion.schedules import noise_from_output, x0_from_output
-from lidit_jax.errors import UserError
-from lidit_jax.models.lidit import LIDiTConfig
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.pytorch.transformer_lidit import LIDiTTransformer2DModel
 from lidit_jax.train import TrainConfig
 from lidit_jax.weights.torch_lidit import FIELDS, torch_tensors
@@ -28,7 +27,7 @@ _checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_st
 _keep_products = functools.partial(
     create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 )
-# What a rematerialised block keeps; "offload" has no counterpart.
+# What a rematerialised block keeps, as `models/remat.py`.
 REMAT = {"none": None, "full": _checkpoint, "dots": functools.partial(_checkpoint, context_fn=_keep_products)}
 
 # The arguments of the model that say what the LLMs said, by name; each a list with an entry for each LLM.
@@ -62,10 +61,8 @@ def from_flax(
     """The model with the parameters of a Flax tree (as `state_dict_of_flax` takes it), on a device; nothing is shared.
 
     Raises:
-      UserError: the config's rematerialisation is none that PyTorch has, or the parameters are not the config's.
+      UserError: the parameters are not the config's.
     """
-    if config.remat not in REMAT:
-        raise UserError(f"PyTorch has no model.remat={config.remat!r}: use one of {', '.join(REMAT)}")
     with torch.device("meta"):  # no memory for weights that are replaced
         model = LIDiTTransformer2DModel(**{name: getattr(config, name) for name in FIELDS}, text_widths=text_widths)
     state = {

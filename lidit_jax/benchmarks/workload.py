@@ -27,7 +27,8 @@ from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.flops import TextLengths, lidit_forward
-from lidit_jax.models.lidit import LIDiTConfig, TextFeatures
+from lidit_jax.models.lidit import TextFeatures
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.parallel.chips import chip_of
 from lidit_jax.text.load_encoder import open_encoder

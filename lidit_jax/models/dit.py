@@ -1,23 +1,22 @@
 """The diffusion transformer of LI-DiT (paper section 3.2, Figure 5 right): latents and text in, noise out."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
-from lidit_jax.models import splash_attention
 from lidit_jax.models.layers import (
     ACTIVATION,
     ZERO_INIT,
     Attention,
     Dense,
     FeedForward,
+    LayerConfig,
     Modulation,
     layer_norm,
     modulate,
 )
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.positions import (
     CONV,
     ROPE,
@@ -27,37 +26,14 @@ from lidit_jax.models.positions import (
     rope_tables,
     sincos_embedding,
 )
+from lidit_jax.models.remat import REMAT_POLICIES
 from lidit_jax.models.rotary import RotaryTables
-
-_kernels = jax.checkpoint_policies.save_only_these_names(splash_attention.CHECKPOINT_NAME)
-_dots = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _kernels
-)
-_dots_to_host = jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")
-
-
-def _offload_dots(primitive, *arguments, **options):
-    # JAX joins only policies that say yes or no.
-    return _kernels(primitive, *arguments, **options) or _dots_to_host(primitive, *arguments, **options)
-
-
-# What a rematerialised block keeps for its backward pass.
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,  # keeps the block's input alone: least memory, one more forward
-    "dots": _dots,  # keeps the matrix products' results, and the attention kernel's
-    # As "dots", but the products' results wait in the host's memory.
-    "offload": _offload_dots,
-    "none": None,  # no rematerialisation
-}
 
 
 class LIDiTBlock(nn.Module):
     """Self-attention, cross-attention to the text, FFN; each between scale+shift and a gate (nine vectors in all)."""
 
-    num_heads: int
-    mlp_ratio: float = 4.0
-    implementation: str = "auto"
-    dtype: Any = jnp.float32
+    layers: LayerConfig
 
     @nn.compact
     def __call__(
@@ -72,14 +48,14 @@ class LIDiTBlock(nn.Module):
         -> (x [B, N, C], None).
         """
         x = nn.with_logical_constraint(x, ACTIVATION)
-        attention = {"qk_norm": True, "implementation": self.implementation, "dtype": self.dtype}
-        self_attention = Attention(self.num_heads, **attention, name="self_attention")
-        cross_attention = Attention(self.num_heads, **attention, name="cross_attention")
-        feed_forward = FeedForward(self.mlp_ratio, dtype=self.dtype, name="feed_forward")
-        vectors = Modulation(9, x.shape[-1], dtype=self.dtype, name="modulation")(conditioning)
+        dtype = self.layers.dtype
+        self_attention = Attention(self.layers, name="self_attention")
+        cross_attention = Attention(self.layers, name="cross_attention")
+        feed_forward = FeedForward(self.layers, name="feed_forward")
+        vectors = Modulation(9, x.shape[-1], dtype=dtype, name="modulation")(conditioning)
 
         def sublayer(x, layer, shift, scale, gate):
-            y = layer(modulate(layer_norm(x), shift, scale).astype(self.dtype))
+            y = layer(modulate(layer_norm(x), shift, scale).astype(dtype))
             return x + (gate[:, None] * y.astype(jnp.float32)).astype(x.dtype)
 
         x = sublayer(x, lambda h: self_attention(h, rotary=rotary), *vectors[0:3])
@@ -89,70 +65,59 @@ class LIDiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """Patchify, positions, `depth` blocks under one scan, adaLN output. Any size that the patch divides.
+    """Patchify, positions, `depth` blocks under one scan, adaLN output. Any size that the patch divides."""
 
-    `position` and `position_grid` are as in `LIDiTConfig`.
-    """
-
-    depth: int
-    hidden_size: int
-    num_heads: int
-    patch_size: int
-    out_channels: int
-    position: str
-    position_grid: int
-    mlp_ratio: float = 4.0
-    remat: str = "full"
-    scan_unroll: int = 1
-    implementation: str = "auto"
-    dtype: Any = jnp.float32
+    config: LIDiTConfig
 
     @nn.compact
     def __call__(self, latents: jax.Array, text: jax.Array, text_mask: jax.Array, conditioning: jax.Array) -> jax.Array:
-        """latents [B, H, W, C_in], text [B, M, C], text_mask bool [B, M], conditioning [B, C] -> [B, H, W, C_out].
+        """latents [B, H, W, C_in], text [B, M, C], text_mask bool [B, M], conditioning [B, C] -> [B, H, W, C_in].
 
         Raises:
-          UserError: if the patch size divides not both sides of the latents.
+          UserError: the patch size does not divide both sides of the latents.
         """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
         batch, height, width, _ = latents.shape
-        patch = self.patch_size
+        patch = config.patch_size
         if height % patch or width % patch:
             raise UserError(f"latents of {height}x{width} are not divisible by patch_size={patch}")
         h, w = height // patch, width // patch
 
         x = patchify(latents, patch)  # [B, h, w, patch^2 C_in]
-        x = Dense(self.hidden_size, (None, "embed"), dtype=self.dtype, name="patch_embedding")(x)
-        positions, rotary = parse_position(self.position), None
+        x = Dense(config.hidden_size, (None, "embed"), dtype=dtype, name="patch_embedding")(x)  # [B, h, w, C]
+        positions, rotary = parse_position(config.position), None
         if SINCOS in positions:
-            x = x + sincos_embedding(h, w, self.hidden_size, self.position_grid).astype(x.dtype)
+            x = x + sincos_embedding(h, w, config.hidden_size, config.position_grid).astype(x.dtype)
         if CONV in positions:
-            x = ConvPositionEmbedding(dtype=self.dtype, name="position_embedding")(x)
+            x = ConvPositionEmbedding(dtype=dtype, name="position_embedding")(x)
         if ROPE in positions:
-            rotary = rope_tables(h, w, self.hidden_size // self.num_heads, self.position_grid)
-        x = x.reshape(batch, h * w, self.hidden_size)  # [B, N, C]
+            rotary = rope_tables(h, w, config.head_dim, config.position_grid)
+        x = x.reshape(batch, h * w, config.hidden_size)  # [B, N, C]
         self.sow("intermediates", "tokens", x)
 
-        x, _ = self._blocks()(x, text, text_mask, conditioning, rotary)
+        x, _ = _scanned_blocks(config)(x, text, text_mask, conditioning, rotary)  # [B, N, C]
 
-        shift, scale = Modulation(2, self.hidden_size, dtype=self.dtype, name="final_modulation")(conditioning)
+        shift, scale = Modulation(2, config.hidden_size, dtype=dtype, name="final_modulation")(conditioning)
         x = modulate(layer_norm(x), shift, scale)
         # float32: the prediction's error is measured in float32, and its last product is small.
-        x = Dense(patch * patch * self.out_channels, ("embed", None), kernel_init=ZERO_INIT, name="output")(x)
+        x = Dense(patch * patch * config.latent_channels, ("embed", None), kernel_init=ZERO_INIT, name="output")(x)
         return unpatchify(x.reshape(batch, h, w, -1), patch)
 
-    def _blocks(self):
-        policy = REMAT_POLICIES[self.remat]
-        block = LIDiTBlock if policy is None else nn.remat(LIDiTBlock, policy=policy, prevent_cse=False)
-        scan = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 4,
-            length=self.depth,
-            unroll=self.scan_unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return scan(self.num_heads, self.mlp_ratio, self.implementation, self.dtype, name="blocks")
+
+def _scanned_blocks(config: LIDiTConfig) -> nn.Module:
+    """Returns `config.depth` blocks as one scan; their parameters have a leading axis of that length."""
+    policy = REMAT_POLICIES[config.remat]
+    block = LIDiTBlock if policy is None else nn.remat(LIDiTBlock, policy=policy, prevent_cse=False)
+    scan = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast,) * 4,
+        length=config.depth,
+        unroll=config.scan_unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scan(config.dit_layers, name="blocks")
 
 
 def patchify(x: jax.Array, patch: int) -> jax.Array:

@@ -5,7 +5,7 @@ convolution. Norms, softmax, activations and modulation are left out, as is usua
 import dataclasses
 from collections.abc import Sequence
 
-from lidit_jax.models.lidit import LIDiTConfig
+from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.positions import CONV, parse_position
 from lidit_jax.models.t5 import T5Config

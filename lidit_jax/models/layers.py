@@ -4,6 +4,7 @@ Parameters are float32 and carry logical axis names (`parallel/rules.py` maps th
 in `dtype`; normalisation, modulation and the timestep embedding stay in float32.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -34,6 +35,26 @@ ACTIVATIONS = {
     "gelu_new": functools.partial(nn.gelu, approximate=True),
     "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+    """What all attention and feed-forward layers of a network share.
+
+    Attributes:
+      num_heads: of each attention.
+      mlp_ratio: width of the feed-forward layers over the model's width.
+      qk_norm: RMSNorm of queries and keys over the head size before their product (paper section 3.2). It bounds the
+        logits, and so keeps bfloat16 training of deep models stable.
+      attention: implementation, see `dot_product_attention`.
+      dtype: of matrix products.
+    """
+
+    num_heads: int
+    mlp_ratio: float = 4.0
+    qk_norm: bool = False
+    attention: str = "auto"
+    dtype: Any = jnp.float32
 
 
 def check_dtype(key: str, dtype: str) -> None:
@@ -162,15 +183,14 @@ class TimestepEmbedder(nn.Module):
 class FeedForward(nn.Module):
     """Dense, tanh-GELU, dense: [B, L, C] -> [B, L, C]."""
 
-    mlp_ratio: float = 4.0
-    dtype: Any = jnp.float32
+    layers: LayerConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        features = x.shape[-1]
-        x = Dense(int(features * self.mlp_ratio), ("embed", "mlp"), dtype=self.dtype, name="in")(x)
+        features, dtype = x.shape[-1], self.layers.dtype
+        x = Dense(int(features * self.layers.mlp_ratio), ("embed", "mlp"), dtype=dtype, name="in")(x)
         x = nn.gelu(x, approximate=True)
-        return Dense(features, ("mlp", "embed"), dtype=self.dtype, name="out")(x)
+        return Dense(features, ("mlp", "embed"), dtype=dtype, name="out")(x)
 
 
 def rotate_query_and_key(
@@ -188,17 +208,10 @@ def rotate_query_and_key(
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to itself, or to a context.
+    """Multi-head attention of x to itself, or to a context."""
 
-    With `qk_norm`, queries and keys are RMS-normalised over the head size before the product (paper section 3.2),
-    which bounds the logits and so keeps bfloat16 training of deep models stable.
-    """
-
-    num_heads: int
-    qk_norm: bool = False
+    layers: LayerConfig
     is_causal: bool = False
-    implementation: str = "auto"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -216,19 +229,20 @@ class Attention(nn.Module):
         """
         batch, length, features = x.shape
         context = x if context is None else context
-        head_shape = (self.num_heads, features // self.num_heads)
-        query = Dense(features, ("embed", "heads"), dtype=self.dtype, name="query")(x)
-        key = Dense(features, ("embed", "heads"), dtype=self.dtype, name="key")(context)
-        value = Dense(features, ("embed", "heads"), dtype=self.dtype, name="value")(context)
+        num_heads, dtype = self.layers.num_heads, self.layers.dtype
+        head_shape = (num_heads, features // num_heads)
+        query = Dense(features, ("embed", "heads"), dtype=dtype, name="query")(x)
+        key = Dense(features, ("embed", "heads"), dtype=dtype, name="key")(context)
+        value = Dense(features, ("embed", "heads"), dtype=dtype, name="value")(context)
         query = query.reshape(batch, length, *head_shape)  # [B, L, H, D]
         key = key.reshape(batch, -1, *head_shape)  # [B, M, H, D]
         value = value.reshape(batch, -1, *head_shape)
-        if self.qk_norm:
+        if self.layers.qk_norm:
             query = RMSNorm(name="query_norm")(query)
             key = RMSNorm(name="key_norm")(key)
         query, key = rotate_query_and_key(query, key, rotary, context_rotary)
         y = dot_product_attention(
-            query, key, value, key_mask=key_mask, is_causal=self.is_causal, implementation=self.implementation
+            query, key, value, key_mask=key_mask, is_causal=self.is_causal, implementation=self.layers.attention
         )
         y = y.reshape(batch, length, features)
-        return Dense(features, ("heads", "embed"), dtype=self.dtype, name="out")(y)
+        return Dense(features, ("heads", "embed"), dtype=dtype, name="out")(y)

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lidit_jax.models.layers import ACTIVATION, Attention, FeedForward, Modulation, RMSNorm, modulate
+from lidit_jax.models.layers import ACTIVATION, Attention, FeedForward, LayerConfig, Modulation, RMSNorm, modulate
 from lidit_jax.models.rotary import RotaryTables, rotary_tables
 
 # Prompts are short: with a base of 100 a third of the angles make a turn within thirty tokens, with LLMs' 10,000 a
@@ -36,13 +36,9 @@ class LinguisticTokenRefinerBlock(nn.Module):
     `gated=False` leaves the gates out (Table 5, last row) and `is_causal=True` restores the causal mask (Table 3).
     """
 
-    num_heads: int
-    mlp_ratio: float = 4.0
+    layers: LayerConfig
     gated: bool = True
     is_causal: bool = False
-    qk_norm: bool = False
-    implementation: str = "auto"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -52,18 +48,11 @@ class LinguisticTokenRefinerBlock(nn.Module):
         or None -> [B, L, C].
         """
         x = nn.with_logical_constraint(x, ACTIVATION)
-        attention = Attention(
-            self.num_heads,
-            qk_norm=self.qk_norm,
-            is_causal=self.is_causal,
-            implementation=self.implementation,
-            dtype=self.dtype,
-            name="attention",
-        )
-        feed_forward = FeedForward(self.mlp_ratio, dtype=self.dtype, name="feed_forward")
+        attention = Attention(self.layers, self.is_causal, name="attention")
+        feed_forward = FeedForward(self.layers, name="feed_forward")
         attention_gate = feed_forward_gate = jnp.ones((1, 1), jnp.float32)
         if self.gated:
-            gates = Modulation(2, x.shape[-1], dtype=self.dtype, name="gates")
+            gates = Modulation(2, x.shape[-1], dtype=self.layers.dtype, name="gates")
             attention_gate, feed_forward_gate = gates(conditioning)  # [B, C] each
         h = RMSNorm(name="attention_norm")(x)
         x = x + _gate(attention_gate, attention(h, key_mask=key_mask, rotary=rotary))
@@ -74,13 +63,9 @@ class LinguisticTokenRefiner(nn.Module):
     """`num_blocks` refiner blocks over one LLM's features (the paper: 2)."""
 
     num_blocks: int
-    num_heads: int
-    mlp_ratio: float = 4.0
+    layers: LayerConfig
     gated: bool = True
     is_causal: bool = False
-    qk_norm: bool = False
-    implementation: str = "auto"
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -88,16 +73,7 @@ class LinguisticTokenRefiner(nn.Module):
     ) -> jax.Array:
         """As `LinguisticTokenRefinerBlock`."""
         for i in range(self.num_blocks):
-            block = LinguisticTokenRefinerBlock(
-                self.num_heads,
-                self.mlp_ratio,
-                self.gated,
-                self.is_causal,
-                self.qk_norm,
-                self.implementation,
-                self.dtype,
-                name=f"block_{i}",
-            )
+            block = LinguisticTokenRefinerBlock(self.layers, self.gated, self.is_causal, name=f"block_{i}")
             x = block(x, key_mask, conditioning, rotary)
         return x
 
@@ -105,11 +81,7 @@ class LinguisticTokenRefiner(nn.Module):
 class CollaborativeRefinerBranch(nn.Module):
     """One LLM's branch: cross-attention to the other branches, then FFN; scale and shift before, gate after each."""
 
-    num_heads: int
-    mlp_ratio: float = 4.0
-    qk_norm: bool = False
-    implementation: str = "auto"
-    dtype: Any = jnp.float32
+    layers: LayerConfig
 
     @nn.compact
     def __call__(
@@ -125,23 +97,17 @@ class CollaborativeRefinerBranch(nn.Module):
         positions or None -> [B, L, C].
         """
         x = nn.with_logical_constraint(x, ACTIVATION)
-        attention = Attention(
-            self.num_heads,
-            qk_norm=self.qk_norm,
-            implementation=self.implementation,
-            dtype=self.dtype,
-            name="cross_attention",
-        )
-        feed_forward = FeedForward(self.mlp_ratio, dtype=self.dtype, name="feed_forward")
-        modulation = Modulation(6, x.shape[-1], dtype=self.dtype, name="modulation")(conditioning)
+        attention = Attention(self.layers, name="cross_attention")
+        feed_forward = FeedForward(self.layers, name="feed_forward")
+        modulation = Modulation(6, x.shape[-1], dtype=self.layers.dtype, name="modulation")(conditioning)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation
 
         h = modulate(RMSNorm(name="attention_norm")(x).astype(jnp.float32), shift_1, scale_1)
         others = RMSNorm(name="context_norm")(others)
-        y = attention(h.astype(self.dtype), others, others_mask, rotary, others_rotary)
+        y = attention(h.astype(self.layers.dtype), others, others_mask, rotary, others_rotary)
         x = x + _gate(gate_1, y)
         h = modulate(RMSNorm(name="feed_forward_norm")(x).astype(jnp.float32), shift_2, scale_2)
-        return x + _gate(gate_2, feed_forward(h.astype(self.dtype)))
+        return x + _gate(gate_2, feed_forward(h.astype(self.layers.dtype)))
 
 
 class CollaborativeRefiner(nn.Module):
@@ -152,11 +118,7 @@ class CollaborativeRefiner(nn.Module):
     """
 
     num_blocks: int
-    num_heads: int
-    mlp_ratio: float = 4.0
-    qk_norm: bool = False
-    implementation: str = "auto"
-    dtype: Any = jnp.float32
+    layers: LayerConfig
 
     @nn.compact
     def __call__(
@@ -180,14 +142,7 @@ class CollaborativeRefiner(nn.Module):
                 tables = (None, None)
                 if rotary is not None:
                     tables = (rotary[i], jax.tree.map(lambda *of: jnp.concatenate(of), *_without(i, rotary)))
-                branch = CollaborativeRefinerBranch(
-                    self.num_heads,
-                    self.mlp_ratio,
-                    self.qk_norm,
-                    self.implementation,
-                    self.dtype,
-                    name=f"block_{block}_branch_{i}",
-                )
+                branch = CollaborativeRefinerBranch(self.layers, name=f"block_{block}_branch_{i}")
                 refined.append(branch(x, others, others_mask, conditionings[i], *tables))
             branches = refined
         return branches

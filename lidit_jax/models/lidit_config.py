@@ -1,0 +1,105 @@
+"""Sizes and switches of LI-DiT, under `model` in a config."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lidit_jax.errors import UserError
+from lidit_jax.models.attention import check_implementation
+from lidit_jax.models.layers import LayerConfig, check_dtype
+from lidit_jax.models.positions import ROPE, parse_position
+from lidit_jax.models.remat import REMAT_POLICIES
+
+FUSIONS = ("collaborative", "concatenate")
+
+
+@dataclasses.dataclass(frozen=True)
+class LIDiTConfig:
+    """Sizes and switches of LI-DiT (paper Table 7; the switches are those of Tables 2, 3, 5 and 6).
+
+    Attributes:
+      refiner_blocks: blocks of each linguistic token refiner (paper: 2); 0 removes it.
+      refiner_gated, refiner_causal: Table 5's and Table 3's switches.
+      refiner_rotary: rotary positions in both refiners' attentions (ours), counted from the prompt's first token, so
+        that the same words of two LLMs are near each other whatever comes before them.
+      position: how the image's tokens know where they are: "conv" (paper), "sincos", "rope" (ours), or several joined
+        by "+"; see `models/positions.py`.
+      position_grid: side in tokens of the square grid on which neighbours are 1 apart for "sincos" and "rope": the one
+        of the resolution that is trained first. Fine-tuning at another resolution keeps it, and so keeps the layout.
+      refiner_qk_norm: RMSNorm of queries and keys in the refiners too (ours: the paper states it for the DiT's layers
+        alone, section 3.2); it bounds their logits in bfloat16.
+      fusion: "collaborative" (collaborative refiner, then concatenation) or "concatenate".
+      collaborative_blocks: blocks of the collaborative refiner (paper: 1).
+      refiner_mlp_ratio: FFN width of the refiners over their width (ours: 4, as in the DiT).
+      remat: what a block keeps for its backward pass, one of `REMAT_POLICIES`.
+      scan_unroll: DiT blocks per turn of the loop over them; more compiles longer and, on a CPU, runs a little faster.
+    """
+
+    depth: int
+    hidden_size: int
+    num_heads: int
+    patch_size: int = 2
+    latent_channels: int = 16
+    mlp_ratio: float = 4.0
+    position: str = "conv+sincos+rope"
+    position_grid: int = 16
+    refiner_blocks: int = 2
+    refiner_gated: bool = True
+    refiner_causal: bool = False
+    refiner_rotary: bool = True
+    refiner_qk_norm: bool = False
+    refiner_mlp_ratio: float = 4.0
+    fusion: str = "collaborative"
+    collaborative_blocks: int = 1
+    remat: str = "full"
+    scan_unroll: int = 1
+    attention: str = "auto"
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}"
+            )
+        for name in ("mlp_ratio", "refiner_mlp_ratio"):
+            if int(self.hidden_size * getattr(self, name)) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} leaves no width: use a larger one")
+        if self.hidden_size < 4:
+            raise UserError(f"model.hidden_size={self.hidden_size} is too small: use at least 4")
+        if self.scan_unroll < 1:
+            raise UserError(f"model.scan_unroll={self.scan_unroll} must be at least 1")
+        if self.refiner_rotary and self.head_dim % 2:
+            raise UserError(
+                f"model.hidden_size / model.num_heads = {self.head_dim} is odd, which rotary "
+                "positions cannot be: choose other sizes, or model.refiner_rotary=False"
+            )
+        if ROPE in parse_position(self.position) and self.head_dim % 4:
+            raise UserError(
+                f"model.hidden_size / model.num_heads = {self.head_dim} is not divisible by 4, as "
+                "'rope' needs: choose other sizes, or another model.position"
+            )
+        if self.position_grid < 1:
+            raise UserError(f"model.position_grid={self.position_grid} must be at least 1")
+        check_dtype("model.dtype", self.dtype)
+        check_implementation(self.attention)
+        if self.fusion not in FUSIONS:
+            raise UserError(f"model.fusion={self.fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
+        if self.remat not in REMAT_POLICIES:
+            raise UserError(f"model.remat={self.remat!r} is unknown: use one of {', '.join(REMAT_POLICIES)}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def dit_layers(self) -> LayerConfig:
+        """What the layers of the diffusion transformer share; QK-norm is the paper's (section 3.2)."""
+        return LayerConfig(self.num_heads, self.mlp_ratio, True, self.attention, jnp.dtype(self.dtype))
+
+    @property
+    def refiner_layers(self) -> LayerConfig:
+        """What the layers of both refiners share."""
+        return LayerConfig(
+            self.num_heads, self.refiner_mlp_ratio, self.refiner_qk_norm, self.attention, jnp.dtype(self.dtype)
+        )
