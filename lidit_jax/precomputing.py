@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from lidit_jax.data.broken_count import BrokenCount
 from lidit_jax.data.buckets import Bucket
-from lidit_jax.data.indexed_dataset import IndexedDataset
+from lidit_jax.data.formats.record_shards import RecordReaders
+from lidit_jax.data.indexed.dataset import IndexedDataset
 from lidit_jax.data.precomputed import MANIFEST, PLAN, Manifest, to_record
-from lidit_jax.data.record_shards import RecordReaders
 from lidit_jax.data.sources import BrokenExample
 from lidit_jax.data.stored_features import FEATURES
 from lidit_jax.errors import UserError

@@ -11,7 +11,7 @@ from test_precompute import changed, config, losses  # noqa: F401
 from lidit_jax import experiment, stages
 from lidit_jax.config import build
 from lidit_jax.data.data_config import DataConfig
-from lidit_jax.data.indexed_dataset import IndexedDataset
+from lidit_jax.data.indexed.dataset import IndexedDataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.precomputed import PrecomputedSource, to_record
 from lidit_jax.data.stored_features import DTYPES, tensors_of

@@ -20,10 +20,11 @@ from test_warm_up import compilations
 
 from lidit_jax import stages
 from lidit_jax.checkpoint import Checkpoints
-from lidit_jax.data import files, sample_stream
 from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.formats import files
+from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.open_dataset import open_dataset
-from lidit_jax.data.tar_shards import TarShards
+from lidit_jax.data.streamed import sample_stream
 from lidit_jax.errors import UserError
 
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from lidit_jax.ablation.corpus import Corpus, DocumentStream, DocumentTokenizer
 from lidit_jax.ablation.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5
 from lidit_jax.config import build
-from lidit_jax.data.loader import rows_of_process
+from lidit_jax.data.indexed.loader import rows_of_process
 from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import LLM_FAMILIES, Experiment

@@ -11,11 +11,11 @@ from lidit_jax.data import filters
 from lidit_jax.data.buckets import Bucket, make_buckets
 from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.filters import Filter
-from lidit_jax.data.folder_shards import FolderShards
-from lidit_jax.data.record_shards import ArrayRecordShards, TfdsShards
-from lidit_jax.data.sample import Shards
+from lidit_jax.data.formats.folder_shards import FolderShards
+from lidit_jax.data.formats.record_shards import ArrayRecordShards, TfdsShards
+from lidit_jax.data.formats.shards import Shards
+from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.shapes.layout import SceneLayout
-from lidit_jax.data.tar_shards import TarShards
 from lidit_jax.errors import UserError
 
 SOURCES = ("shapes", "tar", "array_record", "tfds", "folder", "precomputed")

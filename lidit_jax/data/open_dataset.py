@@ -2,8 +2,8 @@
 
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset
-from lidit_jax.data.indexed_dataset import IndexedDataset
-from lidit_jax.data.streamed_dataset import StreamedDataset
+from lidit_jax.data.indexed.dataset import IndexedDataset
+from lidit_jax.data.streamed.dataset import StreamedDataset
 
 
 def open_dataset(config: DataConfig, cell: int, held_out: bool = False, with_captions: bool = True) -> Dataset:

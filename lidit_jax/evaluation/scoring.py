@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from lidit_jax.data.decoding import BrokenPicture, decode
+from lidit_jax.data.formats.decoding import BrokenPicture, decode
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.benchmarks import FACTS_FILE
 from lidit_jax.evaluation.claimed_folder import check_claim, read_claim

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lidit_jax.data import decoding
 from lidit_jax.data.buckets import Bucket, assign
 from lidit_jax.data.filters import Candidate, Filter, first_reason
-from lidit_jax.data.index import MAX_PIXELS
-from lidit_jax.data.sample import Sample, Unusable
+from lidit_jax.data.formats import decoding
+from lidit_jax.data.formats.shards import Sample, Unusable
+from lidit_jax.data.formats.tar_shards import MAX_SAMPLE_BYTES, TarShards
+from lidit_jax.data.indexed.index import MAX_PIXELS
 from lidit_jax.data.sources import BrokenExample, Example, described, read_picture
-from lidit_jax.data.tar_shards import MAX_SAMPLE_BYTES, TarShards
 from lidit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)

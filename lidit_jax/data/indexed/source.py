@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from lidit_jax.data.buckets import Bucket
-from lidit_jax.data.index import MAX_PIXELS, Examined
-from lidit_jax.data.sample import Sample, Shards, Unusable
-from lidit_jax.data.shared_array import SharedArray
+from lidit_jax.data.formats.shards import Sample, Shards, Unusable
+from lidit_jax.data.indexed.index import MAX_PIXELS, Examined
+from lidit_jax.data.indexed.shared_array import SharedArray
 from lidit_jax.data.sources import BrokenExample, Example, Source, described, nothing_left, read_picture
 
 

@@ -8,7 +8,7 @@ Format: POSIX.1-1988 ustar, POSIX.1-2001 pax ("path" and "size") and GNU long na
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lidit_jax.data.files import File
+from lidit_jax.data.formats.files import File
 
 BLOCK = 512
 _MAX_EXTENSION_BYTES = 1 << 20  # a name, or pax records

@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tqdm
 
-from lidit_jax.data import decoding
-from lidit_jax.data.files import is_remote, modification_time, remote_filesystem
 from lidit_jax.data.filters import Candidate, Filter, first_reason
-from lidit_jax.data.sample import Place, Sample, Shards
+from lidit_jax.data.formats import decoding
+from lidit_jax.data.formats.files import is_remote, modification_time, remote_filesystem
+from lidit_jax.data.formats.shards import Place, Sample, Shards
 from lidit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ import os
 import re
 from collections.abc import Generator, Iterator, Sequence
 
-from lidit_jax.data import tar_headers
-from lidit_jax.data.files import File, RangeReader, find_files, open_file
-from lidit_jax.data.sample import (
+from lidit_jax.data.formats import tar_headers
+from lidit_jax.data.formats.files import File, RangeReader, find_files, open_file
+from lidit_jax.data.formats.shards import (
     CLASS_FIELD,
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,

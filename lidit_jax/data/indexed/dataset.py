@@ -14,9 +14,9 @@ from lidit_jax.data.buckets import Bucket, assign
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset, spread
 from lidit_jax.data.filters import no_caption
-from lidit_jax.data.index import IndexPlan, examine
-from lidit_jax.data.indexed_source import IndexedSource
-from lidit_jax.data.loader import Loader, make_loader, make_plan, rows_of_process
+from lidit_jax.data.indexed.index import IndexPlan, examine
+from lidit_jax.data.indexed.loader import Loader, make_loader, make_plan, rows_of_process
+from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.data.shapes.source import HELD_OUT_SEED, ShapesSource
 from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lidit_jax.data.files import find_files, is_remote
-from lidit_jax.data.sample import (
+from lidit_jax.data.formats.files import find_files, is_remote
+from lidit_jax.data.formats.shards import (
     CLASS_FIELD,
     MAX_TEXT_BYTES,
     Place,

@@ -15,11 +15,20 @@ import grain
 import numpy as np
 
 from lidit_jax.data.assembler import Assembler
-from lidit_jax.data.batch_plan import GroupSchedule
 from lidit_jax.data.batch_stream import NEWS, BatchStream, News
 from lidit_jax.data.buckets import Bucket
-from lidit_jax.data.sample_stream import SPARES, Entry, GroupingBuffer, Reading, SampleStream, Seen, Snapshot, shuffled
+from lidit_jax.data.indexed.batch_plan import GroupSchedule
 from lidit_jax.data.sources import BrokenExample, Example
+from lidit_jax.data.streamed.sample_stream import (
+    SPARES,
+    Entry,
+    GroupingBuffer,
+    Reading,
+    SampleStream,
+    Seen,
+    Snapshot,
+    shuffled,
+)
 from lidit_jax.errors import UserError
 
 _SHARDS, _ORDER, _BUFFER = 3, 4, 5  # what random numbers are for; `GroupSchedule` has 1 and 2

@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lidit_jax.data.files import is_remote
-from lidit_jax.data.sample import (
+from lidit_jax.data.formats.files import is_remote
+from lidit_jax.data.formats.shards import (
     CLASS_FIELD,
     MAX_TEXT_BYTES,
     Place,

@@ -12,9 +12,9 @@ import grain
 from absl import flags
 
 from lidit_jax.data.assembler import Assembler
-from lidit_jax.data.batch_plan import BatchPlan
 from lidit_jax.data.batch_stream import NEWS, BatchStream, News
 from lidit_jax.data.buckets import Bucket, assign
+from lidit_jax.data.indexed.batch_plan import BatchPlan
 from lidit_jax.data.sources import BrokenExample, Example, Source
 from lidit_jax.errors import UserError
 

@@ -20,11 +20,11 @@ from lidit_jax.data.broken_count import check_broken
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset, spread
-from lidit_jax.data.files import is_remote
-from lidit_jax.data.loader import rows_of_process
-from lidit_jax.data.sample_stream import PART, Entry, Reading, Seen
+from lidit_jax.data.formats.files import is_remote
+from lidit_jax.data.indexed.loader import rows_of_process
 from lidit_jax.data.sources import BrokenExample, nothing_left
-from lidit_jax.data.stream_loader import StreamLoader, StreamPlan
+from lidit_jax.data.streamed.loader import StreamLoader, StreamPlan
+from lidit_jax.data.streamed.sample_stream import PART, Entry, Reading, Seen
 from lidit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
