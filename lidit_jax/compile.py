@@ -15,7 +15,7 @@ from etils import epath
 from lidit_jax import cli
 from lidit_jax.compiling import compile_step, where_weights_go
 from lidit_jax.errors import UserError
-from lidit_jax.json_file import write_json
+from lidit_jax.files import write_json
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "generation and shape of a slice: v5p:8x8x4, v5e:16x16, v4:2x2x2 …")

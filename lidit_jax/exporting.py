@@ -23,7 +23,7 @@ from lidit_jax.checkpoint import open_weights
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import LIDIT, Experiment
-from lidit_jax.json_file import write_json
+from lidit_jax.files import write_json
 from lidit_jax.model_card import model_card
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.text.encoders import T5TextEncoder

@@ -25,7 +25,7 @@ from lidit_jax.data.sources import BrokenExample
 from lidit_jax.data.stored_features import FEATURES
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
-from lidit_jax.json_file import write_json
+from lidit_jax.files import write_json
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated

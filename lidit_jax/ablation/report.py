@@ -18,7 +18,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.evaluation.eval_extra import png_of
 from lidit_jax.evaluation.quarters import QUARTER_NAMES, QUARTERS
 from lidit_jax.evaluation.scenes import COUNTS, SCORES_FILE, named_at
-from lidit_jax.json_file import write_json
+from lidit_jax.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from etils import epath
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.attributes import ATTRIBUTES, KINDS
 from lidit_jax.evaluation.noun_phrases import split_noun_phrases
-from lidit_jax.json_file import write_json
+from lidit_jax.files import write_json
 from lidit_jax.pictures import save_png
 
 NUM_PROMPTS, SEED = 1000, 2406

@@ -20,7 +20,7 @@ from lidit_jax.evaluation.benchmarks import FACTS_FILE, Benchmark, open_benchmar
 from lidit_jax.evaluation.claimed_folder import check_claim, read_claim
 from lidit_jax.evaluation.scene_benchmark import ShapesBenchmark
 from lidit_jax.experiment import Experiment
-from lidit_jax.json_file import write_json
+from lidit_jax.files import write_json
 from lidit_jax.sampling import Drawing, warn_of_truncated
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lidit_jax.errors import UserError
-from lidit_jax.json_file import finite, write_json
+from lidit_jax.files import finite, write_json
 from lidit_jax.models.image_similarity import psnr, ssim
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig

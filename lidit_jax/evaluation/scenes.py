@@ -19,7 +19,7 @@ from lidit_jax.data.shapes.scene import HELD_OUT_PAIRS, Scene
 from lidit_jax.data.shapes.scores import Accuracy, SceneCheck, accuracies, object_accuracies
 from lidit_jax.data.shapes.source import HELD_OUT_SEED, ShapesSource
 from lidit_jax.errors import UserError
-from lidit_jax.json_file import write_json
+from lidit_jax.files import write_json
 from lidit_jax.pictures import grid, save_png
 from lidit_jax.pipeline import Pipeline, SampleConfig
 

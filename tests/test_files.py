@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from lidit_jax.evaluation.report import Report, write_report
-from lidit_jax.json_file import finite
+from lidit_jax.files import finite
 from lidit_jax.metrics import Metrics
 
 
