@@ -15,11 +15,11 @@ from conftest import ROOT, load_config
 from etils import epath
 from ml_collections import ConfigDict
 
-from lidit_jax.ablation import language_models, report, runs
-from lidit_jax.ablation.corpus import Corpus, DocumentStream, DocumentTokenizer, describe
-from lidit_jax.ablation.language_models import FAMILIES, TUNED, _tokenizer, masked_token_task, next_token_task
-from lidit_jax.ablation.report import Mean
-from lidit_jax.ablation.rows import BASE_LLMS, ROWS, T5, TABLES
+from lidit_jax.ablate import language_models, report, runs
+from lidit_jax.ablate.corpus import Corpus, DocumentStream, DocumentTokenizer, describe
+from lidit_jax.ablate.language_models import FAMILIES, TUNED, _tokenizer, masked_token_task, next_token_task
+from lidit_jax.ablate.report import Mean
+from lidit_jax.ablate.rows import BASE_LLMS, ROWS, T5, TABLES
 from lidit_jax.config import build, claim_workdir
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.shapes.layout import SceneLayout

@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from lidit_jax.ablation.corpus import Corpus, DocumentStream, DocumentTokenizer
-from lidit_jax.ablation.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5
+from lidit_jax.ablate.corpus import Corpus, DocumentStream, DocumentTokenizer
+from lidit_jax.ablate.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5
 from lidit_jax.config import build
 from lidit_jax.data.indexed.loader import rows_of_process
 from lidit_jax.data.shapes.source import ShapesSource

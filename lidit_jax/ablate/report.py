@@ -12,8 +12,8 @@ import numpy as np
 from etils import epath
 from scipy import stats
 
-from lidit_jax.ablation.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5, TABLES, Row, TableRow
-from lidit_jax.ablation.runs import Run
+from lidit_jax.ablate.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5, TABLES, Row, TableRow
+from lidit_jax.ablate.runs import Run
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.eval_extra import png_of
 from lidit_jax.evaluation.quarters import QUARTER_NAMES, QUARTERS

@@ -21,8 +21,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax import stages
-from lidit_jax.ablation.language_models import FAMILIES, check_settings, train_encoder
-from lidit_jax.ablation.rows import ROWS, Row
+from lidit_jax.ablate.language_models import FAMILIES, check_settings, train_encoder
+from lidit_jax.ablate.rows import ROWS, Row
 from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.scenes import SCORES_FILE, SceneEvaluation
