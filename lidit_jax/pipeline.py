@@ -138,7 +138,7 @@ class Pipeline:
     def lower(
         self, params: Any, height: int, width: int, how: SampleConfig, images_per_prompt: int = 1
     ) -> jax.stages.Lowered:
-        """The program that draws a batch, for shapes in place of arrays; see `compiling.py`."""
+        """The program that draws a batch, for shapes in place of arrays; see `compile/compile_step.py`."""
         to_encode, places = self._shared_prompts(how, images_per_prompt).batch([], 0)
         given = tokenize(self.encoders, to_encode), places, np.zeros(self.rows(how), np.uint32)
         place = None if self.mesh is None else batch_sharding(self.mesh, self.rules)

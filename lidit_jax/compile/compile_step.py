@@ -23,13 +23,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lidit_jax import tasks
+from lidit_jax.compile.hlo import Cost, cost_of
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.llm import LLM
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.chips import TPUS, Chip
-from lidit_jax.parallel.hlo import Cost, cost_of
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated, stored_shardings
 from lidit_jax.pipeline import Pipeline

@@ -13,7 +13,7 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.compiling import compile_step, where_weights_go
+from lidit_jax.compile.compile_step import compile_step, where_weights_go
 from lidit_jax.errors import UserError
 from lidit_jax.files import write_json
 

@@ -13,8 +13,9 @@ import pytest
 from conftest import ROOT, load_config, tiny_config
 from etils import epath
 
-from lidit_jax import compiling, tasks
-from lidit_jax.compiling import AssumedTokenizer, abstract_batch, abstract_frozen, topology_devices
+from lidit_jax import tasks
+from lidit_jax.compile import compile_step
+from lidit_jax.compile.compile_step import AssumedTokenizer, abstract_batch, abstract_frozen, topology_devices
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
@@ -64,7 +65,7 @@ def report(with_weights):
     task = tasks.lidit_task(part.model, part.schedule, encoders, vae, frozen)
     trainer = Trainer(task, part.train, mesh, RULES)
     batch = abstract_batch(part, encoders, mesh, RULES, SQUARE)
-    return compiling._compile(trainer, frozen, batch, "v5e:2x4", V5E, SQUARE), trainer
+    return compile_step._compile(trainer, frozen, batch, "v5e:2x4", V5E, SQUARE), trainer
 
 
 def test_the_report_says_what_a_chip_holds_and_does(report):
@@ -104,7 +105,7 @@ def of_buckets(with_weights, report, monkeypatch):
 
     The extreme bucket needs a byte more than the square one.
     """
-    monkeypatch.setattr(compiling, "topology_devices", lambda *_: (jax.devices(), V5E))
+    monkeypatch.setattr(compile_step, "topology_devices", lambda *_: (jax.devices(), V5E))
     config, batches = with_weights.copy_and_resolve_references(), []
     config.mesh.update(MESH)
     config.model.patch_size = 2
@@ -115,13 +116,13 @@ def of_buckets(with_weights, report, monkeypatch):
         batches.append(batch["image"].shape)
         return dataclasses.replace(report[0], bucket=bucket, peak=1000 + (bucket != Bucket(512, 512)), seconds=2)
 
-    monkeypatch.setattr(compiling, "_compile", record)
+    monkeypatch.setattr(compile_step, "_compile", record)
     return config, batches
 
 
 def test_the_square_and_the_extreme_bucket_are_compiled_and_the_larger_one_decides(of_buckets):
     config, batches = of_buckets
-    report = compiling.compile_step(config, "v5e:2x4")
+    report = compile_step.compile_step(config, "v5e:2x4")
     assert batches == [(8, 512, 512, 3), (8, 384, 640, 3)]
     assert report.bucket == Bucket(384, 640) and report.peak == 1001 and report.seconds == 4
     assert report.bytes_by_bucket == {"512x512": 1000, "384x640": 1001}
@@ -133,14 +134,14 @@ def test_the_square_and_the_extreme_bucket_are_compiled_and_the_larger_one_decid
 
 def test_one_bucket_can_be_compiled_alone(of_buckets):
     config, batches = of_buckets
-    report = compiling.compile_step(config, "v5e:2x4", bucket="576x448")
+    report = compile_step.compile_step(config, "v5e:2x4", bucket="576x448")
     assert batches == [(8, 576, 448, 3)] and "peak memory by bucket" not in "\n".join(report.lines())
     with pytest.raises(
         UserError, match="--bucket=500x500: the config has no such bucket, use one of 640x384, 576x448,"
     ):
-        compiling.compile_step(config, "v5e:2x4", bucket="500x500")
+        compile_step.compile_step(config, "v5e:2x4", bucket="500x500")
     config.data.max_aspect = 1.0
-    assert "peak memory by bucket" not in "\n".join(compiling.compile_step(config, "v5e:2x4").lines())
+    assert "peak memory by bucket" not in "\n".join(compile_step.compile_step(config, "v5e:2x4").lines())
     assert batches[1:] == [(8, 512, 512, 3)]
 
 
@@ -149,7 +150,7 @@ def test_a_bucket_that_does_not_fit_decides_whatever_the_others_need(report):
     lacking = dataclasses.replace(
         square, bucket=Bucket(24, 40), peak=None, temporaries=None, program=None, cost=None, needed=1
     )
-    found = compiling.worst([square, lacking])
+    found = compile_step.worst([square, lacking])
     assert not found.fits and found.bytes_by_bucket["24x40"] == sum(square.parts.values()) + 1
     assert found.bytes_by_bucket["32x32"] == square.peak
 
@@ -168,9 +169,9 @@ def test_the_compilers_refusal_is_read():
     said = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (54.37G) exceeds"
     )
-    assert compiling._needed(said) == int(54.37 * 1024**3)
+    assert compile_step._needed(said) == int(54.37 * 1024**3)
     with pytest.raises(UserError, match="the TPU's compiler refuses: something else"):
-        compiling._needed("something\n else")
+        compile_step._needed("something\n else")
 
 
 @pytest.mark.parametrize(
@@ -222,20 +223,20 @@ def test_no_large_weight_lies_whole_on_every_device(name):
     config.data.path = "unused"
     config.mesh.data = 1  # 10b.py's own takes more than these eight devices
     part = Experiment(config, epath.Path("unused"), only_shapes=True)
-    run = compiling._on_devices(part, jax.devices(), V5E, 64)
+    run = compile_step._on_devices(part, jax.devices(), V5E, 64)
     assert run.mesh.shape["fsdp"] == 8
-    weights = compiling._weights(run).items()
+    weights = compile_step._weights(run).items()
     whole = {name: leaf.size * leaf.dtype.itemsize for name, leaf in weights if leaf.sharding.is_fully_replicated}
     assert whole and max(whole.values()) < 1e6, whole
-    stacked = sum(leaf.size * leaf.dtype.itemsize for leaf in compiling._weights(run).values() if leaf.ndim > 2)
-    cut = sum(compiling._bytes_a_chip(leaf) for leaf in compiling._weights(run).values() if leaf.ndim > 2)
+    stacked = sum(leaf.size * leaf.dtype.itemsize for leaf in compile_step._weights(run).values() if leaf.ndim > 2)
+    cut = sum(compile_step._bytes_a_chip(leaf) for leaf in compile_step._weights(run).values() if leaf.ndim > 2)
     assert cut < stacked / 7
 
 
 def test_where_weights_go_is_listed(with_weights, monkeypatch):
-    monkeypatch.setattr(compiling, "topology_devices", lambda *_: (jax.devices(), V5E))
+    monkeypatch.setattr(compile_step, "topology_devices", lambda *_: (jax.devices(), V5E))
     with_weights.mesh.update(MESH)
-    lines = compiling.where_weights_go(with_weights, "v5e:2x4")
+    lines = compile_step.where_weights_go(with_weights, "v5e:2x4")
     assert lines[0].split() == ["weight", "shape", "cut", "MB", "a", "chip"]
     [line] = [line for line in lines if line.startswith("lidit/dit/blocks/feed_forward/in/kernel")]
     assert line.split()[1:] == ["2", "x", "16", "x", "64", "-,", "fsdp,", "tensor", "0.002"]
@@ -243,11 +244,11 @@ def test_where_weights_go_is_listed(with_weights, monkeypatch):
 
 
 def test_drawing_is_compiled_too(with_weights, monkeypatch):
-    monkeypatch.setattr(compiling, "topology_devices", lambda *_: (jax.devices(), V5E))
+    monkeypatch.setattr(compile_step, "topology_devices", lambda *_: (jax.devices(), V5E))
     config = with_weights.copy_and_resolve_references()
     config.mesh.update(MESH)
     config.sample.update(batch_size=5, steps=3)
-    report = compiling.compile_step(config, "v5e:2x4", program="sample")
+    report = compile_step.compile_step(config, "v5e:2x4", program="sample")
     assert report.fits and report.batch_size == 8  # each of the devices along data and fsdp draws one
     assert list(report.parts) == ["weights", "frozen", "beside"]
     assert report.parts["beside"] > 2.9 * report.parts["weights"] and report.peak > report.parts["beside"]
@@ -260,13 +261,13 @@ def test_drawing_is_compiled_too(with_weights, monkeypatch):
 @pytest.mark.slow
 def test_buckets_of_the_same_area_need_about_the_same_memory(monkeypatch):
     """The tiny model on the grid of 10b.py (32x32 tokens, and 24x40), both really compiled."""
-    monkeypatch.setattr(compiling, "topology_devices", lambda *_: (jax.devices(), V5E))
+    monkeypatch.setattr(compile_step, "topology_devices", lambda *_: (jax.devices(), V5E))
     config = tiny_config()
     config.mesh.update(MESH)
     config.model.patch_size = 2
     with config.unlocked():
         config.data.update(resolution=512, max_aspect=2.0, bucket_multiple=64)
-    report = compiling.compile_step(config, "v5e:2x4")
+    report = compile_step.compile_step(config, "v5e:2x4")
     square, extreme = report.bytes_by_bucket["512x512"], report.bytes_by_bucket["384x640"]
     assert report.bytes == max(square, extreme) and str(report.bucket) in report.bytes_by_bucket
     assert 0.8 < extreme / square < 1.2
