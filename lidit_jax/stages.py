@@ -20,13 +20,9 @@ from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
+from lidit_jax.evaluate.scenes import SceneEvaluation, check_evaluation, evaluate_scenes
 from lidit_jax.evaluation import reconstruction
-from lidit_jax.evaluation.reconstruction import (
-    Autoencoding,
-    evaluate_reconstruction,
-    is_judged,
-)
-from lidit_jax.evaluation.scenes import SceneEvaluation, check_evaluation, evaluate_scenes
+from lidit_jax.evaluation.reconstruction import Autoencoding, evaluate_reconstruction, is_judged
 from lidit_jax.experiment import LIDIT, Experiment, check_start
 from lidit_jax.exported import is_exported, load_params
 from lidit_jax.metrics import Metrics

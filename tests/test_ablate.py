@@ -25,7 +25,7 @@ from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.shapes.layout import SceneLayout
 from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.scenes import COUNTS, SCORES_FILE, named_at
+from lidit_jax.evaluate.scenes import COUNTS, SCORES_FILE, named_at
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.lidit import LIDiTConfig
 from lidit_jax.models.llm import LLMConfig

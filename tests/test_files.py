@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lidit_jax.evaluation.report import Report, write_report
 from lidit_jax.files import finite
 from lidit_jax.metrics import Metrics
+from lidit_jax.score.report import Report, write_report
 
 
 def strict_json(text):

@@ -17,18 +17,10 @@ from lidit_jax.data.shapes.layout import QUADRANTS, SceneLayout
 from lidit_jax.data.shapes.rendering import render
 from lidit_jax.data.shapes.scene import DEPTH_RELATIONS, HELD_OUT_PAIRS
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.drawing import draw_benchmark
-from lidit_jax.evaluation.quarters import mean_by_quarter
-from lidit_jax.evaluation.scene_benchmark import ShapesBenchmark
-from lidit_jax.evaluation.scenes import (
-    COUNTS,
-    HELD_OUT,
-    OVERLAP,
-    SceneEvaluation,
-    named_at,
-    report_scenes,
-    score_scenes,
-)
+from lidit_jax.evaluate.drawing import draw_benchmark
+from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
+from lidit_jax.evaluate.scenes import COUNTS, HELD_OUT, OVERLAP, SceneEvaluation, named_at, report_scenes, score_scenes
+from lidit_jax.score.quarters import mean_by_quarter
 
 
 def drawn(prompts, change=lambda scene: scene):

@@ -20,7 +20,7 @@ from etils import epath
 from lidit_jax import cli
 from lidit_jax.ablate import report, runs
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.eval_extra import require_extra
+from lidit_jax.score.eval_extra import require_extra
 from lidit_jax.weights.safetensors_folder import local_folder
 
 _CONFIG = cli.define_config("configs/ablation_scenes.py")

@@ -15,10 +15,10 @@ from scipy import stats
 from lidit_jax.ablate.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5, TABLES, Row, TableRow
 from lidit_jax.ablate.runs import Run
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.eval_extra import png_of
-from lidit_jax.evaluation.quarters import QUARTER_NAMES, QUARTERS
-from lidit_jax.evaluation.scenes import COUNTS, SCORES_FILE, named_at
+from lidit_jax.evaluate.scenes import COUNTS, SCORES_FILE, named_at
 from lidit_jax.files import write_json
+from lidit_jax.score.eval_extra import png_of
+from lidit_jax.score.quarters import QUARTER_NAMES, QUARTERS
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ FIGURE_3 = "figure3"
 CHOICES = (*TABLES, FIGURE_3)
 # "tuned" stands for the paper's multi-modal LLMs: tuned on instructions, but on text alone.
 ENCODERS = {LLAMA: "tuned LLaMA", BASE_LLAMA: "base LLaMA", QWEN: "tuned Qwen", BASE_QWEN: "base Qwen", T5: "T5"}
-# Column -> (group of prompts, measure), see `evaluation/scenes.py`.
+# Column -> (group of prompts, measure), see `evaluate/scenes.py`.
 COLUMNS = {
     "pairs": ("all scenes", "pair"),
     "objects": ("all scenes", "objects"),

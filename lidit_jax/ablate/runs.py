@@ -25,7 +25,7 @@ from lidit_jax.ablate.language_models import FAMILIES, check_settings, train_enc
 from lidit_jax.ablate.rows import ROWS, Row
 from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.scenes import SCORES_FILE, SceneEvaluation
+from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation
 from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.preemption import Preempted, listening

@@ -8,8 +8,8 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from lidit_jax.evaluation.paper_results import COLUMNS, table_1
-from lidit_jax.evaluation.report import Report, write_report
+from lidit_jax.score.paper_results import COLUMNS, table_1
+from lidit_jax.score.report import Report, write_report
 
 
 def report_of(benchmark, **scores):

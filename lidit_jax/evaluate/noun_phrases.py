@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Callable
 
-from lidit_jax.evaluation.attributes import ATTRIBUTES, words
+from lidit_jax.evaluate.attributes import ATTRIBUTES, words
 
 MAX_PHRASES = 8  # that the official script asks about
 # Phrases that it passes over.

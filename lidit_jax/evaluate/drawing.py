@@ -16,9 +16,9 @@ from jax.experimental import multihost_utils
 from lidit_jax import experiment
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.benchmarks import FACTS_FILE, Benchmark, open_benchmark
-from lidit_jax.evaluation.claimed_folder import check_claim, read_claim
-from lidit_jax.evaluation.scene_benchmark import ShapesBenchmark
+from lidit_jax.evaluate.benchmarks import FACTS_FILE, Benchmark, open_benchmark
+from lidit_jax.evaluate.claimed_folder import check_claim, read_claim
+from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
 from lidit_jax.experiment import Experiment
 from lidit_jax.files import write_json
 from lidit_jax.sampling import Drawing, warn_of_truncated
@@ -34,7 +34,7 @@ class Request(Drawing):
 
     Attributes:
       workdir: of a run.
-      benchmark, file: see `evaluation/benchmarks.py`; "shapes", the built-in scenes, has no file.
+      benchmark, file: see `evaluate/benchmarks.py`; "shapes", the built-in scenes, has no file.
       out: folder for the pictures.
       num_images: pictures a prompt.
       num_scenes: of "shapes", prompts of each kind.

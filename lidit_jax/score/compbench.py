@@ -16,14 +16,14 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.attributes import KINDS
-from lidit_jax.evaluation.benchmarks import T2ICompBench
-from lidit_jax.evaluation.detectors import load_detector
-from lidit_jax.evaluation.noun_phrases import noun_phrases, splitter_name
-from lidit_jax.evaluation.report import Report
-from lidit_jax.evaluation.scoring import ScoreRequest, open_results, read_picture, require_pictures_folder
-from lidit_jax.evaluation.spatial_rules import SpatialPrompt, parse_spatial, spatial_score
-from lidit_jax.evaluation.vqa import load_blip
+from lidit_jax.evaluate.attributes import KINDS
+from lidit_jax.evaluate.benchmarks import T2ICompBench
+from lidit_jax.evaluate.noun_phrases import noun_phrases, splitter_name
+from lidit_jax.score.detectors import load_detector
+from lidit_jax.score.report import Report
+from lidit_jax.score.results import ScoreRequest, open_results, read_picture, require_pictures_folder
+from lidit_jax.score.spatial_rules import SpatialPrompt, parse_spatial, spatial_score
+from lidit_jax.score.vqa import load_blip
 
 logger = logging.getLogger(__name__)
 

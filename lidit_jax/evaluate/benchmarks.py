@@ -19,8 +19,8 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.adjective_pairs import PositionalBias, parse_prompt
-from lidit_jax.evaluation.attributes import KINDS
+from lidit_jax.evaluate.adjective_pairs import PositionalBias, parse_prompt
+from lidit_jax.evaluate.attributes import KINDS
 from lidit_jax.files import write_json
 from lidit_jax.pictures import save_png
 from lidit_jax.text_file import read_text

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lidit_jax.evaluation.eval_extra import png_of
-from lidit_jax.evaluation.paper_results import table_1
 from lidit_jax.files import finite, write_json
 from lidit_jax.pictures import save_png
+from lidit_jax.score.eval_extra import png_of
+from lidit_jax.score.paper_results import table_1
 
 JSON_FILE, TABLE_FILE, CHART_FILE = "report.json", "report.md", "report.png"
 TITLES = {

@@ -15,8 +15,8 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.benchmarks import FACTS_FILE, cut, open_benchmark
-from lidit_jax.evaluation.scoring import read_picture
+from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut, open_benchmark
+from lidit_jax.score.results import read_picture
 from lidit_jax.weights.folders import is_there
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -19,10 +19,10 @@ from etils import epath
 from PIL import Image
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.benchmarks import open_benchmark
-from lidit_jax.evaluation.detectors import Detection, check_classes, load_detector
-from lidit_jax.evaluation.report import Report
-from lidit_jax.evaluation.scoring import (
+from lidit_jax.evaluate.benchmarks import open_benchmark
+from lidit_jax.score.detectors import Detection, check_classes, load_detector
+from lidit_jax.score.report import Report
+from lidit_jax.score.results import (
     ScoreRequest,
     device,
     load_model,

@@ -17,17 +17,17 @@ from etils import epath
 
 from lidit_jax import cli
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation import compbench_score, dpg_score, geneval_score, positional_bias
-from lidit_jax.evaluation.eval_extra import require_extra
-from lidit_jax.evaluation.report import write_report
-from lidit_jax.evaluation.scoring import ScoreRequest
+from lidit_jax.score import compbench, dpg, geneval, positional_bias
+from lidit_jax.score.eval_extra import require_extra
+from lidit_jax.score.report import write_report
+from lidit_jax.score.results import ScoreRequest
 
 logger = logging.getLogger("lidit_jax.score")  # run as a module, __name__ is "__main__", of which nothing is shown
 
 SCORERS = {
-    "geneval": geneval_score.score,
-    "t2i_compbench": compbench_score.score,
-    "dpg_bench": dpg_score.score,
+    "geneval": geneval.score,
+    "t2i_compbench": compbench.score,
+    "dpg_bench": dpg.score,
     "positional_bias": positional_bias.score,
 }
 

@@ -17,8 +17,8 @@ from etils import epath
 
 from lidit_jax.data.formats.decoding import BrokenPicture, decode
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.benchmarks import FACTS_FILE
-from lidit_jax.evaluation.claimed_folder import check_claim, read_claim
+from lidit_jax.evaluate.benchmarks import FACTS_FILE
+from lidit_jax.evaluate.claimed_folder import check_claim, read_claim
 from lidit_jax.files import write_json
 from lidit_jax.weights.digest import folder_digest
 from lidit_jax.weights.folders import find_folder, is_there

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from lidit_jax.evaluation.detectors import Detection
+from lidit_jax.score.detectors import Detection
 
 MIN_SCORE = 0.5  # of a detection that counts, and of a picture's score: less is 0
 IOU_THRESHOLD = 0.1

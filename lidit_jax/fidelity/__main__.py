@@ -11,8 +11,8 @@ from etils import epath
 
 from lidit_jax import cli
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.fidelity_reference import config_reference, folder_reference
-from lidit_jax.evaluation.fidelity_scores import FidelityRequest, Reference, score_fidelity
+from lidit_jax.fidelity.reference import config_reference, folder_reference
+from lidit_jax.fidelity.scores import FidelityRequest, Reference, score_fidelity
 
 CONFIG_REFERENCE = 10_000  # pictures: a data set may be endless
 

@@ -14,11 +14,11 @@ import tqdm
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.claimed_folder import check_claim, read_claim
-from lidit_jax.evaluation.drawn_folder import DrawnFile, drawn_files
-from lidit_jax.evaluation.eval_extra import require_extra
-from lidit_jax.evaluation.scoring import device, load_model, load_processor, model_folder
+from lidit_jax.evaluate.claimed_folder import check_claim, read_claim
+from lidit_jax.fidelity.drawn_folder import DrawnFile, drawn_files
 from lidit_jax.files import finite, write_json
+from lidit_jax.score.eval_extra import require_extra
+from lidit_jax.score.results import device, load_model, load_processor, model_folder
 from lidit_jax.weights.digest import file_digest, folder_digest
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
 
 def load_network(file: epath.Path) -> Any:
     """FID's Inception; see `inception.py`, which imports PyTorch."""
-    from lidit_jax.evaluation.inception import load_inception
+    from lidit_jax.fidelity.inception import load_inception
 
     return load_inception(file)
 

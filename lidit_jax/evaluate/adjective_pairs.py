@@ -24,8 +24,8 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.attributes import ATTRIBUTES, KINDS
-from lidit_jax.evaluation.noun_phrases import split_noun_phrases
+from lidit_jax.evaluate.attributes import ATTRIBUTES, KINDS
+from lidit_jax.evaluate.noun_phrases import split_noun_phrases
 from lidit_jax.files import write_json
 from lidit_jax.pictures import save_png
 

@@ -12,8 +12,8 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.evaluation.benchmarks import BENCHMARKS
-from lidit_jax.evaluation.drawing import SHAPES, Request, draw_benchmark
+from lidit_jax.evaluate.benchmarks import BENCHMARKS
+from lidit_jax.evaluate.drawing import SHAPES, Request, draw_benchmark
 from lidit_jax.parallel.hosts import join_hosts
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
