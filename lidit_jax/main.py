@@ -8,7 +8,7 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli, stages
-from lidit_jax.exported import start_from_exported
+from lidit_jax.export.read import start_from_exported
 from lidit_jax.parallel.hosts import join_hosts
 
 _CONFIG = cli.define_config()

@@ -24,7 +24,8 @@ from lidit_jax.evaluate.scenes import SceneEvaluation, check_evaluation, evaluat
 from lidit_jax.evaluation import reconstruction
 from lidit_jax.evaluation.reconstruction import Autoencoding, evaluate_reconstruction, is_judged
 from lidit_jax.experiment import LIDIT, Experiment, check_start
-from lidit_jax.exported import is_exported, load_params
+from lidit_jax.export.folder import read_folder
+from lidit_jax.export.read import is_exported, load_params
 from lidit_jax.metrics import Metrics
 from lidit_jax.models.discriminator import PatchDiscriminator
 from lidit_jax.models.lidit import num_parameters
@@ -36,7 +37,6 @@ from lidit_jax.pipeline import Pipeline
 from lidit_jax.text.encoders import StoredEncoding, tokenize
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.train import Task, TrainConfig, Trainer, TrainState, check_batch_size, train
-from lidit_jax.weights.diffusers_folder import read_folder
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
 from lidit_jax.weights.digest import file_digest, folder_digest
 from lidit_jax.weights.huggingface_llm import save_llm

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from lidit_jax.experiment import Experiment
-from lidit_jax.weights.diffusers_folder import TextEncoderEntry, component_names
+from lidit_jax.export.folder import TextEncoderEntry, component_names
 from lidit_jax.weights.folders import HUB_NAME
 
 TITLE = "LI-DiT"

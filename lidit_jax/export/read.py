@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from lidit_jax.checkpoint import check_same_model
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment, check_start
+from lidit_jax.export.folder import INDEX_FILE, read_folder
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.pipeline import Pipeline
-from lidit_jax.weights.diffusers_folder import INDEX_FILE, read_folder
 from lidit_jax.weights.folders import is_there
 from lidit_jax.weights.torch_lidit import load_lidit
 

@@ -1,7 +1,7 @@
 """What the `export` command does: a workdir in, a folder out that diffusers loads and that needs no JAX.
 
 Nothing is held whole in memory: LI-DiT's weights go from the checkpoint to the file tensor by tensor, those of the VAE
-and the LLMs are copied as files. `weights/diffusers_folder.py` says what is in the folder.
+and the LLMs are copied as files. `export/folder.py` says what is in the folder.
 """
 
 import contextlib
@@ -23,14 +23,8 @@ from lidit_jax.checkpoint import open_weights
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import LIDIT, Experiment
-from lidit_jax.files import write_json
-from lidit_jax.model_card import model_card
-from lidit_jax.models.vae_config import VAEConfig
-from lidit_jax.text.encoders import T5TextEncoder
-from lidit_jax.text.load_encoder import open_encoder, tokenizer_folder
-from lidit_jax.weights import diffusers_scheduler, diffusers_vae, huggingface_llm
-from lidit_jax.weights.copying import copy_files, model_files, num_bytes, tokenizer_files
-from lidit_jax.weights.diffusers_folder import (
+from lidit_jax.export.copying import copy_files, model_files, num_bytes, tokenizer_files
+from lidit_jax.export.folder import (
     COMPUTING,
     INDEX_FILE,
     MAX_ENCODERS,
@@ -41,10 +35,16 @@ from lidit_jax.weights.diffusers_folder import (
     is_exported_folder,
     model_index,
 )
+from lidit_jax.export.model_card import model_card
+from lidit_jax.export.transformers_class import check_reference, transformers_class, transformers_config
+from lidit_jax.files import write_json
+from lidit_jax.models.vae_config import VAEConfig
+from lidit_jax.text.encoders import T5TextEncoder
+from lidit_jax.text.load_encoder import open_encoder, tokenizer_folder
+from lidit_jax.weights import diffusers_scheduler, diffusers_vae, huggingface_llm
 from lidit_jax.weights.folders import HUB_NAME
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, local_folder, new_folder, read_config
 from lidit_jax.weights.torch_lidit import save_lidit
-from lidit_jax.weights.transformers_class import check_reference, transformers_class, transformers_config
 
 logger = logging.getLogger(__name__)
 

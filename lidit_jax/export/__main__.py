@@ -11,7 +11,7 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.exporting import DTYPES, TEXT_ENCODERS, WEIGHTS, Request, export
+from lidit_jax.export.write import DTYPES, TEXT_ENCODERS, WEIGHTS, Request, export
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
 _OUT = flags.DEFINE_string("out", None, "folder to write: a new or an empty one, on a disk")

@@ -10,10 +10,11 @@ from conftest import tiny_config
 from etils import epath
 from PIL import Image
 
-from lidit_jax import exporting, stages
+from lidit_jax import stages
 from lidit_jax.checkpoint import load_weights
 from lidit_jax.errors import UserError
-from lidit_jax.exported import load_exported, start_from_exported
+from lidit_jax.export import write
+from lidit_jax.export.read import load_exported, start_from_exported
 from lidit_jax.sampling import Request, draw_to_folder
 
 CHECKPOINTS = "training/lidit/checkpoints"
@@ -22,7 +23,7 @@ CHECKPOINTS = "training/lidit/checkpoints"
 @pytest.fixture(scope="module")
 def exported(trained_workdir, tmp_path_factory):
     folder = epath.Path(tmp_path_factory.mktemp("exported") / "folder")
-    exporting.export(exporting.Request(trained_workdir, folder))
+    write.export(write.Request(trained_workdir, folder))
     return folder
 
 
