@@ -19,7 +19,7 @@ from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.errors import UserError
-from lidit_jax.precomputing import precompute
+from lidit_jax.precompute.latents import precompute
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +98,9 @@ def test_half_the_bytes_are_close_to_all(config, latents, tmp_path):
 
 def test_an_interrupted_run_goes_on_and_makes_the_same_files(config, latents, tmp_path, monkeypatch):
     out = epath.Path(tmp_path / "out")
-    from lidit_jax import precomputing
+    from lidit_jax.precompute import latents
 
-    write, written = precomputing._write_part, []
+    write, written = latents._write_part, []
 
     def stop_before_the_second(file, *arguments):
         written.append(file.name)
@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_files(config, latents, tm
             raise KeyboardInterrupt
         write(file, *arguments)
 
-    monkeypatch.setattr(precomputing, "_write_part", stop_before_the_second)
+    monkeypatch.setattr(latents, "_write_part", stop_before_the_second)
     with pytest.raises(KeyboardInterrupt):
         precompute(config, out, batch_size=8, dtype="float32")
     with pytest.raises(UserError, match="not finished; run `python -m lidit_jax.precompute` again"):

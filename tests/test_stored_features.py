@@ -16,7 +16,7 @@ from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.precomputed import PrecomputedSource, to_record
 from lidit_jax.data.stored_features import DTYPES, tensors_of
 from lidit_jax.errors import UserError
-from lidit_jax.precomputing import precompute
+from lidit_jax.precompute.latents import precompute
 from lidit_jax.text.load_encoder import load_encoder
 
 

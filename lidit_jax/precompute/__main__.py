@@ -10,7 +10,7 @@ from etils import epath
 from lidit_jax import cli
 from lidit_jax.data.precomputed import DTYPES
 from lidit_jax.parallel.hosts import join_hosts
-from lidit_jax.precomputing import precompute
+from lidit_jax.precompute.latents import precompute
 
 _CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", None, "folder to write")
