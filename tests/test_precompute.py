@@ -14,12 +14,12 @@ from test_tar_source import encode, write_tar
 
 from lidit_jax import experiment, stages
 from lidit_jax.config import build
-from lidit_jax.contact_sheet import draw_contact_sheet
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.errors import UserError
 from lidit_jax.precompute.latents import precompute
+from lidit_jax.preview.contact_sheet import draw_contact_sheet
 
 
 @pytest.fixture(scope="module")

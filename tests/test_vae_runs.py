@@ -14,7 +14,6 @@ from etils import epath
 from PIL import Image
 
 from lidit_jax import stages, tasks
-from lidit_jax.contact_sheet import draw_contact_sheet
 from lidit_jax.errors import UserError
 from lidit_jax.evaluation.reconstruction import Autoencoding, LatentMoments, LatentStatistics
 from lidit_jax.models.image_similarity import psnr, ssim
@@ -22,6 +21,7 @@ from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.preview.contact_sheet import draw_contact_sheet
 from lidit_jax.sampling import Request, draw_to_folder
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
 from lidit_jax.weights.digest import folder_digest

@@ -8,7 +8,7 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.contact_sheet import draw_contact_sheet
+from lidit_jax.preview.contact_sheet import draw_contact_sheet
 
 _CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", None, "PNG to write")
