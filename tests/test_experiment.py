@@ -23,7 +23,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.models import vae_tiling
 from lidit_jax.models.vae_tiling import decode_in_tiles
-from lidit_jax.sampling import Request, draw_to_folder
+from lidit_jax.sample.draw import Request, draw_to_folder
 from lidit_jax.weights.huggingface_llm import load_llm_encoder
 
 CHECKPOINTS = "training/lidit/checkpoints"

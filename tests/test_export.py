@@ -494,9 +494,9 @@ import sys
 for name in ("torch", "diffusers"):
     sys.modules[name] = None
 from etils import epath
+from lidit_jax.export.folder import read_folder
 from lidit_jax.export.read import load_exported
 from lidit_jax.export.write import Request, export
-from lidit_jax.export.folder import read_folder
 export(Request(epath.Path({str(workdir)!r}), epath.Path("out")))
 read_folder("out")
 """

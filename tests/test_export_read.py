@@ -15,7 +15,7 @@ from lidit_jax.checkpoint import load_weights
 from lidit_jax.errors import UserError
 from lidit_jax.export import write
 from lidit_jax.export.read import load_exported, start_from_exported
-from lidit_jax.sampling import Request, draw_to_folder
+from lidit_jax.sample.draw import Request, draw_to_folder
 
 CHECKPOINTS = "training/lidit/checkpoints"
 

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lidit_jax.attention_maps import attention_maps
 from lidit_jax.compile import compile_step
 from lidit_jax.compile.hlo import cost_of
 from lidit_jax.data.buckets import Bucket
@@ -34,6 +33,7 @@ from lidit_jax.parallel.chips import V5E
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.pipeline import Pipeline
+from lidit_jax.sample.attention_maps import attention_maps
 
 FLOATS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -22,7 +22,7 @@ from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.preview.contact_sheet import draw_contact_sheet
-from lidit_jax.sampling import Request, draw_to_folder
+from lidit_jax.sample.draw import Request, draw_to_folder
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
 from lidit_jax.weights.digest import folder_digest
 

@@ -21,7 +21,7 @@ from lidit_jax.evaluate.claimed_folder import check_claim, read_claim
 from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
 from lidit_jax.experiment import Experiment
 from lidit_jax.files import write_json
-from lidit_jax.sampling import Drawing, warn_of_truncated
+from lidit_jax.sample.draw import Drawing, warn_of_truncated
 
 logger = logging.getLogger(__name__)
 

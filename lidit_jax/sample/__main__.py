@@ -9,7 +9,7 @@ from etils import epath
 
 from lidit_jax import cli
 from lidit_jax.parallel.hosts import join_hosts
-from lidit_jax.sampling import Request, draw_to_folder
+from lidit_jax.sample.draw import Request, draw_to_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
 _FROM_TORCH = flags.DEFINE_string("from_torch", None, "or: a folder that `export` wrote")
