@@ -18,7 +18,7 @@ from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.errors import UserError
-from lidit_jax.precompute.latents import precompute
+from lidit_jax.precompute.latents import _write_part, precompute
 from lidit_jax.preview.contact_sheet import draw_contact_sheet
 
 
@@ -98,17 +98,15 @@ def test_half_the_bytes_are_close_to_all(config, latents, tmp_path):
 
 def test_an_interrupted_run_goes_on_and_makes_the_same_files(config, latents, tmp_path, monkeypatch):
     out = epath.Path(tmp_path / "out")
-    from lidit_jax.precompute import latents
-
-    write, written = latents._write_part, []
+    written = []
 
     def stop_before_the_second(file, *arguments):
         written.append(file.name)
         if len(written) == 2:
             raise KeyboardInterrupt
-        write(file, *arguments)
+        _write_part(file, *arguments)
 
-    monkeypatch.setattr(latents, "_write_part", stop_before_the_second)
+    monkeypatch.setattr("lidit_jax.precompute.latents._write_part", stop_before_the_second)
     with pytest.raises(KeyboardInterrupt):
         precompute(config, out, batch_size=8, dtype="float32")
     with pytest.raises(UserError, match="not finished; run `python -m lidit_jax.precompute` again"):
