@@ -38,9 +38,9 @@ from lidit_jax.models.lpips import SMALLEST_SIDE
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.models.vae_tiling import smallest_tile
+from lidit_jax.models.vae_training import EncoderConfig, TextConfig, VAEPartConfig
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, place, stored_shardings
-from lidit_jax.parts import EncoderConfig, TextConfig, VAEPartConfig
 from lidit_jax.pipeline import Pipeline, SampleConfig
 from lidit_jax.text.encoders import PromptEncoder
 from lidit_jax.text.load_encoder import load_encoder, open_encoder, tokenizer_folder

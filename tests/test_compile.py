@@ -13,7 +13,6 @@ import pytest
 from conftest import ROOT, load_config, tiny_config
 from etils import epath
 
-from lidit_jax import tasks
 from lidit_jax.compile import compile_step
 from lidit_jax.compile.compile_step import AssumedTokenizer, abstract_batch, abstract_frozen, topology_devices
 from lidit_jax.data.buckets import Bucket
@@ -22,6 +21,7 @@ from lidit_jax.experiment import Experiment
 from lidit_jax.parallel.chips import V5E
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.stages import vae as tasks
 from lidit_jax.train import Trainer
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}

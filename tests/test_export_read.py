@@ -10,12 +10,12 @@ from conftest import tiny_config
 from etils import epath
 from PIL import Image
 
-from lidit_jax import stages
 from lidit_jax.checkpoint import load_weights
 from lidit_jax.errors import UserError
 from lidit_jax.export import write
 from lidit_jax.export.read import load_exported, start_from_exported
 from lidit_jax.sample.draw import Request, draw_to_folder
+from lidit_jax.stages.run import run_stages
 
 CHECKPOINTS = "training/lidit/checkpoints"
 
@@ -53,7 +53,7 @@ def test_a_folder_draws_what_its_run_draws(trained_workdir, exported, tmp_path):
 def test_a_run_starts_from_a_folder(trained_workdir, exported, tmp_path):
     workdir = epath.Path(tmp_path / "run")
     config = start_from_exported(config_of_a_run(), exported)
-    stages.run(config, workdir)
+    run_stages(config, workdir)
     assert not (workdir / "encoders").exists() and not (workdir / "vae").exists()  # the folder's are used
     got, step = load_weights(workdir / CHECKPOINTS, "params")
     expected, _ = load_weights(trained_workdir / CHECKPOINTS, "ema")
@@ -95,7 +95,7 @@ def test_a_start_that_is_not_there_is_said_before_anything_is_trained(tmp_path, 
     config = config_of_a_run()
     config.start_from = str(tmp_path / start)
     with pytest.raises(UserError, match="no finished checkpoint there"):
-        stages.run(config, epath.Path(tmp_path / "run"))
+        run_stages(config, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

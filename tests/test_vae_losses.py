@@ -10,7 +10,6 @@ import torch
 from safetensors.numpy import save_file
 from torch.nn import functional
 
-from lidit_jax import tasks
 from lidit_jax.errors import UserError
 from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
 from lidit_jax.models.lpips import LPIPS, VGG16_LAYERS
@@ -27,6 +26,7 @@ from lidit_jax.models.vae_loss import (
 )
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.stages import vae as tasks
 from lidit_jax.train import TrainConfig, Trainer
 from lidit_jax.weights.lpips import load_lpips
 

@@ -30,7 +30,7 @@ from lidit_jax.models.vae_tiling import (
     stage_reach,
 )
 from lidit_jax.pipeline import SampleConfig
-from lidit_jax.tasks import to_pixels
+from lidit_jax.stages.vae import to_pixels
 
 EMOJI = ROOT.parent / "shared/data/fxemoji"
 CONFIG = VAEConfig(

@@ -20,7 +20,6 @@ import tqdm
 from etils import epath
 from ml_collections import ConfigDict
 
-from lidit_jax import stages
 from lidit_jax.ablate.language_models import FAMILIES, check_settings, train_encoder
 from lidit_jax.ablate.rows import ROWS, Row
 from lidit_jax.config import build, claim_workdir, read_workdir
@@ -30,6 +29,7 @@ from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.preemption import Preempted, listening
 from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.stages.run import run_stages
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Part(NamedTuple):
     def do(self, config: ConfigDict, out: epath.Path) -> None:
         parts = parts_config(config)
         if self.name == VAE:
-            stages.run(parts, out / "parts")
+            run_stages(parts, out / "parts")
         else:
             experiment = Experiment(parts, out / "parts")
             train_encoder(experiment, self.name, config.language_models, make_mesh(parts.mesh), ShardingRules())
@@ -103,7 +103,7 @@ class Run(NamedTuple):
         for part in self.parts():
             if not part.is_done(out):
                 raise UserError(f"--out={out} has no {part} yet, which {self} needs: run --only={part} first")
-        stages.run(run_config(config, self, out), self.workdir(out))
+        run_stages(run_config(config, self, out), self.workdir(out))
 
     def __str__(self) -> str:
         return f"{self.row.name}/{self.seed}"

@@ -95,11 +95,11 @@ def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[st
     """A run whose latents and features were computed ahead of training, and one batch."""
     import jax.numpy as jnp
 
-    from lidit_jax import tasks
     from lidit_jax.models.lidit import LIDiT
     from lidit_jax.models.vae import AutoencoderKL
     from lidit_jax.parallel.mesh import check_model, make_mesh
     from lidit_jax.parallel.rules import ShardingRules, replicated
+    from lidit_jax.stages import vae as tasks
     from lidit_jax.text.encoders import StoredEncoding
 
     mesh = make_mesh(mesh_sizes)

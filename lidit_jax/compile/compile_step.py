@@ -22,7 +22,6 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lidit_jax import tasks
 from lidit_jax.compile.hlo import Cost, cost_of
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
@@ -33,6 +32,7 @@ from lidit_jax.parallel.chips import TPUS, Chip
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated, stored_shardings
 from lidit_jax.pipeline import Pipeline
+from lidit_jax.stages import vae as tasks
 from lidit_jax.text.encoders import FrozenLLM, LLMTextEncoder, PromptEncoder
 from lidit_jax.text.load_encoder import open_encoder
 from lidit_jax.train import TrainConfig, Trainer, TrainState, check_batch_size

@@ -22,7 +22,7 @@ from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated
 from lidit_jax.pictures import grid, save_png
-from lidit_jax.tasks import to_pictures, to_pixels
+from lidit_jax.stages.vae import to_pictures, to_pixels
 
 logger = logging.getLogger(__name__)
 

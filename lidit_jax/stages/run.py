@@ -14,15 +14,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lidit_jax import tasks
 from lidit_jax.checkpoint import Checkpoints, load_weights, require_checkpoint, steps_taken
 from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import SceneEvaluation, check_evaluation, evaluate_scenes
-from lidit_jax.evaluation import reconstruction
-from lidit_jax.evaluation.reconstruction import Autoencoding, evaluate_reconstruction, is_judged
 from lidit_jax.experiment import LIDIT, Experiment, check_start
 from lidit_jax.export.folder import read_folder
 from lidit_jax.export.read import is_exported, load_params
@@ -34,6 +31,9 @@ from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.parallel.watchdog import watched
 from lidit_jax.pictures import grid
 from lidit_jax.pipeline import Pipeline
+from lidit_jax.stages import reconstruction
+from lidit_jax.stages import vae as tasks
+from lidit_jax.stages.reconstruction import Autoencoding, evaluate_reconstruction, is_judged
 from lidit_jax.text.encoders import StoredEncoding, tokenize
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.train import Task, TrainConfig, Trainer, TrainState, check_batch_size, train
@@ -48,7 +48,7 @@ TOKENIZER_CAPTIONS = 20_000  # captions a tokenizer is trained on
 STATISTICS_BATCHES = 16  # batches that the latents' mean and deviation are measured on
 
 
-def run(config: ConfigDict, workdir: epath.Path) -> None:
+def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains every part that has no weights yet, LI-DiT last; then evaluates, where the data can be checked."""
     experiment = Experiment(config, workdir)
     evaluation = build(SceneEvaluation, config.evaluate, "evaluate") if "evaluate" in config else None

@@ -6,8 +6,8 @@ from typing import Any
 
 from lidit_jax.config import build
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.reconstruction import ReconstructionEvaluation
 from lidit_jax.models.vae_loss import RECONSTRUCTION_LOSSES
+from lidit_jax.stages.reconstruction import ReconstructionEvaluation
 
 ENCODE = ("in_step", "ahead")
 
