@@ -20,8 +20,8 @@ from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
 from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, place, replicated, shardings
-from lidit_jax.stages.vae import text_work, to_pictures
-from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead, tokenize
+from lidit_jax.pictures import to_pictures
+from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead, text_work, tokenize
 from lidit_jax.text.shared_prompts import SharedPrompts
 
 

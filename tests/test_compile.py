@@ -21,7 +21,7 @@ from lidit_jax.experiment import Experiment
 from lidit_jax.parallel.chips import V5E
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.stages import vae as tasks
+from lidit_jax.stages.lidit import lidit_task
 from lidit_jax.train import Trainer
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
@@ -62,7 +62,7 @@ def report(with_weights):
     part = Experiment(with_weights, epath.Path("unused"), only_shapes=True)
     encoders, frozen = abstract_frozen(part, mesh, RULES, 16)
     vae = part.autoencoder(part.vae_config())
-    task = tasks.lidit_task(part.model, part.schedule, encoders, vae, frozen)
+    task = lidit_task(part.model, part.schedule, encoders, vae, frozen)
     trainer = Trainer(task, part.train, mesh, RULES)
     batch = abstract_batch(part, encoders, mesh, RULES, SQUARE)
     return compile_step._compile(trainer, frozen, batch, "v5e:2x4", V5E, SQUARE), trainer

@@ -19,9 +19,9 @@ from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.pictures import to_pixels
 from lidit_jax.preview.contact_sheet import draw_contact_sheet
 from lidit_jax.sample.draw import Request, draw_to_folder
-from lidit_jax.stages import vae as tasks
 from lidit_jax.stages.reconstruction import Autoencoding, LatentMoments, LatentStatistics
 from lidit_jax.stages.run import run_stages
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
@@ -93,7 +93,7 @@ def test_reconstructions_of_any_number_and_size_are_judged_alike_on_one_device_a
     rng = np.random.default_rng(0)
     given = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in [(16, 16)] * 5 + [(16, 20)] * 3]
     encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method=AutoencoderKL.encode))
-    posteriors = [encode(params, tasks.to_pixels(jnp.asarray(picture[None]))) for picture in given]
+    posteriors = [encode(params, to_pixels(jnp.asarray(picture[None]))) for picture in given]
     samples = [jax.vmap(p.sample)(jax.random.split(jax.random.key(i), 50)) for i, p in enumerate(posteriors)]
     drawn = np.concatenate([np.asarray(s).reshape(-1, 4) for s in samples])
     results = []
@@ -101,7 +101,7 @@ def test_reconstructions_of_any_number_and_size_are_judged_alike_on_one_device_a
         mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
         results.append(Autoencoding(model, mesh, ShardingRules()).reconstruct(params, given, 3))
     for scores, back, latents in results:
-        decoded, _ = model.apply({"params": params}, tasks.to_pixels(jnp.asarray(given[6][None])))
+        decoded, _ = model.apply({"params": params}, to_pixels(jnp.asarray(given[6][None])))
         np.testing.assert_allclose(back[6], np.clip(np.round(decoded[0] * 127.5 + 127.5), 0, 255), atol=1)
         assert scores["psnr"][6] == pytest.approx(float(psnr(decoded, given[6] / 127.5 - 1)[0]), rel=1e-4)
         assert scores["ssim"][6] == pytest.approx(float(ssim(decoded, given[6][None] / 127.5 - 1)[0]), abs=1e-4)

@@ -29,8 +29,8 @@ from lidit_jax.models.vae_tiling import (
     place_tiles,
     stage_reach,
 )
+from lidit_jax.pictures import to_pixels
 from lidit_jax.pipeline import SampleConfig
-from lidit_jax.stages.vae import to_pixels
 
 EMOJI = ROOT.parent / "shared/data/fxemoji"
 CONFIG = VAEConfig(

@@ -31,8 +31,8 @@ from lidit_jax.models.layers import Dense
 from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.stages.run import on_host, run_part
-from lidit_jax.stages.vae import token_loss
+from lidit_jax.stages.language_model import token_loss
+from lidit_jax.stages.part import on_host, run_part
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.train import Task, TrainConfig

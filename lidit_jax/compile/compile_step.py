@@ -32,7 +32,7 @@ from lidit_jax.parallel.chips import TPUS, Chip
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated, stored_shardings
 from lidit_jax.pipeline import Pipeline
-from lidit_jax.stages import vae as tasks
+from lidit_jax.stages.lidit import lidit_task
 from lidit_jax.text.encoders import FrozenLLM, LLMTextEncoder, PromptEncoder
 from lidit_jax.text.load_encoder import open_encoder
 from lidit_jax.train import TrainConfig, Trainer, TrainState, check_batch_size
@@ -195,7 +195,7 @@ class _Run:
 
     def trainer(self, config: TrainConfig) -> Trainer:
         experiment = self.experiment
-        task = tasks.lidit_task(experiment.model, experiment.schedule, self.encoders, self.vae, self.frozen)
+        task = lidit_task(experiment.model, experiment.schedule, self.encoders, self.vae, self.frozen)
         return Trainer(task, config, self.mesh, self.rules)
 
     def state(self) -> TrainState:

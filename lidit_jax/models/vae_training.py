@@ -1,4 +1,4 @@
-"""Sections of a config that describe the parts of a run, in the form that the library takes them."""
+"""The `vae` section of a config: the terms of the VAE's loss, and how it is judged."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,49 +7,6 @@ from typing import Any
 from lidit_jax.config import build
 from lidit_jax.errors import UserError
 from lidit_jax.models.vae_loss import RECONSTRUCTION_LOSSES
-from lidit_jax.stages.reconstruction import ReconstructionEvaluation
-
-ENCODE = ("in_step", "ahead")
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-    """Under `text` in the config; see `PromptTokenizer`.
-
-    Attributes:
-      encode: where the encoders run in training: "in_step", inside the train step, or "ahead", as a program of their
-        own before it. The features are the same.
-    """
-
-    max_length: int
-    instruction: str
-    system_prompt: str = ""
-    chat_template: bool = True
-    encode: str = "in_step"
-
-    def __post_init__(self):
-        if self.encode not in ENCODE:
-            raise UserError(f"text.encode={self.encode!r} is unknown: use one of {', '.join(ENCODE)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """One entry under `encoders`: one from a folder (`weights`), or an LLM to train here (`family`, `model`, `train`).
-
-    Attributes:
-      weights: folder in Hugging Face's format (local, or in a bucket) or its name on the hub; "" trains an LLM on the
-        run's captions.
-      dtype: of its computation.
-      family: "llama" or "qwen2".
-      model: fields of `LLMConfig`.
-      train: fields of `TrainConfig`.
-    """
-
-    weights: str = ""
-    dtype: str = "bfloat16"
-    family: str = "llama"
-    model: Mapping[str, Any] | None = None
-    train: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +45,26 @@ class AdversarialConfig:
         for name, least, most in (("start", 0, 2**31 - 1), ("width", 1, 1024), ("layers", 1, 8)):
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"vae.adversarial.{name}={getattr(self, name)} must be from {least} to {most}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructionEvaluation:
+    """Under `vae.evaluate` in the config.
+
+    Attributes:
+      num_images: at most, evenly spread over the held-out pictures (over all pictures, where none are held out).
+      batch_size: pictures at once.
+      sheet: pictures on the contact sheet.
+    """
+
+    num_images: int = 512
+    batch_size: int = 32
+    sheet: int = 16
+
+    def __post_init__(self):
+        for name in ("num_images", "batch_size", "sheet"):
+            if getattr(self, name) < 1:
+                raise UserError(f"vae.evaluate.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,8 @@ from lidit_jax.files import write_json
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated
+from lidit_jax.pictures import to_pixels
 from lidit_jax.precompute.captions import CaptionEncoder
-from lidit_jax.stages.vae import to_pixels
 from lidit_jax.weights.diffusers_vae import load_vae
 from lidit_jax.weights.digest import folder_digest
 

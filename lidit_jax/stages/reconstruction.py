@@ -20,33 +20,13 @@ from lidit_jax.files import finite, write_json
 from lidit_jax.models.image_similarity import psnr, ssim
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
+from lidit_jax.models.vae_training import ReconstructionEvaluation
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated
-from lidit_jax.pictures import grid, save_png
-from lidit_jax.stages.vae import to_pictures, to_pixels
+from lidit_jax.pictures import grid, save_png, to_pictures, to_pixels
 
 logger = logging.getLogger(__name__)
 
 SCORES_FILE, SHEET_FILE = "reconstruction.json", "reconstruction.png"
-
-
-@dataclasses.dataclass(frozen=True)
-class ReconstructionEvaluation:
-    """Under `vae.evaluate` in the config.
-
-    Attributes:
-      num_images: at most, evenly spread over the held-out pictures (over all pictures, where none are held out).
-      batch_size: pictures at once.
-      sheet: pictures on the contact sheet.
-    """
-
-    num_images: int = 512
-    batch_size: int = 32
-    sheet: int = 16
-
-    def __post_init__(self):
-        for name in ("num_images", "batch_size", "sheet"):
-            if getattr(self, name) < 1:
-                raise UserError(f"vae.evaluate.{name}={getattr(self, name)} must be at least 1")
 
 
 @flax.struct.dataclass

@@ -1,22 +1,26 @@
-"""The trainable parts as tasks of the one loop: small language models, the VAE, LI-DiT."""
+"""The VAE: its task, and the stage that trains and judges it."""
 
 import dataclasses
 import functools
+import itertools
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from lidit_jax.diffusion.losses import diffusion_loss
-from lidit_jax.diffusion.schedules import Schedule
+from lidit_jax.checkpoint import steps_taken
+from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.open_dataset import open_dataset
+from lidit_jax.experiment import Experiment
 from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
-from lidit_jax.models.flops import FORWARD_AND_BACKWARD, TextLengths, lidit_forward, vae_encoder_forward
 from lidit_jax.models.image_similarity import psnr
-from lidit_jax.models.lidit import LIDiT
-from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.lpips import LPIPS
-from lidit_jax.models.vae import AutoencoderKL, DiagonalGaussian, to_model_latents
+from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_loss import (
     adaptive_weight,
     adversarial_loss,
@@ -27,64 +31,19 @@ from lidit_jax.models.vae_loss import (
     values_per_image,
     with_gradient,
 )
-from lidit_jax.parallel.rules import whole
-from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead
-from lidit_jax.text.prompts import PromptTokenizer
-from lidit_jax.train import Batch, Evaluate, Task
-from lidit_jax.weighted_mean import Perplexity, WeightedMean
+from lidit_jax.parallel.rules import ShardingRules, replicated
+from lidit_jax.pictures import to_pixels
+from lidit_jax.stages import reconstruction
+from lidit_jax.stages.part import on_host, run_part
+from lidit_jax.stages.reconstruction import Autoencoding, evaluate_reconstruction, is_judged
+from lidit_jax.train import Evaluate, Task, TrainState
+from lidit_jax.weighted_mean import WeightedMean
+from lidit_jax.weights.diffusers_vae import load_vae, save_vae
+from lidit_jax.weights.digest import file_digest, folder_digest
+from lidit_jax.weights.lpips import load_lpips
 
-
-def to_pixels(images: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3] -> float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
-
-
-def to_pictures(images: jax.Array) -> jax.Array:
-    """float32, clipped to [-1, 1] -> uint8."""
-    return jnp.clip(jnp.round(images * 127.5 + 127.5), 0, 255).astype(jnp.uint8)
-
-
-def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer) -> Task:
-    """Next-token prediction on captions that follow the instruction, as the LLM will meet them when it encodes.
-
-    A batch has {"<name>/tokens": int32 [B, L], "<name>/mask": bool [B, L]}. The loss is the mean over the caption's
-    tokens, its end token included; the instruction is context, not a target.
-    """
-    model = CausalLM(config)
-    prefix = tokenizer.prefix()
-
-    def init(key):
-        return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-
-    def loss(params, frozen, batch, key, phase):
-        del frozen, key, phase
-        tokens, mask = batch[f"{name}/tokens"], batch[f"{name}/mask"]
-        before = jnp.broadcast_to(jnp.asarray(prefix), (tokens.shape[0], len(prefix)))
-        sequence = jnp.concatenate([before, tokens], axis=1)  # [B, P + L]
-        logits = model.apply({"params": params}, sequence)[
-            :, len(prefix) - 1 : -1
-        ]  # [B, L, V]: each sees what is before
-        return token_loss(logits, tokens, mask)
-
-    return Task(name=name, init=init, loss=loss)
-
-
-def token_loss(
-    logits: jax.Array, tokens: jax.Array, counted: jax.Array
-) -> tuple[WeightedMean, dict[str, WeightedMean]]:
-    """Averages the negative log-likelihood of the counted tokens, in nats.
-
-    Args:
-      logits: float32 [B, L, V].
-      tokens: int32 [B, L].
-      counted: bool [B, L].
-
-    Returns:
-      The mean, weighted by the number of counted tokens, and {"perplexity": its exponential}.
-    """
-    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]  # [B, L]
-    loss = WeightedMean.over(-log_likelihood, counted)
-    return loss, {"perplexity": Perplexity(loss.mean, loss.weight)}
+logger = logging.getLogger(__name__)
+STATISTICS_BATCHES = 16  # batches that the latents' mean and deviation are measured on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,84 +161,110 @@ def _gradient_in_last_kernel(model: AutoencoderKL, params: Any, features: jax.Ar
     return jax.vjp(decode_last, last["kernel"])[1](gradient)[0]
 
 
-def lidit_task(
-    model: LIDiT,
-    schedule: Schedule,
-    encoders: Mapping[str, PromptEncoder],
-    vae: AutoencoderKL,
-    frozen: Mapping[str, Any],
-    evaluate: Evaluate | None = None,
-    *,
-    encode_in_step: bool = True,
-) -> Task:
-    """The diffusion objective on latents, with the LLMs and the VAE's encoder frozen.
+class VAEStage:
+    """The VAE's part of a run: trained unless it is there, judged where the config asks for it."""
 
-    A batch has {"image": uint8 [B, H, W, 3]}, or {"moments": [B, h, w, 2C]} that the VAE made of it ahead of time, and
-    every encoder's tokens and mask.
+    def __init__(self, experiment: Experiment, dataset: Dataset):
+        """Reads what the stage needs, before anything is written.
 
-    Args:
-      frozen: {"vae": parameters, "encoders": {name: what the encoder's `freeze` gave}}.
-      encode_in_step: the LLMs run inside the train step; else as a program of their own before it, whose features are
-        kept in memory from the one to the other. Both compute the same.
-    """
-
-    def loss(params, frozen, batch, key, phase):
-        del phase
-        posterior_key, diffusion_key = jax.random.split(key)
-        if "moments" in batch:
-            posterior = DiagonalGaussian.from_moments(batch["moments"])
+        Raises:
+          UserError: held-out pictures, or the perceptual loss's weights, cannot be used.
+        """
+        self.experiment, self.dataset, self.part = experiment, dataset, experiment.vae
+        self.model = experiment.autoencoder(experiment.vae_config())
+        self.evaluation = self.part.evaluation()
+        self.to_train = not self.part.weights and not self._is_finished()
+        self.lpips = self._lpips() if self.to_train else None
+        self.pictures: list[np.ndarray] = []
+        if self.evaluation is None:
+            return
+        if experiment.data.holds_out:
+            self.judged_on = open_dataset(
+                experiment.data, experiment.cell(), held_out=True, with_captions=experiment.has_lidit
+            )
         else:
-            pixels = to_pixels(batch["image"])
-            posterior = vae.apply({"params": whole(frozen["vae"])}, pixels, method=AutoencoderKL.encode)
-        latents = to_model_latents(posterior.sample(posterior_key), vae.config)
-        latents = jax.lax.stop_gradient(latents)
-        text = encode(encoders, frozen["encoders"], batch)
-        predict = lambda x, timesteps: model.apply({"params": params}, x, timesteps, text)  # noqa: E731
-        loss, metrics = diffusion_loss(schedule, predict, latents, diffusion_key)
-        truncated = jnp.stack([batch[f"{name}/truncated"] for name in encoders])  # [encoders, B]
-        return loss, metrics | {"truncated_prompts": WeightedMean.over(truncated)}
+            self.judged_on = dataset
+        if self.to_train or not is_judged(experiment.workdir, self._facts()):
+            if not experiment.data.holds_out:
+                logger.info("vae: judged on pictures of the training: none are held out (data.held_out_shards=0)")
+            self.pictures = self.judged_on.pictures(self.evaluation.num_images)
 
-    def prepare(frozen, batch):
-        return encode_ahead(encoders, frozen["encoders"], batch)
+    def run(self, mesh: Mesh, rules: ShardingRules) -> None:
+        autoencoding = Autoencoding(self.model, mesh, rules)
+        if self.to_train:
+            self._train(autoencoding, mesh, rules)
+        if self.pictures:
+            self._judge(autoencoding, mesh)
 
-    return Task(
-        name="lidit",
-        init=functools.partial(model.init_params, [encoder.hidden_size for encoder in encoders.values()]),
-        loss=loss,
-        frozen=frozen,
-        evaluate=evaluate,
-        prepare=None if encode_in_step else prepare,
-        flops=functools.partial(_lidit_flops, model, vae, encoders, frozen),
-    )
+    def _is_finished(self) -> bool:
+        """Whether the VAE is there, and of as many steps as the config now asks for."""
+        if not self.experiment.vae_folder().exists():
+            return False
+        taken = steps_taken(self.experiment.training_folder("vae") / "checkpoints")
+        return self.experiment.has_lidit or taken >= self.experiment.vae_training().steps
 
+    def _facts(self) -> dict[str, Any]:
+        """What a judgement is of."""
+        return {
+            "vae": folder_digest(self.experiment.vae_folder()),
+            "data": self.judged_on.fingerprint,
+            "held_out": self.experiment.data.holds_out,
+            "evaluation": dataclasses.asdict(self.evaluation),
+        }
 
-def _lidit_flops(
-    model: LIDiT, vae: AutoencoderKL, encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], batch: Batch
-) -> int:
-    """Operations that a step needs: encoding what is not encoded yet, and LI-DiT forward and backward."""
-    content = "moments" if "moments" in batch else "image"
-    count, height, width = batch[content].shape[:3]
-    total = 0
-    if content == "image":
-        total += vae_encoder_forward(vae.config, count, height, width)
-        height, width = (side // vae.config.downsampling_factor for side in (height, width))
-    prompts = {name: batch[f"{name}/mask"].shape[1] for name in encoders}
-    encoding, lengths = text_work(encoders, frozen["encoders"], count, prompts)
-    return total + encoding + FORWARD_AND_BACKWARD * lidit_forward(model.config, count, height, width, lengths)
+    def _lpips(self) -> Any:
+        """The perceptual loss's parameters; None where it is off, which the log says."""
+        file = self.part.perceptual_config().weights
+        if not file:
+            logger.info("vae: trained without the perceptual loss (vae.perceptual.weights names no file)")
+            return None
+        return load_lpips(file)
 
+    def _train(self, autoencoding: Autoencoding, mesh: Mesh, rules: ShardingRules) -> None:
+        experiment, training = self.experiment, self.experiment.vae_training()
+        perceptual, adversarial = self.part.perceptual_config(), self.part.adversarial_config()
 
-def text_work(
-    encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], count: int, prompts: Mapping[str, int]
-) -> tuple[int, list[TextLengths]]:
-    """Operations of encoding so many prompts, and the lengths of their features.
+        def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+            scores, sheet = evaluate_reconstruction(autoencoding, state.averaged["vae"], self.pictures, self.evaluation)
+            return reconstruction.scalars(scores), {"reconstruction": sheet}
 
-    Args:
-      frozen: the encoders' arrays, by name.
-      prompts: tokens of a prompt, by encoder.
-    """
-    total, lengths = 0, []
-    for name, encoder in encoders.items():
-        prefix = encoder.prefix_length(frozen[name])
-        lengths.append(TextLengths(prefix, prompts[name], encoder.hidden_size, not encoder.lead))
-        total += encoder.flops(count, prompts[name], prefix)
-    return total, lengths
+        critic = PatchDiscriminator(adversarial.width, adversarial.layers, self.model.dtype)
+        task = vae_task(
+            self.model,
+            VAEObjective(
+                self.part.reconstruction,
+                self.part.kl_weight,
+                perceptual.weight,
+                adversarial.weight,
+                adversarial.start,
+            ),
+            lpips=None if self.lpips is None else jax.device_put(self.lpips, replicated(mesh)),
+            discriminator=critic if adversarial.weight else None,
+            evaluate=evaluate if self.pictures else None,
+        )
+
+        def batches(first: int):
+            return self.dataset.batches(training.batch_size, experiment.config.seed, tokenize=None, first=first)
+
+        facts = {"data": self.dataset.fingerprint}
+        if self.lpips is not None:
+            facts["perceptual"] = file_digest(perceptual.weights)
+        state = run_part(experiment, task, training, batches, mesh, rules, facts)
+        measured = itertools.islice(batches(training.steps), STATISTICS_BATCHES)
+        latents = autoencoding.latent_statistics(state.averaged["vae"], measured)
+        factors = {"shift_factor": latents.shift_factor, "scaling_factor": latents.scaling_factor}
+        logger.info("vae: latents have %s", ", ".join(f"{name} {value:.4f}" for name, value in factors.items()))
+        params = on_host(state.averaged["vae"], mesh, training.stalled_after)
+        if jax.process_index() == 0:
+            folder = experiment.vae_folder()
+            if folder.exists():  # of fewer steps; should this be cut short here, the checkpoint has the new one
+                folder.rmtree()
+            save_vae(folder, dataclasses.replace(self.model.config, **factors), params)
+        multihost_utils.sync_global_devices("saved vae")
+
+    def _judge(self, autoencoding: Autoencoding, mesh: Mesh) -> None:
+        """Writes how well the finished VAE, trained here or elsewhere, gives pictures back."""
+        config, params = load_vae(self.experiment.vae_folder())
+        params = jax.device_put(params, replicated(mesh))
+        scores, sheet = evaluate_reconstruction(autoencoding, params, self.pictures, self.evaluation)
+        reconstruction.report(scores, sheet, config, self._facts(), self.experiment.workdir)
