@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lidit_jax.errors import UserError
+from lidit_jax.evaluate.read_picture import read_picture
 from lidit_jax.score import detectors, geneval
 from lidit_jax.score.detectors import Detection, instances, load_detector, mask_bounds
 from lidit_jax.score.eval_extra import require_extra
@@ -30,7 +31,7 @@ from lidit_jax.score.geneval import (
     score,
     summary,
 )
-from lidit_jax.score.results import ResultsFile, ScoreRequest, read_picture
+from lidit_jax.score.results import ResultsFile, ScoreRequest
 
 torch.set_num_threads(1)
 

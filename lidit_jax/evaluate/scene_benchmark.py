@@ -5,8 +5,8 @@ from etils import epath
 from lidit_jax.data.shapes.layout import SceneLayout
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import PlainPrompts
+from lidit_jax.evaluate.read_picture import read_picture
 from lidit_jax.evaluate.scenes import SceneEvaluation, report_scenes, score_scenes
-from lidit_jax.score.results import read_picture
 
 
 class ShapesBenchmark(PlainPrompts):

@@ -16,7 +16,7 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut, open_benchmark
-from lidit_jax.score.results import read_picture
+from lidit_jax.evaluate.read_picture import read_picture
 from lidit_jax.weights.folders import is_there
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 from lidit_jax.data.dataset import spread
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
+from lidit_jax.evaluate.read_picture import read_picture
 from lidit_jax.experiment import Experiment
 from lidit_jax.fidelity.drawn_folder import picture_files
 from lidit_jax.fidelity.scores import Reference
-from lidit_jax.score.results import read_picture
 
 BATCH = 32  # pictures that the loader makes at once
 

@@ -18,7 +18,7 @@ from lidit_jax.evaluate.claimed_folder import check_claim, read_claim
 from lidit_jax.fidelity.drawn_folder import DrawnFile, drawn_files
 from lidit_jax.files import finite, write_json
 from lidit_jax.score.eval_extra import require_extra
-from lidit_jax.score.results import device, load_model, load_processor, model_folder
+from lidit_jax.score.load_model import device, load_model, load_processor, model_folder
 from lidit_jax.weights.digest import file_digest, folder_digest
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,10 @@ from lidit_jax.errors import UserError
 from lidit_jax.evaluate.attributes import KINDS
 from lidit_jax.evaluate.benchmarks import T2ICompBench
 from lidit_jax.evaluate.noun_phrases import noun_phrases, splitter_name
+from lidit_jax.evaluate.read_picture import read_picture
 from lidit_jax.score.detectors import load_detector
 from lidit_jax.score.report import Report
-from lidit_jax.score.results import ScoreRequest, open_results, read_picture, require_pictures_folder
+from lidit_jax.score.results import ScoreRequest, open_results, require_pictures_folder
 from lidit_jax.score.spatial_rules import SpatialPrompt, parse_spatial, spatial_score
 from lidit_jax.score.vqa import load_blip
 

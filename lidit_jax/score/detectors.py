@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lidit_jax.errors import UserError
-from lidit_jax.score.results import device, load_model, load_processor, model_folder
+from lidit_jax.score.load_model import device, load_model, load_processor, model_folder
 
 # Mask2Former is tested on COCO, by its authors and by mmdetection, with the short side of a picture at 800 pixels, but
 # the long one at 1333 at most; what size a folder's preprocessor_config.json says is not looked at.

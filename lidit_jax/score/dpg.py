@@ -20,9 +20,10 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut
+from lidit_jax.evaluate.read_picture import read_picture
 from lidit_jax.score.dpg_questions import Questions, read_questions
 from lidit_jax.score.report import Report
-from lidit_jax.score.results import ScoreRequest, open_results, read_picture, require_pictures_folder
+from lidit_jax.score.results import ScoreRequest, open_results, require_pictures_folder
 from lidit_jax.score.vqa import is_yes, load_vqa
 
 logger = logging.getLogger(__name__)

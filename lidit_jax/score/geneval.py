@@ -20,17 +20,11 @@ from PIL import Image
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import open_benchmark
+from lidit_jax.evaluate.read_picture import read_picture
 from lidit_jax.score.detectors import Detection, check_classes, load_detector
+from lidit_jax.score.load_model import device, load_model, load_processor
 from lidit_jax.score.report import Report
-from lidit_jax.score.results import (
-    ScoreRequest,
-    device,
-    load_model,
-    load_processor,
-    open_results,
-    read_picture,
-    require_pictures_folder,
-)
+from lidit_jax.score.results import ScoreRequest, open_results, require_pictures_folder
 
 logger = logging.getLogger(__name__)
 

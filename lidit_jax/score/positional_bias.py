@@ -15,10 +15,11 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.adjective_pairs import METADATA_FILE, SAMPLES, Pair, read_pairs
+from lidit_jax.evaluate.read_picture import read_picture
 from lidit_jax.score.eval_extra import png_of
 from lidit_jax.score.quarters import QUARTER_NAMES, QUARTERS, interval_by_quarter, mean_by_quarter, mean_over_prompts
 from lidit_jax.score.report import Report
-from lidit_jax.score.results import ScoreRequest, open_results, read_picture, require_pictures_folder
+from lidit_jax.score.results import ScoreRequest, open_results, require_pictures_folder
 from lidit_jax.score.vqa import load_blip
 
 logger = logging.getLogger(__name__)

@@ -1,30 +1,24 @@
-"""What the scorers of drawn benchmarks share: what is asked, pictures, models of transformers, and results so far.
-
-PyTorch is imported where it is first needed: the rest of this package does without it.
-"""
+"""What is asked of a scorer, and its results so far: kept while they grow, so that a rerun goes on."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tqdm
 from etils import epath
 
-from lidit_jax.data.formats.decoding import BrokenPicture, decode
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE
 from lidit_jax.evaluate.claimed_folder import check_claim, read_claim
 from lidit_jax.files import write_json
+from lidit_jax.score.load_model import model_folder
 from lidit_jax.weights.digest import folder_digest
-from lidit_jax.weights.folders import find_folder, is_there
+from lidit_jax.weights.folders import is_there
 
 RESULTS_FILE = "results.json"
-MAX_PIXELS = 1 << 28  # of a picture: a grid of four at 8192 x 8192
 SAVE_EVERY = 10.0  # seconds: what a kill costs at most
 
 
@@ -56,9 +50,6 @@ class ScoreRequest:
         if not value:
             raise UserError(f"--{name} is required for --benchmark={self.benchmark}")
         return value
-
-
-# --- results ----------------------------------------------------------------------------------------------------
 
 
 class ResultsFile:
@@ -157,9 +148,6 @@ def _pictures_digest(folder: epath.Path, pictures: Sequence[epath.Path]) -> str:
     return sha.hexdigest()[:16]
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
-
-
 def require_pictures_folder(request: ScoreRequest) -> epath.Path:
     """The folder of pictures. Raises UserError if there is none."""
     if not is_there(request.pictures):
@@ -167,92 +155,3 @@ def require_pictures_folder(request: ScoreRequest) -> epath.Path:
     if not request.pictures.is_dir():
         raise UserError(f"--pictures={request.pictures} is a file: name the folder that was drawn")
     return request.pictures
-
-
-def read_picture(file: epath.Path) -> np.ndarray:
-    """uint8 [H, W, 3].
-
-    Raises:
-      UserError: the file is missing, damaged, or no picture.
-    """
-    try:
-        return decode(file.read_bytes(), MAX_PIXELS)
-    except BrokenPicture as error:
-        raise UserError(f"{file} is damaged ({error}): replace it") from error
-    except OSError as error:
-        raise UserError(f"{file} can't be read ({error.strerror or error}): replace it") from error
-
-
-# --- models -----------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def device() -> Any:
-    """The torch.device on which models run: a GPU where there is one."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def model_folder(flag: str, name: str) -> epath.Path:
-    """The folder on this machine that `--FLAG=NAME` names.
-
-    Raises:
-      UserError: there is none, or no model in it.
-    """
-    folder = find_folder(name)
-    if "://" in str(folder):
-        raise UserError(f"--{flag}={name} is in a bucket: copy it to this machine first")
-    if not is_there(folder):
-        raise UserError(f"--{flag}={name}: no such folder, and no name of the Hugging Face hub (OWNER/NAME)")
-    if not (folder / "config.json").exists():
-        raise UserError(f"--{flag}={name}: no config.json in it; name a model's folder as transformers saves it")
-    return folder
-
-
-def load_model(class_name: str, flag: str, name: str, **options: Any) -> Any:
-    """A PyTorch model of transformers, ready to be asked.
-
-    Args:
-      class_name: of transformers, as "CLIPModel" or "AutoModelForObjectDetection".
-      flag: which named it.
-      name: a folder, or a name of the hub.
-      options: of transformers, as dtype="float32"; without, the weights stay as they were saved.
-
-    Raises:
-      UserError: there is no such folder, or a model of another kind in it.
-    """
-    import transformers
-
-    folder = model_folder(flag, name)
-    transformers.utils.logging.disable_progress_bar()  # of loading: the one of the pictures is enough
-    try:
-        model, found = getattr(transformers, class_name).from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-        )
-    except Exception as error:  # of many types: of the config, of the weights, of the class
-        raise UserError(f"--{flag}={name} can't be loaded as {class_name} ({_reason(error)})") from error
-    # transformers fills what a folder does not have with random numbers, and only warns.
-    missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found.get("mismatched_keys", ()))
-    if missing:
-        raise UserError(f"--{flag}={name} is no {class_name}: {len(missing)} of its weights, as {missing[0]}, lack")
-    return model.to(device()).eval()
-
-
-def load_processor(class_name: str, flag: str, name: str, **options: Any) -> Any:
-    """What prepares a model's pictures or texts, as "AutoImageProcessor" or "AutoTokenizer".
-
-    Raises:
-      UserError: the folder has none.
-    """
-    import transformers
-
-    folder = model_folder(flag, name)
-    try:
-        return getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True, **options)
-    except Exception as error:  # of many types, as above
-        raise UserError(f"--{flag}={name}: its {class_name} can't be loaded ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lidit_jax.errors import UserError
-from lidit_jax.score.results import device, load_model, load_processor, model_folder
+from lidit_jax.score.load_model import device, load_model, load_processor, model_folder
 
 BATCH = 8  # questions at a time
 MAX_WORDS = 50  # of a question; the official script drops the others …
