@@ -21,9 +21,8 @@ from etils import epath
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.adjective_pairs import PositionalBias, parse_prompt
 from lidit_jax.evaluate.attributes import KINDS
-from lidit_jax.files import write_json
+from lidit_jax.files import read_text, write_json
 from lidit_jax.pictures import save_png
-from lidit_jax.text_file import read_text
 
 MAX_NAME = 255  # bytes of a file's name
 FACTS_FILE = "drawn_with.json"  # beside the pictures: what they are of

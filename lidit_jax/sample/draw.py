@@ -12,10 +12,10 @@ from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.export.read import load_exported
+from lidit_jax.files import read_text
 from lidit_jax.pictures import grid, save_png
 from lidit_jax.pipeline import Pipeline, SampleConfig
 from lidit_jax.text.encoders import truncated_prompts
-from lidit_jax.text_file import read_text
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.text_file import read_text
+from lidit_jax.files import read_text
 
 MAX_FIELD = 1 << 16  # characters
 ID, NUMBER, PARENTS, TUPLE, TEXT = COLUMNS = (
