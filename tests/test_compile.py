@@ -15,6 +15,7 @@ from etils import epath
 
 from lidit_jax.compile import compile_step
 from lidit_jax.compile.compile_step import AssumedTokenizer, abstract_batch, abstract_frozen, topology_devices
+from lidit_jax.compile.report import worst
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
@@ -150,7 +151,7 @@ def test_a_bucket_that_does_not_fit_decides_whatever_the_others_need(report):
     lacking = dataclasses.replace(
         square, bucket=Bucket(24, 40), peak=None, temporaries=None, program=None, cost=None, needed=1
     )
-    found = compile_step.worst([square, lacking])
+    found = worst([square, lacking])
     assert not found.fits and found.bytes_by_bucket["24x40"] == sum(square.parts.values()) + 1
     assert found.bytes_by_bucket["32x32"] == square.peak
 
