@@ -20,6 +20,7 @@ from lidit_jax.data.broken_count import BrokenCount
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.formats.record_shards import RecordReaders
 from lidit_jax.data.indexed.dataset import IndexedDataset
+from lidit_jax.data.open_dataset import open_indexed_dataset
 from lidit_jax.data.precomputed import MANIFEST, PLAN, Manifest, to_record
 from lidit_jax.data.sources import BrokenExample
 from lidit_jax.data.stored_features import FEATURES
@@ -63,7 +64,7 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
     if "://" in os.fspath(out):
         raise UserError(f"--out={out}: ArrayRecord files are written to a disk alone; copy them from there")
     vae_config, params = load_vae(experiment.vae_folder())
-    dataset = IndexedDataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    dataset = open_indexed_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     logger.info("%s", dataset.summary())
     if with_features and not experiment.has_lidit:
         raise UserError("--features: the config has no encoders, it is of a VAE alone")

@@ -1,9 +1,8 @@
 """Data sets with random access: shuffled as a whole, batch k a function of k alone."""
 
 import collections
-import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
@@ -13,12 +12,9 @@ from lidit_jax.data.broken_count import check_broken
 from lidit_jax.data.buckets import Bucket, assign
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset, spread
-from lidit_jax.data.filters import no_caption
-from lidit_jax.data.indexed.index import IndexPlan, examine
 from lidit_jax.data.indexed.loader import Loader, make_loader, make_plan, rows_of_process
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.precomputed import PrecomputedSource
-from lidit_jax.data.shapes.source import HELD_OUT_SEED, ShapesSource
 from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source
 from lidit_jax.data.stored_features import StoredEncoder, StoredPrompts
 from lidit_jax.errors import UserError
@@ -33,12 +29,20 @@ class IndexedDataset(Dataset):
       source: random access to the pictures.
     """
 
-    def __init__(self, config: DataConfig, cell: int, held_out: bool = False, with_captions: bool = True):
-        super().__init__(config, cell, held_out, with_captions)
+    def __init__(
+        self,
+        config: DataConfig,
+        buckets: tuple[Bucket, ...],
+        parts: Mapping[str, DataConfig],
+        sources: Iterable[Source],
+        held_out: bool,
+        with_captions: bool,
+    ):
+        """As `Dataset`. Args: sources: one for each of `parts`."""
+        super().__init__(config, buckets, parts, held_out, with_captions)
         fields: collections.Counter[str] = collections.Counter()
         self._sources, looked_at = [], 0
-        for part in self._parts.values():
-            source = self._open(part, held_out)
+        for source in sources:
             self._sources.append(source)
             if isinstance(source, IndexedSource):
                 self.broken += source.broken
@@ -49,21 +53,6 @@ class IndexedDataset(Dataset):
         self._check_fields(fields)
         self.source: Source = self._sources[0] if len(self._sources) == 1 else ConcatenatedSource(self._sources)
         self.bucket_of_example = assign(self.source.sizes(), self.buckets)
-
-    def _open(self, part: DataConfig, held_out: bool) -> Source:
-        if part.source == "shapes":
-            seed = HELD_OUT_SEED if held_out else 0
-            side = part.resolution
-            return ShapesSource(part.num_examples, side, side, seed, layout=part.scene_layout)
-        if part.source == "precomputed":
-            # The filters of pictures have done their work; but a caption there must be, where any is trained on.
-            captions = [functools.partial(no_caption, fields=part.chooser(0.0).used)] if self._with_captions else []
-            return PrecomputedSource(part.path, self.buckets, captions, part.features and self._with_captions)
-        shards = part.shards(held_out)
-        filters = part.filters(self.buckets, self._with_captions)
-        # Each process begins elsewhere, so that together they make the missing indexes once.
-        first = len(shards.paths) * jax.process_index() // jax.process_count()
-        return IndexedSource(shards, examine(shards, filters, IndexPlan(part.index_dir), first))
 
     @property
     def fingerprint(self) -> str:

@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import os
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
@@ -38,16 +39,24 @@ _BATCHES_OF_A_GROUP = 4  # that wait
 class StreamedDataset(Dataset):
     """See `Dataset`. `broken` and `dropped` are of what was looked at beforehand; batches report the rest."""
 
-    def __init__(self, config: DataConfig, cell: int, held_out: bool = False, with_captions: bool = True):
-        super().__init__(config, cell, held_out, with_captions)
+    def __init__(
+        self,
+        config: DataConfig,
+        buckets: tuple[Bucket, ...],
+        parts: Mapping[str, DataConfig],
+        readings: Iterable[Reading],
+        held_out: bool,
+        with_captions: bool,
+    ):
+        """As `Dataset`. Args: readings: one for each of `parts`."""
+        super().__init__(config, buckets, parts, held_out, with_captions)
         if len(self._parts) > 1 and config.weights() is None:
             raise UserError(
                 "data.sequential: nobody has counted the samples of the mixture's sources: give each a weight"
             )
         self._readings, self._samples, looked_at = [], [], 0
         fields: collections.Counter[str] = collections.Counter()
-        for part in self._parts.values():
-            reading = Reading(part.shards(held_out), self.buckets, tuple(part.filters(self.buckets, with_captions)))
+        for reading in readings:
             samples, seen = _look(reading)
             self.broken.update(reason for _, reason in seen.broken)
             self.dropped += seen.dropped
@@ -60,7 +69,7 @@ class StreamedDataset(Dataset):
         counts = np.array(
             [np.bincount([e.group for e in samples], minlength=len(self.buckets)) for samples in self._samples]
         )
-        weights = np.array(config.weights() or [1.0]) if not held_out else np.ones(len(counts))
+        weights = np.array(self._weights or [1.0] * len(counts))
         # [sources, groups], of all rows.
         self._shares = counts / counts.sum(1, keepdims=True) * (weights / weights.sum())[:, None]
         self._looked_at = looked_at
