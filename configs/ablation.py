@@ -6,7 +6,7 @@
 
 All rows train LI-DiT-1B at 256 px with batches of 256 for 300k steps at a learning rate of 1e-4 (paper, 5.1 and 5.3).
 `llama3` and `qwen` are the LLMs after multi-modal instruction tuning, `llama3_base` and `qwen_base` those before it;
-`lidit_jax/ablation/rows.py` explains which row uses which, and what of that is inferred.
+`lidit_jax/ablate/rows.py` explains which row uses which, and what of that is inferred.
 
 The data is ImageNet, captioned "a photo of {class}", and 1.3M image-text pairs of CC12M; original captions are mixed
 with synthetic ones by CogVLM (5.1, which we read as covering both sets; the shares are ours). A sample of either set
@@ -16,7 +16,7 @@ the original always. Without any synthetic captions, give --config.data.captions
 
 from ml_collections import ConfigDict
 
-from lidit_jax.ablation.rows import BASE_LLMS, ROWS
+from lidit_jax.ablate.rows import BASE_LLMS, ROWS
 from lidit_jax.errors import UserError
 from lidit_jax.text.prompts import INSTRUCTION
 

@@ -57,7 +57,7 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
 
 
 def define_drawing() -> Callable[[], dict[str, Any]]:
-    """The flags of what draws -> what gives their values, as `sampling.Drawing` takes them."""
+    """The flags of what draws -> what gives their values, as `sample.draw.Drawing` takes them."""
     sides = "pixels (default: the training resolution)"
     found = {
         "height": flags.DEFINE_integer("height", None, sides),

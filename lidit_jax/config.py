@@ -14,7 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax.errors import UserError
-from lidit_jax.json_file import write_json
+from lidit_jax.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -39,13 +39,13 @@ from lidit_jax.models.lpips import SMALLEST_SIDE
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.models.vae_tiling import smallest_tile
+from lidit_jax.models.vae_training import VAEPartConfig
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, place, stored_shardings
-from lidit_jax.parts import EncoderConfig, TextConfig, VAEPartConfig
 from lidit_jax.pipeline import Pipeline, SampleConfig
 from lidit_jax.text.encoders import PromptEncoder
-from lidit_jax.text.load_encoder import load_encoder, open_encoder, tokenizer_folder
-from lidit_jax.text.prompts import PromptTokenizer
+from lidit_jax.text.load_encoder import EncoderConfig, load_encoder, open_encoder, tokenizer_folder
+from lidit_jax.text.prompts import PromptTokenizer, TextConfig
 from lidit_jax.train import TrainConfig
 from lidit_jax.weights.diffusers_vae import load_vae
 from lidit_jax.weights.digest import folder_digest

@@ -7,9 +7,10 @@ pod, run it on every host.
 from absl import flags
 from etils import epath
 
-from lidit_jax import cli, stages
-from lidit_jax.exported import start_from_exported
+from lidit_jax import cli
+from lidit_jax.export.read import start_from_exported
 from lidit_jax.parallel.hosts import join_hosts
+from lidit_jax.stages.run import run_stages
 
 _CONFIG = cli.define_config()
 _DISTRIBUTED = cli.define_distributed()
@@ -24,7 +25,7 @@ def main() -> None:
     config = cli.read_config(_CONFIG)
     if _FROM_TORCH.value:
         config = start_from_exported(config, epath.Path(_FROM_TORCH.value))
-    stages.run(config, epath.Path(cli.require(_WORKDIR.name)))
+    run_stages(config, epath.Path(cli.require(_WORKDIR.name)))
 
 
 if __name__ == "__main__":

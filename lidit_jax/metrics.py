@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lidit_jax.json_file import finite
+from lidit_jax.files import finite
 from lidit_jax.pictures import save_png
 
 

@@ -1,4 +1,7 @@
-"""Pictures that people look at: contact sheets with captions in any script, written as PNG files."""
+"""Pictures that people look at: contact sheets with captions in any script, written as PNG files.
+
+And what is between pictures and models: uint8 pixels as float32 in [-1, 1], and back.
+"""
 
 import functools
 import io
@@ -12,6 +15,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
@@ -40,6 +45,16 @@ _FONT_FILES = (
     "C:/Windows/Fonts/msyh.ttc",
     "C:/Windows/Fonts/simhei.ttf",
 )
+
+
+def to_pixels(images: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, 3] -> float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_pictures(images: jax.Array) -> jax.Array:
+    """float32, clipped to [-1, 1] -> uint8."""
+    return jnp.clip(jnp.round(images * 127.5 + 127.5), 0, 255).astype(jnp.uint8)
 
 
 def grid(

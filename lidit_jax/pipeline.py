@@ -20,8 +20,8 @@ from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
 from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, place, replicated, shardings
-from lidit_jax.tasks import text_work, to_pictures
-from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead, tokenize
+from lidit_jax.pictures import to_pictures
+from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead, text_work, tokenize
 from lidit_jax.text.shared_prompts import SharedPrompts
 
 
@@ -138,7 +138,7 @@ class Pipeline:
     def lower(
         self, params: Any, height: int, width: int, how: SampleConfig, images_per_prompt: int = 1
     ) -> jax.stages.Lowered:
-        """The program that draws a batch, for shapes in place of arrays; see `compiling.py`."""
+        """The program that draws a batch, for shapes in place of arrays; see `compile/compile_step.py`."""
         to_encode, places = self._shared_prompts(how, images_per_prompt).batch([], 0)
         given = tokenize(self.encoders, to_encode), places, np.zeros(self.rows(how), np.uint32)
         place = None if self.mesh is None else batch_sharding(self.mesh, self.rules)

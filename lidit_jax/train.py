@@ -265,7 +265,7 @@ class Trainer:
         self._step.compile(self.abstract_state(), self.task.frozen, batch, self.abstract_key(), phase)
 
     def lower(self, state: TrainState, frozen: Any, batch: Batch) -> jax.stages.Lowered:
-        """The step of the first phase for shapes in place of arrays; see `compiling.py`."""
+        """The step of the first phase for shapes in place of arrays; see `compile/compile_step.py`."""
         return self._step.lower(state, frozen, batch, self.abstract_key(), 0)
 
     def put(self, batch: Mapping[str, np.ndarray]) -> Batch:

@@ -94,10 +94,10 @@ def trained_workdir(tmp_path_factory):
     """A workdir in which the tiny demo has run to its end, once for all tests. Not to be changed."""
     from etils import epath
 
-    from lidit_jax import stages
+    from lidit_jax.stages.run import run_stages
 
     workdir = epath.Path(tmp_path_factory.mktemp("trained"))
-    stages.run(tiny_config(), workdir)
+    run_stages(tiny_config(), workdir)
     return workdir
 
 

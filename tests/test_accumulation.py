@@ -14,7 +14,7 @@ from lidit_jax.diffusion.losses import diffusion_loss
 from lidit_jax.diffusion.schedules import DDPM
 from lidit_jax.models.layers import Dense
 from lidit_jax.models.llm import LLMConfig
-from lidit_jax.tasks import language_model_task
+from lidit_jax.stages.language_model import language_model_task
 from lidit_jax.train import Task
 
 MICRO_BATCHES = 4

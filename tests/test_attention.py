@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_lidit import opened, text_features
 
+from lidit_jax.compile.hlo import cost_of
 from lidit_jax.errors import UserError
 from lidit_jax.models import attention
 from lidit_jax.models.attention import choose, dot_product_attention
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.splash_attention import LANES, LONGEST_BLOCK, _block
-from lidit_jax.parallel.hlo import cost_of
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
 

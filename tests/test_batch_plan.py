@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lidit_jax.data.batch_plan import BatchPlan
+from lidit_jax.data.indexed.batch_plan import BatchPlan
 
 
 def plan_of(counts: list[int], batch_size: int, seed: int = 0) -> tuple[BatchPlan, np.ndarray]:

@@ -15,10 +15,10 @@ from conftest import ROOT, tiny_config
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from lidit_jax.attention_maps import attention_maps
 from lidit_jax.models.layers import Attention, LayerConfig
 from lidit_jax.models.lidit import TextCondition, TextFeatures
 from lidit_jax.models.lidit_config import LIDiTConfig
+from lidit_jax.sample.attention_maps import attention_maps
 
 NOTEBOOK = ROOT / "launch" / "colab.ipynb"
 HEADS, WIDTH = 2, 16

@@ -11,13 +11,14 @@ from hypothesis import given
 from vqa_models import picture, save_blip, save_vilt
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation import compbench_score, noun_phrases
-from lidit_jax.evaluation.compbench_score import attribute_score, category_of, score
-from lidit_jax.evaluation.detectors import Detection
-from lidit_jax.evaluation.noun_phrases import split_noun_phrases
-from lidit_jax.evaluation.scoring import ScoreRequest
-from lidit_jax.evaluation.spatial_rules import SpatialPrompt, iou, parse_spatial, relation_score, spatial_score
+from lidit_jax.evaluate import noun_phrases
+from lidit_jax.evaluate.noun_phrases import split_noun_phrases
 from lidit_jax.pictures import save_png
+from lidit_jax.score import compbench
+from lidit_jax.score.compbench import attribute_score, category_of, score
+from lidit_jax.score.detectors import Detection
+from lidit_jax.score.results import ScoreRequest
+from lidit_jax.score.spatial_rules import SpatialPrompt, iou, parse_spatial, relation_score, spatial_score
 
 LISTS = ROOT.parent / "shared/data/benchmarks/t2i_compbench"
 needs_lists = pytest.mark.skipif(not LISTS.exists(), reason="T2I-CompBench's lists are not here")
@@ -128,7 +129,7 @@ def test_a_category_is_told_by_the_files_name_or_by_the_prompts():
 
 
 @needs_lists
-@pytest.mark.parametrize("category", compbench_score.CATEGORIES)
+@pytest.mark.parametrize("category", compbench.CATEGORIES)
 def test_the_lists_prompts_tell_their_category(category):
     assert category_of(None, prompts_of(category)) == category
 
@@ -244,17 +245,17 @@ def test_colours_are_scored_by_blip_and_a_rerun_asks_nothing(tmp_path, blip_fold
     folder = draw(tmp_path / "pictures", ["a red car and a blue cup"] * 2 + ["a green apple"])
     asked = request(folder, tmp_path / "out", vqa=str(blip_folder))
     report = score(asked)
-    model = compbench_score.load_blip(str(blip_folder))
+    model = compbench.load_blip(str(blip_folder))
     decoded = [
-        compbench_score.read_picture(epath.Path(folder) / "samples" / picture.name)
-        for picture in compbench_score.find_pictures(epath.Path(folder))
+        compbench.read_picture(epath.Path(folder) / "samples" / picture.name)
+        for picture in compbench.find_pictures(epath.Path(folder))
     ]
     pair = [round(math.prod(model.yes_probabilities(d, ["a red car?", "a blue cup?"])), 4) for d in decoded[:2]]
     [single] = model.yes_probabilities(decoded[2], ["a green apple?"])
     assert report.columns == {"color": pytest.approx(100 * np.mean([*pair, single]))}
     assert report.counts == {"color": 3}
     assert report.details["noun_phrases"] == "rules"
-    monkeypatch.setattr(compbench_score, "read_picture", None)
+    monkeypatch.setattr(compbench, "read_picture", None)
     assert score(asked) == report
 
 
@@ -266,9 +267,9 @@ class LeftAndRight:
 
 
 def test_spatial_prompts_are_scored_by_any_detector(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(compbench_score, "load_detector", lambda name: LeftAndRight())
-    monkeypatch.setattr("lidit_jax.evaluation.scoring.model_folder", lambda flag, name: epath.Path(name))
-    monkeypatch.setattr("lidit_jax.evaluation.scoring.folder_digest", lambda folder: "0")
+    monkeypatch.setattr(compbench, "load_detector", lambda name: LeftAndRight())
+    monkeypatch.setattr("lidit_jax.score.results.model_folder", lambda flag, name: epath.Path(name))
+    monkeypatch.setattr("lidit_jax.score.results.folder_digest", lambda folder: "0")
     prompts = ["a cat on the left of a phone", "a cat on the right of a phone", "a cat near a frog"]
     folder = draw(tmp_path / "pictures", prompts)
     report = score(request(folder, tmp_path / "out", detector="any"))

@@ -11,11 +11,11 @@ from etils import epath
 from stored_data import CLASSES, COUNT, caption, data_of, picture, write_array_records, write_tfds
 from test_tar_source import encode, write_tar
 
-from lidit_jax import stages
 from lidit_jax.config import build
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
+from lidit_jax.stages.run import run_stages
 
 KINDS = ("tar", "array_record", "tfds", "jsonl", "csv", "parquet")
 
@@ -183,6 +183,6 @@ def test_the_emoji_config_trains_on_every_kind_of_source(stored, tmp_path, kind)
     config.model.update(tiny.model)
     config.train.update(steps=3, batch_size=8, sample_every=0, log_every=1)
     config.sample.update(tiny.sample)
-    stages.run(config, epath.Path(tmp_path / "run"))
+    run_stages(config, epath.Path(tmp_path / "run"))
     lines = (tmp_path / "run/training/lidit/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]

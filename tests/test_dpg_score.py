@@ -12,12 +12,12 @@ from hypothesis import given
 from vqa_models import picture, save_vilt
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation import dpg_score
-from lidit_jax.evaluation.benchmarks import cut
-from lidit_jax.evaluation.dpg_questions import Question, read_questions
-from lidit_jax.evaluation.dpg_score import category_scores, picture_score, score
-from lidit_jax.evaluation.scoring import ScoreRequest
+from lidit_jax.evaluate.benchmarks import cut
 from lidit_jax.pictures import save_png
+from lidit_jax.score import dpg
+from lidit_jax.score.dpg import category_scores, picture_score, score
+from lidit_jax.score.dpg_questions import Question, read_questions
+from lidit_jax.score.results import ScoreRequest
 
 HEADER = (
     "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language"
@@ -177,9 +177,9 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def yes_to_odd(monkeypatch):
-    monkeypatch.setattr(dpg_score, "load_vqa", lambda name: YesToOdd())
-    monkeypatch.setattr("lidit_jax.evaluation.scoring.model_folder", lambda flag, name: epath.Path(name))
-    monkeypatch.setattr("lidit_jax.evaluation.scoring.folder_digest", lambda folder: "0")
+    monkeypatch.setattr(dpg, "load_vqa", lambda name: YesToOdd())
+    monkeypatch.setattr("lidit_jax.score.results.model_folder", lambda flag, name: epath.Path(name))
+    monkeypatch.setattr("lidit_jax.score.results.folder_digest", lambda folder: "0")
 
 
 def request(pictures, tmp_path, **more):

@@ -8,9 +8,9 @@ from etils import epath
 from PIL import Image
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation import drawing
-from lidit_jax.evaluation.benchmarks import GenEval, open_benchmark
-from lidit_jax.evaluation.drawing import Request, draw_benchmark, seed_of
+from lidit_jax.evaluate import drawing
+from lidit_jax.evaluate.benchmarks import GenEval, open_benchmark
+from lidit_jax.evaluate.drawing import Request, draw_benchmark, seed_of
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.text.shared_prompts import SharedPrompts
 

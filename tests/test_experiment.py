@@ -16,14 +16,15 @@ from conftest import ROOT, load_config, load_module, tiny_config
 from etils import epath
 from PIL import Image
 
-from lidit_jax import experiment, stages
+from lidit_jax import experiment
 from lidit_jax.checkpoint import load_weights
 from lidit_jax.config import claim_workdir, read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.models import vae_tiling
 from lidit_jax.models.vae_tiling import decode_in_tiles
-from lidit_jax.sampling import Request, draw_to_folder
+from lidit_jax.sample.draw import Request, draw_to_folder
+from lidit_jax.stages.run import run_stages
 from lidit_jax.weights.huggingface_llm import load_llm_encoder
 
 CHECKPOINTS = "training/lidit/checkpoints"
@@ -57,7 +58,7 @@ def test_the_demos_llms_are_transformers_models(trained_workdir):
 def test_a_second_start_trains_nothing_and_changes_no_weight(trained_workdir, tmp_path):
     before, step = load_weights(trained_workdir / CHECKPOINTS, "params")
     lines = (trained_workdir / "training/lidit/metrics.jsonl").read_text()
-    stages.run(tiny_config(), trained_workdir)
+    run_stages(tiny_config(), trained_workdir)
     after, same = load_weights(trained_workdir / CHECKPOINTS, "params")
     assert step == same == 6
     jax.tree.map(np.testing.assert_array_equal, before, after)
@@ -71,7 +72,7 @@ def test_encoders_from_folders_ahead_of_the_step_train_the_same_model(trained_wo
     config.vae.weights = str(trained_workdir / "vae")
     config.text.encode = "ahead"
     del config.evaluate
-    stages.run(config, epath.Path(tmp_path))
+    run_stages(config, epath.Path(tmp_path))
     assert not (tmp_path / "encoders").exists()
     expected, got = (load_weights(folder / CHECKPOINTS, "params")[0] for folder in (trained_workdir, tmp_path))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), got, expected)
@@ -85,7 +86,7 @@ def test_a_t5_takes_an_llms_place_in_a_run(trained_workdir, t5_folder, tmp_path,
     config.text.encode = where
     config.train.steps = 2
     del config.evaluate
-    stages.run(config, epath.Path(tmp_path))
+    run_stages(config, epath.Path(tmp_path))
     params, step = load_weights(tmp_path / CHECKPOINTS, "params")
     assert step == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
@@ -98,7 +99,7 @@ def test_an_encoder_that_does_not_fit_is_refused_before_anything_is_trained(trai
     config.encoders.qwen.weights = str(trained_workdir / "encoders" / "qwen")
     config.text.max_length = 5000
     with pytest.raises(UserError, match="the LLM was made for 4096: lower"):
-        stages.run(config, epath.Path(tmp_path / "run"))
+        run_stages(config, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -181,7 +182,7 @@ def test_a_workdir_of_another_config_is_refused_and_kept(trained_workdir):
     config.model.depth = 3
     before = (trained_workdir / "config.json").read_bytes()
     with pytest.raises(UserError, match=r"another config: model\.depth was 2, now 3"):
-        stages.run(config, trained_workdir)
+        run_stages(config, trained_workdir)
     assert (trained_workdir / "config.json").read_bytes() == before
 
 
@@ -226,7 +227,7 @@ def test_fine_tuning_does_not_start_from_a_model_that_computes_something_else(tr
     config.start_from, config.model[field] = str(trained_workdir), value
     restore = re.escape(f"give --config.model.{field}={theirs}")
     with pytest.raises(UserError, match=rf"model\.{field} is {value!r}, in .*: {restore}"):
-        stages.run(config, epath.Path(tmp_path / "tuned"))
+        run_stages(config, epath.Path(tmp_path / "tuned"))
     assert not (tmp_path / "tuned").exists()
 
 
@@ -245,7 +246,7 @@ def test_changed_frozen_weights_are_refused(trained_workdir, tmp_path):
     config = tiny_config()
     config.train.steps = 7
     with pytest.raises(UserError, match="frozen"):
-        stages.run(config, workdir)
+        run_stages(config, workdir)
 
 
 @pytest.mark.slow
@@ -257,7 +258,7 @@ def test_fine_tuning_starts_from_the_averaged_weights_of_another_run(trained_wor
     config.vae.weights = str(trained_workdir / "vae")
     config.train.update(steps=1, learning_rate=1e-12)
     del config.evaluate
-    stages.run(config, epath.Path(tmp_path / "tuned"))
+    run_stages(config, epath.Path(tmp_path / "tuned"))
     tuned, _ = load_weights(tmp_path / "tuned" / CHECKPOINTS, "params")
     start, _ = load_weights(trained_workdir / CHECKPOINTS, "ema")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), tuned, start)
@@ -330,7 +331,7 @@ def test_a_config_that_can_not_work_is_refused_before_anything_is_written(tmp_pa
     with config.unlocked():
         change(config)
     with pytest.raises(UserError, match=message):
-        stages.run(config, epath.Path(tmp_path / "run"))
+        run_stages(config, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -422,6 +423,6 @@ def test_the_emoji_config_trains_on_tar_shards_in_several_groups(tmp_path):
     config.model.update(tiny.model)
     config.train.update(steps=12, batch_size=8, sample_every=0, log_every=1)
     config.sample.update(tiny.sample)
-    stages.run(config, epath.Path(tmp_path / "run"))
+    run_stages(config, epath.Path(tmp_path / "run"))
     draw_to_folder(Request(epath.Path(tmp_path / "run"), epath.Path(tmp_path / "out"), prompt="bear face"))
     assert Image.open(tmp_path / "out/00000.png").size == (64, 64)

@@ -20,16 +20,17 @@ from etils import epath
 from random_workdirs import CAPTIONS, make_workdir, random_config
 from safetensors.numpy import load_file, save_file
 
-from lidit_jax import experiment, exporting
+from lidit_jax import experiment
 from lidit_jax.config import claim_workdir, read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
-from lidit_jax.exported import load_exported
-from lidit_jax.exporting import Request, export
+from lidit_jax.export import write
+from lidit_jax.export.folder import read_folder
+from lidit_jax.export.read import load_exported
+from lidit_jax.export.write import Request, export
 from lidit_jax.text.encoders import encode, tokenize
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.weights import folders
-from lidit_jax.weights.diffusers_folder import read_folder
 
 torch.set_num_threads(1)  # these models are so small that threads wait for each other
 PROMPTS = ["a red circle", ""]
@@ -275,7 +276,7 @@ def test_what_breaks_in_the_middle_leaves_nothing(workdir, tmp_path, monkeypatch
     def broken(*arguments):
         raise error
 
-    monkeypatch.setattr(exporting, "copy_files", broken)
+    monkeypatch.setattr(write, "copy_files", broken)
     with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as caught:
         export_of(workdir, tmp_path / "out")
     if isinstance(error, OSError):
@@ -284,7 +285,7 @@ def test_what_breaks_in_the_middle_leaves_nothing(workdir, tmp_path, monkeypatch
 
 
 def test_a_full_disk_is_known_before_anything_is_written(workdir, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(write.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match=r"out needs 0\.0 GB, the disk has 0\.0 GB left: make room"):
         export_of(workdir, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -298,7 +299,7 @@ def test_overwriting_replaces_an_export_and_nothing_else(workdir, folder, tmp_pa
     with pytest.raises(UserError, match=r"is not empty: name another folder, or give --overwrite"):
         export_of(workdir, out)
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "model_card", lambda *arguments: 1 / 0)
+        patch.setattr(write, "model_card", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_of(workdir, out, overwrite=True)
     assert (out / "tokenizer_4" / "of_the_old.txt").exists()
@@ -364,15 +365,17 @@ def test_a_run_and_its_export_have_the_same_frozen_parts(workdir, folder):
 STOPPED = """
 import sys, time
 from pathlib import Path
-from lidit_jax import cli, export, exporting
+from lidit_jax import cli
+from lidit_jax.export import write
+from lidit_jax.export.__main__ import main
 
 def stop(*arguments):
     Path(sys.argv[0]).touch()
     time.sleep(120)
 
-exporting.copy_files = stop
+write.copy_files = stop
 sys.argv = sys.argv[1:]
-cli.run(export.main)
+cli.run(main)
 """
 
 
@@ -491,9 +494,9 @@ import sys
 for name in ("torch", "diffusers"):
     sys.modules[name] = None
 from etils import epath
-from lidit_jax.exported import load_exported
-from lidit_jax.exporting import Request, export
-from lidit_jax.weights.diffusers_folder import read_folder
+from lidit_jax.export.folder import read_folder
+from lidit_jax.export.read import load_exported
+from lidit_jax.export.write import Request, export
 export(Request(epath.Path({str(workdir)!r}), epath.Path("out")))
 read_folder("out")
 """

@@ -17,12 +17,11 @@ from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation import fidelity_scores
-from lidit_jax.evaluation.benchmarks import open_benchmark
-from lidit_jax.evaluation.drawn_folder import drawn_files
-from lidit_jax.evaluation.fidelity_reference import config_reference, folder_reference
-from lidit_jax.evaluation.fidelity_scores import ClipScore, FidelityRequest, FrechetDistance, score_fidelity
-from lidit_jax.evaluation.inception import FIDInception, load_inception
+from lidit_jax.evaluate.benchmarks import open_benchmark
+from lidit_jax.fidelity.drawn_folder import drawn_files
+from lidit_jax.fidelity.inception import FIDInception, load_inception
+from lidit_jax.fidelity.reference import config_reference, folder_reference
+from lidit_jax.fidelity.scores import ClipScore, FidelityRequest, FrechetDistance, score_fidelity
 from lidit_jax.pictures import save_png
 from lidit_jax.text.train_tokenizer import train_tokenizer
 
@@ -279,7 +278,7 @@ def test_a_configs_pictures_are_those_that_training_sees():
 @pytest.fixture
 def asked(tmp_path, clip_folder, monkeypatch):
     """Both scores of four pictures; FID by mean colours."""
-    monkeypatch.setattr(fidelity_scores, "load_network", lambda file: MeanColors())
+    monkeypatch.setattr("lidit_jax.fidelity.scores.load_network", lambda file: MeanColors())
     (tmp_path / "prompts.txt").write_text("a cow\na red kite\n")
     (tmp_path / "inception.safetensors").write_bytes(b"whatever")
     reference = write_pictures(tmp_path / "reference", random_pictures(6, seed=1, size=(10, 12)), "some/{}.png")

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation import detectors, geneval_score, scoring
-from lidit_jax.evaluation.detectors import Detection, instances, load_detector, mask_bounds
-from lidit_jax.evaluation.eval_extra import require_extra
-from lidit_jax.evaluation.geneval_score import (
+from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.score import detectors, geneval
+from lidit_jax.score.detectors import Detection, instances, load_detector, mask_bounds
+from lidit_jax.score.eval_extra import require_extra
+from lidit_jax.score.geneval import (
     COLORS,
     ClipColors,
     cut_out,
@@ -30,7 +31,7 @@ from lidit_jax.evaluation.geneval_score import (
     score,
     summary,
 )
-from lidit_jax.evaluation.scoring import ResultsFile, ScoreRequest
+from lidit_jax.score.results import ResultsFile, ScoreRequest
 
 torch.set_num_threads(1)
 
@@ -85,7 +86,7 @@ def test_no_colour_is_asked_of_what_is_not_there():
     assert judge({"include": [clause("cow", color="red")]}, {}, never) == (False, "0 cow, not 1")
 
 
-@pytest.mark.parametrize("relation", geneval_score.RELATIONS)
+@pytest.mark.parametrize("relation", geneval.RELATIONS)
 def test_every_pair_of_surest_objects_must_be_in_the_place_asked(relation):
     offset = {"left of": (-30, 0), "right of": (30, 0), "above": (0, -30), "below": (0, 30)}[relation]
     include = [clause("bench"), clause("cow", position=[relation, 0])]
@@ -367,7 +368,7 @@ def request(models, drawn, **more):
 def test_a_folder_is_scored_and_a_rerun_goes_on(models, drawn, small, monkeypatch):
     asked = request(models, drawn)
     read = []
-    monkeypatch.setattr(geneval_score, "read_picture", lambda file: read.append(file) or scoring.read_picture(file))
+    monkeypatch.setattr(geneval, "read_picture", lambda file: read.append(file) or read_picture(file))
     report = score(asked)
     assert len(read) == 4
     assert set(report.columns) == {"two", "colors", "overall"}
@@ -385,16 +386,17 @@ def test_a_folder_is_scored_and_a_rerun_goes_on(models, drawn, small, monkeypatc
 
 COMMAND = """
 import sys
-from lidit_jax import cli, score
-from lidit_jax.evaluation import detectors
+from lidit_jax import cli
+from lidit_jax.score import detectors
+from lidit_jax.score.__main__ import main
 
 detectors.SHORT_SIDE = 64
 try:
-    cli.run(score.main)
+    cli.run(main)
 except SystemExit as end:
     assert not end.code, end.code
 sys.argv += ["--model_name=another", "--detector=" + sys.argv[-1].partition("=")[2]]
-cli.run(score.main)
+cli.run(main)
 """
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lidit_jax.parallel import hlo
-from lidit_jax.parallel.hlo import cost_of
+from lidit_jax.compile import hlo
+from lidit_jax.compile.hlo import cost_of
 
 
 def compiled(function, *arguments, **options):

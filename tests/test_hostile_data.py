@@ -13,10 +13,10 @@ from stored_data import CLASSES, COUNT, data_of, picture, write_array_records, w
 from test_tar_source import encode, write_tar
 
 from lidit_jax.data.filters import Candidate, file_name_caption, url_caption
-from lidit_jax.data.index import examine
+from lidit_jax.data.formats.shards import Unusable, class_name
+from lidit_jax.data.formats.tar_shards import TarShards
+from lidit_jax.data.indexed.index import examine
 from lidit_jax.data.open_dataset import open_dataset
-from lidit_jax.data.sample import Unusable, class_name
-from lidit_jax.data.tar_shards import TarShards
 from lidit_jax.errors import UserError
 
 

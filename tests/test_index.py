@@ -9,12 +9,12 @@ import pytest
 from stored_data import COUNT, caption, data_of, picture, write_tars
 from test_tar_source import encode, write_tar
 
-from lidit_jax.data import index
-from lidit_jax.data.index import IndexPlan, examine
-from lidit_jax.data.indexed_source import IndexedSource
+from lidit_jax.data.formats.tar_shards import TarShards
+from lidit_jax.data.indexed import index
+from lidit_jax.data.indexed.index import IndexPlan, examine
+from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.sources import BrokenExample
-from lidit_jax.data.tar_shards import TarShards
 from lidit_jax.errors import UserError
 
 

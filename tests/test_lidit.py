@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lidit_jax.attention_maps import attention_maps
 from lidit_jax.errors import UserError
 from lidit_jax.models.dit import patchify, unpatchify
 from lidit_jax.models.layers import LayerConfig
 from lidit_jax.models.lidit import LIDiT, TextFeatures, num_parameters
 from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.refiners import CollaborativeRefiner, LinguisticTokenRefiner, text_rotary_tables
+from lidit_jax.sample.attention_maps import attention_maps
 
 WIDTH = 32
 SMALL = {"depth": 2, "hidden_size": WIDTH, "num_heads": 4, "patch_size": 1, "latent_channels": 4, "dtype": "float32"}

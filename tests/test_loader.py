@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from lidit_jax.data.assembler import Assembler
 from lidit_jax.data.buckets import Bucket, assign, make_buckets
 from lidit_jax.data.captions import CaptionChooser
-from lidit_jax.data.index import IndexPlan, examine
-from lidit_jax.data.indexed_source import IndexedSource
-from lidit_jax.data.loader import make_loader
+from lidit_jax.data.formats.tar_shards import TarShards
+from lidit_jax.data.indexed.index import IndexPlan, examine
+from lidit_jax.data.indexed.loader import make_loader
+from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source
-from lidit_jax.data.tar_shards import TarShards
 from lidit_jax.errors import UserError
 
 SHARED = pathlib.Path(os.environ.get("LIDIT_SHARED", pathlib.Path(__file__).parents[2] / "shared"))

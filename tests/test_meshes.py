@@ -10,10 +10,10 @@ from conftest import tiny_config
 from etils import epath
 from test_hosts import free_port, start
 
-from lidit_jax import stages
 from lidit_jax.experiment import load
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
+from lidit_jax.stages.run import run_stages
 
 FROM_JSON = """
 import json
@@ -42,8 +42,8 @@ def run(trained, workdir, mesh, steps=20):
     """Losses by step. On the first so many devices."""
     with pytest.MonkeyPatch.context() as patch:
         devices = jax.devices()[: int(np.prod(mesh))]
-        patch.setattr(stages, "make_mesh", lambda sizes: make_mesh(sizes, devices))
-        stages.run(lidit_config(trained, mesh, steps), epath.Path(workdir))
+        patch.setattr("lidit_jax.stages.run.make_mesh", lambda sizes: make_mesh(sizes, devices))
+        run_stages(lidit_config(trained, mesh, steps), epath.Path(workdir))
     return losses(workdir)
 
 

@@ -10,8 +10,8 @@ from stored_data import COUNT
 from test_tar_source import encode
 
 from lidit_jax.config import build
-from lidit_jax.data.batch_plan import BatchPlan
 from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.indexed.batch_plan import BatchPlan
 from lidit_jax.data.open_dataset import open_dataset
 
 

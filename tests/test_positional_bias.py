@@ -14,21 +14,14 @@ from PIL import Image
 from vqa_models import picture, save_blip, save_vilt
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation import positional_bias
-from lidit_jax.evaluation.adjective_pairs import (
-    NUM_PROMPTS,
-    Pair,
-    find_prompts,
-    join_phrases,
-    parse_phrase,
-    parse_prompt,
-)
-from lidit_jax.evaluation.attributes import ATTRIBUTES, KINDS
-from lidit_jax.evaluation.benchmarks import open_benchmark
-from lidit_jax.evaluation.drawing import Request
-from lidit_jax.evaluation.positional_bias import ScoredPair, chart, mean_by_quarter, score, summary
-from lidit_jax.evaluation.quarters import QUARTER_NAMES, interval_by_quarter, mean_over_prompts, quarter_weights
-from lidit_jax.evaluation.scoring import ScoreRequest
+from lidit_jax.evaluate.adjective_pairs import NUM_PROMPTS, Pair, find_prompts, join_phrases, parse_phrase, parse_prompt
+from lidit_jax.evaluate.attributes import ATTRIBUTES, KINDS
+from lidit_jax.evaluate.benchmarks import open_benchmark
+from lidit_jax.evaluate.drawing import Request
+from lidit_jax.score import positional_bias
+from lidit_jax.score.positional_bias import ScoredPair, chart, mean_by_quarter, score, summary
+from lidit_jax.score.quarters import QUARTER_NAMES, interval_by_quarter, mean_over_prompts, quarter_weights
+from lidit_jax.score.results import ScoreRequest
 
 LISTS = ROOT.parent / "shared/data/benchmarks/t2i_compbench"
 NOUNS = ("car", "cup", "apple", "plate", "key", "desk lamp", "orange", "vase", "door")

@@ -12,14 +12,15 @@ from etils import epath
 from stored_data import write_tars
 from test_tar_source import encode, write_tar
 
-from lidit_jax import experiment, stages
+from lidit_jax import experiment
 from lidit_jax.config import build
-from lidit_jax.contact_sheet import draw_contact_sheet
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.errors import UserError
-from lidit_jax.precomputing import precompute
+from lidit_jax.precompute.latents import _write_part, precompute
+from lidit_jax.preview.contact_sheet import draw_contact_sheet
+from lidit_jax.stages.run import run_stages
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +66,9 @@ def test_training_on_latents_is_training_on_the_pictures(config, latents, tmp_pa
         "002-000000.array_record",
         "manifest.json",
     ]
-    stages.run(config, epath.Path(tmp_path / "pictures"))
+    run_stages(config, epath.Path(tmp_path / "pictures"))
     ahead = changed(config, source="precomputed", path=str(latents))
-    stages.run(ahead, epath.Path(tmp_path / "latents"))
+    run_stages(ahead, epath.Path(tmp_path / "latents"))
     np.testing.assert_allclose(losses(tmp_path / "latents"), losses(tmp_path / "pictures"), rtol=1e-5)
     assert len(losses(tmp_path / "latents")) == 3
 
@@ -98,17 +99,15 @@ def test_half_the_bytes_are_close_to_all(config, latents, tmp_path):
 
 def test_an_interrupted_run_goes_on_and_makes_the_same_files(config, latents, tmp_path, monkeypatch):
     out = epath.Path(tmp_path / "out")
-    from lidit_jax import precomputing
-
-    write, written = precomputing._write_part, []
+    written = []
 
     def stop_before_the_second(file, *arguments):
         written.append(file.name)
         if len(written) == 2:
             raise KeyboardInterrupt
-        write(file, *arguments)
+        _write_part(file, *arguments)
 
-    monkeypatch.setattr(precomputing, "_write_part", stop_before_the_second)
+    monkeypatch.setattr("lidit_jax.precompute.latents._write_part", stop_before_the_second)
     with pytest.raises(KeyboardInterrupt):
         precompute(config, out, batch_size=8, dtype="float32")
     with pytest.raises(UserError, match="not finished; run `python -m lidit_jax.precompute` again"):
@@ -140,7 +139,7 @@ def test_what_does_not_belong_together_is_refused(config, latents, trained_workd
     theirs = "made for 3 buckets from 40x24 to 24x40, multiples of 8 px, the run has 1 bucket from 32x32 to 32x32"
     for change in ({"max_aspect": 1.0}, {"bucket_multiple": 16}):
         with pytest.raises(UserError, match=f"{theirs}.*: use the same .* data.bucket_multiple, or compute"):
-            stages.run(changed(ahead, **change), run)
+            run_stages(changed(ahead, **change), run)
     other = ahead.copy_and_resolve_references()
     other.vae.weights = str(tmp_path / "vae")
     epath.Path(tmp_path / "vae").mkdir()
@@ -149,17 +148,17 @@ def test_what_does_not_belong_together_is_refused(config, latents, trained_workd
     values = json.loads((tmp_path / "vae/config.json").read_text())
     (tmp_path / "vae/config.json").write_text(json.dumps(values | {"scaling_factor": 0.5}))
     with pytest.raises(UserError, match="made by another VAE"):
-        stages.run(other, run)
+        run_stages(other, run)
     own = ahead.copy_and_resolve_references()
     own.vae.weights = ""
     with pytest.raises(UserError, match=r"give --config\.vae\.weights=FOLDER"):
-        stages.run(own, run)
+        run_stages(own, run)
     with pytest.raises(UserError, match=r"give --config\.vae\.weights=FOLDER"):
         precompute(own, run, 8, "float16")
     with pytest.raises(UserError, match="holds latents, no pictures"):
         draw_contact_sheet(ahead, epath.Path(tmp_path / "sheet.png"), 8)
     with pytest.raises(UserError, match=r"manifest.json: does not exist; make it with"):
-        stages.run(changed(ahead, path=str(tmp_path / "none")), run)
+        run_stages(changed(ahead, path=str(tmp_path / "none")), run)
     with pytest.raises(UserError, match="is not empty and holds no latents"):
         precompute(config, epath.Path(tmp_path / "vae"), 8, "float16")
     assert not run.exists()

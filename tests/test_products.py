@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lidit_jax import compiling
-from lidit_jax.attention_maps import attention_maps
+from lidit_jax.compile import compile_step
+from lidit_jax.compile.hlo import cost_of
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.attention import dot_product_attention
@@ -30,10 +30,10 @@ from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.models.vae_layers import group_statistics
 from lidit_jax.models.vae_tiling import decode_in_tiles
 from lidit_jax.parallel.chips import V5E
-from lidit_jax.parallel.hlo import cost_of
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.pipeline import Pipeline
+from lidit_jax.sample.attention_maps import attention_maps
 
 FLOATS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -108,13 +108,13 @@ def run_of(name, dtype="bfloat16"):
     config.train.batch_size = 8 * config.train.accumulate
     config.sample.update(batch_size=8, steps=2)
     experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
-    return compiling._on_devices(experiment, jax.devices(), V5E, 64)
+    return compile_step._on_devices(experiment, jax.devices(), V5E, 64)
 
 
 def train_step(run):
     """The StableHLO of the whole step: LLMs, VAE, LI-DiT forward and backward, AdamW."""
     side = run.experiment.data.resolution
-    batch = compiling.abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, Bucket(side, side))
+    batch = compile_step.abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, Bucket(side, side))
     trainer = run.trainer(run.experiment.train)
     with jax.set_mesh(run.mesh):
         return trainer.lower(trainer.abstract_state(), run.frozen, batch).as_text()

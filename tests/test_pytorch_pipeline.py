@@ -23,12 +23,12 @@ from random_workdirs import make_workdir, psnr, random_config, starting_noise
 
 from lidit_jax import experiment
 from lidit_jax.diffusion.samplers import guided, sample
-from lidit_jax.exporting import Request, export
+from lidit_jax.export.transformers_class import LLM_CLASSES, MULTIMODAL_CLASSES, T5_CLASSES
+from lidit_jax.export.write import Request, export
 from lidit_jax.pytorch import pipeline_lidit
 from lidit_jax.text.encoders import encode, tokenize
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
-from lidit_jax.weights.transformers_class import LLM_CLASSES, MULTIMODAL_CLASSES, T5_CLASSES
 
 PROMPTS = ["a red circle", "", "红色圆形 above <|end|> a 😀 blue square that is much too long to fit"]
 DDPM = {"name": "ddpm"}

@@ -11,24 +11,16 @@ from etils import epath
 from stored_data import write_folder
 from test_evaluate import request
 
-from lidit_jax import stages
 from lidit_jax.data.shapes.checker import check
 from lidit_jax.data.shapes.layout import QUADRANTS, SceneLayout
 from lidit_jax.data.shapes.rendering import render
 from lidit_jax.data.shapes.scene import DEPTH_RELATIONS, HELD_OUT_PAIRS
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.drawing import draw_benchmark
-from lidit_jax.evaluation.quarters import mean_by_quarter
-from lidit_jax.evaluation.scene_benchmark import ShapesBenchmark
-from lidit_jax.evaluation.scenes import (
-    COUNTS,
-    HELD_OUT,
-    OVERLAP,
-    SceneEvaluation,
-    named_at,
-    report_scenes,
-    score_scenes,
-)
+from lidit_jax.evaluate.drawing import draw_benchmark
+from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
+from lidit_jax.evaluate.scenes import COUNTS, HELD_OUT, OVERLAP, SceneEvaluation, named_at, report_scenes, score_scenes
+from lidit_jax.score.quarters import mean_by_quarter
+from lidit_jax.stages.run import run_stages
 
 
 def drawn(prompts, change=lambda scene: scene):
@@ -218,5 +210,5 @@ def test_an_evaluation_that_cannot_be_is_rejected_before_anything_is_trained(tmp
     if config.data.get("layout") != "free":
         del config.data.object_shares
     with pytest.raises(UserError, match=words):
-        stages.run(config, epath.Path(tmp_path / "run"))
+        run_stages(config, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from test_json_file import strict_json
+from test_files import strict_json
 from test_train import Numbers, assert_equal_trees, make_trainer, run, still_task
 
 from lidit_jax.errors import UserError

@@ -8,15 +8,16 @@ import pytest
 from etils import epath
 from test_precompute import changed, config, losses  # noqa: F401
 
-from lidit_jax import experiment, stages
+from lidit_jax import experiment
 from lidit_jax.config import build
 from lidit_jax.data.data_config import DataConfig
-from lidit_jax.data.indexed_dataset import IndexedDataset
+from lidit_jax.data.indexed.dataset import IndexedDataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.precomputed import PrecomputedSource, to_record
 from lidit_jax.data.stored_features import DTYPES, tensors_of
 from lidit_jax.errors import UserError
-from lidit_jax.precomputing import precompute
+from lidit_jax.precompute.latents import precompute
+from lidit_jax.stages.run import run_stages
 from lidit_jax.text.load_encoder import load_encoder
 
 
@@ -47,10 +48,10 @@ def data_of(config, folder, **more) -> DataConfig:  # noqa: F811
 
 def test_training_on_features_is_training_on_the_captions(two_kinds, folder, tmp_path, monkeypatch):
     assert (folder / "features.safetensors").exists()
-    stages.run(two_kinds, epath.Path(tmp_path / "captions"))
+    run_stages(two_kinds, epath.Path(tmp_path / "captions"))
     ahead = changed(two_kinds, source="precomputed", path=str(folder))
     monkeypatch.setattr(experiment, "load_encoder", lambda *_, **__: pytest.fail("the encoders are not needed"))
-    stages.run(ahead, epath.Path(tmp_path / "features"))
+    run_stages(ahead, epath.Path(tmp_path / "features"))
     np.testing.assert_allclose(losses(tmp_path / "features"), losses(tmp_path / "captions"), rtol=1e-5)
     lines = [(tmp_path / name / "training/lidit/metrics.jsonl").read_text() for name in ("captions", "features")]
     cut = [[json.loads(line)["truncated_prompts"] for line in text.splitlines()] for text in lines]
@@ -104,11 +105,11 @@ def test_features_of_other_encoders_or_texts_are_refused(two_kinds, folder, trai
     other = ahead.copy_and_resolve_references()
     other.encoders.qwen.weights = str(trained_workdir / "encoders" / "qwen")
     with pytest.raises(UserError, match=r"of other encoders, or of other texts around the prompts \(qwen differ\)"):
-        stages.run(other, epath.Path(tmp_path / "run"))
+        run_stages(other, epath.Path(tmp_path / "run"))
     other = ahead.copy_and_resolve_references()
     other.text.instruction = "Describe:"
     with pytest.raises(UserError, match=r"\(llama, qwen differ\): name those, compute the features anew, or give"):
-        stages.run(other, epath.Path(tmp_path / "run"))
+        run_stages(other, epath.Path(tmp_path / "run"))
     with pytest.raises(UserError, match="the mixture's latents hold the features of different encoders"):
         parts = {"a": {}, "b": {"features": False}}
         dataset_of(two_kinds, folder, mixture=parts).stored_prompts()

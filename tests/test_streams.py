@@ -18,13 +18,14 @@ from test_precompute import losses
 from test_tar_source import encode, write_tar
 from test_warm_up import compilations
 
-from lidit_jax import stages
 from lidit_jax.checkpoint import Checkpoints
-from lidit_jax.data import files, sample_stream
 from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.formats import files
+from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.open_dataset import open_dataset
-from lidit_jax.data.tar_shards import TarShards
+from lidit_jax.data.streamed import sample_stream
 from lidit_jax.errors import UserError
+from lidit_jax.stages.run import run_stages
 
 
 def streamed(path, **options) -> DataConfig:
@@ -456,14 +457,14 @@ def test_a_run_on_streams_resumes_to_the_losses_of_one_that_never_stopped(traine
         config.encoders[name].weights = str(trained_workdir / "encoders" / name)
     config.vae.weights = str(trained_workdir / "vae")
     with compilations() as compiled:
-        stages.run(config, epath.Path(tmp_path / "run"))
+        run_stages(config, epath.Path(tmp_path / "run"))
     assert sum("_take_step" in name for name in compiled) == 2  # the third bucket is empty
     assert "lidit: compiling the step for bucket 2 of 2 (24x40): " in capsys.readouterr().err
     whole = losses(tmp_path / "run")
     shutil.rmtree(tmp_path / "run/training/lidit/checkpoints/6")
     with config.unlocked():
         config.train.compile_ahead = False  # may differ when a run resumes
-    stages.run(config, epath.Path(tmp_path / "run"))
+    run_stages(config, epath.Path(tmp_path / "run"))
     assert "compiling" not in capsys.readouterr().err
     assert losses(tmp_path / "run") == whole + whole[4:]
     lines = (tmp_path / "run/training/lidit/metrics.jsonl").read_text().splitlines()

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lidit_jax.data import decoding
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.filters import no_caption
-from lidit_jax.data.index import MAX_PIXELS, IndexPlan, examine
-from lidit_jax.data.indexed_source import IndexedSource
-from lidit_jax.data.sample_stream import Reading, SampleStream, Seen
+from lidit_jax.data.formats import decoding
+from lidit_jax.data.formats.tar_shards import TarShards
+from lidit_jax.data.indexed.index import MAX_PIXELS, IndexPlan, examine
+from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.sources import BrokenExample
-from lidit_jax.data.tar_shards import TarShards
+from lidit_jax.data.streamed.sample_stream import Reading, SampleStream, Seen
 from lidit_jax.errors import UserError
 
 SHARED = pathlib.Path(os.environ.get("LIDIT_SHARED", pathlib.Path(__file__).parents[2] / "shared"))

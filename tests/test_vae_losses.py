@@ -10,7 +10,6 @@ import torch
 from safetensors.numpy import save_file
 from torch.nn import functional
 
-from lidit_jax import tasks
 from lidit_jax.errors import UserError
 from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
 from lidit_jax.models.lpips import LPIPS, VGG16_LAYERS
@@ -27,6 +26,8 @@ from lidit_jax.models.vae_loss import (
 )
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.pictures import to_pixels
+from lidit_jax.stages.vae import VAEObjective, vae_task
 from lidit_jax.train import TrainConfig, Trainer
 from lidit_jax.weights.lpips import load_lpips
 
@@ -214,7 +215,7 @@ def test_the_smallest_picture_has_one_patch(layers):
 
 def make_trainer(mesh_sizes=ONE_DEVICE, discriminator=None, lpips=None, accumulate=1, weight_decay=0.5, **objective):
     values = {"reconstruction": "l1", "kl_weight": 1e-3, "adversarial_weight": 0.5, **objective}
-    task = tasks.vae_task(AutoencoderKL(CONFIG), tasks.VAEObjective(**values), lpips=lpips, discriminator=discriminator)
+    task = vae_task(AutoencoderKL(CONFIG), VAEObjective(**values), lpips=lpips, discriminator=discriminator)
     config = TrainConfig(
         steps=8, batch_size=8, learning_rate=1e-3, accumulate=accumulate, clip_norm=0.1, weight_decay=weight_decay
     )
@@ -278,7 +279,7 @@ def test_the_steps_gradient_is_that_of_the_whole_loss(lpips_file, perceptual):
     trainer = make_trainer(discriminator=CRITIC, lpips=lpips, perceptual_weight=0.7)
     params, key = trainer.init(0).params, jax.random.key(3)
     batch = {"image": np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)}
-    model, images = AutoencoderKL(CONFIG), tasks.to_pixels(jnp.asarray(batch["image"]))
+    model, images = AutoencoderKL(CONFIG), to_pixels(jnp.asarray(batch["image"]))
     critic = params["discriminator"]
     score = lambda critic, images: CRITIC.apply({"params": critic}, images)  # noqa: E731
 

@@ -13,16 +13,17 @@ from conftest import ROOT, load_config
 from etils import epath
 from PIL import Image
 
-from lidit_jax import stages, tasks
-from lidit_jax.contact_sheet import draw_contact_sheet
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.reconstruction import Autoencoding, LatentMoments, LatentStatistics
 from lidit_jax.models.image_similarity import psnr, ssim
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.sampling import Request, draw_to_folder
+from lidit_jax.pictures import to_pixels
+from lidit_jax.preview.contact_sheet import draw_contact_sheet
+from lidit_jax.sample.draw import Request, draw_to_folder
+from lidit_jax.stages.reconstruction import Autoencoding, LatentMoments, LatentStatistics
+from lidit_jax.stages.run import run_stages
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
 from lidit_jax.weights.digest import folder_digest
 
@@ -92,7 +93,7 @@ def test_reconstructions_of_any_number_and_size_are_judged_alike_on_one_device_a
     rng = np.random.default_rng(0)
     given = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in [(16, 16)] * 5 + [(16, 20)] * 3]
     encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method=AutoencoderKL.encode))
-    posteriors = [encode(params, tasks.to_pixels(jnp.asarray(picture[None]))) for picture in given]
+    posteriors = [encode(params, to_pixels(jnp.asarray(picture[None]))) for picture in given]
     samples = [jax.vmap(p.sample)(jax.random.split(jax.random.key(i), 50)) for i, p in enumerate(posteriors)]
     drawn = np.concatenate([np.asarray(s).reshape(-1, 4) for s in samples])
     results = []
@@ -100,7 +101,7 @@ def test_reconstructions_of_any_number_and_size_are_judged_alike_on_one_device_a
         mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
         results.append(Autoencoding(model, mesh, ShardingRules()).reconstruct(params, given, 3))
     for scores, back, latents in results:
-        decoded, _ = model.apply({"params": params}, tasks.to_pixels(jnp.asarray(given[6][None])))
+        decoded, _ = model.apply({"params": params}, to_pixels(jnp.asarray(given[6][None])))
         np.testing.assert_allclose(back[6], np.clip(np.round(decoded[0] * 127.5 + 127.5), 0, 255), atol=1)
         assert scores["psnr"][6] == pytest.approx(float(psnr(decoded, given[6] / 127.5 - 1)[0]), rel=1e-4)
         assert scores["ssim"][6] == pytest.approx(float(ssim(decoded, given[6][None] / 127.5 - 1)[0]), abs=1e-4)
@@ -128,7 +129,7 @@ def test_a_vae_alone_is_trained_judged_and_used_by_diffusers(tmp_path, caplog):
 
     workdir = epath.Path(tmp_path / "run")
     caplog.set_level("INFO", logger="lidit_jax")
-    stages.run(tiny_vae_config(), workdir)
+    run_stages(tiny_vae_config(), workdir)
     assert "without the perceptual loss (vae.perceptual.weights names no file)" in caplog.text
     scores = json.loads((workdir / "reconstruction.json").read_text())
     assert scores["images"] == 9
@@ -149,26 +150,26 @@ def test_a_vae_alone_is_trained_judged_and_used_by_diffusers(tmp_path, caplog):
     assert DiffusersAutoencoderKL.from_pretrained(workdir / "vae").config.scaling_factor == config.scaling_factor
 
     before = Path(workdir / "reconstruction.json").stat().st_mtime_ns
-    stages.run(tiny_vae_config(), workdir)  # nothing is left to do
+    run_stages(tiny_vae_config(), workdir)  # nothing is left to do
     assert Path(workdir / "reconstruction.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="is the run of a VAE alone: there is no model in it that draws"):
         draw_to_folder(Request(workdir, epath.Path(tmp_path / "out"), prompt="x"))
 
     given = tiny_vae_config(weights=str(workdir / "vae"))
-    stages.run(given, epath.Path(tmp_path / "judged"))
+    run_stages(given, epath.Path(tmp_path / "judged"))
     judged = json.loads((tmp_path / "judged/reconstruction.json").read_text())
     assert judged["psnr"] == pytest.approx(scores["psnr"], rel=1e-3)
     assert not (tmp_path / "judged/vae").exists()
 
     # Other pictures, or another VAE in its place, are judged anew.
     given.vae.evaluate.num_images = 5
-    stages.run(given, epath.Path(tmp_path / "judged"))
+    run_stages(given, epath.Path(tmp_path / "judged"))
     assert json.loads((tmp_path / "judged/reconstruction.json").read_text())["images"] == 5
     longer = tiny_vae_config()
     longer.vae.train.steps = 4
-    stages.run(longer, workdir)
+    run_stages(longer, workdir)
     assert json.loads((workdir / "reconstruction.json").read_text())["psnr"] != scores["psnr"]
-    stages.run(given, epath.Path(tmp_path / "judged"))
+    run_stages(given, epath.Path(tmp_path / "judged"))
     assert json.loads((tmp_path / "judged/reconstruction.json").read_text())["vae"] == folder_digest(workdir / "vae")
 
 
@@ -182,11 +183,11 @@ def test_a_run_with_every_loss_resumes_to_the_same_weights(tmp_path, lpips_file)
         made.vae.train.update(steps=steps, sample_every=0, schedule="constant")
         return made
 
-    stages.run(config(3), epath.Path(tmp_path / "whole"))
-    stages.run(config(2), epath.Path(tmp_path / "parts"))
+    run_stages(config(3), epath.Path(tmp_path / "whole"))
+    run_stages(config(2), epath.Path(tmp_path / "parts"))
     (tmp_path / "parts/vae").rename(tmp_path / "unfinished")
     (tmp_path / "parts/reconstruction.json").unlink()
-    stages.run(config(3), epath.Path(tmp_path / "parts"))
+    run_stages(config(3), epath.Path(tmp_path / "parts"))
     whole, parts = (load_vae(tmp_path / name / "vae")[1] for name in ("whole", "parts"))
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
     [*_, last] = (tmp_path / "whole/training/vae/metrics.jsonl").read_text().splitlines()
@@ -219,7 +220,7 @@ def test_a_vae_config_that_can_not_work_is_refused_before_anything_is_written(tm
     with config.unlocked(), config.ignore_type():
         change(config)
     with pytest.raises(UserError, match=message):
-        stages.run(config, epath.Path(tmp_path / "run"))
+        run_stages(config, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -228,7 +229,7 @@ def test_a_vae_without_weights_or_a_recipe_is_refused(tmp_path):
     with config.unlocked():
         del config.vae.model
     with pytest.raises(UserError, match=r"give --config\.vae\.weights=FOLDER"):
-        stages.run(config, epath.Path(tmp_path / "run"))
+        run_stages(config, epath.Path(tmp_path / "run"))
 
 
 @pytest.mark.skipif(not (ROOT.parent / "shared/data/fxemoji").is_dir(), reason="needs ../shared/data/fxemoji")
@@ -256,16 +257,16 @@ def test_the_last_shard_is_kept_from_training_and_previewed_config_is_the_vaes(t
 def test_a_folder_that_is_no_autoencoder_is_refused(tmp_path):
     config = tiny_vae_config(weights=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"config\.json is missing"):
-        stages.run(config, epath.Path(tmp_path / "run"))
+        run_stages(config, epath.Path(tmp_path / "run"))
     params = nn.unbox(AutoencoderKL(CONFIG).init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))["params"])
     save_vae(tmp_path / "vae", CONFIG, params)
     values = json.loads((tmp_path / "vae/config.json").read_text())
     (tmp_path / "vae/config.json").write_text(json.dumps(values | {"_class_name": "AutoencoderDC"}))
     with pytest.raises(UserError, match="only 'AutoencoderKL' is supported"):
-        stages.run(tiny_vae_config(weights=str(tmp_path / "vae")), epath.Path(tmp_path / "run"))
+        run_stages(tiny_vae_config(weights=str(tmp_path / "vae")), epath.Path(tmp_path / "run"))
     idle = tiny_vae_config(weights=str(tmp_path / "vae"))
     with idle.unlocked():
         del idle.vae.evaluate
     with pytest.raises(UserError, match="there is nothing to do"):
-        stages.run(idle, epath.Path(tmp_path / "run"))
+        run_stages(idle, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
-from lidit_jax.data.index import IndexPlan, examine
-from lidit_jax.data.indexed_source import IndexedSource
-from lidit_jax.data.tar_shards import TarShards
+from lidit_jax.data.formats.tar_shards import TarShards
+from lidit_jax.data.indexed.index import IndexPlan, examine
+from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.errors import UserError
 from lidit_jax.models import vae_layers
 from lidit_jax.models.vae import AutoencoderKL
@@ -29,8 +29,8 @@ from lidit_jax.models.vae_tiling import (
     place_tiles,
     stage_reach,
 )
+from lidit_jax.pictures import to_pixels
 from lidit_jax.pipeline import SampleConfig
-from lidit_jax.tasks import to_pixels
 
 EMOJI = ROOT.parent / "shared/data/fxemoji"
 CONFIG = VAEConfig(

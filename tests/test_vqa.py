@@ -10,7 +10,7 @@ from PIL import Image
 from vqa_models import WORDS, picture, save_blip, save_llava, save_vilt
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluation.vqa import clean_question, is_yes, load_blip, load_vqa
+from lidit_jax.score.vqa import clean_question, is_yes, load_blip, load_vqa
 
 QUESTIONS = ["a red car?", "is there an apple?", "a round wooden plate?", "a blue cup?"] * 3
 
@@ -103,6 +103,6 @@ def test_a_model_that_needs_torchvision_says_so(tmp_path, monkeypatch):
     def load(*_):
         raise UserError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
 
-    monkeypatch.setattr("lidit_jax.evaluation.vqa.load_processor", load)
+    monkeypatch.setattr("lidit_jax.score.vqa.load_processor", load)
     with pytest.raises(UserError, match="pip install torchvision"):
         load_vqa(str(save_llava(tmp_path)))

@@ -25,9 +25,9 @@ from PIL import Image
 
 from lidit_jax import cli
 from lidit_jax.benchmarks.contest import Contestant, Result, contest, machine, table
-from lidit_jax.data import decoding
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.formats import decoding
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import duration

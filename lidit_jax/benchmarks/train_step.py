@@ -95,11 +95,11 @@ def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[st
     """A run whose latents and features were computed ahead of training, and one batch."""
     import jax.numpy as jnp
 
-    from lidit_jax import tasks
     from lidit_jax.models.lidit import LIDiT
     from lidit_jax.models.vae import AutoencoderKL
     from lidit_jax.parallel.mesh import check_model, make_mesh
     from lidit_jax.parallel.rules import ShardingRules, replicated
+    from lidit_jax.stages.lidit import lidit_task
     from lidit_jax.text.encoders import StoredEncoding
 
     mesh = make_mesh(mesh_sizes)
@@ -115,7 +115,7 @@ def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[st
         batch[f"{name}/mask"] = features.mask
         batch[f"{name}/truncated"] = np.zeros(workload.batch, bool)
     model, vae, frozen = LIDiT(workload.model), AutoencoderKL(workload.vae), {"vae": {}, "encoders": prefixes}
-    task = tasks.lidit_task(model, workload.schedule, encoders, vae, frozen)
+    task = lidit_task(model, workload.schedule, encoders, vae, frozen)
     trainer = Trainer(dataclasses.replace(task, init=with_noise(task.init)), config, mesh, ShardingRules())
     return trainer, trainer.put(batch)
 

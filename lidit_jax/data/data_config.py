@@ -1,21 +1,14 @@
-"""The `data` section of a config, and the source of pictures that it names."""
+"""The `data` section of a config."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lidit_jax.config import build
-from lidit_jax.data import filters
 from lidit_jax.data.buckets import Bucket, make_buckets
 from lidit_jax.data.captions import CaptionChooser
-from lidit_jax.data.filters import Filter
-from lidit_jax.data.folder_shards import FolderShards
-from lidit_jax.data.record_shards import ArrayRecordShards, TfdsShards
-from lidit_jax.data.sample import Shards
 from lidit_jax.data.shapes.layout import SceneLayout
-from lidit_jax.data.tar_shards import TarShards
 from lidit_jax.errors import UserError
 
 SOURCES = ("shapes", "tar", "array_record", "tfds", "folder", "precomputed")
@@ -211,39 +204,6 @@ class DataConfig:
         template = "" if self.source == "precomputed" else self.class_template.replace("{}", "{class}")
         return CaptionChooser(self.captions, dropout, {"class": template} if template else {}, join)
 
-    def shards(self, held_out: bool = False) -> Shards:
-        """What is stored at `path`."""
-        names = _class_names(self.class_names) if self.class_names else ()
-        if self.source == "tar":
-            first_held_out = -self.held_out_shards or None
-            return TarShards(self.path, names, slice(first_held_out, None) if held_out else slice(first_held_out))
-        if self.source == "array_record":
-            return ArrayRecordShards(self.path, self.image_key or "image", names)
-        if self.source == "tfds":
-            return TfdsShards(self.path, self.split, self.data_dir, self.image_key)
-        return FolderShards(self.path, names)
-
-    def filters(self, buckets: Sequence[Bucket], with_captions: bool) -> list[Filter]:
-        """Args: with_captions: whether they are trained on; else nothing is asked of them."""
-        chosen: list[Filter] = []
-        fields = self.chooser(0.0).used
-        if with_captions:
-            chosen.append(functools.partial(filters.no_caption, fields=fields))
-        if self.min_aesthetic is not None:
-            chosen.append(
-                functools.partial(filters.aesthetic_score, minimum=self.min_aesthetic, key=self.aesthetic_key)
-            )
-        if self.min_side:
-            chosen.append(functools.partial(filters.smallest_side, minimum=self.min_side))
-        if self.drop_aspect_over is not None:
-            chosen.append(functools.partial(filters.aspect, maximum=self.drop_aspect_over))
-        if not self.allow_enlarging:
-            chosen.append(functools.partial(filters.enlarging, buckets=tuple(buckets)))
-        if with_captions and self.drop_low_quality_captions:
-            for check in (filters.url_caption, filters.file_name_caption, filters.tag_list_caption):
-                chosen.append(functools.partial(check, fields=fields))
-        return chosen
-
 
 _PATHS = {
     "tar": "FOLDER_OF_TAR_SHARDS",
@@ -252,17 +212,3 @@ _PATHS = {
     "folder": "FOLDER_OF_PICTURES",
     "precomputed": "FOLDER_OF_LATENTS",
 }
-
-
-@functools.lru_cache(maxsize=8)
-def _class_names(file: str) -> tuple[str, ...]:
-    try:
-        with open(file, encoding="utf-8-sig") as lines:
-            names = tuple(line.strip() for line in lines)
-    except (OSError, ValueError) as error:  # not UTF-8, or a name with a NUL
-        raise UserError(f"data.class_names={file!r} cannot be read: {error}") from error
-    while names and not names[-1]:
-        names = names[:-1]
-    if not names or not all(names):
-        raise UserError(f"data.class_names={file!r}: write one class's name a line, in the order of their numbers")
-    return names

@@ -24,16 +24,20 @@ class Dataset(abc.ABC):
       broken, dropped: samples left out, by reason: what could not be used, and what the filters dropped.
     """
 
-    def __init__(self, config: DataConfig, cell: int, held_out: bool, with_captions: bool):
-        """As `open_dataset`."""
-        self.config = config
-        self.buckets = config.buckets(cell)
+    def __init__(
+        self,
+        config: DataConfig,
+        buckets: tuple[Bucket, ...],
+        parts: Mapping[str, DataConfig],
+        held_out: bool,
+        with_captions: bool,
+    ):
+        """As `open_dataset`. Args: parts: the sources of the config's mixture that are used, by name."""
+        self.config, self.buckets = config, buckets
         self.broken: collections.Counter[str] = collections.Counter()
         self.dropped: collections.Counter[str] = collections.Counter()
         self._with_captions = with_captions
-        self._parts = config.parts()
-        if held_out:
-            self._parts = {name: part for name, part in self._parts.items() if part.holds_out}
+        self._parts = parts
         self._weights = None if held_out else config.weights()
 
     def _check_fields(self, found: Mapping[str, int], nobody: str = "no sample") -> None:

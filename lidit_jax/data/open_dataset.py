@@ -1,9 +1,28 @@
-"""The data set that a config names, of whichever kind."""
+"""The data set that a config names: the one place that asks which kind of source it is."""
 
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from lidit_jax.data import filters
+from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset
-from lidit_jax.data.indexed_dataset import IndexedDataset
-from lidit_jax.data.streamed_dataset import StreamedDataset
+from lidit_jax.data.filters import Filter
+from lidit_jax.data.formats.folder_shards import FolderShards
+from lidit_jax.data.formats.record_shards import ArrayRecordShards, TfdsShards
+from lidit_jax.data.formats.shards import Shards
+from lidit_jax.data.formats.tar_shards import TarShards
+from lidit_jax.data.indexed.dataset import IndexedDataset
+from lidit_jax.data.indexed.index import IndexPlan, examine
+from lidit_jax.data.indexed.source import IndexedSource
+from lidit_jax.data.precomputed import PrecomputedSource
+from lidit_jax.data.shapes.source import HELD_OUT_SEED, ShapesSource
+from lidit_jax.data.sources import Source
+from lidit_jax.data.streamed.dataset import StreamedDataset
+from lidit_jax.data.streamed.sample_stream import Reading
+from lidit_jax.errors import UserError
 
 
 def open_dataset(config: DataConfig, cell: int, held_out: bool = False, with_captions: bool = True) -> Dataset:
@@ -18,5 +37,91 @@ def open_dataset(config: DataConfig, cell: int, held_out: bool = False, with_cap
       UserError: if there is no data, the filters leave nothing, too much is broken, no sample has a caption field
         that the config names, or there are no buckets of the resolution (`DataConfig.buckets`).
     """
-    kind = StreamedDataset if config.sequential else IndexedDataset
-    return kind(config, cell, held_out, with_captions)
+    if not config.sequential:
+        return open_indexed_dataset(config, cell, held_out, with_captions)
+    buckets, parts = config.buckets(cell), _parts(config, held_out)
+    readings = (
+        Reading(open_shards(part, held_out), buckets, tuple(make_filters(part, buckets, with_captions)))
+        for part in parts.values()
+    )
+    return StreamedDataset(config, buckets, parts, readings, held_out, with_captions)
+
+
+def open_indexed_dataset(
+    config: DataConfig, cell: int, held_out: bool = False, with_captions: bool = True
+) -> IndexedDataset:
+    """As `open_dataset`, with random access whatever `config.sequential` says."""
+    buckets, parts = config.buckets(cell), _parts(config, held_out)
+    sources = (open_source(part, buckets, held_out, with_captions) for part in parts.values())
+    return IndexedDataset(config, buckets, parts, sources, held_out, with_captions)
+
+
+def open_source(config: DataConfig, buckets: Sequence[Bucket], held_out: bool, with_captions: bool) -> Source:
+    """Random access to one source, not a mixture; arguments as of `open_dataset`."""
+    if config.source == "shapes":
+        seed = HELD_OUT_SEED if held_out else 0
+        side = config.resolution
+        return ShapesSource(config.num_examples, side, side, seed, layout=config.scene_layout)
+    if config.source == "precomputed":
+        # The filters of pictures have done their work; but a caption there must be, where any is trained on.
+        captions = [functools.partial(filters.no_caption, fields=config.chooser(0.0).used)] if with_captions else []
+        return PrecomputedSource(config.path, buckets, captions, config.features and with_captions)
+    shards = open_shards(config, held_out)
+    # Each process begins elsewhere, so that together they make the missing indexes once.
+    first = len(shards.paths) * jax.process_index() // jax.process_count()
+    chosen = make_filters(config, buckets, with_captions)
+    return IndexedSource(shards, examine(shards, chosen, IndexPlan(config.index_dir), first))
+
+
+def open_shards(config: DataConfig, held_out: bool = False) -> Shards:
+    """The reader of the files at `config.path`: a tar, array_record, tfds or folder source."""
+    names = _class_names(config.class_names) if config.class_names else ()
+    if config.source == "tar":
+        first_held_out = -config.held_out_shards or None
+        return TarShards(config.path, names, slice(first_held_out, None) if held_out else slice(first_held_out))
+    if config.source == "array_record":
+        return ArrayRecordShards(config.path, config.image_key or "image", names)
+    if config.source == "tfds":
+        return TfdsShards(config.path, config.split, config.data_dir, config.image_key)
+    return FolderShards(config.path, names)
+
+
+def make_filters(config: DataConfig, buckets: Sequence[Bucket], with_captions: bool) -> list[Filter]:
+    """The filters that a config asks for; those of captions only where captions are trained on."""
+    chosen: list[Filter] = []
+    fields = config.chooser(0.0).used
+    if with_captions:
+        chosen.append(functools.partial(filters.no_caption, fields=fields))
+    if config.min_aesthetic is not None:
+        chosen.append(
+            functools.partial(filters.aesthetic_score, minimum=config.min_aesthetic, key=config.aesthetic_key)
+        )
+    if config.min_side:
+        chosen.append(functools.partial(filters.smallest_side, minimum=config.min_side))
+    if config.drop_aspect_over is not None:
+        chosen.append(functools.partial(filters.aspect, maximum=config.drop_aspect_over))
+    if not config.allow_enlarging:
+        chosen.append(functools.partial(filters.enlarging, buckets=tuple(buckets)))
+    if with_captions and config.drop_low_quality_captions:
+        for check in (filters.url_caption, filters.file_name_caption, filters.tag_list_caption):
+            chosen.append(functools.partial(check, fields=fields))
+    return chosen
+
+
+def _parts(config: DataConfig, held_out: bool) -> Mapping[str, DataConfig]:
+    """The sources to open: all, or those that hold something out."""
+    return {name: part for name, part in config.parts().items() if part.holds_out or not held_out}
+
+
+@functools.lru_cache(maxsize=8)
+def _class_names(file: str) -> tuple[str, ...]:
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            names = tuple(line.strip() for line in lines)
+    except (OSError, ValueError) as error:  # not UTF-8, or a name with a NUL
+        raise UserError(f"data.class_names={file!r} cannot be read: {error}") from error
+    while names and not names[-1]:
+        names = names[:-1]
+    if not names or not all(names):
+        raise UserError(f"data.class_names={file!r}: write one class's name a line, in the order of their numbers")
+    return names

@@ -23,8 +23,8 @@ from etils import epath
 
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.filters import Candidate, Filter, first_reason
-from lidit_jax.data.record_shards import RecordReaders
-from lidit_jax.data.sample import Unusable, captions_of, parse_json
+from lidit_jax.data.formats.record_shards import RecordReaders
+from lidit_jax.data.formats.shards import Unusable, captions_of, parse_json
 from lidit_jax.data.sources import BrokenExample, Example, Source
 from lidit_jax.data.stored_features import FEATURES, ConstantFeatures, StoredEncoder, tensors_of
 from lidit_jax.errors import UserError

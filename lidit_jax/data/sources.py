@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lidit_jax.data import decoding
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
-from lidit_jax.data.sample import Sample
+from lidit_jax.data.formats import decoding
+from lidit_jax.data.formats.shards import Sample
 from lidit_jax.errors import UserError
 
 Example = dict[str, Any]

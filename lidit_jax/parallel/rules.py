@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 CUT_FROM = 1 << 14
 
 # Name scope of the products whose results are reduced over the devices as gradients: XLA keeps it in the names of a
-# compiled program, where `hlo.py` looks for it.
+# compiled program, where `compile/hlo.py` looks for it.
 GRADIENT_SCOPE = "gradient_reduction"
 
 MeshAxes = str | tuple[str, ...] | None

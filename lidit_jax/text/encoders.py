@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from lidit_jax.errors import UserError
-from lidit_jax.models.flops import llm_forward, t5_forward
+from lidit_jax.models.flops import TextLengths, llm_forward, t5_forward
 from lidit_jax.models.lidit import TextFeatures
 from lidit_jax.models.llm import LLM, LLMConfig, PrefixCache
 from lidit_jax.models.t5 import T5Config, T5Encoder
@@ -238,6 +238,23 @@ def encode(
 def truncated_prompts(encoders: Mapping[str, PromptEncoder], prompts: Sequence[str]) -> dict[str, int]:
     """How many of the prompts each encoder cuts at their end, because they are longer than its `max_length`."""
     return {name: int(encoder.tokenizer(prompts)["truncated"].sum()) for name, encoder in encoders.items()}
+
+
+def text_work(
+    encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], count: int, prompts: Mapping[str, int]
+) -> tuple[int, list[TextLengths]]:
+    """Operations of encoding so many prompts, and the lengths of their features.
+
+    Args:
+      frozen: the encoders' arrays, by name.
+      prompts: tokens of a prompt, by encoder.
+    """
+    total, lengths = 0, []
+    for name, encoder in encoders.items():
+        prefix = encoder.prefix_length(frozen[name])
+        lengths.append(TextLengths(prefix, prompts[name], encoder.hidden_size, not encoder.lead))
+        total += encoder.flops(count, prompts[name], prefix)
+    return total, lengths
 
 
 def _everywhere(params: Any) -> jax.sharding.Sharding:

@@ -1,7 +1,8 @@
 """A folder in Hugging Face's format -> a prompt encoder, whatever kind of model is in it."""
 
+import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -22,6 +23,26 @@ MODEL_TYPES = (*SUPPORTED, *huggingface_t5.MODEL_TYPES)
 TOKENIZER_FILE = "tokenizer.json"
 DIFFUSERS_ENCODER = re.compile(r"text_encoder(_\d+)?")
 PROBES = ["", " a b", "红色", "😀", "\x00", "\u0f00 xyz"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """One entry under `encoders`: one from a folder (`weights`), or an LLM to train here (`family`, `model`, `train`).
+
+    Attributes:
+      weights: folder in Hugging Face's format (local, or in a bucket) or its name on the hub; "" trains an LLM on the
+        run's captions.
+      dtype: of its computation.
+      family: "llama" or "qwen2".
+      model: fields of `LLMConfig`.
+      train: fields of `TrainConfig`.
+    """
+
+    weights: str = ""
+    dtype: str = "bfloat16"
+    family: str = "llama"
+    model: Mapping[str, Any] | None = None
+    train: Mapping[str, Any] | None = None
 
 
 def open_encoder(

@@ -21,6 +21,27 @@ INSTRUCTION = (
 SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 # Stands for the prompt in a rendered chat template: private-use characters, which no template writes itself.
 PLACEHOLDER = "\ue000prompt\ue001"
+ENCODE = ("in_step", "ahead")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Under `text` in the config; see `PromptTokenizer`.
+
+    Attributes:
+      encode: where the encoders run in training: "in_step", inside the train step, or "ahead", as a program of their
+        own before it. The features are the same.
+    """
+
+    max_length: int
+    instruction: str
+    system_prompt: str = ""
+    chat_template: bool = True
+    encode: str = "in_step"
+
+    def __post_init__(self):
+        if self.encode not in ENCODE:
+            raise UserError(f"text.encode={self.encode!r} is unknown: use one of {', '.join(ENCODE)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lidit_jax.errors import UserError
-from lidit_jax.json_file import write_json
+from lidit_jax.files import write_json
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.lidit_config import FUSIONS, LIDiTConfig
 from lidit_jax.parallel.rules import ShardingRules

@@ -1,0 +1,301 @@
+"""The ablations' results beside the paper's: tables with intervals over seeds, which orderings appear, and plots."""
+
+import dataclasses
+import itertools
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from scipy import stats
+
+from lidit_jax.ablate.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5, TABLES, Row, TableRow
+from lidit_jax.ablate.runs import Run
+from lidit_jax.errors import UserError
+from lidit_jax.evaluate.scenes import COUNTS, SCORES_FILE, named_at
+from lidit_jax.files import write_json
+from lidit_jax.score.eval_extra import png_of
+from lidit_jax.score.quarters import QUARTER_NAMES, QUARTERS
+
+logger = logging.getLogger(__name__)
+
+FIGURE_3 = "figure3"
+CHOICES = (*TABLES, FIGURE_3)
+# "tuned" stands for the paper's multi-modal LLMs: tuned on instructions, but on text alone.
+ENCODERS = {LLAMA: "tuned LLaMA", BASE_LLAMA: "base LLaMA", QWEN: "tuned Qwen", BASE_QWEN: "base Qwen", T5: "T5"}
+# Column -> (group of prompts, measure), see `evaluate/scenes.py`.
+COLUMNS = {
+    "pairs": ("all scenes", "pair"),
+    "objects": ("all scenes", "objects"),
+    "scenes": ("all scenes", "scenes"),
+    "held-out": ("the held-out pair itself", "pair"),
+}
+FOUR = COUNTS[4]
+PLACES = range(QUARTERS)
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """Mean over seeds with Student's 95 % interval; a single seed has no interval."""
+
+    values: tuple[float, ...]
+
+    @property
+    def value(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def half_width(self) -> float:
+        count = len(self.values)
+        if count < 2:
+            return math.nan
+        return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * np.std(self.values, ddof=1) / math.sqrt(count))
+
+    def __str__(self) -> str:
+        return f"{self.value:.1f}" if math.isnan(self.half_width) else f"{self.value:.1f} ± {self.half_width:.1f}"
+
+    def __sub__(self, other: "Mean") -> "Mean":
+        """Mean of the differences seed by seed: both rows had the same prompts and the same noise."""
+        return Mean(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
+
+
+def choose(names: Sequence[str]) -> dict[str, Mapping[str, TableRow]]:
+    """Returns the tables of these names; Figure 3 is the curve of some of Table 3's rows.
+
+    Raises:
+      UserError: there is no such table here.
+    """
+    found = {}
+    for name in names:
+        if name not in CHOICES:
+            raise UserError(f"--table={name}: choose from {', '.join(CHOICES)}")
+        if name == FIGURE_3:
+            found[name] = {key: TABLES["3"][key] for key in ("t5", "llama", "llama_token_refiner")}
+        else:
+            found[name] = TABLES[name]
+    return found
+
+
+def complete(out: epath.Path, seeds: int) -> list[str]:
+    """Returns the names of the tables whose runs are all done, by this call or an earlier one."""
+    return [
+        name
+        for name, table in choose(CHOICES).items()
+        if all(Run(entry.row, seed).is_done(out) for entry in table.values() for seed in range(seeds))
+    ]
+
+
+def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: int) -> None:
+    """Writes tables.md, tables.json and a plot for each table; all their runs must be done.
+
+    Raises:
+      UserError: a run's scores are damaged.
+    """
+    rows = dict.fromkeys(entry.row for table in tables.values() for entry in table.values())
+    results = {row: Result.read(out, row, seeds) for row in rows}
+    text = "\n".join(_markdown(name, table, results) for name, table in tables.items() if name != FIGURE_3)
+    text += (
+        "\n± is over the seeds of LI-DiT's training alone: every language model and the VAE were trained once, and all "
+        "runs generate the same prompts. A tuned LM, which stands for the paper's multi-modal LLM, was tuned on "
+        "instructions in text; it saw no image.\n\n"
+    )
+    labels = {row: describe(row) for row in rows}
+    text += _places_markdown(labels, results)
+    values = {row.name: result.to_json() for row, result in results.items()}
+    write_json(out / "tables.json", {"seeds": seeds, "unit": "per cent", "rows": values})
+    beside = out / ".tables.md"
+    beside.write_text(text)
+    beside.replace(out / "tables.md")
+    for name, table in tables.items():
+        if name != FIGURE_3:
+            _plot_table(out / f"table{name}.png", name, table, results)
+    _plot_places(out / "figure3.png", labels, results)
+    logger.info("\n%s\n%s", text, out / "tables.md")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Scores of one row, all in per cent.
+
+    Attributes:
+      columns: see `COLUMNS`.
+      places: pairs right in each quarter of the prompts of four objects, see `QUARTER_NAMES`.
+    """
+
+    columns: Mapping[str, Mean]
+    places: Sequence[Mean]
+
+    @classmethod
+    def read(cls, out: epath.Path, row: Row, seeds: int) -> "Result":
+        files = [Run(row, seed).workdir(out) / SCORES_FILE for seed in range(seeds)]
+        scores = {file: _read_scores(file) for file in files}
+
+        def mean(group: str, what: str) -> Mean:
+            return Mean(tuple(_percent(file, of_seed, group, what) for file, of_seed in scores.items()))
+
+        columns = {name: mean(*where) for name, where in COLUMNS.items()}
+        return cls(columns, [mean(named_at(FOUR, place), "pair") for place in PLACES])
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{name: list(mean.values) for name, mean in self.columns.items()},
+            "pairs by place in prompts of four": [list(mean.values) for mean in self.places],
+        }
+
+
+def _read_scores(file: epath.Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} can't be read ({error}): remove it, and its run is judged again") from None
+
+
+def _percent(file: epath.Path, scores: Any, group: str, what: str) -> float:
+    try:
+        cell = scores[group][what]
+        return 100 * float(cell["correct"]) / float(cell["total"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        raise UserError(f"{file} has no {what!r} of {group!r}: remove it, and its run is judged again") from None
+
+
+def _markdown(name: str, table: Mapping[str, TableRow], results: Mapping[Row, Result]) -> str:
+    lines = [
+        f"### Table {name}",
+        "",
+        f"| row | encoder here | {' | '.join(COLUMNS)} | pairs, seed by seed | paper: T2I-CompBench | DPG-Bench |",
+    ]
+    lines.append("|---" * (len(COLUMNS) + 5) + "|")
+    for entry in table.values():
+        cells = [str(results[entry.row].columns[column]) for column in COLUMNS]
+        cells.append(", ".join(f"{value:.1f}" for value in results[entry.row].columns["pairs"].values))
+        cells = [entry.label, _encoders(entry.row), *cells, *(f"{score:.2f}" for score in entry.paper)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| the paper's ordering | its difference | pairs here | seeds | scenes here | appears |"]
+    lines.append("|---" * 6 + "|")
+    for worse, better in orderings(table):
+        of_worse, of_better = results[worse.row].columns, results[better.row].columns
+        pairs, scenes = (of_better[column] - of_worse[column] for column in ("pairs", "scenes"))
+        paper = better.paper.t2i_compbench - worse.paper.t2i_compbench
+        seeds = f"{sum(value > 0 for value in pairs.values)} of {len(pairs.values)}"
+        cells = (f"{better.label} over {worse.label}", f"{paper:+.2f}", _signed(pairs), seeds, _signed(scenes))
+        lines.append(f"| {' | '.join(cells)} | {verdict(pairs)} |")
+    return "\n".join([*lines, ""])
+
+
+def orderings(table: Mapping[str, TableRow]) -> list[tuple[TableRow, TableRow]]:
+    """Returns all pairs of rows as (worse, better) by the paper's T2I-CompBench, in the table's order."""
+    pairs = itertools.combinations(table.values(), 2)
+    return [(a, b) if a.paper < b.paper else (b, a) for a, b in pairs]
+
+
+def verdict(difference: Mean) -> str:
+    """Returns "yes" or "**reversed**" if the interval of a difference, positive in the paper, excludes zero."""
+    if math.isnan(difference.half_width) or abs(difference.value) <= difference.half_width:
+        return "not to be told"
+    return "yes" if difference.value > 0 else "**reversed**"
+
+
+def _signed(mean: Mean) -> str:
+    return ("+" if mean.value >= 0 else "") + str(mean)
+
+
+def _encoders(row: Row) -> str:
+    return " and ".join(ENCODERS[name] for name in row.encoders)
+
+
+def describe(row: Row) -> str:
+    """Names a row outside of its table: "base LLaMA + causal refiner"."""
+    words = [_encoders(row)] + ["instruction"] * row.instruction
+    if row.refiner_blocks:
+        kind = "causal refiner" if row.refiner_causal else "refiner"
+        size = "" if row.refiner_blocks == 2 else f" of {row.refiner_blocks} block{'s' * (row.refiner_blocks > 1)}"
+        words.append(f"{kind}{size}{'' if row.refiner_gated else ' without gate'}")
+    if len(row.encoders) > 1:
+        words.append("collaborative refiner" if row.fusion == "collaborative" else "concatenation")
+    return " + ".join(words)
+
+
+def _places_markdown(labels: Mapping[Row, str], results: Mapping[Row, Result]) -> str:
+    lines = [
+        "### Figure 3",
+        "",
+        "Pairs right in prompts of four objects, by their quarter of the prompt:",
+        "",
+    ]
+    lines += [f"| row | {' | '.join(QUARTER_NAMES)} | last less first |", "|---|---|---|---|---|---|"]
+    for row, label in labels.items():
+        places = results[row].places
+        lines.append(f"| {label} | {' | '.join(map(str, places))} | {_signed(places[-1] - places[0])} |")
+    return "\n".join([*lines, ""])
+
+
+def _plot_table(file: epath.Path, name: str, table: Mapping[str, TableRow], results: Mapping[Row, Result]) -> None:
+    """Plots means as bars and seeds as points: with three seeds, an interval says little that the points do not."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.8 + 0.55 * len(table)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    at = np.arange(len(table))[::-1]
+    ours = [("pairs", "#2a6fb0"), ("scenes", "#9cc3e6")]
+    theirs = [("T2I-CompBench", "#c05a1c"), ("DPG-Bench", "#f0b98d")]
+    for i, (column, color) in enumerate(ours):
+        means = [results[entry.row].columns[column] for entry in table.values()]
+        bars = at + 0.2 - 0.4 * i
+        axes[0].barh(bars, [mean.value for mean in means], 0.38, color=color, label=f"{column} right")
+        for bar, mean in zip(bars, means, strict=True):
+            axes[0].plot(mean.values, [bar] * len(mean.values), "o", ms=3.5, mfc="white", mec="black", mew=0.8)
+    for i, (column, color) in enumerate(theirs):
+        axes[1].barh(at + 0.2 - 0.4 * i, [entry.paper[i] for entry in table.values()], 0.38, color=color, label=column)
+    axes[0].set_yticks(at, [entry.label for entry in table.values()])
+    axes[0].set_title("built-in scenes, here (points: seeds)")
+    axes[1].set_title("the paper")
+    for axis in axes:
+        axis.set_xlim(0, 102)
+        axis.set_xlabel("per cent")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Table {name}")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    _save(figure, file)
+
+
+def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[Row, Result]) -> None:
+    """Plots means as thick lines and seeds as thin ones; rows with a token refiner have their own panel."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    panels = {
+        "features as they are": [row for row in labels if not row.refiner_blocks],
+        "with a token refiner": [row for row in labels if row.refiner_blocks],
+    }
+    panels = {title: rows for title, rows in panels.items() if rows}
+    figure = Figure(figsize=(1 + 5 * len(panels), 5.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    colors, at = colormaps["tab10"], [place + 1 for place in PLACES]
+    for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
+        for i, row in enumerate(rows):
+            places = results[row].places
+            style = "--" if T5 in row.encoders else "-"
+            for of_seed in zip(*(mean.values for mean in places), strict=True):
+                axis.plot(at, of_seed, style, color=colors(i), lw=0.8, alpha=0.45)
+            axis.plot(
+                at, [mean.value for mean in places], style, color=colors(i), lw=2.2, marker="o", label=labels[row]
+            )
+        axis.set_title(title)
+        axis.set_xticks(at, QUARTER_NAMES)
+        axis.set_xlabel("place of the pair in prompts of four objects")
+        axis.set_ylim(0, 102)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    axes[0][0].set_ylabel("pairs right, per cent")
+    figure.suptitle("Figure 3 (thin lines: seeds)")
+    _save(figure, file)
+
+
+def _save(figure: Any, file: epath.Path) -> None:
+    beside = file.with_name(f".{file.name}")
+    beside.write_bytes(png_of(figure))
+    beside.replace(file)

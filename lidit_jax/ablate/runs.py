@@ -1,0 +1,266 @@
+"""Runs of the ablation tables, each in its own process: first the shared networks, then one run per row and seed.
+
+OUT/config.json            config common to all runs
+OUT/parts/                 the frozen language models and the VAE, trained once
+OUT/runs/ROW/SEED/         one ordinary workdir each, for `sample --workdir` too, with log.txt and scores.json
+"""
+
+import fcntl
+import itertools
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import tqdm
+from etils import epath
+from ml_collections import ConfigDict
+
+from lidit_jax.ablate.language_models import FAMILIES, check_settings, train_encoder
+from lidit_jax.ablate.rows import ROWS, Row
+from lidit_jax.config import build, claim_workdir, read_workdir
+from lidit_jax.errors import UserError
+from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation
+from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.parallel.mesh import make_mesh
+from lidit_jax.parallel.preemption import Preempted, listening
+from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.stages.run import run_stages
+
+logger = logging.getLogger(__name__)
+
+PARTS_SECTIONS = ("seed", "mesh", "data", "vae")
+LOG_FILE = "log.txt"
+METRICS_FILE = "metrics.jsonl"
+VAE = "vae"
+# Of the prompts under `evaluate`, those that the tables show.
+JUDGED_KINDS = ("two_objects", "held_out_pairs", "three_objects", "four_objects")
+LOOK_EVERY = 1.0  # seconds between two looks at the processes
+
+
+class Part(NamedTuple):
+    """A frozen network that the runs share: "vae", or the name of a language model."""
+
+    name: str
+
+    def log(self, out: epath.Path) -> epath.Path:
+        return out / "parts" / f"{self.name}.{LOG_FILE}"
+
+    def metrics(self, out: epath.Path) -> epath.Path:
+        return out / "parts" / "training" / self.name / METRICS_FILE
+
+    def steps(self, config: ConfigDict) -> int:
+        return (config.vae if self.name == VAE else config.language_models).train.steps
+
+    def is_done(self, out: epath.Path) -> bool:
+        return self.folder(out).exists()
+
+    def folder(self, out: epath.Path) -> epath.Path:
+        """Folder of the finished weights."""
+        return out / "parts" / (VAE if self.name == VAE else f"encoders/{self.name}")
+
+    def do(self, config: ConfigDict, out: epath.Path) -> None:
+        parts = parts_config(config)
+        if self.name == VAE:
+            run_stages(parts, out / "parts")
+        else:
+            experiment = Experiment(parts, out / "parts")
+            train_encoder(experiment, self.name, config.language_models, make_mesh(parts.mesh), ShardingRules())
+
+    def __str__(self) -> str:
+        return f"parts/{self.name}"
+
+
+class Run(NamedTuple):
+    """One row with one seed."""
+
+    row: Row
+    seed: int
+
+    def workdir(self, out: epath.Path) -> epath.Path:
+        return out / "runs" / self.row.name / str(self.seed)
+
+    def log(self, out: epath.Path) -> epath.Path:
+        return self.workdir(out) / LOG_FILE
+
+    def metrics(self, out: epath.Path) -> epath.Path:
+        return self.workdir(out) / "training" / LIDIT / METRICS_FILE
+
+    def steps(self, config: ConfigDict) -> int:
+        return config.train.steps
+
+    def is_done(self, out: epath.Path) -> bool:
+        return (self.workdir(out) / SCORES_FILE).exists()
+
+    def parts(self) -> list[Part]:
+        return [Part(VAE), *map(Part, self.row.encoders)]
+
+    def do(self, config: ConfigDict, out: epath.Path) -> None:
+        for part in self.parts():
+            if not part.is_done(out):
+                raise UserError(f"--out={out} has no {part} yet, which {self} needs: run --only={part} first")
+        run_stages(run_config(config, self, out), self.workdir(out))
+
+    def __str__(self) -> str:
+        return f"{self.row.name}/{self.seed}"
+
+
+Job = Part | Run
+
+
+def find_job(name: str) -> Job:
+    """Returns the job "ROW/SEED" or "parts/NAME". Raises UserError if there is none of that name."""
+    jobs = {str(Part(part)): Part(part) for part in (VAE, *FAMILIES)}
+    row_name, _, seed = name.rpartition("/")
+    rows = {row.name: row for row in ROWS.values()}
+    if name in jobs:
+        return jobs[name]
+    if row_name not in rows or not seed.isdecimal():
+        raise UserError(f"--only={name}: name ROW/SEED, where rows are {', '.join(sorted(rows))}, or {', '.join(jobs)}")
+    return Run(rows[row_name], int(seed))
+
+
+def parts_config(config: ConfigDict) -> ConfigDict:
+    """Returns the config of the shared networks: that of a VAE alone."""
+    return ConfigDict({section: config[section] for section in PARTS_SECTIONS})
+
+
+def run_config(config: ConfigDict, run: Run, out: epath.Path) -> ConfigDict:
+    """Returns one run's config, an ordinary one that names the shared networks' folders."""
+    changed = ConfigDict(config.to_dict())  # a copy, and one that takes new keys
+    del changed["language_models"]
+    changed.seed = run.seed
+    changed.text.instruction = config.language_models.instruction if run.row.instruction else ""
+    changed.vae = {"weights": str(Part(VAE).folder(out)), "dtype": config.vae.dtype}
+    changed.encoders = {name: {"weights": str(Part(name).folder(out)), "dtype": "float32"} for name in run.row.encoders}
+    changed.model.update(run.row.model())
+    return changed
+
+
+def check(config: ConfigDict, out: epath.Path, runs: Sequence[Run]) -> None:
+    """Raises UserError for a config that cannot be trained, before anything is trained or written."""
+    if "language_models" not in config or "evaluate" not in config:
+        raise UserError("the config is none of ablations: take configs/ablation_scenes.py")
+    evaluation = build(SceneEvaluation, config.evaluate, "evaluate")
+    for kind in JUDGED_KINDS:
+        if (count := getattr(evaluation, kind)) < 1:
+            raise UserError(
+                f"evaluate.{kind}={count}: scenes of this kind have their place in the tables; give at least 1"
+            )
+    Experiment(parts_config(config), out / "parts")
+    for row in dict.fromkeys(run.row for run in runs):
+        Experiment(run_config(config, Run(row, 0), out), out)
+    for name in dict.fromkeys(name for run in runs for name in run.row.encoders):
+        check_settings(name, config.language_models)
+
+
+def do_one(out: epath.Path, job: Job) -> None:
+    """Trains one shared network, or trains and evaluates one run; resumes an interrupted one.
+
+    Raises:
+      UserError: another process is training it, or a network that it needs is missing.
+    """
+    config = read_workdir(out)
+    if "language_models" not in config:
+        raise UserError(f"--out={out} is no folder of ablations: run the command without --only first")
+    lock = job.log(out).with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as held:  # until this process ends, however it ends
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{job} is being trained by another process: wait for it, or end it") from None
+        job.do(config, out)
+
+
+def do_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], at_once: int) -> None:
+    """Trains the missing shared networks, then does the missing runs, `at_once` at a time.
+
+    Raises:
+      UserError: the folder belongs to another config, or a run failed (the others are stopped; their steps are saved).
+      Preempted: SIGTERM came; all runs are saved.
+    """
+    check(config, out, runs)
+    claim_workdir(out, config, may_grow=False)
+    parts = dict.fromkeys(part for run in runs for part in run.parts())
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    for jobs in (list(parts), list(runs)):
+        left = [job for job in jobs if not job.is_done(out)]
+        logger.info("%d of %d left: %s", len(left), len(jobs), ", ".join(map(str, left)))
+        if left:
+            _work(left, config, out, at_once)
+
+
+def _work(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, at_once: int) -> None:
+    """Runs each job in its own process, with one progress bar over all steps."""
+    waiting, working = iter(jobs), {}
+    bar = tqdm.tqdm(total=sum(job.steps(config) for job in jobs), unit="step", smoothing=0.02, mininterval=5)
+    with bar, listening() as notice:
+        try:
+            while not notice.came:
+                for job in _take(waiting, at_once - len(working)):
+                    working[job] = _start(job, out)
+                if not working:
+                    return
+                time.sleep(LOOK_EVERY)
+                if notice.came:
+                    break
+                for job, process in list(working.items()):
+                    if process.poll() is not None:
+                        del working[job]
+                        _check(job, process, out)
+                done = sum(job.steps(config) for job in jobs if job not in working and job.is_done(out))
+                bar.set_postfix_str(", ".join(map(str, working)), refresh=False)
+                bar.update(done + sum(_steps_taken(job, out) for job in working) - bar.n)
+            raise Preempted("stopped by SIGTERM, all runs are saved; run it again to go on")
+        finally:
+            for process in working.values():
+                process.terminate()  # it saves its step, as before a preemption
+            for process in working.values():
+                process.wait()
+
+
+def _take(jobs: Iterator[Job], count: int) -> list[Job]:
+    return list(itertools.islice(jobs, max(count, 0)))
+
+
+def _start(job: Job, out: epath.Path) -> subprocess.Popen:
+    environment = {
+        # The rows' seeds differ in no program: what one compiled, the others find.
+        "JAX_COMPILATION_CACHE_DIR": str(out / "compiled"),
+        # Several share a GPU.
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    command = [sys.executable, "-m", "lidit_jax.ablate", f"--out={out}", f"--only={job}"]
+    job.log(out).parent.mkdir(parents=True, exist_ok=True)
+    with job.log(out).open("wb") as log:
+        # In a session of its own: signals reach it from here alone, so that it is asked to save, and waited for.
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment | dict(os.environ), start_new_session=True
+        )
+
+
+def _check(job: Job, process: subprocess.Popen, out: epath.Path) -> None:
+    if process.returncode or not job.is_done(out):
+        log = job.log(out)
+        lines = log.read_bytes().decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        said = [line for line in lines if line.startswith("error: ")] or lines
+        raise UserError(
+            f"{job} ended with status {process.returncode} ({said[-1][:200]}): see {log}; run it again to go on"
+        )
+
+
+def _steps_taken(job: Job, out: epath.Path) -> int:
+    """Steps taken so far, by the job's metrics file."""
+    file = job.metrics(out)
+    lines = file.read_text().splitlines() if file.exists() else []
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError):
+            continue  # it is being written
+    return 0

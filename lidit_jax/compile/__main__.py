@@ -1,0 +1,53 @@
+"""Compiles the train step for TPUs that are not there: `python -m lidit_jax.compile --config=… --topology=v5p:8x8x4`.
+
+Compiles the square bucket and an extreme one, and reports the one that needs more memory; `--bucket=640x384` compiles
+that one alone. With `--program=sample` the sampling of images in its place; `--weights` lists where each weight goes.
+Says what a chip holds, whether that fits, and how long a step takes at the least. Needs no TPU, but its compiler:
+`pip install -e ".[tpu]"`. Exit code 1 where it does not fit.
+"""
+
+import sys
+
+import jax
+from absl import flags
+from etils import epath
+
+from lidit_jax import cli
+from lidit_jax.compile.compile_step import compile_step, where_weights_go
+from lidit_jax.errors import UserError
+from lidit_jax.files import write_json
+
+_CONFIG = cli.define_config()
+_TOPOLOGY = flags.DEFINE_string("topology", None, "generation and shape of a slice: v5p:8x8x4, v5e:16x16, v4:2x2x2 …")
+_SLICES = flags.DEFINE_integer("slices", 1, "how many of them", lower_bound=1)
+_PREFIX = flags.DEFINE_integer(
+    "prefix_tokens", 64, "of system prompt and instruction, where encoders have no weights", lower_bound=0
+)
+_PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "the train step, or prompts to pictures")
+_BUCKET = flags.DEFINE_string(
+    "bucket",
+    "",
+    "the bucket to compile, as 640x384 (height, width); unset: the square and, of training, an extreme one",
+)
+_WEIGHTS = flags.DEFINE_bool("weights", False, "list where each weight goes, and compile nothing")
+_JSON = flags.DEFINE_string("json", None, "file for all numbers")
+
+
+def main() -> None:
+    jax.config.update("jax_platforms", "cpu")  # a libtpu that finds no platform named tries to start a TPU
+    if _JSON.value and not epath.Path(_JSON.value).parent.is_dir():
+        raise UserError(f"--json={_JSON.value}: there is no such folder")
+    config, topology = cli.read_config(_CONFIG), cli.require(_TOPOLOGY.name)
+    if _WEIGHTS.value:
+        print("\n".join(where_weights_go(config, topology, _SLICES.value)))
+        return
+    report = compile_step(config, topology, _SLICES.value, _PREFIX.value, _PROGRAM.value, _BUCKET.value)
+    print("\n".join(report.lines()))
+    if _JSON.value:
+        write_json(epath.Path(_JSON.value), report.to_json())
+    if not report.fits:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,159 @@
+"""What compiling found, in numbers and in words."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lidit_jax.compile.hlo import Cost
+from lidit_jax.data.buckets import Bucket
+from lidit_jax.parallel.chips import Chip
+
+_DTYPES = {"f32": "float32", "bf16": "bfloat16"}  # names of XLA's types
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What compiling found, of one chip and one step.
+
+    Attributes:
+      what: "train" (a step) or "sample" (a batch of pictures).
+      chip: its peaks.
+      devices, batch_size: in all.
+      bucket: size of the images.
+      mesh: axis -> size.
+      parts: bytes of what lies in memory through the step: "weights", "ema", "optimiser", "frozen", "batch"; where a
+        run draws, "beside": what it trains with and does not draw with.
+      temporaries, peak, program: bytes; None where the compiler ran out of memory, which `needed` then says.
+      needed: bytes of temporaries that the compiler asked for, where it ran out.
+      model_flops: that the models need, rematerialisation not counted, all chips together.
+      cost: of the compiled program, one chip; None where there is none.
+      seconds: that lowering and compiling took.
+      bytes_by_bucket: peak memory of every bucket that was compiled, this one included (where the compiler ran out of
+        memory: what it would have needed).
+    """
+
+    topology: str
+    what: str
+    chip: Chip
+    devices: int
+    mesh: Mapping[str, int]
+    batch_size: int
+    bucket: Bucket
+    parts: Mapping[str, int]
+    temporaries: int | None
+    peak: int | None
+    program: int | None
+    needed: int | None
+    model_flops: float
+    cost: Cost | None
+    seconds: float
+    bytes_by_bucket: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Peak memory or, where the compiler ran out of it, the memory that the program would have needed."""
+        return sum(self.parts.values()) + self.needed if self.peak is None else self.peak
+
+    @property
+    def fits(self) -> bool:
+        # The compiler knows what a chip has to the byte, and refuses more; but not of what lies beside its program.
+        return self.peak is not None and (not self.parts.get("beside") or self.peak <= self.chip.memory)
+
+    @property
+    def flops_ratio(self) -> float | None:
+        """Compiled operations over those that the models need; of custom calls the attention kernel's alone count."""
+        return self.cost and self.cost.flops * self.devices / self.model_flops
+
+    def bounds(self) -> dict[str, float]:
+        """Seconds that a step takes at the least by each of the chip's limits; of the memory's traffic an estimate."""
+        if self.cost is None:
+            return {}
+        chip, cost = self.chip, self.cost
+        return {
+            "compute": cost.flops / chip.flops,
+            "memory": cost.bytes / chip.memory_bandwidth,
+            "network": cost.messages.total() / chip.network_bandwidth,
+        }
+
+    def mfu_bound(self) -> float | None:
+        """The model's operations at the slowest bound's speed, over the chips' peak."""
+        if not self.bounds():
+            return None
+        return self.model_flops / self.devices / self.chip.flops / max(self.bounds().values())
+
+    def to_json(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["chip"] = dataclasses.asdict(self.chip)
+        values["cost"] = self.cost and {
+            field.name: getattr(self.cost, field.name) for field in dataclasses.fields(Cost)
+        }
+        values |= {"fits": self.fits, "flops_ratio": self.flops_ratio, "bounds": self.bounds()}
+        return values | {"mfu_bound": self.mfu_bound()}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        gb = lambda count: f"{count / 1e9:8.2f} GB"  # noqa: E731
+        mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items())
+        rows = [
+            f"{self.topology}: {self.devices} chips ({mesh}), batch {self.batch_size} of {self.bucket}, compiled in "
+            f"{self.seconds:.0f} s"
+        ]
+        if len(self.bytes_by_bucket) > 1:
+            rows += ["", "peak memory by bucket"]
+            rows += [f"  {bucket:14}{gb(count)}" for bucket, count in self.bytes_by_bucket.items()]
+            rows.append(f"  all that follows is of {self.bucket}, which needs the most")
+        rows += ["", "a chip's memory"] + [f"  {name:14}{gb(count)}" for name, count in self.parts.items()]
+        if self.peak is None:
+            rows.append(f"  {'temporaries':14}{gb(self.needed)}")
+        else:
+            rows += [f"  {'temporaries':14}{gb(self.temporaries)}", f"  {'program':14}{gb(self.program)}"]
+            rows.append(f"  {'peak':14}{gb(self.peak)} of {self.chip.memory / 1e9:.0f} GB")
+        if not self.fits:
+            rows.append(f"DOES NOT FIT: {self.advice()}")
+        if self.cost is None:
+            return rows
+        per_chip = self.model_flops / self.devices
+        rows += ["", "operations of a chip"]
+        rows += [f"  the model's   {per_chip / 1e12:9.2f} T", f"  compiled      {self.cost.flops / 1e12:9.2f} T"]
+        rows[-1] += f", {self.flops_ratio:.2f} times the model's"
+        if self.cost.messages:
+            rows += ["", "messages"] + [f"  {kind:18}{gb(count)}" for kind, count in sorted(self.cost.messages.items())]
+        if self.cost.gradient_reductions:
+            reduced = sorted(self.cost.gradient_reductions.items())
+            reduced = ", ".join(f"{count / 1e9:.2f} GB in {_DTYPES.get(name, name)}" for name, count in reduced)
+            rows.append(f"  of which gradients' reductions: {reduced}")
+        rows += ["", f"{'a step' if self.what == 'train' else 'a batch of pictures'} takes at least"]
+        rows += [f"  {seconds:7.3f} s for {name}" for name, seconds in self.bounds().items()]
+        rows.append(f"  so the MFU is at most {100 * self.mfu_bound():.0f} %")
+        if self.cost.kernels or self.cost.unknown_loops:
+            kernels = ", ".join(f"{name}: {count}" for name, count in self.cost.kernels.items())
+            rows.append(f"not counted: custom calls ({kernels or 'none'}), {self.cost.unknown_loops} loops taken once")
+        return rows
+
+    def advice(self) -> str:
+        """What would fit, as far as can be said without compiling again."""
+        kept = sum(self.parts.values())
+        room = self.chip.memory - kept
+        temporaries = self.temporaries if self.needed is None else self.needed
+        if room <= 0:
+            return f"weights and optimiser alone take {kept / 1e9:.1f} GB: use more chips, or a larger fsdp axis"
+        factor = 2 ** math.ceil(math.log2(max(2.0, temporaries / (0.9 * room))))
+        lacking = f"temporaries of {temporaries / 1e9:.1f} GB where {room / 1e9:.1f} GB are left: try "
+        if self.what == "sample":
+            fewer = f"--config.sample.batch_size={self.batch_size // factor}, " if self.batch_size >= factor else ""
+            return f"{lacking}{fewer}a smaller --config.sample.decode_pixels, or a larger fsdp axis"
+        return (
+            f"{lacking}--config.train.accumulate={factor} (times what it is), --config.model.remat=full, or {factor} "
+            "times as many chips"
+        )
+
+
+def worst(reports: Sequence[Report]) -> Report:
+    """The report of the bucket that needs the most memory, with that of the others and the time of all."""
+    largest = max(reports, key=lambda report: (not report.fits, report.bytes))
+    return dataclasses.replace(
+        largest,
+        seconds=sum(report.seconds for report in reports),
+        bytes_by_bucket={str(report.bucket): report.bytes for report in reports},
+    )

@@ -1,0 +1,182 @@
+"""A folder of pictures with their captions in one JSONL, CSV or Parquet file, or with a folder for each class."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lidit_jax.data.formats.files import is_remote
+from lidit_jax.data.formats.shards import (
+    CLASS_FIELD,
+    MAX_TEXT_BYTES,
+    Place,
+    Sample,
+    Unusable,
+    captions_of,
+    check_picture,
+    class_name,
+    names_digest,
+    parse_json,
+    scan_numbered,
+)
+from lidit_jax.errors import UserError
+
+_CAPTION_FILES = (".jsonl", ".csv", ".parquet")
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+# What the column with the picture's file is called: by Hugging Face's image folders, and elsewhere.
+FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
+
+
+class FolderShards:
+    """One part: the rows of the captions file, or the pictures of folders of classes; see `Shards`.
+
+    A row names its picture in the column "file_name", relative to the file's folder; its other texts are captions, the
+    rest is metadata. Rows are kept in memory.
+    """
+
+    def __init__(self, path: str | os.PathLike, class_names: Sequence[str] = ()):
+        """Args:
+          path: the captions file; or its folder, where it is the only one, or one called "metadata" or "captions"; or a
+            folder of folders, each named after its class.
+
+        Raises:
+          UserError: there is no such thing, or it cannot be read.
+        """
+        path = os.fspath(path)
+        if is_remote(path):
+            raise UserError(f"{path}: folders of pictures are read from a disk alone: pack them into tar shards")
+        if not os.path.exists(path):
+            raise UserError(f"data path {path!r} does not exist: give a folder of pictures, or its captions file")
+        self._class_names = tuple(class_names)
+        self.settings = names_digest(class_names)
+        file = _captions_file(path) if os.path.isdir(path) else path
+        self._folder = path if file is None else os.path.dirname(os.path.abspath(file))
+        self.paths = (file or os.path.join(path, "classes"),)
+        self._rows = _class_rows(path) if file is None else _read_rows(file)
+        if file is None:  # there is no file whose time would say that classes were renamed
+            self.settings += hashlib.sha256(b"\n".join(self._rows)).hexdigest()[:16]
+
+    def size(self, shard: int) -> int:
+        del shard
+        return len(self._rows)
+
+    def scan(self, shard: int) -> Iterator[tuple[Place, Sample] | str]:
+        return scan_numbered(shard, len(self._rows), self.read)
+
+    def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
+        return [self._sample(number) for _, number, _ in places]
+
+    def _sample(self, number: int) -> Sample | Unusable:
+        try:
+            if number >= len(self._rows):
+                raise Unusable("changed since it was indexed")
+            values = parse_json(self._rows[number])
+            column = next((name for name in FILE_COLUMNS if isinstance(values.get(name), str)), None)
+            if column is None:
+                raise Unusable(f"no column {FILE_COLUMNS[0]!r}")
+            name = values.pop(column)
+            texts = {key: value for key, value in values.items() if isinstance(value, str)}
+            if any("\udc80" <= character <= "\udcff" for text in texts.values() for character in text):
+                raise Unusable("caption not in UTF-8")
+            if any(len(text) > MAX_TEXT_BYTES for text in texts.values()):
+                raise Unusable("text over 1 MiB")
+            if CLASS_FIELD in values and isinstance(values[CLASS_FIELD], int | str):
+                texts[CLASS_FIELD] = class_name(values[CLASS_FIELD], self._class_names)
+            return Sample(name, captions_of(texts), values, self._picture(name))
+        except Unusable as reason:
+            return reason
+
+    def _picture(self, name: str) -> io.BytesIO:
+        inside = os.path.normpath(name)
+        if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
+            raise Unusable("file outside the folder")
+        path = os.path.join(self._folder, inside)
+        try:
+            check_picture(os.path.getsize(path))
+            with open(path, "rb") as file:
+                return io.BytesIO(file.read())
+        except (OSError, ValueError) as error:
+            raise Unusable("no picture") from error
+
+
+def _captions_file(folder: str) -> str | None:
+    names = sorted(name for name in os.listdir(folder) if name.endswith(_CAPTION_FILES))
+    called = [name for name in names if os.path.splitext(name)[0] in ("metadata", "captions")]
+    if len(names) > 1 and len(called) != 1:
+        raise UserError(f"{folder!r} has several captions files ({', '.join(names[:5])}): name one as data.path")
+    chosen = called or names
+    return os.path.join(folder, chosen[0]) if chosen else None
+
+
+def _class_rows(folder: str) -> list[bytes]:
+    rows = []
+    for directory, folders, files in os.walk(folder):
+        folders.sort()
+        if directory == folder:
+            continue
+        name = os.path.relpath(directory, folder)
+        for file in sorted(files):
+            if file.lower().endswith(_PICTURES):
+                row = {FILE_COLUMNS[0]: os.path.join(name, file), CLASS_FIELD: name.split(os.sep)[0]}
+                rows.append(json.dumps(row).encode())
+    if not rows:
+        raise UserError(
+            f"{folder!r} has neither a captions file (.jsonl, .csv or .parquet) nor folders of pictures named after "
+            "their class"
+        )
+    return rows
+
+
+def _read_rows(file: str) -> list[bytes]:
+    """Each row as a JSON object; one that is none stays as it is, to be counted when it is looked at."""
+    try:
+        if file.endswith(".jsonl"):
+            with open(file, "rb") as lines:
+                return [line for line in lines if line.strip()]
+        if file.endswith(".csv"):
+            return list(_csv_rows(file))
+        if file.endswith(".parquet"):
+            return list(_parquet_rows(file))
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:  # pyarrow raises all but the last
+        raise UserError(f"cannot read {file!r}: {' '.join(str(error).split())[:150]}") from error
+    raise UserError(f"{file!r} is no captions file: it must be a .jsonl, .csv or .parquet")
+
+
+_MAX_FIELD = 1 << 30
+
+
+def _csv_rows(file: str) -> Iterator[bytes]:
+    limit = csv.field_size_limit(_MAX_FIELD)  # longer texts than are taken are to be counted, not to end it all
+    try:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+            for row in csv.DictReader(lines):
+                values = {name: value for name, value in row.items() if isinstance(name, str) and value is not None}
+                yield json.dumps(values).encode()
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet_rows(file: str) -> Iterator[bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    parquet = pq.ParquetFile(file)
+    # Other columns, as dates or pictures, are of no use and may hold what Python cannot.
+    plain = (
+        pa.types.is_string,
+        pa.types.is_large_string,
+        pa.types.is_integer,
+        pa.types.is_floating,
+        pa.types.is_boolean,
+    )
+    columns = [field.name for field in parquet.schema_arrow if any(is_plain(field.type) for is_plain in plain)]
+    for batch in parquet.iter_batches(batch_size=4096, columns=columns):
+        for row in batch.to_pylist():
+            yield json.dumps({name: value for name, value in row.items() if _is_plain(value)}).encode()
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float | bool)

@@ -1,0 +1,288 @@
+"""Samples in records: ArrayRecord files of tf.train.Example, and data sets of TensorFlow Datasets (TFDS)."""
+
+import functools
+import io
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lidit_jax.data.formats.files import find_files, is_remote
+from lidit_jax.data.formats.shards import (
+    CLASS_FIELD,
+    MAX_TEXT_BYTES,
+    Place,
+    Sample,
+    Unusable,
+    captions_of,
+    check_picture,
+    class_name,
+    decode_text,
+    names_digest,
+    scan_numbered,
+)
+from lidit_jax.errors import UserError
+
+ARRAY_RECORD = re.compile(r"\.array_?record(-\d+-of-\d+)?$")
+_LABELS = ("class", "label")
+_MAX_VALUES = 64  # of one feature, e.g. several captions
+
+
+class ArrayRecordShards:
+    """ArrayRecord files of tf.train.Example; see `Shards`.
+
+    An encoded picture is in the feature `image_key`; every other feature of bytes is a caption, one of several values
+    "name/0", "name/1", …; numbers are metadata. A number in "class" or "label" is a class where names are given.
+    """
+
+    def __init__(self, path: str | os.PathLike, image_key: str = "image", class_names: Sequence[str] = ()):
+        """Args: path: a folder of .array_record files, one file, a glob pattern or a brace range; see `find_files`.
+
+        Raises:
+          UserError: there is none.
+        """
+        if is_remote(os.fspath(path)):
+            raise UserError(f"{path}: ArrayRecord files are read from a disk alone: copy or mount them")
+        self.paths = find_files(path, ".array_record", ARRAY_RECORD)
+        self._image_key, self._class_names = image_key, tuple(class_names)
+        self.settings = f"{image_key} {names_digest(class_names)}"
+        self._readers = RecordReaders(self.paths)
+
+    def size(self, shard: int) -> int:
+        return os.path.getsize(self.paths[shard])
+
+    def scan(self, shard: int) -> Iterator[tuple[Place, Sample] | str]:
+        yield from scan_numbered(shard, self._readers.count(shard), self.read)
+        if not self._readers.is_whole(shard):
+            yield "damaged ArrayRecord file"
+
+    def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
+        return [self._parse(shard, number) for shard, number, _ in places]
+
+    def _parse(self, shard: int, number: int) -> Sample | Unusable:
+        from google.protobuf.message import DecodeError
+        from tensorflow_datasets.proto import tf_example_pb2  # a second to import
+
+        try:
+            features = tf_example_pb2.Example.FromString(self._readers.read(shard, number)).features.feature
+            values = {name: _values(feature) for name, feature in features.items()}
+            key = f"{os.path.basename(self.paths[shard])}#{number}"
+            return sample_of(key, flatten(values), self._image_key, self._class_names)
+        except DecodeError:
+            return Unusable("not a tf.train.Example")
+        except Unusable as reason:
+            return reason
+
+
+def _values(feature) -> list[Any]:
+    kind = feature.WhichOneof("kind")
+    return list(getattr(feature, kind).value[:_MAX_VALUES]) if kind else []
+
+
+class RecordReaders:
+    """Reads single records of ArrayRecord files. Picklable; files are opened when first read, each once a process."""
+
+    def __init__(self, paths: Sequence[str]):
+        self.paths = tuple(paths)
+        self._lock = threading.Lock()
+        self._opened: dict[int, Any] = {}
+
+    def __reduce__(self):
+        return RecordReaders, (self.paths,)
+
+    def count(self, shard: int) -> int:
+        """Records of a file.
+
+        Raises:
+          UserError: it is no ArrayRecord file, or cannot be read.
+        """
+        try:
+            return self._reader(shard).num_records()
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"cannot read {self.paths[shard]!r}: {str(error).splitlines()[0][:150]}") from error
+
+    def is_whole(self, shard: int) -> bool:
+        """Whether the reader finds the file in order; what it cannot read at all has no records. Raises as `count`."""
+        self.count(shard)
+        return self._reader(shard).ok()
+
+    def read(self, shard: int, number: int) -> bytes:
+        """A record. Raises Unusable."""
+        try:
+            [record] = self._reader(shard).read([number])
+        except (RuntimeError, OSError, ValueError, IndexError) as error:
+            raise Unusable("damaged record") from error
+        return record
+
+    def _reader(self, shard: int):
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        with self._lock:
+            if shard not in self._opened:
+                if not os.path.isfile(self.paths[shard]):  # the reader itself would end the process
+                    raise OSError("no such file")
+                self._opened[shard] = ArrayRecordReader(self.paths[shard])
+            return self._opened[shard]
+
+
+class TfdsShards:
+    """One split of a TFDS data set, prepared as ArrayRecord; see `Shards`.
+
+    Texts are captions, the names of a class label are captions too (field "class"), numbers are metadata.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str = "", image_key: str = ""):
+        """Args:
+          name: as TFDS knows it ("imagenet2012:5.1.0"), or the folder of a prepared data set.
+          split: "train", or a part of one ("train[:90%]").
+          data_dir: where prepared data sets lie; "": where TFDS puts them.
+          image_key: of the picture, where there are several.
+
+        Raises:
+          UserError: it is unknown, not prepared, in another format, or has no picture or no such split.
+        """
+        self._name, self._split, self._data_dir = name, split, data_dir
+        builder, info = self._builder
+        pictures, labels = _kinds(info)
+        if image_key and image_key not in pictures or len(pictures) != 1 and not image_key:
+            raise UserError(
+                f"data set {name!r} has the pictures {', '.join(sorted(pictures)) or '(none)'}: "
+                "name one with --config.data.image_key"
+            )
+        self._image_key = image_key or pictures.pop()
+        self._labels = labels
+        self.settings = self._image_key
+        self.paths = (str(builder.data_path / re.sub(r"[^\w.+-]", "_", split)),)
+        _ = self._records  # says what is wrong with the split or its format
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name not in ("_records", "_builder")}
+
+    @functools.cached_property
+    def _builder(self):
+        tfds = _import_tfds()
+        try:
+            if os.path.isdir(self._name) or is_remote(self._name):
+                builder = tfds.builder_from_directory(self._name)
+            else:
+                builder = tfds.builder(self._name, data_dir=self._data_dir or None)
+        except Exception as error:  # TFDS raises its own kinds for names, versions and metadata that it cannot read
+            raise UserError(f"TFDS data set {self._name!r}: {' '.join(str(error).split())[:200]}") from error
+        return builder, builder.info
+
+    @functools.cached_property
+    def _records(self):
+        tfds = _import_tfds()
+        builder, _ = self._builder
+        decoders = _nested(self._image_key, tfds.decode.SkipDecoding())
+        try:
+            return builder.as_data_source(self._split, decoders=decoders)
+        except Exception as error:  # as above: not prepared, no such split, another format
+            raise UserError(
+                f"TFDS data set {self._name!r}, split {self._split!r}: {' '.join(str(error).split())[:200]} "
+                "(prepare it with file_format='array_record')"
+            ) from error
+
+    def size(self, shard: int) -> int:
+        del shard
+        return len(self._records)
+
+    def scan(self, shard: int) -> Iterator[tuple[Place, Sample] | str]:
+        return scan_numbered(shard, len(self._records), self.read)
+
+    def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
+        return [self._parse(number) for _, number, _ in places]
+
+    def _parse(self, number: int) -> Sample | Unusable:
+        try:
+            record = self._records[number]
+        except MemoryError:
+            raise
+        except Exception:  # TFDS' decoders raise all kinds, protobuf's among them
+            return Unusable("damaged record")
+        values = flatten(record)
+        try:
+            for name, names in self._labels.items():
+                field, label = CLASS_FIELD if len(self._labels) == 1 else name, values.pop(name, None)
+                if not isinstance(label, int):
+                    raise Unusable("damaged record")
+                values[field] = class_name(label, names).encode()
+            return sample_of(f"{self._split}#{number}", values, self._image_key, ())
+        except Unusable as reason:
+            return reason
+
+
+def _import_tfds():
+    import tensorflow_datasets as tfds  # a second to import
+
+    return tfds
+
+
+def _kinds(info) -> tuple[set[str], dict[str, tuple[str, ...]]]:
+    """The names of pictures, and of class labels with their classes' names."""
+    tfds = _import_tfds()
+    pictures, labels = set(), {}
+
+    def look(features: Mapping[str, Any], prefix: str) -> None:
+        for name, feature in features.items():
+            if isinstance(feature, tfds.features.Image):
+                pictures.add(prefix + name)
+            elif isinstance(feature, tfds.features.ClassLabel):
+                labels[prefix + name] = tuple(feature.names or ())
+            elif isinstance(feature, tfds.features.FeaturesDict):
+                look(feature, f"{prefix}{name}/")
+
+    look(info.features, "")
+    return pictures, labels
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for name in reversed(path.split("/")):
+        value = {name: value}
+    return value
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts, lists and arrays to "a/b" and "a/0", "a/1", …; a list of one is that one."""
+    if hasattr(values, "tolist"):  # numpy's scalars and arrays
+        values = values.tolist()
+    if isinstance(values, Mapping):
+        items = [(str(name), value) for name, value in values.items()]
+    elif isinstance(values, list | tuple):
+        if len(values) == 1:
+            return flatten(values[0], prefix)
+        items = [(str(number), value) for number, value in enumerate(values[:_MAX_VALUES])]
+    else:
+        return {prefix: values}
+    flat = {}
+    for name, value in items:
+        flat |= flatten(value, f"{prefix}/{name}" if prefix else name)
+    return flat
+
+
+def sample_of(key: str, values: Mapping[str, Any], image_key: str, class_names: Sequence[str]) -> Sample:
+    """From flat values: bytes and texts are captions, but for the picture; the rest is metadata.
+
+    Raises:
+      Unusable: there is no picture, or a text that is none.
+    """
+    values = dict(values)
+    picture = values.pop(image_key, None)
+    if not isinstance(picture, bytes):
+        names = ", ".join(sorted(values))
+        raise Unusable(f"no feature {image_key!r} (there are {names})"[:200])
+    check_picture(len(picture))
+    texts, metadata = {}, {}
+    for name, value in values.items():
+        if isinstance(value, int) and name in _LABELS and class_names:
+            texts[CLASS_FIELD] = class_name(value, class_names)
+        elif isinstance(value, bytes):
+            if len(value) > MAX_TEXT_BYTES:
+                continue  # another picture, or a mask
+            texts[name] = decode_text(value)
+        elif isinstance(value, str):
+            texts[name] = value
+        else:
+            metadata[name] = value
+    return Sample(key, captions_of(texts), metadata, io.BytesIO(picture))

@@ -1,0 +1,163 @@
+"""Data sets with random access: shuffled as a whole, batch k a function of k alone."""
+
+import collections
+import logging
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+
+from lidit_jax.data.assembler import Assembler
+from lidit_jax.data.broken_count import check_broken
+from lidit_jax.data.buckets import Bucket, assign
+from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.dataset import Dataset, spread
+from lidit_jax.data.indexed.loader import Loader, make_loader, make_plan, rows_of_process
+from lidit_jax.data.indexed.source import IndexedSource
+from lidit_jax.data.precomputed import PrecomputedSource
+from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source
+from lidit_jax.data.stored_features import StoredEncoder, StoredPrompts
+from lidit_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class IndexedDataset(Dataset):
+    """See `Dataset`.
+
+    Attributes:
+      source: random access to the pictures.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        buckets: tuple[Bucket, ...],
+        parts: Mapping[str, DataConfig],
+        sources: Iterable[Source],
+        held_out: bool,
+        with_captions: bool,
+    ):
+        """As `Dataset`. Args: sources: one for each of `parts`."""
+        super().__init__(config, buckets, parts, held_out, with_captions)
+        fields: collections.Counter[str] = collections.Counter()
+        self._sources, looked_at = [], 0
+        for source in sources:
+            self._sources.append(source)
+            if isinstance(source, IndexedSource):
+                self.broken += source.broken
+                self.dropped += source.dropped
+                looked_at += source.looked_at
+                fields += source.fields
+        check_broken(looked_at, self.broken, config.max_broken)
+        self._check_fields(fields)
+        self.source: Source = self._sources[0] if len(self._sources) == 1 else ConcatenatedSource(self._sources)
+        self.bucket_of_example = assign(self.source.sizes(), self.buckets)
+
+    @property
+    def fingerprint(self) -> str:
+        sizes = " ".join(str(bucket) for bucket in self.buckets)
+        order = f" by {self._weights}" if self._weights else ""
+        return f"{self.source.fingerprint} in {sizes}{order}"
+
+    def summary(self) -> str:
+        shares = make_plan(self.source, self.buckets, 1, 0, self._weights).shares()
+        groups = [f"{bucket} {100 * share:.0f}%" for bucket, share in zip(self.buckets, shares, strict=False) if share]
+        lines = [f"data: {len(self.source)} pictures; groups {', '.join(groups)}"]
+        if len(self._parts) > 1:
+            counts = np.bincount(self.source.source_of_example)
+            rows = self._weights or counts.tolist()
+            mixed = [
+                f"{name} {count} pictures, {100 * weight / sum(rows):.0f}%"
+                for name, count, weight in zip(self._parts, counts, rows, strict=True)
+            ]
+            lines.append(f"mixed of {'; '.join(mixed)}")
+        return "; ".join(lines + self._left_out())
+
+    @property
+    def holds_latents(self) -> bool:
+        return self.source.content == "moments"
+
+    def check_latents(self, vae_digest: str) -> None:
+        """Raises UserError for latents that another VAE made than the one with this digest."""
+        for part, source in zip(self._parts.values(), self._sources, strict=True):
+            if isinstance(source, PrecomputedSource) and source.manifest.vae != vae_digest:
+                raise UserError(
+                    f"{part.path}: made by another VAE (digest {source.manifest.vae}) than vae.weights names "
+                    f"({vae_digest}): name that one, or compute the latents anew"
+                )
+
+    def stored_prompts(self) -> StoredPrompts | None:
+        """Raises UserError where the sources of a mixture hold features of different encoders."""
+        made_by = [getattr(source, "encoders", {}) for source in self._sources]
+        if any(encoders != made_by[0] for encoders in made_by):
+            raise UserError(
+                "the mixture's latents hold the features of different encoders: compute them anew with the same, or "
+                "give --config.data.features=False"
+            )
+        return StoredPrompts(made_by[0], self._sources[0].constant) if made_by[0] else None
+
+    def check_features(self, encoders: Mapping[str, StoredEncoder]) -> None:
+        """Raises UserError for stored features of other encoders than these."""
+        for part, source in zip(self._parts.values(), self._sources, strict=True):
+            stored = getattr(source, "encoders", {})
+            if stored and stored != encoders:
+                wrong = sorted(n for n in stored.keys() | encoders.keys() if stored.get(n) != encoders.get(n))
+                raise UserError(
+                    f"{part.path}: the stored features are of other encoders, or of other texts around the prompts "
+                    f"({', '.join(wrong)} differ): name those, compute the features anew, or give "
+                    "--config.data.features=False"
+                )
+
+    def check_batch_size(self, batch_size: int) -> None:
+        rows_of_process(batch_size, jax.process_index(), jax.process_count())
+
+    def smallest_side(self) -> int:
+        return min(min(self.buckets[i]) for i in np.unique(self.bucket_of_example))
+
+    def largest_bucket(self) -> Bucket:
+        return self.buckets[int(np.bincount(self.bucket_of_example).argmax())]
+
+    def captions(self, count: int, seed: int) -> list[str]:
+        choosers = self._choosers(0.0)
+        rng = np.random.default_rng(seed)
+        examples = self.source.describe(spread(len(self.source), count))
+        return [
+            choosers[example.get("source", 0)](example["captions"], rng)
+            for example in examples
+            if not isinstance(example, BrokenExample)
+        ]
+
+    def pictures(self, count: int) -> list[np.ndarray]:
+        if self.holds_latents:
+            raise UserError(
+                "data.source='precomputed' holds latents, no pictures to look at: name the pictures' source"
+            )
+        pictures = []
+        for index in spread(len(self.source), count):
+            [example] = self.source.load([index], self.buckets[self.bucket_of_example[index]])
+            if isinstance(example, BrokenExample):
+                logger.warning("%s; it is left out", example)
+            else:
+                pictures.append(example["image"])
+        if not pictures:
+            raise UserError(f"none of the {len(self.source)} pictures can be read: check the data's files")
+        return pictures
+
+    def _loader(
+        self, assembler: Assembler, batch_size: int, first: int, process_index: int, process_count: int
+    ) -> Loader:
+        config = self.config
+        return make_loader(
+            self.source,
+            assembler,
+            batch_size,
+            weights=self._weights,
+            num_threads=config.num_threads,
+            num_workers=config.num_workers,
+            prefetch=config.prefetch,
+            max_broken=config.max_broken,
+            first_batch=first,
+            process_index=process_index,
+            process_count=process_count,
+        )

@@ -1,0 +1,296 @@
+"""What a shard holds, found by walking through it once and kept beside it: SHARD.index, a Parquet file.
+
+With it any sample is read without those before it, which gives a global shuffle and an exact resume; and filters look
+at captions and metadata without opening the shards. An index that is missing, of another version or of another shard
+is made anew.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tqdm
+
+from lidit_jax.data.filters import Candidate, Filter, first_reason
+from lidit_jax.data.formats import decoding
+from lidit_jax.data.formats.files import is_remote, modification_time, remote_filesystem
+from lidit_jax.data.formats.shards import Place, Sample, Shards
+from lidit_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MAX_PIXELS = 1 << 26  # of a picture, if nobody says otherwise
+SUFFIX = ".index"
+_VERSION = 1
+_PLACES = ("start", "end", "height", "width")
+_TEXTS = ("key", "captions", "metadata")
+_SCHEMA = pa.schema(
+    [*((name, pa.int64()) for name in _PLACES), *((name, pa.string()) for name in _TEXTS)],
+)
+_ROWS_AT_ONCE = 1 << 14
+_MAX_SAMPLE_BYTES = 1 << 29  # more than any format's samples have: a forged index must not have us read that much
+# Starting a process takes as long as reading some hundred samples' headers.
+_SHARDS_FOR_PROCESSES = 32
+_MAX_PROCESSES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """What of a shard is worth training on.
+
+    Attributes:
+      places, sizes: int64 [N, 2], int32 [N, 2] (height, width in pixels) of the samples kept.
+      broken: how many samples (or shards, whose readable part is used) could not be used, by reason.
+      dropped: how many the filters dropped, by reason.
+      looked_at: samples in all, broken ones included.
+      fields, keys: how many samples have each caption field, and each key of the metadata; counted where filters look.
+      digest: of everything in it that is kept, but for the pictures' pixels.
+    """
+
+    places: np.ndarray
+    sizes: np.ndarray
+    broken: collections.Counter
+    dropped: collections.Counter
+    looked_at: int
+    fields: collections.Counter
+    keys: collections.Counter
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexPlan:
+    """How indexes are made.
+
+    Attributes:
+      folder: where they lie; "": each beside its shard.
+      max_pixels: larger pictures count as broken, undecoded.
+    """
+
+    folder: str = ""
+    max_pixels: int = MAX_PIXELS
+
+    def path(self, shard: str) -> str:
+        if not self.folder:
+            return shard + SUFFIX
+        # Shards of several folders may have the same name.
+        name = f"{hashlib.sha256(shard.encode()).hexdigest()[:8]}-{os.path.basename(shard)}{SUFFIX}"
+        return f"{self.folder.rstrip('/')}/{name}"
+
+
+def examine(
+    shards: Shards,
+    filters: Sequence[Filter] = (),
+    plan: IndexPlan = IndexPlan(),
+    first: int = 0,
+) -> list[Examined]:
+    """Of every shard in order; where there are many, by all cores. A terminal shows the progress.
+
+    Args:
+      first: the shard to begin with. Where each process of a pod begins elsewhere and the indexes are on a file system
+        that all see, each makes a part of them and finds the others made.
+    """
+    count = len(shards.paths)
+    order = [(first + i) % count for i in range(count)]
+    one = functools.partial(_examine_shard, shards, plan, tuple(filters))
+    bar = tqdm.tqdm(total=count, desc="index", unit="shard", disable=None, leave=False)
+    found: dict[int, Examined] = {}
+    with bar:
+        for shard, examined in _in_processes(one, order) if count >= _SHARDS_FOR_PROCESSES else map(one, order):
+            found[shard] = examined
+            bar.update()
+    return [found[shard] for shard in range(count)]
+
+
+def _in_processes(one, order: Sequence[int]) -> Iterator[tuple[int, Examined]]:
+    workers = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        yield from pool.map(one, order, chunksize=max(1, min(16, len(order) // (4 * workers))))
+
+
+def _examine_shard(shards: Shards, plan: IndexPlan, filters: Sequence[Filter], shard: int) -> tuple[int, Examined]:
+    return shard, _examined(_table(shards, plan, shard, with_texts=bool(filters)), filters)
+
+
+def _examined(table: pa.Table, filters: Sequence[Filter]) -> Examined:
+    facts = json.loads(table.schema.metadata[b"facts"])
+    places = np.stack([table.column(name).to_numpy() for name in _PLACES], axis=1).reshape(-1, 4)
+    keep, dropped, fields, keys = _filtered(table, filters) if filters else (slice(None), {}, {}, {})
+    digest = hashlib.sha256(facts["digest"].encode())
+    digest.update(places[keep].tobytes())
+    return Examined(
+        places=places[keep, :2],
+        sizes=places[keep, 2:].astype(np.int32),
+        broken=collections.Counter(facts["broken"]),
+        dropped=collections.Counter(dropped),
+        looked_at=len(places) + sum(facts["broken"].values()),
+        fields=collections.Counter(fields),
+        keys=collections.Counter(keys),
+        digest=digest.hexdigest(),
+    )
+
+
+def _filtered(table: pa.Table, filters: Sequence[Filter]):
+    kept, dropped = [], collections.Counter()
+    fields, keys = collections.Counter(), collections.Counter()
+    columns = [table.column(name).to_pylist() for name in ("captions", "metadata", "height", "width")]
+    for row, (captions, metadata, height, width) in enumerate(zip(*columns, strict=True)):
+        candidate = Candidate(json.loads(captions), json.loads(metadata), height, width)
+        fields.update(candidate.captions.keys())
+        keys.update(candidate.metadata.keys())
+        reason = first_reason(candidate, filters)
+        if reason is None:
+            kept.append(row)
+        else:
+            dropped[reason] += 1
+    return np.array(kept, np.int64), dropped, fields, keys
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def _table(shards: Shards, plan: IndexPlan, shard: int, with_texts: bool) -> pa.Table:
+    """The index, made where there is none that fits."""
+    path, source = plan.path(shards.paths[shard]), shards.paths[shard]
+    names = (*_PLACES, *_TEXTS) if with_texts else _PLACES
+    expected = {"version": _VERSION, "size": shards.size(shard), "max_pixels": plan.max_pixels}
+    expected["settings"] = shards.settings
+    table = _read(path, names, expected, modification_time(source))
+    if table is None:
+        table = _to_table(shards.scan(shard), expected)
+        _write(table, path)
+        table = table.select(names)
+    return table
+
+
+def _read(path: str, names: Sequence[str], expected: dict[str, Any], not_before: float | None) -> pa.Table | None:
+    """None where there is no file that fits."""
+    try:
+        if is_remote(path):
+            filesystem, name = remote_filesystem(path)
+            opened = filesystem.open(name, "rb")
+        else:
+            if not_before is not None and os.stat(path).st_mtime < not_before:
+                return None
+            opened = open(path, "rb")  # noqa: SIM115
+        with opened:
+            table = pq.read_table(opened, columns=list(names))
+        facts = dict(json.loads(table.schema.metadata[b"facts"]))
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # an index is made of nothing but its shard: what is wrong with it does not matter
+        logger.warning("%s: not an index (%s); it is made anew", path, " ".join(str(error).split())[:100])
+        return None
+    if any(facts.get(name) != value for name, value in expected.items()) or not _is_sane(table, facts):
+        return None
+    return table
+
+
+def _is_sane(table: pa.Table, facts: dict[str, Any]) -> bool:
+    """Whether nobody who wrote the file meant harm: everything in it is of the right type and within bounds."""
+    if table.schema.names != [name for name in _SCHEMA.names if name in table.schema.names]:
+        return False
+    if any(table.schema.field(name).type != _SCHEMA.field(name).type for name in table.schema.names):
+        return False
+    if any(table.column(name).null_count for name in table.schema.names) or not isinstance(facts.get("digest"), str):
+        return False
+    broken = facts.get("broken")
+    if not isinstance(broken, dict) or not all(isinstance(count, int) and count >= 0 for count in broken.values()):
+        return False
+    if any(isinstance(count, bool) or count >= 1 << 40 for count in broken.values()):
+        return False
+    start, end, height, width = (table.column(name).to_numpy() for name in _PLACES)
+    order = np.argsort(start, kind="stable")
+    if not ((start[order][1:] >= end[order][:-1]).all() and (np.maximum(height, width) <= facts["max_pixels"]).all()):
+        return False  # no sample is there twice, and no product overflows
+    pixels = height * width
+    good = (
+        (start >= 0)
+        & (end >= start)
+        & (end - start <= _MAX_SAMPLE_BYTES)
+        & (height > 0)
+        & (width > 0)
+        & (pixels > 0)
+        & (pixels <= facts["max_pixels"])
+    )
+    return bool(good.all()) and _has_sane_texts(table)
+
+
+def _has_sane_texts(table: pa.Table) -> bool:
+    """Whether captions are {field: text} and metadata objects, where they were asked for."""
+    if "captions" not in table.schema.names:
+        return True
+    try:
+        captions = [json.loads(text) for text in table.column("captions").to_pylist()]
+        metadata = [json.loads(text) for text in table.column("metadata").to_pylist()]
+    except (ValueError, RecursionError):
+        return False
+    is_texts = lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values())  # noqa: E731
+    return all(map(is_texts, captions)) and all(isinstance(value, dict) for value in metadata)
+
+
+def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, Any]) -> pa.Table:
+    """Args: facts: of the shard and of how it is looked at."""
+    broken = collections.Counter()
+    rows: dict[str, list] = {name: [] for name in _SCHEMA.names}
+    digest = hashlib.sha256()
+    for found in scanned:
+        if isinstance(found, str):
+            broken[found] += 1
+            continue
+        (start, end), sample = found
+        try:
+            height, width = decoding.read_size(sample.picture, facts["max_pixels"])
+        except decoding.BrokenPicture as error:
+            broken[str(error)] += 1
+            continue
+        key = sample.key.encode("utf-8", "replace").decode()  # a path's bytes need not be UTF-8
+        texts = [json.dumps(sample.captions), json.dumps(sample.metadata, default=str)]
+        for name, value in zip(_SCHEMA.names, (start, end, height, width, key, *texts), strict=True):
+            rows[name].append(value)
+        for part in (key, *texts, repr((start, end, height, width))):
+            digest.update(len(part).to_bytes(8, "big") + part.encode())
+    facts = facts | {"broken": broken, "digest": digest.hexdigest()}
+    return pa.table(rows, schema=_SCHEMA.with_metadata({"facts": json.dumps(facts)}))
+
+
+def _write(table: pa.Table, path: str) -> None:
+    """Complete or not at all; without the right to write there, the index is for this run alone."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", row_group_size=_ROWS_AT_ONCE)
+    encoded = sink.getvalue()
+    try:
+        if is_remote(path):
+            filesystem, name = remote_filesystem(path)
+            filesystem.pipe_file(name, encoded.to_pybytes())  # an object appears when it is whole
+            return
+        folder = os.path.dirname(os.path.abspath(path))
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".index-", delete=False) as file:
+            try:
+                file.write(encoded)
+                file.flush()
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except (OSError, UserError) as error:
+        _warn_once(f"indexes are not kept, the next run makes them again: {error}; set data.index_dir")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)

@@ -1,0 +1,216 @@
+"""Data sets whose shards are read from end to end, without an index.
+
+What an index would tell beforehand is measured on the first samples of some shards: each group's share, for the order
+of the groups, and what is broken or dropped.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+
+from lidit_jax.data.assembler import Assembler
+from lidit_jax.data.broken_count import check_broken
+from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.dataset import Dataset, spread
+from lidit_jax.data.formats.files import is_remote
+from lidit_jax.data.indexed.loader import rows_of_process
+from lidit_jax.data.sources import BrokenExample, nothing_left
+from lidit_jax.data.streamed.loader import StreamLoader, StreamPlan
+from lidit_jax.data.streamed.sample_stream import PART, Entry, Reading, Seen
+from lidit_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_SHARDS = 32  # that are looked at beforehand, at the most
+_KEPT, _LOOKED_AT = 2048, 16384  # samples of all of them, likewise
+_MAX_STREAMS = 256
+_BATCHES_OF_A_GROUP = 4  # that wait
+
+
+class StreamedDataset(Dataset):
+    """See `Dataset`. `broken` and `dropped` are of what was looked at beforehand; batches report the rest."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        buckets: tuple[Bucket, ...],
+        parts: Mapping[str, DataConfig],
+        readings: Iterable[Reading],
+        held_out: bool,
+        with_captions: bool,
+    ):
+        """As `Dataset`. Args: readings: one for each of `parts`."""
+        super().__init__(config, buckets, parts, held_out, with_captions)
+        if len(self._parts) > 1 and config.weights() is None:
+            raise UserError(
+                "data.sequential: nobody has counted the samples of the mixture's sources: give each a weight"
+            )
+        self._readings, self._samples, looked_at = [], [], 0
+        fields: collections.Counter[str] = collections.Counter()
+        for reading in readings:
+            samples, seen = _look(reading)
+            self.broken.update(reason for _, reason in seen.broken)
+            self.dropped += seen.dropped
+            looked_at += seen.read
+            fields.update(field for entry in samples for field in entry.sample.captions)
+            self._readings.append(reading)
+            self._samples.append(samples)
+        check_broken(looked_at, self.broken, config.max_broken)
+        self._check_fields(fields, f"none of the first {looked_at} samples")
+        counts = np.array(
+            [np.bincount([e.group for e in samples], minlength=len(self.buckets)) for samples in self._samples]
+        )
+        weights = np.array(self._weights or [1.0] * len(counts))
+        # [sources, groups], of all rows.
+        self._shares = counts / counts.sum(1, keepdims=True) * (weights / weights.sum())[:, None]
+        self._looked_at = looked_at
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the shards' names (and sizes, where asking costs nothing), and of how they are read."""
+        digest = hashlib.sha256()
+        for reading in self._readings:
+            digest.update(reading.shards.settings.encode())
+            for path in reading.shards.paths:
+                size = 0 if is_remote(path) or not os.path.exists(path) else os.path.getsize(path)
+                digest.update(f"{os.path.basename(path)} {size}\n".encode())
+        sizes = " ".join(str(bucket) for bucket in self.buckets)
+        order = f" by {self._weights}" if self._weights else ""
+        return f"sequential {digest.hexdigest()[:16]} in {sizes}{order}"
+
+    def summary(self) -> str:
+        shares = self._shares.sum(0)
+        groups = [f"{bucket} {100 * share:.0f}%" for bucket, share in zip(self.buckets, shares, strict=True) if share]
+        shards = sum(len(reading.shards.paths) for reading in self._readings)
+        lines = [f"data: {shards} shards, read from end to end; of the first {self._looked_at} samples: groups "
+                 f"{', '.join(groups)}"]  # fmt: skip
+        return "; ".join(lines + self._left_out())
+
+    def check_batch_size(self, batch_size: int) -> None:
+        rows_of_process(batch_size, jax.process_index(), jax.process_count())
+        self._streams_of_process(batch_size, jax.process_index(), jax.process_count())
+        if self.config.shuffle_buffer and self.config.shuffle_buffer < batch_size:
+            raise UserError(
+                f"data.shuffle_buffer={self.config.shuffle_buffer} is less than a batch of {batch_size}: raise it, or "
+                "give 0 for four batches of every group"
+            )
+
+    def smallest_side(self) -> int:
+        return min(min(self.buckets[i]) for i in np.flatnonzero(self._shares.sum(0)))
+
+    def largest_bucket(self) -> Bucket:
+        return self.buckets[int(self._shares.sum(0).argmax())]
+
+    def captions(self, count: int, seed: int) -> list[str]:
+        choosers, rng = self._choosers(0.0), np.random.default_rng(seed)
+        found = self._spread(count)
+        return [choosers[source](entry.sample.captions, rng) for source, entry in found]
+
+    def pictures(self, count: int) -> list[np.ndarray]:
+        pictures = []
+        for source, entry in self._spread(count):
+            reading = self._readings[source]
+            [again] = reading.read_again([(entry.epoch, *entry.place)])
+            example = again and reading.load(again, self.buckets[entry.group])
+            if example is None or isinstance(example, BrokenExample):
+                logger.warning("example %r: %s; it is left out", entry.sample.key, example or "can no longer be read")
+            else:
+                pictures.append(example["image"])
+        if not pictures:
+            raise UserError("none of the pictures can be read: check the data's files")
+        return pictures
+
+    def _spread(self, count: int) -> list[tuple[int, Entry]]:
+        """Of what was looked at."""
+        found = [(source, entry) for source, samples in enumerate(self._samples) for entry in samples]
+        return [found[i] for i in spread(len(found), count)]
+
+    def _streams_of_process(self, batch_size: int, process_index: int, process_count: int) -> tuple[int, range]:
+        """(streams in all, the numbers of this process's)."""
+        shards = min(len(reading.shards.paths) for reading in self._readings)
+        streams = self.config.streams
+        if not streams:
+            # Not by the number of hosts: batches do not depend on it.
+            streams = max(n for n in range(1, min(shards, _MAX_STREAMS) + 1) if batch_size % n == 0)
+        choices = [n for n in range(1, shards + 1) if math.gcd(n, batch_size) == n and n % process_count == 0]
+        if streams > shards or batch_size % streams or streams % process_count:
+            use = f"use one of {', '.join(map(str, choices[-8:]))}" if choices else "make more and smaller shards"
+            raise UserError(
+                f"data.streams={streams}: {shards} shards, a batch of {batch_size} and {process_count} hosts need a "
+                f"number that divides the batch, is a multiple of the hosts, and has a shard for each: {use}, or give "
+                "--config.data.sequential=False"
+            )
+        count = streams // process_count
+        return streams, range(process_index * count, (process_index + 1) * count)
+
+    def _loader(
+        self, assembler: Assembler, batch_size: int, first: int, process_index: int, process_count: int
+    ) -> StreamLoader:
+        self.check_batch_size(batch_size)
+        streams, numbers = self._streams_of_process(batch_size, process_index, process_count)
+        # Groups that were not met do not come: what belongs there goes to the nearest.
+        [met] = np.nonzero(self._shares.sum(0))
+        buckets = tuple(self.buckets[i] for i in met)
+        waiting = self.config.shuffle_buffer or _BATCHES_OF_A_GROUP * len(buckets) * batch_size
+        plan = StreamPlan(
+            readings=tuple(dataclasses.replace(reading, buckets=buckets) for reading in self._readings),
+            shares=self._shares[:, met],
+            buckets=buckets,
+            batch_size=batch_size,
+            num_streams=streams,
+            capacity=waiting // streams,
+            seed=assembler.seed,
+            allow_enlarging=self.config.allow_enlarging,
+        )
+        return StreamLoader(
+            plan,
+            assembler,
+            self.fingerprint,
+            numbers,
+            num_threads=self.config.num_threads,
+            prefetch=self.config.prefetch,
+            first_batch=first,
+            max_broken=self.config.max_broken,
+        )
+
+
+def _look(reading: Reading) -> tuple[list[Entry], Seen]:
+    """The first samples of some shards, without their pictures.
+
+    Raises:
+      UserError: none can be used.
+    """
+    entries, total = [], Seen()
+    fields: collections.Counter[str] = collections.Counter()
+    keys: collections.Counter[str] = collections.Counter()
+    shards = spread(len(reading.shards.paths), _SHARDS)
+    for shard in shards:
+        seen, kept = Seen(), []
+        for found in itertools.islice(reading.shards.scan(shard, 0, PART), _LOOKED_AT // len(shards)):
+            seen.read += 1
+            if isinstance(found, str):
+                seen.broken.append((reading.shards.paths[shard], found))
+                continue
+            place, sample = found
+            fields.update(sample.captions.keys())
+            keys.update(sample.metadata.keys())
+            entry = reading.look(0, (shard, *place), sample, seen, with_picture=False)
+            if entry is not None:
+                kept.append(entry)
+                if len(kept) == _KEPT // len(shards):
+                    break
+        entries += kept
+        total.add(seen)
+    if not entries:
+        broken = collections.Counter(reason for _, reason in total.broken)
+        raise nothing_left(reading.shards.paths, total.read, broken, total.dropped, fields, keys)
+    return entries, total

@@ -1,0 +1,242 @@
+"""Batches of shards that are read from end to end, without an index.
+
+Every row of a batch belongs to a stream, whatever the number of hosts; a host reads the streams of its rows. Streams do
+not know of one another: the group of batch k follows from shares that every host measured alike, and from k.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from lidit_jax.data.assembler import Assembler
+from lidit_jax.data.batch_stream import NEWS, BatchStream, News
+from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.indexed.batch_plan import GroupSchedule
+from lidit_jax.data.sources import BrokenExample, Example
+from lidit_jax.data.streamed.sample_stream import (
+    SPARES,
+    Entry,
+    GroupingBuffer,
+    Reading,
+    SampleStream,
+    Seen,
+    Snapshot,
+    shuffled,
+)
+from lidit_jax.errors import UserError
+
+_SHARDS, _ORDER, _BUFFER = 3, 4, 5  # what random numbers are for; `GroupSchedule` has 1 and 2
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamPlan:
+    """What all processes agree on.
+
+    Attributes:
+      readings: of each source.
+      shares: float64 [sources, groups], of all rows, by source and group; they sum to 1.
+      buckets: the groups.
+      batch_size: over all processes.
+      num_streams: divides batch_size.
+      capacity: samples that wait in the buffers of a stream.
+      allow_enlarging: False puts pictures into groups that would enlarge them only where there is no other.
+    """
+
+    readings: tuple[Reading, ...]
+    shares: np.ndarray
+    buckets: tuple[Bucket, ...]
+    batch_size: int
+    num_streams: int
+    capacity: int
+    seed: int
+    allow_enlarging: bool = True
+
+    def digest(self) -> str:
+        """Of all that decides which samples come when, but for the shards themselves."""
+        filters = [check for reading in self.readings for check in reading.filters]
+        rules = [(getattr(f, "func", f).__name__, str(getattr(f, "keywords", {}))) for f in filters]
+        facts = [self.shares.tolist(), self.buckets, self.batch_size, self.num_streams, self.capacity, self.seed, rules]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @property
+    def rows_per_stream(self) -> int:
+        return self.batch_size // self.num_streams
+
+    def schedule(self) -> GroupSchedule:
+        periods: dict[int, dict[int, float]] = {}
+        for source, group in zip(*np.nonzero(self.shares), strict=True):
+            periods.setdefault(int(group), {})[int(source)] = float(1 / self.shares[source, group])
+        return GroupSchedule(periods, self.seed)
+
+
+class _Stream:
+    """The rows of every batch that belong to one stream: its part of each source's shards."""
+
+    def __init__(self, plan: StreamPlan, schedule: GroupSchedule, number: int):
+        self._plan, self._schedule = plan, schedule
+        self._first_row = number * plan.rows_per_stream
+        self._buffers = []
+        for source, reading in enumerate(plan.readings):
+            order = shuffled(len(reading.shards.paths), plan.seed, _SHARDS, source)
+            dealt = [order[n :: plan.num_streams].tolist() for n in range(plan.num_streams)]
+            shards = dealt[number:] + dealt[:number]  # its own first
+            samples = SampleStream(reading, shards, (plan.seed, _ORDER, source, number))
+            capacity = int(np.ceil(plan.capacity * plan.shares[source].sum()))
+            seed = (plan.seed, _BUFFER, source, number)
+            self._buffers.append(GroupingBuffer(samples, plan.buckets, capacity, seed, plan.allow_enlarging))
+
+    def examples(self, batch: int, group: int, nth: int, with_images: bool) -> tuple[list[Example], Seen]:
+        """The stream's rows of a batch, the nth of its group."""
+        plan, seen = self._plan, Seen()
+        first = nth * plan.batch_size + self._first_row
+        sources = np.array([s for s, _ in self._schedule.rows(group, first, first + plan.rows_per_stream)])
+        bucket = plan.buckets[group] if with_images else None
+        examples: list[Any] = [None] * len(sources)
+        for source in np.unique(sources).tolist():
+            [rows] = np.nonzero(sources == source)
+            chosen, others = self._buffers[source].take(group, len(rows), batch, seen)
+            spares = iter(others)
+            for row, entry in zip(rows.tolist(), chosen, strict=True):
+                example = self._load(source, entry, spares, bucket, seen)
+                examples[row] = example if len(plan.readings) == 1 else example | {"source": source}
+        return examples, seen
+
+    def _load(self, source: int, entry: Entry, spares: Iterator[Entry], bucket: Bucket | None, seen: Seen) -> Example:
+        """An entry's example; where its picture is broken, that of a spare one, whose turn comes later all the same."""
+        reading = self._plan.readings[source]
+        example = reading.load(entry, bucket)
+        for _ in range(SPARES):
+            if not isinstance(example, BrokenExample):
+                return example
+            seen.broken.append((example.key, example.reason))
+            spare = next(spares, None)
+            example = reading.load(spare or self._buffers[source].read_on(seen), bucket)
+        raise UserError(f"{SPARES} unreadable pictures one after the other, last {example}: check the data's files")
+
+    def snapshot(self) -> list[Snapshot]:
+        return [buffer.snapshot() for buffer in self._buffers]
+
+    def restore(self, saved: Sequence[Snapshot]) -> None:
+        for buffer, reading, of_one in zip(self._buffers, self._plan.readings, saved, strict=True):
+            buffer.restore(reading, of_one)
+
+
+class _Batches(grain.DatasetIterator):
+    """Batches, one after the other; the streams of each read and decode at the same time."""
+
+    def __init__(
+        self, plan: StreamPlan, assembler: Assembler, numbers: range, num_threads: int, first_batch: int, saved: Any
+    ):
+        super().__init__()
+        self._assembler, self._batch = assembler, first_batch
+        self._buckets, self._schedule = plan.buckets, plan.schedule()
+        self._first_row = numbers.start * plan.rows_per_stream
+        self._streams = {number: _Stream(plan, self._schedule, number) for number in numbers}
+        self._pool = concurrent.futures.ThreadPoolExecutor(max(1, num_threads), "lidit-stream")
+        if saved:
+            list(self._pool.map(lambda number: self._streams[number].restore(saved[number]), numbers))
+
+    def __next__(self) -> dict[str, Any]:
+        batch = self._batch
+        group, nth = self._schedule(batch)
+        with_images = self._assembler.with_images
+        made = list(self._pool.map(lambda s: s.examples(batch, group, nth, with_images), self._streams.values()))
+        elements = self._assembler(batch, self._first_row, [example for examples, _ in made for example in examples])
+        seen = Seen()
+        for _, of_one in made:
+            seen.add(of_one)
+        self._batch += 1
+        return elements | {NEWS: News(self._buckets[group], seen.read, seen.broken, seen.dropped, seen.borrowed)}
+
+    def get_state(self) -> dict[int, list[Snapshot]]:
+        return {number: stream.snapshot() for number, stream in self._streams.items()}
+
+    def set_state(self, state: Any) -> None:
+        raise TypeError("a new one takes over: see StreamLoader.restore")
+
+    def close(self) -> None:
+        super().close()
+        self._pool.shutdown(wait=False, cancel_futures=True)  # one of its own threads may be the one that closes
+
+
+class StreamLoader(BatchStream):
+    """Batches of streams. Its state holds the places of its process's streams and of what waits in their buffers.
+
+    Without a state, the streams begin at their first samples, whatever the first batch's number.
+    """
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        assembler: Assembler,
+        fingerprint: str,
+        numbers: range,
+        *,
+        num_threads: int,
+        prefetch: int,
+        first_batch: int,
+        max_broken: float,
+    ):
+        """Args:
+        numbers: of this process's streams.
+        num_threads: that read and decode; at most one a stream is busy.
+        prefetch: batches made ahead of time.
+        """
+        super().__init__(fingerprint, first_batch, max_broken)
+        self._plan, self._assembler, self._numbers = plan, assembler, numbers
+        self._num_threads, self._prefetch = num_threads, prefetch
+        self._batches: grain.DatasetIterator | None = None
+        self._snapshots: dict[int, list[Snapshot]] = {}
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        return self._plan.buckets
+
+    def start_prefetch(self) -> None:
+        if self._batches is None:
+            batches = _Batches(
+                self._plan, self._assembler, self._numbers, self._num_threads, self._next_batch, self._snapshots
+            )
+            self._batches = grain.experimental.ThreadPrefetchDatasetIterator(batches, max(1, self._prefetch))
+        self._batches.start_prefetch()
+
+    def get_state(self) -> dict[str, Any]:
+        saved = {str(number): [one.to_json() for one in of_one] for number, of_one in self._snapshots.items()}
+        return super().get_state() | {"plan": self._plan.digest(), "streams": saved}
+
+    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
+        self._next_of(states)
+        if any(state.get("plan") != self._plan.digest() for state in states):
+            raise UserError(
+                "the checkpoint's streams were others: give the same seed, batch size, filters, data.streams and "
+                "data.shuffle_buffer, or start a new workdir"
+            )
+        try:
+            shards = [len(reading.shards.paths) for reading in self._plan.readings]
+            found = {
+                int(number): [Snapshot.from_json(one, count) for one, count in zip(saved, shards, strict=True)]
+                for state in states
+                for number, saved in state["streams"].items()
+            }
+            if found and not all(number in found for number in self._numbers):
+                raise ValueError("some streams are missing")
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise UserError(f"the checkpoint's position in the data is damaged ({error!r:.100})") from error
+        super().restore(states)
+        self._snapshots = {number: found[number] for number in self._numbers} if found else {}
+
+    def _next(self) -> dict[str, Any]:
+        elements = next(self._batches)
+        self._snapshots = self._batches.get_state()
+        return elements
+
+    def _stop(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None

@@ -1,0 +1,51 @@
+"""Draws a benchmark: `python -m lidit_jax.evaluate --workdir=DIR --benchmark=geneval --file=FILE --out=DIR`.
+
+FILE is the benchmark's own (GenEval's evaluation_metadata.jsonl, one of T2I-CompBench's lists, DPG-Bench's prompts,
+the folder of T2I-CompBench's lists for positional_bias, or any list of prompts); positional_bias makes prompts of
+four adjective-noun pairs of one kind, as the paper's samples are, or with --mixed_pairs (ours) of one to eight. OUT
+becomes the folder that its official scorer reads, and that `python -m lidit_jax.score` does. --benchmark=shapes, the
+built-in scenes, needs no file, and is judged at once (scores.json, grid.png). Run the same command again and it goes
+on where it stopped. All devices draw; on a pod, run it with --distributed on every host.
+"""
+
+from absl import flags
+from etils import epath
+
+from lidit_jax import cli
+from lidit_jax.evaluate.benchmarks import BENCHMARKS
+from lidit_jax.evaluate.drawing import SHAPES, Request, draw_benchmark
+from lidit_jax.parallel.hosts import join_hosts
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
+_DISTRIBUTED = cli.define_distributed()
+_BENCHMARK = flags.DEFINE_string("benchmark", None, ", ".join((*BENCHMARKS, SHAPES)))
+_FILE = flags.DEFINE_string("file", None, "the benchmark's prompts")
+_OUT = flags.DEFINE_string("out", None, "folder for the pictures")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "pictures a prompt")
+_NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "of shapes, prompts of each kind")
+_MIXED_PAIRS = flags.DEFINE_bool(
+    "mixed_pairs",
+    False,
+    "of positional_bias (ours): one to eight pairs of mixed kinds per prompt, instead of the paper's four of one kind",
+)
+_DRAWING = cli.define_drawing()
+
+
+def main() -> None:
+    join_hosts(_DISTRIBUTED.value)
+    draw_benchmark(
+        Request(
+            workdir=epath.Path(cli.require(_WORKDIR.name)),
+            benchmark=cli.require(_BENCHMARK.name),
+            file=epath.Path(_FILE.value) if _FILE.value else None,
+            out=epath.Path(cli.require(_OUT.name)),
+            num_images=_NUM_IMAGES.value,
+            num_scenes=_NUM_SCENES.value,
+            mixed_pairs=_MIXED_PAIRS.value,
+            **_DRAWING(),
+        )
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

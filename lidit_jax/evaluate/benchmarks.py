@@ -1,0 +1,238 @@
+"""Public benchmarks' prompts, and the folders in which their official scorers look for pictures.
+
+    geneval          evaluation_metadata.jsonl; 00000/metadata.jsonl, 00000/samples/0000.png   (Ghosh et al. 2023)
+    t2i_compbench    a file of prompts, one a line; samples/PROMPT_000000.png                   (Huang et al. 2023)
+    dpg_bench        a folder of ID.txt, or a JSONL of id and prompt; ID.png, a grid of four    (Hu et al. 2024)
+    positional_bias  a folder of T2I-CompBench's lists, or a file of prompts of adjective-noun pairs, one a line; as
+                     geneval, see `adjective_pairs.py`                                          (Ma et al. 2024)
+    prompts          a file of prompts, one a line; 00000_0.png
+
+Pictures are written in an order in which the last file of a prompt says that all are there.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from lidit_jax.errors import UserError
+from lidit_jax.evaluate.adjective_pairs import PositionalBias, parse_prompt
+from lidit_jax.evaluate.attributes import KINDS
+from lidit_jax.files import read_text, write_json
+from lidit_jax.pictures import save_png
+
+MAX_NAME = 255  # bytes of a file's name
+FACTS_FILE = "drawn_with.json"  # beside the pictures: what they are of
+
+
+class Benchmark(Protocol):
+    """Attributes: prompts: in the benchmark's order."""
+
+    prompts: Sequence[str]
+
+    def last_file(self, index: int) -> str:
+        """Of prompt `index`, relative to the folder; where it is, the prompt is done."""
+
+    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
+        """All pictures of a prompt, uint8 [H, W, 3]."""
+
+
+class GenEval:
+    """A folder a prompt, with its metadata and its pictures."""
+
+    def __init__(self, file: epath.Path, num_images: int):
+        del num_images
+        self._metadata = [_geneval_entry(file, number, line) for number, line in _lines(file)]
+        self.prompts = [entry["prompt"] for entry in self._metadata]
+
+    def last_file(self, index: int) -> str:
+        return f"{index:05}/metadata.jsonl"
+
+    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
+        for i, picture in enumerate(pictures):
+            save_png(picture, out / f"{index:05}" / "samples" / f"{i:04}.png")
+        write_json(out / self.last_file(index), self._metadata[index], indent=None)
+
+
+class T2ICompBench:
+    """One folder for all; a picture's name is its prompt and a number that counts all pictures."""
+
+    def __init__(self, file: epath.Path, num_images: int):
+        self._num_images = num_images
+        # Some of its files have more columns after the prompt.
+        self.prompts = [line.split("\t")[0].strip() for _, line in _lines(file)]
+        for prompt in self.prompts:
+            # The scorer takes what is before the first underscore for the prompt.
+            if re.search(r"[/\\_\x00]", prompt) or len(self._name(prompt, 0).encode()) > MAX_NAME:
+                raise UserError(
+                    f"{file}: {prompt!r:.80} can be no file's name, which T2I-CompBench makes of its prompts"
+                )
+
+    def last_file(self, index: int) -> str:
+        return self._name(self.prompts[index], self._num_images * (index + 1) - 1)
+
+    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
+        for i, picture in enumerate(pictures):
+            save_png(picture, out / self._name(self.prompts[index], self._num_images * index + i))
+
+    @staticmethod
+    def _name(prompt: str, number: int) -> str:
+        return f"samples/{prompt}_{number:06}.png"
+
+
+class DPGBench:
+    """A grid of four pictures a prompt, two by two without a gap; or a single picture."""
+
+    def __init__(self, file: epath.Path, num_images: int):
+        if num_images not in (1, 4):
+            raise UserError(f"--num_images={num_images}: dpg_bench's grids have 4 pictures, or 1")
+        entries = _texts(file) if file.is_dir() else [_dpg_entry(file, number, line) for number, line in _lines(file)]
+        self._ids, self.prompts = [name for name, _ in entries], [prompt for _, prompt in entries]
+        if len(set(self._ids)) < len(self._ids):
+            raise UserError(f"{file}: two prompts have the same id")
+
+    def last_file(self, index: int) -> str:
+        return f"{self._ids[index]}.png"
+
+    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
+        sheet = pictures[0]
+        if len(pictures) == 4:
+            sheet = np.concatenate([np.concatenate(pictures[i : i + 2], axis=1) for i in (0, 2)], axis=0)
+        save_png(sheet, out / self.last_file(index))
+
+
+def cut(sheet: np.ndarray, pictures: int, file: epath.Path) -> list[np.ndarray]:
+    """The pictures of a grid of four, two by two, row by row; or the one that it is.
+
+    Args:
+      sheet: uint8 [2 H, 2 W, 3] if pictures is 4.
+      file: for the error.
+
+    Raises:
+      UserError: its sides are not even.
+    """
+    if pictures == 1:
+        return [sheet]
+    height, width = sheet.shape[:2]
+    if height % 2 or width % 2:
+        raise UserError(f"{file} is {width}x{height}: no grid of four pictures, two by two, of one size")
+    return [half for row in np.split(sheet, 2, axis=0) for half in np.split(row, 2, axis=1)]
+
+
+class PlainPrompts:
+    """Pictures named by the number of their prompt and their own."""
+
+    def __init__(self, prompts: Sequence[str], num_images: int):
+        self.prompts, self._num_images = prompts, num_images
+
+    def files(self, index: int) -> list[str]:
+        """Of a prompt's pictures."""
+        return [f"{index:05}_{i}.png" for i in range(self._num_images)]
+
+    def last_file(self, index: int) -> str:
+        return self.files(index)[-1]
+
+    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
+        for name, picture in zip(self.files(index), pictures, strict=True):
+            save_png(picture, out / name)
+
+
+def _plain_prompts(file: epath.Path, num_images: int) -> PlainPrompts:
+    return PlainPrompts([line.strip() for _, line in _lines(file)], num_images)
+
+
+def _positional_bias(path: epath.Path, num_images: int, mixed_pairs: bool = False) -> PositionalBias:
+    del num_images
+    if not path.is_dir():
+        if mixed_pairs:
+            raise UserError(f"--file={path} is a file: --mixed_pairs needs the folder of T2I-CompBench's lists")
+        prompts, pairs = [], []
+        for number, line in _lines(path):
+            try:
+                pairs.append(parse_prompt(line))
+            except ValueError as error:
+                raise UserError(
+                    f"{path}, line {number}: {error}; write prompts as 'A green bench and a red car.', or name the "
+                    "folder of T2I-CompBench's lists, examples/dataset"
+                ) from None
+            prompts.append(line.strip())
+        return PositionalBias(prompts, pairs)
+    files = {kind: path / f"{kind}_val.txt" for kind in KINDS}
+    for file in files.values():
+        if not file.is_file():
+            raise UserError(f"--file={path} has no {file.name}: name the folder of T2I-CompBench's lists")
+    lists = {kind: [line for _, line in _lines(file)] for kind, file in files.items()}
+    return PositionalBias.from_lists(lists, mixed_pairs)
+
+
+BENCHMARKS: Mapping[str, Callable[..., Benchmark]] = {
+    "geneval": GenEval,
+    "t2i_compbench": T2ICompBench,
+    "dpg_bench": DPGBench,
+    "positional_bias": _positional_bias,
+    "prompts": _plain_prompts,
+}
+
+
+def open_benchmark(name: str, file: epath.Path, num_images: int, mixed_pairs: bool = False) -> Benchmark:
+    """Reads a benchmark's prompts.
+
+    Args:
+      num_images: images per prompt.
+      mixed_pairs: of "positional_bias", one to eight pairs of mixed kinds per prompt, instead of four of one kind.
+
+    Raises:
+      UserError: there is no such benchmark or file, or the file is none of this benchmark's.
+    """
+    if name not in BENCHMARKS:
+        raise UserError(f"--benchmark={name}: use one of {', '.join(BENCHMARKS)} or shapes")
+    if not file.exists():
+        raise UserError(f"--file={file}: no such file; name the benchmark's own")
+    if file.is_dir() and name not in ("dpg_bench", "positional_bias"):
+        raise UserError(f"--file={file} is a folder: name a file")
+    if mixed_pairs and name != "positional_bias":
+        raise UserError(f"--mixed_pairs goes with --benchmark=positional_bias, not {name}")
+    benchmark = BENCHMARKS[name](file, num_images, **({"mixed_pairs": True} if mixed_pairs else {}))
+    if not benchmark.prompts:
+        raise UserError(f"--file={file}: no prompt in it")
+    return benchmark
+
+
+def _lines(file: epath.Path) -> list[tuple[int, str]]:
+    """(number from 1, line) of all that are not blank."""
+    return [(number, line) for number, line in enumerate(_read(file).splitlines(), 1) if line.strip()]
+
+
+def _read(file: epath.Path) -> str:
+    return read_text(file, str(file), "a benchmark's")
+
+
+def _object(file: epath.Path, number: int, line: str, keys: Mapping[str, type]) -> dict[str, Any]:
+    """A line of JSON that has these keys."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError(f"{file}, line {number}: not JSON; is it the benchmark's own file?") from None
+    for key, kind in keys.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
+            raise UserError(f"{file}, line {number}: no {key!r} in it; is it the benchmark's own file?")
+    return entry
+
+
+def _geneval_entry(file: epath.Path, number: int, line: str) -> dict[str, Any]:
+    return _object(file, number, line, {"prompt": str, "tag": str, "include": list})
+
+
+def _dpg_entry(file: epath.Path, number: int, line: str) -> tuple[str, str]:
+    entry = _object(file, number, line, {"id": str, "prompt": str})
+    if not re.fullmatch(r"[\w-]{1,200}", entry["id"]):
+        raise UserError(f"{file}, line {number}: id {entry['id']!r:.80} can be no picture's name")
+    return entry["id"], entry["prompt"]
+
+
+def _texts(folder: epath.Path) -> list[tuple[str, str]]:
+    """(id, prompt) of a folder of ID.txt."""
+    return [(file.stem, _read(file).strip()) for file in sorted(folder.glob("*.txt"), key=str)]

@@ -1,0 +1,41 @@
+"""The built-in scenes as a benchmark: drawn like a list of prompts, then judged exactly."""
+
+from etils import epath
+
+from lidit_jax.data.shapes.layout import SceneLayout
+from lidit_jax.errors import UserError
+from lidit_jax.evaluate.benchmarks import PlainPrompts
+from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.evaluate.scenes import SceneEvaluation, report_scenes, score_scenes
+
+
+class ShapesBenchmark(PlainPrompts):
+    """As many prompts of each kind that the layout has, see `SceneEvaluation.of_each`."""
+
+    def __init__(self, num_scenes: int, num_images: int, layout: SceneLayout, height: int, width: int):
+        """Makes the prompts.
+
+        Args:
+          num_scenes: of each kind.
+          num_images: of each prompt.
+          layout: of the scenes, as in training.
+          height, width: of the images in pixels.
+
+        Raises:
+          UserError: there would be no scene, or none on images of this size.
+        """
+        if num_scenes < 1:
+            raise UserError(f"--num_scenes={num_scenes} must be at least 1")
+        self._scenes = SceneEvaluation.of_each(num_scenes, layout).prompts(layout, height, width)
+        super().__init__([scene.prompt for scene in self._scenes], num_images)
+
+    def judge(self, out: epath.Path) -> None:
+        """Checks the pictures that are in the folder, all of them; prints and writes the scores beside them.
+
+        Raises:
+          UserError: a picture is missing or damaged.
+        """
+        scenes = [scene for scene in self._scenes for _ in range(self._num_images)]
+        files = [out / name for index in range(len(self._scenes)) for name in self.files(index)]
+        pictures = [read_picture(file) for file in files]
+        report_scenes(score_scenes(scenes, pictures), scenes, pictures, out)

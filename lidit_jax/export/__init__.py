@@ -1,0 +1,1 @@
+"""`python -m lidit_jax.export`: writes a run as a folder for diffusers, and reads such a folder back."""

@@ -1,0 +1,165 @@
+"""README.md of an exported folder: the model card that the Hugging Face hub shows."""
+
+from collections.abc import Sequence
+
+from etils import epath
+
+from lidit_jax.experiment import Experiment
+from lidit_jax.export.folder import TextEncoderEntry, component_names
+from lidit_jax.weights.folders import HUB_NAME
+
+TITLE = "LI-DiT"
+
+
+def model_card(
+    run: Experiment, encoders: Sequence[TextEncoderEntry], step: int, num_parameters: int, dtype: str
+) -> str:
+    """Markdown with the YAML front matter of the hub.
+
+    Args:
+      encoders: of the folder, in its order.
+      step: of the exported weights.
+      num_parameters, dtype: of LI-DiT's weights.
+    """
+    sections = (
+        _front_matter(run),
+        _title(),
+        _how_to_draw(run, encoders, dtype),
+        _facts(run, encoders, step, num_parameters),
+    )
+    return "\n\n".join((*sections, _licences(run, encoders))) + "\n"
+
+
+def _front_matter(run: Experiment) -> str:
+    licence = ["license: other", "license_name: of-its-parts", "license_link: README.md"]
+    tags = ["tags:", "- text-to-image", "- diffusers", "- lidit", "- lidit-jax"]
+    return "\n".join(
+        ["---", *licence, "library_name: diffusers", "pipeline_tag: text-to-image", *tags, "inference: false", "---"]
+    )
+
+
+def _title() -> str:
+    return (
+        f"# {TITLE}\n\nA diffusion transformer that reads its prompts with decoder-only language models, after "
+        "*Exploring the Role of Large Language Models in Prompt Encoding for Diffusion Models* "
+        "([arXiv 2406.11831](https://arxiv.org/abs/2406.11831)). Trained with lidit-jax and exported to PyTorch; these "
+        "are not the weights of the paper's authors."
+    )
+
+
+def _how_to_draw(run: Experiment, encoders: Sequence[TextEncoderEntry], dtype: str) -> str:
+    how = run.sample
+    # Each part in what it was trained with: LLMs in twice as many bits take twice the memory, for nothing.
+    dtypes = {"default": dtype, "vae": run.vae.dtype}
+    dtypes |= {component_names(index)[0]: entry.dtype for index, entry in enumerate(encoders)}
+    if len(set(dtypes.values())) == 1:
+        given = f"torch.{dtype}"
+    else:
+        given = "{" + ", ".join(f'"{name}": torch.{kind}' for name, kind in dtypes.items()) + "}"
+    return f"""## Drawing
+
+    pip install torch diffusers transformers accelerate safetensors
+
+`FOLDER` is this folder, or its name on the hub. Its code is in `pipeline_lidit.py` and
+`transformer/transformer_lidit.py`: read it before you trust it.
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True, dtype={given}).to(device)
+picture = pipe(
+    "a red circle left of a blue square",
+    num_inference_steps={how.steps},
+    guidance_scale={how.guidance_scale:g},
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+picture.save("picture.png")
+```
+
+Where memory is short: `pipe.enable_model_cpu_offload()` in place of `.to(device)`, and `pipe.enable_vae_tiling()`."""
+
+
+def _facts(run: Experiment, encoders: Sequence[TextEncoderEntry], step: int, num_parameters: int) -> str:
+    model, train, how = run.model.config, run.train, run.sample
+    rows = {
+        "parameters": f"{num_parameters:,} without the language models and the VAE",
+        "depth, width, heads, patch": (f"{model.depth}, {model.hidden_size}, {model.num_heads}, {model.patch_size}"),
+        "refiners": (
+            f"{model.refiner_blocks} blocks for each language model, fusion {model.fusion} with "
+            f"{model.collaborative_blocks}"
+        ),
+        "language models": ", ".join(_encoder_words(run, entry) for entry in encoders),
+        "instruction": f"`{run.text.instruction}`" if run.text.instruction else "none",
+        "prompt": f"up to {run.text.max_length - 1} tokens",
+        "VAE": _vae_words(run),
+        "data": _data_words(run),
+        "resolution": f"{run.data.resolution} pixels",
+        "training": f"{step:,} steps of {train.batch_size:,} pictures",
+        "started from": f"`{_public(run.config.get('start_from') or '')}`, another LI-DiT, whose terms apply too",
+        "objective": _objective_words(run),
+        "sampler": f"{how.sampler}, {how.steps} steps, guidance {how.guidance_scale:g}",
+    }
+    if not run.config.get("start_from"):
+        del rows["started from"]
+    table = [f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows.items()]
+    return "\n".join(["## What it is", "", "| | |", "|---|---|", *table])
+
+
+def _encoder_words(run: Experiment, entry: TextEncoderEntry) -> str:
+    return f"{entry.name} ({_origin(run.encoders[entry.name].weights)})"
+
+
+def _origin(weights: str) -> str:
+    return f"`{_public(weights)}`" if weights else "trained in the same run"
+
+
+def _public(place: str) -> str:
+    """A name of the hub as it is; of a folder, whose path is nobody's business, its last part."""
+    if HUB_NAME.fullmatch(place) and not epath.Path(place).exists():
+        return place
+    return epath.Path(place).name
+
+
+def _vae_words(run: Experiment) -> str:
+    config = run.vae_config()
+    return f"{_origin(run.vae.weights)}: {config.downsampling_factor}x, {config.latent_channels} channels"
+
+
+def _data_words(run: Experiment) -> str:
+    data = run.data
+    if data.mixture:
+        return "a mixture of " + ", ".join(data.mixture)
+    count = f", {data.num_examples:,} pictures" if data.source == "shapes" else ""
+    return f"{data.source}{f' `{_public(data.path)}`' if data.path else ' (built in)'}{count}"
+
+
+def _objective_words(run: Experiment) -> str:
+    schedule = run.schedule
+    if schedule.prediction == "flow":
+        return f"rectified flow, shift {schedule.shift:g}"
+    snr = ", zero terminal SNR" if schedule.zero_terminal_snr else ""
+    return f"DDPM with {schedule.num_timesteps} timesteps, prediction of {schedule.prediction}{snr}"
+
+
+def _licences(run: Experiment, encoders: Sequence[TextEncoderEntry]) -> str:
+    lines = [
+        "## Licences",
+        "",
+        "- Code (`pipeline_lidit.py`, `transformer/transformer_lidit.py`): Apache-2.0.",
+        "- LI-DiT's weights (`transformer/`): whoever trained them says; the terms of the training data may bind them.",
+    ]
+    for index, entry in enumerate(encoders):
+        weights = run.encoders[entry.name].weights
+        folder = component_names(index)[0]
+        if not weights:
+            lines.append(f"- `{folder}/` ({entry.name}): trained in the same run, as LI-DiT's weights.")
+            continue
+        inside = "is not in this folder, loaded from" if entry.source else f"is in `{folder}/`, a copy of"
+        lines.append(f"- {entry.name} {inside} `{_public(weights)}`: its own licence applies, to copies as well.")
+    if run.vae.weights:
+        lines.append(f"- `vae/` is a copy of `{_public(run.vae.weights)}`: its own licence applies.")
+    else:
+        lines.append("- `vae/`: trained in the same run, as LI-DiT's weights.")
+    return "\n".join(lines)

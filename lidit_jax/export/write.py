@@ -1,0 +1,296 @@
+"""What the `export` command does: a workdir in, a folder out that diffusers loads and that needs no JAX.
+
+Nothing is held whole in memory: LI-DiT's weights go from the checkpoint to the file tensor by tensor, those of the VAE
+and the LLMs are copied as files. `export/folder.py` says what is in the folder.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tqdm
+from etils import epath
+
+from lidit_jax.checkpoint import open_weights
+from lidit_jax.config import read_workdir
+from lidit_jax.errors import UserError
+from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.export.copying import copy_files, model_files, num_bytes, tokenizer_files
+from lidit_jax.export.folder import (
+    COMPUTING,
+    INDEX_FILE,
+    MAX_ENCODERS,
+    PIPELINE,
+    TRANSFORMER,
+    TextEncoderEntry,
+    component_names,
+    is_exported_folder,
+    model_index,
+)
+from lidit_jax.export.model_card import model_card
+from lidit_jax.export.transformers_class import check_reference, transformers_class, transformers_config
+from lidit_jax.files import write_json
+from lidit_jax.models.vae_config import VAEConfig
+from lidit_jax.text.encoders import T5TextEncoder
+from lidit_jax.text.load_encoder import open_encoder, tokenizer_folder
+from lidit_jax.weights import diffusers_scheduler, diffusers_vae, huggingface_llm
+from lidit_jax.weights.folders import HUB_NAME
+from lidit_jax.weights.safetensors_folder import CONFIG_FILE, local_folder, new_folder, read_config
+from lidit_jax.weights.torch_lidit import save_lidit
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("ema", "params")
+DTYPES = {"float32": 4, "bfloat16": 2}  # bytes of a number
+TEXT_ENCODERS = ("copy", "reference")
+# What is at the top of an exported folder.
+EXPORTED = re.compile(
+    r"model_index\.json|pipeline_lidit\.py|README\.md|(text_encoder|tokenizer)(_\d+)?|transformer|vae|scheduler"
+)
+SPARE_BYTES = 64 << 20  # for all that is small
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to write.
+
+    Attributes:
+      workdir: of a run of LI-DiT.
+      out: the folder; a new or an empty one, or with `overwrite` one that was exported before.
+      weights: "ema" or "params".
+      dtype: of LI-DiT's weights; the VAE and the LLMs are copied as they are.
+      text_encoders: "copy" or "reference" for the LLMs that the run did not train; None: copies those of folders and
+        refers to those of the Hugging Face hub.
+      max_shard_gb: size of a file of LI-DiT's weights.
+    """
+
+    workdir: epath.Path
+    out: epath.Path
+    weights: str = "ema"
+    dtype: str = "float32"
+    text_encoders: str | None = None
+    max_shard_gb: float = 5.0
+    overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _TextEncoder:
+    """A prompt encoder on its way into the folder. Attributes: files, tokenizer: none of one that is referred to."""
+
+    entry: TextEncoderEntry
+    config: Mapping[str, Any]
+    files: Sequence[epath.Path] = ()
+    tokenizer: Sequence[epath.Path] = ()
+
+
+def export(request: Request) -> None:
+    """Writes the folder, whole or not at all.
+
+    Raises:
+      UserError: for anything that does not fit or is missing, before anything is written; or the disk is full.
+    """
+    _check(request)
+    run = Experiment(read_workdir(request.workdir), request.workdir)
+    if not run.has_lidit:
+        raise UserError(f"{request.workdir} is the run of a VAE alone: its {run.vae_folder()} is in diffusers' format")
+    _check_not_used(request.out, run)
+    encoders = [_text_encoder(run, name, request.text_encoders) for name in run.encoders]
+    vae = run.vae_folder()
+    VAEConfig.from_dict(read_config(vae))
+    vae_files = [vae / CONFIG_FILE, *model_files(vae, diffusers_vae.WEIGHTS_STEM)]
+    with open_weights(run.training_folder(LIDIT) / "checkpoints", request.weights) as weights:
+        lidit_bytes = weights.num_parameters * DTYPES[request.dtype]
+        copied_bytes = num_bytes([*vae_files, *(file for e in encoders for file in (*e.files, *e.tokenizer))])
+        _check_space(request.out, lidit_bytes + copied_bytes)
+        with (
+            _new_or_replaced(request.out, request.overwrite) as folder,
+            tqdm.tqdm(
+                total=lidit_bytes + copied_bytes, unit="B", unit_scale=True, desc="writing", mininterval=1
+            ) as bar,
+        ):
+            save_lidit(
+                folder / "transformer",
+                run.model.config,
+                weights,
+                dtype=request.dtype,
+                max_shard_bytes=int(request.max_shard_gb * 10**9),
+                progress=bar.update,
+            )
+            _copy_code(TRANSFORMER[0], folder / "transformer")
+            copy_files(vae_files, folder / "vae", bar.update)
+            _write_encoders(encoders, folder, bar.update)
+            _write_scheduler(run, folder)
+            _write_index(run, encoders, {"step": weights.step, "weights": request.weights}, folder)
+            _copy_code(PIPELINE[0], folder)
+            card = model_card(run, [e.entry for e in encoders], weights.step, weights.num_parameters, request.dtype)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+    logger.info(
+        "%s: %s weights of step %d, %.1f GB; load it with diffusers.DiffusionPipeline.from_pretrained(%r, "
+        "trust_remote_code=True)",
+        *(request.out, request.weights, weights.step, (lidit_bytes + copied_bytes) / 1e9, str(request.out)),
+    )
+
+
+def _check(request: Request) -> None:
+    """What can be known to be wrong before the workdir is opened."""
+    choices = (("weights", WEIGHTS), ("dtype", tuple(DTYPES)), ("text_encoders", (None, *TEXT_ENCODERS)))
+    for name, known in choices:
+        if getattr(request, name) not in known:
+            raise UserError(f"--{name}={getattr(request, name)}: use {' or '.join(filter(None, known))}")
+    if not 0.001 <= request.max_shard_gb <= 1e6:
+        raise UserError(f"--max_shard_gb={request.max_shard_gb} must be from 0.001 to 1000000")
+    out = local_folder(request.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file: name a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not request.overwrite:
+        raise UserError(f"--out={out} is not empty: name another folder, or give --overwrite")
+    if not is_exported_folder(epath.Path(out)):
+        raise UserError(f"--out={out} is not empty and no folder of an export: --overwrite replaces those alone")
+    for entry in sorted(out.iterdir()):
+        if not EXPORTED.fullmatch(entry.name):
+            raise UserError(f"{entry} is of no export: --overwrite would delete it; move it, or name another --out")
+
+
+def _check_not_used(out: epath.Path, run: Experiment) -> None:
+    """Raises UserError if the folder, which is about to be replaced, has weights that the run is made of."""
+    replaced = local_folder(out).resolve()
+    used = [run.vae_folder(), *(run.encoder_folder(name) for name in run.encoders)]
+    used += [epath.Path(run.config.get("start_from") or run.workdir), epath.Path(run.workdir)]
+    for folder in used:
+        if "://" not in str(folder) and Path(folder).resolve().is_relative_to(replaced):
+            raise UserError(f"--out={out} holds {folder}, which the run needs: name another folder")
+
+
+def _check_space(out: epath.Path, needed: int) -> None:
+    """Raises UserError where the disk has not that many bytes left."""
+    nearest = next(
+        parent for parent in (local_folder(out).absolute(), *local_folder(out).absolute().parents) if parent.exists()
+    )
+    free = shutil.disk_usage(nearest).free
+    if free < needed + SPARE_BYTES:
+        raise UserError(f"--out={out} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left: make room")
+
+
+def _text_encoder(run: Experiment, name: str, mode: str | None) -> _TextEncoder:
+    if list(run.encoders).index(name) >= MAX_ENCODERS:
+        raise UserError(
+            f"the run has {len(run.encoders)} encoders; a pipeline of diffusers has up to {MAX_ENCODERS} here"
+        )
+    config, folder = run.encoders[name], run.encoder_folder(name)
+    encoder = open_encoder(folder, run.prompt_tokenizer, dtype=config.dtype)
+    values = read_config(folder)
+    tokenizer = encoder.tokenizer
+    entry = TextEncoderEntry(
+        name=name,
+        dtype=config.dtype,
+        kind="t5" if isinstance(encoder, T5TextEncoder) else "llm",
+        class_name=transformers_class(values),
+        prefix=tuple(tokenizer.prefix().tolist()),
+        separator=tokenizer.separator,
+        max_length=tokenizer.max_length,
+    )
+    if config.weights and (mode or _usual_mode(config.weights)) == "reference":
+        check_reference(values, f"encoders.{name}")
+        return _TextEncoder(dataclasses.replace(entry, source=_source(config.weights, folder)), values)
+    return _TextEncoder(
+        entry,
+        transformers_config(values),
+        model_files(folder, huggingface_llm.WEIGHTS_STEM),
+        tokenizer_files(tokenizer_folder(folder)),
+    )
+
+
+def _usual_mode(weights: str) -> str:
+    return "reference" if _is_hub_name(weights) else "copy"
+
+
+def _is_hub_name(weights: str) -> bool:
+    return bool(HUB_NAME.fullmatch(weights)) and not epath.Path(weights).exists()
+
+
+def _source(weights: str, folder: epath.Path) -> dict[str, Any]:
+    """Where an encoder is loaded from: on the hub at the revision that is here, or a local folder.
+
+    Raises:
+      UserError: it is in a bucket, where transformers cannot read it.
+    """
+    if _is_hub_name(weights):
+        # The hub's cache names the folder of a snapshot by its commit.
+        name, _, wanted = weights.partition("@")
+        revision = folder.name if folder.parent.name == "snapshots" else wanted or None
+        return {"name": name, "revision": revision}
+    if "://" in weights:
+        raise UserError(f"{weights} is in a bucket, where transformers reads nothing: use --text_encoders=copy")
+    source = {"name": str(Path(weights).absolute()), "revision": None}
+    tokenizer = tokenizer_folder(folder)
+    return source if tokenizer == folder else source | {"tokenizer": str(Path(tokenizer).absolute())}
+
+
+def _write_encoders(encoders: Sequence[_TextEncoder], folder: Path, copied: Any) -> None:
+    for index, encoder in enumerate(encoders):
+        if encoder.entry.source is not None:
+            continue
+        model, tokenizer = component_names(index)
+        copy_files(encoder.files, folder / model, copied)
+        write_json(folder / model / CONFIG_FILE, encoder.config)
+        copy_files(encoder.tokenizer, folder / tokenizer, copied)
+
+
+def _write_scheduler(run: Experiment, folder: Path) -> None:
+    (folder / "scheduler").mkdir()
+    values = diffusers_scheduler.scheduler_config(run.schedule, run.sample.sampler)
+    write_json(folder / "scheduler" / diffusers_scheduler.CONFIG_FILE, values)
+
+
+def _write_index(run: Experiment, encoders: Sequence[_TextEncoder], trained: Mapping[str, Any], folder: Path) -> None:
+    text = dataclasses.asdict(run.text)
+    facts = {
+        "resolution": run.data.resolution,
+        "text": {key: text[key] for key in ("max_length", "instruction", "system_prompt", "chat_template")},
+        "model": {key: getattr(run.model.config, key) for key in COMPUTING},
+        "diffusion": dataclasses.asdict(run.schedule),
+        "sample": dataclasses.asdict(run.sample),
+        "vae_dtype": run.vae.dtype,
+        "trained": trained,
+    }
+    scheduler_class = diffusers_scheduler.scheduler_class(run.sample.sampler)
+    write_json(folder / INDEX_FILE, model_index([e.entry for e in encoders], scheduler_class, facts))
+
+
+def _copy_code(module: str, folder: Path) -> None:
+    """A file of `lidit_jax/pytorch`, found without importing it: PyTorch need not be there."""
+    spec = importlib.util.find_spec("lidit_jax.pytorch")
+    [package] = spec.submodule_search_locations
+    shutil.copyfile(Path(package) / f"{module}.py", folder / f"{module}.py")
+
+
+@contextlib.contextmanager
+def _new_or_replaced(out: epath.Path, overwrite: bool) -> Iterator[Path]:
+    """`new_folder`, or with `overwrite` a scratch folder that takes the place of the old one when it is complete."""
+    folder = local_folder(out).resolve()
+    if not overwrite or not folder.exists():
+        with new_folder(folder) as scratch:
+            yield scratch
+        return
+    fresh, old = (folder.parent / f".{folder.name}.{kind}.{uuid.uuid4().hex}" for kind in ("fresh", "old"))
+    with new_folder(fresh) as scratch:
+        yield scratch
+    try:
+        os.replace(folder, old)
+        os.replace(fresh, folder)
+    except OSError as error:
+        if old.exists():
+            os.replace(old, folder)
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise UserError(f"cannot replace {folder}: {error.strerror or error}") from error
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""`python -m lidit_jax.fidelity`: FID and CLIP score of generated images."""

@@ -1,0 +1,62 @@
+"""FID and CLIP score: `python -m lidit_jax.fidelity --pictures=DIR --inception=FILE --clip=DIR --out=DIR …`.
+
+DIR of --pictures is what `evaluate` or `sample` drew, or any folder of pictures. FID compares it with those of
+--reference=DIR or, with --config=configs/X.py, with the pictures that a training on that config's data sees; FILE has
+the weights of FID's Inception as safetensors. The CLIP score needs the prompts: where the folder does not say them,
+--prompts_file=FILE does. Either score alone will do. OUT gets fidelity.json.
+"""
+
+from absl import flags
+from etils import epath
+
+from lidit_jax import cli
+from lidit_jax.errors import UserError
+from lidit_jax.fidelity.reference import config_reference, folder_reference
+from lidit_jax.fidelity.scores import FidelityRequest, Reference, score_fidelity
+
+CONFIG_REFERENCE = 10_000  # pictures: a data set may be endless
+
+_CONFIG = cli.define_config()
+_PICTURES = flags.DEFINE_string("pictures", None, "folder of the pictures to score")
+_REFERENCE = flags.DEFINE_string("reference", None, "folder of the pictures that FID compares with")
+_NUM_REFERENCE = flags.DEFINE_integer(
+    "num_reference", None, f"of them at most (default: all of a folder, {CONFIG_REFERENCE:,} of a config's data)"
+)
+_INCEPTION = flags.DEFINE_string("inception", None, "FID's Inception weights, a .safetensors file")
+_CLIP = flags.DEFINE_string("clip", None, "a CLIP model's folder, or its name on the hub")
+_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "what was drawn, as evaluate's --file or sample's")
+_OUT = flags.DEFINE_string("out", None, "folder for the scores")
+
+
+def main() -> None:
+    score_fidelity(
+        FidelityRequest(
+            pictures=epath.Path(cli.require(_PICTURES.name)),
+            out=epath.Path(cli.require(_OUT.name)),
+            reference=_reference(),
+            inception=_path(_INCEPTION),
+            clip=_CLIP.value,
+            prompts_file=_path(_PROMPTS_FILE),
+        )
+    )
+
+
+def _reference() -> Reference | None:
+    if _NUM_REFERENCE.value is not None and _NUM_REFERENCE.value < 2:
+        raise UserError(f"--num_reference={_NUM_REFERENCE.value} must be at least 2")
+    if _REFERENCE.value and _CONFIG.value is not None:
+        raise UserError("give either --reference=DIR or --config=FILE: FID compares with one of them")
+    if _REFERENCE.value:
+        return folder_reference(epath.Path(_REFERENCE.value), _NUM_REFERENCE.value)
+    if _CONFIG.value is not None:
+        name = flags.FLAGS["config"].config_filename
+        return config_reference(cli.read_config(_CONFIG), name, _NUM_REFERENCE.value or CONFIG_REFERENCE)
+    return None
+
+
+def _path(flag: flags.FlagHolder) -> epath.Path | None:
+    return epath.Path(flag.value) if flag.value else None
+
+
+if __name__ == "__main__":
+    cli.run(main)

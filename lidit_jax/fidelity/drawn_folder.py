@@ -1,0 +1,144 @@
+"""The pictures of a folder with their prompts, as `lidit_jax.evaluate`, `lidit_jax.sample` or anybody else left them.
+
+geneval, t2i_compbench    the folder says the prompts itself, whoever drew it
+dpg_bench, prompts        drawn by `lidit_jax.evaluate`; the prompts' file says the prompts
+sample                    00000.png, …, and the prompts' file
+anything else             PNG, JPEG or WebP files at any depth; without prompts
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from lidit_jax.errors import UserError
+from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut, open_benchmark
+from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.weights.folders import is_there
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnFile:
+    """A file that was drawn.
+
+    Attributes:
+      file: of a picture, or of a sheet of four, two by two.
+      prompt: None where nothing says it.
+      pictures: 1 or 4.
+    """
+
+    file: epath.Path
+    prompt: str | None = None
+    pictures: int = 1
+
+    def read(self) -> Iterator[np.ndarray]:
+        """uint8 [H, W, 3] each. Raises UserError for a damaged file, or a sheet that can't be cut into four."""
+        yield from cut(read_picture(self.file), self.pictures, self.file)
+
+
+def picture_files(folder: epath.Path, flag: str) -> list[epath.Path]:
+    """All picture files at any depth.
+
+    Args: flag: which named the folder.
+
+    Raises:
+      UserError: there is no such folder, or no picture in it.
+    """
+    if not is_there(folder) or not folder.is_dir():
+        raise UserError(f"--{flag}={folder}: no such folder; name one of pictures")
+    found = [place / name for place, _, names in folder.walk() for name in names]
+    files = [file for file in found if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    if not files:
+        raise UserError(f"--{flag}={folder}: no picture in it ({', '.join(SUFFIXES)}); name a folder of pictures")
+    return sorted(files, key=str)
+
+
+def drawn_files(folder: epath.Path, prompts_file: epath.Path | None) -> list[DrawnFile]:
+    """What was drawn, in the order of names.
+
+    Args: prompts_file: of what was drawn, for folders that do not say it.
+
+    Raises:
+      UserError: there is no picture; pictures of the prompts are missing, or are not as many for each; a file that says
+        prompts is damaged.
+    """
+    files = picture_files(folder, "pictures")
+    benchmark, num_images = _drawn_with(folder)
+    if benchmark in ("geneval", "positional_bias", "t2i_compbench"):
+        files = [file for file in files if file.parent.name == "samples"]
+        if not files:
+            raise UserError(f"--pictures={folder}: no picture in a folder `samples`, where {benchmark} has them")
+        prompt_of = _prompt_in_name if benchmark == "t2i_compbench" else _prompt_beside
+        return [DrawnFile(file, prompt_of(file)) for file in files]
+    if benchmark == "dpg_bench" and prompts_file is None:
+        return [DrawnFile(file, pictures=num_images) for file in files]
+    if benchmark == "dpg_bench":
+        asked = open_benchmark(benchmark, prompts_file, num_images)
+        names = [(asked.last_file(i), prompt) for i, prompt in enumerate(asked.prompts)]
+        return [DrawnFile(file, prompt, num_images) for file, prompt in _all_there(folder, names)]
+    if benchmark == "prompts" and prompts_file is not None:
+        prompts = open_benchmark(benchmark, prompts_file, num_images).prompts
+        names = [(f"{i:05}_{j}.png", prompt) for i, prompt in enumerate(prompts) for j in range(num_images)]
+        return [DrawnFile(file, prompt) for file, prompt in _all_there(folder, names)]
+    sampled = [file for file in files if re.fullmatch(r"\d{5,}\.png", file.name)]  # leaves `sample`'s grid.png out
+    if sampled and prompts_file is not None:
+        return _of_prompts(folder, sampled, prompts_file)
+    return [DrawnFile(file) for file in sampled or files]
+
+
+def _drawn_with(folder: epath.Path) -> tuple[str, int]:
+    """(benchmark, pictures a prompt), as `lidit_jax.evaluate` noted them or as the folder looks; ("", 1) for others."""
+    file = folder / FACTS_FILE
+    if not file.exists():
+        if any(folder.glob("*/metadata.jsonl")):
+            return "geneval", 1
+        return ("t2i_compbench", 1) if any(folder.glob(f"samples/*_{'[0-9]' * 6}.png")) else ("", 1)
+    try:
+        facts = json.loads(file.read_text())
+        return str(facts["benchmark"]), int(facts["num_images"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is damaged: draw the benchmark again") from None
+
+
+def _of_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: epath.Path) -> list[DrawnFile]:
+    """`sample`'s pictures: as many a prompt, all of a prompt together."""
+    prompts = open_benchmark("prompts", prompts_file, 1).prompts
+    if len(files) % len(prompts):
+        raise UserError(
+            f"--pictures={folder} has {len(files)} pictures, which is no multiple of the {len(prompts)} prompts in "
+            f"{prompts_file}: name the file that they were drawn from"
+        )
+    each = len(files) // len(prompts)
+    return [DrawnFile(file, prompts[i // each]) for i, file in enumerate(files)]
+
+
+def _prompt_in_name(file: epath.Path) -> str:
+    """T2I-CompBench's pictures are PROMPT_000000.png."""
+    return file.stem.rpartition("_")[0]
+
+
+def _prompt_beside(file: epath.Path) -> str:
+    """These folders have a prompt's pictures in `samples`, beside its metadata."""
+    metadata = file.parent.parent / "metadata.jsonl"
+    try:
+        return str(json.loads(metadata.read_text())["prompt"])
+    except FileNotFoundError:
+        raise UserError(f"{metadata} is missing: let python -m lidit_jax.evaluate draw the rest") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{metadata} is damaged: draw the prompt again") from None
+
+
+def _all_there(folder: epath.Path, names: list[tuple[str, str]]) -> list[tuple[epath.Path, str]]:
+    """Raises UserError if a picture is missing: a part of the prompts has another score than all."""
+    missing = [name for name, _ in names if not (folder / name).exists()]
+    if missing:
+        raise UserError(
+            f"--pictures={folder}: {len(missing)} of {len(names)} files are missing, as {missing[0]}: name the prompts "
+            "that were drawn, or let python -m lidit_jax.evaluate draw the rest"
+        )
+    return [(folder / name, prompt) for name, prompt in names]

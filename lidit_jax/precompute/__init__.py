@@ -1,0 +1,1 @@
+"""`python -m lidit_jax.precompute`: computes latents and prompt features ahead of training."""

@@ -1,0 +1,30 @@
+"""Computes latents ahead of training: `python -m lidit_jax.precompute --config=configs/X.py --out=DIR`.
+
+With --features the captions' features by the LLMs are kept too. Train on both with the same config and
+--config.data.source=precomputed --config.data.path=DIR. Run the same command again and it goes on where it stopped.
+"""
+
+from absl import flags
+from etils import epath
+
+from lidit_jax import cli
+from lidit_jax.data.precomputed import DTYPES
+from lidit_jax.parallel.hosts import join_hosts
+from lidit_jax.precompute.latents import precompute
+
+_CONFIG = cli.define_config()
+_OUT = flags.DEFINE_string("out", None, "folder to write")
+_BATCH = flags.DEFINE_integer("batch", 32, "pictures that a process encodes at once", lower_bound=1)
+_DISTRIBUTED = cli.define_distributed()
+_FEATURES = flags.DEFINE_bool("features", False, "also keep the captions' features by every encoder")
+_DTYPE = flags.DEFINE_enum("dtype", "float16", DTYPES, "of the moments")
+
+
+def main() -> None:
+    join_hosts(_DISTRIBUTED.value)
+    out = epath.Path(cli.require(_OUT.name))
+    precompute(cli.read_config(_CONFIG), out, _BATCH.value, _DTYPE.value, _FEATURES.value)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,240 @@
+"""Computes the latents of a data set once, so that training neither decodes pictures nor runs the VAE's encoder."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lidit_jax.data.broken_count import BrokenCount
+from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.formats.record_shards import RecordReaders
+from lidit_jax.data.indexed.dataset import IndexedDataset
+from lidit_jax.data.open_dataset import open_indexed_dataset
+from lidit_jax.data.precomputed import MANIFEST, PLAN, Manifest, to_record
+from lidit_jax.data.sources import BrokenExample
+from lidit_jax.data.stored_features import FEATURES
+from lidit_jax.errors import UserError
+from lidit_jax.experiment import Experiment
+from lidit_jax.files import write_json
+from lidit_jax.models.vae import AutoencoderKL
+from lidit_jax.parallel.mesh import make_mesh
+from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated
+from lidit_jax.pictures import to_pixels
+from lidit_jax.precompute.captions import CaptionEncoder
+from lidit_jax.weights.diffusers_vae import load_vae
+from lidit_jax.weights.digest import folder_digest
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES_A_FILE = 1024
+
+
+def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str, with_features: bool = False) -> None:
+    """Writes the folder `out`, or goes on with one that is not finished; see `data/precomputed.py`.
+
+    Each process of a pod makes its share of the files, with its own devices.
+
+    Args:
+      batch_size: pictures that a process encodes at once.
+      dtype: of the moments, "float16" or "float32".
+      with_features: also keep the features of every caption by every encoder, in the encoder's dtype.
+
+    Raises:
+      UserError: the config names no VAE (or not all encoders), is a mixture, or its data cannot be used; `out` belongs
+        to something else.
+    """
+    experiment = Experiment(config, out)
+    if not experiment.vae.weights:
+        raise UserError("latents need a VAE that is finished: give --config.vae.weights=FOLDER")
+    if experiment.data.mixture or experiment.data.source == "precomputed":
+        raise UserError("precompute each source of a mixture alone, then mix the folders (data.source='precomputed')")
+    if experiment.data.sequential:
+        raise UserError("latents are computed by the data's index: give --config.data.sequential=False")
+    if "://" in os.fspath(out):
+        raise UserError(f"--out={out}: ArrayRecord files are written to a disk alone; copy them from there")
+    vae_config, params = load_vae(experiment.vae_folder())
+    dataset = open_indexed_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    logger.info("%s", dataset.summary())
+    if with_features and not experiment.has_lidit:
+        raise UserError("--features: the config has no encoders, it is of a VAE alone")
+    encoders = experiment.stored_encoders() if with_features else {}
+    plan = Manifest(
+        data=dataset.fingerprint,
+        vae=folder_digest(experiment.vae_folder()),
+        dtype=dtype,
+        cell=vae_config.downsampling_factor,
+        channels=vae_config.latent_channels,
+        buckets=dataset.buckets,
+        encoders=encoders,
+    )
+    parts = _claim(out, plan, dataset)
+    if parts is None:
+        logger.info("%s: finished before", out)
+        return
+    mesh = make_mesh({"fsdp": -1}, jax.local_devices())
+    encode = _Encoder(experiment.autoencoder(vae_config), params, mesh, batch_size, dtype)
+    encode_captions = None
+    if encoders:
+        encode_captions = CaptionEncoder(*experiment.load_encoders(mesh, ShardingRules()), encoders, mesh, batch_size)
+    if encode_captions and jax.process_index() == 0:
+        encode_captions.constant().write(out / FEATURES)
+    mine = parts[jax.process_index() :: jax.process_count()]
+    broken = BrokenCount(experiment.data.max_broken, "it is left out")
+    with tqdm.tqdm(total=sum(len(part.indices) for part in mine), unit="pictures", desc="latents") as bar:
+        for part in mine:
+            if not (out / part.name).exists():
+                _write_part(out / part.name, part, dataset, encode, encode_captions, broken, bar)
+            else:
+                bar.update(len(part.indices))
+    multihost_utils.sync_global_devices("wrote latents")
+    if jax.process_index() == 0:
+        _finish(out, plan, parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One file: its name, its group, and the examples in it."""
+
+    name: str
+    bucket: int
+    indices: np.ndarray
+
+
+def _parts(dataset: IndexedDataset) -> list[_Part]:
+    parts = []
+    for bucket in range(len(dataset.buckets)):
+        indices = np.flatnonzero(dataset.bucket_of_example == bucket)
+        for first in range(0, len(indices), EXAMPLES_A_FILE):
+            name = f"{bucket:03}-{first // EXAMPLES_A_FILE:06}.array_record"
+            parts.append(_Part(name, bucket, indices[first : first + EXAMPLES_A_FILE]))
+    return parts
+
+
+def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Part] | None:
+    """The files to make; None where all is done. Nothing is written into a folder of something else."""
+    for name in (MANIFEST, PLAN):
+        if (out / name).exists():
+            found = dataclasses.replace(Manifest.read(out / name), files=(), left_out=0)
+            for field in dataclasses.fields(Manifest):
+                before, now = getattr(found, field.name), getattr(plan, field.name)
+                if before != now:
+                    raise UserError(f"{out} holds latents with {field.name} = {before}, now {now}; use another --out")
+            if name == MANIFEST:
+                return None
+            return _parts(dataset)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: is not empty and holds no latents; use another --out")
+    multihost_utils.sync_global_devices("looked at the folder")
+    if jax.process_index() == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / PLAN, plan.to_json())
+        except OSError as error:
+            raise UserError(f"{out}: can't be written ({error.strerror or error}); choose another --out") from error
+    multihost_utils.sync_global_devices("claimed the folder")
+    return _parts(dataset)
+
+
+class _Encoder:
+    """Pictures of one size to moments, on this process's devices."""
+
+    def __init__(self, model: AutoencoderKL, params: Any, mesh: Mesh, batch_size: int, dtype: str):
+        devices = mesh.devices.size
+        self.rows = -(-batch_size // devices) * devices
+        self._sharding, self._dtype = batch_sharding(mesh, ShardingRules()), dtype
+        self._params = jax.device_put(params, replicated(mesh))
+
+        def moments(params, images):
+            posterior = model.apply({"params": params}, to_pixels(images), method=AutoencoderKL.encode)
+            return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
+
+        self._moments = jax.jit(moments, out_shardings=self._sharding)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [N, H, W, 3], N up to `rows` -> moments [N, h, w, 2C]."""
+        padded = np.concatenate([images, np.repeat(images[:1], self.rows - len(images), axis=0)])
+        moments = self._moments(self._params, jax.device_put(padded, self._sharding))
+        values = np.asarray(moments)[: len(images)].astype(self._dtype)
+        if not np.isfinite(values).all():
+            raise UserError(f"the VAE's moments are not finite in {self._dtype}: use --dtype=float32, or another VAE")
+        return values
+
+
+def _write_part(
+    file: epath.Path,
+    part: _Part,
+    dataset: IndexedDataset,
+    encode: _Encoder,
+    encode_captions: CaptionEncoder | None,
+    broken: BrokenCount,
+    bar: tqdm.tqdm,
+) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    chooser = dataset.config.chooser(0.0)
+    beside = file.parent / f".{file.name}.new"
+    writer = ArrayRecordWriter(os.fspath(beside), "group_size:1")
+    for examples in _examples(dataset, part, encode.rows):
+        good = [example for example in examples if not isinstance(example, BrokenExample)]
+        bad = [(e.key, e.reason) for e in examples if isinstance(e, BrokenExample)]
+        broken.add(len(examples), bad)
+        if good:
+            moments = encode(np.stack([example["image"] for example in good]))
+            captions = [chooser.filled(example["captions"]) for example in good]
+            features = _features(captions, encode_captions) if encode_captions else [({}, [])] * len(good)
+            for example, texts, of_one, of_texts in zip(good, captions, moments, features, strict=True):
+                writer.write(to_record(example["key"], texts, of_one, *of_texts))
+        bar.update(len(examples))
+    writer.close()
+    beside.replace(file)
+
+
+def _features(
+    captions: Sequence[Mapping[str, str]], encode: CaptionEncoder
+) -> list[tuple[dict[tuple[str, str], np.ndarray], list[tuple[str, str]]]]:
+    """Of each example's captions: (encoder, field) -> features; and those of them that were cut."""
+    found = iter(encode([text for of_one in captions for text in of_one.values()]))
+    examples = []
+    for of_one in captions:
+        features, truncated = {}, []
+        for field in of_one:
+            for name, caption in next(found).items():
+                features[name, field] = caption.features
+                if caption.truncated:
+                    truncated.append((name, field))
+        examples.append((features, truncated))
+    return examples
+
+
+def _examples(dataset: IndexedDataset, part: _Part, rows: int) -> Iterator[list]:
+    """Batches of examples, read ahead by threads."""
+    bucket: Bucket = dataset.buckets[part.bucket]
+    count = -(-len(part.indices) // rows)
+    load = lambda i: dataset.source.load(part.indices[i * rows : (i + 1) * rows].tolist(), bucket)  # noqa: E731
+    threads, ahead = dataset.config.num_threads, dataset.config.prefetch
+    options = grain.ReadOptions(min(threads, ahead), ahead)
+    return iter(grain.MapDataset.range(count).map(load).to_iter_dataset(options))
+
+
+def _finish(out: epath.Path, plan: Manifest, parts: list[_Part]) -> None:
+    readers = RecordReaders([os.fspath(out / part.name) for part in parts])
+    files = tuple((part.name, part.bucket, readers.count(i)) for i, part in enumerate(parts))
+    count = sum(count for _, _, count in files)
+    left_out = sum(len(part.indices) for part in parts) - count
+    if not count:
+        raise UserError(f"{out}: every picture is broken; check the data's files")
+    manifest = dataclasses.replace(plan, files=files, left_out=left_out)
+    write_json(out / MANIFEST, manifest.to_json())
+    (out / PLAN).unlink()
+    logger.info("%s: latents of %d pictures%s", out, count, f", {left_out} broken ones left out" if left_out else "")

@@ -1,0 +1,1 @@
+"""`python -m lidit_jax.preview`: a contact sheet of training batches."""

@@ -1,0 +1,1 @@
+"""`python -m lidit_jax.sample`: generates images from a workdir or an exported folder."""

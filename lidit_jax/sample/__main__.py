@@ -1,0 +1,42 @@
+"""Draws: `python -m lidit_jax.sample --workdir=DIR --prompt="a red circle left of a blue square" --out=DIR`.
+
+Writes one PNG an image and `grid.png`. The workdir of a training run is all it needs. All devices draw; on a pod, run
+it with --distributed on every host.
+"""
+
+from absl import flags
+from etils import epath
+
+from lidit_jax import cli
+from lidit_jax.parallel.hosts import join_hosts
+from lidit_jax.sample.draw import Request, draw_to_folder
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
+_FROM_TORCH = flags.DEFINE_string("from_torch", None, "or: a folder that `export` wrote")
+_DISTRIBUTED = cli.define_distributed()
+_PROMPT = flags.DEFINE_string("prompt", None, "what to draw")
+_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "or: a UTF-8 text file, one prompt a line")
+_OUT = flags.DEFINE_string("out", None, "folder for the pictures")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "pictures a prompt")
+_SEED = flags.DEFINE_integer("seed", 0, "of the first picture; the next ones count up")
+_DRAWING = cli.define_drawing()
+
+
+def main() -> None:
+    join_hosts(_DISTRIBUTED.value)
+    draw_to_folder(
+        Request(
+            workdir=_WORKDIR.value and epath.Path(_WORKDIR.value),
+            from_torch=_FROM_TORCH.value and epath.Path(_FROM_TORCH.value),
+            out=epath.Path(cli.require(_OUT.name)),
+            prompt=_PROMPT.value,
+            prompts_file=_PROMPTS_FILE.value,
+            num_images=_NUM_IMAGES.value,
+            seed=_SEED.value,
+            **_DRAWING(),
+        )
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,138 @@
+"""What the `sample` command does: prompts and a workdir in, a folder of pictures out."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+
+from lidit_jax import experiment
+from lidit_jax.diffusion.samplers import step_table
+from lidit_jax.errors import UserError
+from lidit_jax.experiment import Experiment
+from lidit_jax.export.read import load_exported
+from lidit_jax.files import read_text
+from lidit_jax.pictures import grid, save_png
+from lidit_jax.pipeline import Pipeline, SampleConfig
+from lidit_jax.text.encoders import truncated_prompts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """How to draw, with None for what the config says. Sides in pixels; weights are "ema" or "params"."""
+
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    decode_pixels: int | None = None
+    weights: str = "ema"
+
+    def __post_init__(self):
+        if self.weights not in ("ema", "params"):
+            raise UserError(f"--weights={self.weights}: use ema or params")
+
+    def settled(self, run: Experiment, pipeline: Pipeline) -> tuple[SampleConfig, int, int]:
+        """-> how, height, width.
+
+        Raises:
+          UserError: for what does not fit the model.
+        """
+        given = {name: getattr(self, name) for name in ("sampler", "steps", "guidance_scale", "decode_pixels")}
+        how = dataclasses.replace(run.sample, **{name: value for name, value in given.items() if value is not None})
+        step_table(how.sampler, pipeline.schedule, how.steps)  # raises for a sampler that does not fit
+        height, width = self.height or run.data.resolution, self.width or run.data.resolution
+        pipeline.check_size(height, width)
+        return how, height, width
+
+
+@dataclasses.dataclass(frozen=True)
+class Request(Drawing):
+    """What to draw.
+
+    Either `workdir`, of a run, or `from_torch`, a folder that `export` wrote.
+    """
+
+    workdir: epath.Path | None
+    out: epath.Path
+    from_torch: epath.Path | None = None
+    prompt: str | None = None
+    prompts_file: str | None = None
+    num_images: int = 1
+    seed: int = 0
+
+
+def draw_to_folder(request: Request) -> None:
+    """Writes out/00000.png, … in the order of the prompts (all pictures of a prompt together) and out/grid.png.
+
+    Raises:
+      UserError: for anything in the request that does not fit; before anything is drawn or written.
+    """
+    prompts = read_prompts(request)
+    if request.num_images < 1:
+        raise UserError(f"--num_images={request.num_images} must be at least 1")
+    if not 0 <= request.seed < 2**32:
+        raise UserError(f"--seed={request.seed} must be from 0 to {2**32 - 1}")
+    if request.out.exists() and not request.out.is_dir():
+        raise UserError(f"--out={request.out} is a file: name a folder")
+
+    if (request.workdir is None) == (request.from_torch is None):
+        raise UserError("give either --workdir=DIR of a run or --from_torch=DIR of an export")
+    if request.from_torch is not None:
+        run, pipeline, params = load_exported(request.from_torch, jax.devices())
+        origin = str(request.from_torch)
+    else:
+        run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
+        origin = f"step {step}"
+    how, height, width = request.settled(run, pipeline)
+    warn_of_truncated(run, pipeline, prompts)
+
+    seeds = [(request.seed + i) % 2**32 for i in range(len(prompts) * request.num_images)]
+    how = dataclasses.replace(how, batch_size=min(how.batch_size, len(seeds)))
+    logger.info(
+        "drawing %d pictures of %dx%d with %s, %d steps, guidance %g, from %s",
+        *(len(seeds), width, height, how.sampler, how.steps, how.guidance_scale, origin),
+    )
+    pictures = pipeline(params, prompts, seeds, height, width, how, request.num_images)
+    if jax.process_index():  # all hosts have drawn; one writes
+        return
+    request.out.mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(pictures):
+        save_png(picture, request.out / f"{i:05d}.png")
+    captions = [prompt for prompt in prompts for _ in range(request.num_images)]
+    save_png(grid(list(pictures), captions), request.out / "grid.png")
+    logger.info("%s", request.out / "grid.png")
+
+
+def warn_of_truncated(run: Experiment, pipeline: Pipeline, prompts: Sequence[str]) -> None:
+    """Says how many prompts an encoder does not read to their end."""
+    for name, count in truncated_prompts(pipeline.encoders, prompts).items():
+        if count:
+            logger.warning(
+                "%d of %d prompts are longer than the %d tokens of text.max_length for %s: they are cut at their end",
+                *(count, len(prompts), run.text.max_length, name),
+            )
+
+
+def read_prompts(request: Request) -> list[str]:
+    """From `prompt` or from the lines of `prompts_file` (blank lines left out).
+
+    Raises:
+      UserError: if there is none or are both, or the file is missing, too large, empty or not UTF-8.
+    """
+    if (request.prompt is None) == (request.prompts_file is None):
+        raise UserError('give either --prompt="…" or --prompts_file=FILE')
+    if request.prompt is not None:
+        return [request.prompt]
+    file = epath.Path(request.prompts_file)
+    if not file.exists() or file.is_dir():
+        raise UserError(f"--prompts_file={file}: no such file")
+    text = read_text(file, f"--prompts_file={file}", "a list of prompts")
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts_file={file}: no prompt in it; write one a line")
+    return prompts

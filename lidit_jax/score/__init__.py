@@ -1,0 +1,1 @@
+"""`python -m lidit_jax.score`: scores generated benchmark images as the official scorers do, with PyTorch models."""

@@ -1,0 +1,64 @@
+"""Scores a drawn benchmark: `python -m lidit_jax.score --benchmark=geneval --pictures=DIR --out=DIR --detector=…`.
+
+DIR is what `python -m lidit_jax.evaluate` drew, or any other generator in the layout of the official scorer; the models
+that judge are transformers' own, in PyTorch. OUT gets results.json, a picture's result each, and report.json, report.md
+and report.png, ours beside the paper's Table 1. Run the same command again and it goes on where it stopped.
+
+    geneval          --detector=facebook/mask2former-swin-small-coco-instance --clip=openai/clip-vit-large-patch14
+    t2i_compbench    --vqa=Salesforce/blip-vqa-base, or --detector=… for its spatial part
+    dpg_bench        --vqa=… --questions=FILE
+    positional_bias  --vqa=Salesforce/blip-vqa-base
+"""
+
+import logging
+
+from absl import flags
+from etils import epath
+
+from lidit_jax import cli
+from lidit_jax.errors import UserError
+from lidit_jax.score import compbench, dpg, geneval, positional_bias
+from lidit_jax.score.eval_extra import require_extra
+from lidit_jax.score.report import write_report
+from lidit_jax.score.results import ScoreRequest
+
+logger = logging.getLogger("lidit_jax.score")  # run as a module, __name__ is "__main__", of which nothing is shown
+
+SCORERS = {
+    "geneval": geneval.score,
+    "t2i_compbench": compbench.score,
+    "dpg_bench": dpg.score,
+    "positional_bias": positional_bias.score,
+}
+
+_BENCHMARK = flags.DEFINE_string("benchmark", None, ", ".join(SCORERS))
+_PICTURES = flags.DEFINE_string("pictures", None, "folder of the drawn pictures")
+_OUT = flags.DEFINE_string("out", None, "folder for the results and the report")
+_DETECTOR = flags.DEFINE_string("detector", None, "what finds objects: a folder of a model, or its name on the hub")
+_CLIP = flags.DEFINE_string("clip", None, "what names colours, a CLIP model")
+_VQA = flags.DEFINE_string("vqa", None, "what answers questions on pictures")
+_FILE = flags.DEFINE_string("file", None, "the benchmark's prompts, as they were drawn")
+_QUESTIONS = flags.DEFINE_string("questions", None, "DPG-Bench's questions")
+_MODEL_NAME = flags.DEFINE_string("model_name", "ours", "of what drew, in the report")
+
+
+def main() -> None:
+    if cli.require(_BENCHMARK.name) not in SCORERS:
+        raise UserError(f"--benchmark={_BENCHMARK.value}: use one of {', '.join(SCORERS)}")
+    require_extra("scoring", "matplotlib", "torch", "transformers")
+    request = ScoreRequest(
+        benchmark=_BENCHMARK.value,
+        pictures=epath.Path(cli.require(_PICTURES.name)),
+        out=epath.Path(cli.require(_OUT.name)),
+        detector=_DETECTOR.value,
+        clip=_CLIP.value,
+        vqa=_VQA.value,
+        file=epath.Path(_FILE.value) if _FILE.value else None,
+        questions=epath.Path(_QUESTIONS.value) if _QUESTIONS.value else None,
+    )
+    report = SCORERS[request.benchmark](request)
+    logger.info("\n%s\n%s", write_report(report, request.out, _MODEL_NAME.value), request.out)
+
+
+if __name__ == "__main__":
+    cli.run(main)

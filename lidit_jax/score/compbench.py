@@ -1,0 +1,202 @@
+"""T2I-CompBench's scores (Huang et al. 2023): colour, shape and texture by BLIP-VQA, 2D spatial by a detector.
+
+The rules are those of the official BLIPvqa_eval and UniDet_eval/2D_spatial_eval.py. The official detector is UniDet;
+here it is any of `detectors.py`, whose scores are not to be compared with the official ones to the point.
+"""
+
+import collections
+import dataclasses
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from lidit_jax.errors import UserError
+from lidit_jax.evaluate.attributes import KINDS
+from lidit_jax.evaluate.benchmarks import T2ICompBench
+from lidit_jax.evaluate.noun_phrases import noun_phrases, splitter_name
+from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.score.detectors import load_detector
+from lidit_jax.score.report import Report
+from lidit_jax.score.results import ScoreRequest, open_results, require_pictures_folder
+from lidit_jax.score.spatial_rules import SpatialPrompt, parse_spatial, spatial_score
+from lidit_jax.score.vqa import load_blip
+
+logger = logging.getLogger(__name__)
+
+CATEGORIES = ("color", "shape", "texture", "spatial")
+# The prompts' nouns, where COCO has another name for the same; UniDet's classes are compared as they are.
+OTHER_NAMES = {
+    "bag": "handbag",
+    "computer": "laptop",
+    "phone": "cell phone",
+    "sofa": "couch",
+    "table": "dining table",
+    "television": "tv",
+}
+
+_NAME = re.compile(r"([^_]+)_(\d+)\.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A file of samples/: its name and the prompt in it."""
+
+    name: str
+    prompt: str
+
+
+def score(request: ScoreRequest) -> Report:
+    """One category's score, in per cent, of the pictures in `request.pictures`/samples.
+
+    The category (color, shape, texture or spatial) is that of `request.file`'s name, as color_val.txt, or without
+    one what the prompts speak of. With the file, all its prompts must be there.
+
+    Raises:
+      UserError: no such pictures, a category that has no scorer here, a model that was not named, or `request.out` has
+        results of something else.
+    """
+    pictures = find_pictures(require_pictures_folder(request))
+    if request.file:
+        _check_complete(request.file, pictures)
+    category = category_of(request.file.name if request.file else None, [picture.prompt for picture in pictures])
+    return (_spatial if category == "spatial" else _attributes)(request, pictures, category)
+
+
+def find_pictures(folder: epath.Path) -> list[Picture]:
+    """What is in a folder's samples/, in the order of the numbers.
+
+    Raises:
+      UserError: there is nothing of T2I-CompBench's.
+    """
+    samples = folder / "samples"
+    names = [file.name for file in samples.glob("*.png")] if samples.is_dir() else []
+    matches = [match for match in map(_NAME.fullmatch, names) if match]
+    if not matches:
+        raise UserError(
+            f"--pictures={folder} has no samples/PROMPT_000000.png: is it T2I-CompBench's, as "
+            "python -m lidit_jax.evaluate draws it?"
+        )
+    matches.sort(key=lambda match: (int(match[2]), match[1]))
+    return [Picture(match[0], match[1]) for match in matches]
+
+
+def category_of(file_name: str | None, prompts: Sequence[str]) -> str:
+    """color, shape, texture or spatial: of a list's name (color_val.txt) or, where that says nothing, of its prompts.
+
+    Raises:
+      UserError: it is another one, or can't be told.
+    """
+    if file_name:
+        named = re.match(r"(3d_spatial|non_spatial|[a-z]+?)(_(train|val)\w*)?\.txt", file_name)
+        if named and named[1] in CATEGORIES:
+            return named[1]
+        if named and named[1] in ("3d_spatial", "non_spatial", "complex", "numeracy"):
+            raise UserError(f"{file_name}: no scorer here for this category; there are {', '.join(CATEGORIES)}")
+    votes = collections.Counter(kind for prompt in prompts for kind in _kinds(prompt))
+    best = votes.most_common(2)
+    if not best or (len(best) == 2 and best[0][1] == best[1][1]):
+        raise UserError(
+            f"the prompts speak of no one category of {', '.join(CATEGORIES)}: name the benchmark's list, "
+            "--file=color_val.txt"
+        )
+    return best[0][0]
+
+
+def attribute_score(
+    prompt: str, yes_probabilities: Callable[[list[str]], Sequence[float]]
+) -> tuple[float, dict[str, float]]:
+    """A picture's score, and each noun phrase's: whether it is there is asked of each, and the answers are multiplied.
+
+    No more than 8 are asked; a prompt without one scores 1, as officially.
+
+    Args: yes_probabilities: of questions, each "a red car?".
+    """
+    phrases = noun_phrases(prompt)
+    found = [float(p) for p in yes_probabilities([f"{phrase}?" for phrase in phrases])] if phrases else []
+    return round(math.prod(found), 4), dict(zip(phrases, found, strict=True))
+
+
+def _attributes(request: ScoreRequest, pictures: list[Picture], category: str) -> Report:
+    model = load_blip(request.require("vqa"))
+    prompts = {picture.name: picture.prompt for picture in pictures}
+
+    def score_picture(name: str) -> dict[str, Any]:
+        picture = read_picture(request.pictures / "samples" / name)
+        value, phrases = attribute_score(prompts[name], lambda questions: model.yes_probabilities(picture, questions))
+        return {"score": value, "phrases": phrases}
+
+    splitter = splitter_name()
+    if splitter == "rules":
+        logger.info("noun phrases are found by rules: spaCy and its model en_core_web_sm, which are official, lack")
+    files = [request.pictures / "samples" / name for name in prompts]
+    with open_results(request, files, ("vqa",), category=category, noun_phrases=splitter) as results:
+        scored = results.complete(list(prompts), score_picture)
+    return _report(category, [result["score"] for result in scored.values()], {"noun_phrases": splitter})
+
+
+def _spatial(request: ScoreRequest, pictures: list[Picture], category: str) -> Report:
+    detector = load_detector(request.require("detector"))
+    prompts = {picture.name: _parsed(picture.prompt, detector.classes) for picture in pictures}
+
+    def score_picture(name: str) -> dict[str, Any]:
+        picture = read_picture(request.pictures / "samples" / name)
+        found = detector(picture, 0.0)
+        return {"score": spatial_score(prompts[name], found, *picture.shape[:2])}
+
+    unknown = {name for prompt in prompts.values() for name in (prompt.first, prompt.second)} - detector.classes
+    if unknown:
+        logger.info(
+            "--detector=%s has no class for %s: their prompts score 0", request.detector, ", ".join(sorted(unknown))
+        )
+    files = [request.pictures / "samples" / name for name in prompts]
+    with open_results(request, files, ("detector",), category=category) as results:
+        scored = results.complete(list(prompts), score_picture)
+    values = [result["score"] for result in scored.values()]
+    return _report(category, values, {"objects_that_the_detector_lacks": sorted(unknown)})
+
+
+def _parsed(prompt: str, classes: frozenset[str]) -> SpatialPrompt:
+    """With the detector's own names of the objects."""
+    found = parse_spatial(prompt)
+    if found is None:
+        raise UserError(f'{prompt!r:.80} is not "a X on the left of a Y": is it of the spatial list?')
+
+    def name(noun: str) -> str:
+        return OTHER_NAMES[noun] if noun not in classes and OTHER_NAMES.get(noun) in classes else noun
+
+    return SpatialPrompt(name(found.first), found.relation, name(found.second))
+
+
+def _kinds(prompt: str) -> set[str]:
+    """The categories that a prompt may be of."""
+    if parse_spatial(prompt):
+        return {"spatial"}
+    words = set(re.findall(r"[a-z]+", prompt.lower()))
+    return {kind for kind, attributes in KINDS.items() if words & attributes}
+
+
+def _check_complete(file: epath.Path, pictures: list[Picture]) -> None:
+    """Raises UserError if a prompt of the list has no picture, or a picture no prompt in it."""
+    if not file.is_file():
+        raise UserError(f"--file={file}: no such file; name the benchmark's list")
+    wanted, drawn = set(T2ICompBench(file, 1).prompts), {picture.prompt for picture in pictures}
+    for prompts, what, remedy in (
+        (wanted - drawn, "prompts have no picture", "draw the rest"),
+        (drawn - wanted, "pictures' prompts are not in it", "is it another list?"),
+    ):
+        if prompts:
+            raise UserError(f"--file={file}: {len(prompts)} {what}, as {min(prompts)!r:.80}: {remedy}")
+
+
+def _report(category: str, values: Sequence[float], details: dict[str, Any]) -> Report:
+    return Report(
+        benchmark="t2i_compbench",
+        columns={category: 100 * float(np.mean(values))},
+        counts={category: len(values)},
+        details=details,
+    )

@@ -1,0 +1,183 @@
+"""DPG-Bench's score (Hu et al. 2024, ELLA): each prompt's questions, asked of each of its pictures.
+
+The rules are those of the official dpg_bench/compute_dpg_bench.py. Its model is mPLUG-large, which transformers does
+not have; here it is any of `vqa.py`, and scores by another one are not to be compared with published ones to the point.
+
+One thing differs on purpose: the official script drops the first question of its file by mistake and with it that
+question's prompt (github.com/TencentQQGYLab/ELLA/issues/61), one of 1,065. Here it counts; `details` has the score
+without it.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from etils import epath
+
+from lidit_jax.errors import UserError
+from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut
+from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.score.dpg_questions import Questions, read_questions
+from lidit_jax.score.report import Report
+from lidit_jax.score.results import ScoreRequest, open_results, require_pictures_folder
+from lidit_jax.score.vqa import is_yes, load_vqa
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def score(request: ScoreRequest) -> Report:
+    """In per cent: "average", the benchmark's score, and the level-1 categories'.
+
+    A category's score counts the last picture of each prompt alone, whether or not its questions' parents were answered
+    "yes": so do the official ones. `details` has the same of all pictures.
+
+    Raises:
+      UserError: no such pictures, questions or model, or `request.out` has results of something else.
+    """
+    files = _find_pictures(require_pictures_folder(request))
+    prompts, first = read_questions(request.require("questions"))
+    prompts, files = _both(request, prompts, files)
+    per_file = _pictures_per_file(request.pictures)
+    model = load_vqa(request.require("vqa"))
+
+    def ask(name: str) -> list[list[str]]:
+        questions = [question.text for question in prompts[name].values()]
+        cells = cut(read_picture(files[name]), per_file, files[name])
+        return [model.answers(cell, questions) for cell in cells]
+
+    facts = {"questions": _digest(prompts), "pictures_per_file": per_file}
+    with open_results(request, list(files.values()), ("vqa",), **facts) as results:
+        answers = results.complete(list(files), ask, unit="prompt")
+    right = {
+        name: [dict(zip(prompts[name], map(is_yes, of_cell), strict=True)) for of_cell in of_prompt]
+        for name, of_prompt in answers.items()
+    }
+    return _report(prompts, right, first)
+
+
+# --- the rules --------------------------------------------------------------------------------------------------
+
+
+def picture_score(questions: Questions, right: Mapping[int, bool]) -> float:
+    """The share of questions that count: answered "yes" (`right`), and none of their parents is one that doesn't.
+
+    Questions are gone through in their order, as officially: a parent that stands later has not lost its own count yet.
+    """
+    counts = dict(right)
+    for number, question in questions.items():
+        if any(not counts[parent] for parent in question.parents):
+            counts[number] = False
+    return sum(counts.values()) / len(counts)
+
+
+def category_scores(
+    prompts: Mapping[str, Questions], right: Mapping[str, Sequence[Mapping[int, bool]]], broad: bool
+) -> dict[str, tuple[float, int]]:
+    """Category -> (share of its questions that are answered "yes", whatever their parents'; their number).
+
+    Args:
+      right: of each prompt, its pictures' answers.
+      broad: level 1 rather than level 2.
+    """
+    found = collections.defaultdict(list)
+    for name, of_prompt in right.items():
+        for answers in of_prompt:
+            for number, question in prompts[name].items():
+                found[question.broad_category if broad else question.category].append(answers[number])
+    return {category: (float(np.mean(found[category])), len(found[category])) for category in sorted(found)}
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------
+
+
+def _find_pictures(folder: epath.Path) -> dict[str, epath.Path]:
+    """Prompt's id -> its file. Raises UserError if there is none, or an id has two."""
+    files = [file for file in sorted(folder.iterdir(), key=str) if file.suffix.lower() in SUFFIXES]
+    if not files:
+        raise UserError(
+            f"--pictures={folder} has no ID.png: is it DPG-Bench's, as python -m lidit_jax.evaluate draws it?"
+        )
+    found: dict[str, epath.Path] = {}
+    for file in files:
+        name = file.name.split(".")[0]
+        if name in found:
+            raise UserError(f"--pictures={folder} has {found[name].name} and {file.name}: remove one")
+        found[name] = file
+    return found
+
+
+def _both(
+    request: ScoreRequest, prompts: Mapping[str, Questions], files: Mapping[str, epath.Path]
+) -> tuple[dict[str, Questions], dict[str, epath.Path]]:
+    """Prompts that have questions and pictures. Others are left out, as officially, and said.
+
+    Raises:
+      UserError: no prompt has both.
+    """
+    broken = {
+        name
+        for name, questions in prompts.items()
+        if not {parent for question in questions.values() for parent in question.parents} <= set(questions)
+    }
+    kept = sorted(set(prompts) & set(files) - broken)
+    if not kept:
+        raise UserError(f"--questions={request.questions} asks about none of the pictures in {request.pictures}")
+    for names, what in (
+        (set(prompts) - set(files), "prompts have no picture"),
+        (set(files) - set(prompts), "pictures have no questions"),
+        (broken & set(files), "prompts have questions whose parents lack"),
+    ):
+        if names:
+            logger.warning("%d %s, as %s: they are not scored", len(names), what, min(names))
+    return {name: prompts[name] for name in kept}, {name: files[name] for name in kept}
+
+
+def _pictures_per_file(folder: epath.Path) -> int:
+    """1 where `lidit_jax.evaluate` noted so, else 4, as the official dist_eval.sh has it."""
+    try:
+        noted = json.loads((folder / FACTS_FILE).read_text())["num_images"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 4
+    return 1 if noted == 1 else 4
+
+
+def _digest(prompts: Mapping[str, Questions]) -> str:
+    asked = {name: [dataclasses.astuple(q) for q in questions.values()] for name, questions in prompts.items()}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _report(prompts: Mapping[str, Questions], right: Mapping[str, Sequence[Mapping[int, bool]]], first: str) -> Report:
+    scores = {
+        name: float(np.mean([picture_score(prompts[name], answers) for answers in of_prompt]))
+        for name, of_prompt in right.items()
+    }
+    last = {name: of_prompt[-1:] for name, of_prompt in right.items()}
+    broad = category_scores(prompts, last, broad=True)
+    others = [value for name, value in scores.items() if name != first]
+    return Report(
+        benchmark="dpg_bench",
+        columns={"average": _percent(np.mean(list(scores.values())))}
+        | {name: _percent(v) for name, (v, _) in broad.items()},
+        counts={"average": len(scores)} | {name: count for name, (_, count) in broad.items()},
+        details={
+            "average_without_the_first_prompt": _percent(np.mean(others)) if others else None,
+            "level_2": _percents(category_scores(prompts, last, broad=False)),
+            "level_1_of_all_pictures": _percents(category_scores(prompts, right, broad=True)),
+            "level_2_of_all_pictures": _percents(category_scores(prompts, right, broad=False)),
+            "prompts": {name: _percent(value) for name, value in scores.items()},
+        },
+    )
+
+
+def _percents(scores: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    return {name: _percent(value) for name, (value, _) in scores.items()}
+
+
+def _percent(share: float) -> float:
+    return 100 * float(share)

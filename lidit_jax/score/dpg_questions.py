@@ -1,0 +1,90 @@
+"""DPG-Bench's questions, as the official dpg_bench.csv has them."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterator, Mapping
+
+from etils import epath
+
+from lidit_jax.errors import UserError
+from lidit_jax.files import read_text
+
+MAX_FIELD = 1 << 16  # characters
+ID, NUMBER, PARENTS, TUPLE, TEXT = COLUMNS = (
+    "item_id",
+    "proposition_id",
+    "dependency",
+    "tuple",
+    "question_natural_language",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is asked about a prompt.
+
+    Attributes:
+      text: as "Is the cat black?".
+      parents: numbers of the questions that must be answered "yes" for this one to count.
+      category: of level 2, as "attribute - color".
+    """
+
+    text: str
+    parents: tuple[int, ...]
+    category: str
+
+    @property
+    def broad_category(self) -> str:
+        """Of level 1, as "attribute"."""
+        return self.category.split("-")[0].strip()
+
+
+# A prompt's questions by their numbers, in the file's order, which the rule of parents depends on.
+Questions = Mapping[int, Question]
+
+
+def read_questions(file: epath.Path) -> tuple[dict[str, Questions], str]:
+    """(prompt's id -> its questions, id of the file's first question's prompt), of the official dpg_bench.csv.
+
+    Raises:
+      UserError: there is no such file, or it is not that.
+    """
+    if not file.is_file():
+        raise UserError(f"--questions={file}: no such file; it is dpg_bench.csv of TencentQQGYLab/ELLA")
+    text = read_text(file, f"--questions={file}", "dpg_bench.csv")
+    prompts: dict[str, dict[int, Question]] = {}
+    for line, row in _rows(file, text):
+        prompts.setdefault(row[ID], {})[_number(file, line, row[NUMBER])] = Question(
+            row[TEXT].strip(),
+            tuple(n for n in (_number(file, line, part) for part in row[PARENTS].split(",")) if n),
+            row[TUPLE].split("(")[0].strip(),
+        )
+    if not prompts:
+        raise UserError(f"--questions={file}: no question in it")
+    return prompts, next(iter(prompts))
+
+
+def _rows(file: epath.Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """(its last line from 1, column -> value) of each question."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    limit = csv.field_size_limit(MAX_FIELD)
+    try:
+        lacking = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
+        if lacking:
+            raise UserError(f"--questions={file}: no column {lacking[0]!r}; is it dpg_bench.csv?")
+        for row in reader:
+            if any(not row.get(column) for column in COLUMNS):
+                raise UserError(f"--questions={file}, line {reader.line_num}: a column is empty; is it dpg_bench.csv?")
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"--questions={file}, line {reader.line_num}: {error}; is it dpg_bench.csv?") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _number(file: epath.Path, line: int, text: str) -> int:
+    text = text.strip().removesuffix(".0")  # as tables with a gap write whole numbers
+    if not (text.isascii() and text.isdigit() and len(text) < 7):
+        raise UserError(f"--questions={file}, line {line}: {text!r:.40} is no question's number")
+    return int(text)

@@ -1,0 +1,247 @@
+"""Models of transformers that answer questions on pictures: BLIP, ViLT, and chat models that see.
+
+BLIP        BlipForQuestionAnswering, as Salesforce/blip-vqa-base: how likely "yes" is; T2I-CompBench needs it
+ViLT        ViltForQuestionAnswering: the likeliest of its answers
+chat models whatever AutoModelForImageTextToText opens and has a chat template, as LLaVA or Qwen2-VL: greedy decoding
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from lidit_jax.errors import UserError
+from lidit_jax.score.load_model import device, load_model, load_processor, model_folder
+
+BATCH = 8  # questions at a time
+MAX_WORDS = 50  # of a question; the official script drops the others …
+MAX_TOKENS = 35  # … and all tokens after these
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CHAT_SUFFIX = " Answer yes or no."
+MAX_NEW_TOKENS = 8
+
+
+class VqaModel(Protocol):
+    """Answers questions on a picture."""
+
+    def answers(self, picture: np.ndarray, questions: Sequence[str]) -> list[str]:
+        """One each. Args: picture: uint8 [H, W, 3]."""
+
+
+def load_vqa(name: str) -> VqaModel:
+    """The model in a folder, or of that name on the hub, by the kind that its config.json names.
+
+    Raises:
+      UserError: there is none, or one that answers no questions on pictures.
+    """
+    kind = _kind(name)
+    if kind == "blip":
+        return BlipVqa(name)
+    if kind == "vilt":
+        return ViltVqa(name)
+    return ChatVqa(name)
+
+
+def load_blip(name: str) -> "BlipVqa":
+    """A model that says how likely "yes" is.
+
+    Raises:
+      UserError: there is none, or one of another kind.
+    """
+    if _kind(name) != "blip":
+        raise UserError(f"--vqa={name} is no BLIP, which this benchmark asks: Salesforce/blip-vqa-base is one")
+    return BlipVqa(name)
+
+
+def is_yes(answer: str) -> bool:
+    """Whether an answer's first word is yes, in any case and whatever stands around it."""
+    return re.match(r"\W*yes\b", answer, re.IGNORECASE) is not None
+
+
+def clean_question(question: str) -> str:
+    """A question as the official BLIP code asks it: small letters, no punctuation but "?", "," and "'", 50 words."""
+    question = re.sub(r'[.!"()*#:;~]', "", question.lower()).rstrip(" ")
+    return " ".join(question.split(" ")[:MAX_WORDS])
+
+
+class BlipVqa:
+    """BLIP, asked as T2I-CompBench's BLIPvqa_eval asks it.
+
+    The answer's first word is looked at, nothing is generated. The question starts with BLIP's own [ENC] token in place
+    of [CLS], and the picture is resized to the model's square by Pillow's bicubic filter, whatever the folder's
+    processor would do.
+
+    The official script runs at 480 x 480 pixels; Salesforce/blip-vqa-base, the same model, is published for 384 x 384,
+    so its scores come near the official ones, but not to the digit.
+    """
+
+    def __init__(self, name: str):
+        self._model = load_model("BlipForQuestionAnswering", "vqa", name)
+        self._tokenizer = load_processor("AutoTokenizer", "vqa", name)
+        text = self._model.config.text_config
+        # bert-base-uncased's words, then [DEC], with which answers begin, then [ENC].
+        self._decode, self._encode = text.bos_token_id, text.bos_token_id + 1
+        self._yes, self._no = self._tokenizer.convert_tokens_to_ids(["yes", "no"])
+        if self._tokenizer.unk_token_id in (self._yes, self._no) or not 0 <= self._encode < text.vocab_size:
+            raise UserError(f'--vqa={name}: its tokenizer is not BLIP\'s: it lacks "yes", "no" or the token [ENC]')
+
+    def yes_probabilities(self, picture: np.ndarray, questions: Sequence[str]) -> list[float]:
+        """p(yes) / (p(yes) + p(no)) of each answer's first word, to the four decimals of the official results.
+
+        Args: picture: uint8 [H, W, 3].
+        """
+        import torch
+
+        ids = [self._ids(clean_question(question)) for question in questions]
+        # Those of one length at a time: transformers' decoder attends to what padding would follow a shorter question.
+        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        found = [0.0] * len(ids)
+        with torch.inference_mode():
+            seen = self._model.vision_model(pixel_values=self._pixels(picture))[0]
+            for _, same in itertools.groupby(by_length, key=lambda i: len(ids[i])):
+                for batch in _batches(list(same)):
+                    for i, probability in zip(batch, self._ask(seen, [ids[i] for i in batch]), strict=True):
+                        found[i] = probability
+        return found
+
+    def answers(self, picture: np.ndarray, questions: Sequence[str]) -> list[str]:
+        """ "yes" where it is likelier than "no", else "no"."""
+        return ["yes" if p > 0.5 else "no" for p in self.yes_probabilities(picture, questions)]
+
+    def _pixels(self, picture: np.ndarray) -> Any:
+        """[1, 3, side, side]."""
+        import torch
+
+        side = self._model.config.vision_config.image_size
+        resized = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC), np.float32)
+        pixels = (resized / 255 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
+        return torch.from_numpy(pixels.transpose(2, 0, 1)[None]).to(device(), self._model.dtype)
+
+    def _ids(self, question: str) -> list[int]:
+        ids = self._tokenizer(question, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        return [self._encode, *ids[1:]]
+
+    def _ask(self, seen: Any, questions: list[list[int]]) -> list[float]:
+        """Args: seen: the picture's features, [1, patches, width]; questions: of one length."""
+        import torch
+
+        read = self._model.text_encoder(
+            input_ids=torch.tensor(questions, device=device()),
+            encoder_hidden_states=seen.expand(len(questions), -1, -1),
+        )[0]
+        start = torch.full((len(questions), 1), self._decode, device=device())
+        logits = self._model.text_decoder(input_ids=start, encoder_hidden_states=read).logits[:, 0]
+        logits = logits[:, [self._yes, self._no]].float()  # of [questions, vocabulary]
+        return [round(p, 4) for p in logits.softmax(-1)[:, 0].tolist()]
+
+
+class ViltVqa:
+    """ViLT, a classifier of answers."""
+
+    def __init__(self, name: str):
+        self._model = load_model("ViltForQuestionAnswering", "vqa", name)
+        self._processor = load_processor("AutoProcessor", "vqa", name)
+        self._labels = self._model.config.id2label
+
+    def answers(self, picture: np.ndarray, questions: Sequence[str]) -> list[str]:
+        """The likeliest label each."""
+        import torch
+
+        found = []
+        with torch.inference_mode():
+            for batch in _batches(questions):
+                inputs = self._processor(
+                    images=[Image.fromarray(picture)] * len(batch),
+                    text=list(batch),
+                    padding=True,
+                    truncation=True,
+                    max_length=self._model.config.max_position_embeddings,
+                    return_tensors="pt",
+                ).to(device(), self._model.dtype)
+                found += [self._labels[index] for index in self._model(**inputs).logits.argmax(-1).tolist()]
+        return found
+
+
+class ChatVqa:
+    """A chat model, told to answer yes or no."""
+
+    def __init__(self, name: str):
+        self._processor = _chat_processor(name)
+        if not getattr(self._processor, "chat_template", None):
+            raise UserError(f"--vqa={name} has no chat template: name a chat model that sees, a BLIP for VQA or a ViLT")
+        self._tokenizer = self._processor.tokenizer
+        # Answers begin where all questions end.
+        self._tokenizer.padding_side = "left"
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._model = load_model("AutoModelForImageTextToText", "vqa", name)
+
+    def answers(self, picture: np.ndarray, questions: Sequence[str]) -> list[str]:
+        """What the model says, by greedy decoding, a few tokens."""
+        import torch
+
+        found = []
+        with torch.inference_mode():
+            for batch in _batches(questions):
+                texts = [
+                    self._processor.apply_chat_template(_asked(question), add_generation_prompt=True)
+                    for question in batch
+                ]
+                inputs = self._processor(
+                    images=[[Image.fromarray(picture)]] * len(batch), text=texts, padding=True, return_tensors="pt"
+                ).to(device(), self._model.dtype)
+                written = self._model.generate(
+                    **inputs,
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    do_sample=False,
+                    pad_token_id=self._tokenizer.pad_token_id,
+                )[:, inputs["input_ids"].shape[1] :]
+                found += [answer.strip() for answer in self._processor.batch_decode(written, skip_special_tokens=True)]
+        return found
+
+
+def _chat_processor(name: str) -> Any:
+    try:
+        return load_processor("AutoProcessor", "vqa", name)
+    except UserError as error:
+        # Models that see videos too, as Qwen2-VL, have processors for those that work on torchvision alone.
+        if "torchvision" not in str(error).lower():
+            raise
+        raise UserError(
+            f"--vqa={name}: this kind of model needs torchvision as well: pip install torchvision"
+        ) from error
+
+
+def _asked(question: str) -> list[dict[str, Any]]:
+    """The conversation in which a question is asked."""
+    content = [{"type": "image"}, {"type": "text", "text": question + CHAT_SUFFIX}]
+    return [{"role": "user", "content": content}]
+
+
+def _batches(questions: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(questions), BATCH):
+        yield questions[start : start + BATCH]
+
+
+def _kind(name: str) -> str:
+    """blip, vilt or chat. Raises UserError for all others."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    folder = model_folder("vqa", name)
+    try:
+        config, _ = transformers.PreTrainedConfig.get_config_dict(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--vqa={name}: its config.json is damaged") from error
+    kind = config.get("model_type")
+    if kind in ("blip", "vilt"):
+        return kind
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise UserError(
+            f"--vqa={name} is a {kind!r:.40}, which answers no questions on pictures: name a BLIP for VQA, a ViLT or a "
+            "chat model that sees"
+        )
+    return "chat"

@@ -1,0 +1,91 @@
+"""A small language model, to be a prompt encoder: its task, and the stage that trains it on the captions."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from lidit_jax.data.dataset import Dataset
+from lidit_jax.experiment import Experiment
+from lidit_jax.models.llm import CausalLM, LLMConfig
+from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.stages.part import on_host, run_part
+from lidit_jax.text.prompts import PromptTokenizer
+from lidit_jax.text.train_tokenizer import train_tokenizer
+from lidit_jax.train import Task
+from lidit_jax.weighted_mean import Perplexity, WeightedMean
+from lidit_jax.weights.huggingface_llm import save_llm
+
+TOKENIZER_CAPTIONS = 20_000  # captions a tokenizer is trained on
+
+
+def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer) -> Task:
+    """Next-token prediction on captions that follow the instruction, as the LLM will meet them when it encodes.
+
+    A batch has {"<name>/tokens": int32 [B, L], "<name>/mask": bool [B, L]}. The loss is the mean over the caption's
+    tokens, its end token included; the instruction is context, not a target.
+    """
+    model = CausalLM(config)
+    prefix = tokenizer.prefix()
+
+    def init(key):
+        return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+    def loss(params, frozen, batch, key, phase):
+        del frozen, key, phase
+        tokens, mask = batch[f"{name}/tokens"], batch[f"{name}/mask"]
+        before = jnp.broadcast_to(jnp.asarray(prefix), (tokens.shape[0], len(prefix)))
+        sequence = jnp.concatenate([before, tokens], axis=1)  # [B, P + L]
+        logits = model.apply({"params": params}, sequence)[
+            :, len(prefix) - 1 : -1
+        ]  # [B, L, V]: each sees what is before
+        return token_loss(logits, tokens, mask)
+
+    return Task(name=name, init=init, loss=loss)
+
+
+def token_loss(
+    logits: jax.Array, tokens: jax.Array, counted: jax.Array
+) -> tuple[WeightedMean, dict[str, WeightedMean]]:
+    """Averages the negative log-likelihood of the counted tokens, in nats.
+
+    Args:
+      logits: float32 [B, L, V].
+      tokens: int32 [B, L].
+      counted: bool [B, L].
+
+    Returns:
+      The mean, weighted by the number of counted tokens, and {"perplexity": its exponential}.
+    """
+    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]  # [B, L]
+    loss = WeightedMean.over(-log_likelihood, counted)
+    return loss, {"perplexity": Perplexity(loss.mean, loss.weight)}
+
+
+def train_language_model(experiment: Experiment, name: str, dataset: Dataset, mesh: Mesh, rules: ShardingRules) -> None:
+    folder = experiment.encoder_folder(name)
+    if folder.exists():
+        return
+    config = experiment.language_model_config(name)
+    texts = [experiment.text.instruction, *dataset.captions(TOKENIZER_CAPTIONS, experiment.config.seed)]
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    # Vocabularies of small data sets run out of merges; the model keeps the size that its config states.
+    prompts = experiment.prompt_tokenizer(tokenizer)
+    training = experiment.language_model_training(name)
+    task = language_model_task(name, config, prompts)
+
+    def batches(first: int):
+        return dataset.batches(
+            training.batch_size,
+            experiment.config.seed,
+            tokenize=lambda captions: {f"{name}/{key}": value for key, value in prompts(captions).items()},
+            first=first,
+            join_captions=True,
+            with_images=False,
+        )
+
+    state = run_part(experiment, task, training, batches, mesh, rules, {"data": dataset.fingerprint})
+    params = on_host(state.params, mesh, training.stalled_after)
+    if jax.process_index() == 0:
+        save_llm(folder, config, params, tokenizer)
+    multihost_utils.sync_global_devices(f"saved {name}")

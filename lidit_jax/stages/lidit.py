@@ -1,0 +1,162 @@
+"""LI-DiT: its task, and the stage that trains it between its frozen encoders and VAE."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from lidit_jax.checkpoint import load_weights
+from lidit_jax.data.dataset import Dataset
+from lidit_jax.diffusion.losses import diffusion_loss
+from lidit_jax.diffusion.schedules import Schedule
+from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.export.read import is_exported, load_params
+from lidit_jax.models.flops import FORWARD_AND_BACKWARD, lidit_forward, vae_encoder_forward
+from lidit_jax.models.lidit import LIDiT
+from lidit_jax.models.vae import AutoencoderKL, DiagonalGaussian, to_model_latents
+from lidit_jax.parallel.rules import ShardingRules, replicated, whole
+from lidit_jax.parallel.watchdog import watched
+from lidit_jax.pictures import grid, to_pixels
+from lidit_jax.pipeline import Pipeline
+from lidit_jax.stages.part import run_part
+from lidit_jax.text.encoders import PromptEncoder, StoredEncoding, encode, encode_ahead, text_work, tokenize
+from lidit_jax.train import Batch, Evaluate, Task, TrainState
+from lidit_jax.weighted_mean import WeightedMean
+
+logger = logging.getLogger(__name__)
+
+
+def lidit_task(
+    model: LIDiT,
+    schedule: Schedule,
+    encoders: Mapping[str, PromptEncoder],
+    vae: AutoencoderKL,
+    frozen: Mapping[str, Any],
+    evaluate: Evaluate | None = None,
+    *,
+    encode_in_step: bool = True,
+) -> Task:
+    """The diffusion objective on latents, with the LLMs and the VAE's encoder frozen.
+
+    A batch has {"image": uint8 [B, H, W, 3]}, or {"moments": [B, h, w, 2C]} that the VAE made of it ahead of time, and
+    every encoder's tokens and mask.
+
+    Args:
+      frozen: {"vae": parameters, "encoders": {name: what the encoder's `freeze` gave}}.
+      encode_in_step: the LLMs run inside the train step; else as a program of their own before it, whose features are
+        kept in memory from the one to the other. Both compute the same.
+    """
+
+    def loss(params, frozen, batch, key, phase):
+        del phase
+        posterior_key, diffusion_key = jax.random.split(key)
+        if "moments" in batch:
+            posterior = DiagonalGaussian.from_moments(batch["moments"])
+        else:
+            pixels = to_pixels(batch["image"])
+            posterior = vae.apply({"params": whole(frozen["vae"])}, pixels, method=AutoencoderKL.encode)
+        latents = to_model_latents(posterior.sample(posterior_key), vae.config)
+        latents = jax.lax.stop_gradient(latents)
+        text = encode(encoders, frozen["encoders"], batch)
+        predict = lambda x, timesteps: model.apply({"params": params}, x, timesteps, text)  # noqa: E731
+        loss, metrics = diffusion_loss(schedule, predict, latents, diffusion_key)
+        truncated = jnp.stack([batch[f"{name}/truncated"] for name in encoders])  # [encoders, B]
+        return loss, metrics | {"truncated_prompts": WeightedMean.over(truncated)}
+
+    def prepare(frozen, batch):
+        return encode_ahead(encoders, frozen["encoders"], batch)
+
+    return Task(
+        name="lidit",
+        init=functools.partial(model.init_params, [encoder.hidden_size for encoder in encoders.values()]),
+        loss=loss,
+        frozen=frozen,
+        evaluate=evaluate,
+        prepare=None if encode_in_step else prepare,
+        flops=functools.partial(_lidit_flops, model, vae, encoders, frozen),
+    )
+
+
+def _lidit_flops(
+    model: LIDiT, vae: AutoencoderKL, encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], batch: Batch
+) -> int:
+    """Operations that a step needs: encoding what is not encoded yet, and LI-DiT forward and backward."""
+    content = "moments" if "moments" in batch else "image"
+    count, height, width = batch[content].shape[:3]
+    total = 0
+    if content == "image":
+        total += vae_encoder_forward(vae.config, count, height, width)
+        height, width = (side // vae.config.downsampling_factor for side in (height, width))
+    prompts = {name: batch[f"{name}/mask"].shape[1] for name in encoders}
+    encoding, lengths = text_work(encoders, frozen["encoders"], count, prompts)
+    return total + encoding + FORWARD_AND_BACKWARD * lidit_forward(model.config, count, height, width, lengths)
+
+
+def train_lidit(
+    experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules
+) -> tuple[Pipeline, TrainState]:
+    config, how = experiment.train, experiment.sample
+    stored = dataset.stored_prompts()
+    draws = config.sample_every > 0 or "evaluate" in experiment.config
+    # With stored features the encoders are there to draw alone.
+    with watched(config.stalled_after, "loading the encoders"):
+        pipeline = experiment.pipeline(mesh, rules, with_encoders=draws or not stored)
+    prompts = dataset.captions(how.batch_size, experiment.config.seed)
+    bucket = dataset.largest_bucket()
+
+    def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        pictures = pipeline(state.averaged, prompts, range(len(prompts)), bucket.height, bucket.width, how)
+        return {}, {"sample": np.asarray(grid(list(pictures), prompts))}
+
+    encoders, frozen = pipeline.encoders, pipeline.frozen
+    if stored:
+        encoders = {name: StoredEncoding(of.hidden_size, of.lead) for name, of in stored.encoders.items()}
+        prefixes = {name: jax.device_put(stored.prefix[name], replicated(mesh)) for name in encoders}
+        frozen = {**frozen, "encoders": prefixes}
+    task = lidit_task(
+        pipeline.model,
+        pipeline.schedule,
+        encoders,
+        pipeline.vae,
+        frozen,
+        evaluate,
+        encode_in_step=bool(stored) or experiment.text.encode == "in_step",
+    )
+
+    def batches(first: int):
+        return dataset.batches(
+            config.batch_size,
+            experiment.config.seed,
+            tokenize=lambda captions: tokenize(pipeline.encoders, captions),
+            first=first,
+            caption_dropout=experiment.data.caption_dropout,
+            with_features=stored is not None,
+        )
+
+    facts = {"data": dataset.fingerprint, "frozen": experiment.frozen_digests()}
+    initial_params = _initial_params(experiment, mesh, rules)
+    state = run_part(experiment, task, config, batches, mesh, rules, facts, initial_params)
+    return pipeline, state
+
+
+def _initial_params(experiment: Experiment, mesh: Mesh, rules: ShardingRules) -> Callable[[Any], Any] | None:
+    """For fine-tuning: LI-DiT's averaged weights from the workdir, or exported folder, that `start_from` names."""
+    if not experiment.config.get("start_from"):
+        return None
+    other = epath.Path(experiment.config.start_from)
+
+    def load(into: Any) -> Any:
+        if is_exported(other):
+            logger.info("starting from %s", other)
+            return load_params(other, into, mesh, rules)
+        params, step = load_weights(other / "training" / LIDIT / "checkpoints", "ema", into)
+        logger.info("starting from %s, step %d", other, step)
+        return params
+
+    return load

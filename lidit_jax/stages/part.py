@@ -1,0 +1,61 @@
+"""What the stages of all networks share: a part through the one training loop, and its weights on the host."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lidit_jax.checkpoint import Checkpoints
+from lidit_jax.experiment import Experiment
+from lidit_jax.metrics import Metrics
+from lidit_jax.models.lidit import num_parameters
+from lidit_jax.parallel.rules import ShardingRules, replicated
+from lidit_jax.parallel.watchdog import watched
+from lidit_jax.train import Task, TrainConfig, Trainer, TrainState, train
+
+logger = logging.getLogger(__name__)
+
+
+def run_part(
+    experiment: Experiment,
+    task: Task,
+    config: TrainConfig,
+    batches: Callable,
+    mesh: Mesh,
+    rules: ShardingRules,
+    facts: Mapping[str, Any],
+    initial_params: Callable[[Any], Any] | None = None,
+) -> TrainState:
+    """One part through the one loop, in its folder of the workdir."""
+    folder = experiment.training_folder(task.name)
+    trainer = Trainer(task, config, mesh, rules)
+    params = trainer.abstract_state().params
+    for name in task.networks or (task.name,):
+        count = num_parameters(params[name] if task.networks else params)
+        logger.info("%s: %.2fM parameters", name, count / 1e6)
+    checkpoints = Checkpoints(folder / "checkpoints", experiment.config.to_dict(), config.keep)
+    metrics = Metrics(folder)
+    try:
+        return train(
+            trainer,
+            batches,
+            checkpoints,
+            metrics,
+            seed=experiment.config.seed,
+            facts=facts,
+            initial_params=initial_params,
+        )
+    finally:
+        with watched(config.stalled_after, task.name):
+            checkpoints.close()
+            metrics.close()
+
+
+def on_host(params: Any, mesh: Mesh, stalled_after: float) -> Any:
+    """The whole of a tree that is cut over the mesh, on every host."""
+    # One program: leaf by leaf, hosts may gather in different orders, and wait for each other for ever.
+    gather = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+    with watched(stalled_after, "gathering what was trained"):
+        return jax.device_get(gather(params))

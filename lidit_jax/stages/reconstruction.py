@@ -1,0 +1,225 @@
+"""How well an autoencoder gives pictures back, and what its latents are like: numbers, and a sheet to look at."""
+
+import collections
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from lidit_jax.errors import UserError
+from lidit_jax.files import finite, write_json
+from lidit_jax.models.image_similarity import psnr, ssim
+from lidit_jax.models.vae import AutoencoderKL
+from lidit_jax.models.vae_config import VAEConfig
+from lidit_jax.models.vae_training import ReconstructionEvaluation
+from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated
+from lidit_jax.pictures import grid, save_png, to_pictures, to_pixels
+
+logger = logging.getLogger(__name__)
+
+SCORES_FILE, SHEET_FILE = "reconstruction.json", "reconstruction.png"
+
+
+@flax.struct.dataclass
+class LatentMoments:
+    """Of the latents that a picture's Gaussians give, as training draws from them: float32, one row `[C]` a picture.
+
+    Attributes:
+      mean: over the picture's positions.
+      second: mean of the squares, the Gaussians' variance included.
+      positions: how many.
+    """
+
+    mean: Any
+    second: Any
+    positions: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentStatistics:
+    """Of each channel over many pictures: float64 `[C]`."""
+
+    mean: np.ndarray
+    deviation: np.ndarray
+
+    @classmethod
+    def of(cls, sums: Sequence[LatentMoments]) -> "LatentStatistics":
+        """Args: sums: of batches, each with leaves `[B, …]`."""
+        weights = np.concatenate([s.positions for s in sums]).astype(np.float64)  # [N]
+        weights /= weights.sum()
+        mean = weights @ np.concatenate([s.mean for s in sums]).astype(np.float64)
+        second = weights @ np.concatenate([s.second for s in sums]).astype(np.float64)
+        return cls(mean, np.sqrt(np.maximum(second - mean**2, 0.0)))
+
+    @property
+    def shift_factor(self) -> float:
+        """What makes the mean over all channels 0 when it is subtracted."""
+        return float(self.mean.mean())
+
+    @property
+    def scaling_factor(self) -> float:
+        """What makes the deviation over all channels 1 when latents are multiplied by it.
+
+        Raises:
+          UserError: the latents are all alike, or not finite.
+        """
+        variance = float(np.mean(self.deviation**2 + self.mean**2) - self.mean.mean() ** 2)
+        if not 0 < variance < np.inf:
+            raise UserError(f"the VAE's latents have variance {variance}: it learned nothing; lower vae.kl_weight")
+        return variance**-0.5
+
+
+class Autoencoding:
+    """An autoencoder's compiled functions on a mesh."""
+
+    def __init__(self, model: AutoencoderKL, mesh: Mesh, rules: ShardingRules):
+        self._model, self._mesh = model, mesh
+        self._batch_sharding = batch_sharding(mesh, rules)
+        self._shards = num_batch_shards(mesh, rules)
+        self._latent_moments = jax.jit(self._measure, out_shardings=replicated(mesh))
+        self._reconstruct = jax.jit(self._measure_and_reconstruct, out_shardings=replicated(mesh))
+
+    def latent_statistics(self, params: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> LatentStatistics:
+        """Of batches as `train` gets them: each process has its own rows."""
+        sums = []
+        with jax.set_mesh(self._mesh):
+            for batch in batches:
+                images = jax.make_array_from_process_local_data(self._batch_sharding, batch["image"])
+                sums.append(jax.device_get(self._latent_moments(params, images)))
+        return LatentStatistics.of(sums)
+
+    def reconstruct(
+        self, params: Any, pictures: Sequence[np.ndarray], batch_size: int
+    ) -> tuple[dict[str, np.ndarray], list[np.ndarray], LatentStatistics]:
+        """Encodes to the mode and decodes: ({"psnr": [N], "ssim": [N]}, N pictures uint8, the latents' statistics).
+
+        Args:
+          pictures: uint8 [H, W, 3] each, the same on every process. Those of one size go together.
+        """
+        rows = -(-batch_size // self._shards) * self._shards  # every device gets as many
+        of_size = collections.defaultdict(list)
+        for index, picture in enumerate(pictures):
+            of_size[picture.shape].append(index)
+        scores = {name: np.zeros(len(pictures)) for name in ("psnr", "ssim")}
+        given_back: list[Any] = [None] * len(pictures)
+        sums = []
+        with jax.set_mesh(self._mesh):
+            for indices in of_size.values():
+                for start in range(0, len(indices), rows):
+                    part = indices[start : start + rows]
+                    padded = np.stack([pictures[i] for i in part + part[:1] * (rows - len(part))])
+                    images = jax.make_array_from_callback(padded.shape, self._batch_sharding, padded.__getitem__)
+                    result = jax.device_get(self._reconstruct(params, images))
+                    result = _rows(result, len(part))
+                    for name, values in scores.items():
+                        values[part] = result[name]
+                    for index, picture in zip(part, result["picture"], strict=True):
+                        given_back[index] = picture
+                    sums.append(result["latents"])
+        return scores, given_back, LatentStatistics.of(sums)
+
+    def _encode(self, params, images):
+        return self._model.apply({"params": params}, images, method=AutoencoderKL.encode)
+
+    def _measure(self, params, images) -> LatentMoments:
+        return _latent_moments(self._encode(params, to_pixels(images)))
+
+    def _measure_and_reconstruct(self, params, images):
+        images = to_pixels(images)
+        posterior = self._encode(params, images)
+        decoded = self._model.apply({"params": params}, posterior.mode(), method=AutoencoderKL.decode)
+        return {
+            "psnr": psnr(decoded, images),
+            "ssim": ssim(decoded, images),
+            "picture": to_pictures(decoded),
+            "latents": _latent_moments(posterior),
+        }
+
+
+def _rows(tree: Any, count: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[:count], tree)
+
+
+def _latent_moments(posterior) -> LatentMoments:
+    mean = functools.partial(jnp.mean, axis=(1, 2))
+    batch, height, width, _ = posterior.mean.shape
+    second = posterior.mean**2 + jnp.exp(posterior.logvar)
+    return LatentMoments(mean(posterior.mean), mean(second), jnp.full((batch,), height * width, jnp.float32))
+
+
+def evaluate_reconstruction(
+    autoencoding: Autoencoding, params: Any, pictures: Sequence[np.ndarray], evaluation: ReconstructionEvaluation
+) -> tuple[dict[str, Any], np.ndarray]:
+    """(scores, a sheet of originals over their reconstructions, uint8 [H, W, 3]).
+
+    The scores, JSON-able: "images", and means of "psnr" in decibels and "ssim" over them; "latent_mean" and
+    "latent_deviation", a list of one number a channel each.
+    """
+    scores, given_back, latents = autoencoding.reconstruct(params, pictures, evaluation.batch_size)
+    chosen = np.linspace(0, len(pictures) - 1, min(evaluation.sheet, len(pictures))).astype(int)
+    pairs = [_one_over_the_other(pictures[i], given_back[i]) for i in chosen]
+    sheet = grid(pairs, [f"{scores['psnr'][i]:.1f} dB" for i in chosen], columns=8)
+    return {
+        "images": len(pictures),
+        **{name: float(values.mean()) for name, values in scores.items()},
+        "latent_mean": latents.mean.tolist(),
+        "latent_deviation": latents.deviation.tolist(),
+    }, np.asarray(sheet)
+
+
+def scalars(scores: Mapping[str, Any]) -> dict[str, float]:
+    """The scores as numbers with names of their own, for a log."""
+    flat = {}
+    for name, value in scores.items():
+        if isinstance(value, list):
+            flat |= {f"reconstruction/{name}_{channel:02d}": number for channel, number in enumerate(value)}
+        else:
+            flat[f"reconstruction/{name}"] = float(value)
+    return flat
+
+
+def is_judged(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
+    """Whether the workdir's `reconstruction.json` is that of these facts."""
+    file = workdir / SCORES_FILE
+    if not file.exists():
+        return False
+    try:
+        scores = json.loads(file.read_text())
+    except ValueError:
+        return False
+    return isinstance(scores, dict) and all(scores.get(name) == value for name, value in facts.items())
+
+
+def report(
+    scores: Mapping[str, Any], sheet: np.ndarray, config: VAEConfig, facts: Mapping[str, Any], workdir: epath.Path
+) -> None:
+    """On the log, and to `reconstruction.json` and `reconstruction.png` in the workdir.
+
+    Args:
+      facts: JSON-able; what was judged, and how.
+    """
+    if jax.process_index():
+        return
+    rows = [f"{'latent channel':>14}{'mean':>10}{'deviation':>11}"]
+    for channel, (mean, deviation) in enumerate(zip(scores["latent_mean"], scores["latent_deviation"], strict=True)):
+        rows.append(f"{channel:14d}{mean:10.3f}{deviation:11.3f}")
+    logger.info("\n%s", "\n".join(rows))
+    logger.info("vae: %d pictures given back with %.2f dB PSNR, %.4f SSIM; %s",
+                scores["images"], scores["psnr"], scores["ssim"], workdir / SHEET_FILE)  # fmt: skip
+    save_png(sheet, workdir / SHEET_FILE)
+    factors = {"shift_factor": config.shift_factor, "scaling_factor": config.scaling_factor}
+    write_json(workdir / SCORES_FILE, finite({**scores, **factors}) | facts)
+
+
+def _one_over_the_other(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
+    gap = np.full((1, original.shape[1], 3), 255, np.uint8)
+    return np.concatenate([original, gap, reconstruction])

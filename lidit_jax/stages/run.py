@@ -1,0 +1,94 @@
+"""The stages of a run: what has no weights yet is trained, LI-DiT last; then it is judged."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from lidit_jax.checkpoint import require_checkpoint, steps_taken
+from lidit_jax.config import build, claim_workdir, read_workdir
+from lidit_jax.data.open_dataset import open_dataset
+from lidit_jax.errors import UserError
+from lidit_jax.evaluate.scenes import SceneEvaluation, check_evaluation, evaluate_scenes
+from lidit_jax.experiment import LIDIT, Experiment, check_start
+from lidit_jax.export.folder import read_folder
+from lidit_jax.export.read import is_exported
+from lidit_jax.parallel.mesh import check_model, make_mesh
+from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.parallel.watchdog import watched
+from lidit_jax.stages.language_model import train_language_model
+from lidit_jax.stages.lidit import train_lidit
+from lidit_jax.stages.vae import VAEStage
+from lidit_jax.train import check_batch_size
+from lidit_jax.weights.digest import folder_digest
+
+logger = logging.getLogger(__name__)
+
+
+def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
+    """Trains every part that has no weights yet, LI-DiT last; then evaluates, where the data can be checked."""
+    experiment = Experiment(config, workdir)
+    evaluation = build(SceneEvaluation, config.evaluate, "evaluate") if "evaluate" in config else None
+    mesh, rules = make_mesh(config.mesh), ShardingRules()
+    for where, training in experiment.trainings().items():
+        with _said_of(where):
+            check_batch_size(training, mesh)
+    if experiment.has_lidit:
+        check_model(mesh, experiment.model.config.hidden_size, experiment.model.config.num_heads)
+        experiment.check_encoders()
+    dataset = open_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    if evaluation:
+        check_evaluation(evaluation, experiment.data)
+    for where, training in experiment.trainings().items():
+        with _said_of(where):
+            dataset.check_batch_size(training.batch_size)
+    if dataset.holds_latents:
+        if not experiment.vae.weights:
+            raise UserError("latents go with the VAE that made them: give --config.vae.weights=FOLDER")
+        dataset.check_latents(folder_digest(experiment.vae_folder()))
+        if experiment.has_lidit and dataset.stored_prompts():
+            dataset.check_features(experiment.stored_encoders())
+    _check_start(experiment)
+    experiment.check_picture_sizes(dataset.smallest_side())
+    vae_stage = VAEStage(experiment, dataset)
+    claim_workdir(workdir, config, write=jax.process_index() == 0)
+    multihost_utils.sync_global_devices("claimed the workdir")
+    logger.info("%s", dataset.summary())
+
+    for name, encoder in experiment.encoders.items() if experiment.has_lidit else ():
+        if not encoder.weights:
+            train_language_model(experiment, name, dataset, mesh, rules)
+    vae_stage.run(mesh, rules)
+    del vae_stage  # its pictures and its frozen network have done their work
+    if not experiment.has_lidit:
+        return
+    pipeline, state = train_lidit(experiment, dataset, mesh, rules)
+    if evaluation:
+        with watched(experiment.train.stalled_after, "evaluate") as watchdog:
+            evaluate_scenes(pipeline, state.averaged, experiment.sample, evaluation, dataset, workdir, watchdog.beat)
+
+
+def _check_start(experiment: Experiment) -> None:
+    """Raises UserError if a new run is to start from weights that are not there, or are of a model that differs."""
+    other = epath.Path(experiment.config.get("start_from") or "")
+    begun = experiment.has_lidit and steps_taken(experiment.training_folder(LIDIT) / "checkpoints")
+    if not experiment.config.get("start_from") or begun:
+        return
+    if is_exported(other):
+        check_start(experiment.config, read_folder(other), other)
+        return
+    require_checkpoint(other / "training" / LIDIT / "checkpoints")
+    check_start(experiment.config, read_workdir(other), other)
+
+
+@contextlib.contextmanager
+def _said_of(where: str) -> Iterator[None]:
+    """Errors say which part of the config they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None

@@ -1,0 +1,270 @@
+"""The VAE: its task, and the stage that trains and judges it."""
+
+import dataclasses
+import functools
+import itertools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from lidit_jax.checkpoint import steps_taken
+from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.open_dataset import open_dataset
+from lidit_jax.experiment import Experiment
+from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
+from lidit_jax.models.image_similarity import psnr
+from lidit_jax.models.lpips import LPIPS
+from lidit_jax.models.vae import AutoencoderKL
+from lidit_jax.models.vae_loss import (
+    adaptive_weight,
+    adversarial_loss,
+    hinge_loss,
+    kl_loss,
+    reconstruction_loss,
+    value_and_gradient_at,
+    values_per_image,
+    with_gradient,
+)
+from lidit_jax.parallel.rules import ShardingRules, replicated
+from lidit_jax.pictures import to_pixels
+from lidit_jax.stages import reconstruction
+from lidit_jax.stages.part import on_host, run_part
+from lidit_jax.stages.reconstruction import Autoencoding, evaluate_reconstruction, is_judged
+from lidit_jax.train import Evaluate, Task, TrainState
+from lidit_jax.weighted_mean import WeightedMean
+from lidit_jax.weights.diffusers_vae import load_vae, save_vae
+from lidit_jax.weights.digest import file_digest, folder_digest
+from lidit_jax.weights.lpips import load_lpips
+
+logger = logging.getLogger(__name__)
+STATISTICS_BATCHES = 16  # batches that the latents' mean and deviation are measured on
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEObjective:
+    """What the autoencoder's training weighs, per value of a picture; see `models/vae_loss.py`.
+
+    Attributes:
+      reconstruction: error per pixel, "l1" or "l2".
+      kl_weight: of the latents' divergence from the standard normal.
+      perceptual_weight: of LPIPS, where its weights are given.
+      adversarial_weight: of the discriminator's opinion, times the adaptive weight, where there is a discriminator.
+      adversarial_start: step at which the discriminator begins to learn and to be heard.
+    """
+
+    reconstruction: str = "l1"
+    kl_weight: float = 1e-6
+    perceptual_weight: float = 1.0
+    adversarial_weight: float = 0.5
+    adversarial_start: int = 0
+
+
+def vae_task(
+    model: AutoencoderKL,
+    objective: VAEObjective,
+    *,
+    lpips: Any = None,
+    discriminator: PatchDiscriminator | None = None,
+    evaluate: Evaluate | None = None,
+) -> Task:
+    """Latent diffusion's autoencoder: similarity to the picture, KL and, on demand, a discriminator's opinion.
+
+    A batch has {"image": uint8 [B, H, W, 3]}. The parameters are {"vae": …} and, with a discriminator,
+    {"discriminator": …}: both networks take their step on the same reconstructions.
+
+    Args:
+      lpips: parameters of `LPIPS`, or None for no perceptual term.
+    """
+
+    def init(key):
+        keys = jax.random.split(key)
+        side = 2 * model.config.downsampling_factor
+        params = {"vae": model.init(keys[0], jnp.zeros((1, side, side, model.config.in_channels)))["params"]}
+        if discriminator:
+            side = smallest_side(discriminator.layers)
+            pictures = jnp.zeros((1, side, side, model.config.out_channels))
+            params["discriminator"] = discriminator.init(keys[1], pictures)["params"]
+        return params
+
+    def loss(params, frozen, batch, key, phase):
+        images = to_pixels(batch["image"])
+        autoencode = functools.partial(model.apply, {"params": params["vae"]})
+        posterior = autoencode(images, method=AutoencoderKL.encode)
+        features = autoencode(posterior.sample(key), method=AutoencoderKL.decode_features)
+        decoded = autoencode(features, method=AutoencoderKL.decode_last)
+        kl = kl_loss(posterior, images)
+        metrics = {"kl": kl, "psnr": jnp.mean(psnr(decoded, images))}
+
+        def dissimilarity(decoded):
+            parts = {"reconstruction": reconstruction_loss(decoded, images, objective.reconstruction)}
+            total = parts["reconstruction"]
+            if lpips is not None:
+                perceive = functools.partial(LPIPS(model.dtype).apply, {"params": frozen["lpips"]})
+                parts["perceptual"] = jnp.mean(perceive(decoded, images))
+                total += objective.perceptual_weight * parts["perceptual"]
+            return total, parts
+
+        value, gradient, parts = value_and_gradient_at(dissimilarity, decoded)
+        metrics |= parts
+        if not phase:
+            return _over_images(images, with_gradient(value, decoded, gradient) + objective.kl_weight * kl, metrics)
+
+        in_kernel = functools.partial(_gradient_in_last_kernel, model, params["vae"], features)
+        score = lambda pictures: discriminator.apply({"params": params["discriminator"]}, pictures)  # noqa: E731
+        opinion = lambda decoded: (adversarial_loss(score(decoded)), {})  # noqa: E731
+        adversarial, slope, _ = value_and_gradient_at(opinion, decoded)
+        adaptive = adaptive_weight(in_kernel(gradient), in_kernel(slope), values_per_image(images))
+        weight = objective.adversarial_weight * jax.lax.stop_gradient(adaptive)
+        value, gradient = value + weight * adversarial, gradient + weight * slope
+        hinge = hinge_loss(score(images), score(jax.lax.stop_gradient(decoded)))
+        metrics |= {"hinge": hinge, "adaptive_weight": adaptive}
+        total = with_gradient(value, decoded, gradient) + objective.kl_weight * kl + hinge
+        return _over_images(images, total, metrics)
+
+    return Task(
+        name="vae",
+        init=init,
+        loss=loss,
+        frozen=None if lpips is None else {"lpips": lpips},
+        evaluate=evaluate,
+        phases=(objective.adversarial_start,) if discriminator else (),
+        networks={"vae": 0, "discriminator": 1} if discriminator else {},
+    )
+
+
+def _over_images(
+    images: jax.Array, loss: jax.Array, metrics: Mapping[str, jax.Array]
+) -> tuple[WeightedMean, dict[str, WeightedMean]]:
+    """Weighs scalars that are means over a batch's images [B, H, W, C] by their number."""
+    weigh = lambda mean: WeightedMean(mean, jnp.float32(images.shape[0]))  # noqa: E731
+    return weigh(loss), {name: weigh(mean) for name, mean in metrics.items()}
+
+
+def _gradient_in_last_kernel(model: AutoencoderKL, params: Any, features: jax.Array, gradient: jax.Array) -> jax.Array:
+    """In the last convolution's kernel, of a loss whose gradient in the reconstruction is given.
+
+    Args:
+      features: what that convolution takes; they are not differentiated.
+    """
+    last = params["decoder"]["conv_out"]
+
+    def decode_last(kernel):
+        changed = {"params": {"decoder": {"conv_out": {**last, "kernel": kernel}}}}
+        return model.apply(changed, jax.lax.stop_gradient(features), method=AutoencoderKL.decode_last)
+
+    return jax.vjp(decode_last, last["kernel"])[1](gradient)[0]
+
+
+class VAEStage:
+    """The VAE's part of a run: trained unless it is there, judged where the config asks for it."""
+
+    def __init__(self, experiment: Experiment, dataset: Dataset):
+        """Reads what the stage needs, before anything is written.
+
+        Raises:
+          UserError: held-out pictures, or the perceptual loss's weights, cannot be used.
+        """
+        self.experiment, self.dataset, self.part = experiment, dataset, experiment.vae
+        self.model = experiment.autoencoder(experiment.vae_config())
+        self.evaluation = self.part.evaluation()
+        self.to_train = not self.part.weights and not self._is_finished()
+        self.lpips = self._lpips() if self.to_train else None
+        self.pictures: list[np.ndarray] = []
+        if self.evaluation is None:
+            return
+        if experiment.data.holds_out:
+            self.judged_on = open_dataset(
+                experiment.data, experiment.cell(), held_out=True, with_captions=experiment.has_lidit
+            )
+        else:
+            self.judged_on = dataset
+        if self.to_train or not is_judged(experiment.workdir, self._facts()):
+            if not experiment.data.holds_out:
+                logger.info("vae: judged on pictures of the training: none are held out (data.held_out_shards=0)")
+            self.pictures = self.judged_on.pictures(self.evaluation.num_images)
+
+    def run(self, mesh: Mesh, rules: ShardingRules) -> None:
+        autoencoding = Autoencoding(self.model, mesh, rules)
+        if self.to_train:
+            self._train(autoencoding, mesh, rules)
+        if self.pictures:
+            self._judge(autoencoding, mesh)
+
+    def _is_finished(self) -> bool:
+        """Whether the VAE is there, and of as many steps as the config now asks for."""
+        if not self.experiment.vae_folder().exists():
+            return False
+        taken = steps_taken(self.experiment.training_folder("vae") / "checkpoints")
+        return self.experiment.has_lidit or taken >= self.experiment.vae_training().steps
+
+    def _facts(self) -> dict[str, Any]:
+        """What a judgement is of."""
+        return {
+            "vae": folder_digest(self.experiment.vae_folder()),
+            "data": self.judged_on.fingerprint,
+            "held_out": self.experiment.data.holds_out,
+            "evaluation": dataclasses.asdict(self.evaluation),
+        }
+
+    def _lpips(self) -> Any:
+        """The perceptual loss's parameters; None where it is off, which the log says."""
+        file = self.part.perceptual_config().weights
+        if not file:
+            logger.info("vae: trained without the perceptual loss (vae.perceptual.weights names no file)")
+            return None
+        return load_lpips(file)
+
+    def _train(self, autoencoding: Autoencoding, mesh: Mesh, rules: ShardingRules) -> None:
+        experiment, training = self.experiment, self.experiment.vae_training()
+        perceptual, adversarial = self.part.perceptual_config(), self.part.adversarial_config()
+
+        def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+            scores, sheet = evaluate_reconstruction(autoencoding, state.averaged["vae"], self.pictures, self.evaluation)
+            return reconstruction.scalars(scores), {"reconstruction": sheet}
+
+        critic = PatchDiscriminator(adversarial.width, adversarial.layers, self.model.dtype)
+        task = vae_task(
+            self.model,
+            VAEObjective(
+                self.part.reconstruction,
+                self.part.kl_weight,
+                perceptual.weight,
+                adversarial.weight,
+                adversarial.start,
+            ),
+            lpips=None if self.lpips is None else jax.device_put(self.lpips, replicated(mesh)),
+            discriminator=critic if adversarial.weight else None,
+            evaluate=evaluate if self.pictures else None,
+        )
+
+        def batches(first: int):
+            return self.dataset.batches(training.batch_size, experiment.config.seed, tokenize=None, first=first)
+
+        facts = {"data": self.dataset.fingerprint}
+        if self.lpips is not None:
+            facts["perceptual"] = file_digest(perceptual.weights)
+        state = run_part(experiment, task, training, batches, mesh, rules, facts)
+        measured = itertools.islice(batches(training.steps), STATISTICS_BATCHES)
+        latents = autoencoding.latent_statistics(state.averaged["vae"], measured)
+        factors = {"shift_factor": latents.shift_factor, "scaling_factor": latents.scaling_factor}
+        logger.info("vae: latents have %s", ", ".join(f"{name} {value:.4f}" for name, value in factors.items()))
+        params = on_host(state.averaged["vae"], mesh, training.stalled_after)
+        if jax.process_index() == 0:
+            folder = experiment.vae_folder()
+            if folder.exists():  # of fewer steps; should this be cut short here, the checkpoint has the new one
+                folder.rmtree()
+            save_vae(folder, dataclasses.replace(self.model.config, **factors), params)
+        multihost_utils.sync_global_devices("saved vae")
+
+    def _judge(self, autoencoding: Autoencoding, mesh: Mesh) -> None:
+        """Writes how well the finished VAE, trained here or elsewhere, gives pictures back."""
+        config, params = load_vae(self.experiment.vae_folder())
+        params = jax.device_put(params, replicated(mesh))
+        scores, sheet = evaluate_reconstruction(autoencoding, params, self.pictures, self.evaluation)
+        reconstruction.report(scores, sheet, config, self._facts(), self.experiment.workdir)

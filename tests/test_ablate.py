@@ -1,0 +1,472 @@
+"""The ablations in miniature: rows, the language models' corpus, runs as processes, tables."""
+
+import collections
+import contextlib
+import itertools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, load_config
+from etils import epath
+from ml_collections import ConfigDict
+
+from lidit_jax.ablate import language_models, report, runs
+from lidit_jax.ablate.corpus import Corpus, DocumentStream, DocumentTokenizer, describe
+from lidit_jax.ablate.language_models import FAMILIES, TUNED, _tokenizer, masked_token_task, next_token_task
+from lidit_jax.ablate.report import Mean
+from lidit_jax.ablate.rows import BASE_LLMS, ROWS, T5, TABLES
+from lidit_jax.config import build, claim_workdir
+from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.shapes.layout import SceneLayout
+from lidit_jax.data.shapes.source import ShapesSource
+from lidit_jax.errors import UserError
+from lidit_jax.evaluate.scenes import COUNTS, SCORES_FILE, named_at
+from lidit_jax.experiment import Experiment
+from lidit_jax.models.lidit_config import LIDiTConfig
+from lidit_jax.models.llm import LLMConfig
+from lidit_jax.models.t5 import T5Config, T5Encoder
+from lidit_jax.text.prompts import INSTRUCTION, PromptTokenizer
+from lidit_jax.weights.huggingface_t5 import load_t5_encoder, save_t5_encoder
+
+BASELINE = ROWS["table2_baseline"]
+SCENES = ShapesSource(200, seed=7, layout=SceneLayout(shares=(0, 1, 1, 1)))
+LANGUAGES = {"en": 0.6, "zh": 0.4}
+T5_SIZES = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return Corpus(SCENES, LANGUAGES, 0.5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return _tokenizer(corpus, INSTRUCTION, 320)
+
+
+def prompts(tokenizer, instruction, length=300):
+    return PromptTokenizer(tokenizer, length, instruction, chat_template=False)
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_one_run_exactly_where_the_papers_scores_are_equal():
+    entries = {f"table{table}_{name}": entry for table, rows in TABLES.items() for name, entry in rows.items()}
+    for (name, one), (other_name, other) in itertools.combinations(entries.items(), 2):
+        assert (one.row == other.row) == (one.paper == other.paper), (name, other_name)
+
+
+def test_rows_have_one_name_each():
+    assert len({row.name for row in ROWS.values()}) == len(set(ROWS.values()))
+    assert ROWS["table6_collaborative_refiner"].name == "llama3+qwen-instruction-2-blocks-collaborative"
+    assert BASELINE.name == "llama3_base"
+
+
+def test_the_instruction_goes_with_the_multimodal_llm_in_all_tables_but_the_one_about_it():
+    for name, row in ROWS.items():
+        is_base = bool(set(row.encoders) & set(BASE_LLMS))
+        if row.encoders != (T5,) and not name.startswith("table4_"):
+            assert is_base == (not row.instruction), name
+    table_4 = {(row.encoders, row.instruction) for name, row in ROWS.items() if name.startswith("table4_")}
+    assert table_4 == set(itertools.product([("llama3",), ("llama3_base",)], [False, True]))
+
+
+def test_jobs_are_found_by_the_names_they_print():
+    jobs = [runs.Part(name) for name in ("vae", "llama3", "llama3_base", "qwen", "qwen_base", "t5")]
+    jobs += [runs.Run(row, 2) for row in ROWS.values()]
+    for job in jobs:
+        assert runs.find_job(str(job)) == job
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama3/x", "llama2/0", "parts/nothing", ""])
+def test_a_job_that_is_none_is_refused(name):
+    with pytest.raises(UserError, match="name ROW/SEED"):
+        runs.find_job(name)
+
+
+def test_a_run_differs_from_another_by_its_row_and_seed_alone():
+    config = load_config("ablation_scenes")
+    run = runs.run_config(config, runs.Run(ROWS["table2_collaborative_refiner"], 5), epath.Path("/out"))
+    assert run.seed == 5
+    assert run.text.instruction == INSTRUCTION
+    assert list(run.encoders) == ["llama3", "qwen"]
+    assert run.encoders.qwen.weights == "/out/parts/encoders/qwen"
+    assert run.model.refiner_blocks == 2
+    baseline = runs.run_config(config, runs.Run(BASELINE, 5), epath.Path("/out"))
+    assert baseline.encoders.to_dict() == {
+        "llama3_base": {"weights": "/out/parts/encoders/llama3_base", "dtype": "float32"}
+    }
+    assert baseline.text.instruction == ""
+    assert baseline.model.refiner_blocks == 0
+    for section in ("data", "train", "diffusion", "sample", "evaluate", "vae"):
+        assert run[section] == baseline[section]
+
+
+# --- captions of the full-scale rows ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("captions", "shares"),
+    [
+        ({"txt": "alt text", "synthetic": "a long text"}, {"alt text": 0.5, "a long text": 0.5}),
+        ({"class": "tench", "synthetic": "a long text"}, {"a photo of tench": 0.5, "a long text": 0.5}),
+        ({"txt": "alt text"}, {"alt text": 1.0}),
+        ({"class": "tench"}, {"a photo of tench": 1.0}),
+        ({"synthetic": "a long text", "license": "CC0"}, {"a long text": 1.0}),
+        ({"class": "tench", "synthetic": " "}, {"a photo of tench": 1.0}),
+    ],
+    ids=["CC12M", "ImageNet", "CC12M without synthetic", "ImageNet without synthetic", "synthetic alone", "blank"],
+)
+def test_original_and_synthetic_captions_are_mixed_where_a_sample_has_both(captions, shares):
+    config = load_config("ablation", "table2_baseline")
+    config.data.path = "shards"
+    choose, rng = build(DataConfig, config.data, "data").chooser(0.0), np.random.default_rng(0)
+    counts = collections.Counter(choose(captions, rng) for _ in range(2000))
+    assert {text: count / 2000 for text, count in counts.items()} == pytest.approx(shares, abs=0.04)
+
+
+def test_a_base_llm_gets_the_instruction_as_plain_text():
+    for row, is_tuned in (("table4_base_llm_instruction", False), ("table4_multimodal_llm_instruction", True)):
+        text = load_config("ablation", row).text
+        assert (text.instruction, text.chat_template) == (INSTRUCTION, is_tuned)
+    assert load_config("ablation", "table2_baseline").text.instruction == ""
+
+
+# --- what the language models read ------------------------------------------------------------------------------
+
+
+def test_a_description_names_every_object_in_the_captions_order(corpus):
+    source = ShapesSource(20, seed=7, num_objects=4)
+    for index in range(len(source)):
+        scene = source.scene(index)
+        parts = describe(scene).split(", ")
+        for item, part in zip(scene.objects, parts, strict=True):
+            assert part.startswith(f"a {item.size} {item.color} {item.shape} at the ")
+            assert ("left" in part) == (item.x < 0.5)
+            assert ("top" in part) == (item.y < 0.5)
+
+
+def test_half_of_the_documents_follow_the_instruction_and_all_are_functions_of_their_number(corpus):
+    documents = [corpus[i] for i in range(len(corpus))]
+    assert documents == [corpus[i] for i in range(len(corpus))]
+    assert 0.35 < np.mean([bool(document.answer) for document in documents]) < 0.65
+
+
+def test_base_models_read_the_same_captions_and_no_instruction(corpus):
+    base = Corpus(SCENES, LANGUAGES, 0.0)
+    assert [base[i].caption for i in range(len(base))] == [corpus[i].caption for i in range(len(corpus))]
+    assert not any(base[i].answer for i in range(len(base)))
+    assert base.fingerprint != corpus.fingerprint
+    assert {name for name in FAMILIES if name not in TUNED} == {*BASE_LLMS, T5}
+
+
+class Recorded(Exception):
+    """Stops `train_encoder` where it would train."""
+
+
+def test_base_and_tuned_models_differ_in_their_documents_alone(tmp_path, monkeypatch):
+    config, seen = load_config("ablation_scenes"), {}
+    config.data.num_examples = 500
+
+    def record(experiment, task, training, batches, mesh, rules, facts):
+        with contextlib.closing(batches(0)) as stream:
+            seen[task.name] = experiment.config.seed, training, facts["data"], next(stream)
+        raise Recorded
+
+    monkeypatch.setattr(language_models, "run_part", record)
+    monkeypatch.setattr(language_models, "TOKENIZER_DOCUMENTS", 200)
+    parts = Experiment(runs.parts_config(config), epath.Path(tmp_path))
+    for name in FAMILIES:
+        with pytest.raises(Recorded):
+            language_models.train_encoder(parts, name, config.language_models, None, None)
+    (seed, training, tuned_on, tuned), (base_seed, base_training, base_on, base) = seen["llama3"], seen["llama3_base"]
+    assert (seed, training) == (base_seed, base_training)
+    assert tuned_on != base_on
+    is_plain = (tuned["tokens"] == base["tokens"]).all(axis=1)
+    assert 0 < is_plain.sum() < len(is_plain)  # captions alone are the same documents; the others have more before them
+    assert (tuned["mask"].sum(1) > base["mask"].sum(1))[~is_plain].all()
+    for name, like in (("qwen", "llama3"), ("qwen_base", "llama3_base"), ("t5", "llama3_base")):
+        np.testing.assert_array_equal(seen[name][-1]["tokens"], seen[like][-1]["tokens"])
+
+
+def test_settings_of_an_older_config_are_rejected(tmp_path):
+    config = load_config("ablation_scenes")
+    del config.language_models.instructed_share
+    parts = Experiment(runs.parts_config(config), epath.Path(tmp_path))
+    with pytest.raises(UserError, match="language_models.instructed_share is missing"):
+        language_models.train_encoder(parts, "llama3_base", config.language_models, None, None)
+
+
+def test_documents_begin_with_the_tokens_that_prompts_are_encoded_with(corpus, tokenizer):
+    plain, instructed = prompts(tokenizer, ""), prompts(tokenizer, INSTRUCTION)
+    documents = [corpus[i] for i in range(20)]
+    found = DocumentTokenizer(plain, instructed, 300)(documents)
+    for document, tokens, mask in zip(documents, found["tokens"], found["mask"], strict=True):
+        of_prompt = instructed if document.answer else plain
+        encoded = of_prompt([document.caption])
+        begin = [*of_prompt.prefix(), *encoded["tokens"][0][encoded["mask"][0]]]
+        assert tokens[: len(begin)].tolist() == begin
+        assert bool(document.answer) == (mask.sum() > len(begin))
+        assert tokens[mask.sum() - 1] == tokenizer.eos_token_id
+        assert tokenizer.mask_token_id not in tokens
+
+
+def test_the_stream_goes_on_at_any_batch_and_hosts_share_its_rows(corpus, tokenizer):
+    documents = DocumentTokenizer(prompts(tokenizer, ""), prompts(tokenizer, INSTRUCTION), 300)
+    whole = DocumentStream(corpus, documents, 8, 0, range(8))
+    batches = [next(whole) for _ in range(3)]
+    later = DocumentStream(corpus, documents, 8, 0, range(8))
+    later.restore([{**whole.get_state(), "next_batch": 2}])
+    np.testing.assert_array_equal(next(later)["tokens"], batches[2]["tokens"])
+    half = DocumentStream(corpus, documents, 8, 1, range(4, 8))
+    np.testing.assert_array_equal(next(half)["tokens"], batches[1]["tokens"][4:])
+    for stream in (whole, later, half):
+        stream.close()
+
+
+@pytest.mark.parametrize("kind", ["next", "masked"])
+def test_padding_is_not_trained_on(kind):
+    if kind == "next":
+        config = LLMConfig(64, 16, 24, 3, 2, 1, tie_word_embeddings=True, dtype="float32")
+        task = next_token_task("lm", config)
+    else:
+        task = masked_token_task("t5", T5Config(vocab_size=64, **T5_SIZES), 63)
+    params = jax.tree.map(lambda x: x.unbox(), task.init(jax.random.key(0)), is_leaf=lambda x: hasattr(x, "unbox"))
+    tokens = np.random.default_rng(0).integers(0, 60, (4, 12)).astype(np.int32)
+    mask = np.arange(12) < np.array([12, 7, 4, 9])[:, None]
+    loss = lambda tokens: task.loss(params, None, {"tokens": tokens, "mask": mask}, jax.random.key(1), 0)[0].mean  # noqa: E731
+    first = loss(jnp.asarray(tokens))
+    assert np.isfinite(first)
+    assert first == pytest.approx(float(loss(jnp.where(mask, tokens, 5))), rel=1e-6)
+    assert first != pytest.approx(float(loss(jnp.where(mask, 5, tokens))), rel=1e-3)
+
+
+def test_a_trained_t5_is_read_by_transformers_and_by_us(tmp_path, tokenizer):
+    import torch
+    import transformers
+
+    config = T5Config(vocab_size=320, **T5_SIZES)
+    tokens = np.random.default_rng(0).integers(0, 300, (2, 9)).astype(np.int32)
+    mask = np.arange(9) < np.array([9, 5])[:, None]
+    model = T5Encoder(config)
+    params = model.init(jax.random.key(0), tokens, mask)["params"]
+    save_t5_encoder(tmp_path / "t5", config, params, tokenizer)
+    with pytest.raises(UserError, match="t5"):
+        save_t5_encoder(tmp_path / "t5", config, params, tokenizer)
+    ours, loaded = load_t5_encoder(tmp_path / "t5")
+    assert ours == config
+    features = model.apply({"params": loaded}, tokens, mask)
+    twin = transformers.T5EncoderModel.from_pretrained(tmp_path / "t5")
+    with torch.no_grad():
+        theirs = twin(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+    np.testing.assert_allclose(np.asarray(features)[mask], theirs[mask], atol=2e-5)
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_are_students():
+    assert Mean((1.0, 2.0, 3.0)).half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-5)
+    assert str(Mean((1.0, 2.0, 3.0))) == "2.0 ± 2.5"
+    assert str(Mean((2.0,))) == "2.0"
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [((5.0, 6.0, 7.0), "yes"), ((-5.0, -6.0, -7.0), "**reversed**"), ((-1.0, 1.0, 2.0), "not to be told")],
+)
+def test_an_ordering_appears_only_outside_of_its_interval(difference, words):
+    assert report.verdict(Mean(difference)) == words
+    assert report.verdict(Mean(difference[:1])) == "not to be told"
+
+
+def test_orderings_are_the_papers():
+    found = [(worse.label, better.label) for worse, better in report.orderings(TABLES["2"])]
+    assert ("baseline", "+ instruction") in found
+    assert len(found) == 10
+    assert ("LLaMA", "T5") in [(worse.label, better.label) for worse, better in report.orderings(TABLES["3"])]
+
+
+def write_scores(out, row, seed, right):
+    """Of 100 in every group, so many right; of the objects named 4th 20 fewer."""
+    groups = ["all scenes", "the held-out pair itself", *(named_at(COUNTS[4], place) for place in range(4))]
+    names = ("objects", "pair", "scenes")
+    cell = lambda group: {"correct": right - 20 * ("4th" in group), "total": 100, "interval": [0, 1]}  # noqa: E731
+    workdir = runs.Run(row, seed).workdir(out)
+    workdir.mkdir(parents=True)
+    scores = {group: {name: cell(group) for name in names} for group in groups}
+    (workdir / SCORES_FILE).write_text(json.dumps(scores))
+
+
+def test_tables_say_what_the_runs_scored(tmp_path):
+    out = epath.Path(tmp_path)
+    tables = report.choose(["2", "figure3"])
+    rows = dict.fromkeys(entry.row for table in tables.values() for entry in table.values())
+    for place, row in enumerate(rows):
+        for seed in range(3):
+            write_scores(out, row, seed, 40 + 5 * place + seed)
+    report.write(out, tables, 3)
+    text = (out / "tables.md").read_text()
+    scores = "41.0 ± 2.5 | 41.0 ± 2.5 | 41.0 ± 2.5 | 41.0 ± 2.5 | 40.0, 41.0, 42.0 | 38.72 | 66.15"
+    assert f"| baseline | base LLaMA | {scores} |" in text
+    assert "| + both, two LLMs, collaborative refiner | tuned LLaMA and tuned Qwen |" in text
+    assert "| + instruction over baseline | +9.69 | +5.0 ± 0.0 | 3 of 3 | +5.0 ± 0.0 | yes |" in text
+    assert "| base LLaMA | 41.0 ± 2.5 | 41.0 ± 2.5 | 41.0 ± 2.5 | 21.0 ± 2.5 | -20.0 ± 0.0 |" in text
+    assert json.loads((out / "tables.json").read_text())["rows"]["llama3_base"]["pairs"] == [40.0, 41.0, 42.0]
+    for name in ("table2.png", "figure3.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_row_has_its_own_description():
+    labels = {row: report.describe(row) for row in ROWS.values()}
+    assert len(set(labels.values())) == len(labels)
+    assert labels[ROWS["table3_llama_causal_token_refiner"]] == "base LLaMA + causal refiner"
+    assert labels[ROWS["table5_2_blocks_without_gate"]] == "base LLaMA + refiner without gate"
+    assert labels[ROWS["table6_qwen"]] == "tuned Qwen + instruction + refiner"
+
+
+@pytest.mark.parametrize("names", [["7"], ["2", "x"]])
+def test_a_table_that_is_not_here_is_refused(names):
+    with pytest.raises(UserError, match="choose from 2, 3, 4, 5, 6, figure3"):
+        report.choose(names)
+
+
+# --- the command ------------------------------------------------------------------------------------------------
+
+
+def tiny_flags() -> list[str]:
+    counts = [f"--config.evaluate.{kind}=4" for kind in load_config("ablation_scenes").evaluate]
+    small = {
+        "data.num_examples": 500,
+        "language_models.model.hidden_size": 16,
+        "language_models.model.intermediate_size": 24,
+        "language_models.model.num_hidden_layers": 3,
+        "language_models.model.num_attention_heads": 2,
+        "language_models.model.num_key_value_heads": 1,
+        "language_models.t5.d_model": 16,
+        "language_models.t5.num_layers": 1,
+        "language_models.t5.num_heads": 2,
+        "language_models.train.steps": 2,
+        "language_models.train.batch_size": 8,
+        "vae.train.steps": 2,
+        "model.depth": 1,
+        "model.hidden_size": 16,
+        "model.scan_unroll": 1,
+        "train.steps": 3,
+        "train.batch_size": 8,
+        "sample.steps": 2,
+        "sample.batch_size": 8,
+    }
+    return [*counts, *(f"--config.{key}={value}" for key, value in small.items())]
+
+
+def ablate(*arguments):
+    command = [sys.executable, "-m", "lidit_jax.ablate", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+def test_what_is_wrong_is_said_in_one_line_before_anything_is_trained(tmp_path):
+    found = ablate("--table=2", "--seeds=0", f"--out={tmp_path}/a")
+    assert (found.returncode, found.stderr) == (2, "error: --seeds=0 must be at least 1\n")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "config.json").write_text(json.dumps({"seed": 1}))
+    found = ablate("--table=2", f"--out={tmp_path}/b")
+    assert found.returncode == 2
+    assert "belongs to another config" in found.stderr
+    for out, words in (("gs://bucket/a", "local folders only"), (ROOT / "setup.py", "is a file: name a folder")):
+        found = ablate("--table=2", f"--out={out}")
+        assert found.returncode == 2
+        assert words in found.stderr
+    assert not (tmp_path / "a").exists()
+    assert [file.name for file in (tmp_path / "b").iterdir()] == ["config.json"]
+
+
+@pytest.mark.slow
+def test_a_table_is_made_and_made_again_without_training(tmp_path):
+    out = tmp_path / "out"
+    arguments = ["--table=figure3", "--seeds=1", f"--out={out}", "--jobs=2", *tiny_flags()]
+    found = ablate(*arguments)
+    assert found.returncode == 0, found.stderr
+    rows = ("llama3_base", "llama3_base-2-blocks", "t5")
+    assert sorted(path.name for path in (out / "runs").iterdir()) == sorted(rows)
+    first = (out / "tables.json").read_text()
+    stamps = [(out / "runs" / row / "0" / "scores.json").stat().st_mtime_ns for row in rows]
+    assert ablate(*arguments).returncode == 0
+    assert stamps == [(out / "runs" / row / "0" / "scores.json").stat().st_mtime_ns for row in rows]
+    assert (out / "tables.json").read_text() == first
+    another = ablate(*arguments, "--config.train.steps=4")
+    assert another.returncode == 2
+    assert "train.steps was 3, now 4" in another.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda config: config.__delitem__("language_models"), "none of ablations"),
+        (lambda config: config.evaluate.update(four_objects=0), "four_objects=0"),
+        (lambda config: config.model.update(hidden_size=127), "model.hidden_size=127"),
+        (lambda config: config.language_models.model.update(num_hidden_layers=2), "at least 3 blocks"),
+        (lambda config: config.language_models.train.update(stepz=1), "language_models.train.stepz is unknown"),
+        (lambda config: config.language_models.update(instructed_share=0.0), "instructed_share=0.0 is a share"),
+        (lambda config: config.data.update(object_shares=(0, 1)), "1, 2, 3 and 4 objects"),
+    ],
+)
+def test_a_config_that_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, change, words):
+    config = load_config("ablation_scenes")
+    with config.language_models.train.unlocked():
+        change(config)
+    out = epath.Path(tmp_path / "out")
+    with pytest.raises(UserError, match=words):
+        runs.do_all(config, out, [runs.Run(BASELINE, 0)], 1)
+    assert not out.exists()
+
+
+def test_runs_that_are_judged_otherwise_are_not_put_into_one_table(tmp_path):
+    config, out = load_config("ablation_scenes"), epath.Path(tmp_path / "out")
+    claim_workdir(out, config, may_grow=False)
+    config.evaluate.four_objects = 8
+    with pytest.raises(UserError, match="evaluate.four_objects was 512, now 8"):
+        runs.do_all(config, out, [runs.Run(BASELINE, 0)], 1)
+
+
+def test_two_processes_do_not_train_the_same(tmp_path):
+    import fcntl
+
+    out, job = epath.Path(tmp_path / "out"), runs.Part("vae")
+    claim_workdir(out, load_config("ablation_scenes"))
+    lock = job.log(out).with_suffix(".lock")
+    lock.parent.mkdir()
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="by another process"):
+            runs.do_one(out, job)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"all scenes": {"pair": {"correct": 1, "total": 0}}}'])
+def test_damaged_scores_are_said_in_one_line(tmp_path, text):
+    out, row = epath.Path(tmp_path), BASELINE
+    workdir = runs.Run(row, 0).workdir(out)
+    workdir.mkdir(parents=True)
+    (workdir / SCORES_FILE).write_text(text)
+    with pytest.raises(UserError, match="remove it, and its run is judged again"):
+        report.Result.read(out, row, 1)
+
+
+def test_a_folder_that_is_none_of_ablations_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(ConfigDict({"seed": 0}).to_dict()))
+    with pytest.raises(UserError, match="no folder of ablations"):
+        runs.do_one(epath.Path(tmp_path), runs.Part("vae"))
+
+
+def test_the_papers_position_embedding_has_a_row_of_its_own():
+    row, full = load_config("ablation", "position_conv"), load_config("ablation", "table2_collaborative_refiner")
+    assert row.model.position == "conv"
+    assert full.model.position == LIDiTConfig.position != "conv"
+    row.model.position = full.model.position
+    assert row.to_dict() == full.to_dict()
