@@ -32,32 +32,49 @@ ABSENT_MEANS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T:
-    """`cls(**values, **more)` for a dataclass.
+    """Builds a dataclass from a section of a config, and the dataclasses of its fields from the sections within.
+
+    Args:
+      cls: the dataclass.
+      values: the section.
+      where: the section's place in the config, as in "vae.train"; errors name it.
+      **more: fields that the section does not state.
 
     Raises:
-      UserError: for a key that the dataclass does not have (naming the nearest that it has) or one that is missing.
+      UserError: a key is unknown (the error names the nearest field) or missing, or a value is of the wrong type or
+        rejected by the dataclass.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
     values = {**_plain(values), **more}
     for key in values:
         if key not in fields:
             raise UserError(f"config key {where}.{key} is unknown{nearest(key, fields)}")
-    hints = typing.get_type_hints(cls)
     for name, value in values.items():
-        _check_type(f"{where}.{name}", value, hints[name])
+        section = _dataclass_in(hints[name])
+        if section and isinstance(value, Mapping):
+            values[name] = build(section, value, f"{where}.{name}")
+        _check_type(f"{where}.{name}", values[name], hints[name])
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise UserError(f"config key {where}.{name} is missing")
     try:
         return cls(**values)
-    except UserError as error:  # which knows its section's own name, not where that is: "train.steps" of "vae.train"
-        section = where.rpartition(".")[2]
-        raise UserError(re.sub(rf"^{re.escape(section)}\.", f"{where}.", str(error))) from error
+    except UserError as error:
+        # A dataclass names its fields by its usual section ("train.steps", "VAE config: in_channels"), not by this one.
+        its_section = re.compile(rf"^(?:[\w.]+\.|[\w ]+: )(?=(?:{'|'.join(fields)})\b)")
+        raise UserError(its_section.sub(f"{where}.", str(error))) from error
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """Returns the dataclass of an annotation, `X` or `X | None`; None if there is none."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
-    """Raises UserError unless the value is of the annotated type; of containers only the outer type is looked at."""
+    """Raises UserError unless the value is of the annotated type; of containers only the outer type is checked."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = [typing.get_origin(option) or option for option in options]
     if not all(isinstance(kind, type) for kind in kinds):  # Any, Literal: checked by whoever takes it
@@ -68,8 +85,15 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
             raise UserError(f"config key {key} is {value!r:.40}…: no number that can be computed with")
     is_flag = isinstance(value, bool) and bool not in kinds
     if is_flag or not isinstance(value, tuple(kinds)):
-        names = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in dict.fromkeys(kinds))
+        names = " or ".join(_type_name(kind) for kind in dict.fromkeys(kinds))
         raise UserError(f"config key {key} is {value!r:.80}: it must be of type {names}")
+
+
+def _type_name(kind: type) -> str:
+    """Returns what a config's author calls a type."""
+    if kind is types.NoneType:
+        return "null"
+    return "dict" if dataclasses.is_dataclass(kind) else kind.__name__
 
 
 def nearest(name: str, choices: Any) -> str:

@@ -13,6 +13,7 @@ A config without the sections that belong to LI-DiT is of a VAE alone.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,6 @@ from lidit_jax.models.discriminator import smallest_side
 from lidit_jax.models.layers import check_dtype
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.lidit_config import LIDiTConfig
-from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.lpips import SMALLEST_SIDE
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
@@ -46,7 +46,7 @@ from lidit_jax.pipeline import Pipeline, SampleConfig
 from lidit_jax.text.encoders import PromptEncoder
 from lidit_jax.text.load_encoder import EncoderConfig, load_encoder, open_encoder, tokenizer_folder
 from lidit_jax.text.prompts import PromptTokenizer, TextConfig
-from lidit_jax.train import TrainConfig
+from lidit_jax.train_config import TrainConfig
 from lidit_jax.weights.diffusers_vae import load_vae
 from lidit_jax.weights.digest import folder_digest
 from lidit_jax.weights.folders import find_folder
@@ -58,8 +58,6 @@ LIDIT_SECTIONS = ("text", "encoders", "model", "diffusion", "train", "sample")  
 OPTIONAL_SECTIONS = ("start_from", "evaluate")
 # Fields of the model's config that change how it is computed and not what.
 FREE_FIELDS = ("remat", "scan_unroll", "attention", "dtype")
-# The kinds of decoder-only LLMs that a run can train for itself, by what transformers calls them.
-LLM_FAMILIES = {"llama": {"attention_bias": False}, "qwen2": {"attention_bias": True}}
 
 
 class Experiment:
@@ -96,49 +94,37 @@ class Experiment:
         self._check_lidit()
 
     def _check_vae(self) -> None:
-        """What can be known to be wrong before anything is compiled or written."""
+        """Validates the VAE's section, before anything is compiled or written."""
         check_dtype("vae.dtype", self.vae.dtype)
         if not self.vae.weights:
             self._require_recipe("vae", self.vae)
-            if not self._only_shapes:
-                self.vae_training()
         elif not self.has_lidit and self.vae.evaluate is None:
             raise UserError("vae.weights names a VAE and vae.evaluate is missing: there is nothing to do")
 
     def _check_lidit(self) -> None:
-        """The same of the rest."""
+        """Validates the sections of LI-DiT, before anything is compiled or written."""
         if not self.encoders:
             raise UserError("encoders is empty: LI-DiT needs at least one LLM")
         step_table(self.sample.sampler, self.schedule, self.sample.steps)  # raises for a sampler that does not fit
         for name, encoder in self.encoders.items():
-            check_dtype(f"encoders.{name}.dtype", encoder.dtype)
-            if encoder.family not in LLM_FAMILIES:
-                raise UserError(f"encoders.{name}.family={encoder.family!r}: use one of {', '.join(LLM_FAMILIES)}")
             if not encoder.weights:
                 self._require_recipe(f"encoders.{name}", encoder)
-                self.language_model_config(name)
 
     def _require_recipe(self, where: str, part: EncoderConfig | VAEPartConfig) -> None:
         if part.model is None or part.train is None and not self._only_shapes:
             raise UserError(f"{where}.weights is empty: give --config.{where}.weights=FOLDER")
 
-    def language_model_config(self, name: str) -> LLMConfig:
-        """Of an LLM that the run trains itself."""
-        encoder = self.encoders[name]
-        return build(
-            LLMConfig, encoder.model, f"encoders.{name}.model", **LLM_FAMILIES[encoder.family], dtype=encoder.dtype
-        )
-
+    @functools.cached_property
     def vae_config(self) -> VAEConfig:
-        """Of a VAE that the run trains itself, or of the one that it is given.
+        """Sizes of the VAE, of the one that the run trains or of the folder that it is given.
 
         Raises:
-          UserError: it does not take pictures of three channels, or does not go with the rest of the config.
+          UserError: its images do not have three channels, or it does not go with the rest of the config.
         """
         if self.vae.weights:
             config = VAEConfig.from_dict(read_config(self.vae_folder()))
         else:
-            config = build(VAEConfig, self.vae.model, "vae.model")
+            config = self.vae.model
             if config.latents_mean or config.latents_std:
                 raise UserError("vae.model: leave out latents_mean and latents_std; scaling and shift are measured")
         if (config.in_channels, config.out_channels) != (3, 3):
@@ -163,37 +149,29 @@ class Experiment:
         """Of the training of the last part; None where a VAE is only judged."""
         if self.has_lidit:
             return self.train.batch_size
-        return None if self.vae.weights else self.vae_training().batch_size
-
-    def vae_training(self) -> TrainConfig:
-        """Of a VAE that the run trains itself."""
-        return build(TrainConfig, self.vae.train, "vae.train")
+        return None if self.vae.weights else self.vae.train.batch_size
 
     def trainings(self) -> dict[str, TrainConfig]:
         """Of every part that the run trains itself, by where they are in the config."""
-        found = {} if self.vae.weights else {"vae.train": self.vae_training()}
+        found = {} if self.vae.weights else {"vae.train": self.vae.train}
         if self.has_lidit:
-            for name in self.encoders:
-                if not self.encoders[name].weights:
-                    found[f"encoders.{name}.train"] = self.language_model_training(name)
+            for name, encoder in self.encoders.items():
+                if not encoder.weights:
+                    found[f"encoders.{name}.train"] = encoder.train
             found["train"] = self.train
         return found
 
-    def language_model_training(self, name: str) -> TrainConfig:
-        """Of an LLM that the run trains itself."""
-        return build(TrainConfig, self.encoders[name].train, f"encoders.{name}.train")
-
     def cell(self) -> int:
         """Pixels that both sides of a picture must be multiples of: a latent cell times a patch."""
-        return self.vae_config().downsampling_factor * (self.model.config.patch_size if self.has_lidit else 1)
+        return self.vae_config.downsampling_factor * (self.model.config.patch_size if self.has_lidit else 1)
 
     def check_picture_sizes(self, side: int) -> None:
         """Raises UserError if the smallest side of a picture is too small for a term of the VAE's loss."""
         if self.vae.weights:
             return
-        adversarial = self.vae.adversarial_config()
+        adversarial = self.vae.adversarial
         needs = {}
-        if self.vae.perceptual_config().weights:
+        if self.vae.perceptual.weights:
             needs["vae.perceptual"] = SMALLEST_SIDE
         if adversarial.weight:
             needs["vae.adversarial"] = smallest_side(adversarial.layers)

@@ -42,12 +42,12 @@ def make_workdir(folder, config: ConfigDict) -> epath.Path:
     run = Experiment(config, workdir)
     for seed, (name, encoder) in enumerate(run.encoders.items()):
         if not encoder.weights:
-            llm = run.language_model_config(name)
+            llm = run.encoders[name].language_model
             shapes = jax.eval_shape(CausalLM(llm).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
             tokenizer = train_tokenizer(CAPTIONS, llm.vocab_size)
             save_llm(run.encoder_folder(name), llm, random_like(shapes, seed, 1.0), tokenizer)
     if not run.vae.weights:
-        save_vae(run.vae_folder(), run.vae_config(), random_vae(run))
+        save_vae(run.vae_folder(), run.vae_config, random_vae(run))
     trees = {"params": random_lidit(run, 1), "ema": random_lidit(run, 2)}
     checkpoints = Checkpoints(run.training_folder("lidit") / "checkpoints", config.to_dict())
     checkpoints.save(7, jax.device_put(trees) | {"step": jnp.int32(7)}, {}, {})
@@ -83,7 +83,7 @@ def random_lidit(run: Experiment, seed: int):
 
 
 def random_vae(run: Experiment):
-    config = run.vae_config()
+    config = run.vae_config
     model = run.autoencoder(config)
     side = config.downsampling_factor
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]

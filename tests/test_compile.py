@@ -62,7 +62,7 @@ def report(with_weights):
     mesh = make_mesh(MESH)
     part = Experiment(with_weights, epath.Path("unused"), only_shapes=True)
     encoders, frozen = abstract_frozen(part, mesh, RULES, 16)
-    vae = part.autoencoder(part.vae_config())
+    vae = part.autoencoder(part.vae_config)
     task = lidit_task(part.model, part.schedule, encoders, vae, frozen)
     trainer = Trainer(task, part.train, mesh, RULES)
     batch = abstract_batch(part, encoders, mesh, RULES, SQUARE)

@@ -99,7 +99,7 @@ def drawn_by_jax(loaded, prompts, height=32, width=32, **how):
 
 
 def noise_for(loaded, count, height=32, width=32):
-    return torch.tensor(starting_noise(range(count), height, width, loaded[0].vae_config()))
+    return torch.tensor(starting_noise(range(count), height, width, loaded[0].vae_config))
 
 
 def assert_same_pictures(ours, theirs):

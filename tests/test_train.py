@@ -29,7 +29,8 @@ from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.mesh import fill_in, make_mesh
 from lidit_jax.parallel.preemption import Preempted
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.train import Task, TrainConfig, Trainer, learning_rate, train
+from lidit_jax.train import Task, Trainer, learning_rate, train
+from lidit_jax.train_config import TrainConfig
 from lidit_jax.weighted_mean import WeightedMean
 
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}

@@ -26,16 +26,18 @@ from lidit_jax.config import build
 from lidit_jax.data.indexed.loader import rows_of_process
 from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import LLM_FAMILIES, Experiment
+from lidit_jax.experiment import Experiment
 from lidit_jax.models.layers import Dense
 from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.language_model import token_loss
 from lidit_jax.stages.part import on_host, run_part
+from lidit_jax.text.load_encoder import LLM_FAMILIES
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
-from lidit_jax.train import Task, TrainConfig
+from lidit_jax.train import Task
+from lidit_jax.train_config import TrainConfig
 from lidit_jax.weights.huggingface_llm import save_llm
 from lidit_jax.weights.huggingface_t5 import save_t5_encoder
 

@@ -37,7 +37,8 @@ from lidit_jax.benchmarks.workload import (
     with_noise,
 )
 from lidit_jax.models.flops import FORWARD_AND_BACKWARD
-from lidit_jax.train import Batch, TrainConfig, Trainer
+from lidit_jax.train import Batch, Trainer
+from lidit_jax.train_config import TrainConfig
 
 _STEPS = flags.DEFINE_integer("steps_a_round", 4, "steps a round", lower_bound=1)
 

@@ -159,7 +159,7 @@ def from_config(
         config.train.accumulate = 1
         config.sample.batch_size = batch or config.sample.batch_size
     experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
-    side, cell, vae = experiment.data.resolution, experiment.cell(), experiment.vae_config()
+    side, cell, vae = experiment.data.resolution, experiment.cell(), experiment.vae_config
     if side % cell:
         raise UserError(f"--resolution={side} is not a multiple of {cell}: use {max(cell, side // cell * cell)}")
     workload = Workload(
@@ -182,7 +182,7 @@ def _text_lengths(experiment: Experiment, name: str, prefix_tokens: int) -> Text
         return TextLengths(len(encoder.tokenizer.prefix()), text.max_length, encoder.hidden_size, not encoder.lead)
     if part.train:  # a tokenizer that the run trains has a token for each word of its instruction
         prefix_tokens = len(re.findall(r"\w+|[^\w\s]", f"{text.system_prompt} {text.instruction}"))
-    return TextLengths(prefix_tokens, text.max_length, experiment.language_model_config(name).hidden_size)
+    return TextLengths(prefix_tokens, text.max_length, experiment.encoders[name].language_model.hidden_size)
 
 
 # --- weights -----------------------------------------------------------------------------------------------------

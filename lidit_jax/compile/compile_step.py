@@ -36,7 +36,8 @@ from lidit_jax.pipeline import Pipeline
 from lidit_jax.stages.lidit import lidit_task
 from lidit_jax.text.encoders import FrozenLLM, LLMTextEncoder, PromptEncoder
 from lidit_jax.text.load_encoder import open_encoder
-from lidit_jax.train import TrainConfig, Trainer, TrainState, check_batch_size
+from lidit_jax.train import Trainer, TrainState, check_batch_size
+from lidit_jax.train_config import TrainConfig
 from lidit_jax.weights.huggingface_llm import abstract_encoder
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def _on_devices(experiment: Experiment, devices: Sequence[jax.Device], chip: Chi
     mesh, rules = make_mesh(experiment.config.mesh, devices), ShardingRules()
     check_model(mesh, experiment.model.config.hidden_size, experiment.model.config.num_heads)
     encoders, frozen = abstract_frozen(experiment, mesh, rules, prefix_tokens)
-    return _Run(experiment, chip, mesh, rules, encoders, frozen, experiment.autoencoder(experiment.vae_config()))
+    return _Run(experiment, chip, mesh, rules, encoders, frozen, experiment.autoencoder(experiment.vae_config))
 
 
 def _compile(
@@ -283,7 +284,7 @@ def abstract_frozen(
             encoder = open_encoder(part.weights, experiment.prompt_tokenizer, dtype=part.dtype)
         else:
             tokenizer = AssumedTokenizer(prefix_tokens, experiment.text.max_length)
-            encoder = LLMTextEncoder(experiment.language_model_config(name), tokenizer)
+            encoder = LLMTextEncoder(experiment.encoders[name].language_model, tokenizer)
         if not isinstance(encoder, LLMTextEncoder):
             raise UserError(f"encoders.{name}: only decoder-only LLMs can be compiled without their weights")
         encoders[name] = encoder
@@ -291,7 +292,7 @@ def abstract_frozen(
         apply = lambda p, t, model=encoder.model: model.apply({"params": p}, t, method=LLM.prefix)  # noqa: E731
         features, cache = jax.eval_shape(apply, params, encoder.tokenizer.prefix())
         frozen[name] = FrozenLLM(params, *_everywhere((features, cache), mesh))
-    vae = experiment.autoencoder(experiment.vae_config())
+    vae = experiment.autoencoder(experiment.vae_config)
     side = 2 * vae.config.downsampling_factor
     params = jax.eval_shape(lambda: nn.unbox(vae.init(jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]))
     places = stored_shardings(params, mesh, rules)

@@ -123,7 +123,7 @@ def _public(place: str) -> str:
 
 
 def _vae_words(run: Experiment) -> str:
-    config = run.vae_config()
+    config = run.vae_config
     return f"{_origin(run.vae.weights)}: {config.downsampling_factor}x, {config.latent_channels} channels"
 
 

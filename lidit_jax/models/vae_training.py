@@ -1,12 +1,16 @@
 """The `vae` section of a config: the terms of the VAE's loss, and how it is judged."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
-from lidit_jax.config import build
 from lidit_jax.errors import UserError
+from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.models.vae_loss import RECONSTRUCTION_LOSSES
+from lidit_jax.train_config import TrainConfig
+
+
+def _check_weight(key: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise UserError(f"{key}={value} must be a finite number of at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,23 +76,22 @@ class VAEPartConfig:
     """Under `vae`: a VAE from a folder in diffusers' format (`weights`), or one to train here.
 
     Attributes:
-      model: fields of `VAEConfig`.
-      train: fields of `TrainConfig`.
+      model: sizes of a VAE to train; a folder has its own.
+      train: its training.
       reconstruction, kl_weight: of the loss, see `VAEObjective`.
-      perceptual: fields of `PerceptualConfig`.
-      adversarial: fields of `AdversarialConfig`.
-      evaluate: fields of `ReconstructionEvaluation`; None leaves the evaluation out.
+      perceptual, adversarial: further terms of the loss, off by default.
+      evaluate: how reconstructions are evaluated; None leaves the evaluation out.
     """
 
     weights: str = ""
     dtype: str = "bfloat16"
-    model: Mapping[str, Any] | None = None
-    train: Mapping[str, Any] | None = None
+    model: VAEConfig | None = None
+    train: TrainConfig | None = None
     reconstruction: str = "l1"
     kl_weight: float = 1e-6
-    perceptual: Mapping[str, Any] | None = None
-    adversarial: Mapping[str, Any] | None = None
-    evaluate: Mapping[str, Any] | None = None
+    perceptual: PerceptualConfig = PerceptualConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    evaluate: ReconstructionEvaluation | None = None
 
     def __post_init__(self):
         if self.reconstruction not in RECONSTRUCTION_LOSSES:
@@ -96,20 +99,3 @@ class VAEPartConfig:
                 f"vae.reconstruction={self.reconstruction!r}: use one of {', '.join(RECONSTRUCTION_LOSSES)}"
             )
         _check_weight("vae.kl_weight", self.kl_weight)
-        self.perceptual_config(), self.adversarial_config(), self.evaluation()  # raise for what is wrong in them
-
-    def perceptual_config(self) -> PerceptualConfig:
-        return build(PerceptualConfig, self.perceptual or {}, "vae.perceptual")
-
-    def adversarial_config(self) -> AdversarialConfig:
-        return build(AdversarialConfig, self.adversarial or {}, "vae.adversarial")
-
-    def evaluation(self) -> ReconstructionEvaluation | None:
-        if self.evaluate is None:
-            return None
-        return build(ReconstructionEvaluation, self.evaluate, "vae.evaluate")
-
-
-def _check_weight(key: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise UserError(f"{key}={value} must be a finite number of at least 0")

@@ -66,12 +66,12 @@ def train_language_model(experiment: Experiment, name: str, dataset: Dataset, me
     folder = experiment.encoder_folder(name)
     if folder.exists():
         return
-    config = experiment.language_model_config(name)
+    config = experiment.encoders[name].language_model
     texts = [experiment.text.instruction, *dataset.captions(TOKENIZER_CAPTIONS, experiment.config.seed)]
     tokenizer = train_tokenizer(texts, config.vocab_size)
     # Vocabularies of small data sets run out of merges; the model keeps the size that its config states.
     prompts = experiment.prompt_tokenizer(tokenizer)
-    training = experiment.language_model_training(name)
+    training = experiment.encoders[name].train
     task = language_model_task(name, config, prompts)
 
     def batches(first: int):

@@ -13,7 +13,8 @@ from lidit_jax.metrics import Metrics
 from lidit_jax.models.lidit import num_parameters
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.parallel.watchdog import watched
-from lidit_jax.train import Task, TrainConfig, Trainer, TrainState, train
+from lidit_jax.train import Task, Trainer, TrainState, train
+from lidit_jax.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

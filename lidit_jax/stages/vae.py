@@ -171,8 +171,8 @@ class VAEStage:
           UserError: held-out pictures, or the perceptual loss's weights, cannot be used.
         """
         self.experiment, self.dataset, self.part = experiment, dataset, experiment.vae
-        self.model = experiment.autoencoder(experiment.vae_config())
-        self.evaluation = self.part.evaluation()
+        self.model = experiment.autoencoder(experiment.vae_config)
+        self.evaluation = self.part.evaluate
         self.to_train = not self.part.weights and not self._is_finished()
         self.lpips = self._lpips() if self.to_train else None
         self.pictures: list[np.ndarray] = []
@@ -201,7 +201,7 @@ class VAEStage:
         if not self.experiment.vae_folder().exists():
             return False
         taken = steps_taken(self.experiment.training_folder("vae") / "checkpoints")
-        return self.experiment.has_lidit or taken >= self.experiment.vae_training().steps
+        return self.experiment.has_lidit or taken >= self.experiment.vae.train.steps
 
     def _facts(self) -> dict[str, Any]:
         """What a judgement is of."""
@@ -214,15 +214,15 @@ class VAEStage:
 
     def _lpips(self) -> Any:
         """The perceptual loss's parameters; None where it is off, which the log says."""
-        file = self.part.perceptual_config().weights
+        file = self.part.perceptual.weights
         if not file:
             logger.info("vae: trained without the perceptual loss (vae.perceptual.weights names no file)")
             return None
         return load_lpips(file)
 
     def _train(self, autoencoding: Autoencoding, mesh: Mesh, rules: ShardingRules) -> None:
-        experiment, training = self.experiment, self.experiment.vae_training()
-        perceptual, adversarial = self.part.perceptual_config(), self.part.adversarial_config()
+        experiment, training = self.experiment, self.experiment.vae.train
+        perceptual, adversarial = self.part.perceptual, self.part.adversarial
 
         def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
             scores, sheet = evaluate_reconstruction(autoencoding, state.averaged["vae"], self.pictures, self.evaluation)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -10,15 +10,20 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lidit_jax.errors import UserError
+from lidit_jax.models.layers import check_dtype
+from lidit_jax.models.llm import LLMConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.text.encoders import LLMTextEncoder, PromptEncoder, T5TextEncoder
 from lidit_jax.text.prompts import PromptTokenizer
+from lidit_jax.train_config import TrainConfig
 from lidit_jax.weights import huggingface_t5
 from lidit_jax.weights.folders import find_folder, local_tokenizer_files
 from lidit_jax.weights.huggingface_config import SUPPORTED, llm_config
 from lidit_jax.weights.huggingface_llm import load_llm_encoder
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, read_config, read_json_object
 
+# Decoder-only LLMs that a run can train, by the names that transformers gives them.
+LLM_FAMILIES = {"llama": {"attention_bias": False}, "qwen2": {"attention_bias": True}}
 MODEL_TYPES = (*SUPPORTED, *huggingface_t5.MODEL_TYPES)
 TOKENIZER_FILE = "tokenizer.json"
 DIFFUSERS_ENCODER = re.compile(r"text_encoder(_\d+)?")
@@ -34,15 +39,25 @@ class EncoderConfig:
         run's captions.
       dtype: of its computation.
       family: "llama" or "qwen2".
-      model: fields of `LLMConfig`.
-      train: fields of `TrainConfig`.
+      model: sizes of an LLM to train; a folder has its own.
+      train: its training.
     """
 
     weights: str = ""
     dtype: str = "bfloat16"
     family: str = "llama"
-    model: Mapping[str, Any] | None = None
-    train: Mapping[str, Any] | None = None
+    model: LLMConfig | None = None
+    train: TrainConfig | None = None
+
+    def __post_init__(self):
+        if self.family not in LLM_FAMILIES:
+            raise UserError(f"encoder.family={self.family!r}: use one of {', '.join(LLM_FAMILIES)}")
+        check_dtype("encoder.dtype", self.dtype)
+
+    @property
+    def language_model(self) -> LLMConfig:
+        """The LLM to train: `model` with the biases of its family, in `dtype`."""
+        return dataclasses.replace(self.model, **LLM_FAMILIES[self.family], dtype=self.dtype)
 
 
 def open_encoder(

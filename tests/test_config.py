@@ -1,0 +1,82 @@
+"""Sections of a config become dataclasses once, with the sections within them."""
+
+import dataclasses
+
+import pytest
+from conftest import load_config, tiny_config
+from etils import epath
+from ml_collections import ConfigDict
+
+from lidit_jax import config as config_module
+from lidit_jax.config import build
+from lidit_jax.errors import UserError
+from lidit_jax.experiment import Experiment
+from lidit_jax.models.llm import LLMConfig
+from lidit_jax.models.vae_config import VAEConfig
+from lidit_jax.models.vae_training import VAEPartConfig
+from lidit_jax.text.load_encoder import EncoderConfig
+from lidit_jax.train_config import TrainConfig
+
+TRAIN = {"steps": 3, "batch_size": 8, "learning_rate": 1e-3}
+
+
+def test_sections_within_a_section_become_the_dataclasses_of_its_fields():
+    section = ConfigDict({"model": {"block_out_channels": [32, 64]}, "train": TRAIN, "adversarial": {"weight": 0.5}})
+    vae = build(VAEPartConfig, section, "vae")
+    assert vae.model == VAEConfig(block_out_channels=(32, 64)) and vae.train == TrainConfig(**TRAIN)
+    assert vae.adversarial.weight == 0.5 and vae.perceptual.weights == "" and vae.evaluate is None
+
+
+def test_a_section_that_is_absent_or_null_stays_none():
+    assert build(VAEPartConfig, {}, "vae").train is None
+    assert build(VAEPartConfig, {"train": None}, "vae").train is None
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"train": TRAIN | {"step": 3}}, "config key vae.train.step is unknown; did you mean 'steps'?"),
+        ({"train": {"steps": 3}}, "config key vae.train.batch_size is missing"),
+        ({"train": TRAIN | {"steps": "3"}}, "config key vae.train.steps is '3': it must be of type int"),
+        ({"train": TRAIN | {"steps": 0}}, "vae.train.steps=0 must be at least 1"),
+        ({"train": 3}, "config key vae.train is 3: it must be of type dict or null"),
+        ({"adversarial": {"layers": 0}}, "vae.adversarial.layers=0 must be from 1 to 8"),
+        ({"evaluate": {"sheet": 0}}, "vae.evaluate.sheet=0 must be at least 1"),
+        ({"model": {"block_out_channels": (8, 16)}}, "vae.model.block_out_channels is (8, 16); it must be multiples"),
+        ({"perceptual": None}, "config key vae.perceptual is None: it must be of type dict"),
+    ],
+)
+def test_errors_name_the_whole_key(section, words):
+    with pytest.raises(UserError) as error:
+        build(VAEPartConfig, section, "vae")
+    assert str(error.value).startswith(words)
+
+
+def test_errors_of_an_encoder_name_its_entry():
+    with pytest.raises(UserError, match="^encoders.qwen.family='gpt': use one of llama, qwen2"):
+        build(EncoderConfig, {"family": "gpt"}, "encoders.qwen")
+    with pytest.raises(UserError, match="^encoders.qwen.dtype='float16' is not supported"):
+        build(EncoderConfig, {"dtype": "float16"}, "encoders.qwen")
+
+
+def test_an_llm_to_train_has_the_biases_of_its_family():
+    sizes = load_config("shapes").encoders.qwen.model
+    qwen = build(EncoderConfig, {"family": "qwen2", "dtype": "float32", "model": sizes}, "encoders.qwen")
+    assert qwen.language_model == LLMConfig(**sizes, attention_bias=True, dtype="float32")
+
+
+def test_an_experiment_builds_each_section_once(tmp_path, monkeypatch):
+    built = []
+
+    def counted(cls, values, where, **more):
+        built.append(where)
+        return build(cls, values, where, **more)
+
+    monkeypatch.setattr(config_module, "build", counted)
+    monkeypatch.setattr("lidit_jax.experiment.build", counted)
+    experiment = Experiment(tiny_config(), epath.Path(tmp_path))
+    before = sorted(built)
+    assert len(before) == len(set(before)) and {"vae.model", "vae.train", "encoders.llama.train"} <= set(before)
+    experiment.trainings(), experiment.cell(), experiment.check_picture_sizes(64)
+    assert dataclasses.is_dataclass(experiment.encoders["llama"].language_model)
+    assert sorted(built) == before
