@@ -1,13 +1,37 @@
 """Lower bounds are the versions that the tests were run with; nothing older was tried."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def version() -> str:
+    """Returns `lidit_jax.__version__` without importing the package, whose dependencies a build lacks."""
+    module = (ROOT / "lidit_jax" / "__init__.py").read_text()
+    return re.search(r'^__version__ = "(.+)"$', module, re.MULTILINE).group(1)
+
 
 setup(
     name="lidit-jax",
-    version="0.1.0",
+    version=version(),
     description="LI-DiT in JAX: decoder-only LLMs as the prompt encoders of a diffusion transformer",
-    license="Apache-2.0",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    project_urls={"Paper": "https://arxiv.org/abs/2406.11831"},
+    license="Apache-2.0 AND OFL-1.1",  # OFL: the font
+    license_files=["LICENSE", "lidit_jax/fonts/OFL.txt"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=find_packages(include=["lidit_jax", "lidit_jax.*"]),
+    package_data={"lidit_jax": ["py.typed", "fonts/*"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5",

@@ -68,7 +68,7 @@ def get_config(path: str = "") -> ConfigDict:
         },
         "reconstruction": "l2",
         "kl_weight": 1e-4,
-        # safetensors file with LPIPS on VGG16, see the README; off without one.
+        # safetensors file with LPIPS on VGG16, see docs/vae.md; off without one.
         "perceptual": {"weights": "", "weight": 1.0},
         # Latent diffusion has weight 0.5 and starts at step 50,001; a few thousand steps have no time for it.
         "adversarial": {"weight": 0.0, "start": 0, "width": 64, "layers": 3},

@@ -243,7 +243,7 @@ await() {
 
 pack() { # FILE NAME: what of this checkout a run needs
   archive=${TMPDIR:-/tmp}/$1
-  call tar -czf "$archive" -C "$root" --exclude=__pycache__ lidit_jax configs launch setup.py pyproject.toml
+  call tar -czf "$archive" -C "$root" --exclude=__pycache__ lidit_jax configs launch setup.py pyproject.toml README.md LICENSE
 }
 
 install() {

@@ -30,7 +30,9 @@ _SMALL_PICTURE = 160  # pixels: pictures are enlarged towards this, and captions
 _CAPTION_GAP = 6
 _NO_FONT = "(no font for this caption)"
 
-# For systems without fontconfig, and for those whose default font for Chinese has no Chinese characters.
+# Common Chinese, Japanese and Korean characters, Greek, Cyrillic and Latin-1; see CONTRIBUTING.md.
+_OWN_FONT = Path(__file__).parent / "fonts" / "NotoSansCJK-subset.otf"
+# For the rest, on systems without fontconfig or with a default font that has no Chinese characters.
 _FONT_FILES = (
     "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
     "/usr/share/fonts/google-noto-cjk/NotoSansCJK-Regular.ttc",
@@ -241,8 +243,8 @@ def _draw_line(
 
 @functools.cache
 def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
-    """Pillow's own font, which has little beyond ASCII, then what the system has for other scripts and Chinese."""
-    fonts = [ImageFont.load_default(size)]
+    """Pillow's own font, which has little beyond ASCII, the package's font, then the system's for other scripts."""
+    fonts = [ImageFont.load_default(size), ImageFont.truetype(_OWN_FONT, size)]
     for path, index in _system_font_files():
         try:
             fonts.append(ImageFont.truetype(path, size, index))
@@ -308,7 +310,7 @@ def _simpler(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> str |
 
 @functools.cache
 def _warn_of_missing_font() -> None:
-    logging.warning("No font for some captions was found. For Chinese, install e.g. the package fonts-noto-cjk.")
+    logging.warning("Some captions are in a script that no font here has: install one for it, e.g. fonts-noto-core.")
 
 
 def _runs(text: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> list[tuple[ImageFont.FreeTypeFont, str]]:
