@@ -22,7 +22,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
 _FOLDER = flags.DEFINE_string("folder", None, "what was exported from it, in float32")
 _OUT = flags.DEFINE_string("out", None, "the sheet, a .png")
 _PROMPTS = flags.DEFINE_multi_string(
-    "prompt", ["a red circle above a blue star", "绿色三角形在黄色正方形左边"], "what to draw; may be given often"
+    "prompt", ["a red circle above a blue star", "绿三角在黄方块左边"], "what to draw; may be given often"
 )
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "pictures a prompt", lower_bound=1)
 
