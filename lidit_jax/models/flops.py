@@ -1,5 +1,7 @@
-"""Floating-point operations of the models, derived on paper: two for each multiplication of a matrix product or a
-convolution. Norms, softmax, activations and modulation are left out, as is usual: they are under two per cent.
+"""Analytic FLOP counts of the models, for MFU: two FLOPs per multiply-add of a matrix product or a convolution.
+
+Norms, softmax, activations and modulation are not counted, as is usual: they are under two per cent of the FLOPs.
+Unless a docstring says otherwise, a function counts one forward pass.
 """
 
 import dataclasses
@@ -11,20 +13,22 @@ from lidit_jax.models.positions import CONV, parse_position
 from lidit_jax.models.t5 import T5Config
 from lidit_jax.models.vae_config import VAEConfig
 
-FREQUENCY_FEATURES = 256  # of the timestep embedding
-# The backward pass takes two products for each of the forward one: for the inputs' and for the weights' gradient.
+FREQUENCY_FEATURES = 256  # sinusoids of the timestep embedding
+# Forward and backward FLOPs as a multiple of the forward ones: the backward pass has two products for each forward
+# product, one for the gradient of the inputs and one for that of the weights.
 FORWARD_AND_BACKWARD = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class TextLengths:
-    """Of one encoder's text.
+    """Sequence lengths and feature width of the text from one encoder.
 
     Attributes:
-      prefix, prompt: tokens.
-      width: of the encoder's features.
-      shares_prefix: whether the prefix's features are the same for a whole batch (LLMs), computed ahead and projected
-        once.
+      prefix: number of prefix tokens (system prompt and instruction).
+      prompt: number of prompt tokens.
+      width: width of the encoder features.
+      shares_prefix: True if all prompts of a batch share one set of prefix features (LLMs), which is computed once and
+        projected once per batch.
     """
 
     prefix: int
@@ -38,22 +42,35 @@ class TextLengths:
 
 
 def dense(tokens: int, features_in: int, features_out: int) -> int:
+    """FLOPs of a linear layer."""
     return 2 * tokens * features_in * features_out
 
 
 def attention_products(queries: int, keys: int, features: int) -> int:
-    """Queries times keys, and weights times values."""
+    """FLOPs of both attention products: queries times keys, and weights times values."""
     return 4 * queries * keys * features
 
 
 def feed_forward(tokens: int, width: int, ratio: float) -> int:
+    """FLOPs of a two-layer feed-forward network with an inner width of `ratio` times the outer."""
     return 2 * dense(tokens, width, int(width * ratio))
 
 
 def lidit_forward(
     config: LIDiTConfig, batch_size: int, latent_height: int, latent_width: int, text: Sequence[TextLengths]
 ) -> int:
-    """Of LI-DiT's forward pass (Figure 5 from the refiners on): a whole batch."""
+    """FLOPs of LI-DiT's forward pass on a batch: refiners and DiT (Figure 5), without the frozen encoders and the VAE.
+
+    Args:
+      config: sizes of LI-DiT.
+      batch_size: number of samples.
+      latent_height: height of the latents, before patchify.
+      latent_width: width of the latents, before patchify.
+      text: lengths and width of each encoder's features.
+
+    Returns:
+      FLOPs of the complete batch.
+    """
     width = config.hidden_size
     tokens = latent_height * latent_width // config.patch_size**2
     patch = config.patch_size**2 * config.latent_channels
@@ -103,7 +120,10 @@ def _dit_block(config: LIDiTConfig, tokens: int, condition: int) -> int:
 
 
 def llm_forward(config: LLMConfig, prompts: int, length: int, prefix: int) -> int:
-    """Of an LLM's blocks on prompts whose prefix is cached: queries of the prompts alone."""
+    """FLOPs of an LLM's blocks on prompts of `length` tokens whose `prefix` tokens are cached.
+
+    Only the prompts' tokens are queries; the cached prefix adds keys and values.
+    """
     heads, groups = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     width = config.hidden_size
     block = 2 * dense(length, width, heads) + 2 * dense(length, width, groups)
@@ -113,7 +133,7 @@ def llm_forward(config: LLMConfig, prompts: int, length: int, prefix: int) -> in
 
 
 def t5_forward(config: T5Config, prompts: int, length: int) -> int:
-    """Of a T5 encoder on whole sequences, prefix included."""
+    """FLOPs of a T5 encoder on sequences of `length` tokens, prefix included."""
     inner = config.num_heads * config.d_kv
     products = 3 if config.gated else 2
     block = 4 * dense(length, config.d_model, inner) + attention_products(length, length, inner)
@@ -121,7 +141,7 @@ def t5_forward(config: T5Config, prompts: int, length: int) -> int:
 
 
 def vae_encoder_forward(config: VAEConfig, pictures: int, height: int, width: int) -> int:
-    """Of the autoencoder's encoder."""
+    """FLOPs of the autoencoder's encoder on images of height x width pixels."""
     widths = config.block_out_channels
     positions = height * width
     total = 9 * dense(positions, config.in_channels, widths[0])

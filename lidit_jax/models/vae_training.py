@@ -1,4 +1,4 @@
-"""The `vae` section of a config: the terms of the VAE's loss, and how it is judged."""
+"""The `vae` section of a config: weights or model, training, the terms of the loss, and the evaluation."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from lidit_jax.models.vae_loss import RECONSTRUCTION_LOSSES
 
 @dataclasses.dataclass(frozen=True)
 class PerceptualConfig:
-    """Under `vae.perceptual`: the similarity of how pictures look, a term of the loss.
+    """The `vae.perceptual` section: the perceptual term (LPIPS) of the VAE's loss.
 
     Attributes:
-      weights: safetensors file with the state of the lpips package's LPIPS(net="vgg"); "" leaves the term out.
-      weight: of the term.
+      weights: safetensors file with the state of the lpips package's LPIPS(net="vgg"); "" disables the term.
+      weight: weight of the term in the loss.
     """
 
     weights: str = ""
@@ -27,12 +27,13 @@ class PerceptualConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdversarialConfig:
-    """Under `vae.adversarial`: a discriminator's opinion, a term of the loss.
+    """The `vae.adversarial` section: the adversarial term (PatchGAN) of the VAE's loss.
 
     Attributes:
-      weight: of the term, times the adaptive weight; 0 leaves it out.
-      start: step at which the discriminator begins to learn and to be heard.
-      width, layers: see `PatchDiscriminator`.
+      weight: weight of the term in the loss, multiplied by the adaptive weight; 0 disables the term.
+      start: first step at which the discriminator is trained and its term enters the loss.
+      width: see `PatchDiscriminator`.
+      layers: see `PatchDiscriminator`.
     """
 
     weight: float = 0.0
@@ -49,12 +50,13 @@ class AdversarialConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionEvaluation:
-    """Under `vae.evaluate` in the config.
+    """The `vae.evaluate` section: the evaluation of reconstructions.
 
     Attributes:
-      num_images: at most, evenly spread over the held-out pictures (over all pictures, where none are held out).
-      batch_size: pictures at once.
-      sheet: pictures on the contact sheet.
+      num_images: largest number of images, evenly spread over the held-out images (over all images if none are held
+        out).
+      batch_size: images per batch.
+      sheet: images on the contact sheet.
     """
 
     num_images: int = 512
@@ -69,15 +71,18 @@ class ReconstructionEvaluation:
 
 @dataclasses.dataclass(frozen=True)
 class VAEPartConfig:
-    """Under `vae`: a VAE from a folder in diffusers' format (`weights`), or one to train here.
+    """The `vae` section: a VAE from a folder in diffusers' format (`weights`), or one to train in this run.
 
     Attributes:
+      weights: folder in diffusers' format; "" trains a VAE.
+      dtype: compute dtype.
       model: fields of `VAEConfig`.
       train: fields of `TrainConfig`.
-      reconstruction, kl_weight: of the loss, see `VAEObjective`.
+      reconstruction: kind of the reconstruction loss, "l1" or "l2".
+      kl_weight: weight of the KL term in the loss.
       perceptual: fields of `PerceptualConfig`.
       adversarial: fields of `AdversarialConfig`.
-      evaluate: fields of `ReconstructionEvaluation`; None leaves the evaluation out.
+      evaluate: fields of `ReconstructionEvaluation`; None disables the evaluation.
     """
 
     weights: str = ""
@@ -96,15 +101,18 @@ class VAEPartConfig:
                 f"vae.reconstruction={self.reconstruction!r}: use one of {', '.join(RECONSTRUCTION_LOSSES)}"
             )
         _check_weight("vae.kl_weight", self.kl_weight)
-        self.perceptual_config(), self.adversarial_config(), self.evaluation()  # raise for what is wrong in them
+        self.perceptual_config(), self.adversarial_config(), self.evaluation()  # each raises for invalid fields
 
     def perceptual_config(self) -> PerceptualConfig:
+        """Builds the `vae.perceptual` section."""
         return build(PerceptualConfig, self.perceptual or {}, "vae.perceptual")
 
     def adversarial_config(self) -> AdversarialConfig:
+        """Builds the `vae.adversarial` section."""
         return build(AdversarialConfig, self.adversarial or {}, "vae.adversarial")
 
     def evaluation(self) -> ReconstructionEvaluation | None:
+        """Builds the `vae.evaluate` section; None if the config has none."""
         if self.evaluate is None:
             return None
         return build(ReconstructionEvaluation, self.evaluate, "vae.evaluate")
