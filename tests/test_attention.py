@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, interpreted, against XLA's attention; and the choice between them."""
+"""Compares the TPU attention kernel, interpreted, with XLA's attention, and tests the selection between them."""
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,8 @@ from lidit_jax.models.splash_attention import LANES, LONGEST_BLOCK, _block
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
 
-# Batch, queries, keys, heads, heads of keys, head size: the issue's head sizes, whole blocks and ragged ones.
+# ((batch, queries, keys, heads, key heads, head size), is_masked, is_causal): the head sizes of the paper's models,
+# with lengths that are and are not multiples of a block.
 CASES = {
     "image of 256 px": ((2, 256, 256, 2, 2, 72), False, False),
     "image of 512 px": ((1, 1024, 1024, 1, 1, 64), False, False),
@@ -41,7 +42,7 @@ def inputs(shape, is_masked=True, dtype=jnp.float32, seed=0):
 
 
 def value_and_gradients(implementation, arrays, mask, is_causal=False):
-    """-> (outputs, gradients), float32."""
+    """Returns the outputs and the gradients of query, key and value, float32."""
 
     def loss(arrays):
         y = dot_product_attention(*arrays, key_mask=mask, is_causal=is_causal, implementation=implementation)
@@ -66,10 +67,10 @@ def test_the_tpu_kernel_is_xlas_attention_within_bfloat16s_rounding():
     exact = value_and_gradients("xla", [x.astype(jnp.float32) for x in arrays], mask)
     for implementation in ("xla", "splash"):
         for one, other in zip(value_and_gradients(implementation, arrays, mask), exact, strict=True):
-            assert np.abs(one - other).max() < 0.02 * np.abs(other).max()  # 2.5 units of bfloat16's last place
+            assert np.abs(one - other).max() < 0.02 * np.abs(other).max()  # 2.5 units in the last place of bfloat16
 
 
-@pytest.mark.parametrize(("sizes", "batch"), [((2, 2, 2), 8), ((1, 1, 8), 8), ((1, 8, 1), 3)])  # 3: nothing divides it
+@pytest.mark.parametrize(("sizes", "batch"), [((2, 2, 2), 8), ((1, 1, 8), 8), ((1, 8, 1), 3)])  # no axis divides 3
 def test_every_device_attends_for_its_own_samples_and_heads(sizes, batch):
     arrays, mask = inputs((batch, 130, 40, 8, 8, 8))
     expected = value_and_gradients("xla", arrays, mask)
@@ -89,7 +90,7 @@ def test_lidit_with_the_tpu_kernel_is_lidit():
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     text, x, times = [text_features(0)], normal(2, 4, 4, 4), jnp.asarray([3.0, 700.0])
-    # "dots" keeps the kernel's results for the backward pass, by their name.
+    # "dots" saves the results of the kernel for the backward pass, by their checkpoint name.
     models = {which: LIDiT(LIDiTConfig(**sizes, remat="dots", attention=which)) for which in ("xla", "splash")}
     params = opened(nn.unbox(jax.jit(models["xla"].init)(jax.random.key(0), x, times, text))["params"])
 
@@ -118,7 +119,7 @@ def test_each_platform_gets_its_kernel():
     assert chosen("tpu", 1024, 1024) == chosen("tpu", 256, 256, 72) == "splash"
     assert chosen("tpu", 1024, 300, is_masked=True) == "splash"
     assert chosen("tpu", 16, 16) == chosen("tpu", 1024, 1024, is_plain=False) == "xla"
-    assert chosen("tpu", 1024, 1024, dtype=jnp.float32) == "xla"  # the kernel would multiply as bfloat16
+    assert chosen("tpu", 1024, 1024, dtype=jnp.float32) == "xla"  # the kernel would multiply in bfloat16
     assert chosen("nvidia", 256, 256, 72) == "cudnn"
     assert chosen("nvidia", 256, 256, dtype=jnp.float32) == chosen("nvidia", 256, 256, 160) == "xla"
     assert chosen("nvidia", 1024, 300, is_masked=True) == chosen("nvidia", 64, 64, is_plain=False) == "xla"
@@ -154,7 +155,7 @@ def test_what_a_kernel_cannot_do_is_said(monkeypatch):
     ],
 )
 def test_the_kernels_operations_are_counted(name, shapes, products):
-    """As the TPU's compiler writes it down; no other platform compiles it."""
+    """The HLO text is in the form of the TPU compiler; no other platform compiles the kernel."""
     text = f"""ENTRY %main (q: bf16[2,4,256,64], k: bf16[2,2,128,64]) -> bf16[2,4,256,64] {{
   %next = s8[1,1,1] constant(0)
   %q = bf16[2,4,256,64] parameter(0)

@@ -1,4 +1,4 @@
-"""The count on paper against XLA's count of the program."""
+"""Compares the analytic FLOP counts with XLA's cost analysis."""
 
 import flax.linen as nn
 import jax
@@ -15,12 +15,12 @@ from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
 
-# Wide enough that what is no matrix product is a small part, as in the models that are trained.
+# Wide enough that operations other than matrix products are a small share, as in real models.
 LIDIT = {"depth": 3, "hidden_size": 768, "num_heads": 8, "scan_unroll": 3, "remat": "none", "dtype": "float32"}
 
 
 def counted(function, *arguments) -> float:
-    """By XLA, of the program before it is optimised; nothing is computed."""
+    """Returns XLA's FLOP count of the unoptimised program; nothing is run."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     return jax.jit(function).lower(*shapes).cost_analysis()["flops"]
 
@@ -69,7 +69,7 @@ def test_training_is_three_times_the_forward_pass():
         return jnp.sum(jnp.square(model.apply({"params": params}, latents, jnp.zeros(batch), text)))
 
     expected = flops.FORWARD_AND_BACKWARD * flops.lidit_forward(config, batch, 16, 32, lengths)
-    # Nobody needs the gradient in the frozen features and in the latents.
+    # The gradients in the frozen features and in the latents are not computed.
     assert counted(jax.grad(loss), params, latents, text) == pytest.approx(expected, rel=0.02)
 
 
@@ -99,7 +99,8 @@ def test_a_t5_is_what_xla_counts(gated):
 @pytest.mark.parametrize("changes", [{}, {"mid_block_add_attention": False, "use_quant_conv": False}])
 def test_the_autoencoders_encoder_is_what_xla_counts(changes):
     config = VAEConfig(block_out_channels=(128, 128, 256, 256), layers_per_block=2, latent_channels=16, **changes)
-    model, pictures = AutoencoderKL(config), jnp.zeros((1, 256, 384, 3))  # the borders' padding is not counted by XLA
+    # A large image: XLA does not count products with the padding at the borders.
+    model, pictures = AutoencoderKL(config), jnp.zeros((1, 256, 384, 3))
     params = abstract(model.init, pictures)
     run = lambda p, x: model.apply({"params": p}, x, method=AutoencoderKL.encode).mean  # noqa: E731
     expected = flops.vae_encoder_forward(config, 1, 256, 384)
@@ -107,10 +108,10 @@ def test_the_autoencoders_encoder_is_what_xla_counts(changes):
 
 
 def test_the_paper_sizes_take_what_their_names_say():
-    """A token of the 1B model takes two operations a weight of the blocks that see it, and the attention."""
+    """A token of the 1B model costs two FLOPs per weight of its blocks, plus attention."""
     config = LIDiTConfig(depth=28, hidden_size=1152, num_heads=16)
     lengths = [TextLengths(64, 256, 4096)] * 2
     per_picture = flops.lidit_forward(config, 1, 32, 32, lengths)
     text_free = flops.lidit_forward(config, 1, 32, 32, [TextLengths(0, 1, 4096)])
-    assert np.isclose(text_free, 2 * 256 * 14 * 28 * 1152**2, rtol=0.2)  # 4 + 2 + 8 squares a token
+    assert np.isclose(text_free, 2 * 256 * 14 * 28 * 1152**2, rtol=0.2)  # 4 + 2 + 8 width^2 weights per token
     assert per_picture > 1.5 * text_free

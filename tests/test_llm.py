@@ -1,4 +1,4 @@
-"""The LLM against transformers' LLaMA, Mistral, Qwen and Gemma, its prefix cache, and its properties."""
+"""Compares the LLM with transformers' LLaMA, Mistral, Qwen and Gemma, and tests its prefix cache and properties."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def test_every_block_matches_transformers_with_right_padding(name, tmp_path):
     model = reference(name)
     model.save_pretrained(tmp_path)
     config, params = load_llm_encoder(tmp_path)
-    tokens = random_tokens(3, 40)  # longer than any sliding window and any original context
+    tokens = random_tokens(3, 40)  # longer than every sliding window and every original context
     mask = np.arange(40) < np.array([[40], [4], [1]])
     expected = hidden_states(model, tokens, mask)
     encoder = config.as_encoder()
@@ -78,7 +78,7 @@ def test_transformers_loads_a_saved_model_whole_and_computes_the_same_logits(nam
 def test_a_saved_model_loads_bit_for_bit(name, tmp_path):
     config = CONFIGS[name]
     params = random_params(config)
-    save_llm(tmp_path, config, params)  # an empty folder is as good as none
+    save_llm(tmp_path, config, params)  # the folder may exist if it is empty
     loaded_config, loaded = load_llm_encoder(tmp_path)
     assert loaded_config == config
     jax.tree.map(np.testing.assert_array_equal, loaded, encoder_params(params))

@@ -1,4 +1,4 @@
-"""A folder in Hugging Face's format as a prompt encoder: whatever model is in it, and wherever it lies."""
+"""Tests loading prompt encoders from folders in Hugging Face's format: every model type, local and remote."""
 
 import json
 import logging
@@ -73,7 +73,7 @@ def test_a_tokenizer_beside_the_weights_is_found_where_diffusers_puts_it(llm_fol
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """-> a folder whose files are also those of gs://bucket."""
+    """A local folder that is also served as gs://bucket."""
     root = tmp_path / "bucket"
     root.mkdir()
 
@@ -114,7 +114,7 @@ def test_a_t5_computes_the_instruction_with_each_prompt(t5_folder):
     np.testing.assert_allclose(got[mask], expected[mask], rtol=0, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_array_equal(features.mask, batch["t5/mask"])
     assert features.prefix_length == prefix.shape[1]
-    assert np.abs(features.prefix[0] - features.prefix[3]).max() > 1e-3  # T5 looks ahead
+    assert np.abs(features.prefix[0] - features.prefix[3]).max() > 1e-3  # T5 is bidirectional
 
 
 def test_features_are_the_same_inside_the_step_and_ahead_of_it(llm_folder, t5_folder):
@@ -236,7 +236,7 @@ def test_models_that_are_not_supported_are_refused_with_a_list_of_those_that_are
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("tokenizer.json", lambda v: v["model"].update(continuing_subword_prefix="##")),  # panics when it is used
+        ("tokenizer.json", lambda v: v["model"].update(continuing_subword_prefix="##")),  # panics in use
         ("tokenizer_config.json", lambda v: v.update(model_max_length="")),
     ],
 )

@@ -1,4 +1,4 @@
-"""Products with weights: float32 stays float32 on accelerators, and gradients are reduced over devices in float32."""
+"""Tests products with weights: full precision for float32 on accelerators, and gradient reduction in float32."""
 
 import functools
 import re
@@ -42,9 +42,9 @@ FLOATS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def products_in(program):
-    """The matrix products and convolutions of StableHLO: (line, whether an operand is float32, whether it is exact).
+    """Lists the matrix products and convolutions of StableHLO: (line, has a float32 operand, has full precision).
 
-    Attention's logits of bfloat16 are float32, and so their gradients; jax.nn asks for bfloat16 products of these.
+    The logits of bfloat16 attention and their gradients are float32; jax.nn requests bfloat16 products for these.
     """
     found = []
     for line in program.splitlines():
@@ -68,7 +68,7 @@ def lowered(function, *arguments):
 
 
 def with_gradients(module, *inputs, method=None):
-    """The StableHLO of a module's outputs and the gradients of all parameters and float inputs."""
+    """Returns the StableHLO of a module and of the gradients in all parameters and float inputs."""
     params = nn.unbox(jax.eval_shape(functools.partial(module.init, method=method), jax.random.key(0), *inputs))
     is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in inputs]
 
@@ -93,7 +93,7 @@ def test_a_product_that_does_not_ask_for_precision_is_found():
 
 @functools.cache
 def run_of(name, dtype="bfloat16"):
-    """A paper config with its grids, text lengths and head sizes, but narrow and with few blocks, on eight devices."""
+    """Builds a paper config with its grids, text lengths and head sizes, but narrow and shallow, on eight devices."""
     config = load_config(name)
     config.data.path = "unused"
     config.mesh.update(data=2, fsdp=4, tensor=1)
@@ -112,7 +112,7 @@ def run_of(name, dtype="bfloat16"):
 
 
 def train_step(run):
-    """The StableHLO of the whole step: LLMs, VAE, LI-DiT forward and backward, AdamW."""
+    """Returns the StableHLO of a complete train step: LLMs, VAE, LI-DiT forward and backward, AdamW."""
     side = run.experiment.data.resolution
     batch = compile_step.abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, Bucket(side, side))
     trainer = run.trainer(run.experiment.train)
@@ -198,7 +198,7 @@ def normal(seed, shape, dtype=jnp.float32):
 
 
 def check_gradients(ours, plain, x, weight):
-    """Both functions' values and gradients agree, in float32."""
+    """Asserts that values and gradients of both functions agree, in float32."""
     cotangent = normal(9, jax.eval_shape(plain, x, weight).shape)
     results = []
     for function in (ours, plain):
@@ -235,7 +235,7 @@ def test_a_products_gradients_are_jaxs(rows):
 
 
 def gradient_error(layer, x):
-    """The largest error of a bfloat16 layer's weight gradients, of the largest, against float64's."""
+    """Returns the largest error of a bfloat16 layer's weight gradients against float64, relative to the largest one."""
     params = layer.init(jax.random.key(0), x)
     params = nn.unbox(
         jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
@@ -282,11 +282,11 @@ def test_the_gradient_of_t5s_relative_positions_is_summed_in_float32():
     assert gradients[0] and not any("bf16" in line for line in gradients[0])
 
 
-# --- what is sent ------------------------------------------------------------------------------------------------
+# --- collectives -------------------------------------------------------------------------------------------------
 
 
 def collectives(function, *arguments, folder):
-    """(kind, type, shape, name) after SPMD partitioning: the CPU's compiler widens bfloat16 messages later."""
+    """Lists (kind, type, shape, name) of collectives after SPMD partitioning, before the CPU compiler widens them."""
     options = {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd-partitioning"}
     jax.jit(function).lower(*arguments).compile(compiler_options=options)
     [file] = folder.glob("*after_spmd-partitioning*")
@@ -301,7 +301,7 @@ LAYERS = {
 
 
 def gradient_program(layer, shape, mesh):
-    """-> (gradient of a layer's parameters, its arguments' shapes), sharded by the mesh and the rules."""
+    """Returns the gradient function of a layer's parameters and its sharded abstract arguments."""
     params = nn.unbox(jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros(shape)))
     stored = {"kernel": PartitionSpec(*[None] * (len(shape) - 3), "fsdp", "tensor"), "bias": PartitionSpec("fsdp")}
     if isinstance(layer, Conv):
@@ -333,7 +333,7 @@ def test_weights_are_gathered_in_bfloat16_and_their_gradients_reduced_as_asked(l
     assert gathered and set(gathered) == {"bf16"}
     assert {dtype for dtype, _, _ in reduced} == {{"float32": "f32", "bfloat16": "bf16"}[reduction]}
     assert all("/gradient_reduction/" in name for _, _, name in reduced)
-    # First over fsdp; then over data what is left to each of its four devices.
+    # First a reduction over fsdp, then one over data of the quarter that each of the four devices keeps.
     sizes = sorted(np.prod([int(size) for size in shape.split(",")]) for _, shape, _ in reduced)
     assert len(sizes) == 2 and sizes[1] == 4 * sizes[0]
     biases = {dtype for kind, dtype, shape, _ in sent if kind == "all-reduce" and "," not in shape and shape}
@@ -348,7 +348,8 @@ def test_the_bytes_of_gradient_reductions_are_read_from_the_program(layer):
         cost = cost_of(jax.jit(gradient).lower(*arguments).compile().as_text())
     weights = sum(x.size for x in jax.tree.leaves(arguments[0]))
     assert list(cost.gradient_reductions) == ["f32"]
-    # Everything over fsdp, a quarter of it over data; each there and back, 4 bytes a number. Of a bias all at once.
+    # The kernel is all-reduced over fsdp and a quarter of it over data, 4 bytes per element, each counted twice (reduce
+    # and gather); a bias is all-reduced once over both.
     kernel = arguments[0]["params"]["kernel"].size
     assert cost.gradient_reductions["f32"] == pytest.approx(2 * 4 * (1.25 * kernel + weights - kernel), rel=0.01)
     assert cost.messages["all-reduce"] == pytest.approx(cost.gradient_reductions["f32"], rel=0.05)
@@ -356,7 +357,7 @@ def test_the_bytes_of_gradient_reductions_are_read_from_the_program(layer):
 
 @pytest.mark.parametrize(("policy", "products"), [("nothing_saveable", 4), ("dots_with_no_batch_dims_saveable", 3)])
 def test_products_are_recomputed_only_where_the_policy_says(policy, products):
-    """A block's forward product and both gradients', in a scan over five; under rematerialisation one more."""
+    """Counts a block's forward product and two gradient products in a scan of five blocks, and one more with remat."""
     x, kernels = normal(0, (32, 64)), normal(1, (5, 64, 64))
 
     @functools.partial(jax.checkpoint, policy=getattr(jax.checkpoint_policies, policy), prevent_cse=False)

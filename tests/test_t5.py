@@ -1,4 +1,4 @@
-"""T5's encoder against transformers' T5 and mT5, its weights format and its errors."""
+"""Compares the T5 encoder with transformers' T5 and mT5, and tests loading its weights and its error messages."""
 
 import json
 from functools import partial
@@ -31,7 +31,7 @@ from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.weights.huggingface_t5 import load_t5_encoder
 
 VOCAB_SIZE = 64
-# 3 heads of 8 are not the width, as in mT5-small; sequences of 150 are longer than any distance.
+# 3 heads of size 8 differ from the width, as in mT5-small; sequences of 150 exceed the largest distance.
 SIZES = {"vocab_size": VOCAB_SIZE, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 3}
 SIZES |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
 V1_1 = {**SIZES, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -55,7 +55,7 @@ TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
 def reference(name):
-    """transformers' model with random weights, norms included: their ones would hide mistakes."""
+    """Returns transformers' model with random weights; norm weights too, whose initial ones would hide mistakes."""
     model_class, config_class, values = MODELS[name]
     torch.manual_seed(0)
     model = model_class._from_config(config_class(**values), attn_implementation="eager").eval()
@@ -142,7 +142,7 @@ def test_weights_loaded_as_bfloat16_give_the_output_of_float32_weights_computed_
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """(config, params) of a v1.1."""
+    """Config and parameters of a T5 v1.1 encoder."""
     folder = tmp_path_factory.mktemp("t5")
     reference("v1.1_encoder").save_pretrained(folder)
     return load_t5_encoder(folder)
@@ -160,7 +160,7 @@ def test_no_valid_token_depends_on_the_content_of_the_padding(encoder, tokens, p
 
 
 @settings(max_examples=25)
-@given(tokens=ROW, length=st.sampled_from([1, 5, 8]))  # each is compiled
+@given(tokens=ROW, length=st.sampled_from([1, 5, 8]))  # each length compiles
 def test_padding_is_as_good_as_a_shorter_sequence(encoder, tokens, length):
     row = np.array([tokens], np.int32)
     padded = encode(*encoder, row, right_padding([length], 8))

@@ -1,4 +1,4 @@
-"""Prompts to tokens, the demo's own tokenizer, and the frozen encoders."""
+"""Tests the tokenization of prompts, the demo's tokenizer, and the frozen encoders."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def without_spaces(text):
     return text.replace(" ", "")
 
 
-# Prompts to tokens
+# --- tokenization of prompts ---
 
 
 def test_a_prompt_is_its_own_tokens_then_the_end_token_then_padding_that_the_mask_leaves_out():
@@ -163,13 +163,13 @@ def test_a_length_without_room_for_the_end_token_is_refused():
         PromptTokenizer(TOKENIZER, 0)
 
 
-# Tokenizers as they are published
+# --- tokenizers of published models ---
 
 TEMPLATE = (
     "{% for m in messages %}{% if loop.first %}<|begin|>{% endif %}"
     "<|{{ m.role }}|>\n{{ m.content | trim }}<|end|>{% endfor %}"
 )
-# Gemma's refuses a system prompt.
+# Gemma's template raises for a system prompt.
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
 IGNORES_SYSTEM = "{% for m in messages if m.role == 'user' %}<|user|>{{ m.content }}{% endfor %}"
 
@@ -182,7 +182,7 @@ def chat_tokenizer(template=TEMPLATE):
 
 
 def byte_level():
-    """LLaMA 3's and Qwen's kind: a space belongs to the word after it, and none is added."""
+    """Returns a tokenizer like those of LLaMA 3 and Qwen: a space belongs to the next word, and none is added."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -197,7 +197,10 @@ def byte_level():
 
 
 def metaspace(prepend_scheme):
-    """LLaMA 2's, Mistral's ("first") and T5's ("always") kind: spaces are written into the words, unknown as bytes."""
+    """Returns a tokenizer like those of LLaMA 2, Mistral ("first") and T5 ("always").
+
+    Words include a symbol for the space before them, and unknown characters become bytes.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=prepend_scheme)])
@@ -227,10 +230,10 @@ def test_a_prompt_has_the_tokens_that_it_has_behind_the_instruction(kind, prompt
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_prefix_and_prompt_read_as_what_was_written(kind, prompt):
-    """Nothing is lost or merged at the border, whatever the prompt starts with."""
+    """Nothing is lost or merged between prefix and prompt, for any start of the prompt."""
     tokenizer = PromptTokenizer(KINDS[kind], max_length=80)
     text = KINDS[kind].decode([*tokenizer.prefix(), *real_tokens(tokenizer([prompt]), 0)])
-    # Metaspace has one character for a space and for itself, and tabs are not of its words.
+    # Spaces are not compared: Metaspace tokenizers decode their symbol for a space to one as well.
     assert without_spaces(text) == without_spaces(f"{INSTRUCTION}{prompt}{END}")
 
 
@@ -239,7 +242,7 @@ def test_prefix_and_prompt_read_as_what_was_written(kind, prompt):
 def test_no_prompt_changes_the_prefix(kind, prompt):
     before = PromptTokenizer(KINDS[kind], max_length=8).prefix()
     assert PromptTokenizer(KINDS[kind], max_length=8)(["", prompt])["mask"].any(axis=1).all()
-    after = PromptTokenizer(KINDS[kind], max_length=8)  # computes its prefix after the tokenizer has read the prompt
+    after = PromptTokenizer(KINDS[kind], max_length=8)  # computes its prefix after a prompt was tokenized
     np.testing.assert_array_equal(after.prefix(), before)
 
 
@@ -278,7 +281,7 @@ def test_a_chat_template_without_instruction_opens_the_users_turn():
     assert chat.decode(prefix).replace(" ", "") == "<|begin|><|user|>\n"
 
 
-# LLaVA's: a message is a list of parts.
+# Like LLaVA's template: the content of a message is a list.
 PARTS = (
     "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
     "{{ part.text }}{% endfor %}{% endfor %}"
@@ -328,7 +331,7 @@ def test_special_tokens_that_a_prompt_spells_out_are_text(prompt):
     assert tokens[-1] == chat.eos_token_id
 
 
-# The demo's own tokenizer
+# --- the demo's tokenizer ---
 
 
 @pytest.mark.parametrize("prompt", ["红色的圆形", "a红circle在上面blue", " 三角形 ", "蓝"])
@@ -340,21 +343,21 @@ def test_each_chinese_character_is_one_token_of_its_own(prompt):
 
 
 def test_words_seen_in_training_are_few_tokens():
-    # Frequent words become one token; a byte-level alphabet alone would need one for each letter.
+    # Frequent words are one token; without merges each letter would be one.
     tokenizer = train_tokenizer(["a red circle above a blue square"] * 20, 400)
     assert len(tokenizer("a blue circle", add_special_tokens=False)["input_ids"]) == 3
 
 
 @given(text=TEXT)
 def test_no_text_is_unknown(text):
-    """Spaces aside: the pre-tokenizer puts one before every word and every Chinese character."""
+    """Ignores spaces, because the pre-tokenizer adds one before every word and every Chinese character."""
     decoded = TOKENIZER.decode(ids_of(text), clean_up_tokenization_spaces=False)
     assert without_spaces(decoded) == without_spaces(text)
 
 
 def test_a_character_never_seen_in_training_is_read_as_its_bytes():
     assert "龍" not in "".join(CAPTIONS)
-    assert len(ids_of("龍")) == 1 + len("龍".encode())  # the space before it is a token too
+    assert len(ids_of("龍")) == 1 + len("龍".encode())  # one token for the space before it, one per byte
 
 
 def test_training_twice_gives_the_same_tokenizer():
@@ -396,7 +399,7 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path, name, text):
     assert "\n" not in str(error.value)
 
 
-# The frozen encoders
+# --- the frozen encoders ---
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
 CONFIG = LLMConfig(vocab_size=len(TOKENIZER), **SIZES, num_key_value_heads=1, attention_bias=True, dtype="float32")
@@ -409,7 +412,7 @@ def params():
 
 
 def features_of(encoder, params, prompts):
-    """As inside a train step."""
+    """Returns the encoder's features of prompts, computed under jit as in a train step."""
     batch = {f"it/{key}": value for key, value in encoder.tokenizer(prompts).items()}
     return jax.jit(lambda *arguments: encode({"it": encoder}, *arguments)[0])({"it": encoder.freeze(params)}, batch)
 
@@ -480,7 +483,7 @@ def test_encoders_with_their_own_tokenizers_stand_side_by_side(params):
 
 
 def test_a_special_token_without_an_embedding_is_no_obstacle_unless_a_prompt_can_have_it():
-    """Multi-modal tokenizers know tokens of pictures; prompts never have them."""
+    """Multi-modal tokenizers have image tokens, which never occur in prompts."""
     tokenizer = train_tokenizer(CAPTIONS, 500)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     assert LLMTextEncoder(CONFIG, PromptTokenizer(tokenizer, 8)).hidden_size == 16

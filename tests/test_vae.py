@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' own, its weights file format, its loss and its errors."""
+"""Compares the autoencoder with diffusers', and tests its weights format, its loss and its error messages."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from lidit_jax.models.vae_layers import GroupNorm, enlarge_and_convolve
 from lidit_jax.models.vae_loss import kl_loss, reconstruction_loss
 from lidit_jax.weights.diffusers_vae import OLD_ATTENTION_NAMES, load_vae, save_vae
 
-# Of the published ones, at reduced widths: what tells them apart is kept.
+# Architectures of published autoencoders at reduced widths, with the options in which they differ.
 SD1 = {
     "block_out_channels": (16, 32, 32),
     "layers_per_block": 1,
@@ -55,7 +55,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def reference(architecture):
-    """diffusers' model with random weights, norms and biases included: their initial ones and zeros hide mistakes."""
+    """Returns diffusers' model with random weights; norms and biases too, whose ones and zeros hide mistakes."""
     num_blocks = len(architecture["block_out_channels"])
     torch.manual_seed(0)
     model = DiffusersAutoencoderKL(
@@ -72,7 +72,7 @@ def reference(architecture):
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def saved(request, tmp_path_factory):
-    """(diffusers' model, the folder that it saved)."""
+    """diffusers' model and the folder that it saved."""
     model = reference(ARCHITECTURES[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
@@ -104,13 +104,13 @@ def assert_same_bits(actual, expected):
 
 
 def run(config, params, array, method, dtype=jnp.float32):
-    """`AutoencoderKL.method` compiled: op by op it would take many times longer."""
+    """Runs a method of `AutoencoderKL` under jit, which is many times faster than op by op."""
     vae = AutoencoderKL(config, dtype=dtype)
     return jax.jit(lambda params, array: vae.apply({"params": params}, array, method=method))(params, array)
 
 
 def close(actual, expected):
-    """Within 1e-4 of the largest value."""
+    """Asserts that values agree to 1e-4 of the largest one."""
     expected = np.asarray(expected)
     np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
@@ -284,7 +284,7 @@ def test_log_variance_is_clipped_and_kl_is_zero_for_the_standard_normal_alone():
 
 
 def test_gradient_of_the_loss_is_finite_and_reaches_every_parameter(tmp_path):
-    # Groups of two channels: one of a single channel would cancel the biases before it, whose gradient is then 0.
+    # Groups of two channels: GroupNorm of single channels would cancel the biases before it, with a gradient of 0.
     reference({**SD1, "block_out_channels": (8, 16), "norm_num_groups": 4}).save_pretrained(tmp_path)
     config, params = load_vae(tmp_path)
     pictures = images(4, 6)
@@ -296,7 +296,7 @@ def test_gradient_of_the_loss_is_finite_and_reaches_every_parameter(tmp_path):
     gradients = flat(jax.jit(jax.grad(loss))(params))
     for name, gradient in gradients.items():
         assert jnp.isfinite(gradient).all(), name
-        # A key's bias adds the same to all of a query's scores, which softmax ignores.
+        # The bias of keys adds the same value to all scores of a query, which softmax ignores.
         assert name.endswith("to_k/bias") or jnp.abs(gradient).max() > 1e-8, name
 
 

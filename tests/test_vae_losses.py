@@ -1,4 +1,4 @@
-"""What the autoencoder is trained by, against PyTorch and NumPy, and when the discriminator is heard."""
+"""Compares the training losses of the autoencoder with PyTorch and NumPy, and tests the discriminator's start step."""
 
 import flax
 import flax.linen as nn
@@ -66,7 +66,7 @@ def test_the_hinge_is_that_of_numpy():
 
 @pytest.mark.parametrize("weaker", [1.0, 1e-9])
 def test_the_adaptive_weight_is_that_of_pytorchs_gradients(weaker):
-    """Both losses' gradients in the last convolution's kernel, by autograd, as latent diffusion's code has them."""
+    """The reference computes both gradients in the last kernel with autograd, as latent diffusion's code does."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(2, 8, 8, 5)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, 5, 3)).astype(np.float32)
@@ -107,7 +107,7 @@ def test_a_given_gradient_takes_the_place_of_the_own_one():
 
 
 def torch_lpips(tensors, first, second):
-    """The definition (Zhang et al. 2018, equation 1) in PyTorch, on VGG16's five layers before their pooling."""
+    """Computes LPIPS (Zhang et al. 2018, equation 1) in PyTorch from the five layers of VGG16 before each pooling."""
     shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
     scale = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
     x = (torch.cat([first, second]) - shift) / scale
@@ -136,7 +136,7 @@ def test_lpips_and_its_gradient_are_those_of_pytorch(vgg_tensors, lpips_file):
     value, slope = jax.jit(lambda first: (distance(first), jax.grad(lambda x: distance(x).sum())(first)))(first)
     np.testing.assert_allclose(value, expected.detach(), rtol=1e-4)
     expected_slope = inputs.grad.permute(0, 2, 3, 1).numpy()
-    # As a whole: where two values in a pooling window are as good as equal, rounding decides which one is the largest.
+    # Compare norms: rounding decides which of two nearly equal values in a pooling window gets the gradient.
     assert np.linalg.norm(slope - expected_slope) < 1e-3 * np.linalg.norm(expected_slope)
 
 
@@ -224,7 +224,7 @@ def make_trainer(mesh_sizes=ONE_DEVICE, discriminator=None, lpips=None, accumula
 
 
 def take_steps(trainer, count):
-    """(the parameters after each step, the metrics of each)."""
+    """Returns the parameters after each step, and the metrics of each step."""
     state, states, rows = trainer.init(0), [], []
     rng = np.random.default_rng(0)
     with jax.set_mesh(trainer.mesh):
@@ -241,7 +241,7 @@ CRITIC = PatchDiscriminator(width=4, layers=1)
 
 @pytest.fixture(scope="module")
 def alone():
-    """(parameters, metrics) of four steps without a discriminator."""
+    """Parameters and metrics of four steps without a discriminator."""
     return take_steps(make_trainer(), 4)
 
 
@@ -252,7 +252,7 @@ def late_trainer():
 
 @pytest.fixture(scope="module")
 def late(late_trainer):
-    """The same of four steps with one that starts at step 2."""
+    """Parameters and metrics of four steps with a discriminator that starts at step 2."""
     return take_steps(late_trainer, 4)
 
 
@@ -266,7 +266,7 @@ def test_a_discriminator_that_starts_late_leaves_the_first_steps_untouched(alone
     changed = jax.tree.map(lambda a, b: np.abs(a - b).max(), steps[3]["vae"], without[3]["vae"])
     assert max(jax.tree.leaves(changed)) > 1e-5
     learned = jax.tree.map(lambda a, b: np.abs(a - b).max(), steps[3]["discriminator"], first)
-    del learned["conv_out"]["bias"]  # moves real and fake scores alike
+    del learned["conv_out"]["bias"]  # shifts real and fake scores equally
     assert min(jax.tree.leaves(learned)) > 0
     assert rows[3]["hinge"].mean > 0
     assert rows[3]["adaptive_weight"].mean > 0
@@ -274,7 +274,7 @@ def test_a_discriminator_that_starts_late_leaves_the_first_steps_untouched(alone
 
 @pytest.mark.parametrize("perceptual", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_steps_gradient_is_that_of_the_whole_loss(lpips_file, perceptual):
-    """Passing the decoder once, with weighed gradients, is differentiating each loss through everything."""
+    """One backward pass through the decoder, with the weighted gradient, equals differentiating the complete loss."""
     lpips = load_lpips(lpips_file) if perceptual else None
     trainer = make_trainer(discriminator=CRITIC, lpips=lpips, perceptual_weight=0.7)
     params, key = trainer.init(0).params, jax.random.key(3)

@@ -1,4 +1,4 @@
-"""Decoding in tiles and slices against decoding at once."""
+"""Compares decoding in tiles and slices with decoding at once."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ CONFIG = VAEConfig(
 
 
 def random_params(config, seed=0):
-    """Weights as training leaves them: no norm at its initial one and zero."""
+    """Returns parameters as after training: scales and biases of norms are not one and zero."""
     side = config.downsampling_factor
     shapes = jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
     rng = np.random.default_rng(seed)
@@ -59,7 +59,7 @@ def model_and_params():
 
 
 def uneven_latents(batch, height, width, seed=0):
-    """One half quiet, the other loud: what a tile's own statistics would be wrong for."""
+    """Returns latents with different statistics in their halves, so that statistics of a tile would be wrong."""
     latents = np.random.default_rng(seed).normal(size=(batch, height, width, CONFIG.latent_channels))
     latents[:, :, width // 2 :] = 5 * latents[:, :, width // 2 :] + 2
     return latents.astype(np.float32)
@@ -70,7 +70,7 @@ def whole(model, params, latents):
 
 
 def grey_levels(tiled, expected):
-    """Largest difference of what is shown, in 1/255."""
+    """Returns the largest difference of displayed values, in grey levels (1/255)."""
     shown = [np.clip(np.asarray(picture), -1, 1) * 127.5 for picture in (tiled, expected)]
     return np.abs(shown[0] - shown[1]).max()
 
@@ -83,14 +83,14 @@ def test_tiles_give_the_whole_picture_to_rounding(model_and_params, height, widt
     tiled = jax.jit(lambda p, z: decode_in_tiles(model, p, z, tile))(params, latents)
     assert tiled.shape == expected.shape == (2, 4 * height, 4 * width, 3)
     np.testing.assert_allclose(tiled, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    # A cut of the latents decoded by itself, with its own statistics, is far from that.
+    # A crop of the latents decoded by itself, with its own statistics, differs much more.
     alone = whole(model, params, latents[:, :, : width // 2])
     assert np.abs(alone[:, :, :width] - expected[:, :, :width]).max() > 0.1
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_position_depends_on_what_is_within_the_reach_alone(layers):
-    """But for the statistics: with those given, a change beyond the reach changes nothing, one at it does."""
+    """With fixed statistics, a change beyond the reach has no effect, and a change at the reach has one."""
     config = dataclasses.replace(CONFIG, layers_per_block=layers)
     params = random_params(config)
     stage = _Stage(AutoencoderKL(config), params, 1, last=True)
@@ -111,7 +111,7 @@ def test_a_position_depends_on_what_is_within_the_reach_alone(layers):
 
 @given(st.integers(1, 300), st.integers(2, 80), st.integers(1, 33))
 def test_tiles_parts_are_the_side_and_each_ends_beyond_its_part(side, spare, reach):
-    length = 2 * reach + spare  # as `smallest_tile` sees to
+    length = 2 * reach + spare  # as `smallest_tile` ensures
     tiles = place_tiles(side, length, reach)
     assert tiles.length == min(side, length)
     parts = tiles.parts + tiles.starts[:, None]
@@ -149,13 +149,13 @@ def test_slices_and_tiles_give_the_batch_that_is_decoded_at_once(model_and_param
     latents = uneven_latents(4, 5, 7)
     decode = jax.jit(lambda p, z: decode_within(model, p, z, pixels_at_once=pixels_at_once, tile=32))
     text = decode.lower(params, latents).as_text()
-    assert ("while" in text) == (pixels_at_once < 4 * 20 * 28)  # it goes round in slices or tiles, or at once
+    assert ("while" in text) == (pixels_at_once < 4 * 20 * 28)  # slices and tiles run in a loop
     expected = whole(model, params, latents)
     np.testing.assert_allclose(decode(params, latents), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 def test_tiles_take_a_fraction_of_the_memory():
-    """As the compiler counts it; nothing is run."""
+    """Uses the memory analysis of the compiler; nothing is run."""
     config = VAEConfig(
         block_out_channels=(32, 64, 64, 64), layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False
     )
