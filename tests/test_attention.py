@@ -136,10 +136,10 @@ def test_a_row_without_keys_gets_the_mean_of_the_values():
 
 def test_what_a_kernel_cannot_do_is_said(monkeypatch):
     arrays, _ = inputs((1, 8, 8, 1, 1, 8))
-    with pytest.raises(UserError, match="takes no bias"):
+    with pytest.raises(UserError, match="supports no bias"):
         dot_product_attention(*arrays, mask=jnp.ones((1, 1, 8, 8), bool), implementation="splash")
     monkeypatch.setattr(attention, "_platform", lambda: "tpu")
-    with pytest.raises(UserError, match="attention='splash' multiplies float32 as bfloat16: give 'auto' or 'xla'"):
+    with pytest.raises(UserError, match="attention='splash' would multiply float32 in bfloat16: use 'auto' or 'xla'"):
         dot_product_attention(*arrays, implementation="splash")
     with pytest.raises(UserError, match="attention='flash' is unknown: use one of auto, xla"):
         LIDiTConfig(depth=1, hidden_size=8, num_heads=1, patch_size=1, latent_channels=1, attention="flash")

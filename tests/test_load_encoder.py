@@ -67,7 +67,7 @@ def test_a_tokenizer_beside_the_weights_is_found_where_diffusers_puts_it(llm_fol
     np.testing.assert_array_equal(found[0]["tokens"], expected["tokens"])
     assert (found[1]["tokens"] != expected["tokens"]).any()
     shutil.rmtree(tmp_path / "tokenizer_2")
-    with pytest.raises(UserError, match=r"text_encoder_2: no tokenizer\.json in it"):
+    with pytest.raises(UserError, match=r"text_encoder_2: no tokenizer\.json in this folder"):
         load(tmp_path / "text_encoder_2")
 
 
@@ -216,14 +216,14 @@ def copy_with(folder: Path, target: Path, **changes) -> Path:
 def test_prompts_longer_than_the_llms_context_are_refused_before_its_weights_are_read(llm_folder, tmp_path):
     folder = copy_with(llm_folder, tmp_path / "short", max_position_embeddings=12)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"short: .*tokens, the LLM was made for 12: lower text\.max_length"):
+    with pytest.raises(UserError, match=r"short: .*tokens, more than the LLM's context of 12: lower text\.max_length"):
         open_encoder(str(folder), prompts_of, dtype="float32")
 
 
 def test_a_tokenizer_of_another_model_is_refused_before_its_weights_are_read(llm_folder, tmp_path):
     folder = copy_with(llm_folder, tmp_path / "other", vocab_size=200)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"other: the tokenizer has tokens up to \d+, the model has 200 embeddings"):
+    with pytest.raises(UserError, match=r"other: the tokenizer has token ids up to \d+, the model has 200 embeddings"):
         open_encoder(str(folder), prompts_of, dtype="float32")
 
 
@@ -245,7 +245,7 @@ def test_a_tokenizer_whose_damage_shows_only_in_use_is_refused(llm_folder, tmp_p
     values = json.loads((folder / name).read_text())
     change(values)
     (folder / name).write_text(json.dumps(values))
-    with pytest.raises(UserError, match="damaged/tokenizer.json: not a tokenizer"):
+    with pytest.raises(UserError, match="damaged/tokenizer.json: not a valid tokenizer"):
         open_encoder(str(folder), prompts_of, dtype="float32")
 
 

@@ -319,7 +319,7 @@ def test_absent_keys_have_transformers_defaults(tmp_path):
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon=0.0 is not a positive number"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon=nan"),
         ({"relative_attention_num_buckets": 3}, "relative_attention_num_buckets=3"),
-        ({"relative_attention_max_distance": 2}, "relative_attention_max_distance=2 is not beyond"),
+        ({"relative_attention_max_distance": 2}, "relative_attention_max_distance=2 must be greater than 2"),
         ({"relative_attention_num_buckets": 16}, r"relative_attention_bias\.weight has shape \(8, 3\)"),
         ({"vocab_size": VOCAB_SIZE + 1}, r"shared\.weight has shape \(64, 32\), config\.json asks for \(65, 32\)"),
         ({"num_layers": 4}, r"tensor encoder\.block\.3\..* is missing"),

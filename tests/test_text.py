@@ -309,8 +309,8 @@ def test_half_a_surrogate_pair_in_the_instruction_reads_as_a_question_mark_in_a_
     ("template", "why"),
     [
         ("{{ raise_exception('not today') }}", "not today"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not keep the user's words"),
-        ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "does not keep the user's words"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "it alters the text of the user's turn"),
+        ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "it alters the text of the user's turn"),
         ("{% for m in", "chat template fails"),
         ("{{ messages[7].content }}", "chat template fails"),
         ("{{ messages[0]['content'].__class__.__mro__ }}", "chat template fails"),
@@ -385,7 +385,7 @@ def test_a_saved_tokenizer_loads_as_itself(tmp_path):
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=r"no tokenizer\.json in it"):
+        with pytest.raises(UserError, match=r"no tokenizer\.json in this folder"):
             load_tokenizer(folder)
 
 
@@ -394,7 +394,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path, name, text):
     TOKENIZER.save_pretrained(str(tmp_path))
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match="not a tokenizer") as error:
+    with pytest.raises(UserError, match="not a valid tokenizer") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 
@@ -489,11 +489,11 @@ def test_a_special_token_without_an_embedding_is_no_obstacle_unless_a_prompt_can
     assert LLMTextEncoder(CONFIG, PromptTokenizer(tokenizer, 8)).hidden_size == 16
     assert tokenizer.convert_tokens_to_ids("<image>") not in PromptTokenizer(tokenizer, 32)(["<image>"])["tokens"]
     tokenizer.add_tokens(["ordinary"])
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="token ids up to"):
         LLMTextEncoder(CONFIG, PromptTokenizer(tokenizer, 8))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_llm_has_embeddings_is_refused():
     config = dataclasses.replace(CONFIG, vocab_size=len(TOKENIZER) - 1)
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="token ids up to"):
         LLMTextEncoder(config, PromptTokenizer(TOKENIZER, 8))

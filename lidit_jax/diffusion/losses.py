@@ -44,7 +44,7 @@ def diffusion_loss(
 
     prediction = predict(schedule.add_noise(x0, noise, times), timesteps)
     if prediction.shape != x0.shape:
-        raise ValueError(f"the prediction has shape {prediction.shape}, the samples {x0.shape}")
+        raise ValueError(f"the prediction has shape {prediction.shape}, expected {x0.shape}, the shape of the samples")
 
     errors = jnp.square(prediction.astype(jnp.float32) - schedule.target(x0, noise, times))
     loss_per_sample = errors.mean(axis=tuple(range(1, errors.ndim)))  # [B]

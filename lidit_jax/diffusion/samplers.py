@@ -286,12 +286,12 @@ def _checked_sampler(sampler_name: str, schedule: Schedule, eta: float) -> Sampl
         raise UserError(f"unknown sampler {sampler_name!r}; with {schedule_name} choose one of {fitting}")
     sampler = SAMPLERS[sampler_name]
     if not isinstance(schedule, sampler.schedule):
-        raise UserError(f"sampler {sampler_name!r} does not go with {schedule_name}; choose one of {fitting}")
+        raise UserError(f"sampler {sampler_name!r} does not support {schedule_name}; choose one of {fitting}")
     if not 0.0 <= eta <= 1.0:
         raise UserError(f"eta must lie in [0, 1], got {eta}")
     if eta and not sampler.takes_eta:
         with_eta = ", ".join(name for name, entry in SAMPLERS.items() if entry.takes_eta)
-        raise UserError(f"sampler {sampler_name!r} has no eta; leave it 0 or use {with_eta}")
+        raise UserError(f"sampler {sampler_name!r} has no eta, got {eta}; leave it 0 or use {with_eta}")
     return sampler
 
 
@@ -306,7 +306,7 @@ def _checked_spacing(sampler_name: str, schedule: Schedule, spacing: str | None,
     if spacing == "leading" and schedule.zero_terminal_snr:
         raise UserError("a schedule with zero_terminal_snr must be sampled from its last timestep: use 'trailing'")
     if steps_offset and spacing != "leading":
-        raise UserError(f"steps_offset is for 'leading' timestep spacing, not for {spacing!r}; leave it 0")
+        raise UserError(f"steps_offset={steps_offset} requires 'leading' timestep spacing, not {spacing!r}; leave it 0")
     return spacing
 
 
@@ -318,7 +318,7 @@ def _checked_num_steps(num_steps: int, schedule: Schedule) -> int:
     if num_steps < 1:
         raise UserError(f"the number of sampling steps must be at least 1, got {num_steps}")
     if num_steps > MAX_STEPS:
-        raise UserError(f"{num_steps!r:.40} sampling steps are more than the {MAX_STEPS} that make sense")
+        raise UserError(f"{num_steps!r:.40} sampling steps are more than the maximum of {MAX_STEPS}")
     if isinstance(schedule, DDPM) and num_steps > schedule.num_timesteps:
         raise UserError(f"{num_steps} sampling steps are more than the schedule's {schedule.num_timesteps} timesteps")
     return num_steps
@@ -410,7 +410,7 @@ def _combine(weights: jax.Array, terms: tuple[jax.Array, ...]) -> jax.Array:
 
 def _check_keys(sampler_name: str, keys: jax.Array | None, batch_size: int) -> None:
     if keys is None:
-        raise UserError(f"sampler {sampler_name!r} draws noise: pass keys, one per sample")
+        raise UserError(f"sampler {sampler_name!r} adds noise: pass keys, one per sample")
     # Raw uint32 keys (jax.random.PRNGKey) have a trailing axis.
     keys_shape = keys.shape if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else keys.shape[:-1]
     if keys_shape != (batch_size,):

@@ -178,7 +178,7 @@ class DDPM(Schedule):
             )
         # Recovering x_0 = (x - sigma eps) / alpha in float32 needs an alpha that float32 can represent.
         if np.sqrt(np.prod(1.0 - self._unscaled_betas())) < np.finfo(np.float32).tiny:
-            raise UserError(f"beta_end {self.beta_end} leaves no signal at the last timestep; lower it")
+            raise UserError(f"beta_end={self.beta_end} leaves no signal at the last timestep: use a smaller value")
 
     @functools.cached_property
     def betas(self) -> np.ndarray:

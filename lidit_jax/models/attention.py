@@ -61,11 +61,13 @@ def dot_product_attention(
         implementation = choose(_platform(), query, key, is_plain=is_plain, is_masked=key_mask is not None)
     if implementation == "splash":
         if not is_plain:
-            raise UserError("attention='splash' takes no bias and no mask of queries and keys: give 'auto' or 'xla'")
+            raise UserError(
+                "attention='splash' supports no bias, softcap or mask over queries and keys: use 'auto' or 'xla'"
+            )
         interpret = _platform() != "tpu"
         if not interpret and query.dtype == jnp.float32:
             raise UserError(
-                "attention='splash' multiplies float32 as bfloat16: give 'auto' or 'xla', or dtype bfloat16"
+                "attention='splash' would multiply float32 in bfloat16: use 'auto' or 'xla', or dtype='bfloat16'"
             )
         options = {"key_mask": key_mask, "is_causal": is_causal, "scale": scale}
         return splash_attention(query, key, value, **options, interpret=interpret)
@@ -74,7 +76,7 @@ def dot_product_attention(
         mask = key_mask if mask is None else jnp.logical_and(mask, key_mask)
     if softcap:
         if bias is not None or is_causal:
-            raise ValueError("softcap goes with a mask, not with a bias or is_causal")
+            raise ValueError(f"softcap={softcap} cannot be combined with bias or is_causal: use mask instead")
         return _softcapped_attention(query, key, value, mask, scale, softcap)
     # jax.nn.dot_product_attention has no precision argument; it uses the ambient default.
     precise = jax.default_matmul_precision("highest") if query.dtype == jnp.float32 else contextlib.nullcontext()

@@ -76,20 +76,22 @@ class LIDiTConfig:
             )
         for name in ("mlp_ratio", "refiner_mlp_ratio"):
             if int(self.hidden_size * getattr(self, name)) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)} leaves no width: use a larger one")
+                raise UserError(
+                    f"model.{name}={getattr(self, name)} gives a feed-forward width of 0: use a larger value"
+                )
         if self.hidden_size < 4:
             raise UserError(f"model.hidden_size={self.hidden_size} is too small: use at least 4")
         if self.scan_unroll < 1:
             raise UserError(f"model.scan_unroll={self.scan_unroll} must be at least 1")
         if self.refiner_rotary and self.head_dim % 2:
             raise UserError(
-                f"model.hidden_size / model.num_heads = {self.head_dim} is odd, which rotary "
-                "positions cannot be: choose other sizes, or model.refiner_rotary=False"
+                f"model.hidden_size / model.num_heads = {self.head_dim} is odd, but rotary positions need an even head "
+                "size: change one of them, or set model.refiner_rotary=False"
             )
         if ROPE in parse_position(self.position) and self.head_dim % 4:
             raise UserError(
-                f"model.hidden_size / model.num_heads = {self.head_dim} is not divisible by 4, as "
-                "'rope' needs: choose other sizes, or another model.position"
+                f"model.hidden_size / model.num_heads = {self.head_dim} is not divisible by 4, as 'rope' in "
+                "model.position requires: change one of them, or model.position"
             )
         if self.position_grid < 1:
             raise UserError(f"model.position_grid={self.position_grid} must be at least 1")

@@ -104,14 +104,21 @@ class LLMConfig:
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.rope_theta <= 1 or (self.local_rope_theta or DEFAULT_THETA) <= 1:
-            raise UserError(f"rope_theta={self.rope_theta}: rotary positions need a base above 1")
+        for name in ("rope_theta", "local_rope_theta"):
+            base = getattr(self, name)
+            if base is not None and base <= 1:
+                raise UserError(f"{name}={base}: rotary positions need a base above 1")
         if self.hidden_act not in ACTIVATIONS:
             raise UserError(f"hidden_act={self.hidden_act!r:.80} is not supported: use one of {', '.join(ACTIVATIONS)}")
         if self.sliding_layers and len(self.sliding_layers) != self.num_hidden_layers:
-            raise UserError(f"{len(self.sliding_layers)} layer types for num_hidden_layers={self.num_hidden_layers}")
+            raise UserError(
+                f"sliding_layers has {len(self.sliding_layers)} entries, expected one for each of "
+                f"num_hidden_layers={self.num_hidden_layers}"
+            )
         if any(self.sliding_layers) and self.sliding_window < 1:
-            raise UserError(f"sliding_window={self.sliding_window}: layers that slide need one of at least 1")
+            raise UserError(
+                f"sliding_window={self.sliding_window} must be at least 1 in a model with sliding-window layers"
+            )
 
     def as_encoder(self) -> "LLMConfig":
         """Returns the config of the same model without the blocks after its third-to-last one.

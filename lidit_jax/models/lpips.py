@@ -44,7 +44,9 @@ class LPIPS(nn.Module):
         """
         height, width = first.shape[1:3]
         if min(height, width) < SMALLEST_SIDE:
-            raise UserError(f"pictures of {height}x{width} are too small for LPIPS: {SMALLEST_SIDE} pixels or more")
+            raise UserError(
+                f"images of {height}x{width} pixels are too small for LPIPS: each side must be at least {SMALLEST_SIDE}"
+            )
         x = jnp.concatenate([first, second]).astype(jnp.float32)
         x = (x - jnp.array(MEAN)) / jnp.array(DEVIATION)
         distance = jnp.zeros(first.shape[0])

@@ -63,11 +63,11 @@ class T5Config:
             raise UserError(f"activation={self.activation!r:.80} is not supported: use one of {', '.join(ACTIVATIONS)}")
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets < 4:
-            raise UserError(f"relative_attention_num_buckets={buckets}: two sides, near and far, need at least 4")
+            raise UserError(f"relative_attention_num_buckets={buckets} must be at least 4")
         if distance <= buckets // 4:
             raise UserError(
-                f"relative_attention_max_distance={distance} is not beyond the {buckets // 4} distances that "
-                f"relative_attention_num_buckets={buckets} gives a bucket each"
+                f"relative_attention_max_distance={distance} must be greater than {buckets // 4}, the number of "
+                f"distances with their own bucket for relative_attention_num_buckets={buckets}"
             )
 
 

@@ -199,7 +199,7 @@ class AutoencoderKL(nn.Module):
           UserError: if f does not divide H and W, or the number of channels is not in_channels.
         """
         check_image_size(images.shape[1], images.shape[2], self.config.downsampling_factor)
-        _check_channels("picture", images, self.config.in_channels)
+        _check_channels("images", images, self.config.in_channels)
         moments = self.encoder(images)
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
@@ -227,7 +227,7 @@ class AutoencoderKL(nn.Module):
 
         They include attention, so every output position can depend on all latents.
         """
-        _check_channels("latent", latents, self.config.latent_channels)
+        _check_channels("latents", latents, self.config.latent_channels)
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
         return self.decoder.at_latent_size(latents)
@@ -263,11 +263,11 @@ def check_image_size(height: int, width: int, factor: int) -> None:
     smaller = f"{height // factor * factor}x{width // factor * factor}"
     works = f"{smaller} or {larger}" if min(height, width) >= factor else larger
     raise UserError(
-        f"a picture of {height}x{width} pixels (height x width) does not fit the autoencoder, which reduces each side "
+        f"an image of {height}x{width} pixels (height x width) does not fit the autoencoder, which reduces each side "
         f"by {factor}: use {works}"
     )
 
 
-def _check_channels(what: str, array: jax.Array, expected: int) -> None:
+def _check_channels(name: str, array: jax.Array, expected: int) -> None:
     if array.shape[-1] != expected:
-        raise UserError(f"a {what} of {array.shape[-1]} channels does not fit the autoencoder, which takes {expected}")
+        raise UserError(f"the {name} have {array.shape[-1]} channels, the autoencoder expects {expected}")

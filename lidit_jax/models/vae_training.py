@@ -98,7 +98,7 @@ class VAEPartConfig:
     def __post_init__(self):
         if self.reconstruction not in RECONSTRUCTION_LOSSES:
             raise UserError(
-                f"vae.reconstruction={self.reconstruction!r}: use one of {', '.join(RECONSTRUCTION_LOSSES)}"
+                f"vae.reconstruction={self.reconstruction!r} is unknown: use one of {', '.join(RECONSTRUCTION_LOSSES)}"
             )
         _check_weight("vae.kl_weight", self.kl_weight)
         self.perceptual_config(), self.adversarial_config(), self.evaluation()  # each raises for invalid fields

@@ -97,8 +97,8 @@ class LLMTextEncoder:
         length = len(self.tokenizer.prefix()) + self.tokenizer.max_length
         if length > self.config.max_position_embeddings:
             raise UserError(
-                f"system prompt, instruction and text.max_length={self.tokenizer.max_length} make {length} tokens, the "
-                f"LLM was made for {self.config.max_position_embeddings}: lower text.max_length"
+                f"system prompt, instruction and text.max_length={self.tokenizer.max_length} make {length} tokens, "
+                f"more than the LLM's context of {self.config.max_position_embeddings}: lower text.max_length"
             )
 
     @property
@@ -310,6 +310,6 @@ def _everywhere(params: Any) -> jax.sharding.Sharding:
 def _check_vocabulary(tokenizer: PromptTokenizer, vocab_size: int) -> None:
     if tokenizer.largest_token >= vocab_size:  # JAX clamps out-of-range lookups to the last embedding
         raise UserError(
-            f"the tokenizer has tokens up to {tokenizer.largest_token}, the model has {vocab_size} embeddings: they do "
-            "not belong together"
+            f"the tokenizer has token ids up to {tokenizer.largest_token}, the model has {vocab_size} embeddings: use "
+            "the tokenizer that was saved with the model"
         )

@@ -126,7 +126,7 @@ def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
     with local_tokenizer_files(folder) as files:
         file = files / TOKENIZER_FILE
         if not file.is_file():
-            raise UserError(f"{folder}: no {TOKENIZER_FILE} in it; name a folder that save_pretrained wrote")
+            raise UserError(f"{folder}: no {TOKENIZER_FILE} in this folder; use one that save_pretrained wrote")
         template = _processors_template(epath.Path(files))
         # For a damaged file the tokenizers library raises a bare Exception, or panics with a BaseException.
         try:
@@ -136,7 +136,7 @@ def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder}/{TOKENIZER_FILE}: not a tokenizer ({reason})") from error
+            raise UserError(f"{folder}/{TOKENIZER_FILE}: not a valid tokenizer ({reason})") from error
     if template and not tokenizer.chat_template:
         tokenizer.chat_template = template
     return tokenizer

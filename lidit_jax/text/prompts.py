@@ -140,9 +140,9 @@ class PromptTokenizer:
                 continue
             before, found, _ = text.partition(PLACEHOLDER)
             if not found or not before.rstrip().endswith(self.instruction.rstrip()):
-                errors.append("it does not keep the user's words")
+                errors.append("it alters the text of the user's turn")
             elif self.system_prompt.strip() not in before:  # a template may ignore roles that it does not know
-                errors.append("it does not keep the system prompt")
+                errors.append("it drops or alters the system prompt")
             else:
                 return before
         raise UserError(f"the tokenizer's chat template fails ({errors[0]}): set text.chat_template=False")
