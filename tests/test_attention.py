@@ -15,7 +15,7 @@ from lidit_jax.models import attention
 from lidit_jax.models.attention import choose, dot_product_attention
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.lidit_config import LIDiTConfig
-from lidit_jax.models.splash_attention import LANES, LONGEST_BLOCK, _block
+from lidit_jax.models.splash_attention import LANES, LONGEST_BLOCK, _block_length
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
 
@@ -105,7 +105,7 @@ def test_lidit_with_the_tpu_kernel_is_lidit():
 
 @given(st.integers(1, 5000))
 def test_blocks_cover_a_length_with_little_padding(length):
-    block = _block(length)
+    block = _block_length(length)
     padded = -(-length // block) * block
     assert block % LANES == 0 and block <= LONGEST_BLOCK
     assert padded - length < LANES * -(-length // LONGEST_BLOCK)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from lidit_jax.errors import UserError
 from lidit_jax.models.vae import AutoencoderKL, DiagonalGaussian, from_model_latents, to_model_latents
 from lidit_jax.models.vae_config import VAEConfig
-from lidit_jax.models.vae_layers import GroupNorm, enlarge_and_convolve
+from lidit_jax.models.vae_layers import GroupNorm, upsample_and_convolve
 from lidit_jax.models.vae_loss import kl_loss, reconstruction_loss
 from lidit_jax.weights.diffusers_vae import OLD_ATTENTION_NAMES, load_vae, save_vae
 
@@ -165,13 +165,13 @@ def test_doubling_and_convolution_in_one_are_the_two_and_so_is_their_gradient(sh
         )
 
     tolerance = {"rtol": 0, "atol": 2e-5 if dtype == jnp.float32 else 0.06}
-    made = enlarge_and_convolve(x, kernel)
+    made = upsample_and_convolve(x, kernel)
     assert made.dtype == dtype
     np.testing.assert_allclose(np.asarray(made, np.float32), apart(x, kernel), **tolerance)
     weights = rng.normal(size=made.shape)
     gradients = [
         jax.grad(lambda x, kernel, way=way: jnp.sum(way(x, kernel) * weights), argnums=(0, 1))(x, kernel)
-        for way in (enlarge_and_convolve, apart)
+        for way in (upsample_and_convolve, apart)
     ]
     for got, expected in zip(*gradients, strict=True):
         assert got.dtype == expected.dtype

@@ -36,7 +36,11 @@ def ssim(reconstruction: jax.Array, images: jax.Array) -> jax.Array:
     Returns:
       `[B]` float32, 1 for a perfect copy.
     """
-    to_unit = lambda x: jnp.clip(x.astype(jnp.float32), -1.0, 1.0) * 0.5 + 0.5  # noqa: E731
     side = min(SSIM_WINDOW, *images.shape[1:3])
     window = side - 1 + side % 2
-    return dm_pix.ssim(to_unit(reconstruction), to_unit(images), max_val=1.0, filter_size=window)
+    return dm_pix.ssim(_to_unit_range(reconstruction), _to_unit_range(images), max_val=1.0, filter_size=window)
+
+
+def _to_unit_range(images: jax.Array) -> jax.Array:
+    """Clips images to [-1, 1] and maps them to [0, 1], float32."""
+    return jnp.clip(images.astype(jnp.float32), -1.0, 1.0) * 0.5 + 0.5

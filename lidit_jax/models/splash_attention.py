@@ -62,28 +62,28 @@ def splash_attention(
         has_keys = jnp.any(key_mask, axis=-1)
         query = jnp.where(has_keys[:, None, None, None], query, 0)
         key_mask = key_mask | ~has_keys[:, None]
-    attend = functools.partial(_attend, is_masked=is_masked, is_causal=is_causal, interpret=interpret)
+    attend = functools.partial(_attend_on_device, is_masked=is_masked, is_causal=is_causal, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:
-        batch = _axes(mesh, "batch", query.shape[0])
-        heads = _axes(mesh, "heads", math.gcd(query.shape[2], key.shape[2]))
-        tokens, row = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
-        attend = jax.shard_map(attend, in_specs=(tokens, tokens, tokens, row), out_specs=tokens, check_vma=False)
+        batch = _mesh_axes(mesh, "batch", query.shape[0])
+        heads = _mesh_axes(mesh, "heads", math.gcd(query.shape[2], key.shape[2]))
+        tokens, mask = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
+        attend = jax.shard_map(attend, in_specs=(tokens, tokens, tokens, mask), out_specs=tokens, check_vma=False)
     return attend(query, key, value, key_mask)
 
 
-def _axes(mesh: jax.sharding.AbstractMesh, name: str, size: int):
+def _mesh_axes(mesh: jax.sharding.AbstractMesh, name: str, size: int):
     """Returns the mesh axes of a logical axis, or None (replicated) if they do not divide its size."""
     [axes] = nn.logical_to_mesh_axes((name,)) or (None,)
     return axes if size % num_shards(mesh, axes) == 0 else None
 
 
-def _attend(query, key, value, key_mask, *, is_masked, is_causal, interpret):
+def _attend_on_device(query, key, value, key_mask, *, is_masked, is_causal, interpret):
     """Runs the kernel on one device's samples and heads; the query is already scaled."""
     (_, query_length, num_heads, _), key_length = query.shape, key.shape[1]
-    query_block, key_block = _block(query_length), _block(key_length)
+    query_block, key_block = _block_length(query_length), _block_length(key_length)
     query, key, value = (
-        _pad(x, block).swapaxes(1, 2)  # [B, H, L, D]
+        _pad_to_block(x, block).swapaxes(1, 2)  # [B, H, L, D]
         for x, block in ((query, query_block), (key, key_block), (value, key_block))
     )
     shape = (query.shape[2], key.shape[2])
@@ -104,19 +104,23 @@ def _attend(query, key, value, key_mask, *, is_masked, is_causal, interpret):
     )
     if is_masked or shape[1] > key_length:
         # A query attends to the keys with its own segment id: all queries have 1, keys 1 or (masked, padding) 0.
-        of_queries, of_keys = jnp.ones(shape[0], jnp.int32), _pad(key_mask, key_block).astype(jnp.int32)
-        attend = lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(of_queries, ids))  # noqa: E731
-        y = jax.vmap(attend)(query, key, value, of_keys)
+        query_ids = jnp.ones(shape[0], jnp.int32)
+        key_ids = _pad_to_block(key_mask, key_block).astype(jnp.int32)
+
+        def attend(q, k, v, sample_key_ids):
+            return kernel(q, k, v, splash.SegmentIds(query_ids, sample_key_ids))
+
+        y = jax.vmap(attend)(query, key, value, key_ids)
     else:
         y = jax.vmap(kernel)(query, key, value)
     return y.swapaxes(1, 2)[:, :query_length]
 
 
-def _block(length: int) -> int:
+def _block_length(length: int) -> int:
     """Returns the shortest block length that covers `length` with the fewest blocks."""
     return math.ceil(length / math.ceil(length / LONGEST_BLOCK) / LANES) * LANES
 
 
-def _pad(x: jax.Array, block: int) -> jax.Array:
+def _pad_to_block(x: jax.Array, block: int) -> jax.Array:
     """Pads axis 1 with zeros to a multiple of the block: [B, L, ...] -> [B, L', ...]."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2))

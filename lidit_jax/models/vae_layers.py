@@ -62,9 +62,14 @@ class GroupNorm(nn.Module):
         x = x.astype(jnp.float32)
         if statistics is None:
             statistics = group_statistics(x, self.num_groups)
-        spread = lambda value: jnp.repeat(value, channels // self.num_groups, axis=-1)[:, None, None, :]  # noqa: E731
-        inverse = spread(jax.lax.rsqrt(statistics.variance + NORM_EPSILON))  # [B, 1, 1, C]
-        return ((x - spread(statistics.mean)) * (inverse * scale) + bias).astype(self.dtype)
+        mean = _repeat_over_channels(statistics.mean, channels)
+        inverse = _repeat_over_channels(jax.lax.rsqrt(statistics.variance + NORM_EPSILON), channels)
+        return ((x - mean) * (inverse * scale) + bias).astype(self.dtype)
+
+
+def _repeat_over_channels(statistic: jax.Array, channels: int) -> jax.Array:
+    """Repeats a statistic of groups [B, groups] for each channel of a group: [B, 1, 1, C]."""
+    return jnp.repeat(statistic, channels // statistic.shape[-1], axis=-1)[:, None, None, :]
 
 
 def group_statistics(x: jax.Array, num_groups: int, weights: jax.Array | None = None) -> GroupStatistics:
@@ -78,13 +83,13 @@ def group_statistics(x: jax.Array, num_groups: int, weights: jax.Array | None = 
 
     def group_mean(x: jax.Array) -> jax.Array:
         if weights is None:
-            of_channels = jnp.mean(x, axis=(1, 2))
+            channel_means = jnp.mean(x, axis=(1, 2))
         else:
-            of_channels = jnp.einsum("bhwc,hw->bc", x, weights, precision=product_precision(x.dtype))
-        return jnp.mean(of_channels.reshape(x.shape[0], num_groups, -1), axis=-1)  # [B, groups]
+            channel_means = jnp.einsum("bhwc,hw->bc", x, weights, precision=product_precision(x.dtype))
+        return jnp.mean(channel_means.reshape(x.shape[0], num_groups, -1), axis=-1)  # [B, groups]
 
     mean = group_mean(x)
-    centred = x - jnp.repeat(mean, x.shape[-1] // num_groups, axis=-1)[:, None, None, :]
+    centred = x - _repeat_over_channels(mean, x.shape[-1])
     return GroupStatistics(mean, group_mean(centred**2))
 
 
@@ -135,13 +140,16 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     batch, length, heads, channels = query.shape
     if length**2 <= MAX_SCORES:
         return dot_product_attention(query, key, value, implementation="xla")
-    at_once = max(1, MAX_SCORES // length)
-    chunks = -(-length // at_once)
-    padded = jnp.pad(query, ((0, 0), (0, chunks * at_once - length), (0, 0), (0, 0)))
-    padded = padded.reshape(batch, chunks, at_once, heads, channels).swapaxes(0, 1)
-    attend = lambda part: dot_product_attention(part, key, value, implementation="xla")  # noqa: E731
+    chunk_length = max(1, MAX_SCORES // length)
+    num_chunks = -(-length // chunk_length)
+    padded = jnp.pad(query, ((0, 0), (0, num_chunks * chunk_length - length), (0, 0), (0, 0)))
+    padded = padded.reshape(batch, num_chunks, chunk_length, heads, channels).swapaxes(0, 1)
+
+    def attend(chunk: jax.Array) -> jax.Array:
+        return dot_product_attention(chunk, key, value, implementation="xla")
+
     attended = jax.lax.map(attend, padded)
-    return attended.swapaxes(0, 1).reshape(batch, chunks * at_once, heads, channels)[:, :length]
+    return attended.swapaxes(0, 1).reshape(batch, num_chunks * chunk_length, heads, channels)[:, :length]
 
 
 class MidBlock(nn.Module):
@@ -171,17 +179,17 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles both sides: nearest-neighbour upsampling, then a 3x3 convolution, see `enlarge_and_convolve`."""
+    """Doubles both sides: nearest-neighbour upsampling, then a 3x3 convolution, see `upsample_and_convolve`."""
 
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _EnlargingConv(x.shape[-1], self.dtype, name="conv")(x)  # [B, 2H, 2W, C]
+        return _UpsampleConv(x.shape[-1], self.dtype, name="conv")(x)  # [B, 2H, 2W, C]
 
 
-class _EnlargingConv(nn.Module):
-    """Holds the parameters of the 3x3 convolution in `enlarge_and_convolve`."""
+class _UpsampleConv(nn.Module):
+    """Holds the parameters of the 3x3 convolution in `upsample_and_convolve`."""
 
     features: int
     dtype: Any
@@ -191,7 +199,7 @@ class _EnlargingConv(nn.Module):
         kernel_init = nn.with_logical_partitioning(CONV_INIT, (None, None, *KERNEL_AXES))
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", _bias_init(), (self.features,))
-        return add_bias(enlarge_and_convolve(x.astype(self.dtype), kernel), bias, "norm", KERNEL_AXES[1])
+        return add_bias(upsample_and_convolve(x.astype(self.dtype), kernel), bias, "norm", KERNEL_AXES[1])
 
 
 # A three-tap convolution of an image with doubled rows, expressed on the original: output rows 2p - 1 and 2p are
@@ -200,7 +208,7 @@ _TAPS = np.array([[[1, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]], np.float32)  
 
 
 @jax.custom_vjp
-def enlarge_and_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def upsample_and_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Computes nearest-neighbour upsampling by 2 and a 3x3 convolution as one convolution.
 
     After upsampling, the nine taps of an output position meet only four distinct pixels. A 2x2 convolution of the
@@ -216,22 +224,23 @@ def enlarge_and_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     batch, height, width, _ = x.shape
     features = kernel.shape[-1]
-    sums = jnp.einsum("ruk,svl,klcf->uvcrsf", _TAPS, _TAPS, kernel, precision=product_precision(kernel.dtype))
-    sums = sums.reshape(2, 2, -1, 4 * features).astype(x.dtype)
+    tap_sums = jnp.einsum("ruk,svl,klcf->uvcrsf", _TAPS, _TAPS, kernel, precision=product_precision(kernel.dtype))
+    tap_sums = tap_sums.reshape(2, 2, -1, 4 * features).astype(x.dtype)
     # [B, H + 1, W + 1, 4F]: one output pixel too many on each side, removed below.
-    fours = convolve(x, sums, (None, None), padding=((1, 1), (1, 1)))
-    fours = fours.reshape(batch, height + 1, width + 1, 2, 2, features).swapaxes(2, 3)
-    return fours.reshape(batch, 2 * height + 2, 2 * width + 2, features)[:, 1:-1, 1:-1]
+    y = convolve(x, tap_sums, (None, None), padding=((1, 1), (1, 1)))
+    y = y.reshape(batch, height + 1, width + 1, 2, 2, features).swapaxes(2, 3)
+    return y.reshape(batch, 2 * height + 2, 2 * width + 2, features)[:, 1:-1, 1:-1]
 
 
-def _enlarge_then_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _upsample_then_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Computes the same without fusing upsampling and convolution, for the gradient."""
     x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     return convolve(x, kernel, KERNEL_AXES)
 
 
-enlarge_and_convolve.defvjp(
-    lambda x, kernel: (enlarge_and_convolve(x, kernel), (x, kernel)),
-    lambda inputs, cotangent: jax.vjp(_enlarge_then_convolve, *inputs)[1](cotangent),
+upsample_and_convolve.defvjp(
+    lambda x, kernel: (upsample_and_convolve(x, kernel), (x, kernel)),
+    lambda inputs, cotangent: jax.vjp(_upsample_then_convolve, *inputs)[1](cotangent),
 )
 
 

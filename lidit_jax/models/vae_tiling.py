@@ -126,7 +126,10 @@ def decode_within(
     pixels = height * width * model.config.downsampling_factor**2  # per image
     if pixels > pixels_at_once:
         return decode_in_tiles(model, params, latents, tile)
-    decode = lambda latents: model.apply({"params": params}, latents, method=AutoencoderKL.decode)  # noqa: E731
+
+    def decode(latents: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, latents, method=AutoencoderKL.decode)
+
     if batch * pixels <= pixels_at_once:
         return decode(latents)
     return jax.lax.map(lambda one: decode(one[None])[0], latents, batch_size=pixels_at_once // pixels)
