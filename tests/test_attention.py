@@ -12,7 +12,7 @@ from test_lidit import opened, text_features
 from lidit_jax.compile.hlo import cost_of
 from lidit_jax.errors import UserError
 from lidit_jax.models import attention
-from lidit_jax.models.attention import choose, dot_product_attention
+from lidit_jax.models.attention import dot_product_attention, select_implementation
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.splash_attention import LANES, LONGEST_BLOCK, _block_length
@@ -114,7 +114,7 @@ def test_blocks_cover_a_length_with_little_padding(length):
 def test_each_platform_gets_its_kernel():
     def chosen(platform, queries, keys, size=64, dtype=jnp.bfloat16, is_plain=True, is_masked=False):
         query, key = (jax.ShapeDtypeStruct((2, length, 4, size), dtype) for length in (queries, keys))
-        return choose(platform, query, key, is_plain=is_plain, is_masked=is_masked)
+        return select_implementation(platform, query, key, is_plain=is_plain, is_masked=is_masked)
 
     assert chosen("tpu", 1024, 1024) == chosen("tpu", 256, 256, 72) == "splash"
     assert chosen("tpu", 1024, 300, is_masked=True) == "splash"

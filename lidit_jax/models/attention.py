@@ -46,7 +46,7 @@ def dot_product_attention(
       softcap: logits become softcap * tanh(logits / softcap) before the mask (Gemma 2); 0 disables it. Softcapped
         attention always runs in XLA, unless `implementation` is "splash", which rejects it.
       implementation: "xla" (any platform), "splash" (the TPU kernel; interpreted elsewhere, which is slow), "cudnn"
-        (NVIDIA, half precision) or "auto", which selects one with `choose`.
+        (NVIDIA, half precision) or "auto", see `select_implementation`.
 
     Returns:
       [B, Lq, H, D] in the dtype of `query`.
@@ -58,7 +58,8 @@ def dot_product_attention(
     check_implementation(implementation)
     is_plain = mask is None and bias is None and not softcap
     if implementation == "auto":
-        implementation = choose(_platform(), query, key, is_plain=is_plain, is_masked=key_mask is not None)
+        is_masked = key_mask is not None
+        implementation = select_implementation(_platform(), query, key, is_plain=is_plain, is_masked=is_masked)
     if implementation == "splash":
         if not is_plain:
             raise UserError(
@@ -79,8 +80,8 @@ def dot_product_attention(
             raise ValueError(f"softcap={softcap} cannot be combined with bias or is_causal: use mask instead")
         return _softcapped_attention(query, key, value, mask, scale, softcap)
     # jax.nn.dot_product_attention has no precision argument; it uses the ambient default.
-    precise = jax.default_matmul_precision("highest") if query.dtype == jnp.float32 else contextlib.nullcontext()
-    with precise:
+    is_float32 = query.dtype == jnp.float32
+    with jax.default_matmul_precision("highest") if is_float32 else contextlib.nullcontext():
         return jax.nn.dot_product_attention(
             query,
             key,
@@ -99,7 +100,7 @@ def check_implementation(implementation: str) -> None:
         raise UserError(f"attention={implementation!r:.80} is unknown: use one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def choose(platform: str, query: jax.Array, key: jax.Array, *, is_plain: bool, is_masked: bool) -> str:
+def select_implementation(platform: str, query: jax.Array, key: jax.Array, *, is_plain: bool, is_masked: bool) -> str:
     """Selects the implementation for "auto".
 
     Args:

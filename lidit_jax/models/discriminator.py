@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lidit_jax.models.layers import Conv
 
-LARGEST_WIDENING = 8  # largest layer width as a multiple of the first layer's width
+MAX_WIDTH_MULTIPLIER = 8  # largest layer width as a multiple of the first layer's width
 
 
 class PatchDiscriminator(nn.Module):
@@ -36,7 +36,7 @@ class PatchDiscriminator(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         x = _leaky(self._conv(self.width, 2, "conv_0")(images))
         for layer in range(1, self.layers + 1):
-            width = self.width * min(2**layer, LARGEST_WIDENING)
+            width = self.width * min(2**layer, MAX_WIDTH_MULTIPLIER)
             stride = 2 if layer < self.layers else 1
             x = self._conv(width, stride, f"conv_{layer}", use_bias=False)(x)
             x = _leaky(BatchNorm(name=f"norm_{layer}")(x).astype(self.dtype))

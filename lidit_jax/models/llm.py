@@ -152,7 +152,7 @@ class PrefixCache:
 
 
 @flax.struct.dataclass
-class Places:
+class RotaryAndMask:
     """Rotary tables and attention mask of a block.
 
     Attributes:
@@ -172,29 +172,36 @@ class LLMBlock(nn.Module):
     config: LLMConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: PrefixCache, slides: jax.Array, everywhere: Places, nearby: Places | None):
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: PrefixCache,
+        is_sliding: jax.Array,
+        full: RotaryAndMask,
+        sliding: RotaryAndMask | None,
+    ):
         """x [B, L, C], this block's prefix cache [P, K, D] -> (x [B, L, C], (key, value) [B, L, K, D]).
 
         Args:
           x: input of the block.
           cache: keys and values of the prefix.
-          slides: bool scalar, True if this block has a sliding window.
-          everywhere: rotary tables and mask of blocks that attend to all earlier tokens.
-          nearby: rotary tables and mask of blocks with a sliding window; None if the model has none.
+          is_sliding: bool scalar, True if this block has a sliding window.
+          full: rotary tables and mask of blocks that attend to all earlier tokens.
+          sliding: rotary tables and mask of blocks with a sliding window; None if the model has none.
         """
         x = nn.with_logical_constraint(x, ACTIVATION)
-        places = everywhere
-        if nearby is not None:
-            places = jax.tree.map(lambda near, far: jnp.where(slides, near, far), nearby, everywhere)
-        y, key_value = self._attention(self._norm("input_layernorm")(x), cache, places)
-        x = x + self._after("attention_out_norm", y)
+        positions = full
+        if sliding is not None:
+            positions = jax.tree.map(lambda a, b: jnp.where(is_sliding, a, b), sliding, full)
+        y, key_value = self._attention(self._norm("input_layernorm")(x), cache, positions)
+        x = x + self._post_norm("attention_out_norm", y)
         y = self._feed_forward(self._norm("feed_forward_norm")(x))
-        return x + self._after("feed_forward_out_norm", y), key_value
+        return x + self._post_norm("feed_forward_out_norm", y), key_value
 
     def _norm(self, name):
         return RMSNorm(self.config.rms_norm_eps, name=name)
 
-    def _after(self, name, y):
+    def _post_norm(self, name, y):
         return self._norm(name)(y) if self.config.sandwich_norm else y
 
     def _dense(self, name, features, axes, use_bias):
@@ -208,7 +215,7 @@ class LLMBlock(nn.Module):
         down = self._dense("down_proj", config.hidden_size, ("mlp", "embed"), config.mlp_bias)
         return down(ACTIVATIONS[config.hidden_act](gate) * up)
 
-    def _attention(self, x, cache, places):
+    def _attention(self, x, cache, positions):
         config = self.config
         batch, length, _ = x.shape
 
@@ -221,12 +228,12 @@ class LLMBlock(nn.Module):
         value = project("v_proj", config.num_key_value_heads)
         if config.qk_norm:
             query, key = self._norm("q_norm")(query), self._norm("k_norm")(key)
-        query, key = rotate(query, places.cos, places.sin), rotate(key, places.cos, places.sin)
+        query, key = rotate(query, positions.cos, positions.sin), rotate(key, positions.cos, positions.sin)
         y = dot_product_attention(
             query,
-            _after_prefix(cache.key, key),
-            _after_prefix(cache.value, value),
-            mask=places.mask[None, None],
+            _prepend_prefix(cache.key, key),
+            _prepend_prefix(cache.value, value),
+            mask=positions.mask[None, None],
             scale=config.attention_scale or config.head_dim**-0.5,
             softcap=config.attention_softcap,
             implementation=config.attention,
@@ -276,26 +283,26 @@ class LLM(nn.Module):
     def _blocks(self, tokens, cache):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         cache = self._empty_cache() if cache is None else cache
-        slides = jnp.array(config.sliding_layers or (False,) * config.num_hidden_layers)
-        everywhere, nearby = self._places(cache.key.shape[1], tokens.shape[1])
+        is_sliding = jnp.array(config.sliding_layers or (False,) * config.num_hidden_layers)
+        full, sliding = self._rotary_and_masks(cache.key.shape[1], tokens.shape[1])
         x = self.embed_tokens[tokens].astype(dtype)  # [B, L, C]
         x = nn.with_logical_constraint(x, ACTIVATION)
         if config.embedding_scale != 1.0:
             x = x * jnp.asarray(config.embedding_scale, dtype)  # transformers also rounds the factor to the dtype
-        return self.layers(x, cache, slides, everywhere, nearby)
+        return self.layers(x, cache, is_sliding, full, sliding)
 
-    def _places(self, prefix_length: int, length: int) -> tuple[Places, Places | None]:
+    def _rotary_and_masks(self, prefix_length: int, length: int) -> tuple[RotaryAndMask, RotaryAndMask | None]:
         """Returns the rotary tables and masks of the full-attention blocks, and of the sliding-window blocks if any."""
         config = self.config
         positions = prefix_length + jnp.arange(length)
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        back = positions[:, None] - jnp.arange(prefix_length + length)  # [L, P + L], query position - key position
-        everywhere = Places(cos, sin, back >= 0)
+        distances = positions[:, None] - jnp.arange(prefix_length + length)  # [L, P + L], query minus key position
+        full = RotaryAndMask(cos, sin, distances >= 0)
         if not any(config.sliding_layers):
-            return everywhere, None
+            return full, None
         if config.local_rope_theta is not None:
             cos, sin = rotary_tables(positions, config.head_dim, config.local_rope_theta)
-        return everywhere, Places(cos, sin, (back >= 0) & (back < config.sliding_window))
+        return full, RotaryAndMask(cos, sin, (distances >= 0) & (distances < config.sliding_window))
 
     def _empty_cache(self):
         config = self.config
@@ -333,7 +340,7 @@ def encoder_params(params: Any) -> Any:
     return {"embed_tokens": model["embed_tokens"], "layers": layers}
 
 
-def _after_prefix(prefix: jax.Array, x: jax.Array) -> jax.Array:
+def _prepend_prefix(prefix: jax.Array, x: jax.Array) -> jax.Array:
     """Prepends the shared prefix [P, K, D] to every row of x [B, L, K, D]: [B, P + L, K, D]."""
     prefix = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
     return jnp.concatenate([prefix, x], axis=1)

@@ -57,8 +57,9 @@ class LPIPS(nn.Module):
             for number, width in layer:
                 x = nn.relu(nn.Conv(width, (3, 3), precision=precision, name=f"features_{number}")(x))
             weights = self.param(f"lin{index}", nn.initializers.ones, (x.shape[-1],))
-            one, other = jnp.split(_unit_length(x), 2)
-            distance += jnp.mean(jnp.sum(weights * (one - other) ** 2, axis=-1), axis=(1, 2))
+            first_features, second_features = jnp.split(_unit_length(x), 2)
+            squares = (first_features - second_features) ** 2
+            distance += jnp.mean(jnp.sum(weights * squares, axis=-1), axis=(1, 2))
         return distance
 
 

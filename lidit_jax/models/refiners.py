@@ -150,7 +150,7 @@ class CollaborativeRefiner(nn.Module):
                 others_mask = jnp.concatenate(_without(i, key_masks), axis=1)
                 tables = (None, None)
                 if rotary is not None:
-                    tables = (rotary[i], jax.tree.map(lambda *of: jnp.concatenate(of), *_without(i, rotary)))
+                    tables = (rotary[i], jax.tree.map(lambda *others: jnp.concatenate(others), *_without(i, rotary)))
                 branch = CollaborativeRefinerBranch(self.layers, name=f"block_{block}_branch_{i}")
                 refined.append(branch(x, others, others_mask, conditionings[i], *tables))
             branches = refined

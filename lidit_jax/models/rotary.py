@@ -62,35 +62,35 @@ class RopeScaling:
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[np.ndarray, float]:
     """Returns the radians per position, float32 [head_dim / 2], and the factor on cos and sin (1 except for "yarn")."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    plain = np.float32(1.0) / np.float32(theta) ** exponents
+    unscaled = np.float32(1.0) / np.float32(theta) ** exponents
     if scaling is None or scaling.rope_type in ("default", "dynamic"):
-        return plain, 1.0
+        return unscaled, 1.0
     if scaling.rope_type == "linear":
-        return plain / np.float32(scaling.factor), 1.0
+        return unscaled / np.float32(scaling.factor), 1.0
     if scaling.rope_type == "llama3":
-        return _llama3(plain, scaling), 1.0
-    return _yarn(plain, head_dim, theta, scaling)
+        return _llama3(unscaled, scaling), 1.0
+    return _yarn(unscaled, head_dim, theta, scaling)
 
 
-def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+def _llama3(unscaled: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     context, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
-    turns = context * plain / (2 * math.pi)  # in the original context
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: unchanged, 0: divided by the factor
-    return (plain * (kept + (1.0 - kept) / scaling.factor)).astype(np.float32)
+    turns = context * unscaled / (2 * math.pi)  # in the original context
+    unchanged = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: unchanged, 0: divided by the factor
+    return (unscaled * (unchanged + (1.0 - unchanged) / scaling.factor)).astype(np.float32)
 
 
-def _yarn(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    def dimension(turns: float) -> float:
+def _yarn(unscaled: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
+    def frequency_index(turns: float) -> float:
         """Returns the (fractional) frequency index that makes `turns` turns within the original context."""
         context = scaling.original_max_position_embeddings
         return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    first, last = frequency_index(scaling.beta_fast), frequency_index(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
     ramp = np.clip((np.arange(head_dim // 2) - first) / (max(last - first, 0.001)), 0.0, 1.0)
-    frequencies = plain / scaling.factor * ramp + plain * (1.0 - ramp)
+    frequencies = unscaled / scaling.factor * ramp + unscaled * (1.0 - ramp)
     return frequencies.astype(np.float32), _yarn_attention_factor(scaling)
 
 

@@ -152,9 +152,9 @@ class T5Encoder(nn.Module):
         init = nn.with_logical_partitioning(EMBEDDING_INIT, (None, None))
         table_shape = (config.relative_attention_num_buckets, config.num_heads)
         table = self.param("relative_attention_bias", init, table_shape, jnp.float32)
-        of_distance = table[relative_buckets(np.arange(-length + 1, length), config)]  # [2 L - 1, H]
+        bias_by_distance = table[relative_buckets(np.arange(-length + 1, length), config)]  # [2 L - 1, H]
         positions = jnp.arange(length)
-        bias = of_distance[positions - positions[:, None] + length - 1]  # [L, L, H]
+        bias = bias_by_distance[positions - positions[:, None] + length - 1]  # [L, L, H]
         # Cast after the lookup: the gradient of a table entry, summed over all lookups, then stays in float32.
         return bias.transpose(2, 0, 1)[None].astype(config.dtype)
 
@@ -167,11 +167,11 @@ def relative_buckets(distances: np.ndarray, config: T5Config) -> np.ndarray:
 
     Computed in NumPy, once per length: the rounding of an accelerator's logarithm would shift the bucket limits.
     """
-    one_side = config.relative_attention_num_buckets // 2
-    near = one_side // 2
-    away = np.abs(distances)
-    ratio = np.maximum(away, near).astype(np.float32) / np.float32(near)
-    octaves = np.log(ratio) / np.float32(math.log(config.relative_attention_max_distance / near))
-    far = near + (octaves * np.float32(one_side - near)).astype(np.int32)
-    bucket = np.where(away < near, away, np.minimum(far, one_side - 1))
-    return (bucket + one_side * (distances > 0)).astype(np.int32)
+    num_buckets = config.relative_attention_num_buckets // 2  # of one direction
+    num_exact = num_buckets // 2
+    absolute = np.abs(distances)
+    ratio = np.maximum(absolute, num_exact).astype(np.float32) / np.float32(num_exact)
+    fraction = np.log(ratio) / np.float32(math.log(config.relative_attention_max_distance / num_exact))
+    shared = num_exact + (fraction * np.float32(num_buckets - num_exact)).astype(np.int32)
+    bucket = np.where(absolute < num_exact, absolute, np.minimum(shared, num_buckets - 1))
+    return (bucket + num_buckets * (distances > 0)).astype(np.int32)

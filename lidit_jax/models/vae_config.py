@@ -101,34 +101,34 @@ def _is_count(value) -> bool:
 
 
 def _check_config(config: VAEConfig) -> None:
-    def refuse(name: str, requirement: str):
+    def reject(name: str, requirement: str):
         raise UserError(f"VAE config: {name} is {getattr(config, name)!r}; it must be {requirement}")
 
     for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
         if not _is_count(getattr(config, name)):
-            refuse(name, "a positive integer")
+            reject(name, "a positive integer")
     for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
         if not isinstance(getattr(config, name), bool):
-            refuse(name, "true or false")
+            reject(name, "true or false")
     if config.layers_per_block > MAX_LAYERS_PER_BLOCK:
-        refuse("layers_per_block", f"at most {MAX_LAYERS_PER_BLOCK}")
+        reject("layers_per_block", f"at most {MAX_LAYERS_PER_BLOCK}")
     widths = config.block_out_channels
     if not isinstance(widths, tuple) or not 0 < len(widths) <= MAX_BLOCKS or not all(map(_is_count, widths)):
-        refuse("block_out_channels", f"1 to {MAX_BLOCKS} positive integers")
+        reject("block_out_channels", f"1 to {MAX_BLOCKS} positive integers")
     if any(width % config.norm_num_groups for width in widths):
-        refuse("block_out_channels", f"multiples of norm_num_groups ({config.norm_num_groups})")
+        reject("block_out_channels", f"multiples of norm_num_groups ({config.norm_num_groups})")
     if not _is_number(config.scaling_factor) or config.scaling_factor == 0:
-        refuse("scaling_factor", "a number other than 0")
+        reject("scaling_factor", "a number other than 0")
     if config.shift_factor is not None and not _is_number(config.shift_factor):
-        refuse("shift_factor", "a number or null")
+        reject("shift_factor", "a number or null")
     for name in ("latents_mean", "latents_std"):
         values = getattr(config, name)
         if values is None:
             continue
         if not isinstance(values, tuple) or len(values) != config.latent_channels or not all(map(_is_number, values)):
-            refuse(name, f"null or {config.latent_channels} numbers, one a latent channel")
+            reject(name, f"null or {config.latent_channels} numbers, one a latent channel")
     if config.latents_std is not None and min(config.latents_std) <= 0:
-        refuse("latents_std", "positive numbers")
+        reject("latents_std", "positive numbers")
     sizes = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,)
     if not sizes or not all(map(_is_count, sizes)):
-        refuse("sample_size", "a positive integer or two")
+        reject("sample_size", "a positive integer or two")

@@ -15,7 +15,7 @@ from lidit_jax.models.vae import DiagonalGaussian
 
 RECONSTRUCTION_LOSSES = ("l1", "l2")
 # Adaptive weight: constant in its denominator, and its upper limit when losses are summed over the values of an image.
-EPSILON, LARGEST_WEIGHT = 1e-4, 1e4
+EPSILON, MAX_ADAPTIVE_WEIGHT = 1e-4, 1e4
 
 
 def reconstruction_loss(reconstruction: jax.Array, images: jax.Array, kind: str = "l1") -> jax.Array:
@@ -81,7 +81,7 @@ def adaptive_weight(similarity_gradient: jax.Array, adversarial_gradient: jax.Ar
       A float32 scalar, at most 1e4 / values.
     """
     ratio = jnp.linalg.norm(similarity_gradient.ravel()) / (jnp.linalg.norm(adversarial_gradient.ravel()) + EPSILON)
-    return jnp.minimum(ratio, LARGEST_WEIGHT / values)
+    return jnp.minimum(ratio, MAX_ADAPTIVE_WEIGHT / values)
 
 
 def values_per_image(images: jax.Array) -> int:
@@ -101,9 +101,9 @@ def value_and_gradient_at(
     Returns:
       The scalar, its gradient in the reconstruction `[B, H, W, C]`, and the auxiliary output.
     """
-    graded = jax.value_and_grad(function, has_aux=True)
-    (value, more), gradient = graded(jax.lax.stop_gradient(reconstruction))
-    return jax.lax.stop_gradient((value, gradient, more))
+    value_and_gradient = jax.value_and_grad(function, has_aux=True)
+    (value, auxiliary), gradient = value_and_gradient(jax.lax.stop_gradient(reconstruction))
+    return jax.lax.stop_gradient((value, gradient, auxiliary))
 
 
 def with_gradient(value: jax.Array, reconstruction: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -112,5 +112,5 @@ def with_gradient(value: jax.Array, reconstruction: jax.Array, gradient: jax.Arr
     The loss weighs its terms by their gradients in the reconstruction. With the weighted sum of these gradients given
     here, the backward pass runs through the decoder once instead of once per term.
     """
-    unchanged = reconstruction - jax.lax.stop_gradient(reconstruction)  # 0
-    return jax.lax.stop_gradient(value) + jnp.sum(jax.lax.stop_gradient(gradient) * unchanged)
+    zero = reconstruction - jax.lax.stop_gradient(reconstruction)
+    return jax.lax.stop_gradient(value) + jnp.sum(jax.lax.stop_gradient(gradient) * zero)
