@@ -116,7 +116,7 @@ class LLMTextEncoder:
     def freeze(self, params: Any) -> FrozenLLM:
         tokens = self.tokenizer.prefix()
         apply = jax.jit(
-            lambda p, t: self.model.apply({"params": p}, t, method=LLM.prefix), out_shardings=_everywhere(params)
+            lambda p, t: self.model.apply({"params": p}, t, method=LLM.prefix), out_shardings=_replicated_like(params)
         )
         features, cache = apply(params, tokens)
         return FrozenLLM(params=params, prefix_features=features, prefix_cache=cache)
@@ -181,12 +181,12 @@ class T5TextEncoder:
         return len(self.tokenizer.prefix())
 
     def freeze(self, params: Any) -> FrozenT5:
-        return FrozenT5(params=params, prefix=jax.device_put(self.tokenizer.prefix(), _everywhere(params)))
+        return FrozenT5(params=params, prefix=jax.device_put(self.tokenizer.prefix(), _replicated_like(params)))
 
     def encode_prompts(self, frozen: FrozenT5, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        shape = (tokens.shape[0], frozen.prefix.shape[0])
-        tokens = jnp.concatenate([jnp.broadcast_to(frozen.prefix, shape), tokens], axis=1)
-        mask = jnp.concatenate([jnp.ones(shape, bool), mask], axis=1)
+        prefix_shape = (tokens.shape[0], frozen.prefix.shape[0])
+        tokens = jnp.concatenate([jnp.broadcast_to(frozen.prefix, prefix_shape), tokens], axis=1)
+        mask = jnp.concatenate([jnp.ones(prefix_shape, bool), mask], axis=1)
         return jax.lax.stop_gradient(T5Encoder(self.config).apply({"params": frozen.params}, tokens, mask))
 
     def features(self, frozen: FrozenT5, encoded: jax.Array, mask: jax.Array) -> TextFeatures:
@@ -204,7 +204,7 @@ class T5TextEncoder:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredEncoding:
+class PrecomputedEncoder:
     """Stands in for an encoder whose features are precomputed: batches hold the output of `encode_prompts`.
 
     `frozen` is the features [P, D] of the shared prefix (P is 0 if each prompt has its own).
@@ -293,15 +293,15 @@ def text_work(
     Returns:
       The FLOPs over all encoders, and one `TextLengths` per encoder.
     """
-    total, lengths = 0, []
+    total_flops, lengths = 0, []
     for name, encoder in encoders.items():
         prefix = encoder.prefix_length(frozen[name])
         lengths.append(TextLengths(prefix, prompts[name], encoder.hidden_size, not encoder.lead))
-        total += encoder.flops(count, prompts[name], prefix)
-    return total, lengths
+        total_flops += encoder.flops(count, prompts[name], prefix)
+    return total_flops, lengths
 
 
-def _everywhere(params: Any) -> jax.sharding.Sharding:
+def _replicated_like(params: Any) -> jax.sharding.Sharding:
     """Returns a sharding that replicates an array on all devices of the parameters."""
     sharding = jax.tree.leaves(params)[0].sharding
     return replicated(sharding.mesh) if isinstance(sharding, NamedSharding) else sharding

@@ -22,7 +22,7 @@ from lidit_jax.weights.safetensors_folder import CONFIG_FILE, read_config, read_
 MODEL_TYPES = (*SUPPORTED, *huggingface_t5.MODEL_TYPES)
 TOKENIZER_FILE = "tokenizer.json"
 DIFFUSERS_ENCODER = re.compile(r"text_encoder(_\d+)?")
-PROBES = ["", " a b", "红色", "😀", "\x00", "\u0f00 xyz"]
+PROBE_TEXTS = ["", " a b", "红色", "😀", "\x00", "\u0f00 xyz"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +67,12 @@ def open_encoder(
     if model_type not in MODEL_TYPES:
         raise UserError(f"{file}: model_type {model_type!r:.80} is not supported; use one of {', '.join(MODEL_TYPES)}")
     if model_type in huggingface_t5.MODEL_TYPES:
-        kind, config = T5TextEncoder, huggingface_t5.t5_config(values, file, dtype=dtype)
+        encoder_class, config = T5TextEncoder, huggingface_t5.t5_config(values, file, dtype=dtype)
     else:
-        kind, config = LLMTextEncoder, llm_config(values, file, dtype=dtype)
+        encoder_class, config = LLMTextEncoder, llm_config(values, file, dtype=dtype)
     tokenizer = load_tokenizer(tokenizer_folder(folder))
     try:
-        return kind(config, make_prompts(tokenizer))
+        return encoder_class(config, make_prompts(tokenizer))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
 
@@ -113,8 +113,8 @@ def tokenizer_folder(folder: epath.Path) -> epath.Path:
     """
     if not DIFFUSERS_ENCODER.fullmatch(folder.name) or (folder / TOKENIZER_FILE).exists():
         return folder
-    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
-    return beside if (beside / TOKENIZER_FILE).exists() else folder
+    sibling = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    return sibling if (sibling / TOKENIZER_FILE).exists() else folder
 
 
 def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
@@ -127,22 +127,22 @@ def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
         file = files / TOKENIZER_FILE
         if not file.is_file():
             raise UserError(f"{folder}: no {TOKENIZER_FILE} in this folder; use one that save_pretrained wrote")
-        template = _processors_template(epath.Path(files))
+        chat_template = _chat_template_file(epath.Path(files))
         # For a damaged file the tokenizers library raises a bare Exception, or panics with a BaseException.
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(files))
-            tokenizer(PROBES, split_special_tokens=True, verbose=False)  # some damage shows only in use
+            tokenizer(PROBE_TEXTS, split_special_tokens=True, verbose=False)  # some damage shows only in use
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder}/{TOKENIZER_FILE}: not a valid tokenizer ({reason})") from error
-    if template and not tokenizer.chat_template:
-        tokenizer.chat_template = template
+    if chat_template and not tokenizer.chat_template:
+        tokenizer.chat_template = chat_template
     return tokenizer
 
 
-def _processors_template(folder: epath.Path) -> str:
+def _chat_template_file(folder: epath.Path) -> str:
     """Returns the chat template from chat_template.json, where older multi-modal models keep it, or ""."""
     file = folder / "chat_template.json"
     template = read_json_object(file).get("chat_template") if file.exists() else None

@@ -19,10 +19,10 @@ INSTRUCTION = (
 )
 # Some chat templates (LLaMA 3.2's) insert today's date, which would change the prefix every day. A fixed date, LLaMA's
 # default, keeps the prefix constant.
-SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+FIXED_DATE_MACRO = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 # Marks the prompt's position in a rendered chat template; private-use characters do not occur in templates.
 PLACEHOLDER = "\ue000prompt\ue001"
-ENCODE = ("in_step", "ahead")
+ENCODE_OPTIONS = ("in_step", "ahead")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,8 @@ class TextConfig:
     encode: str = "in_step"
 
     def __post_init__(self):
-        if self.encode not in ENCODE:
-            raise UserError(f"text.encode={self.encode!r} is unknown: use one of {', '.join(ENCODE)}")
+        if self.encode not in ENCODE_OPTIONS:
+            raise UserError(f"text.encode={self.encode!r} is unknown: use one of {', '.join(ENCODE_OPTIONS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,28 +112,30 @@ class PromptTokenizer:
     def _prefix(self) -> list[int]:
         if self.chat_template and self.tokenizer.chat_template:
             # Special tokens in the rendered template are parsed as such; the template includes any begin token.
-            text = _without_half_characters(self._chat_prefix())
+            text = _replace_unpaired_surrogates(self._chat_prefix())
             return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         text = " ".join(part for part in (self.system_prompt, self.instruction) if part)
         tokens = self._encode([text])[0] if text else []
         begin = self.tokenizer.bos_token_id
-        adds_it = begin is not None and self.tokenizer("", verbose=False)["input_ids"][:1] == [begin]
-        return [begin, *tokens] if adds_it else tokens
+        adds_begin = begin is not None and self.tokenizer("", verbose=False)["input_ids"][:1] == [begin]
+        return [begin, *tokens] if adds_begin else tokens
 
     def _chat_prefix(self) -> str:
         instruction = f"{self.instruction}{PLACEHOLDER}"
         conversations = [[("user", instruction)]]
         if self.system_prompt:
             # Some templates (Gemma's) raise for a system role: then the system prompt starts the user's turn.
-            in_turn = ("user", f"{self.system_prompt} {instruction}")
-            conversations = [[("system", self.system_prompt), ("user", instruction)], [in_turn]]
+            single_turn = ("user", f"{self.system_prompt} {instruction}")
+            conversations = [[("system", self.system_prompt), ("user", instruction)], [single_turn]]
         # Templates of multi-modal models (LLaVA's) take lists of text and image items, and render a string as nothing.
-        as_text, as_parts = (lambda text: text), (lambda text: [{"type": "text", "text": text}])
         errors = []
-        for content, conversation in itertools.product((as_text, as_parts), conversations):
-            messages = [{"role": role, "content": content(text)} for role, text in conversation]
+        for as_list, conversation in itertools.product((False, True), conversations):
+            messages = [
+                {"role": role, "content": [{"type": "text", "text": text}] if as_list else text}
+                for role, text in conversation
+            ]
             try:
-                template = SAME_DAY + self.tokenizer.get_chat_template()
+                template = FIXED_DATE_MACRO + self.tokenizer.get_chat_template()
                 text = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
             except Exception as error:  # a template is a program and can raise anything
                 errors.append(" ".join(str(error).split())[:200])
@@ -156,10 +158,10 @@ class PromptTokenizer:
         """
         if not self.instruction:
             return ""
-        together = self._encode([f"{self.instruction} a"])[0]
-        alone = self._encode([self.instruction])[0]
+        running_text = self._encode([f"{self.instruction} a"])[0]
+        instruction = self._encode([self.instruction])[0]
         for separator in ("", " "):
-            if alone + self._encode([f"{separator}a"])[0] == together:
+            if instruction + self._encode([f"{separator}a"])[0] == running_text:
                 return separator
         return " "
 
@@ -186,11 +188,11 @@ class PromptTokenizer:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        texts = [_without_half_characters(text) for text in texts]
+        texts = [_replace_unpaired_surrogates(text) for text in texts]
         # A special token spelled out in a prompt is tokenized as text, so that it cannot end the prompt early.
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def _without_half_characters(text: str) -> str:
+def _replace_unpaired_surrogates(text: str) -> str:
     """Replaces unpaired surrogates, which JSON captions can contain and tokenizers reject, by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -19,13 +19,13 @@ class SharedPrompts:
     """Assigns prompts to the rows of the model's batch: R images and, with guidance, R unconditional rows after them.
 
     Attributes:
-      pictures: R, the number of images in a batch.
+      num_images: R, the number of images in a batch.
       images_per_prompt: consecutive images with the same prompt.
       is_guided: True if the batch has unconditional rows.
       shards: number of equal shards of the rows.
     """
 
-    pictures: int
+    num_images: int
     images_per_prompt: int
     is_guided: bool
     shards: int
@@ -46,23 +46,23 @@ class SharedPrompts:
           The prompts to encode, [shards x E], padded with empty prompts; and for each row the index of its prompt among
           the E encoded prompts of its shard, int32 [R or 2R].
         """
-        chosen, places = [], []
-        for rows in self._numbers(start):
-            numbers, of_rows = np.unique(rows, return_inverse=True)
-            padding = [NO_PROMPT] * (self._encoded_per_shard - len(numbers))
-            chosen += [prompts[i] if 0 <= i < len(prompts) else "" for i in [*numbers, *padding]]
-            places.append(of_rows)
-        return chosen, np.concatenate(places).astype(np.int32)
+        to_encode, indices = [], []
+        for rows in self._prompt_of_row(start):
+            distinct, index_of_row = np.unique(rows, return_inverse=True)
+            padding = [NO_PROMPT] * (self._encoded_per_shard - len(distinct))
+            to_encode += [prompts[i] if 0 <= i < len(prompts) else "" for i in [*distinct, *padding]]
+            indices.append(index_of_row)
+        return to_encode, np.concatenate(indices).astype(np.int32)
 
-    def _numbers(self, start: int) -> np.ndarray:
+    def _prompt_of_row(self, start: int) -> np.ndarray:
         """Returns the index of each row's prompt, int [shards, rows per shard]; `NO_PROMPT` in unconditional rows."""
-        numbers = np.arange(start, start + self.pictures) // self.images_per_prompt
+        prompts = np.arange(start, start + self.num_images) // self.images_per_prompt
         if self.is_guided:  # conditional rows first, as in `samplers.guided`
-            numbers = np.concatenate([numbers, np.full(self.pictures, NO_PROMPT)])
-        return numbers.reshape(self.shards, -1)
+            prompts = np.concatenate([prompts, np.full(self.num_images, NO_PROMPT)])
+        return prompts.reshape(self.shards, -1)
 
     @functools.cached_property
     def _encoded_per_shard(self) -> int:
         """E, the largest number of distinct prompts in any shard of any batch; the pattern repeats after the lcm."""
-        starts = range(0, math.lcm(self.pictures, self.images_per_prompt), self.pictures)
-        return max(len(np.unique(rows)) for start in starts for rows in self._numbers(start))
+        starts = range(0, math.lcm(self.num_images, self.images_per_prompt), self.num_images)
+        return max(len(np.unique(rows)) for start in starts for rows in self._prompt_of_row(start))
