@@ -114,7 +114,7 @@ def test_tiles_parts_are_the_side_and_each_ends_beyond_its_part(side, spare, rea
     length = 2 * reach + spare  # as `smallest_tile` ensures
     tiles = place_tiles(side, length, reach)
     assert tiles.length == min(side, length)
-    parts = tiles.parts + tiles.starts[:, None]
+    parts = tiles.interiors + tiles.starts[:, None]
     np.testing.assert_array_equal(parts[1:, 0], parts[:-1, 1])
     assert parts[0, 0] == 0
     assert parts[-1, 1] == side

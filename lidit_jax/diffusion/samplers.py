@@ -120,7 +120,7 @@ def flow_sigmas(schedule: RectifiedFlow, num_steps: int) -> np.ndarray:
     return schedule.shift_times(evenly_spaced)
 
 
-def _table(timesteps, alpha, sigma, next_weights, memory_weights=None, noise_scale=None) -> StepTable:
+def _make_table(timesteps, alpha, sigma, next_weights, memory_weights=None, noise_scale=None) -> StepTable:
     """Builds a float32 table from weights given as one array or number per term."""
     num_rows = len(timesteps)
 
@@ -146,7 +146,7 @@ def _ddpm_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTable:
     x_weight = np.sqrt(step_alpha) * (1.0 - previous_power) / (1.0 - power)
     x0_weight = np.sqrt(previous_power) * (1.0 - step_alpha) / (1.0 - power)
     variance = (1.0 - previous_power) / (1.0 - power) * (1.0 - step_alpha)
-    return _table(
+    return _make_table(
         timesteps,
         np.sqrt(power),
         np.sqrt(1.0 - power),
@@ -166,7 +166,7 @@ def _ddim_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTable:
     variance = eta**2 * (1.0 - previous_power) / (1.0 - power) * (1.0 - power / previous_power)
     # With eta 1, rounding can make the difference slightly negative.
     direction = np.sqrt(np.maximum(1.0 - previous_power - variance, 0.0))
-    return _table(
+    return _make_table(
         timesteps,
         np.sqrt(power),
         np.sqrt(1.0 - power),
@@ -192,7 +192,7 @@ def _dpmpp_2m_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTa
     x0_weight = -next_alpha * np.expm1(-steps)
     extrapolation = np.zeros_like(x0_weight)
     extrapolation[1:-1] = 0.5 * x0_weight[1:-1] * steps[1:-1] / steps[:-2]
-    return _table(
+    return _make_table(
         timesteps,
         alpha,
         sigma,
@@ -204,7 +204,7 @@ def _dpmpp_2m_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTa
 def _euler_table(schedule: RectifiedFlow, sigmas: np.ndarray, eta: float) -> StepTable:
     """Euler's method: x + (s_next - s) v, which equals (1 - s_next) x0 + s_next eps on the straight path."""
     next_sigmas = np.append(sigmas[1:], 0.0)
-    return _table(
+    return _make_table(
         sigmas * schedule.num_timesteps,
         1.0 - sigmas,
         sigmas,
@@ -227,7 +227,7 @@ def _heun_table(schedule: RectifiedFlow, sigmas: np.ndarray, eta: float) -> Step
     second = np.arange(len(points)) % 2
     first = 1 - second
     # The weights express the velocity as v = eps - x0.
-    return _table(
+    return _make_table(
         points * schedule.num_timesteps,
         1.0 - points,
         points,
@@ -280,13 +280,13 @@ def default_spacing(sampler_name: str, schedule: Schedule) -> str | None:
 
 
 def _checked_sampler(sampler_name: str, schedule: Schedule, eta: float) -> Sampler:
-    fitting = ", ".join(samplers_for(schedule))
+    supported = ", ".join(samplers_for(schedule))
     schedule_name = type(schedule).__name__
     if sampler_name not in SAMPLERS:
-        raise UserError(f"unknown sampler {sampler_name!r}; with {schedule_name} choose one of {fitting}")
+        raise UserError(f"unknown sampler {sampler_name!r}; with {schedule_name} choose one of {supported}")
     sampler = SAMPLERS[sampler_name]
     if not isinstance(schedule, sampler.schedule):
-        raise UserError(f"sampler {sampler_name!r} does not support {schedule_name}; choose one of {fitting}")
+        raise UserError(f"sampler {sampler_name!r} does not support {schedule_name}; choose one of {supported}")
     if not 0.0 <= eta <= 1.0:
         raise UserError(f"eta must lie in [0, 1], got {eta}")
     if eta and not sampler.takes_eta:
@@ -380,8 +380,8 @@ def sample(
     """
     table = step_table(sampler_name, schedule, num_steps, spacing=spacing, steps_offset=steps_offset, eta=eta)
     batch_size, sample_shape = x_init.shape[0], x_init.shape[1:]
-    draws_noise = bool(np.any(table.noise_scale))
-    if draws_noise:
+    adds_noise = bool(np.any(table.noise_scale))
+    if adds_noise:
         _check_keys(sampler_name, keys, batch_size)
 
     def step(carry, row_and_index):
@@ -391,7 +391,7 @@ def sample(
         x0 = x0_from_output(schedule.prediction, output, x, row.alpha, row.sigma)
         noise = noise_from_output(schedule.prediction, output, x, row.alpha, row.sigma)
         next_x = _combine(row.next_weights, (x, x0, noise, memory))
-        if draws_noise:
+        if adds_noise:
             next_x += row.noise_scale * step_noise(keys, index, sample_shape)
         next_memory = _combine(row.memory_weights, (x, x0, noise))
         return (next_x, next_memory), (x0 if return_trajectory else None)

@@ -74,34 +74,35 @@ def lidit_forward(
     width = config.hidden_size
     tokens = latent_height * latent_width // config.patch_size**2
     patch = config.patch_size**2 * config.latent_channels
-    condition = sum(one.prompt for one in text)
+    condition = sum(lengths.prompt for lengths in text)
 
-    sample = dense(1, FREQUENCY_FEATURES, width) + dense(1, width, width)  # timestep embedding
-    shared = 0
-    for one in text:
-        projected = dense(one.prefix, one.width, width)
-        shared += projected if one.shares_prefix else batch_size * projected
-        sample += dense(one.prompt, one.width, width)
-        sample += 2 * dense(1, width, width)  # pooled
-        sample += config.refiner_blocks * _token_refiner_block(config, one.total)
+    per_sample = dense(1, FREQUENCY_FEATURES, width) + dense(1, width, width)  # timestep embedding
+    per_batch = 0
+    for lengths in text:
+        projection = dense(lengths.prefix, lengths.width, width)
+        per_batch += projection if lengths.shares_prefix else batch_size * projection
+        per_sample += dense(lengths.prompt, lengths.width, width)
+        per_sample += 2 * dense(1, width, width)  # pooled text
+        per_sample += config.refiner_blocks * _token_refiner_block(config, lengths.total)
     if config.fusion == "collaborative" and len(text) > 1:
-        total = sum(one.total for one in text)
-        for one in text:
-            sample += config.collaborative_blocks * _collaborative_branch(config, one.total, total - one.total)
+        total = sum(lengths.total for lengths in text)
+        for lengths in text:
+            branch = _collaborative_branch(config, lengths.total, total - lengths.total)
+            per_sample += config.collaborative_blocks * branch
 
-    sample += dense(tokens, patch, width)  # patch embedding
+    per_sample += dense(tokens, patch, width)  # patch embedding
     if CONV in parse_position(config.position):
-        sample += 2 * 9 * dense(tokens, width, width // 4)  # position ResBlock
-    sample += config.depth * _dit_block(config, tokens, condition)
-    sample += dense(1, width, 2 * width) + dense(tokens, width, patch)  # output
-    return batch_size * sample + shared
+        per_sample += 2 * 9 * dense(tokens, width, width // 4)  # position ResBlock
+    per_sample += config.depth * _dit_block(config, tokens, condition)
+    per_sample += dense(1, width, 2 * width) + dense(tokens, width, patch)  # output
+    return batch_size * per_sample + per_batch
 
 
 def _token_refiner_block(config: LIDiTConfig, tokens: int) -> int:
     width = config.hidden_size
     gates = dense(1, width, 2 * width) if config.refiner_gated else 0
-    own = 4 * dense(tokens, width, width) + attention_products(tokens, tokens, width)
-    return gates + own + feed_forward(tokens, width, config.refiner_mlp_ratio)
+    self_attention = 4 * dense(tokens, width, width) + attention_products(tokens, tokens, width)
+    return gates + self_attention + feed_forward(tokens, width, config.refiner_mlp_ratio)
 
 
 def _collaborative_branch(config: LIDiTConfig, tokens: int, others: int) -> int:
@@ -113,10 +114,11 @@ def _collaborative_branch(config: LIDiTConfig, tokens: int, others: int) -> int:
 
 def _dit_block(config: LIDiTConfig, tokens: int, condition: int) -> int:
     width = config.hidden_size
-    own = 4 * dense(tokens, width, width) + attention_products(tokens, tokens, width)
+    self_attention = 4 * dense(tokens, width, width) + attention_products(tokens, tokens, width)
     cross = 2 * dense(tokens, width, width) + 2 * dense(condition, width, width)
     cross += attention_products(tokens, condition, width)
-    return dense(1, width, 9 * width) + own + cross + feed_forward(tokens, width, config.mlp_ratio)
+    modulation = dense(1, width, 9 * width)
+    return modulation + self_attention + cross + feed_forward(tokens, width, config.mlp_ratio)
 
 
 def llm_forward(config: LLMConfig, prompts: int, length: int, prefix: int) -> int:
@@ -124,10 +126,11 @@ def llm_forward(config: LLMConfig, prompts: int, length: int, prefix: int) -> in
 
     Only the prompts' tokens are queries; the cached prefix adds keys and values.
     """
-    heads, groups = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    query_width = config.num_attention_heads * config.head_dim
+    key_width = config.num_key_value_heads * config.head_dim
     width = config.hidden_size
-    block = 2 * dense(length, width, heads) + 2 * dense(length, width, groups)
-    block += attention_products(length, prefix + length, heads)
+    block = 2 * dense(length, width, query_width) + 2 * dense(length, width, key_width)
+    block += attention_products(length, prefix + length, query_width)
     block += 3 * dense(length, width, config.intermediate_size)
     return prompts * config.num_hidden_layers * block
 
@@ -140,29 +143,29 @@ def t5_forward(config: T5Config, prompts: int, length: int) -> int:
     return prompts * config.num_layers * (block + products * dense(length, config.d_model, config.d_ff))
 
 
-def vae_encoder_forward(config: VAEConfig, pictures: int, height: int, width: int) -> int:
+def vae_encoder_forward(config: VAEConfig, num_images: int, height: int, width: int) -> int:
     """FLOPs of the autoencoder's encoder on images of height x width pixels."""
     widths = config.block_out_channels
     positions = height * width
     total = 9 * dense(positions, config.in_channels, widths[0])
-    before = widths[0]
+    features_in = widths[0]
     for index, features in enumerate(widths):
         for _ in range(config.layers_per_block):
-            total += _residual_block(positions, before, features)
-            before = features
+            total += _residual_block(positions, features_in, features)
+            features_in = features
         if index < len(widths) - 1:
             positions //= 4
             total += 9 * dense(positions, features, features)
-    total += 2 * _residual_block(positions, before, before)
+    total += 2 * _residual_block(positions, features_in, features_in)
     if config.mid_block_add_attention:
-        total += 4 * dense(positions, before, before) + attention_products(positions, positions, before)
+        total += 4 * dense(positions, features_in, features_in) + attention_products(positions, positions, features_in)
     moments = 2 * config.latent_channels
-    total += 9 * dense(positions, before, moments)
+    total += 9 * dense(positions, features_in, moments)
     if config.use_quant_conv:
         total += dense(positions, moments, moments)
-    return pictures * total
+    return num_images * total
 
 
-def _residual_block(positions: int, before: int, features: int) -> int:
-    shortcut = dense(positions, before, features) if before != features else 0
-    return 9 * dense(positions, before, features) + 9 * dense(positions, features, features) + shortcut
+def _residual_block(positions: int, features_in: int, features: int) -> int:
+    shortcut = dense(positions, features_in, features) if features_in != features else 0
+    return 9 * dense(positions, features_in, features) + 9 * dense(positions, features, features) + shortcut

@@ -131,15 +131,15 @@ class Decoder(nn.Module):
         self.conv_norm_out = GroupNorm(self.norm_num_groups, self.dtype)
         self.conv_out = conv(self.out_channels, jnp.float32)
 
-    def at_latent_size(self, latents: jax.Array) -> jax.Array:
+    def low_resolution(self, latents: jax.Array) -> jax.Array:
         """Runs the layers at the resolution of the latents, attention included: `[B, h, w, widest]`."""
         return self.up_blocks[0].residual(self.mid_block(self.conv_in(latents)))
 
-    def enlarge(self, x: jax.Array, stage: int) -> jax.Array:
+    def upsample_stage(self, x: jax.Array, stage: int) -> jax.Array:
         """Runs one upsampling and the residual blocks after it: `[B, H, W, C]` -> `[B, 2H, 2W, next C]`."""
         return self.up_blocks[stage + 1].residual(self.up_blocks[stage].upsample(x))
 
-    def normalise(self, x: jax.Array) -> jax.Array:
+    def output_norm(self, x: jax.Array) -> jax.Array:
         """Runs the GroupNorm and SiLU before the last convolution, `conv_out`."""
         return nn.silu(self.conv_norm_out(x))
 
@@ -222,7 +222,7 @@ class AutoencoderKL(nn.Module):
 
     # The stages of `decode`, for tiled decoding and for the adaptive weight of the adversarial loss.
 
-    def decode_far(self, latents: jax.Array) -> jax.Array:
+    def decode_low_resolution(self, latents: jax.Array) -> jax.Array:
         """Runs the layers at the resolution of the latents: `[B, h, w, latent_channels]` -> `[B, h, w, widest]`.
 
         They include attention, so every output position can depend on all latents.
@@ -230,25 +230,25 @@ class AutoencoderKL(nn.Module):
         _check_channels("latents", latents, self.config.latent_channels)
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
-        return self.decoder.at_latent_size(latents)
+        return self.decoder.low_resolution(latents)
 
     def decode_stage(self, x: jax.Array, stage: int) -> jax.Array:
         """Runs upsampling number `stage` (from 0) and the blocks after it: `[B, H, W, C]` -> `[B, 2H, 2W, next C]`.
 
         Apart from the statistics of GroupNorm, an output position depends only on nearby positions.
         """
-        return self.decoder.enlarge(x, stage)
+        return self.decoder.upsample_stage(x, stage)
 
-    def decode_end(self, x: jax.Array) -> jax.Array:
+    def decode_output(self, x: jax.Array) -> jax.Array:
         """Decodes the features of the last stage, `[B, H, W, narrowest]`, to images `[B, H, W, out_channels]`."""
-        return self.decode_last(self.decoder.normalise(x))
+        return self.decode_last(self.decoder.output_norm(x))
 
     def decode_features(self, latents: jax.Array) -> jax.Array:
         """Runs all but the last convolution: `[B, h, w, latent_channels]` -> `[B, H, W, narrowest]`."""
-        x = self.decode_far(latents)
+        x = self.decode_low_resolution(latents)
         for stage in range(len(self.config.block_out_channels) - 1):
             x = self.decode_stage(x, stage)
-        return self.decoder.normalise(x)
+        return self.decoder.output_norm(x)
 
     def decode_last(self, features: jax.Array) -> jax.Array:
         """Runs the last convolution: `[B, H, W, narrowest]` -> `[B, H, W, out_channels]`."""

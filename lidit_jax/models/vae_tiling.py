@@ -4,7 +4,7 @@ Decoding tiles independently is not exact: GroupNorm would use the statistics of
 attention would see only the tile's positions. Tiles would then differ from one another and from the exact image by tens
 of grey levels, which blending only smears. Here tiles use the statistics and the attention of the complete image:
 
-- The layers at the resolution of the latents, attention included, run on the complete image (`decode_far`).
+- The layers at the resolution of the latents, attention included, run on the complete image (`decode_low_resolution`).
 - Each upsampling, with the blocks after it, runs tile by tile. A first pass over the tiles accumulates the statistics
   of the first GroupNorm, a second pass, with these, those of the second GroupNorm, and so on; the last pass writes the
   features or the image. Tiles overlap by the receptive field of the convolutions, and each writes only its interior,
@@ -32,7 +32,7 @@ from lidit_jax.models.vae_layers import GroupNorm, GroupStatistics, group_statis
 SMALLEST_TILE = 32  # pixels
 Statistics = dict[str, GroupStatistics]  # statistics of each GroupNorm, by its path in the model
 # (GroupNorm's path, its input, number of groups) -> statistics to normalise by; None: those of the input.
-Look = Callable[[str, jax.Array, int], GroupStatistics | None]
+StatisticsHook = Callable[[str, jax.Array, int], GroupStatistics | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Tiles:
     Attributes:
       length: positions per tile.
       starts: int [tiles], first position of each tile, ascending; the last tile ends at the end of the side.
-      parts: int [tiles, 2], the interior [from, to) of each tile, relative to its start: the positions that the tile
-        writes. The interiors cover the side without overlap.
+      interiors: int [tiles, 2], the interior [from, to) of each tile, relative to its start: the positions that the
+        tile writes. The interiors cover the side without overlap.
     """
 
     length: int
     starts: np.ndarray
-    parts: np.ndarray
+    interiors: np.ndarray
 
 
 def place_tiles(side: int, length: int, reach: int) -> Tiles:
@@ -98,9 +98,9 @@ class Moments:
         """Combines two sets of positions, without cancellation where the mean is large (Chan et al. 1979)."""
         positions = self.positions + other.positions
         share = other.positions / positions
-        apart = other.mean - self.mean
-        deviations = self.deviations + other.deviations + apart**2 * self.positions * share
-        return Moments(positions, self.mean + apart * share, deviations)
+        difference = other.mean - self.mean
+        deviations = self.deviations + other.deviations + difference**2 * self.positions * share
+        return Moments(positions, self.mean + difference * share, deviations)
 
     def statistics(self) -> GroupStatistics:
         """Returns mean and variance."""
@@ -161,7 +161,7 @@ def decode_in_tiles(model: AutoencoderKL, params: Any, latents: jax.Array, tile:
         return model.apply({"params": params}, latents, method=AutoencoderKL.decode)
 
     def decode_one(latents: jax.Array) -> jax.Array:
-        x = model.apply({"params": params}, latents[None], method=AutoencoderKL.decode_far)
+        x = model.apply({"params": params}, latents[None], method=AutoencoderKL.decode_low_resolution)
         for stage in range(num_stages):
             x = _run_stage(_Stage(model, params, stage, last=stage == num_stages - 1), x, tile // 2, reach)
         return x[0]
@@ -185,27 +185,27 @@ class _Stage:
     index: int
     last: bool
 
-    def __call__(self, x: jax.Array, look: Look) -> jax.Array:
-        """Runs the stage on x `[1, H, W, C]`; `look` sees the input of every GroupNorm and returns its statistics."""
+    def __call__(self, x: jax.Array, hook: StatisticsHook) -> jax.Array:
+        """Runs the stage on x `[1, H, W, C]`; `hook` gets the input of every GroupNorm and returns its statistics."""
 
         def intercept(call, args, kwargs, context):
             norm = context.module
             if not isinstance(norm, GroupNorm):
                 return call(*args, **kwargs)
-            return call(args[0], look("/".join(norm.path), args[0], norm.num_groups))
+            return call(args[0], hook("/".join(norm.path), args[0], norm.num_groups))
 
         with nn.intercept_methods(intercept):
             x = self.model.apply({"params": self.params}, x, self.index, method=AutoencoderKL.decode_stage)
-            return self.model.apply({"params": self.params}, x, method=AutoencoderKL.decode_end) if self.last else x
+            return self.model.apply({"params": self.params}, x, method=AutoencoderKL.decode_output) if self.last else x
 
     def norms(self, x: jax.Array) -> list[str]:
         """Returns the paths of the stage's GroupNorms in the order in which they run."""
         names: list[str] = []
 
-        def look(name, x, groups):
+        def hook(name, x, groups):
             names.append(name)
 
-        jax.eval_shape(lambda x: self(x, look), x)
+        jax.eval_shape(lambda x: self(x, hook), x)
         return names
 
 
@@ -213,57 +213,58 @@ def _run_stage(stage: _Stage, x: jax.Array, length: int, reach: int) -> jax.Arra
     """Runs a stage on x `[1, H, W, C]` in tiles of `length` positions of x: `[1, 2H, 2W, …]`."""
     _, height, width, channels = x.shape
     rows, columns = place_tiles(height, length, reach), place_tiles(width, length, reach)
-    row_of, column_of = np.divmod(np.arange(len(rows.starts) * len(columns.starts)), len(columns.starts))
-    places = {
-        "start": (rows.starts[row_of], columns.starts[column_of]),
-        "part": (rows.parts[row_of], columns.parts[column_of]),
+    tile_rows, tile_columns = np.divmod(np.arange(len(rows.starts) * len(columns.starts)), len(columns.starts))
+    tiles = {
+        "start": (rows.starts[tile_rows], columns.starts[tile_columns]),
+        "interior": (rows.interiors[tile_rows], columns.interiors[tile_columns]),
     }
 
-    def cut(place) -> jax.Array:
-        return jax.lax.dynamic_slice(x, (0, *place["start"], 0), (1, rows.length, columns.length, channels))
+    def crop(tile) -> jax.Array:
+        return jax.lax.dynamic_slice(x, (0, *tile["start"], 0), (1, rows.length, columns.length, channels))
 
-    def mask(place) -> jax.Array:
+    def interior_mask(tile) -> jax.Array:
         """Returns the interior of a tile after the upsampling, bool [2 rows, 2 columns]."""
         inside = [
-            (np.arange(2 * length) >= 2 * part[0]) & (np.arange(2 * length) < 2 * part[1])
-            for length, part in zip((rows.length, columns.length), place["part"], strict=True)
+            (np.arange(2 * length) >= 2 * interior[0]) & (np.arange(2 * length) < 2 * interior[1])
+            for length, interior in zip((rows.length, columns.length), tile["interior"], strict=True)
         ]
         return inside[0][:, None] & inside[1]
 
-    def moments(place, name: str, known: Statistics) -> Moments:
+    def moments(tile, name: str, statistics: Statistics) -> Moments:
         """Returns the moments of the named GroupNorm's input in a tile.
 
         The layers after that GroupNorm are traced, but XLA removes them as dead code.
         """
         found = []
 
-        def look(of, x, groups):
-            if of == name:
-                positions = jnp.sum(mask(place), dtype=jnp.float32)
-                own = group_statistics(x.astype(jnp.float32), groups, mask(place) / positions)
-                found.append(Moments(positions, own.mean, own.variance * positions))
-            return known.get(of)
+        def hook(norm, x, groups):
+            if norm == name:
+                mask = interior_mask(tile)
+                positions = jnp.sum(mask, dtype=jnp.float32)
+                tile_statistics = group_statistics(x.astype(jnp.float32), groups, mask / positions)
+                found.append(Moments(positions, tile_statistics.mean, tile_statistics.variance * positions))
+            return statistics.get(norm)
 
-        stage(cut(place), look)
+        stage(crop(tile), hook)
         return found[0]
 
-    first, rest = (jax.tree.map(lambda leaf, part=part: leaf[part], places) for part in (0, slice(1, None)))
-    known: Statistics = {}
-    for name in stage.norms(cut(first)):
+    first, rest = (jax.tree.map(lambda leaf, index=index: leaf[index], tiles) for index in (0, slice(1, None)))
+    statistics: Statistics = {}
+    for name in stage.norms(crop(first)):
 
-        def merge(total, place, name=name):
-            return total.merge(moments(place, name, known)), None
+        def merge(total, tile, name=name):
+            return total.merge(moments(tile, name, statistics)), None
 
-        total, _ = jax.lax.scan(merge, moments(first, name, known), rest)
-        known[name] = total.statistics()
+        total, _ = jax.lax.scan(merge, moments(first, name, statistics), rest)
+        statistics[name] = total.statistics()
 
-    def write(whole, place):
-        made = stage(cut(place), lambda name, x, groups: known[name])
-        start = (0, 2 * place["start"][0], 2 * place["start"][1], 0)
-        there = jax.lax.dynamic_slice(whole, start, made.shape)
-        made = jnp.where(mask(place)[..., None], made, there)
-        return jax.lax.dynamic_update_slice(whole, made, start), None
+    def write(output, tile):
+        decoded = stage(crop(tile), lambda name, x, groups: statistics[name])
+        start = (0, 2 * tile["start"][0], 2 * tile["start"][1], 0)
+        previous = jax.lax.dynamic_slice(output, start, decoded.shape)
+        decoded = jnp.where(interior_mask(tile)[..., None], decoded, previous)
+        return jax.lax.dynamic_update_slice(output, decoded, start), None
 
-    made = jax.eval_shape(lambda x: stage(x, lambda *_: None), cut(first))
-    blank = jnp.zeros((1, 2 * height, 2 * width, made.shape[-1]), made.dtype)
-    return jax.lax.scan(write, blank, places)[0]
+    decoded = jax.eval_shape(lambda x: stage(x, lambda *_: None), crop(first))
+    blank = jnp.zeros((1, 2 * height, 2 * width, decoded.shape[-1]), decoded.dtype)
+    return jax.lax.scan(write, blank, tiles)[0]
