@@ -88,7 +88,10 @@ def test_every_device_attends_for_its_own_samples_and_heads(sizes, batch):
 def test_lidit_with_the_tpu_kernel_is_lidit():
     sizes = {"depth": 1, "hidden_size": 32, "num_heads": 4, "patch_size": 1, "latent_channels": 4, "dtype": "float32"}
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     text, x, times = [text_features(0)], normal(2, 4, 4, 4), jnp.asarray([3.0, 700.0])
     # "dots" saves the results of the kernel for the backward pass, by their checkpoint name.
     models = {which: LIDiT(LIDiTConfig(**sizes, remat="dots", attention=which)) for which in ("xla", "splash")}

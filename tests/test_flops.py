@@ -55,7 +55,10 @@ def test_the_model_is_what_xla_counts(changes, lengths, size):
     config, batch = LIDiTConfig(**{**LIDIT, **changes}), 2
     model, latents, text = LIDiT(config), jnp.zeros((batch, *size, 16)), text_of(lengths, batch)
     params = abstract(model.init, latents, jnp.zeros(batch), text)
-    run = lambda p, x, t, text: model.apply({"params": p}, x, t, text)  # noqa: E731
+
+    def run(p, x, t, text):
+        return model.apply({"params": p}, x, t, text)
+
     expected = flops.lidit_forward(config, batch, *size, lengths)
     assert counted(run, params, latents, jnp.zeros(batch), text) == pytest.approx(expected, rel=0.02)
 
@@ -80,7 +83,10 @@ def test_an_llm_is_what_xla_counts():
     )  # fmt: skip
     cache = PrefixCache(*[jnp.zeros((1, 24, 4, 64))] * 2)
     params = abstract(LLM(config).init, jnp.zeros((1, 2), jnp.int32))
-    run = lambda p, tokens, cache: LLM(config).apply({"params": p}, tokens, cache)  # noqa: E731
+
+    def run(p, tokens, cache):
+        return LLM(config).apply({"params": p}, tokens, cache)
+
     expected = flops.llm_forward(config, prompts=2, length=64, prefix=24)
     assert counted(run, params, jnp.zeros((2, 64), jnp.int32), cache) == pytest.approx(expected, rel=0.02)
 
@@ -92,7 +98,10 @@ def test_a_t5_is_what_xla_counts(gated):
     )
     tokens, mask = jnp.zeros((2, 96), jnp.int32), jnp.ones((2, 96), bool)
     params = abstract(T5Encoder(config).init, tokens, mask)
-    run = lambda p, tokens, mask: T5Encoder(config).apply({"params": p}, tokens, mask)  # noqa: E731
+
+    def run(p, tokens, mask):
+        return T5Encoder(config).apply({"params": p}, tokens, mask)
+
     assert counted(run, params, tokens, mask) == pytest.approx(flops.t5_forward(config, 2, 96), rel=0.02)
 
 
@@ -102,7 +111,10 @@ def test_the_autoencoders_encoder_is_what_xla_counts(changes):
     # A large image: XLA does not count products with the padding at the borders.
     model, pictures = AutoencoderKL(config), jnp.zeros((1, 256, 384, 3))
     params = abstract(model.init, pictures)
-    run = lambda p, x: model.apply({"params": p}, x, method=AutoencoderKL.encode).mean  # noqa: E731
+
+    def run(p, x):
+        return model.apply({"params": p}, x, method=AutoencoderKL.encode).mean
+
     expected = flops.vae_encoder_forward(config, 1, 256, 384)
     assert counted(run, params, pictures) == pytest.approx(expected, rel=0.02)
 

@@ -130,7 +130,10 @@ def dit(position, grid, *, heads=1, head_dim=32, depth=2):
 def conditions(model, batch=1, seed=0):
     """Returns text [B, 2, C], its mask and the conditioning vector."""
     text, vector = np.random.default_rng(seed).standard_normal((2, 1, 2, model.config.hidden_size)).astype(np.float32)
-    rows = lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:]))  # noqa: E731
+
+    def rows(x):
+        return jnp.broadcast_to(x, (batch, *x.shape[1:]))
+
     return rows(text), jnp.ones((batch, 2), bool), rows(vector[:, 0])
 
 
@@ -185,7 +188,10 @@ def test_positions_are_the_same_on_a_mesh():
     latents = jnp.asarray(np.random.default_rng(0).standard_normal((4, side, side, 4)), jnp.float32)
     params = random_params(model, latents[:1])
     inputs = (latents, *conditions(model, 4))
-    apply = lambda params, *inputs: model.apply({"params": params}, *inputs)  # noqa: E731
+
+    def apply(params, *inputs):
+        return model.apply({"params": params}, *inputs)
+
     expected = jax.jit(apply)(params, *inputs)
     mesh, rules = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), ShardingRules()
     boxed = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]

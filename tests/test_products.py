@@ -306,7 +306,10 @@ def gradient_program(layer, shape, mesh):
     stored = {"kernel": PartitionSpec(*[None] * (len(shape) - 3), "fsdp", "tensor"), "bias": PartitionSpec("fsdp")}
     if isinstance(layer, Conv):
         stored["kernel"] = PartitionSpec(None, None, "fsdp")
-    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+
+    def place(x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
     params = {"params": {name: place(x, stored[name]) for name, x in params["params"].items()}}
     x = place(jax.ShapeDtypeStruct(shape, jnp.bfloat16), PartitionSpec(("data", "fsdp")))
 

@@ -250,7 +250,10 @@ def test_a_chat_template_gives_the_system_prompt_and_the_users_turn_their_places
     chat = chat_tokenizer()
     tokenizer = PromptTokenizer(chat, 32, "Describe:", "You see images.")
     specials = {name: chat.convert_tokens_to_ids(f"<|{name}|>") for name in ("begin", "system", "user", "end")}
-    plain = lambda text: chat(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def plain(text):
+        return chat(text, add_special_tokens=False)["input_ids"]
+
     assert tokenizer.prefix().tolist() == [
         specials["begin"],
         specials["system"],

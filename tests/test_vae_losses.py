@@ -83,7 +83,9 @@ def test_the_adaptive_weight_is_that_of_pytorchs_gradients(weaker):
     def convolve(x, kernel, padding):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    decode = lambda kernel: convolve(features, kernel, "SAME")  # noqa: E731
+    def decode(kernel):
+        return convolve(features, kernel, "SAME")
+
     values = 8 * 8 * 3
     ours = [
         jax.grad(lambda kernel: reconstruction_loss(decode(kernel), target, "l1"))(kernel),
@@ -132,7 +134,10 @@ def test_lpips_and_its_gradient_are_those_of_pytorch(vgg_tensors, lpips_file):
     inputs = to_torch(first).requires_grad_()
     expected = torch_lpips(vgg_tensors, inputs, to_torch(second))
     expected.sum().backward()
-    distance = lambda first: LPIPS().apply({"params": params}, first, second)  # noqa: E731
+
+    def distance(first):
+        return LPIPS().apply({"params": params}, first, second)
+
     value, slope = jax.jit(lambda first: (distance(first), jax.grad(lambda x: distance(x).sum())(first)))(first)
     np.testing.assert_allclose(value, expected.detach(), rtol=1e-4)
     expected_slope = inputs.grad.permute(0, 2, 3, 1).numpy()
@@ -143,7 +148,10 @@ def test_lpips_and_its_gradient_are_those_of_pytorch(vgg_tensors, lpips_file):
 def test_lpips_of_pictures_without_any_feature_is_zero_and_its_gradient_finite(lpips_file):
     params = jax.tree.map(np.zeros_like, load_lpips(lpips_file))
     flat = jnp.zeros((1, 16, 16, 3))
-    distance = lambda x: LPIPS().apply({"params": params}, x, flat).sum()  # noqa: E731
+
+    def distance(x):
+        return LPIPS().apply({"params": params}, x, flat).sum()
+
     value, slope = jax.jit(jax.value_and_grad(distance))(flat + 0.1)
     assert value == 0
     assert np.isfinite(slope).all()
@@ -281,7 +289,9 @@ def test_the_steps_gradient_is_that_of_the_whole_loss(lpips_file, perceptual):
     batch = {"image": np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)}
     model, images = AutoencoderKL(CONFIG), to_pixels(jnp.asarray(batch["image"]))
     critic = params["discriminator"]
-    score = lambda critic, images: CRITIC.apply({"params": critic}, images)  # noqa: E731
+
+    def score(critic, images):
+        return CRITIC.apply({"params": critic}, images)
 
     def similarity(params):
         decoded, posterior = model.apply({"params": params}, images, key)
@@ -295,7 +305,10 @@ def test_the_steps_gradient_is_that_of_the_whole_loss(lpips_file, perceptual):
 
     def expected(vae):
         value, (decoded, posterior) = similarity(vae)
-        last = lambda tree: tree["decoder"]["conv_out"]["kernel"]  # noqa: E731
+
+        def last(tree):
+            return tree["decoder"]["conv_out"]["kernel"]
+
         gradients = [last(jax.grad(lambda p: similarity(p)[0])(vae)), last(jax.grad(opinion)(vae))]
         weight = jax.lax.stop_gradient(adaptive_weight(*gradients, 16 * 16 * 3))
         return value + 1e-3 * kl_loss(posterior, images) + 0.5 * weight * opinion(vae), decoded

@@ -94,7 +94,10 @@ def test_a_position_depends_on_what_is_within_the_reach_alone(layers):
     config = dataclasses.replace(CONFIG, layers_per_block=layers)
     params = random_params(config)
     stage = _Stage(AutoencoderKL(config), params, 1, last=True)
-    still = lambda name, x, groups: GroupStatistics(jnp.zeros((1, groups)), jnp.ones((1, groups)))  # noqa: E731
+
+    def still(name, x, groups):
+        return GroupStatistics(jnp.zeros((1, groups)), jnp.ones((1, groups)))
+
     reach, side = stage_reach(config), 24
     x = np.random.default_rng(0).normal(size=(1, side, side, 16)).astype(np.float32)
     run = jax.jit(lambda x: stage(x, still))
