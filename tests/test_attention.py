@@ -54,7 +54,7 @@ def value_and_gradients(implementation, arrays, mask, is_causal=False):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_tpu_kernel_is_xlas_attention(case):
+def test_the_tpu_kernel_matches_xla_attention(case):
     shape, is_masked, is_causal = CASES[case]
     arrays, mask = inputs(shape, is_masked)
     expected, got = (value_and_gradients(which, arrays, mask, is_causal) for which in ("xla", "splash"))
@@ -62,7 +62,7 @@ def test_the_tpu_kernel_is_xlas_attention(case):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_the_tpu_kernel_is_xlas_attention_within_bfloat16s_rounding():
+def test_the_tpu_kernel_matches_xla_attention_to_bfloat16_rounding():
     arrays, mask = inputs((2, 256, 77, 2, 2, 72), dtype=jnp.bfloat16)
     exact = value_and_gradients("xla", [x.astype(jnp.float32) for x in arrays], mask)
     for implementation in ("xla", "splash"):
@@ -85,7 +85,7 @@ def test_every_device_attends_for_its_own_samples_and_heads(sizes, batch):
     assert cut == (batch if whole else batch // sizes[0] // sizes[1], 130, 8 // sizes[2], 8)
 
 
-def test_lidit_with_the_tpu_kernel_is_lidit():
+def test_lidit_gradients_with_the_tpu_kernel_match_xla():
     sizes = {"depth": 1, "hidden_size": 32, "num_heads": 4, "patch_size": 1, "latent_channels": 4, "dtype": "float32"}
     rng = np.random.default_rng(0)
 
@@ -137,7 +137,7 @@ def test_a_row_without_keys_gets_the_mean_of_the_values():
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_what_a_kernel_cannot_do_is_said(monkeypatch):
+def test_unsupported_kernel_inputs_are_rejected(monkeypatch):
     arrays, _ = inputs((1, 8, 8, 1, 1, 8))
     with pytest.raises(UserError, match="supports no bias"):
         dot_product_attention(*arrays, mask=jnp.ones((1, 1, 8, 8), bool), implementation="splash")
@@ -157,7 +157,7 @@ def test_what_a_kernel_cannot_do_is_said(monkeypatch):
         ("dq", "bf16[2,4,256,64]", 3),
     ],
 )
-def test_the_kernels_operations_are_counted(name, shapes, products):
+def test_the_flops_of_the_kernel_are_counted(name, shapes, products):
     """The HLO text is in the form of the TPU compiler; no other platform compiles the kernel."""
     text = f"""ENTRY %main (q: bf16[2,4,256,64], k: bf16[2,2,128,64]) -> bf16[2,4,256,64] {{
   %next = s8[1,1,1] constant(0)

@@ -51,7 +51,7 @@ def text_of(lengths: list[TextLengths], batch: int) -> list[TextFeatures]:
         ({"position": "sincos+rope"}, [TextLengths(16, 64, 512)], (16, 32)),
     ],
 )
-def test_the_model_is_what_xla_counts(changes, lengths, size):
+def test_lidit_flops_match_xla(changes, lengths, size):
     config, batch = LIDiTConfig(**{**LIDIT, **changes}), 2
     model, latents, text = LIDiT(config), jnp.zeros((batch, *size, 16)), text_of(lengths, batch)
     params = abstract(model.init, latents, jnp.zeros(batch), text)
@@ -63,7 +63,7 @@ def test_the_model_is_what_xla_counts(changes, lengths, size):
     assert counted(run, params, latents, jnp.zeros(batch), text) == pytest.approx(expected, rel=0.02)
 
 
-def test_training_is_three_times_the_forward_pass():
+def test_training_flops_are_three_times_the_forward_flops():
     config, batch, lengths = LIDiTConfig(**LIDIT), 2, [TextLengths(32, 64, 512), TextLengths(24, 64, 640)]
     model, latents, text = LIDiT(config), jnp.zeros((batch, 16, 32, 16)), text_of(lengths, batch)
     params = abstract(model.init, latents, jnp.zeros(batch), text)
@@ -76,7 +76,7 @@ def test_training_is_three_times_the_forward_pass():
     assert counted(jax.grad(loss), params, latents, text) == pytest.approx(expected, rel=0.02)
 
 
-def test_an_llm_is_what_xla_counts():
+def test_llm_flops_match_xla():
     config = LLMConfig(
         vocab_size=300, hidden_size=768, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=12,
         num_key_value_heads=4, dtype="float32",
@@ -92,7 +92,7 @@ def test_an_llm_is_what_xla_counts():
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_t5_is_what_xla_counts(gated):
+def test_t5_flops_match_xla(gated):
     config = T5Config(
         vocab_size=300, d_model=768, d_kv=64, d_ff=1536, num_layers=1, num_heads=12, gated=gated, dtype="float32"
     )
@@ -106,7 +106,7 @@ def test_a_t5_is_what_xla_counts(gated):
 
 
 @pytest.mark.parametrize("changes", [{}, {"mid_block_add_attention": False, "use_quant_conv": False}])
-def test_the_autoencoders_encoder_is_what_xla_counts(changes):
+def test_vae_encoder_flops_match_xla(changes):
     config = VAEConfig(block_out_channels=(128, 128, 256, 256), layers_per_block=2, latent_channels=16, **changes)
     # A large image: XLA does not count products with the padding at the borders.
     model, pictures = AutoencoderKL(config), jnp.zeros((1, 256, 384, 3))
@@ -119,7 +119,7 @@ def test_the_autoencoders_encoder_is_what_xla_counts(changes):
     assert counted(run, params, pictures) == pytest.approx(expected, rel=0.02)
 
 
-def test_the_paper_sizes_take_what_their_names_say():
+def test_the_flops_of_the_paper_sizes_follow_from_their_parameters():
     """A token of the 1B model costs two FLOPs per weight of its blocks, plus attention."""
     config = LIDiTConfig(depth=28, hidden_size=1152, num_heads=16)
     lengths = [TextLengths(64, 256, 4096)] * 2

@@ -87,7 +87,7 @@ def test_collaborative_refiner_of_one_llm_is_the_identity_without_parameters():
     np.testing.assert_array_equal(apply(params, *arguments)[0], x)
 
 
-def test_each_collaborative_branch_reads_the_others():
+def test_each_collaborative_branch_attends_to_the_others():
     branches = [normal(0, (2, 6, WIDTH)), normal(1, (2, 4, WIDTH))]
     masks = [jnp.ones(x.shape[:2], bool) for x in branches]
     conditionings = [normal(3 + i, (2, WIDTH)) for i in range(2)]
@@ -150,7 +150,7 @@ def test_positions_count_from_the_prompts_first_token():
     np.testing.assert_array_equal(text_features(prefix=3, lengths=(5, 2)).positions(), [-3, -2, -1, 0, 1, 2, 3, 4])
 
 
-def test_an_odd_head_size_is_refused_where_positions_are_rotary():
+def test_an_odd_head_size_is_rejected_where_positions_are_rotary():
     with pytest.raises(UserError, match="refiner_rotary=False"):
         LIDiTConfig(depth=1, hidden_size=12, num_heads=4)
     LIDiTConfig(depth=1, hidden_size=12, num_heads=4, refiner_rotary=False, position="conv")
@@ -198,7 +198,7 @@ def test_padding_never_changes_a_result(fusion):
     assert np.abs(apply(params, x, t, [other, second]) - expected).max() > 1e-4
 
 
-def test_prefix_is_read_by_the_refiners_and_then_dropped():
+def test_refiners_attend_to_the_prefix_and_then_drop_it():
     model, params, _ = model_and_params()
     params = opened(params)
     x, t = normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0])
@@ -214,7 +214,7 @@ def test_prefix_is_read_by_the_refiners_and_then_dropped():
     assert np.abs(changed - before).max() > 1e-3
 
 
-def test_a_prefix_with_a_batch_axis_is_each_rows_own():
+def test_a_prefix_with_a_batch_axis_affects_only_its_own_row():
     """The features that T5 has for the instruction depend on the prompt."""
     _, params, apply = model_and_params()
     params = opened(params)
@@ -325,7 +325,7 @@ def test_any_size_that_the_patch_divides_runs_with_the_same_parameters():
         assert apply(params, normal(0, (2, height, width, 4)), jnp.ones(2), text).shape == (2, height, width, 4)
 
 
-def test_the_position_block_tells_corners_apart_without_a_position_table():
+def test_the_position_block_distinguishes_all_tokens_of_a_small_grid():
     _, params, apply = model_and_params()
     text = [text_features(0), text_features(10, width=16)]
     out = apply(opened(params), jnp.ones((2, 4, 4, 4)), jnp.ones(2), text)[0]
@@ -334,7 +334,7 @@ def test_the_position_block_tells_corners_apart_without_a_position_table():
     assert distances.min() > 1e-4  # all 16 positions of a constant image are distinct
 
 
-def test_latents_that_the_patch_does_not_divide_are_refused():
+def test_latents_that_the_patch_does_not_divide_are_rejected():
     model = LIDiT(LIDiTConfig(**{**SMALL, "patch_size": 2}))
     text = [text_features(0)]
     with pytest.raises(UserError, match="5x4 are not divisible by patch_size=2"):
@@ -349,7 +349,7 @@ def test_latents_that_the_patch_does_not_divide_are_refused():
         ({"remat": "some"}, "full, dots, none"),
     ],
 )
-def test_impossible_configs_are_refused(changes, message):
+def test_impossible_configs_are_rejected(changes, message):
     with pytest.raises(UserError, match=message):
         LIDiTConfig(**{**SMALL, **changes})
 

@@ -160,14 +160,14 @@ def num_distinct_tokens(position, side, head_dim):
 
 
 @pytest.mark.parametrize("side", [5, 16, 32])
-def test_conv_alone_tells_25_tokens_apart_on_any_grid(side):
+def test_conv_alone_distinguishes_25_tokens_on_any_grid(side):
     """The limit of the paper's position embedding, and the reason for the other ones."""
     assert num_distinct_tokens("conv", side, 64) == 25
 
 
 @pytest.mark.parametrize(("side", "head_dim"), [(16, 72), (32, 64)])
 @pytest.mark.parametrize("position", EVERY_TOKEN_APART)
-def test_every_other_position_tells_all_tokens_apart(position, side, head_dim):
+def test_every_other_position_distinguishes_all_tokens(position, side, head_dim):
     assert num_distinct_tokens(position, side, head_dim) == side * side
 
 

@@ -82,7 +82,7 @@ def with_gradients(module, *inputs, method=None):
     return lowered(jax.value_and_grad(loss, argnums=(0, 1)), params, floats)
 
 
-def test_a_product_that_does_not_ask_for_precision_is_found():
+def test_a_product_without_full_precision_is_detected():
     x, image, kernel = jnp.ones((8, 8)), jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
     plain = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME")
     convolution = functools.partial(plain, dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -126,12 +126,12 @@ def steps():
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("1b", "bfloat16"), ("10b", "bfloat16"), ("1b", "float32")])
-def test_every_float32_product_of_the_train_step_is_one(steps, name, dtype):
+def test_every_float32_product_of_the_train_step_has_full_precision(steps, name, dtype):
     check_precision(steps(name, dtype), has_bfloat16=dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_float32_product_of_sampling_is_one(dtype):
+def test_every_float32_product_of_sampling_has_full_precision(dtype):
     run = run_of("1b", dtype)
     experiment = run.experiment
     pipeline = Pipeline(experiment.model, experiment.schedule, run.encoders, run.vae, run.frozen, run.mesh, run.rules)
@@ -141,7 +141,7 @@ def test_every_float32_product_of_sampling_is_one(dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_float32_product_of_the_autoencoder_and_its_critic_is_one(dtype):
+def test_every_float32_product_of_the_autoencoder_and_its_discriminator_has_full_precision(dtype):
     vae = AutoencoderKL(VAEConfig(block_out_channels=(32, 64), latent_channels=4), FLOATS[dtype])
     images = jnp.zeros((1, 32, 32, 3))
     has_bfloat16 = dtype == "bfloat16"
@@ -154,7 +154,7 @@ def test_every_float32_product_of_the_autoencoder_and_its_critic_is_one(dtype):
     check_precision(statistics)
 
 
-def test_the_perceptual_loss_is_as_exact_as_the_autoencoder_that_it_judges():
+def test_the_perceptual_loss_has_the_precision_of_the_autoencoder():
     images = jnp.zeros((1, 16, 16, 3))
     check_precision(with_gradients(LPIPS(), images, images))
     with pytest.raises(AssertionError):
@@ -167,14 +167,14 @@ LLM |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("more", [{}, {"tie_word_embeddings": True}, {"attention_softcap": 30.0}])
-def test_every_float32_product_of_a_language_model_is_one(more, dtype):
+def test_every_float32_product_of_a_language_model_has_full_precision(more, dtype):
     if "attention_softcap" in more and dtype == "bfloat16":
         pytest.skip("Gemma 2 is frozen: its bfloat16 attention has no gradient that is kept")
     model = CausalLM(LLMConfig(**LLM, **more, dtype=dtype))
     check_precision(with_gradients(model, jnp.zeros((1, 8), jnp.int32)), has_bfloat16=dtype == "bfloat16")
 
 
-def test_every_float32_product_of_t5_is_one():
+def test_every_float32_product_of_t5_has_full_precision():
     sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     model = T5Encoder(T5Config(**sizes, gated=True, dtype="float32"))
     check_precision(with_gradients(model, jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)))
@@ -216,7 +216,7 @@ def check_gradients(ours, plain, x, weight):
     stride=st.integers(1, 2),
     padding=st.sampled_from(["SAME", "VALID", ((0, 1), (0, 1)), ((1, 1), (1, 1))]),
 )
-def test_a_convolutions_gradients_are_jaxs(size, kernel, stride, padding):
+def test_the_gradients_of_a_convolution_match_jax(size, kernel, stride, padding):
     x, weight = normal(0, (2, *size, 3)), normal(1, (kernel, kernel, 3, 5))
 
     def plain(x, weight):
@@ -228,7 +228,7 @@ def test_a_convolutions_gradients_are_jaxs(size, kernel, stride, padding):
 
 
 @pytest.mark.parametrize("rows", [(), (6,), (2, 3), (2, 3, 4)])
-def test_a_products_gradients_are_jaxs(rows):
+def test_the_gradients_of_a_product_match_jax(rows):
     ours = functools.partial(matmul, axes=("embed", "mlp"))
     check_gradients(ours, jnp.matmul, normal(0, (*rows, 8)), normal(1, (8, 5)))
     check_gradients(lambda y, bias: add_bias(y, bias, "bias", "mlp"), jnp.add, normal(0, (*rows, 5)), normal(1, (5,)))

@@ -314,7 +314,7 @@ def test_noise_differs_between_samples_and_between_steps():
     assert np.abs(correlations - np.eye(6)).max() < 5 / np.sqrt(50)
 
 
-def test_raw_and_typed_keys_draw_the_same_samples():
+def test_raw_and_typed_keys_give_the_same_samples():
     typed = keys_for(2)
     draws = [
         sample("ddpm", EPSILON, lambda x, t: model(jnp, x, t), jnp.ones(BATCH_SHAPE), 4, keys)
@@ -438,7 +438,7 @@ def test_samplers_for_a_schedule_are_those_that_run_with_it():
         ("ddpm", EPSILON, 5, {"keys": keys_for(3)}, "one per sample"),
     ],
 )
-def test_what_cannot_be_sampled_is_a_user_error_that_names_the_choices(
+def test_invalid_sampling_arguments_raise_a_user_error_that_names_the_choices(
     sampler_name, schedule, num_steps, options, message
 ):
     with pytest.raises(UserError, match=message):

@@ -98,7 +98,7 @@ def test_flow_shift_noising_and_timesteps_equal_those_of_diffusers(shift):
     scale=st.floats(0.1, 10.0),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_x0_and_noise_come_back_from_the_noisy_sample_and_the_target(name, fraction, trailing_shape, scale, seed):
+def test_x0_and_noise_are_recovered_from_the_noisy_sample_and_the_target(name, fraction, trailing_shape, scale, seed):
     schedule = SCHEDULES[name]
     rng = np.random.default_rng(seed)
     x0 = (scale * rng.normal(size=(2, *trailing_shape))).astype(np.float32)
@@ -293,7 +293,7 @@ def test_quarter_losses_belong_to_the_times_of_their_quarter():
         assert 250 * (k - 1) - 1e-2 <= metrics[f"loss_quarter_{k}"].mean <= 250 * k - 1 + 1e-2
 
 
-def test_a_prediction_of_another_shape_is_refused():
+def test_a_prediction_of_another_shape_is_rejected():
     with pytest.raises(ValueError, match="shape"):
         diffusion_loss(DDPM(), lambda x, t: x[:, :1], jnp.ones((4, 3)), jax.random.key(0))
 
@@ -323,11 +323,11 @@ def test_make_schedule_builds_by_name_and_passes_the_values():
         ("rectified_flow", {"logit_mean": float("inf")}, "logit_mean"),
     ],
 )
-def test_bad_schedules_are_user_errors_that_name_the_choices(name, values, message):
+def test_invalid_schedules_raise_a_user_error_that_names_the_choices(name, values, message):
     with pytest.raises(UserError, match=message):
         make_schedule(name, **values)
 
 
-def test_resolution_shift_refuses_an_empty_image():
+def test_resolution_shift_rejects_an_empty_image():
     with pytest.raises(UserError, match="positive"):
         resolution_shift(0, 256)

@@ -161,7 +161,7 @@ def test_no_valid_token_depends_on_the_content_of_the_padding(encoder, tokens, p
 
 @settings(max_examples=25)
 @given(tokens=ROW, length=st.sampled_from([1, 5, 8]))  # each length compiles
-def test_padding_is_as_good_as_a_shorter_sequence(encoder, tokens, length):
+def test_padding_gives_the_output_of_a_shorter_sequence(encoder, tokens, length):
     row = np.array([tokens], np.int32)
     padded = encode(*encoder, row, right_padding([length], 8))
     alone = encode(*encoder, row[:, :length], np.ones((1, length), bool))
@@ -177,7 +177,7 @@ def test_a_batch_has_the_output_of_its_rows_one_by_one(encoder, rows, lengths):
         assert_close(batch[i, :length], encode(*encoder, rows[i : i + 1], mask[i : i + 1])[0, :length])
 
 
-def test_keys_before_and_after_a_query_have_entries_of_their_own(encoder):
+def test_keys_before_and_after_a_query_have_different_biases(encoder):
     config, params = encoder
     tokens, mask = random_tokens(1, 12), np.ones((1, 12), bool)
     table = np.asarray(params["relative_attention_bias"])
@@ -195,7 +195,7 @@ def test_half_precision_checkpoints_load_exactly(dtype, tmp_path):
         np.testing.assert_array_equal(params["layers"]["wo"]["kernel"][block], expected)
 
 
-def test_the_encoder_alone_loads_as_from_the_whole_model(tmp_path):
+def test_an_encoder_checkpoint_loads_like_the_complete_model(tmp_path):
     model = reference("v1.0")
     model.save_pretrained(tmp_path / "whole")
     alone = T5EncoderModel.from_pretrained(tmp_path / "whole")
@@ -225,7 +225,7 @@ def test_shards_of_the_decoder_are_never_opened(tmp_path):
 
 
 @pytest.mark.parametrize("mesh_sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_a_mesh_gets_the_same_arrays_cut_by_the_table_of_logical_axes(folder, mesh_sizes):
+def test_arrays_are_sharded_by_the_logical_axis_rules_on_a_mesh(folder, mesh_sizes):
     mesh = make_mesh(mesh_sizes)
     config, params = load_t5_encoder(folder, mesh=mesh, rules=ShardingRules())
     jax.tree.map(np.testing.assert_array_equal, params, load_t5_encoder(folder)[1])
@@ -326,7 +326,7 @@ def test_absent_keys_have_transformers_defaults(tmp_path):
         ({"num_layers": 2}, r"encoder\.block\.2\..* has no place in the model that config\.json describes"),
     ],
 )
-def test_a_config_of_another_model_is_refused_in_one_line_that_names_file_and_key(folder, changes, message):
+def test_a_config_of_another_model_is_rejected_in_one_line_that_names_file_and_key(folder, changes, message):
     change_config(folder, **changes)
     with pytest.raises(UserError, match=message) as error:
         load_t5_encoder(folder)
@@ -348,14 +348,14 @@ def test_a_config_of_another_model_is_refused_in_one_line_that_names_file_and_ke
         ({TABLE.replace("block.0", "block.1"): np.zeros((8, 3), np.float32)}, r"relative_attention_bias.* no place"),
     ],
 )
-def test_tensors_of_another_model_are_refused_in_one_line_that_names_the_tensor(folder, changes, message):
+def test_tensors_of_another_model_are_rejected_in_one_line_that_names_the_tensor(folder, changes, message):
     change_tensors(folder, **changes)
     with pytest.raises(UserError, match=message) as error:
         load_t5_encoder(folder)
     assert "\n" not in str(error.value)
 
 
-def test_the_decoder_may_be_anything(folder):
+def test_decoder_tensors_are_ignored(folder):
     name = "decoder.block.0.layer.0.SelfAttention.q.weight"
     expected = load_t5_encoder(folder)[1]
     change_tensors(folder, **{name: np.full((2, 2), np.nan, np.float32)})
@@ -368,6 +368,6 @@ def test_pickles_are_not_read(folder):
         load_t5_encoder(folder)
 
 
-def test_an_activation_that_is_none_is_refused():
+def test_an_unknown_activation_is_rejected():
     with pytest.raises(UserError, match="activation='tanh' is not supported: use one of relu"):
         T5Config(**SIZES, activation="tanh")

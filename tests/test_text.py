@@ -68,7 +68,7 @@ def without_spaces(text):
 # --- tokenization of prompts ---
 
 
-def test_a_prompt_is_its_own_tokens_then_the_end_token_then_padding_that_the_mask_leaves_out():
+def test_a_row_is_the_prompts_tokens_the_end_token_and_masked_padding():
     batch = PromptTokenizer(TOKENIZER, max_length=64)(PROMPTS)
     assert batch["tokens"].shape == batch["mask"].shape == (len(PROMPTS), 64)
     assert (batch["tokens"].dtype, batch["mask"].dtype, batch["truncated"].dtype) == (np.int32, bool, bool)
@@ -96,7 +96,7 @@ def test_an_empty_prompt_keeps_exactly_its_end_token():
     assert not batch["truncated"][0]
 
 
-def test_a_prompt_that_just_fits_is_whole_and_one_token_more_is_cut_at_its_end_and_flagged():
+def test_a_prompt_that_just_fits_is_complete_and_one_token_more_is_truncated_and_flagged():
     prompt = "a red circle above a blue square"
     whole = ids_of(prompt)
     fitting = PromptTokenizer(TOKENIZER, max_length=len(whole) + 1)([prompt])
@@ -124,7 +124,7 @@ def test_the_prefix_does_not_depend_on_what_the_prompt_starts_with(prompt):
     assert without_spaces(text) == without_spaces(f"You see images. {INSTRUCTION}{prompt}{END}")
 
 
-def test_the_prefix_is_the_system_prompt_and_the_instruction_behind_one_begin_token():
+def test_the_prefix_is_a_begin_token_the_system_prompt_and_the_instruction():
     assert PromptTokenizer(TOKENIZER, 8).prefix().tolist() == ids_of(INSTRUCTION)
     tokenizer = PromptTokenizer(with_begin_token(), 8, system_prompt="You see images.")
     begin = tokenizer.tokenizer.bos_token_id
@@ -151,14 +151,14 @@ def test_half_a_surrogate_pair_reads_as_a_question_mark():
     np.testing.assert_array_equal(tokenizer([caption])["tokens"], tokenizer(["a ? star"])["tokens"])
 
 
-def test_a_tokenizer_without_an_end_token_is_refused():
+def test_a_tokenizer_without_an_end_token_is_rejected():
     tokenizer = train_tokenizer(CAPTIONS, 300)
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end token"):
         PromptTokenizer(tokenizer, 8)
 
 
-def test_a_length_without_room_for_the_end_token_is_refused():
+def test_a_length_without_room_for_the_end_token_is_rejected():
     with pytest.raises(UserError, match="max_length=0 leaves no room"):
         PromptTokenizer(TOKENIZER, 0)
 
@@ -220,7 +220,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace_first", "metaspace_always"])
 @pytest.mark.parametrize("prompt", ["a red circle", " a red circle", "two small green triangles", "红色的圆形"])
-def test_a_prompt_has_the_tokens_that_it_has_behind_the_instruction(kind, prompt):
+def test_a_prompt_has_the_tokens_of_running_text_after_the_instruction(kind, prompt):
     tokenizer = PromptTokenizer(KINDS[kind], max_length=64)
     got = [*tokenizer.prefix(), *real_tokens(tokenizer([prompt]), 0)[:-1]]
     together = KINDS[kind](f"{INSTRUCTION} {prompt.lstrip()}", add_special_tokens=False)["input_ids"]
@@ -229,7 +229,7 @@ def test_a_prompt_has_the_tokens_that_it_has_behind_the_instruction(kind, prompt
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_prefix_and_prompt_read_as_what_was_written(kind, prompt):
+def test_prefix_and_prompt_decode_to_the_original_text(kind, prompt):
     """Nothing is lost or merged between prefix and prompt, for any start of the prompt."""
     tokenizer = PromptTokenizer(KINDS[kind], max_length=80)
     text = KINDS[kind].decode([*tokenizer.prefix(), *real_tokens(tokenizer([prompt]), 0)])
@@ -246,7 +246,7 @@ def test_no_prompt_changes_the_prefix(kind, prompt):
     np.testing.assert_array_equal(after.prefix(), before)
 
 
-def test_a_chat_template_gives_the_system_prompt_and_the_users_turn_their_places():
+def test_the_prefix_has_the_chat_templates_system_and_user_turns():
     chat = chat_tokenizer()
     tokenizer = PromptTokenizer(chat, 32, "Describe:", "You see images.")
     specials = {name: chat.convert_tokens_to_ids(f"<|{name}|>") for name in ("begin", "system", "user", "end")}
@@ -266,7 +266,7 @@ def test_a_chat_template_gives_the_system_prompt_and_the_users_turn_their_places
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, IGNORES_SYSTEM])
-def test_a_template_without_a_place_for_the_system_prompt_gets_it_in_the_users_turn(template):
+def test_without_a_system_role_the_system_prompt_starts_the_users_turn(template):
     with_system = PromptTokenizer(chat_tokenizer(template), 32, "Describe:", "You see images.")
     in_turn = PromptTokenizer(chat_tokenizer(template), 32, "You see images. Describe:")
     np.testing.assert_array_equal(with_system.prefix(), in_turn.prefix())
@@ -291,7 +291,7 @@ PARTS = (
 )
 
 
-def test_a_template_that_reads_lists_of_parts_gets_them():
+def test_a_template_that_takes_lists_of_items_gets_them():
     prefix = PromptTokenizer(chat_tokenizer(PARTS), 32, "Describe:", "You see images.").prefix()
     text = chat_tokenizer(PARTS).decode(prefix)
     assert without_spaces(text) == without_spaces("<|system|>You see images.<|user|>Describe:")
@@ -319,7 +319,7 @@ def test_half_a_surrogate_pair_in_the_instruction_reads_as_a_question_mark_in_a_
         ("{{ messages[0]['content'].__class__.__mro__ }}", "chat template fails"),
     ],
 )
-def test_a_template_that_fails_or_changes_the_prompt_is_refused_in_one_line(template, why):
+def test_a_template_that_fails_or_changes_the_prompt_is_rejected_in_one_line(template, why):
     with pytest.raises(UserError, match=why) as error:
         PromptTokenizer(chat_tokenizer(template), 32, "Describe:").prefix()
     assert "text.chat_template=False" in str(error.value)
@@ -386,7 +386,7 @@ def test_a_saved_tokenizer_loads_as_itself(tmp_path):
     np.testing.assert_array_equal(actual(PROMPTS)["tokens"], expected(PROMPTS)["tokens"])
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+def test_a_folder_without_a_tokenizer_is_rejected(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(UserError, match=r"no tokenizer\.json in this folder"):
             load_tokenizer(folder)
@@ -394,7 +394,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "[" * 100_000])
-def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path, name, text):
+def test_a_damaged_tokenizer_is_rejected_in_one_line(tmp_path, name, text):
     TOKENIZER.save_pretrained(str(tmp_path))
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match="not a valid tokenizer") as error:
@@ -467,7 +467,7 @@ def test_no_gradient_reaches_a_frozen_encoder(params):
     assert not any(np.any(gradient) for gradient in jax.tree.leaves(gradients))
 
 
-def test_encoders_with_their_own_tokenizers_stand_side_by_side(params):
+def test_encoders_use_their_own_tokenizers(params):
     small = train_tokenizer(CAPTIONS, 300)
     encoders = {
         "qwen": LLMTextEncoder(CONFIG, PromptTokenizer(TOKENIZER, 12, instruction="Describe:")),
@@ -485,7 +485,7 @@ def test_encoders_with_their_own_tokenizers_stand_side_by_side(params):
     assert [one.prompt.shape[1] for one in features] == [12, 20]
 
 
-def test_a_special_token_without_an_embedding_is_no_obstacle_unless_a_prompt_can_have_it():
+def test_a_special_token_without_an_embedding_is_accepted_if_no_prompt_can_have_it():
     """Multi-modal tokenizers have image tokens, which never occur in prompts."""
     tokenizer = train_tokenizer(CAPTIONS, 500)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
@@ -496,7 +496,7 @@ def test_a_special_token_without_an_embedding_is_no_obstacle_unless_a_prompt_can
         LLMTextEncoder(CONFIG, PromptTokenizer(tokenizer, 8))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_llm_has_embeddings_is_refused():
+def test_a_tokenizer_with_more_tokens_than_the_llm_has_embeddings_is_rejected():
     config = dataclasses.replace(CONFIG, vocab_size=len(TOKENIZER) - 1)
     with pytest.raises(UserError, match="token ids up to"):
         LLMTextEncoder(config, PromptTokenizer(TOKENIZER, 8))

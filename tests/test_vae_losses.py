@@ -56,7 +56,7 @@ def test_reconstruction_and_kl_are_per_value():
         reconstruction_loss(images, images, "huber")
 
 
-def test_the_hinge_is_that_of_numpy():
+def test_the_hinge_loss_matches_numpy():
     rng = np.random.default_rng(0)
     real, fake = rng.normal(size=(3, 4, 4, 1)), 2 * rng.normal(size=(3, 4, 4, 1))
     expected = 0.5 * (np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean())
@@ -65,7 +65,7 @@ def test_the_hinge_is_that_of_numpy():
 
 
 @pytest.mark.parametrize("weaker", [1.0, 1e-9])
-def test_the_adaptive_weight_is_that_of_pytorchs_gradients(weaker):
+def test_the_adaptive_weight_matches_pytorchs_gradients(weaker):
     """The reference computes both gradients in the last kernel with autograd, as latent diffusion's code does."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(2, 8, 8, 5)).astype(np.float32)
@@ -95,7 +95,7 @@ def test_the_adaptive_weight_is_that_of_pytorchs_gradients(weaker):
     assert (expected == 1e4) == (weaker < 1)
 
 
-def test_a_given_gradient_takes_the_place_of_the_own_one():
+def test_a_given_gradient_replaces_the_computed_one():
     x = jnp.asarray(pictures(3, 3))
     value, slope, more = value_and_gradient_at(lambda x: (jnp.sum(x**3), x[0, 0, 0, 0]), x)
     np.testing.assert_allclose(slope, 3 * x**2, rtol=1e-6)
@@ -128,7 +128,7 @@ def torch_lpips(tensors, first, second):
     return distance
 
 
-def test_lpips_and_its_gradient_are_those_of_pytorch(vgg_tensors, lpips_file):
+def test_lpips_and_its_gradient_match_pytorch(vgg_tensors, lpips_file):
     params = load_lpips(lpips_file)
     first, second = pictures(32, 40), pictures(32, 40, seed=1)
     inputs = to_torch(first).requires_grad_()
@@ -145,7 +145,7 @@ def test_lpips_and_its_gradient_are_those_of_pytorch(vgg_tensors, lpips_file):
     assert np.linalg.norm(slope - expected_slope) < 1e-3 * np.linalg.norm(expected_slope)
 
 
-def test_lpips_of_pictures_without_any_feature_is_zero_and_its_gradient_finite(lpips_file):
+def test_lpips_of_images_with_zero_features_is_zero_and_its_gradient_finite(lpips_file):
     params = jax.tree.map(np.zeros_like, load_lpips(lpips_file))
     flat = jnp.zeros((1, 16, 16, 3))
 
@@ -157,7 +157,7 @@ def test_lpips_of_pictures_without_any_feature_is_zero_and_its_gradient_finite(l
     assert np.isfinite(slope).all()
 
 
-def test_an_lpips_file_that_does_not_fit_is_refused(vgg_tensors, tmp_path):
+def test_an_lpips_file_that_does_not_fit_is_rejected(vgg_tensors, tmp_path):
     def saved(**changes):
         tensors = {name: value for name, value in (vgg_tensors | changes).items() if value is not None}
         save_file(tensors, tmp_path / "changed.safetensors")
@@ -198,7 +198,7 @@ def torch_discriminator(params, images, layers):
 
 
 @pytest.mark.parametrize(("layers", "size"), [(3, (40, 32)), (1, (8, 12))])
-def test_the_discriminator_is_pytorchs_patchgan(layers, size):
+def test_the_discriminator_matches_pytorchs_patchgan(layers, size):
     model = PatchDiscriminator(width=8, layers=layers)
     images = pictures(*size, batch=3)
     params = nn.unbox(model.init(jax.random.key(0), images)["params"])
@@ -209,7 +209,7 @@ def test_the_discriminator_is_pytorchs_patchgan(layers, size):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
-def test_the_smallest_picture_has_one_patch(layers):
+def test_the_smallest_image_has_one_patch(layers):
     def shapes(side):
         model, images = PatchDiscriminator(8, layers), jnp.zeros((1, side, side, 3))
         return jax.eval_shape(model.init_with_output, jax.random.key(0), images)[0].shape
@@ -281,7 +281,7 @@ def test_a_discriminator_that_starts_late_leaves_the_first_steps_untouched(alone
 
 
 @pytest.mark.parametrize("perceptual", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_steps_gradient_is_that_of_the_whole_loss(lpips_file, perceptual):
+def test_the_gradient_of_a_step_is_that_of_the_complete_loss(lpips_file, perceptual):
     """One backward pass through the decoder, with the weighted gradient, equals differentiating the complete loss."""
     lpips = load_lpips(lpips_file) if perceptual else None
     trainer = make_trainer(discriminator=CRITIC, lpips=lpips, perceptual_weight=0.7)
@@ -354,7 +354,7 @@ def test_eight_devices_train_as_one_does(late):
 
 
 @pytest.mark.slow
-def test_micro_batches_without_a_discriminator_are_the_whole_batch_but_for_their_noise(alone):
+def test_micro_batches_without_a_discriminator_match_the_full_batch_except_for_their_noise(alone):
     _, [parts] = take_steps(make_trainer(accumulate=4), 1)
     whole = alone[1][0]
     assert parts["kl"].mean == pytest.approx(whole["kl"].mean, rel=1e-5)

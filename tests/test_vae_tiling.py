@@ -76,7 +76,7 @@ def grey_levels(tiled, expected):
 
 
 @pytest.mark.parametrize(("height", "width", "tile"), [(21, 37, 36), (6, 40, 32)])
-def test_tiles_give_the_whole_picture_to_rounding(model_and_params, height, width, tile):
+def test_tiles_match_decoding_at_once_up_to_rounding(model_and_params, height, width, tile):
     model, params = model_and_params
     latents = uneven_latents(2, height, width)
     expected = whole(model, params, latents)
@@ -89,7 +89,7 @@ def test_tiles_give_the_whole_picture_to_rounding(model_and_params, height, widt
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_position_depends_on_what_is_within_the_reach_alone(layers):
+def test_a_position_depends_only_on_positions_within_the_reach(layers):
     """With fixed statistics, a change beyond the reach has no effect, and a change at the reach has one."""
     config = dataclasses.replace(CONFIG, layers_per_block=layers)
     params = random_params(config)
@@ -113,7 +113,7 @@ def test_a_position_depends_on_what_is_within_the_reach_alone(layers):
 
 
 @given(st.integers(1, 300), st.integers(2, 80), st.integers(1, 33))
-def test_tiles_parts_are_the_side_and_each_ends_beyond_its_part(side, spare, reach):
+def test_interiors_of_tiles_cover_the_side_and_tiles_extend_beyond_them(side, spare, reach):
     length = 2 * reach + spare  # as `smallest_tile` ensures
     tiles = place_tiles(side, length, reach)
     assert tiles.length == min(side, length)
@@ -127,7 +127,7 @@ def test_tiles_parts_are_the_side_and_each_ends_beyond_its_part(side, spare, rea
         assert start + tiles.length == side or start + tiles.length - stop >= reach
 
 
-def test_merged_moments_are_those_of_all_values_though_the_mean_is_large():
+def test_merged_moments_match_those_of_all_values_with_a_large_mean():
     values = np.random.default_rng(0).normal(size=1000) + 3000
     moments = [
         Moments(jnp.float32(part.size), jnp.float32(part.mean()), jnp.float32(part.var() * part.size))
@@ -138,7 +138,7 @@ def test_merged_moments_are_those_of_all_values_though_the_mean_is_large():
     assert merged.variance == pytest.approx(values.var(), rel=1e-3)
 
 
-def test_attention_over_many_positions_takes_some_queries_at_a_time(model_and_params, monkeypatch):
+def test_attention_over_many_positions_is_computed_in_chunks_of_queries(model_and_params, monkeypatch):
     model, params = model_and_params
     latents = uneven_latents(2, 5, 7)
     expected = whole(model, params, latents)
@@ -147,7 +147,7 @@ def test_attention_over_many_positions_takes_some_queries_at_a_time(model_and_pa
 
 
 @pytest.mark.parametrize("pixels_at_once", [1 << 20, 3 * 20 * 28, 20 * 28, 20 * 28 - 1])
-def test_slices_and_tiles_give_the_batch_that_is_decoded_at_once(model_and_params, pixels_at_once):
+def test_slices_and_tiles_match_decoding_the_batch_at_once(model_and_params, pixels_at_once):
     model, params = model_and_params
     latents = uneven_latents(4, 5, 7)
     decode = jax.jit(lambda p, z: decode_within(model, p, z, pixels_at_once=pixels_at_once, tile=32))
@@ -157,7 +157,7 @@ def test_slices_and_tiles_give_the_batch_that_is_decoded_at_once(model_and_param
     np.testing.assert_allclose(decode(params, latents), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-def test_tiles_take_a_fraction_of_the_memory():
+def test_tiled_decoding_needs_a_fraction_of_the_memory():
     """Uses the memory analysis of the compiler; nothing is run."""
     config = VAEConfig(
         block_out_channels=(32, 64, 64, 64), layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False
@@ -175,7 +175,7 @@ def test_tiles_take_a_fraction_of_the_memory():
 
 
 @pytest.mark.skipif(not EMOJI.is_dir(), reason="needs ../shared/data/fxemoji")
-def test_tiles_of_real_pictures_show_no_seam(model_and_params, tmp_path):
+def test_tiles_of_real_images_have_no_seam(model_and_params, tmp_path):
     model, params = model_and_params
     shards = TarShards(EMOJI / "00003.tar")
     source = IndexedSource(shards, examine(shards, plan=IndexPlan(str(tmp_path))))
@@ -190,7 +190,7 @@ def test_tiles_of_real_pictures_show_no_seam(model_and_params, tmp_path):
     assert grey_levels(tiled, expected) < 0.1
 
 
-def test_a_tile_that_is_smaller_than_its_overlap_is_refused(model_and_params):
+def test_a_tile_that_is_smaller_than_its_overlap_is_rejected(model_and_params):
     model, params = model_and_params
     with pytest.raises(UserError, match=r"a tile of 16 pixels is too small .* use 32 or more"):
         decode_in_tiles(model, params, uneven_latents(1, 9, 9), 16)
@@ -199,7 +199,7 @@ def test_a_tile_that_is_smaller_than_its_overlap_is_refused(model_and_params):
             SampleConfig("euler", **{name: value})
 
 
-def test_an_autoencoder_that_does_not_reduce_is_decoded_as_it_is():
+def test_an_autoencoder_without_upsampling_is_decoded_without_tiles():
     config = VAEConfig(block_out_channels=(8,), norm_num_groups=4)
     params = random_params(config)
     latents = np.random.default_rng(0).normal(size=(1, 40, 9, 4)).astype(np.float32)
