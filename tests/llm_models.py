@@ -1,4 +1,4 @@
-"""Small random LLMs of every family, ours and transformers', for the tests of the model and of its weights."""
+"""Small random LLMs of every family, ours and transformers', for tests of the model and of its weights."""
 
 import dataclasses
 from functools import partial
@@ -87,7 +87,7 @@ CONFIGS = {
     "qwen": dataclasses.replace(OURS, attention_bias=True),
     "qwen_tied": dataclasses.replace(OURS, num_key_value_heads=4, attention_bias=True, tie_word_embeddings=True),
 }
-# Everything that Gemma 2 and 3 have: a window shorter than the prefix, another base within it, caps, more norms.
+# The options of Gemma 2 and 3: a window shorter than the prefix, its own RoPE base, softcaps, sandwich norms.
 SLIDING = dataclasses.replace(
     OURS,
     sliding_window=3,
@@ -102,7 +102,7 @@ SLIDING = dataclasses.replace(
 
 
 def reference(name):
-    """transformers' model with random weights, norms and biases included: their ones and zeros would hide mistakes."""
+    """Returns transformers' model with random weights; norms and biases too, whose ones and zeros hide mistakes."""
     model_class, config = MODELS[name]
     torch.manual_seed(0)
     model = model_class._from_config(config, attn_implementation="eager").eval()
@@ -145,7 +145,7 @@ def logits(config, params, tokens):
 
 @partial(jax.jit, static_argnums=0)
 def every_block(encoder, params, tokens):
-    """The features after the first block, after the first two, and so on, each from a model of that many blocks."""
+    """Returns the features after 1, 2, … blocks, each from a model with that number of blocks."""
     depths = range(1, encoder.num_hidden_layers + 1)
     configs = [encoder.first_blocks(depth) for depth in depths]
     return [features(c, first_blocks(params, c.num_hidden_layers), tokens) for c in configs]

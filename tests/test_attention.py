@@ -1,4 +1,4 @@
-"""The TPU's attention kernel, interpreted, against XLA's attention; and the choice between them."""
+"""Compares the TPU attention kernel, interpreted, with XLA's attention, and tests the selection between them."""
 
 import flax.linen as nn
 import jax
@@ -12,14 +12,15 @@ from test_lidit import opened, text_features
 from lidit_jax.compile.hlo import cost_of
 from lidit_jax.errors import UserError
 from lidit_jax.models import attention
-from lidit_jax.models.attention import choose, dot_product_attention
+from lidit_jax.models.attention import dot_product_attention, select_implementation
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.lidit_config import LIDiTConfig
-from lidit_jax.models.splash_attention import LANES, LONGEST_BLOCK, _block
+from lidit_jax.models.splash_attention import LANES, LONGEST_BLOCK, _block_length
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
 
-# Batch, queries, keys, heads, heads of keys, head size: the issue's head sizes, whole blocks and ragged ones.
+# ((batch, queries, keys, heads, key heads, head size), is_masked, is_causal): the head sizes of the paper's models,
+# with lengths that are and are not multiples of a block.
 CASES = {
     "image of 256 px": ((2, 256, 256, 2, 2, 72), False, False),
     "image of 512 px": ((1, 1024, 1024, 1, 1, 64), False, False),
@@ -41,7 +42,7 @@ def inputs(shape, is_masked=True, dtype=jnp.float32, seed=0):
 
 
 def value_and_gradients(implementation, arrays, mask, is_causal=False):
-    """-> (outputs, gradients), float32."""
+    """Returns the outputs and the gradients of query, key and value, float32."""
 
     def loss(arrays):
         y = dot_product_attention(*arrays, key_mask=mask, is_causal=is_causal, implementation=implementation)
@@ -53,7 +54,7 @@ def value_and_gradients(implementation, arrays, mask, is_causal=False):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_tpu_kernel_is_xlas_attention(case):
+def test_the_tpu_kernel_matches_xla_attention(case):
     shape, is_masked, is_causal = CASES[case]
     arrays, mask = inputs(shape, is_masked)
     expected, got = (value_and_gradients(which, arrays, mask, is_causal) for which in ("xla", "splash"))
@@ -61,15 +62,15 @@ def test_the_tpu_kernel_is_xlas_attention(case):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_the_tpu_kernel_is_xlas_attention_within_bfloat16s_rounding():
+def test_the_tpu_kernel_matches_xla_attention_to_bfloat16_rounding():
     arrays, mask = inputs((2, 256, 77, 2, 2, 72), dtype=jnp.bfloat16)
     exact = value_and_gradients("xla", [x.astype(jnp.float32) for x in arrays], mask)
     for implementation in ("xla", "splash"):
         for one, other in zip(value_and_gradients(implementation, arrays, mask), exact, strict=True):
-            assert np.abs(one - other).max() < 0.02 * np.abs(other).max()  # 2.5 units of bfloat16's last place
+            assert np.abs(one - other).max() < 0.02 * np.abs(other).max()  # 2.5 units in the last place of bfloat16
 
 
-@pytest.mark.parametrize(("sizes", "batch"), [((2, 2, 2), 8), ((1, 1, 8), 8), ((1, 8, 1), 3)])  # 3: nothing divides it
+@pytest.mark.parametrize(("sizes", "batch"), [((2, 2, 2), 8), ((1, 1, 8), 8), ((1, 8, 1), 3)])  # no axis divides 3
 def test_every_device_attends_for_its_own_samples_and_heads(sizes, batch):
     arrays, mask = inputs((batch, 130, 40, 8, 8, 8))
     expected = value_and_gradients("xla", arrays, mask)
@@ -84,12 +85,15 @@ def test_every_device_attends_for_its_own_samples_and_heads(sizes, batch):
     assert cut == (batch if whole else batch // sizes[0] // sizes[1], 130, 8 // sizes[2], 8)
 
 
-def test_lidit_with_the_tpu_kernel_is_lidit():
+def test_lidit_gradients_with_the_tpu_kernel_match_xla():
     sizes = {"depth": 1, "hidden_size": 32, "num_heads": 4, "patch_size": 1, "latent_channels": 4, "dtype": "float32"}
     rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     text, x, times = [text_features(0)], normal(2, 4, 4, 4), jnp.asarray([3.0, 700.0])
-    # "dots" keeps the kernel's results for the backward pass, by their name.
+    # "dots" saves the results of the kernel for the backward pass, by their checkpoint name.
     models = {which: LIDiT(LIDiTConfig(**sizes, remat="dots", attention=which)) for which in ("xla", "splash")}
     params = opened(nn.unbox(jax.jit(models["xla"].init)(jax.random.key(0), x, times, text))["params"])
 
@@ -104,7 +108,7 @@ def test_lidit_with_the_tpu_kernel_is_lidit():
 
 @given(st.integers(1, 5000))
 def test_blocks_cover_a_length_with_little_padding(length):
-    block = _block(length)
+    block = _block_length(length)
     padded = -(-length // block) * block
     assert block % LANES == 0 and block <= LONGEST_BLOCK
     assert padded - length < LANES * -(-length // LONGEST_BLOCK)
@@ -113,12 +117,12 @@ def test_blocks_cover_a_length_with_little_padding(length):
 def test_each_platform_gets_its_kernel():
     def chosen(platform, queries, keys, size=64, dtype=jnp.bfloat16, is_plain=True, is_masked=False):
         query, key = (jax.ShapeDtypeStruct((2, length, 4, size), dtype) for length in (queries, keys))
-        return choose(platform, query, key, is_plain=is_plain, is_masked=is_masked)
+        return select_implementation(platform, query, key, is_plain=is_plain, is_masked=is_masked)
 
     assert chosen("tpu", 1024, 1024) == chosen("tpu", 256, 256, 72) == "splash"
     assert chosen("tpu", 1024, 300, is_masked=True) == "splash"
     assert chosen("tpu", 16, 16) == chosen("tpu", 1024, 1024, is_plain=False) == "xla"
-    assert chosen("tpu", 1024, 1024, dtype=jnp.float32) == "xla"  # the kernel would multiply as bfloat16
+    assert chosen("tpu", 1024, 1024, dtype=jnp.float32) == "xla"  # the kernel would multiply in bfloat16
     assert chosen("nvidia", 256, 256, 72) == "cudnn"
     assert chosen("nvidia", 256, 256, dtype=jnp.float32) == chosen("nvidia", 256, 256, 160) == "xla"
     assert chosen("nvidia", 1024, 300, is_masked=True) == chosen("nvidia", 64, 64, is_plain=False) == "xla"
@@ -133,12 +137,12 @@ def test_a_row_without_keys_gets_the_mean_of_the_values():
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
-def test_what_a_kernel_cannot_do_is_said(monkeypatch):
+def test_unsupported_kernel_inputs_are_rejected(monkeypatch):
     arrays, _ = inputs((1, 8, 8, 1, 1, 8))
-    with pytest.raises(UserError, match="takes no bias"):
+    with pytest.raises(UserError, match="supports no bias"):
         dot_product_attention(*arrays, mask=jnp.ones((1, 1, 8, 8), bool), implementation="splash")
     monkeypatch.setattr(attention, "_platform", lambda: "tpu")
-    with pytest.raises(UserError, match="attention='splash' multiplies float32 as bfloat16: give 'auto' or 'xla'"):
+    with pytest.raises(UserError, match="attention='splash' would multiply float32 in bfloat16: use 'auto' or 'xla'"):
         dot_product_attention(*arrays, implementation="splash")
     with pytest.raises(UserError, match="attention='flash' is unknown: use one of auto, xla"):
         LIDiTConfig(depth=1, hidden_size=8, num_heads=1, patch_size=1, latent_channels=1, attention="flash")
@@ -153,8 +157,8 @@ def test_what_a_kernel_cannot_do_is_said(monkeypatch):
         ("dq", "bf16[2,4,256,64]", 3),
     ],
 )
-def test_the_kernels_operations_are_counted(name, shapes, products):
-    """As the TPU's compiler writes it down; no other platform compiles it."""
+def test_the_flops_of_the_kernel_are_counted(name, shapes, products):
+    """The HLO text is in the form of the TPU compiler; no other platform compiles the kernel."""
     text = f"""ENTRY %main (q: bf16[2,4,256,64], k: bf16[2,2,128,64]) -> bf16[2,4,256,64] {{
   %next = s8[1,1,1] constant(0)
   %q = bf16[2,4,256,64] parameter(0)

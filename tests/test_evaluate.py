@@ -80,7 +80,7 @@ def test_more_pictures_of_a_prompt_than_are_drawn_at_once(trained_workdir, tmp_p
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\n")
     encode, batches = SharedPrompts.batch, []
-    monkeypatch.setattr(SharedPrompts, "batch", lambda self, *a: (batches.append(self.pictures), encode(self, *a))[1])
+    monkeypatch.setattr(SharedPrompts, "batch", lambda self, *a: (batches.append(self.num_images), encode(self, *a))[1])
     draw_benchmark(request(trained_workdir, "prompts", epath.Path(file), tmp_path / "out", num_images=11))
     assert files_of(tmp_path / "out") == sorted([*(f"00000_{i}.png" for i in range(11)), "drawn_with.json"])
     assert batches == [8, 8]  # no more than `sample.batch_size`

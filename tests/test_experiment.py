@@ -98,7 +98,7 @@ def test_an_encoder_that_does_not_fit_is_refused_before_anything_is_trained(trai
     config = tiny_config()
     config.encoders.qwen.weights = str(trained_workdir / "encoders" / "qwen")
     config.text.max_length = 5000
-    with pytest.raises(UserError, match="the LLM was made for 4096: lower"):
+    with pytest.raises(UserError, match="more than the LLM's context of 4096: lower"):
         run_stages(config, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -29,14 +29,14 @@ def normal(seed, shape):
 
 
 def text_features(seed=0, batch=2, prefix=3, lengths=(5, 2), width=24):
-    """One LLM's features; row i of the prompts has lengths[i] real tokens of max(lengths)."""
+    """Returns random features of one LLM, [batch, max(lengths), width]; prompt i has lengths[i] unmasked tokens."""
     longest = max(lengths)
     mask = jnp.arange(longest)[None] < jnp.asarray(lengths)[:, None]
     return TextFeatures(normal(seed, (prefix, width)), normal(seed + 1, (batch, longest, width)), mask)
 
 
 def opened(params, seed=0):
-    """The parameters with every zero-initialised leaf (gates, output, biases) set to small random numbers."""
+    """Returns the parameters with every zero-initialised leaf (gates, output, biases) set to small random numbers."""
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     leaves = [jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype) if not np.any(x) else x for x in leaves]
@@ -87,7 +87,7 @@ def test_collaborative_refiner_of_one_llm_is_the_identity_without_parameters():
     np.testing.assert_array_equal(apply(params, *arguments)[0], x)
 
 
-def test_each_collaborative_branch_reads_the_others():
+def test_each_collaborative_branch_attends_to_the_others():
     branches = [normal(0, (2, 6, WIDTH)), normal(1, (2, 4, WIDTH))]
     masks = [jnp.ones(x.shape[:2], bool) for x in branches]
     conditionings = [normal(3 + i, (2, WIDTH)) for i in range(2)]
@@ -96,7 +96,7 @@ def test_each_collaborative_branch_reads_the_others():
     before = apply(params, branches, masks, conditionings)
     changed = apply(params, [branches[0], branches[1].at[:, -1].add(1.0)], masks, conditionings)
     assert np.abs(changed[0] - before[0]).max() > 1e-3
-    # The branch itself does not attend to itself: its unchanged tokens stay what they were.
+    # A branch does not attend to itself: its unchanged tokens keep their values.
     np.testing.assert_allclose(changed[1][:, :-1], before[1][:, :-1], atol=1e-6)
 
 
@@ -150,7 +150,7 @@ def test_positions_count_from_the_prompts_first_token():
     np.testing.assert_array_equal(text_features(prefix=3, lengths=(5, 2)).positions(), [-3, -2, -1, 0, 1, 2, 3, 4])
 
 
-def test_an_odd_head_size_is_refused_where_positions_are_rotary():
+def test_an_odd_head_size_is_rejected_where_positions_are_rotary():
     with pytest.raises(UserError, match="refiner_rotary=False"):
         LIDiTConfig(depth=1, hidden_size=12, num_heads=4)
     LIDiTConfig(depth=1, hidden_size=12, num_heads=4, refiner_rotary=False, position="conv")
@@ -161,7 +161,7 @@ def test_an_odd_head_size_is_refused_where_positions_are_rotary():
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_refiner_qk_norm_bounds_the_logits_of_large_features(qk_norm):
-    """At the 10B model's head size: large weights saturate the softmax, unless queries and keys are normalised."""
+    """At the head size of the 10B model, large weights saturate the softmax unless queries and keys are normalised."""
     x, mask = normal(0, (1, 256, 64)), jnp.ones((1, 256), bool)
     refiner = LinguisticTokenRefiner(1, LayerConfig(num_heads=1, qk_norm=qk_norm))
     params, _ = refiner_and_params(refiner, x, mask, normal(1, (1, 64)))
@@ -193,12 +193,12 @@ def test_padding_never_changes_a_result(fusion):
         jnp.concatenate([first.mask, jnp.zeros((2, 3), bool)], axis=1),
     )
     np.testing.assert_allclose(apply(params, x, t, [longer, second]), expected, atol=2e-6)
-    # and the prompt's own tokens do matter
+    # The prompt's own tokens do change the result.
     other = TextFeatures(first.prefix, first.prompt.at[:, 0].add(1.0), first.mask)
     assert np.abs(apply(params, x, t, [other, second]) - expected).max() > 1e-4
 
 
-def test_prefix_is_read_by_the_refiners_and_then_dropped():
+def test_refiners_attend_to_the_prefix_and_then_drop_it():
     model, params, _ = model_and_params()
     params = opened(params)
     x, t = normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0])
@@ -209,13 +209,13 @@ def test_prefix_is_read_by_the_refiners_and_then_dropped():
         return state["intermediates"]["condition"][0]
 
     before = condition(first)
-    assert before.shape == (2, 5 + 5, WIDTH)  # prompts alone, of both LLMs
+    assert before.shape == (2, 5 + 5, WIDTH)  # only the prompts of both LLMs, without prefixes
     changed = condition(first.replace(prefix=first.prefix + 1.0))
     assert np.abs(changed - before).max() > 1e-3
 
 
-def test_a_prefix_with_a_batch_axis_is_each_rows_own():
-    """T5's features of the instruction depend on the prompt."""
+def test_a_prefix_with_a_batch_axis_affects_only_its_own_row():
+    """The features that T5 has for the instruction depend on the prompt."""
     _, params, apply = model_and_params()
     params = opened(params)
     x, t = normal(5, (2, 4, 4, 4)), jnp.array([1.0, 900.0])
@@ -254,7 +254,7 @@ def test_a_batch_equals_its_rows_one_by_one():
 
 
 def _gradients_per_step(params, apply, steps):
-    """Per training step, the parameters (by path) whose gradient is not zero."""
+    """Returns the paths of the parameters with a non-zero gradient in each training step, and all paths."""
     optimizer = optax.adam(1e-2)
     opt_state = optimizer.init(params)
     text = [text_features(0, batch=4, lengths=(5, 3, 4, 2)), text_features(10, batch=4, lengths=(2, 5, 3, 5), width=16)]
@@ -277,8 +277,8 @@ def test_every_parameter_gets_a_gradient_within_two_steps_of_open_gates():
 
 
 def test_from_initialisation_each_zero_layer_opens_the_next_until_every_parameter_learns():
-    # Zero layers stand in series: output, then the DiT's gates, then the refiners' gates, then what these gate. A zero
-    # layer passes no gradient on until it has been updated once, so the innermost parameters learn from step 4 on.
+    # Zero-initialised layers are in series: output, DiT gates, refiner gates, then the layers behind these gates. A
+    # zero layer passes no gradient back until its first update, so the innermost parameters learn from step 4 on.
     _, params, apply = model_and_params()
     reached, every = _gradients_per_step(params, apply, steps=4)
     assert all("['output']" in path for path in reached[0])
@@ -295,7 +295,8 @@ def test_rematerialisation_changes_no_gradient(remat):
     for policy in ("none", remat):
         _, params, apply = model_and_params(remat=policy)
         grads.append(jax.grad(lambda p, apply=apply: jnp.sum(jnp.square(apply(p, x, t, text))))(opened(params)))
-    # Of the largest gradient: some leaves' gradients are zero but for rounding (a key's bias, which softmax ignores).
+    # The tolerance is relative to the largest gradient: some leaves have gradients that are zero up to rounding (the
+    # bias of keys, which softmax ignores).
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads[0]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest), *grads)
 
@@ -324,16 +325,16 @@ def test_any_size_that_the_patch_divides_runs_with_the_same_parameters():
         assert apply(params, normal(0, (2, height, width, 4)), jnp.ones(2), text).shape == (2, height, width, 4)
 
 
-def test_the_position_block_tells_corners_apart_without_a_position_table():
+def test_the_position_block_distinguishes_all_tokens_of_a_small_grid():
     _, params, apply = model_and_params()
     text = [text_features(0), text_features(10, width=16)]
     out = apply(opened(params), jnp.ones((2, 4, 4, 4)), jnp.ones(2), text)[0]
     tokens = out.reshape(16, 4)
     distances = np.abs(tokens[:, None] - tokens[None]).max(-1) + np.eye(16)
-    assert distances.min() > 1e-4  # all 16 places of a constant picture are told apart
+    assert distances.min() > 1e-4  # all 16 positions of a constant image are distinct
 
 
-def test_latents_that_the_patch_does_not_divide_are_refused():
+def test_latents_that_the_patch_does_not_divide_are_rejected():
     model = LIDiT(LIDiTConfig(**{**SMALL, "patch_size": 2}))
     text = [text_features(0)]
     with pytest.raises(UserError, match="5x4 are not divisible by patch_size=2"):
@@ -348,7 +349,7 @@ def test_latents_that_the_patch_does_not_divide_are_refused():
         ({"remat": "some"}, "full, dots, none"),
     ],
 )
-def test_impossible_configs_are_refused(changes, message):
+def test_impossible_configs_are_rejected(changes, message):
     with pytest.raises(UserError, match=message):
         LIDiTConfig(**{**SMALL, **changes})
 

@@ -1,4 +1,4 @@
-"""The LLM against transformers' LLaMA, Mistral, Qwen and Gemma, its prefix cache, and its properties."""
+"""Compares the LLM with transformers' LLaMA, Mistral, Qwen and Gemma, and tests its prefix cache and properties."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def test_every_block_matches_transformers_with_right_padding(name, tmp_path):
     model = reference(name)
     model.save_pretrained(tmp_path)
     config, params = load_llm_encoder(tmp_path)
-    tokens = random_tokens(3, 40)  # longer than any sliding window and any original context
+    tokens = random_tokens(3, 40)  # longer than every sliding window and every original context
     mask = np.arange(40) < np.array([[40], [4], [1]])
     expected = hidden_states(model, tokens, mask)
     encoder = config.as_encoder()
@@ -60,7 +60,7 @@ def test_every_block_matches_transformers_with_right_padding(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_transformers_loads_a_saved_model_whole_and_computes_the_same_logits(name, tmp_path):
+def test_transformers_loads_a_complete_saved_model_and_computes_the_same_logits(name, tmp_path):
     config = CONFIGS[name]
     params = random_params(config)
     save_llm(tmp_path / "llm", config, params)
@@ -78,20 +78,20 @@ def test_transformers_loads_a_saved_model_whole_and_computes_the_same_logits(nam
 def test_a_saved_model_loads_bit_for_bit(name, tmp_path):
     config = CONFIGS[name]
     params = random_params(config)
-    save_llm(tmp_path, config, params)  # an empty folder is as good as none
+    save_llm(tmp_path, config, params)  # the folder may exist if it is empty
     loaded_config, loaded = load_llm_encoder(tmp_path)
     assert loaded_config == config
     jax.tree.map(np.testing.assert_array_equal, loaded, encoder_params(params))
 
 
-def test_initial_parameters_in_their_boxes_can_be_saved(tmp_path):
+def test_boxed_initial_parameters_can_be_saved(tmp_path):
     params = jax.jit(CausalLM(OURS).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     save_llm(tmp_path / "llm", OURS, params)
     loaded = load_llm_encoder(tmp_path / "llm")[1]
     jax.tree.map(np.testing.assert_array_equal, loaded, encoder_params(nn.meta.unbox(params)))
 
 
-def test_a_saved_tokenizer_and_its_end_token_stand_beside_the_weights(tmp_path):
+def test_a_tokenizer_and_its_end_token_are_saved_with_the_weights(tmp_path):
     tokenizer = train_tokenizer(["a red circle"], 260)
     config = dataclasses.replace(OURS, vocab_size=260)
     save_llm(tmp_path / "llm", config, random_params(config), tokenizer)

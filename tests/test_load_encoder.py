@@ -1,4 +1,4 @@
-"""A folder in Hugging Face's format as a prompt encoder: whatever model is in it, and wherever it lies."""
+"""Tests loading prompt encoders from folders in Hugging Face's format: every model type, local and remote."""
 
 import json
 import logging
@@ -53,7 +53,7 @@ def llm_folder(tmp_path_factory):
     return folder
 
 
-def test_a_tokenizer_beside_the_weights_is_found_where_diffusers_puts_it(llm_folder, tmp_path):
+def test_a_tokenizer_is_found_next_to_the_weights_of_a_diffusers_pipeline(llm_folder, tmp_path):
     for number, name in ((1, "text_encoder"), (2, "text_encoder_2")):
         weights, tokenizer = tmp_path / name, tmp_path / name.replace("text_encoder", "tokenizer")
         shutil.copytree(llm_folder, weights)
@@ -67,13 +67,13 @@ def test_a_tokenizer_beside_the_weights_is_found_where_diffusers_puts_it(llm_fol
     np.testing.assert_array_equal(found[0]["tokens"], expected["tokens"])
     assert (found[1]["tokens"] != expected["tokens"]).any()
     shutil.rmtree(tmp_path / "tokenizer_2")
-    with pytest.raises(UserError, match=r"text_encoder_2: no tokenizer\.json in it"):
+    with pytest.raises(UserError, match=r"text_encoder_2: no tokenizer\.json in this folder"):
         load(tmp_path / "text_encoder_2")
 
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """-> a folder whose files are also those of gs://bucket."""
+    """A local folder that is also served as gs://bucket."""
     root = tmp_path / "bucket"
     root.mkdir()
 
@@ -92,7 +92,7 @@ def bucket(tmp_path, monkeypatch):
     return root
 
 
-def test_a_folder_says_itself_which_kind_of_encoder_it_holds(llm_folder, t5_folder):
+def test_the_encoder_class_follows_from_the_folder(llm_folder, t5_folder):
     assert isinstance(load(llm_folder)[0], LLMTextEncoder)
     assert isinstance(load(t5_folder)[0], T5TextEncoder)
 
@@ -114,10 +114,10 @@ def test_a_t5_computes_the_instruction_with_each_prompt(t5_folder):
     np.testing.assert_allclose(got[mask], expected[mask], rtol=0, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_array_equal(features.mask, batch["t5/mask"])
     assert features.prefix_length == prefix.shape[1]
-    assert np.abs(features.prefix[0] - features.prefix[3]).max() > 1e-3  # T5 looks ahead
+    assert np.abs(features.prefix[0] - features.prefix[3]).max() > 1e-3  # T5 is bidirectional
 
 
-def test_features_are_the_same_inside_the_step_and_ahead_of_it(llm_folder, t5_folder):
+def test_features_are_the_same_in_the_step_and_ahead_of_it(llm_folder, t5_folder):
     encoders, frozen = {}, {}
     for name, folder in (("llm", llm_folder), ("t5", t5_folder)):
         encoders[name], frozen[name] = load(folder)
@@ -130,7 +130,7 @@ def test_features_are_the_same_inside_the_step_and_ahead_of_it(llm_folder, t5_fo
 
 
 @pytest.mark.parametrize("kind", ["llm_folder", "t5_folder"])
-def test_an_encoder_cut_over_the_mesh_has_the_features_of_one_device(kind, request):
+def test_an_encoder_sharded_over_a_mesh_has_the_features_of_one_device(kind, request):
     folder = request.getfixturevalue(kind)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     encoder, alone = load(folder)
@@ -144,13 +144,13 @@ def test_an_encoder_cut_over_the_mesh_has_the_features_of_one_device(kind, reque
         np.testing.assert_allclose(other, one, rtol=0, atol=2e-6 * np.abs(one).max())
 
 
-def test_prompts_that_are_cut_are_counted(llm_folder):
+def test_truncated_prompts_are_counted(llm_folder):
     encoder, _ = load(llm_folder)
     assert truncated_prompts({"llm": encoder}, ["a red circle", "circle " * 40, "x" * 40]) == {"llm": 2}
 
 
 @pytest.mark.parametrize("kind", ["llm_folder", "t5_folder"])
-def test_a_bucket_is_as_good_as_a_disk(kind, request, bucket):
+def test_an_encoder_loads_from_a_bucket_as_from_disk(kind, request, bucket):
     folder = request.getfixturevalue(kind)
     shutil.copytree(folder, bucket / "weights")
     expected_encoder, expected = load(folder)
@@ -199,7 +199,7 @@ def test_a_name_that_is_neither_here_nor_on_the_hub_ends_in_one_line(monkeypatch
     assert "\n" not in str(error.value)
 
 
-def test_what_is_no_name_of_the_hub_is_not_looked_for_there(tmp_path, monkeypatch):
+def test_paths_are_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "snapshot_download", lambda *a, **o: pytest.fail("asked the hub"))
     for name in (str(tmp_path / "missing"), "../missing", "./a/b/c"):
         with pytest.raises(UserError, match=r"config\.json is missing"):
@@ -213,21 +213,21 @@ def copy_with(folder: Path, target: Path, **changes) -> Path:
     return target
 
 
-def test_prompts_longer_than_the_llms_context_are_refused_before_its_weights_are_read(llm_folder, tmp_path):
+def test_prompts_longer_than_the_llms_context_are_rejected_before_its_weights_are_read(llm_folder, tmp_path):
     folder = copy_with(llm_folder, tmp_path / "short", max_position_embeddings=12)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"short: .*tokens, the LLM was made for 12: lower text\.max_length"):
+    with pytest.raises(UserError, match=r"short: .*tokens, more than the LLM's context of 12: lower text\.max_length"):
         open_encoder(str(folder), prompts_of, dtype="float32")
 
 
-def test_a_tokenizer_of_another_model_is_refused_before_its_weights_are_read(llm_folder, tmp_path):
+def test_a_tokenizer_of_another_model_is_rejected_before_its_weights_are_read(llm_folder, tmp_path):
     folder = copy_with(llm_folder, tmp_path / "other", vocab_size=200)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"other: the tokenizer has tokens up to \d+, the model has 200 embeddings"):
+    with pytest.raises(UserError, match=r"other: the tokenizer has token ids up to \d+, the model has 200 embeddings"):
         open_encoder(str(folder), prompts_of, dtype="float32")
 
 
-def test_models_that_are_not_supported_are_refused_with_a_list_of_those_that_are(llm_folder, tmp_path):
+def test_models_that_are_not_supported_are_rejected_with_a_list_of_those_that_are(llm_folder, tmp_path):
     folder = copy_with(llm_folder, tmp_path / "gpt2", model_type="gpt2")
     with pytest.raises(UserError, match=r"model_type 'gpt2' is not supported; use one of llama.*gemma2.*t5"):
         open_encoder(str(folder), prompts_of, dtype="float32")
@@ -236,20 +236,20 @@ def test_models_that_are_not_supported_are_refused_with_a_list_of_those_that_are
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("tokenizer.json", lambda v: v["model"].update(continuing_subword_prefix="##")),  # panics when it is used
+        ("tokenizer.json", lambda v: v["model"].update(continuing_subword_prefix="##")),  # panics in use
         ("tokenizer_config.json", lambda v: v.update(model_max_length="")),
     ],
 )
-def test_a_tokenizer_whose_damage_shows_only_in_use_is_refused(llm_folder, tmp_path, name, change):
+def test_a_tokenizer_whose_damage_shows_only_in_use_is_rejected(llm_folder, tmp_path, name, change):
     folder = copy_with(llm_folder, tmp_path / "damaged")
     values = json.loads((folder / name).read_text())
     change(values)
     (folder / name).write_text(json.dumps(values))
-    with pytest.raises(UserError, match="damaged/tokenizer.json: not a tokenizer"):
+    with pytest.raises(UserError, match="damaged/tokenizer.json: not a valid tokenizer"):
         open_encoder(str(folder), prompts_of, dtype="float32")
 
 
-def test_a_tokenizer_without_an_end_token_is_refused_by_its_folders_name(llm_folder, tmp_path):
+def test_a_tokenizer_without_an_end_token_is_rejected_by_its_folders_name(llm_folder, tmp_path):
     folder = copy_with(llm_folder, tmp_path / "endless")
     values = json.loads((folder / "tokenizer_config.json").read_text())
     del values["eos_token"]
@@ -259,7 +259,7 @@ def test_a_tokenizer_without_an_end_token_is_refused_by_its_folders_name(llm_fol
         open_encoder(str(folder), prompts_of, dtype="float32")
 
 
-def test_long_loading_says_how_far_it_is(llm_folder, monkeypatch, caplog):
+def test_slow_loading_logs_its_progress(llm_folder, monkeypatch, caplog):
     monkeypatch.setattr(placing, "SAY_EVERY", 0.0)
     monkeypatch.setattr(logging.getLogger("lidit_jax"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="lidit_jax"):
@@ -269,7 +269,7 @@ def test_long_loading_says_how_far_it_is(llm_folder, monkeypatch, caplog):
     assert re.fullmatch(rf"loading {llm_folder}: 0\.0 of 0\.0 GB  eta 0m00s", lines[-1])
 
 
-def test_a_chat_template_in_a_processors_file_is_read(llm_folder, tmp_path):
+def test_a_chat_template_in_a_separate_file_is_read(llm_folder, tmp_path):
     folder = copy_with(llm_folder, tmp_path / "llava")
     template = "{% for m in messages %}USER: {{ m.content }}{% endfor %}"
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))

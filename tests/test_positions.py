@@ -1,4 +1,4 @@
-"""Properties of the image tokens' positions, at the grids and head sizes of the real configs."""
+"""Tests properties of the position embeddings, with the grids and head sizes of the real configs."""
 
 import functools
 import itertools
@@ -63,7 +63,7 @@ def test_neighbours_are_one_apart_on_the_reference_grid_whatever_the_aspect_rati
 
 @pytest.mark.parametrize("features", [1152, 2816])
 def test_sincos_equals_diffusers_at_our_coordinates(features, monkeypatch):
-    monkeypatch.setattr(positions, "THETA", 10_000.0)  # the one that diffusers has built in
+    monkeypatch.setattr(positions, "THETA", 10_000.0)  # the constant in diffusers
     actual = np.asarray(sincos_embedding(6, 10, features, 8))
     rows, columns = (torch.from_numpy(np.array(axis)) for axis in grid_coordinates(6, 10, 8))
     expected = [
@@ -97,7 +97,7 @@ def test_rope_equals_diffusers_on_each_axis(head_dim):
 
 @functools.cache
 def logits_of_equal_tokens(side, head_dim):
-    """Attention logits between equal tokens at all positions, [N, N]."""
+    """Returns attention logits between equal tokens at all positions, [N, N]."""
     query, key = np.random.default_rng(0).standard_normal((2, 1, 1, 1, head_dim)).astype(np.float32)
     tables, shape = rope_tables(side, side, head_dim, side), (1, side * side, 1, head_dim)
     query, key = (rotate(jnp.broadcast_to(x, shape), *tables)[0, :, 0] for x in (query, key))
@@ -128,14 +128,17 @@ def dit(position, grid, *, heads=1, head_dim=32, depth=2):
 
 
 def conditions(model, batch=1, seed=0):
-    """Text [B, 2, C], its mask and the conditioning vector."""
+    """Returns text [B, 2, C], its mask and the conditioning vector."""
     text, vector = np.random.default_rng(seed).standard_normal((2, 1, 2, model.config.hidden_size)).astype(np.float32)
-    rows = lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:]))  # noqa: E731
+
+    def rows(x):
+        return jnp.broadcast_to(x, (batch, *x.shape[1:]))
+
     return rows(text), jnp.ones((batch, 2), bool), rows(vector[:, 0])
 
 
 def random_params(model, latents, seed=0):
-    """Parameters with the gates and the output opened, which start at zero."""
+    """Returns random parameters, also for the gates and the output, which are zero at initialisation."""
     params = nn.unbox(jax.jit(model.init)(jax.random.key(seed), latents, *conditions(model)))["params"]
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
@@ -145,7 +148,7 @@ def random_params(model, latents, seed=0):
 
 
 def num_distinct_tokens(position, side, head_dim):
-    """Counts the tokens that differ, with constant latents, in what enters the blocks or in their attention logits."""
+    """Counts distinct tokens of constant latents, by their values before the blocks or their attention logits."""
     model = dit(position, side, depth=1)
     latents = jnp.ones((1, side, side, 4))
     params = random_params(model, latents)
@@ -157,20 +160,20 @@ def num_distinct_tokens(position, side, head_dim):
 
 
 @pytest.mark.parametrize("side", [5, 16, 32])
-def test_conv_alone_tells_25_tokens_apart_on_any_grid(side):
-    """The paper's letter: the reason for the other positions."""
+def test_conv_alone_distinguishes_25_tokens_on_any_grid(side):
+    """The limit of the paper's position embedding, and the reason for the other ones."""
     assert num_distinct_tokens("conv", side, 64) == 25
 
 
 @pytest.mark.parametrize(("side", "head_dim"), [(16, 72), (32, 64)])
 @pytest.mark.parametrize("position", EVERY_TOKEN_APART)
-def test_every_other_position_tells_all_tokens_apart(position, side, head_dim):
+def test_every_other_position_distinguishes_all_tokens(position, side, head_dim):
     assert num_distinct_tokens(position, side, head_dim) == side * side
 
 
 @pytest.mark.parametrize(("side", "head_dim"), [(16, 72), (32, 64)])
 def test_the_tpu_kernel_gives_the_same_with_rope(side, head_dim):
-    """`splash` interpreted, beside XLA's attention, in one block."""
+    """Compares one block with the interpreted splash kernel to the same block with XLA's attention."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, side * side, head_dim)), jnp.float32)
     tables, outputs = rope_tables(side, side, head_dim, side), {}
     for implementation in ("xla", "splash"):
@@ -185,7 +188,10 @@ def test_positions_are_the_same_on_a_mesh():
     latents = jnp.asarray(np.random.default_rng(0).standard_normal((4, side, side, 4)), jnp.float32)
     params = random_params(model, latents[:1])
     inputs = (latents, *conditions(model, 4))
-    apply = lambda params, *inputs: model.apply({"params": params}, *inputs)  # noqa: E731
+
+    def apply(params, *inputs):
+        return model.apply({"params": params}, *inputs)
+
     expected = jax.jit(apply)(params, *inputs)
     mesh, rules = make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), ShardingRules()
     boxed = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
@@ -196,7 +202,7 @@ def test_positions_are_the_same_on_a_mesh():
 
 
 def fixed_image(height, width):
-    """A smooth image that no symmetry maps to itself, [H, W, 4], as a function of coordinates in the unit area."""
+    """Returns a smooth image without symmetries, [H, W, 4], as a function of coordinates in the unit area."""
     rows, columns = grid_coordinates(height, width, 1)
     x, y = np.meshgrid(columns, rows)
     waves = [np.sin(3 * x + 1), np.cos(4 * y - 1), np.sin(4 * x * y + x), x - y]
@@ -205,7 +211,7 @@ def fixed_image(height, width):
 
 @functools.cache
 def model_of_fixed_image(position, steps=100, side=16):
-    """Trains a small model to give one image from pure noise on 16x16 tokens; returns its error by grid size."""
+    """Trains a small model to generate one image from pure noise on 16x16 tokens; returns its error by grid size."""
     model = dit(position, side)
     target = fixed_image(side, side)
     text = conditions(model, 2)
@@ -228,7 +234,7 @@ def model_of_fixed_image(position, steps=100, side=16):
     params = train(params["params"], jax.random.key(1))
 
     def relative_error(height, width):
-        """Mean squared error over that of the best constant."""
+        """Returns the mean squared error relative to that of the best constant."""
         image = fixed_image(height, width)
         noise = jax.random.normal(jax.random.key(2), (2, height, width, 4))
         output = jax.jit(model.apply)({"params": params}, noise, *text)
@@ -252,7 +258,7 @@ def test_the_learned_layout_is_kept_at_another_resolution(height, width):
 
 
 def test_all_positions_are_covered():
-    """A new kind must join the tests above."""
+    """A new kind must be added to the parameters of the tests above."""
     kinds = positions.KINDS
     joined = {frozenset(c) for n in range(1, len(kinds) + 1) for c in itertools.combinations(kinds, n)}
     assert joined == {frozenset(parse_position(name)) for name in (*EVERY_TOKEN_APART, "conv")}

@@ -1,4 +1,4 @@
-"""Products with weights: float32 stays float32 on accelerators, and gradients are reduced over devices in float32."""
+"""Tests products with weights: full precision for float32 on accelerators, and gradient reduction in float32."""
 
 import functools
 import re
@@ -42,9 +42,9 @@ FLOATS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def products_in(program):
-    """The matrix products and convolutions of StableHLO: (line, whether an operand is float32, whether it is exact).
+    """Lists the matrix products and convolutions of StableHLO: (line, has a float32 operand, has full precision).
 
-    Attention's logits of bfloat16 are float32, and so their gradients; jax.nn asks for bfloat16 products of these.
+    The logits of bfloat16 attention and their gradients are float32; jax.nn requests bfloat16 products for these.
     """
     found = []
     for line in program.splitlines():
@@ -68,7 +68,7 @@ def lowered(function, *arguments):
 
 
 def with_gradients(module, *inputs, method=None):
-    """The StableHLO of a module's outputs and the gradients of all parameters and float inputs."""
+    """Returns the StableHLO of a module and of the gradients in all parameters and float inputs."""
     params = nn.unbox(jax.eval_shape(functools.partial(module.init, method=method), jax.random.key(0), *inputs))
     is_float = [jnp.issubdtype(x.dtype, jnp.floating) for x in inputs]
 
@@ -82,7 +82,7 @@ def with_gradients(module, *inputs, method=None):
     return lowered(jax.value_and_grad(loss, argnums=(0, 1)), params, floats)
 
 
-def test_a_product_that_does_not_ask_for_precision_is_found():
+def test_a_product_without_full_precision_is_detected():
     x, image, kernel = jnp.ones((8, 8)), jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
     plain = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME")
     convolution = functools.partial(plain, dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -93,7 +93,7 @@ def test_a_product_that_does_not_ask_for_precision_is_found():
 
 @functools.cache
 def run_of(name, dtype="bfloat16"):
-    """A paper config with its grids, text lengths and head sizes, but narrow and with few blocks, on eight devices."""
+    """Builds a paper config with its grids, text lengths and head sizes, but narrow and shallow, on eight devices."""
     config = load_config(name)
     config.data.path = "unused"
     config.mesh.update(data=2, fsdp=4, tensor=1)
@@ -112,7 +112,7 @@ def run_of(name, dtype="bfloat16"):
 
 
 def train_step(run):
-    """The StableHLO of the whole step: LLMs, VAE, LI-DiT forward and backward, AdamW."""
+    """Returns the StableHLO of a complete train step: LLMs, VAE, LI-DiT forward and backward, AdamW."""
     side = run.experiment.data.resolution
     batch = compile_step.abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, Bucket(side, side))
     trainer = run.trainer(run.experiment.train)
@@ -126,12 +126,12 @@ def steps():
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("1b", "bfloat16"), ("10b", "bfloat16"), ("1b", "float32")])
-def test_every_float32_product_of_the_train_step_is_one(steps, name, dtype):
+def test_every_float32_product_of_the_train_step_has_full_precision(steps, name, dtype):
     check_precision(steps(name, dtype), has_bfloat16=dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_float32_product_of_sampling_is_one(dtype):
+def test_every_float32_product_of_sampling_has_full_precision(dtype):
     run = run_of("1b", dtype)
     experiment = run.experiment
     pipeline = Pipeline(experiment.model, experiment.schedule, run.encoders, run.vae, run.frozen, run.mesh, run.rules)
@@ -141,7 +141,7 @@ def test_every_float32_product_of_sampling_is_one(dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_every_float32_product_of_the_autoencoder_and_its_critic_is_one(dtype):
+def test_every_float32_product_of_the_autoencoder_and_its_discriminator_has_full_precision(dtype):
     vae = AutoencoderKL(VAEConfig(block_out_channels=(32, 64), latent_channels=4), FLOATS[dtype])
     images = jnp.zeros((1, 32, 32, 3))
     has_bfloat16 = dtype == "bfloat16"
@@ -154,7 +154,7 @@ def test_every_float32_product_of_the_autoencoder_and_its_critic_is_one(dtype):
     check_precision(statistics)
 
 
-def test_the_perceptual_loss_is_as_exact_as_the_autoencoder_that_it_judges():
+def test_the_perceptual_loss_has_the_precision_of_the_autoencoder():
     images = jnp.zeros((1, 16, 16, 3))
     check_precision(with_gradients(LPIPS(), images, images))
     with pytest.raises(AssertionError):
@@ -167,14 +167,14 @@ LLM |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("more", [{}, {"tie_word_embeddings": True}, {"attention_softcap": 30.0}])
-def test_every_float32_product_of_a_language_model_is_one(more, dtype):
+def test_every_float32_product_of_a_language_model_has_full_precision(more, dtype):
     if "attention_softcap" in more and dtype == "bfloat16":
         pytest.skip("Gemma 2 is frozen: its bfloat16 attention has no gradient that is kept")
     model = CausalLM(LLMConfig(**LLM, **more, dtype=dtype))
     check_precision(with_gradients(model, jnp.zeros((1, 8), jnp.int32)), has_bfloat16=dtype == "bfloat16")
 
 
-def test_every_float32_product_of_t5_is_one():
+def test_every_float32_product_of_t5_has_full_precision():
     sizes = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     model = T5Encoder(T5Config(**sizes, gated=True, dtype="float32"))
     check_precision(with_gradients(model, jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8), bool)))
@@ -198,7 +198,7 @@ def normal(seed, shape, dtype=jnp.float32):
 
 
 def check_gradients(ours, plain, x, weight):
-    """Both functions' values and gradients agree, in float32."""
+    """Asserts that values and gradients of both functions agree, in float32."""
     cotangent = normal(9, jax.eval_shape(plain, x, weight).shape)
     results = []
     for function in (ours, plain):
@@ -216,7 +216,7 @@ def check_gradients(ours, plain, x, weight):
     stride=st.integers(1, 2),
     padding=st.sampled_from(["SAME", "VALID", ((0, 1), (0, 1)), ((1, 1), (1, 1))]),
 )
-def test_a_convolutions_gradients_are_jaxs(size, kernel, stride, padding):
+def test_the_gradients_of_a_convolution_match_jax(size, kernel, stride, padding):
     x, weight = normal(0, (2, *size, 3)), normal(1, (kernel, kernel, 3, 5))
 
     def plain(x, weight):
@@ -228,14 +228,14 @@ def test_a_convolutions_gradients_are_jaxs(size, kernel, stride, padding):
 
 
 @pytest.mark.parametrize("rows", [(), (6,), (2, 3), (2, 3, 4)])
-def test_a_products_gradients_are_jaxs(rows):
+def test_the_gradients_of_a_product_match_jax(rows):
     ours = functools.partial(matmul, axes=("embed", "mlp"))
     check_gradients(ours, jnp.matmul, normal(0, (*rows, 8)), normal(1, (8, 5)))
     check_gradients(lambda y, bias: add_bias(y, bias, "bias", "mlp"), jnp.add, normal(0, (*rows, 5)), normal(1, (5,)))
 
 
 def gradient_error(layer, x):
-    """The largest error of a bfloat16 layer's weight gradients, of the largest, against float64's."""
+    """Returns the largest error of a bfloat16 layer's weight gradients against float64, relative to the largest one."""
     params = layer.init(jax.random.key(0), x)
     params = nn.unbox(
         jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
@@ -282,11 +282,11 @@ def test_the_gradient_of_t5s_relative_positions_is_summed_in_float32():
     assert gradients[0] and not any("bf16" in line for line in gradients[0])
 
 
-# --- what is sent ------------------------------------------------------------------------------------------------
+# --- collectives -------------------------------------------------------------------------------------------------
 
 
 def collectives(function, *arguments, folder):
-    """(kind, type, shape, name) after SPMD partitioning: the CPU's compiler widens bfloat16 messages later."""
+    """Lists (kind, type, shape, name) of collectives after SPMD partitioning, before the CPU compiler widens them."""
     options = {"xla_dump_to": str(folder), "xla_dump_hlo_pass_re": "spmd-partitioning"}
     jax.jit(function).lower(*arguments).compile(compiler_options=options)
     [file] = folder.glob("*after_spmd-partitioning*")
@@ -301,12 +301,15 @@ LAYERS = {
 
 
 def gradient_program(layer, shape, mesh):
-    """-> (gradient of a layer's parameters, its arguments' shapes), sharded by the mesh and the rules."""
+    """Returns the gradient function of a layer's parameters and its sharded abstract arguments."""
     params = nn.unbox(jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros(shape)))
     stored = {"kernel": PartitionSpec(*[None] * (len(shape) - 3), "fsdp", "tensor"), "bias": PartitionSpec("fsdp")}
     if isinstance(layer, Conv):
         stored["kernel"] = PartitionSpec(None, None, "fsdp")
-    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+
+    def place(x, spec):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
     params = {"params": {name: place(x, stored[name]) for name, x in params["params"].items()}}
     x = place(jax.ShapeDtypeStruct(shape, jnp.bfloat16), PartitionSpec(("data", "fsdp")))
 
@@ -333,7 +336,7 @@ def test_weights_are_gathered_in_bfloat16_and_their_gradients_reduced_as_asked(l
     assert gathered and set(gathered) == {"bf16"}
     assert {dtype for dtype, _, _ in reduced} == {{"float32": "f32", "bfloat16": "bf16"}[reduction]}
     assert all("/gradient_reduction/" in name for _, _, name in reduced)
-    # First over fsdp; then over data what is left to each of its four devices.
+    # First a reduction over fsdp, then one over data of the quarter that each of the four devices keeps.
     sizes = sorted(np.prod([int(size) for size in shape.split(",")]) for _, shape, _ in reduced)
     assert len(sizes) == 2 and sizes[1] == 4 * sizes[0]
     biases = {dtype for kind, dtype, shape, _ in sent if kind == "all-reduce" and "," not in shape and shape}
@@ -348,7 +351,8 @@ def test_the_bytes_of_gradient_reductions_are_read_from_the_program(layer):
         cost = cost_of(jax.jit(gradient).lower(*arguments).compile().as_text())
     weights = sum(x.size for x in jax.tree.leaves(arguments[0]))
     assert list(cost.gradient_reductions) == ["f32"]
-    # Everything over fsdp, a quarter of it over data; each there and back, 4 bytes a number. Of a bias all at once.
+    # The kernel is all-reduced over fsdp and a quarter of it over data, 4 bytes per element, each counted twice (reduce
+    # and gather); a bias is all-reduced once over both.
     kernel = arguments[0]["params"]["kernel"].size
     assert cost.gradient_reductions["f32"] == pytest.approx(2 * 4 * (1.25 * kernel + weights - kernel), rel=0.01)
     assert cost.messages["all-reduce"] == pytest.approx(cost.gradient_reductions["f32"], rel=0.05)
@@ -356,7 +360,7 @@ def test_the_bytes_of_gradient_reductions_are_read_from_the_program(layer):
 
 @pytest.mark.parametrize(("policy", "products"), [("nothing_saveable", 4), ("dots_with_no_batch_dims_saveable", 3)])
 def test_products_are_recomputed_only_where_the_policy_says(policy, products):
-    """A block's forward product and both gradients', in a scan over five; under rematerialisation one more."""
+    """Counts a block's forward product and two gradient products in a scan of five blocks, and one more with remat."""
     x, kernels = normal(0, (32, 64)), normal(1, (5, 64, 64))
 
     @functools.partial(jax.checkpoint, policy=getattr(jax.checkpoint_policies, policy), prevent_cse=False)

@@ -1,4 +1,4 @@
-"""Samplers against diffusers at every step, and against Gaussian data, for which the exact denoiser is known."""
+"""Compares samplers with diffusers at every step, and with Gaussian data, whose exact denoiser is known."""
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +38,15 @@ def keys_for(batch_size, seed=0):
 
 
 def model(backend, x, timesteps):
-    """A fixed nonlinear function of x [B, 3, 4] and t [B], in JAX or in PyTorch."""
+    """Computes a fixed nonlinear function of x [B, 3, 4] and t [B], in JAX or in PyTorch."""
     t = timesteps.reshape(-1, 1, 1)
     return backend.tanh(0.7 * x + 0.3 * backend.sin(t / 100)) + 0.1 * backend.cos(2 * x + t / 300)
 
 
 def our_run(sampler_name, schedule, num_steps, x_init, keys, **options):
-    """What the model saw (x and timesteps of each evaluation), the x0 predictions, and the sample.
+    """Runs our sampler; returns the model's inputs x and timesteps of each evaluation, x0 predictions, and the sample.
 
-    Step by step, without compiling; `test_the_compiled_sampler_equals_the_one_run_step_by_step` closes the gap.
+    It runs step by step, without compilation; `test_the_compiled_sampler_equals_the_one_run_step_by_step` covers that.
     """
     inputs, timesteps = [], []
 
@@ -63,7 +63,7 @@ def our_run(sampler_name, schedule, num_steps, x_init, keys, **options):
 
 
 def their_run(scheduler, num_steps, x_init, step_options):
-    """The same of a diffusers scheduler; `step_options(step)` are extra arguments of its step function."""
+    """Does the same with a diffusers scheduler; `step_options(step)` are extra arguments of its step function."""
     scheduler.set_timesteps(num_steps)
     x = torch.from_numpy(np.array(x_init))
     inputs, timesteps, predictions = [], [], []
@@ -78,7 +78,7 @@ def their_run(scheduler, num_steps, x_init, step_options):
 
 
 def assert_runs_agree(ours, theirs):
-    """To 1e-5 of the largest value, at every model evaluation and at the end."""
+    """Asserts agreement to 1e-5 of the largest value, at every model evaluation and at the end."""
     our_inputs, our_timesteps, trajectory, our_result = ours
     their_inputs, their_timesteps, predictions, their_result = theirs
     np.testing.assert_allclose(our_timesteps, their_timesteps, rtol=1e-6)
@@ -130,7 +130,8 @@ def test_ddpm_follows_diffusers(schedule, spacing, steps_offset, num_steps, monk
 
 @pytest.mark.parametrize(
     ("schedule", "spacing", "steps_offset", "eta"),
-    # With eta 1 and zero terminal SNR diffusers gives NaN: it takes the root of 1 - a - var, rounded below zero.
+    # With eta 1 and zero terminal SNR diffusers returns NaN: rounding makes 1 - a - var, of which it takes the square
+    # root, negative.
     [(*case, eta) for case in DDPM_CASES for eta in (0.0, 0.6, 1.0) if not (case[0].zero_terminal_snr and eta == 1.0)],
 )
 @pytest.mark.parametrize("num_steps", [1, 2, 25])
@@ -168,7 +169,7 @@ def test_euler_follows_diffusers(shift, num_steps):
 
 
 class TorchInDoublePrecision:
-    """PyTorch to a module that asks for float32 by name."""
+    """Replaces PyTorch in a module that casts to `torch.float32`, so that it computes in float64."""
 
     float32 = torch.float64
 
@@ -179,7 +180,7 @@ class TorchInDoublePrecision:
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("num_steps", [1, 2, 25])
 def test_heun_follows_diffusers(shift, num_steps, monkeypatch):
-    # diffusers forms (x - (x - s v)) / s at the next s, down to 0.001: in float32 that loses three digits of v.
+    # diffusers computes (x - (x - s v)) / s at the next s, down to 0.001: in float32 this loses three digits of v.
     monkeypatch.setattr(scheduling_flow_match_heun_discrete, "torch", TorchInDoublePrecision())
     x_init = initial_noise(keys_for(BATCH_SHAPE[0]), BATCH_SHAPE[1:])
     ours = our_run("heun", RectifiedFlow(shift=shift), num_steps, x_init, None)
@@ -217,13 +218,13 @@ def test_timesteps_equal_those_of_diffusers_for_any_number_of_steps(scheduler_cl
     scheduler = scheduler_class(num_train_timesteps=1000, timestep_spacing=spacing)
     for num_steps in range(1, 1000):
         scheduler.set_timesteps(num_steps)
-        # For some numbers float rounding gives diffusers' "trailing" a step too many, at timestep -1.
+        # For some numbers of steps float rounding gives diffusers' "trailing" one more step, at timestep -1.
         theirs = scheduler.timesteps.numpy()[:num_steps]
         np.testing.assert_array_equal(ddpm_timesteps(spacing, 1000, num_steps), theirs)
 
 
 def gaussian_model(schedule, mean, std):
-    """The exact model output for data N(mean, std^2 I): the posterior mean of x_0, as the schedule's prediction."""
+    """Returns the exact model for data N(mean, std^2 I): the posterior mean of x_0, as the schedule's prediction."""
 
     def predict(x, timesteps):
         times = timesteps.astype(jnp.int32) if isinstance(schedule, DDPM) else timesteps / schedule.num_timesteps
@@ -236,10 +237,10 @@ def gaussian_model(schedule, mean, std):
 
 
 def gaussian_moments(sampler_name, schedule, num_steps, mean, std, **options):
-    """Mean and standard deviation of 65,536 sampled values, started from the exact marginal of the first timestep.
+    """Returns mean and standard deviation of 65,536 sampled values, from the exact marginal of the first timestep.
 
-    The starting noise is standardised: a sampler without noise of its own maps a Gaussian linearly, so its moments have
-    no sampling error then.
+    The initial noise is standardised: a deterministic sampler maps a Gaussian linearly, so the moments then have no
+    sampling error.
     """
     keys = keys_for(64, seed=1)
     noise = np.asarray(initial_noise(keys, (1024,)), np.float64)
@@ -263,7 +264,7 @@ def gaussian_moments(sampler_name, schedule, num_steps, mean, std, **options):
         ("ddim", EPSILON, 500, 1, {}),
         ("ddim", V_ZERO_SNR, 500, 1, {}),
         ("ddim", V, 200, 1, {"eta": 0.5}),
-        # Of order 1 as a whole: its last step, from the smallest noise to none, is.
+        # Order 1 in total, because its last step, from the smallest noise to none, has order 1.
         ("dpmpp_2m", EPSILON, 100, 1, {}),
         ("dpmpp_2m", V_ZERO_SNR, 100, 1, {}),
         ("euler", RectifiedFlow(), 200, 1, {}),
@@ -278,11 +279,12 @@ def test_gaussian_data_comes_out_with_its_mean_and_standard_deviation(
     mean, std, count = 0.8, 0.5, 65_536
     moments, draws_noise = gaussian_moments(sampler_name, schedule, num_steps, mean, std, **options)
     coarse, _ = gaussian_moments(sampler_name, schedule, num_steps // 2, mean, std, **options)
-    # Five standard errors of a mean and of a standard deviation over `count` independent values, or float32 rounding;
+    # Sampling error: five standard errors of mean and standard deviation over `count` independent values, or float32
+    # rounding for deterministic samplers.
     sampling = 5 * std / np.sqrt([count, 2 * count]) if draws_noise else 1e-5
-    # and the error of discretisation: for order p it falls 2^p-fold from the coarse run to the fine one, or by less as
-    # the smallest noise of a discrete schedule stays the same, so half is added. Both step counts divide 1000, so the
-    # rounding of timesteps adds nothing.
+    # Discretisation error: for order p it falls 2^p-fold from the coarse run to the fine one, or by less because the
+    # smallest noise of a discrete schedule stays the same, hence the factor of 1.5. Both step counts divide 1000, so
+    # timesteps are not rounded.
     discretisation = 1.5 * np.abs(moments - coarse) / (2**order - 1)
     assert (discretisation < 0.03).all()
     np.testing.assert_array_less(np.abs(moments - [mean, std]), sampling + discretisation)
@@ -308,11 +310,11 @@ def test_noise_differs_between_samples_and_between_steps():
     keys = keys_for(2)
     draws = [initial_noise(keys, (50,)), step_noise(keys, 0, (50,)), step_noise(keys, 1, (50,))]
     correlations = np.corrcoef(np.concatenate(draws))
-    # Six independent rows of 50 values: correlations have a standard deviation of 1 / sqrt(50).
+    # The correlation of two independent rows of 50 values has a standard deviation of 1 / sqrt(50).
     assert np.abs(correlations - np.eye(6)).max() < 5 / np.sqrt(50)
 
 
-def test_raw_and_typed_keys_draw_the_same_samples():
+def test_raw_and_typed_keys_give_the_same_samples():
     typed = keys_for(2)
     draws = [
         sample("ddpm", EPSILON, lambda x, t: model(jnp, x, t), jnp.ones(BATCH_SHAPE), 4, keys)
@@ -436,7 +438,7 @@ def test_samplers_for_a_schedule_are_those_that_run_with_it():
         ("ddpm", EPSILON, 5, {"keys": keys_for(3)}, "one per sample"),
     ],
 )
-def test_what_cannot_be_sampled_is_a_user_error_that_names_the_choices(
+def test_invalid_sampling_arguments_raise_a_user_error_that_names_the_choices(
     sampler_name, schedule, num_steps, options, message
 ):
     with pytest.raises(UserError, match=message):

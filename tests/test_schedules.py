@@ -1,4 +1,4 @@
-"""Noise schedules against diffusers and their own algebra; the loss against a NumPy derivation."""
+"""Compares noise schedules with diffusers and their algebra, and the loss with a NumPy derivation."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def test_ddpm_tables_equal_those_of_diffusers(beta_schedule, zero_terminal_snr, 
     schedule = DDPM(num_timesteps, beta_start, beta_end, beta_schedule, "v", zero_terminal_snr)
     theirs = diffusers_ddpm(schedule)
     assert schedule.alphas_cumprod.dtype == np.float64
-    # Theirs is a float32 product of num_timesteps factors.
+    # In diffusers it is a float32 product of num_timesteps factors.
     np.testing.assert_allclose(schedule.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=0, atol=2e-6)
     if not zero_terminal_snr:
         np.testing.assert_allclose(schedule.betas, theirs.betas.numpy(), rtol=1e-6)
@@ -98,7 +98,7 @@ def test_flow_shift_noising_and_timesteps_equal_those_of_diffusers(shift):
     scale=st.floats(0.1, 10.0),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_x0_and_noise_come_back_from_the_noisy_sample_and_the_target(name, fraction, trailing_shape, scale, seed):
+def test_x0_and_noise_are_recovered_from_the_noisy_sample_and_the_target(name, fraction, trailing_shape, scale, seed):
     schedule = SCHEDULES[name]
     rng = np.random.default_rng(seed)
     x0 = (scale * rng.normal(size=(2, *trailing_shape))).astype(np.float32)
@@ -112,7 +112,7 @@ def test_x0_and_noise_come_back_from_the_noisy_sample_and_the_target(name, fract
     output = schedule.target(x0, noise, times)
     recovered_x0 = schedule.to_x0(output, noisy, times)
     recovered_noise = schedule.to_noise(output, noisy, times)
-    # Some float32 roundings, which predicting epsilon multiplies by 1 / alpha, at most 15.
+    # A few float32 roundings; with epsilon prediction they are multiplied by 1 / alpha, at most 15.
     tolerance = 4 * np.finfo(np.float32).eps * (np.abs(x0).max() + np.abs(noise).max())
     x0_tolerance = 15 * tolerance if schedule.prediction == "epsilon" else tolerance
     np.testing.assert_allclose(recovered_x0, x0, rtol=0, atol=x0_tolerance)
@@ -126,7 +126,7 @@ def test_ddpm_times_are_uniform_over_all_timesteps():
     times = np.asarray(DDPM(num_timesteps=10).sample_times(jax.random.key(0), 100_000))
     assert times.dtype == np.int32
     counts = np.bincount(times, minlength=10)
-    # Five standard deviations of a binomial count.
+    # The tolerance is five standard deviations of a binomial count.
     np.testing.assert_allclose(counts, 10_000, rtol=0, atol=5 * np.sqrt(100_000 * 0.1 * 0.9))
     assert len(counts) == 10
 
@@ -235,8 +235,9 @@ def test_the_loss_of_predicting_zero_is_the_power_of_the_target(name):
     power = {"epsilon": 1.0, "flow": 1.0 + 0.7**2}
     if schedule.prediction == "v":
         power["v"] = np.mean(schedule.alphas_cumprod + 0.7**2 * (1 - schedule.alphas_cumprod))
-    # The variance of a target element is at most 2 + 4 * 0.49 about its power, that of the power over times at most
-    # a quarter; five standard errors of the mean over 4096 times and 64 elements of each.
+    # The variance of a squared target element around its expectation is at most 2 + 4 * 0.49, that of the expectation
+    # over times at most a quarter. The tolerance is five standard errors of the mean over 4096 times with 64 elements
+    # each.
     assert float(loss.mean) == pytest.approx(power[schedule.prediction], abs=5 * np.sqrt((4 / 64 + 0.25) / 4096))
 
 
@@ -260,7 +261,7 @@ def test_quarter_losses_are_finite_without_samples_and_average_to_the_loss():
 
 
 def test_quarter_losses_over_small_batches_are_those_of_all_their_samples():
-    """Batches of 2 leave most quarters empty; the loss is 1 everywhere."""
+    """Batches of 2 leave most quarters empty; the loss of every sample is 1."""
 
     def predict(x, timesteps):
         del timesteps
@@ -292,7 +293,7 @@ def test_quarter_losses_belong_to_the_times_of_their_quarter():
         assert 250 * (k - 1) - 1e-2 <= metrics[f"loss_quarter_{k}"].mean <= 250 * k - 1 + 1e-2
 
 
-def test_a_prediction_of_another_shape_is_refused():
+def test_a_prediction_of_another_shape_is_rejected():
     with pytest.raises(ValueError, match="shape"):
         diffusion_loss(DDPM(), lambda x, t: x[:, :1], jnp.ones((4, 3)), jax.random.key(0))
 
@@ -322,11 +323,11 @@ def test_make_schedule_builds_by_name_and_passes_the_values():
         ("rectified_flow", {"logit_mean": float("inf")}, "logit_mean"),
     ],
 )
-def test_bad_schedules_are_user_errors_that_name_the_choices(name, values, message):
+def test_invalid_schedules_raise_a_user_error_that_names_the_choices(name, values, message):
     with pytest.raises(UserError, match=message):
         make_schedule(name, **values)
 
 
-def test_resolution_shift_refuses_an_empty_image():
+def test_resolution_shift_rejects_an_empty_image():
     with pytest.raises(UserError, match="positive"):
         resolution_shift(0, 256)

@@ -1,4 +1,4 @@
-"""T5's encoder against transformers' T5 and mT5, its weights format and its errors."""
+"""Compares the T5 encoder with transformers' T5 and mT5, and tests loading its weights and its error messages."""
 
 import json
 from functools import partial
@@ -31,7 +31,7 @@ from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.weights.huggingface_t5 import load_t5_encoder
 
 VOCAB_SIZE = 64
-# 3 heads of 8 are not the width, as in mT5-small; sequences of 150 are longer than any distance.
+# 3 heads of size 8 differ from the width, as in mT5-small; sequences of 150 exceed the largest distance.
 SIZES = {"vocab_size": VOCAB_SIZE, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 3}
 SIZES |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
 V1_1 = {**SIZES, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -55,7 +55,7 @@ TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
 def reference(name):
-    """transformers' model with random weights, norms included: their ones would hide mistakes."""
+    """Returns transformers' model with random weights; norm weights too, whose initial ones would hide mistakes."""
     model_class, config_class, values = MODELS[name]
     torch.manual_seed(0)
     model = model_class._from_config(config_class(**values), attn_implementation="eager").eval()
@@ -142,7 +142,7 @@ def test_weights_loaded_as_bfloat16_give_the_output_of_float32_weights_computed_
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """(config, params) of a v1.1."""
+    """Config and parameters of a T5 v1.1 encoder."""
     folder = tmp_path_factory.mktemp("t5")
     reference("v1.1_encoder").save_pretrained(folder)
     return load_t5_encoder(folder)
@@ -160,8 +160,8 @@ def test_no_valid_token_depends_on_the_content_of_the_padding(encoder, tokens, p
 
 
 @settings(max_examples=25)
-@given(tokens=ROW, length=st.sampled_from([1, 5, 8]))  # each is compiled
-def test_padding_is_as_good_as_a_shorter_sequence(encoder, tokens, length):
+@given(tokens=ROW, length=st.sampled_from([1, 5, 8]))  # each length compiles
+def test_padding_gives_the_output_of_a_shorter_sequence(encoder, tokens, length):
     row = np.array([tokens], np.int32)
     padded = encode(*encoder, row, right_padding([length], 8))
     alone = encode(*encoder, row[:, :length], np.ones((1, length), bool))
@@ -177,7 +177,7 @@ def test_a_batch_has_the_output_of_its_rows_one_by_one(encoder, rows, lengths):
         assert_close(batch[i, :length], encode(*encoder, rows[i : i + 1], mask[i : i + 1])[0, :length])
 
 
-def test_keys_before_and_after_a_query_have_entries_of_their_own(encoder):
+def test_keys_before_and_after_a_query_have_different_biases(encoder):
     config, params = encoder
     tokens, mask = random_tokens(1, 12), np.ones((1, 12), bool)
     table = np.asarray(params["relative_attention_bias"])
@@ -195,7 +195,7 @@ def test_half_precision_checkpoints_load_exactly(dtype, tmp_path):
         np.testing.assert_array_equal(params["layers"]["wo"]["kernel"][block], expected)
 
 
-def test_the_encoder_alone_loads_as_from_the_whole_model(tmp_path):
+def test_an_encoder_checkpoint_loads_like_the_complete_model(tmp_path):
     model = reference("v1.0")
     model.save_pretrained(tmp_path / "whole")
     alone = T5EncoderModel.from_pretrained(tmp_path / "whole")
@@ -225,7 +225,7 @@ def test_shards_of_the_decoder_are_never_opened(tmp_path):
 
 
 @pytest.mark.parametrize("mesh_sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_a_mesh_gets_the_same_arrays_cut_by_the_table_of_logical_axes(folder, mesh_sizes):
+def test_arrays_are_sharded_by_the_logical_axis_rules_on_a_mesh(folder, mesh_sizes):
     mesh = make_mesh(mesh_sizes)
     config, params = load_t5_encoder(folder, mesh=mesh, rules=ShardingRules())
     jax.tree.map(np.testing.assert_array_equal, params, load_t5_encoder(folder)[1])
@@ -319,14 +319,14 @@ def test_absent_keys_have_transformers_defaults(tmp_path):
         ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon=0.0 is not a positive number"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon=nan"),
         ({"relative_attention_num_buckets": 3}, "relative_attention_num_buckets=3"),
-        ({"relative_attention_max_distance": 2}, "relative_attention_max_distance=2 is not beyond"),
+        ({"relative_attention_max_distance": 2}, "relative_attention_max_distance=2 must be greater than 2"),
         ({"relative_attention_num_buckets": 16}, r"relative_attention_bias\.weight has shape \(8, 3\)"),
         ({"vocab_size": VOCAB_SIZE + 1}, r"shared\.weight has shape \(64, 32\), config\.json asks for \(65, 32\)"),
         ({"num_layers": 4}, r"tensor encoder\.block\.3\..* is missing"),
         ({"num_layers": 2}, r"encoder\.block\.2\..* has no place in the model that config\.json describes"),
     ],
 )
-def test_a_config_of_another_model_is_refused_in_one_line_that_names_file_and_key(folder, changes, message):
+def test_a_config_of_another_model_is_rejected_in_one_line_that_names_file_and_key(folder, changes, message):
     change_config(folder, **changes)
     with pytest.raises(UserError, match=message) as error:
         load_t5_encoder(folder)
@@ -348,14 +348,14 @@ def test_a_config_of_another_model_is_refused_in_one_line_that_names_file_and_ke
         ({TABLE.replace("block.0", "block.1"): np.zeros((8, 3), np.float32)}, r"relative_attention_bias.* no place"),
     ],
 )
-def test_tensors_of_another_model_are_refused_in_one_line_that_names_the_tensor(folder, changes, message):
+def test_tensors_of_another_model_are_rejected_in_one_line_that_names_the_tensor(folder, changes, message):
     change_tensors(folder, **changes)
     with pytest.raises(UserError, match=message) as error:
         load_t5_encoder(folder)
     assert "\n" not in str(error.value)
 
 
-def test_the_decoder_may_be_anything(folder):
+def test_decoder_tensors_are_ignored(folder):
     name = "decoder.block.0.layer.0.SelfAttention.q.weight"
     expected = load_t5_encoder(folder)[1]
     change_tensors(folder, **{name: np.full((2, 2), np.nan, np.float32)})
@@ -368,6 +368,6 @@ def test_pickles_are_not_read(folder):
         load_t5_encoder(folder)
 
 
-def test_an_activation_that_is_none_is_refused():
+def test_an_unknown_activation_is_rejected():
     with pytest.raises(UserError, match="activation='tanh' is not supported: use one of relu"):
         T5Config(**SIZES, activation="tanh")

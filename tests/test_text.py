@@ -1,4 +1,4 @@
-"""Prompts to tokens, the demo's own tokenizer, and the frozen encoders."""
+"""Tests the tokenization of prompts, the demo's tokenizer, and the frozen encoders."""
 
 import dataclasses
 import json
@@ -65,10 +65,10 @@ def without_spaces(text):
     return text.replace(" ", "")
 
 
-# Prompts to tokens
+# --- tokenization of prompts ---
 
 
-def test_a_prompt_is_its_own_tokens_then_the_end_token_then_padding_that_the_mask_leaves_out():
+def test_a_row_is_the_prompts_tokens_the_end_token_and_masked_padding():
     batch = PromptTokenizer(TOKENIZER, max_length=64)(PROMPTS)
     assert batch["tokens"].shape == batch["mask"].shape == (len(PROMPTS), 64)
     assert (batch["tokens"].dtype, batch["mask"].dtype, batch["truncated"].dtype) == (np.int32, bool, bool)
@@ -96,7 +96,7 @@ def test_an_empty_prompt_keeps_exactly_its_end_token():
     assert not batch["truncated"][0]
 
 
-def test_a_prompt_that_just_fits_is_whole_and_one_token_more_is_cut_at_its_end_and_flagged():
+def test_a_prompt_that_just_fits_is_complete_and_one_token_more_is_truncated_and_flagged():
     prompt = "a red circle above a blue square"
     whole = ids_of(prompt)
     fitting = PromptTokenizer(TOKENIZER, max_length=len(whole) + 1)([prompt])
@@ -124,7 +124,7 @@ def test_the_prefix_does_not_depend_on_what_the_prompt_starts_with(prompt):
     assert without_spaces(text) == without_spaces(f"You see images. {INSTRUCTION}{prompt}{END}")
 
 
-def test_the_prefix_is_the_system_prompt_and_the_instruction_behind_one_begin_token():
+def test_the_prefix_is_a_begin_token_the_system_prompt_and_the_instruction():
     assert PromptTokenizer(TOKENIZER, 8).prefix().tolist() == ids_of(INSTRUCTION)
     tokenizer = PromptTokenizer(with_begin_token(), 8, system_prompt="You see images.")
     begin = tokenizer.tokenizer.bos_token_id
@@ -151,25 +151,25 @@ def test_half_a_surrogate_pair_reads_as_a_question_mark():
     np.testing.assert_array_equal(tokenizer([caption])["tokens"], tokenizer(["a ? star"])["tokens"])
 
 
-def test_a_tokenizer_without_an_end_token_is_refused():
+def test_a_tokenizer_without_an_end_token_is_rejected():
     tokenizer = train_tokenizer(CAPTIONS, 300)
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end token"):
         PromptTokenizer(tokenizer, 8)
 
 
-def test_a_length_without_room_for_the_end_token_is_refused():
+def test_a_length_without_room_for_the_end_token_is_rejected():
     with pytest.raises(UserError, match="max_length=0 leaves no room"):
         PromptTokenizer(TOKENIZER, 0)
 
 
-# Tokenizers as they are published
+# --- tokenizers of published models ---
 
 TEMPLATE = (
     "{% for m in messages %}{% if loop.first %}<|begin|>{% endif %}"
     "<|{{ m.role }}|>\n{{ m.content | trim }}<|end|>{% endfor %}"
 )
-# Gemma's refuses a system prompt.
+# Gemma's template raises for a system prompt.
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
 IGNORES_SYSTEM = "{% for m in messages if m.role == 'user' %}<|user|>{{ m.content }}{% endfor %}"
 
@@ -182,7 +182,7 @@ def chat_tokenizer(template=TEMPLATE):
 
 
 def byte_level():
-    """LLaMA 3's and Qwen's kind: a space belongs to the word after it, and none is added."""
+    """Returns a tokenizer like those of LLaMA 3 and Qwen: a space belongs to the next word, and none is added."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -197,7 +197,10 @@ def byte_level():
 
 
 def metaspace(prepend_scheme):
-    """LLaMA 2's, Mistral's ("first") and T5's ("always") kind: spaces are written into the words, unknown as bytes."""
+    """Returns a tokenizer like those of LLaMA 2, Mistral ("first") and T5 ("always").
+
+    Words include a symbol for the space before them, and unknown characters become bytes.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=prepend_scheme)])
@@ -217,7 +220,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", ["byte_level", "metaspace_first", "metaspace_always"])
 @pytest.mark.parametrize("prompt", ["a red circle", " a red circle", "two small green triangles", "红色的圆形"])
-def test_a_prompt_has_the_tokens_that_it_has_behind_the_instruction(kind, prompt):
+def test_a_prompt_has_the_tokens_of_running_text_after_the_instruction(kind, prompt):
     tokenizer = PromptTokenizer(KINDS[kind], max_length=64)
     got = [*tokenizer.prefix(), *real_tokens(tokenizer([prompt]), 0)[:-1]]
     together = KINDS[kind](f"{INSTRUCTION} {prompt.lstrip()}", add_special_tokens=False)["input_ids"]
@@ -226,11 +229,11 @@ def test_a_prompt_has_the_tokens_that_it_has_behind_the_instruction(kind, prompt
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_prefix_and_prompt_read_as_what_was_written(kind, prompt):
-    """Nothing is lost or merged at the border, whatever the prompt starts with."""
+def test_prefix_and_prompt_decode_to_the_original_text(kind, prompt):
+    """Nothing is lost or merged between prefix and prompt, for any start of the prompt."""
     tokenizer = PromptTokenizer(KINDS[kind], max_length=80)
     text = KINDS[kind].decode([*tokenizer.prefix(), *real_tokens(tokenizer([prompt]), 0)])
-    # Metaspace has one character for a space and for itself, and tabs are not of its words.
+    # Spaces are not compared: Metaspace tokenizers decode their symbol for a space to one as well.
     assert without_spaces(text) == without_spaces(f"{INSTRUCTION}{prompt}{END}")
 
 
@@ -239,15 +242,18 @@ def test_prefix_and_prompt_read_as_what_was_written(kind, prompt):
 def test_no_prompt_changes_the_prefix(kind, prompt):
     before = PromptTokenizer(KINDS[kind], max_length=8).prefix()
     assert PromptTokenizer(KINDS[kind], max_length=8)(["", prompt])["mask"].any(axis=1).all()
-    after = PromptTokenizer(KINDS[kind], max_length=8)  # computes its prefix after the tokenizer has read the prompt
+    after = PromptTokenizer(KINDS[kind], max_length=8)  # computes its prefix after a prompt was tokenized
     np.testing.assert_array_equal(after.prefix(), before)
 
 
-def test_a_chat_template_gives_the_system_prompt_and_the_users_turn_their_places():
+def test_the_prefix_has_the_chat_templates_system_and_user_turns():
     chat = chat_tokenizer()
     tokenizer = PromptTokenizer(chat, 32, "Describe:", "You see images.")
     specials = {name: chat.convert_tokens_to_ids(f"<|{name}|>") for name in ("begin", "system", "user", "end")}
-    plain = lambda text: chat(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+
+    def plain(text):
+        return chat(text, add_special_tokens=False)["input_ids"]
+
     assert tokenizer.prefix().tolist() == [
         specials["begin"],
         specials["system"],
@@ -260,7 +266,7 @@ def test_a_chat_template_gives_the_system_prompt_and_the_users_turn_their_places
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, IGNORES_SYSTEM])
-def test_a_template_without_a_place_for_the_system_prompt_gets_it_in_the_users_turn(template):
+def test_without_a_system_role_the_system_prompt_starts_the_users_turn(template):
     with_system = PromptTokenizer(chat_tokenizer(template), 32, "Describe:", "You see images.")
     in_turn = PromptTokenizer(chat_tokenizer(template), 32, "You see images. Describe:")
     np.testing.assert_array_equal(with_system.prefix(), in_turn.prefix())
@@ -278,14 +284,14 @@ def test_a_chat_template_without_instruction_opens_the_users_turn():
     assert chat.decode(prefix).replace(" ", "") == "<|begin|><|user|>\n"
 
 
-# LLaVA's: a message is a list of parts.
+# Like LLaVA's template: the content of a message is a list.
 PARTS = (
     "{% for m in messages %}<|{{ m.role }}|>{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
     "{{ part.text }}{% endfor %}{% endfor %}"
 )
 
 
-def test_a_template_that_reads_lists_of_parts_gets_them():
+def test_a_template_that_takes_lists_of_items_gets_them():
     prefix = PromptTokenizer(chat_tokenizer(PARTS), 32, "Describe:", "You see images.").prefix()
     text = chat_tokenizer(PARTS).decode(prefix)
     assert without_spaces(text) == without_spaces("<|system|>You see images.<|user|>Describe:")
@@ -306,14 +312,14 @@ def test_half_a_surrogate_pair_in_the_instruction_reads_as_a_question_mark_in_a_
     ("template", "why"),
     [
         ("{{ raise_exception('not today') }}", "not today"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "does not keep the user's words"),
-        ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "does not keep the user's words"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "it alters the text of the user's turn"),
+        ("{% for m in messages %}{{ m.content | length }}{% endfor %}", "it alters the text of the user's turn"),
         ("{% for m in", "chat template fails"),
         ("{{ messages[7].content }}", "chat template fails"),
         ("{{ messages[0]['content'].__class__.__mro__ }}", "chat template fails"),
     ],
 )
-def test_a_template_that_fails_or_changes_the_prompt_is_refused_in_one_line(template, why):
+def test_a_template_that_fails_or_changes_the_prompt_is_rejected_in_one_line(template, why):
     with pytest.raises(UserError, match=why) as error:
         PromptTokenizer(chat_tokenizer(template), 32, "Describe:").prefix()
     assert "text.chat_template=False" in str(error.value)
@@ -328,7 +334,7 @@ def test_special_tokens_that_a_prompt_spells_out_are_text(prompt):
     assert tokens[-1] == chat.eos_token_id
 
 
-# The demo's own tokenizer
+# --- the demo's tokenizer ---
 
 
 @pytest.mark.parametrize("prompt", ["红色的圆形", "a红circle在上面blue", " 三角形 ", "蓝"])
@@ -340,21 +346,21 @@ def test_each_chinese_character_is_one_token_of_its_own(prompt):
 
 
 def test_words_seen_in_training_are_few_tokens():
-    # Frequent words become one token; a byte-level alphabet alone would need one for each letter.
+    # Frequent words are one token; without merges each letter would be one.
     tokenizer = train_tokenizer(["a red circle above a blue square"] * 20, 400)
     assert len(tokenizer("a blue circle", add_special_tokens=False)["input_ids"]) == 3
 
 
 @given(text=TEXT)
 def test_no_text_is_unknown(text):
-    """Spaces aside: the pre-tokenizer puts one before every word and every Chinese character."""
+    """Ignores spaces, because the pre-tokenizer adds one before every word and every Chinese character."""
     decoded = TOKENIZER.decode(ids_of(text), clean_up_tokenization_spaces=False)
     assert without_spaces(decoded) == without_spaces(text)
 
 
 def test_a_character_never_seen_in_training_is_read_as_its_bytes():
     assert "龍" not in "".join(CAPTIONS)
-    assert len(ids_of("龍")) == 1 + len("龍".encode())  # the space before it is a token too
+    assert len(ids_of("龍")) == 1 + len("龍".encode())  # one token for the space before it, one per byte
 
 
 def test_training_twice_gives_the_same_tokenizer():
@@ -380,23 +386,23 @@ def test_a_saved_tokenizer_loads_as_itself(tmp_path):
     np.testing.assert_array_equal(actual(PROMPTS)["tokens"], expected(PROMPTS)["tokens"])
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+def test_a_folder_without_a_tokenizer_is_rejected(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=r"no tokenizer\.json in it"):
+        with pytest.raises(UserError, match=r"no tokenizer\.json in this folder"):
             load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00", "[" * 100_000])
-def test_a_damaged_tokenizer_is_refused_in_one_line(tmp_path, name, text):
+def test_a_damaged_tokenizer_is_rejected_in_one_line(tmp_path, name, text):
     TOKENIZER.save_pretrained(str(tmp_path))
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match="not a tokenizer") as error:
+    with pytest.raises(UserError, match="not a valid tokenizer") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
 
 
-# The frozen encoders
+# --- the frozen encoders ---
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
 CONFIG = LLMConfig(vocab_size=len(TOKENIZER), **SIZES, num_key_value_heads=1, attention_bias=True, dtype="float32")
@@ -409,7 +415,7 @@ def params():
 
 
 def features_of(encoder, params, prompts):
-    """As inside a train step."""
+    """Returns the encoder's features of prompts, computed under jit as in a train step."""
     batch = {f"it/{key}": value for key, value in encoder.tokenizer(prompts).items()}
     return jax.jit(lambda *arguments: encode({"it": encoder}, *arguments)[0])({"it": encoder.freeze(params)}, batch)
 
@@ -461,7 +467,7 @@ def test_no_gradient_reaches_a_frozen_encoder(params):
     assert not any(np.any(gradient) for gradient in jax.tree.leaves(gradients))
 
 
-def test_encoders_with_their_own_tokenizers_stand_side_by_side(params):
+def test_encoders_use_their_own_tokenizers(params):
     small = train_tokenizer(CAPTIONS, 300)
     encoders = {
         "qwen": LLMTextEncoder(CONFIG, PromptTokenizer(TOKENIZER, 12, instruction="Describe:")),
@@ -479,18 +485,18 @@ def test_encoders_with_their_own_tokenizers_stand_side_by_side(params):
     assert [one.prompt.shape[1] for one in features] == [12, 20]
 
 
-def test_a_special_token_without_an_embedding_is_no_obstacle_unless_a_prompt_can_have_it():
-    """Multi-modal tokenizers know tokens of pictures; prompts never have them."""
+def test_a_special_token_without_an_embedding_is_accepted_if_no_prompt_can_have_it():
+    """Multi-modal tokenizers have image tokens, which never occur in prompts."""
     tokenizer = train_tokenizer(CAPTIONS, 500)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     assert LLMTextEncoder(CONFIG, PromptTokenizer(tokenizer, 8)).hidden_size == 16
     assert tokenizer.convert_tokens_to_ids("<image>") not in PromptTokenizer(tokenizer, 32)(["<image>"])["tokens"]
     tokenizer.add_tokens(["ordinary"])
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="token ids up to"):
         LLMTextEncoder(CONFIG, PromptTokenizer(tokenizer, 8))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_llm_has_embeddings_is_refused():
+def test_a_tokenizer_with_more_tokens_than_the_llm_has_embeddings_is_rejected():
     config = dataclasses.replace(CONFIG, vocab_size=len(TOKENIZER) - 1)
-    with pytest.raises(UserError, match="do not belong together"):
+    with pytest.raises(UserError, match="token ids up to"):
         LLMTextEncoder(config, PromptTokenizer(TOKENIZER, 8))

@@ -1,4 +1,4 @@
-"""What the autoencoder is trained by, against PyTorch and NumPy, and when the discriminator is heard."""
+"""Compares the training losses of the autoencoder with PyTorch and NumPy, and tests the discriminator's start step."""
 
 import flax
 import flax.linen as nn
@@ -57,7 +57,7 @@ def test_reconstruction_and_kl_are_per_value():
         reconstruction_loss(images, images, "huber")
 
 
-def test_the_hinge_is_that_of_numpy():
+def test_the_hinge_loss_matches_numpy():
     rng = np.random.default_rng(0)
     real, fake = rng.normal(size=(3, 4, 4, 1)), 2 * rng.normal(size=(3, 4, 4, 1))
     expected = 0.5 * (np.maximum(1 - real, 0).mean() + np.maximum(1 + fake, 0).mean())
@@ -66,8 +66,8 @@ def test_the_hinge_is_that_of_numpy():
 
 
 @pytest.mark.parametrize("weaker", [1.0, 1e-9])
-def test_the_adaptive_weight_is_that_of_pytorchs_gradients(weaker):
-    """Both losses' gradients in the last convolution's kernel, by autograd, as latent diffusion's code has them."""
+def test_the_adaptive_weight_matches_pytorchs_gradients(weaker):
+    """The reference computes both gradients in the last kernel with autograd, as latent diffusion's code does."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(2, 8, 8, 5)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, 5, 3)).astype(np.float32)
@@ -84,7 +84,9 @@ def test_the_adaptive_weight_is_that_of_pytorchs_gradients(weaker):
     def convolve(x, kernel, padding):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    decode = lambda kernel: convolve(features, kernel, "SAME")  # noqa: E731
+    def decode(kernel):
+        return convolve(features, kernel, "SAME")
+
     values = 8 * 8 * 3
     ours = [
         jax.grad(lambda kernel: reconstruction_loss(decode(kernel), target, "l1"))(kernel),
@@ -94,7 +96,7 @@ def test_the_adaptive_weight_is_that_of_pytorchs_gradients(weaker):
     assert (expected == 1e4) == (weaker < 1)
 
 
-def test_a_given_gradient_takes_the_place_of_the_own_one():
+def test_a_given_gradient_replaces_the_computed_one():
     x = jnp.asarray(pictures(3, 3))
     value, slope, more = value_and_gradient_at(lambda x: (jnp.sum(x**3), x[0, 0, 0, 0]), x)
     np.testing.assert_allclose(slope, 3 * x**2, rtol=1e-6)
@@ -108,7 +110,7 @@ def test_a_given_gradient_takes_the_place_of_the_own_one():
 
 
 def torch_lpips(tensors, first, second):
-    """The definition (Zhang et al. 2018, equation 1) in PyTorch, on VGG16's five layers before their pooling."""
+    """Computes LPIPS (Zhang et al. 2018, equation 1) in PyTorch from the five layers of VGG16 before each pooling."""
     shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
     scale = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
     x = (torch.cat([first, second]) - shift) / scale
@@ -127,30 +129,36 @@ def torch_lpips(tensors, first, second):
     return distance
 
 
-def test_lpips_and_its_gradient_are_those_of_pytorch(vgg_tensors, lpips_file):
+def test_lpips_and_its_gradient_match_pytorch(vgg_tensors, lpips_file):
     params = load_lpips(lpips_file)
     first, second = pictures(32, 40), pictures(32, 40, seed=1)
     inputs = to_torch(first).requires_grad_()
     expected = torch_lpips(vgg_tensors, inputs, to_torch(second))
     expected.sum().backward()
-    distance = lambda first: LPIPS().apply({"params": params}, first, second)  # noqa: E731
+
+    def distance(first):
+        return LPIPS().apply({"params": params}, first, second)
+
     value, slope = jax.jit(lambda first: (distance(first), jax.grad(lambda x: distance(x).sum())(first)))(first)
     np.testing.assert_allclose(value, expected.detach(), rtol=1e-4)
     expected_slope = inputs.grad.permute(0, 2, 3, 1).numpy()
-    # As a whole: where two values in a pooling window are as good as equal, rounding decides which one is the largest.
+    # Compare norms: rounding decides which of two nearly equal values in a pooling window gets the gradient.
     assert np.linalg.norm(slope - expected_slope) < 1e-3 * np.linalg.norm(expected_slope)
 
 
-def test_lpips_of_pictures_without_any_feature_is_zero_and_its_gradient_finite(lpips_file):
+def test_lpips_of_images_with_zero_features_is_zero_and_its_gradient_finite(lpips_file):
     params = jax.tree.map(np.zeros_like, load_lpips(lpips_file))
     flat = jnp.zeros((1, 16, 16, 3))
-    distance = lambda x: LPIPS().apply({"params": params}, x, flat).sum()  # noqa: E731
+
+    def distance(x):
+        return LPIPS().apply({"params": params}, x, flat).sum()
+
     value, slope = jax.jit(jax.value_and_grad(distance))(flat + 0.1)
     assert value == 0
     assert np.isfinite(slope).all()
 
 
-def test_an_lpips_file_that_does_not_fit_is_refused(vgg_tensors, tmp_path):
+def test_an_lpips_file_that_does_not_fit_is_rejected(vgg_tensors, tmp_path):
     def saved(**changes):
         tensors = {name: value for name, value in (vgg_tensors | changes).items() if value is not None}
         save_file(tensors, tmp_path / "changed.safetensors")
@@ -191,7 +199,7 @@ def torch_discriminator(params, images, layers):
 
 
 @pytest.mark.parametrize(("layers", "size"), [(3, (40, 32)), (1, (8, 12))])
-def test_the_discriminator_is_pytorchs_patchgan(layers, size):
+def test_the_discriminator_matches_pytorchs_patchgan(layers, size):
     model = PatchDiscriminator(width=8, layers=layers)
     images = pictures(*size, batch=3)
     params = nn.unbox(model.init(jax.random.key(0), images)["params"])
@@ -202,7 +210,7 @@ def test_the_discriminator_is_pytorchs_patchgan(layers, size):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
-def test_the_smallest_picture_has_one_patch(layers):
+def test_the_smallest_image_has_one_patch(layers):
     def shapes(side):
         model, images = PatchDiscriminator(8, layers), jnp.zeros((1, side, side, 3))
         return jax.eval_shape(model.init_with_output, jax.random.key(0), images)[0].shape
@@ -225,7 +233,7 @@ def make_trainer(mesh_sizes=ONE_DEVICE, discriminator=None, lpips=None, accumula
 
 
 def take_steps(trainer, count):
-    """(the parameters after each step, the metrics of each)."""
+    """Returns the parameters after each step, and the metrics of each step."""
     state, states, rows = trainer.init(0), [], []
     rng = np.random.default_rng(0)
     with jax.set_mesh(trainer.mesh):
@@ -242,7 +250,7 @@ CRITIC = PatchDiscriminator(width=4, layers=1)
 
 @pytest.fixture(scope="module")
 def alone():
-    """(parameters, metrics) of four steps without a discriminator."""
+    """Parameters and metrics of four steps without a discriminator."""
     return take_steps(make_trainer(), 4)
 
 
@@ -253,7 +261,7 @@ def late_trainer():
 
 @pytest.fixture(scope="module")
 def late(late_trainer):
-    """The same of four steps with one that starts at step 2."""
+    """Parameters and metrics of four steps with a discriminator that starts at step 2."""
     return take_steps(late_trainer, 4)
 
 
@@ -267,22 +275,24 @@ def test_a_discriminator_that_starts_late_leaves_the_first_steps_untouched(alone
     changed = jax.tree.map(lambda a, b: np.abs(a - b).max(), steps[3]["vae"], without[3]["vae"])
     assert max(jax.tree.leaves(changed)) > 1e-5
     learned = jax.tree.map(lambda a, b: np.abs(a - b).max(), steps[3]["discriminator"], first)
-    del learned["conv_out"]["bias"]  # moves real and fake scores alike
+    del learned["conv_out"]["bias"]  # shifts real and fake scores equally
     assert min(jax.tree.leaves(learned)) > 0
     assert rows[3]["hinge"].mean > 0
     assert rows[3]["adaptive_weight"].mean > 0
 
 
 @pytest.mark.parametrize("perceptual", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_steps_gradient_is_that_of_the_whole_loss(lpips_file, perceptual):
-    """Passing the decoder once, with weighed gradients, is differentiating each loss through everything."""
+def test_the_gradient_of_a_step_is_that_of_the_complete_loss(lpips_file, perceptual):
+    """One backward pass through the decoder, with the weighted gradient, equals differentiating the complete loss."""
     lpips = load_lpips(lpips_file) if perceptual else None
     trainer = make_trainer(discriminator=CRITIC, lpips=lpips, perceptual_weight=0.7)
     params, key = trainer.init(0).params, jax.random.key(3)
     batch = {"image": np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)}
     model, images = AutoencoderKL(CONFIG), to_pixels(jnp.asarray(batch["image"]))
     critic = params["discriminator"]
-    score = lambda critic, images: CRITIC.apply({"params": critic}, images)  # noqa: E731
+
+    def score(critic, images):
+        return CRITIC.apply({"params": critic}, images)
 
     def similarity(params):
         decoded, posterior = model.apply({"params": params}, images, key)
@@ -296,7 +306,10 @@ def test_the_steps_gradient_is_that_of_the_whole_loss(lpips_file, perceptual):
 
     def expected(vae):
         value, (decoded, posterior) = similarity(vae)
-        last = lambda tree: tree["decoder"]["conv_out"]["kernel"]  # noqa: E731
+
+        def last(tree):
+            return tree["decoder"]["conv_out"]["kernel"]
+
         gradients = [last(jax.grad(lambda p: similarity(p)[0])(vae)), last(jax.grad(opinion)(vae))]
         weight = jax.lax.stop_gradient(adaptive_weight(*gradients, 16 * 16 * 3))
         return value + 1e-3 * kl_loss(posterior, images) + 0.5 * weight * opinion(vae), decoded
@@ -342,7 +355,7 @@ def test_eight_devices_train_as_one_does(late):
 
 
 @pytest.mark.slow
-def test_micro_batches_without_a_discriminator_are_the_whole_batch_but_for_their_noise(alone):
+def test_micro_batches_without_a_discriminator_match_the_full_batch_except_for_their_noise(alone):
     _, [parts] = take_steps(make_trainer(accumulate=4), 1)
     whole = alone[1][0]
     assert parts["kl"].mean == pytest.approx(whole["kl"].mean, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Decoding in tiles and slices against decoding at once."""
+"""Compares decoding in tiles and slices with decoding at once."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ CONFIG = VAEConfig(
 
 
 def random_params(config, seed=0):
-    """Weights as training leaves them: no norm at its initial one and zero."""
+    """Returns parameters as after training: scales and biases of norms are not one and zero."""
     side = config.downsampling_factor
     shapes = jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
     rng = np.random.default_rng(seed)
@@ -59,7 +59,7 @@ def model_and_params():
 
 
 def uneven_latents(batch, height, width, seed=0):
-    """One half quiet, the other loud: what a tile's own statistics would be wrong for."""
+    """Returns latents with different statistics in their halves, so that statistics of a tile would be wrong."""
     latents = np.random.default_rng(seed).normal(size=(batch, height, width, CONFIG.latent_channels))
     latents[:, :, width // 2 :] = 5 * latents[:, :, width // 2 :] + 2
     return latents.astype(np.float32)
@@ -70,31 +70,34 @@ def whole(model, params, latents):
 
 
 def grey_levels(tiled, expected):
-    """Largest difference of what is shown, in 1/255."""
+    """Returns the largest difference of displayed values, in grey levels (1/255)."""
     shown = [np.clip(np.asarray(picture), -1, 1) * 127.5 for picture in (tiled, expected)]
     return np.abs(shown[0] - shown[1]).max()
 
 
 @pytest.mark.parametrize(("height", "width", "tile"), [(21, 37, 36), (6, 40, 32)])
-def test_tiles_give_the_whole_picture_to_rounding(model_and_params, height, width, tile):
+def test_tiles_match_decoding_at_once_up_to_rounding(model_and_params, height, width, tile):
     model, params = model_and_params
     latents = uneven_latents(2, height, width)
     expected = whole(model, params, latents)
     tiled = jax.jit(lambda p, z: decode_in_tiles(model, p, z, tile))(params, latents)
     assert tiled.shape == expected.shape == (2, 4 * height, 4 * width, 3)
     np.testing.assert_allclose(tiled, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    # A cut of the latents decoded by itself, with its own statistics, is far from that.
+    # A crop of the latents decoded by itself, with its own statistics, differs much more.
     alone = whole(model, params, latents[:, :, : width // 2])
     assert np.abs(alone[:, :, :width] - expected[:, :, :width]).max() > 0.1
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_position_depends_on_what_is_within_the_reach_alone(layers):
-    """But for the statistics: with those given, a change beyond the reach changes nothing, one at it does."""
+def test_a_position_depends_only_on_positions_within_the_reach(layers):
+    """With fixed statistics, a change beyond the reach has no effect, and a change at the reach has one."""
     config = dataclasses.replace(CONFIG, layers_per_block=layers)
     params = random_params(config)
     stage = _Stage(AutoencoderKL(config), params, 1, last=True)
-    still = lambda name, x, groups: GroupStatistics(jnp.zeros((1, groups)), jnp.ones((1, groups)))  # noqa: E731
+
+    def still(name, x, groups):
+        return GroupStatistics(jnp.zeros((1, groups)), jnp.ones((1, groups)))
+
     reach, side = stage_reach(config), 24
     x = np.random.default_rng(0).normal(size=(1, side, side, 16)).astype(np.float32)
     run = jax.jit(lambda x: stage(x, still))
@@ -110,11 +113,11 @@ def test_a_position_depends_on_what_is_within_the_reach_alone(layers):
 
 
 @given(st.integers(1, 300), st.integers(2, 80), st.integers(1, 33))
-def test_tiles_parts_are_the_side_and_each_ends_beyond_its_part(side, spare, reach):
-    length = 2 * reach + spare  # as `smallest_tile` sees to
+def test_interiors_of_tiles_cover_the_side_and_tiles_extend_beyond_them(side, spare, reach):
+    length = 2 * reach + spare  # as `smallest_tile` ensures
     tiles = place_tiles(side, length, reach)
     assert tiles.length == min(side, length)
-    parts = tiles.parts + tiles.starts[:, None]
+    parts = tiles.interiors + tiles.starts[:, None]
     np.testing.assert_array_equal(parts[1:, 0], parts[:-1, 1])
     assert parts[0, 0] == 0
     assert parts[-1, 1] == side
@@ -124,7 +127,7 @@ def test_tiles_parts_are_the_side_and_each_ends_beyond_its_part(side, spare, rea
         assert start + tiles.length == side or start + tiles.length - stop >= reach
 
 
-def test_merged_moments_are_those_of_all_values_though_the_mean_is_large():
+def test_merged_moments_match_those_of_all_values_with_a_large_mean():
     values = np.random.default_rng(0).normal(size=1000) + 3000
     moments = [
         Moments(jnp.float32(part.size), jnp.float32(part.mean()), jnp.float32(part.var() * part.size))
@@ -135,7 +138,7 @@ def test_merged_moments_are_those_of_all_values_though_the_mean_is_large():
     assert merged.variance == pytest.approx(values.var(), rel=1e-3)
 
 
-def test_attention_over_many_positions_takes_some_queries_at_a_time(model_and_params, monkeypatch):
+def test_attention_over_many_positions_is_computed_in_chunks_of_queries(model_and_params, monkeypatch):
     model, params = model_and_params
     latents = uneven_latents(2, 5, 7)
     expected = whole(model, params, latents)
@@ -144,18 +147,18 @@ def test_attention_over_many_positions_takes_some_queries_at_a_time(model_and_pa
 
 
 @pytest.mark.parametrize("pixels_at_once", [1 << 20, 3 * 20 * 28, 20 * 28, 20 * 28 - 1])
-def test_slices_and_tiles_give_the_batch_that_is_decoded_at_once(model_and_params, pixels_at_once):
+def test_slices_and_tiles_match_decoding_the_batch_at_once(model_and_params, pixels_at_once):
     model, params = model_and_params
     latents = uneven_latents(4, 5, 7)
     decode = jax.jit(lambda p, z: decode_within(model, p, z, pixels_at_once=pixels_at_once, tile=32))
     text = decode.lower(params, latents).as_text()
-    assert ("while" in text) == (pixels_at_once < 4 * 20 * 28)  # it goes round in slices or tiles, or at once
+    assert ("while" in text) == (pixels_at_once < 4 * 20 * 28)  # slices and tiles run in a loop
     expected = whole(model, params, latents)
     np.testing.assert_allclose(decode(params, latents), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-def test_tiles_take_a_fraction_of_the_memory():
-    """As the compiler counts it; nothing is run."""
+def test_tiled_decoding_needs_a_fraction_of_the_memory():
+    """Uses the memory analysis of the compiler; nothing is run."""
     config = VAEConfig(
         block_out_channels=(32, 64, 64, 64), layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False
     )
@@ -172,7 +175,7 @@ def test_tiles_take_a_fraction_of_the_memory():
 
 
 @pytest.mark.skipif(not EMOJI.is_dir(), reason="needs ../shared/data/fxemoji")
-def test_tiles_of_real_pictures_show_no_seam(model_and_params, tmp_path):
+def test_tiles_of_real_images_have_no_seam(model_and_params, tmp_path):
     model, params = model_and_params
     shards = TarShards(EMOJI / "00003.tar")
     source = IndexedSource(shards, examine(shards, plan=IndexPlan(str(tmp_path))))
@@ -187,7 +190,7 @@ def test_tiles_of_real_pictures_show_no_seam(model_and_params, tmp_path):
     assert grey_levels(tiled, expected) < 0.1
 
 
-def test_a_tile_that_is_smaller_than_its_overlap_is_refused(model_and_params):
+def test_a_tile_that_is_smaller_than_its_overlap_is_rejected(model_and_params):
     model, params = model_and_params
     with pytest.raises(UserError, match=r"a tile of 16 pixels is too small .* use 32 or more"):
         decode_in_tiles(model, params, uneven_latents(1, 9, 9), 16)
@@ -196,7 +199,7 @@ def test_a_tile_that_is_smaller_than_its_overlap_is_refused(model_and_params):
             SampleConfig("euler", **{name: value})
 
 
-def test_an_autoencoder_that_does_not_reduce_is_decoded_as_it_is():
+def test_an_autoencoder_without_upsampling_is_decoded_without_tiles():
     config = VAEConfig(block_out_channels=(8,), norm_num_groups=4)
     params = random_params(config)
     latents = np.random.default_rng(0).normal(size=(1, 40, 9, 4)).astype(np.float32)

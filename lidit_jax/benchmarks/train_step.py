@@ -101,7 +101,7 @@ def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[st
     from lidit_jax.parallel.mesh import check_model, make_mesh
     from lidit_jax.parallel.rules import ShardingRules, replicated
     from lidit_jax.stages.lidit import lidit_task
-    from lidit_jax.text.encoders import StoredEncoding
+    from lidit_jax.text.encoders import PrecomputedEncoder
 
     mesh = make_mesh(mesh_sizes)
     check_model(mesh, workload.model.hidden_size, workload.model.num_heads)
@@ -109,7 +109,7 @@ def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[st
     batch = {"moments": np.concatenate([mean, np.full_like(mean, -4.0)], axis=-1)}  # the second half: log-variances
     encoders, prefixes = {}, {}
     for (name, of), features in zip(workload.text.items(), workload.features(), strict=True):
-        encoders[name] = StoredEncoding(of.width, 0 if of.shares_prefix else of.prefix)
+        encoders[name] = PrecomputedEncoder(of.width, 0 if of.shares_prefix else of.prefix)
         parts = [features.prompt] if of.shares_prefix else [features.prefix, features.prompt]
         prefixes[name] = jax.device_put(features.prefix if of.shares_prefix else jnp.zeros(()), replicated(mesh))
         batch[f"{name}/encoded"] = np.concatenate(parts, axis=1)

@@ -1,4 +1,4 @@
-"""Diffusion without a model: noise schedules, the training loss and samplers, as pure functions on arrays."""
+"""Noise schedules, the training loss and samplers, as pure functions on arrays that take the model as an argument."""
 
 from lidit_jax.diffusion.losses import diffusion_loss
 from lidit_jax.diffusion.samplers import SAMPLERS, guided, initial_noise, sample, samplers_for

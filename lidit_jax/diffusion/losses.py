@@ -17,25 +17,25 @@ def diffusion_loss(
     x0: jax.Array,
     key: jax.Array,
 ) -> tuple[WeightedMean, dict[str, WeightedMean]]:
-    """Mean squared error of the model's prediction at random times, in float32.
+    """Computes the mean squared error of the model's prediction at random times, in float32.
 
     With `DDPM(prediction="epsilon")` it is the paper's ||eps - eps_theta(x_t, t)||^2, averaged over elements. The
-    paper's Equation 7 (appendix A.1) divides it by 2 sigma_t^2; the weight of 1 is ours, that of the simple loss of Ho
-    et al. (2020, equation 14). With `RectifiedFlow` it is SD3's conditional flow matching with logit-normal times.
+    paper's Equation 7 (appendix A.1) divides it by 2 sigma_t^2; the weight of 1 is ours, as in the simple loss of Ho et
+    al. (2020, equation 14). With `RectifiedFlow` it is SD3's conditional flow matching with logit-normal times.
 
     Args:
-        schedule: draws the times, adds the noise and states the target.
-        predict: (x_t [B, …] float32, model timesteps [B] float32) -> prediction [B, …].
-        x0: clean samples (latents) [B, …].
-        key: split in two: the first key draws the times, the second the noise.
+      schedule: samples the times, adds the noise and defines the target.
+      predict: (x_t [B, …] float32, model timesteps [B] float32) -> prediction [B, …].
+      x0: clean samples (latents) [B, …].
+      key: random key, split into one for the times and one for the noise, in this order.
 
     Returns:
-        The loss, a mean over the B samples, and as metrics `loss_quarter_k` for each quarter k = 1 … 4 of the
-        schedule, from little noise to much: the mean over the samples whose time lies in it, weighted by their number
-        (0 if there are none).
+      The loss, a mean over the B samples, and the metrics `loss_quarter_k` for the quarters k = 1 … 4 of the schedule,
+      from low to high noise: the mean loss of the samples whose time lies in that quarter, weighted by their number (0
+      if there are none).
 
     Raises:
-        ValueError: if the prediction does not have the shape of x0.
+      ValueError: if the prediction does not have the shape of x0.
     """
     times_key, noise_key = jax.random.split(key)
     times = schedule.sample_times(times_key, x0.shape[0])
@@ -44,7 +44,7 @@ def diffusion_loss(
 
     prediction = predict(schedule.add_noise(x0, noise, times), timesteps)
     if prediction.shape != x0.shape:
-        raise ValueError(f"the prediction has shape {prediction.shape}, the samples {x0.shape}")
+        raise ValueError(f"the prediction has shape {prediction.shape}, expected {x0.shape}, the shape of the samples")
 
     errors = jnp.square(prediction.astype(jnp.float32) - schedule.target(x0, noise, times))
     loss_per_sample = errors.mean(axis=tuple(range(1, errors.ndim)))  # [B]

@@ -1,26 +1,26 @@
-"""Samplers: from noise to a sample, with any model and any schedule.
+"""Samplers: generate samples from noise, with any model and a matching schedule.
 
-Every sampler here is a table. At each step the model is evaluated once, at (x, t); its output stands for a clean sample
-x0 and a noise eps; and the next x is a fixed linear combination of x, x0, eps, one remembered array and fresh noise.
-The numbers of a table depend on the schedule and the number of steps alone, so they are computed beforehand in float64,
-and one `jax.lax.scan` runs them all. The numbers are those of diffusers' schedulers without clipping or thresholding
-(samples are latents), all of which end at zero noise:
+Every sampler here is a table of coefficients with one row per model evaluation. In each row the model is evaluated at
+(x, t); its output implies a clean sample x0 and a noise eps; the next x is a linear combination of x, x0, eps, one
+memory array and fresh noise, with the coefficients of the row. The table depends only on the schedule and the number of
+steps, so it is computed beforehand in float64, and one `jax.lax.scan` runs all rows. The coefficients are those of
+diffusers' schedulers without clipping or thresholding (samples are latents), all of which end at zero noise:
 
-| name     | schedule      | as diffusers'                                    | timesteps by default           |
+| name     | schedule      | equivalent in diffusers                          | default timestep spacing       |
 |----------|---------------|--------------------------------------------------|--------------------------------|
 | ddpm     | DDPM          | DDPMScheduler, "fixed_small" variance            | "leading"                      |
 | ddim     | DDPM          | DDIMScheduler, set_alpha_to_one                  | "leading"                      |
 | dpmpp_2m | DDPM          | DPMSolverMultistepScheduler: dpmsolver++,        | "linspace"                     |
 |          |               | order 2, midpoint, lower_order_final, zero final |                                |
-| euler    | RectifiedFlow | FlowMatchEulerDiscreteScheduler                  | s even in [s_min, 1], shifted  |
+| euler    | RectifiedFlow | FlowMatchEulerDiscreteScheduler                  | uniform in [s_min, 1], shifted |
 | heun     | RectifiedFlow | FlowMatchHeunDiscreteScheduler                   | as euler                       |
 
-Timestep spacings, for n steps in a schedule of T timesteps:
-- "leading": k (T // n) + steps_offset for k = n-1 … 0. With few steps it starts well below T-1, with a single one at
+Timestep spacings of DDPM schedules, for n steps of a schedule with T timesteps:
+- "leading": k (T // n) + steps_offset for k = n-1 … 0. With few steps it starts well below T-1, with one step at
   `steps_offset`.
-- "trailing": T - k T/n - 1, rounded, for k = 0 … n-1. Can be chosen for the first three. It starts at T-1, where a
-  schedule with zero terminal SNR must start and few-step sampling should (Lin et al. 2024).
-- "linspace": the upper n of n+1 evenly spaced, rounded timesteps from 0 to T-1.
+- "trailing": T - k T/n - 1, rounded, for k = 0 … n-1; an option of all three DDPM samplers. It starts at T-1, which
+  zero terminal SNR requires and few-step sampling needs (Lin et al. 2024).
+- "linspace": n+1 evenly spaced timesteps from 0 to T-1, rounded, without the 0.
 """
 
 import dataclasses
@@ -37,21 +37,22 @@ from lidit_jax.errors import UserError
 
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
 
-MAX_STEPS = 1_000_000  # as many evaluations would take for ever; more is a damaged number
-# diffusers gives DPM-Solver++ this signal power at the last timestep of a schedule with zero terminal SNR, where the
-# log-SNR of the exact value would be minus infinity (the smallest float16 above 0).
+MAX_STEPS = 1_000_000  # larger values are mistakes: sampling would not end
+# alphas_cumprod at the last timestep of a schedule with zero terminal SNR in DPM-Solver++, as in diffusers (the
+# smallest positive float16): the exact value, 0, has a log-SNR of minus infinity.
 _DPM_SOLVER_TERMINAL_ALPHA_CUMPROD = 2.0**-24
 
 
 class StepTable(NamedTuple):
-    """A sampler's numbers, float32, one row a model evaluation; N evaluations.
+    """The float32 coefficients of a sampler, one row for each of its N model evaluations.
 
     Attributes:
-        timesteps: [N], what the model is told.
-        alpha, sigma: [N], scale of the signal and of the noise in the x that the model sees.
-        next_weights: [N, 4], the next x as a combination of (x, x0, eps, memory).
-        memory_weights: [N, 3], the next memory as a combination of (x, x0, eps).
-        noise_scale: [N], standard deviation of the fresh noise in the next x.
+      timesteps: [N], timesteps for the model.
+      alpha: [N], scale of the signal in x.
+      sigma: [N], scale of the noise in x.
+      next_weights: [N, 4], weights of (x, x0, eps, memory) in the next x.
+      memory_weights: [N, 3], weights of (x, x0, eps) in the next memory.
+      noise_scale: [N], standard deviation of the fresh noise in the next x.
     """
 
     timesteps: np.ndarray
@@ -64,14 +65,14 @@ class StepTable(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """A sampler in the registry.
+    """An entry of `SAMPLERS`.
 
     Attributes:
-        schedule: the schedule class that it goes with.
-        build_table: (schedule, points, eta) -> StepTable; points are timesteps (DDPM) or sigmas (RectifiedFlow), [S].
-        spacings: the timestep spacings to choose from, the default first; none for RectifiedFlow.
-        takes_eta: whether `eta` means something to it.
-        evaluations_per_step: rows between two rows that start a step.
+      schedule: schedule class that the sampler supports.
+      build_table: (schedule, points, eta) -> StepTable; points are timesteps (DDPM) or sigmas (RectifiedFlow), [S].
+      spacings: supported timestep spacings, the default first; empty for RectifiedFlow.
+      takes_eta: True if the sampler has the parameter `eta`.
+      evaluations_per_step: table rows per step (the last step may have fewer).
     """
 
     schedule: type[Schedule]
@@ -82,21 +83,21 @@ class Sampler:
 
 
 def ddpm_timesteps(spacing: str, num_timesteps: int, num_steps: int, steps_offset: int = 0) -> np.ndarray:
-    """Decreasing timesteps to sample at, int64 [num_steps]; see the top of the file.
+    """Returns the decreasing timesteps of the sampling steps, int64 [num_steps]; see the module docstring.
 
     Args:
-        spacing: "leading", "trailing" or "linspace" (the one of diffusers' DPMSolverMultistepScheduler).
-        num_timesteps: T of the schedule.
-        num_steps: how many.
-        steps_offset: added to "leading" timesteps (Stable Diffusion uses 1).
+      spacing: "leading", "trailing" or "linspace" (as in diffusers' DPMSolverMultistepScheduler).
+      num_timesteps: T of the schedule.
+      num_steps: number of timesteps to return.
+      steps_offset: offset of "leading" timesteps (Stable Diffusion uses 1).
 
     Raises:
-        UserError: if they do not fit in [0, T-1] without repetition.
+      UserError: if the timesteps do not fit in [0, T-1] without repetition.
     """
     if spacing == "leading":
         timesteps = np.arange(num_steps)[::-1] * (num_timesteps // num_steps) + steps_offset
     elif spacing == "trailing":
-        # Cut: float rounding may give arange one value more.
+        # Slice to num_steps: by float rounding arange may have one value more.
         timesteps = np.round(np.arange(num_timesteps, 0, -num_timesteps / num_steps))[:num_steps] - 1
     else:
         timesteps = np.round(np.linspace(0, num_timesteps - 1, num_steps + 1))[:0:-1]
@@ -110,17 +111,17 @@ def ddpm_timesteps(spacing: str, num_timesteps: int, num_steps: int, steps_offse
 
 
 def flow_sigmas(schedule: RectifiedFlow, num_steps: int) -> np.ndarray:
-    """Decreasing times s to sample at, float64 [num_steps], from 1 on; the final 0 is left out.
+    """Returns the decreasing times s at which the sampling steps start, float64 [num_steps], from 1 down.
 
-    As diffusers does, the lower end of the evenly spaced times has been shifted once already, and all are shifted
-    afterwards.
+    The final time, 0, is not included. As in diffusers, the lower end of the evenly spaced times is shifted before they
+    are all shifted, so it is shifted twice.
     """
     evenly_spaced = np.linspace(1.0, schedule.shift_times(1.0 / schedule.num_timesteps), num_steps)
     return schedule.shift_times(evenly_spaced)
 
 
-def _table(timesteps, alpha, sigma, next_weights, memory_weights=None, noise_scale=None) -> StepTable:
-    """Lays weights, given as one array or number per term, out as a float32 table."""
+def _make_table(timesteps, alpha, sigma, next_weights, memory_weights=None, noise_scale=None) -> StepTable:
+    """Builds a float32 table from weights given as one array or number per term."""
     num_rows = len(timesteps)
 
     def columns(terms):
@@ -138,14 +139,14 @@ def _table(timesteps, alpha, sigma, next_weights, memory_weights=None, noise_sca
 
 
 def _ddpm_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTable:
-    """Ancestral sampling from the posterior q(x_prev | x_t, x_0): Ho et al. 2020, equations 6 and 7."""
+    """Ancestral sampling from the posterior q(x_prev | x_t, x_0) (Ho et al. 2020, equations 6 and 7)."""
     power = schedule.alphas_cumprod[timesteps]
     previous_power = np.append(power[1:], 1.0)
     step_alpha = power / previous_power
     x_weight = np.sqrt(step_alpha) * (1.0 - previous_power) / (1.0 - power)
     x0_weight = np.sqrt(previous_power) * (1.0 - step_alpha) / (1.0 - power)
     variance = (1.0 - previous_power) / (1.0 - power) * (1.0 - step_alpha)
-    return _table(
+    return _make_table(
         timesteps,
         np.sqrt(power),
         np.sqrt(1.0 - power),
@@ -155,17 +156,17 @@ def _ddpm_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTable:
 
 
 def _ddim_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTable:
-    """Song et al. 2021, equations 12 and 16; eta 0 is deterministic, eta 1 has the variance of DDPM.
+    """DDIM (Song et al. 2021, equations 12 and 16); eta 0 is deterministic, eta 1 has the variance of DDPM.
 
-    A step goes to the timestep of the next step. diffusers goes to t - T // n, which is the same unless "trailing" is
-    used with a number of steps that does not divide T; there it ends with noise left over.
+    Each step ends at the timestep where the next one starts. In diffusers it ends at t - T // n, which differs only
+    with "trailing" spacing and a number of steps that does not divide T; there, diffusers' samples keep some noise.
     """
     power = schedule.alphas_cumprod[timesteps]
     previous_power = np.append(power[1:], 1.0)
     variance = eta**2 * (1.0 - previous_power) / (1.0 - power) * (1.0 - power / previous_power)
-    # Rounding can leave the difference a hair below zero when eta is 1.
+    # With eta 1, rounding can make the difference slightly negative.
     direction = np.sqrt(np.maximum(1.0 - previous_power - variance, 0.0))
-    return _table(
+    return _make_table(
         timesteps,
         np.sqrt(power),
         np.sqrt(1.0 - power),
@@ -175,9 +176,9 @@ def _ddim_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTable:
 
 
 def _dpmpp_2m_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTable:
-    """DPM-Solver++(2M), midpoint: Lu et al. 2022, algorithm 2; the first and the last step are of first order.
+    """DPM-Solver++(2M), midpoint (Lu et al. 2022, algorithm 2); the first and the last step are of first order.
 
-    diffusers' lower_order_final and final_sigmas_type="zero". The memory is the x0 of the step before.
+    Equals diffusers with lower_order_final and final_sigmas_type="zero". The memory is the x0 of the previous step.
     """
     alphas_cumprod = schedule.alphas_cumprod.copy()
     if schedule.zero_terminal_snr:
@@ -191,7 +192,7 @@ def _dpmpp_2m_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTa
     x0_weight = -next_alpha * np.expm1(-steps)
     extrapolation = np.zeros_like(x0_weight)
     extrapolation[1:-1] = 0.5 * x0_weight[1:-1] * steps[1:-1] / steps[:-2]
-    return _table(
+    return _make_table(
         timesteps,
         alpha,
         sigma,
@@ -201,9 +202,9 @@ def _dpmpp_2m_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTa
 
 
 def _euler_table(schedule: RectifiedFlow, sigmas: np.ndarray, eta: float) -> StepTable:
-    """x + (s_next - s) v, which is the straight line's point (1 - s_next) x0 + s_next eps."""
+    """Euler's method: x + (s_next - s) v, which equals (1 - s_next) x0 + s_next eps on the straight path."""
     next_sigmas = np.append(sigmas[1:], 0.0)
-    return _table(
+    return _make_table(
         sigmas * schedule.num_timesteps,
         1.0 - sigmas,
         sigmas,
@@ -212,10 +213,10 @@ def _euler_table(schedule: RectifiedFlow, sigmas: np.ndarray, eta: float) -> Ste
 
 
 def _heun_table(schedule: RectifiedFlow, sigmas: np.ndarray, eta: float) -> StepTable:
-    """Heun's method: an Euler step, then the step again with the mean of the velocities at both of its ends.
+    """Heun's method: an Euler step, repeated with the mean of the velocities at its start and its end.
 
-    The memory is the step half done, x + (s_next - s) v / 2; the second evaluation adds its half. The last step, to
-    s = 0, stays Euler's. 2 S - 1 rows.
+    The memory is x + (s_next - s) v / 2 with the first velocity; the second evaluation adds the other half. The last
+    step, to s = 0, is an Euler step, so the table has 2 S - 1 rows.
     """
     next_sigmas = np.append(sigmas[1:], 0.0)
     half_steps = (next_sigmas - sigmas) / 2.0
@@ -225,8 +226,8 @@ def _heun_table(schedule: RectifiedFlow, sigmas: np.ndarray, eta: float) -> Step
     target = np.repeat(next_sigmas, 2)[:-1]
     second = np.arange(len(points)) % 2
     first = 1 - second
-    # The velocity is eps - x0.
-    return _table(
+    # The weights express the velocity as v = eps - x0.
+    return _make_table(
         points * schedule.num_timesteps,
         1.0 - points,
         points,
@@ -245,7 +246,7 @@ SAMPLERS: dict[str, Sampler] = {
 
 
 def samplers_for(schedule: Schedule) -> tuple[str, ...]:
-    """Names of the samplers that go with a schedule."""
+    """Returns the names of the samplers that support a schedule."""
     return tuple(name for name, sampler in SAMPLERS.items() if isinstance(schedule, sampler.schedule))
 
 
@@ -258,7 +259,7 @@ def step_table(
     steps_offset: int = 0,
     eta: float = 0.0,
 ) -> StepTable:
-    """The numbers of a sampler for a schedule and a number of steps; arguments and errors as of `sample`."""
+    """Returns the coefficients of a sampler for a schedule and number of steps; arguments and errors as in `sample`."""
     sampler = _checked_sampler(sampler_name, schedule, eta)
     num_steps = _checked_num_steps(num_steps, schedule)
     spacing = _checked_spacing(sampler_name, schedule, spacing, steps_offset)
@@ -270,7 +271,7 @@ def step_table(
 
 
 def default_spacing(sampler_name: str, schedule: Schedule) -> str | None:
-    """The timestep spacing that a sampler has for a schedule if none is named; None for RectifiedFlow."""
+    """Returns the default timestep spacing of a sampler for a schedule; None for RectifiedFlow."""
     spacings = SAMPLERS[sampler_name].spacings
     if not spacings:
         return None
@@ -279,23 +280,23 @@ def default_spacing(sampler_name: str, schedule: Schedule) -> str | None:
 
 
 def _checked_sampler(sampler_name: str, schedule: Schedule, eta: float) -> Sampler:
-    fitting = ", ".join(samplers_for(schedule))
+    supported = ", ".join(samplers_for(schedule))
     schedule_name = type(schedule).__name__
     if sampler_name not in SAMPLERS:
-        raise UserError(f"unknown sampler {sampler_name!r}; with {schedule_name} choose one of {fitting}")
+        raise UserError(f"unknown sampler {sampler_name!r}; with {schedule_name} choose one of {supported}")
     sampler = SAMPLERS[sampler_name]
     if not isinstance(schedule, sampler.schedule):
-        raise UserError(f"sampler {sampler_name!r} does not go with {schedule_name}; choose one of {fitting}")
+        raise UserError(f"sampler {sampler_name!r} does not support {schedule_name}; choose one of {supported}")
     if not 0.0 <= eta <= 1.0:
         raise UserError(f"eta must lie in [0, 1], got {eta}")
     if eta and not sampler.takes_eta:
         with_eta = ", ".join(name for name, entry in SAMPLERS.items() if entry.takes_eta)
-        raise UserError(f"sampler {sampler_name!r} has no eta; leave it 0 or use {with_eta}")
+        raise UserError(f"sampler {sampler_name!r} has no eta, got {eta}; leave it 0 or use {with_eta}")
     return sampler
 
 
 def _checked_spacing(sampler_name: str, schedule: Schedule, spacing: str | None, steps_offset: int) -> str | None:
-    """The spacing to use: None for RectifiedFlow, whose times have no choice of spacing."""
+    """Validates the timestep spacing and resolves its default; None for RectifiedFlow, which has no choice of it."""
     spacings = SAMPLERS[sampler_name].spacings
     if spacing is not None and spacing not in spacings:
         choices = f"choose one of {', '.join(spacings)}" if spacings else "leave it unset"
@@ -305,7 +306,7 @@ def _checked_spacing(sampler_name: str, schedule: Schedule, spacing: str | None,
     if spacing == "leading" and schedule.zero_terminal_snr:
         raise UserError("a schedule with zero_terminal_snr must be sampled from its last timestep: use 'trailing'")
     if steps_offset and spacing != "leading":
-        raise UserError(f"steps_offset is for 'leading' timestep spacing, not for {spacing!r}; leave it 0")
+        raise UserError(f"steps_offset={steps_offset} requires 'leading' timestep spacing, not {spacing!r}; leave it 0")
     return spacing
 
 
@@ -317,22 +318,22 @@ def _checked_num_steps(num_steps: int, schedule: Schedule) -> int:
     if num_steps < 1:
         raise UserError(f"the number of sampling steps must be at least 1, got {num_steps}")
     if num_steps > MAX_STEPS:
-        raise UserError(f"{num_steps!r:.40} sampling steps are more than the {MAX_STEPS} that make sense")
+        raise UserError(f"{num_steps!r:.40} sampling steps are more than the maximum of {MAX_STEPS}")
     if isinstance(schedule, DDPM) and num_steps > schedule.num_timesteps:
         raise UserError(f"{num_steps} sampling steps are more than the schedule's {schedule.num_timesteps} timesteps")
     return num_steps
 
 
 def step_noise(keys: jax.Array, step: jax.Array | int, sample_shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise, float32 [B, *sample_shape], sample b from fold_in(keys[b], step) alone.
+    """Returns standard normal noise, float32 [B, *sample_shape]; sample b uses the key fold_in(keys[b], step).
 
-    With JAX's default (threefry) keys a sample's noise does not depend on the rest of the batch.
+    With JAX's default (threefry) keys the noise of a sample does not depend on the rest of the batch.
     """
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), sample_shape, jnp.float32))(keys)
 
 
 def initial_noise(keys: jax.Array, sample_shape: tuple[int, ...]) -> jax.Array:
-    """x_init for `sample`, float32 [B, *sample_shape], from per-sample keys [B]; independent of all `step_noise`."""
+    """Returns the x_init of `sample`, float32 [B, *sample_shape], from keys [B]; independent of every `step_noise`."""
     return jax.vmap(lambda key: jax.random.normal(key, sample_shape, jnp.float32))(keys)
 
 
@@ -349,38 +350,38 @@ def sample(
     eta: float = 0.0,
     return_trajectory: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Draws samples: integrates from `x_init` to zero noise in one `jax.lax.scan`.
+    """Generates samples: integrates from `x_init` to zero noise in one `jax.lax.scan`.
 
-    Not jitted by itself: call it inside a jitted function, with names, schedule, `num_steps` and the other Python
-    values static. Parameters that `predict` closes over, `x_init` and `keys` may be traced; none of them recompiles.
+    The function is not jitted itself. Call it inside a jitted function, where names, schedule, `num_steps` and the
+    other Python values must be static; the parameters that `predict` closes over, `x_init` and `keys` may be traced, so
+    that new values do not recompile.
 
     Args:
-        sampler_name: a key of `SAMPLERS` that goes with the schedule (`samplers_for`).
-        schedule: the schedule that the model was trained with.
-        predict: (x [B, …] float32, model timesteps [B] float32) -> raw model output [B, …]. Traced once.
-        x_init: standard normal noise [B, …], such as `initial_noise` draws.
-        num_steps: number of steps; "heun" evaluates the model 2 num_steps - 1 times, the others num_steps times.
-        keys: per-sample random keys [B] for the samplers that draw noise ("ddpm"; "ddim" with eta > 0). The noise of
-            step i (0, 1, …) is `step_noise(keys, i, …)`, so a sample does not depend on its batch neighbours.
-        spacing: timestep spacing of DDPM schedules; None takes the sampler's default (see the top of the file;
-            "trailing" instead of "leading" for a schedule with zero terminal SNR).
-        steps_offset: added to the timesteps of "leading" spacing.
-        eta: noise of "ddim", from 0 (deterministic) to 1.
-        return_trajectory: whether to return the x0 predictions too.
+      sampler_name: a key of `SAMPLERS` that supports the schedule (`samplers_for`).
+      schedule: the schedule that the model was trained with.
+      predict: (x [B, …] float32, model timesteps [B] float32) -> raw model output [B, …]. Traced once.
+      x_init: standard normal noise [B, …], for instance from `initial_noise`.
+      num_steps: number of steps; "heun" evaluates the model 2 num_steps - 1 times, the others num_steps times.
+      keys: random keys [B], one per sample, for the samplers that add noise ("ddpm"; "ddim" with eta > 0). The noise of
+        step i (0, 1, …) is `step_noise(keys, i, …)`, so a sample does not depend on the rest of its batch.
+      spacing: timestep spacing of DDPM schedules; None is the sampler's default (see the module docstring), or
+        "trailing" instead of "leading" for a schedule with zero terminal SNR.
+      steps_offset: offset of the timesteps of "leading" spacing.
+      eta: noise of "ddim", from 0 (deterministic) to 1.
+      return_trajectory: if True, also return the x0 predictions.
 
     Returns:
-        x0 [B, …] float32; with `return_trajectory` also the x0 prediction at the start of each step,
-        [num_steps, B, …].
+      x0 [B, …] float32; with `return_trajectory` also the x0 prediction at the start of each step, [num_steps, B, …].
 
     Raises:
-        UserError: for an unknown sampler or one that does not go with the schedule (naming those that do); for a
-            spacing, eta, steps_offset or num_steps that the sampler or the schedule does not have; for a sampler that
-            draws noise without keys, or keys that are not one per sample.
+      UserError: if the sampler is unknown or does not support the schedule (the message lists those that do); if the
+        sampler or the schedule does not support the spacing, eta, steps_offset or num_steps; if a sampler that adds
+        noise gets no keys, or keys that are not one per sample.
     """
     table = step_table(sampler_name, schedule, num_steps, spacing=spacing, steps_offset=steps_offset, eta=eta)
     batch_size, sample_shape = x_init.shape[0], x_init.shape[1:]
-    draws_noise = bool(np.any(table.noise_scale))
-    if draws_noise:
+    adds_noise = bool(np.any(table.noise_scale))
+    if adds_noise:
         _check_keys(sampler_name, keys, batch_size)
 
     def step(carry, row_and_index):
@@ -390,7 +391,7 @@ def sample(
         x0 = x0_from_output(schedule.prediction, output, x, row.alpha, row.sigma)
         noise = noise_from_output(schedule.prediction, output, x, row.alpha, row.sigma)
         next_x = _combine(row.next_weights, (x, x0, noise, memory))
-        if draws_noise:
+        if adds_noise:
             next_x += row.noise_scale * step_noise(keys, index, sample_shape)
         next_memory = _combine(row.memory_weights, (x, x0, noise))
         return (next_x, next_memory), (x0 if return_trajectory else None)
@@ -409,7 +410,7 @@ def _combine(weights: jax.Array, terms: tuple[jax.Array, ...]) -> jax.Array:
 
 def _check_keys(sampler_name: str, keys: jax.Array | None, batch_size: int) -> None:
     if keys is None:
-        raise UserError(f"sampler {sampler_name!r} draws noise: pass keys, one per sample")
+        raise UserError(f"sampler {sampler_name!r} adds noise: pass keys, one per sample")
     # Raw uint32 keys (jax.random.PRNGKey) have a trailing axis.
     keys_shape = keys.shape if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else keys.shape[:-1]
     if keys_shape != (batch_size,):
@@ -417,18 +418,18 @@ def _check_keys(sampler_name: str, keys: jax.Array | None, batch_size: int) -> N
 
 
 def guided(predict_both: Predict, guidance_scale: jax.Array | float) -> Predict:
-    """Classifier-free guidance in one batched call: uncond + w (cond - uncond) (Ho & Salimans 2022).
+    """Applies classifier-free guidance, uncond + w (cond - uncond) (Ho & Salimans 2022), in one batched model call.
 
-    At w = 1 the result is the conditional prediction; a caller who knows that beforehand should pass the conditional
-    predict function itself to `sample` and save half of the work. Here w may be traced, so its value is not looked at.
+    At w = 1 the result is the conditional prediction: if w is known beforehand, pass the conditional predict function
+    to `sample` and save half of the FLOPs. Here w may be traced, so there is no special case for it.
 
     Args:
-        predict_both: (x [2B, …], model timesteps [2B]) -> output [2B, …], where the first half is to be conditioned on
-            the prompts and the second half on the empty prompt; x is the same in both halves.
-        guidance_scale: w, a scalar.
+      predict_both: (x [2B, …], model timesteps [2B]) -> output [2B, …], conditioned on the prompts in the first half
+        and on the empty prompt in the second; x is the same in both halves.
+      guidance_scale: w, a scalar.
 
     Returns:
-        A predict function for `sample`, (x [B, …], model timesteps [B]) -> output [B, …] float32.
+      A predict function for `sample`, (x [B, …], model timesteps [B]) -> output [B, …] float32.
     """
 
     def predict(x: jax.Array, timesteps: jax.Array) -> jax.Array:

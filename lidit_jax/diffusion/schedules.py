@@ -1,11 +1,11 @@
-"""Noise schedules: how a clean sample becomes noise, and what the model is asked to predict about it.
+"""Noise schedules: the forward process, and the prediction targets of the model.
 
-Every schedule mixes a sample x_0 with standard normal noise eps, at a time of each sample's own:
+Every schedule mixes a sample x_0 with standard normal noise eps, at one time per sample:
 
     x_t = alpha(t) x_0 + sigma(t) eps
 
-`DDPM` is the paper's (variance preserving, discrete times 0 … T-1), `RectifiedFlow` the straight line of Stable
-Diffusion 3 (times s in (0, 1)). Samples may have any trailing shape; all arithmetic is float32.
+`DDPM` is the paper's process (variance preserving, discrete times 0 … T-1), with betas that are ours. `RectifiedFlow`
+is the straight path of Stable Diffusion 3 (times s in (0, 1)). Samples have any shape [B, …]; arithmetic is in float32.
 """
 
 import abc
@@ -27,13 +27,14 @@ DDPM_PREDICTIONS = ("epsilon", "v")
 
 
 def x0_from_output(prediction: str, output: jax.Array, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The clean sample that a model output stands for.
+    """Returns the clean sample that a model output implies.
 
     Args:
-        prediction: what the model predicts: "epsilon", "v" or "flow".
-        output: model output, any shape.
-        x: the noisy sample that the model saw, same shape.
-        alpha, sigma: scale of the signal and of the noise in `x`, of a shape that broadcasts against `x`.
+      prediction: type of the model output: "epsilon", "v" or "flow".
+      output: model output, any shape.
+      x: noisy input of the model, same shape.
+      alpha: scale of the signal in `x`, broadcastable to `x`.
+      sigma: scale of the noise in `x`, broadcastable to `x`.
     """
     if prediction == "epsilon":
         return (x - sigma * output) / alpha
@@ -45,7 +46,7 @@ def x0_from_output(prediction: str, output: jax.Array, x: jax.Array, alpha: jax.
 def noise_from_output(
     prediction: str, output: jax.Array, x: jax.Array, alpha: jax.Array, sigma: jax.Array
 ) -> jax.Array:
-    """The noise that a model output stands for; arguments as of `x0_from_output`."""
+    """Returns the noise that a model output implies; arguments as for `x0_from_output`."""
     if prediction == "epsilon":
         return output
     if prediction == "v":
@@ -54,7 +55,7 @@ def noise_from_output(
 
 
 def _per_sample(scale: jax.Array, x: jax.Array) -> jax.Array:
-    """[B] -> [B, 1, …, 1], to broadcast against x [B, …]."""
+    """Reshapes [B] to [B, 1, …, 1], to broadcast against x [B, …]."""
     return scale.reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
 
 
@@ -77,12 +78,12 @@ def _require_number(name: str, value: float) -> None:
 
 
 class Schedule(abc.ABC):
-    """What training and sampling ask of a noise schedule.
+    """Interface of the noise schedules.
 
     Attributes:
-        num_timesteps: the model's timesteps lie in [0, num_timesteps].
-        prediction: what the model predicts: "epsilon" (the noise), "v" (alpha eps - sigma x_0, Salimans & Ho 2022,
-            appendix D) or "flow" (eps - x_0).
+      num_timesteps: the model's timesteps lie in [0, num_timesteps].
+      prediction: target of the model: "epsilon" (the noise), "v" (alpha eps - sigma x_0, Salimans & Ho 2022, appendix
+        D) or "flow" (eps - x_0).
     """
 
     num_timesteps: int
@@ -90,24 +91,24 @@ class Schedule(abc.ABC):
 
     @abc.abstractmethod
     def sample_times(self, key: jax.Array, batch_size: int) -> jax.Array:
-        """Training times, [batch_size]: int32 in [0, T) for `DDPM`, float32 in (0, 1) for `RectifiedFlow`."""
+        """Samples training times [batch_size]: int32 in [0, T) for `DDPM`, float32 in (0, 1) for `RectifiedFlow`."""
 
     @abc.abstractmethod
     def model_timesteps(self, times: jax.Array) -> jax.Array:
-        """Times in the unit of the model's timestep embedding, float32, same shape; diffusers' convention."""
+        """Converts times to the unit of the model's timestep embedding, float32, same shape, as in diffusers."""
 
     @abc.abstractmethod
     def signal_and_noise_scales(self, times: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """alpha and sigma at `times`, float32, each of the shape of `times`."""
+        """Returns alpha and sigma at `times`, float32, each of the shape of `times`."""
 
     def add_noise(self, x0: jax.Array, noise: jax.Array, times: jax.Array) -> jax.Array:
-        """x_t = alpha x_0 + sigma eps, float32; x0 and noise [B, …], times [B]."""
+        """Returns x_t = alpha x_0 + sigma eps, float32; x0 and noise [B, …], times [B]."""
         x0, noise = _as_float32(x0, noise)
         alpha, sigma = self._scales_like(x0, times)
         return alpha * x0 + sigma * noise
 
     def target(self, x0: jax.Array, noise: jax.Array, times: jax.Array) -> jax.Array:
-        """What the model should output for x_t, float32; x0 and noise [B, …], times [B]."""
+        """Returns the target of the model's output at x_t, float32; x0 and noise [B, …], times [B]."""
         x0, noise = _as_float32(x0, noise)
         if self.prediction == "epsilon":
             return noise
@@ -117,12 +118,12 @@ class Schedule(abc.ABC):
         return noise - x0
 
     def to_x0(self, model_output: jax.Array, x: jax.Array, times: jax.Array) -> jax.Array:
-        """The clean sample that `model_output` stands for, float32; model_output and x [B, …], times [B]."""
+        """Returns the clean sample that `model_output` implies, float32; model_output and x [B, …], times [B]."""
         model_output, x = _as_float32(model_output, x)
         return x0_from_output(self.prediction, model_output, x, *self._scales_like(x, times))
 
     def to_noise(self, model_output: jax.Array, x: jax.Array, times: jax.Array) -> jax.Array:
-        """The noise that `model_output` stands for, float32; model_output and x [B, …], times [B]."""
+        """Returns the noise that `model_output` implies, float32; model_output and x [B, …], times [B]."""
         model_output, x = _as_float32(model_output, x)
         return noise_from_output(self.prediction, model_output, x, *self._scales_like(x, times))
 
@@ -133,20 +134,22 @@ class Schedule(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class DDPM(Schedule):
-    """The discrete, variance-preserving schedule of DDPM (Ho et al. 2020), in diffusers' `DDPMScheduler` numbers.
+    """The discrete, variance-preserving schedule of DDPM (Ho et al. 2020), equal to diffusers' `DDPMScheduler`.
 
-    The default betas are those of latent diffusion (Stable Diffusion); the paper names none.
+    The default betas are those of latent diffusion (Stable Diffusion); the paper does not state its schedule.
 
     Attributes:
-        num_timesteps: T.
-        beta_start, beta_end: the first and the last beta.
-        beta_schedule: "scaled_linear" (sqrt(beta) is linear in t) or "linear".
-        prediction: "epsilon" (the paper, appendix A.1) or "v".
-        zero_terminal_snr: rescale the betas such that x_{T-1} is pure noise (Lin et al. 2024, algorithm 1; diffusers'
-            `rescale_betas_zero_snr`). Needs prediction "v": predicting the noise of pure noise says nothing about x_0.
+      num_timesteps: T.
+      beta_start: first beta.
+      beta_end: last beta.
+      beta_schedule: "scaled_linear" (sqrt(beta) is linear in t) or "linear".
+      prediction: "epsilon" (paper, appendix A.1) or "v".
+      zero_terminal_snr: rescale the betas so that x_{T-1} is pure noise (Lin et al. 2024, algorithm 1; diffusers'
+        `rescale_betas_zero_snr`). Requires prediction "v", because x_0 cannot be recovered from the noise of pure
+        noise.
 
     Raises:
-        UserError: for values outside those above.
+      UserError: if a value is not supported or two do not fit together.
     """
 
     num_timesteps: int = 1000
@@ -173,13 +176,13 @@ class DDPM(Schedule):
                 "zero_terminal_snr is ill-posed with prediction='epsilon' (x_0 cannot be recovered from pure noise); "
                 "set prediction='v'"
             )
-        # x_0 = (x - sigma eps) / alpha in float32.
+        # Recovering x_0 = (x - sigma eps) / alpha in float32 needs an alpha that float32 can represent.
         if np.sqrt(np.prod(1.0 - self._unscaled_betas())) < np.finfo(np.float32).tiny:
-            raise UserError(f"beta_end {self.beta_end} leaves no signal at the last timestep; lower it")
+            raise UserError(f"beta_end={self.beta_end} leaves no signal at the last timestep: use a smaller value")
 
     @functools.cached_property
     def betas(self) -> np.ndarray:
-        """float64 [T]."""
+        """beta(t), float64 [T]."""
         if self.zero_terminal_snr:
             alphas_cumprod = self.alphas_cumprod
             return 1.0 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
@@ -201,16 +204,16 @@ class DDPM(Schedule):
         return np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.num_timesteps, dtype=np.float64) ** 2
 
     def sample_times(self, key: jax.Array, batch_size: int) -> jax.Array:
-        """Uniform over 0 … T-1, int32 [batch_size]."""
+        """Samples times uniformly from 0 … T-1, int32 [batch_size]."""
         return jax.random.randint(key, (batch_size,), 0, self.num_timesteps, dtype=jnp.int32)
 
     def model_timesteps(self, times: jax.Array) -> jax.Array:
-        """The timestep itself, float32 in [0, T-1], shape of `times`."""
+        """Returns `times` as float32, in [0, T-1]."""
         return jnp.asarray(times, jnp.float32)
 
     def signal_and_noise_scales(self, times: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at int `times`, float32, each of the shape of `times`."""
-        # The square roots are taken in float64: 1 - alphas_cumprod loses four digits in float32 at small t.
+        """Returns sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at int `times`, float32, shapes as `times`."""
+        # In float64: at small t, 1 - alphas_cumprod loses four digits in float32.
         alpha = jnp.asarray(np.sqrt(self.alphas_cumprod), jnp.float32)
         sigma = jnp.asarray(np.sqrt(1.0 - self.alphas_cumprod), jnp.float32)
         return alpha[times], sigma[times]
@@ -221,15 +224,17 @@ class RectifiedFlow(Schedule):
     """The straight path x_s = (1 - s) x_0 + s eps with velocity target eps - x_0 (Esser et al. 2024, "SD3").
 
     Training times are logit-normal, then shifted towards the noise: s' = shift s / (1 + (shift - 1) s), the same shift
-    that sampling uses (diffusers' `FlowMatchEulerDiscreteScheduler`).
+    as in sampling (diffusers' `FlowMatchEulerDiscreteScheduler`).
 
     Attributes:
-        shift: resolution shift, > 0; 1 shifts nothing. `resolution_shift` gives SD3's value for a resolution.
-        logit_mean, logit_std: mean and standard deviation of logit(s) before the shift (SD3 section 3.1: 0 and 1).
-        num_timesteps: the model sees s * num_timesteps; also 1/s at the last sampling step before the shift.
+      shift: resolution shift, > 0; 1 is no shift. `resolution_shift` computes SD3's value for a resolution.
+      logit_mean: mean of logit(s) before the shift (SD3 section 3.1: 0).
+      logit_std: standard deviation of logit(s) before the shift, > 0 (SD3 section 3.1: 1).
+      num_timesteps: the model's timestep is s * num_timesteps. Sampling starts its last step at s = 1 / num_timesteps,
+        before shifts.
 
     Raises:
-        UserError: for values outside those above.
+      UserError: if a value is out of range.
     """
 
     shift: float = 1.0
@@ -248,39 +253,39 @@ class RectifiedFlow(Schedule):
                 raise UserError(f"{name} must be greater than 0, got {getattr(self, name)}")
 
     def shift_times(self, times: Any) -> Any:
-        """s -> shift s / (1 + (shift - 1) s); any array or number in [0, 1]."""
+        """Returns shift s / (1 + (shift - 1) s) for times s, an array or a number in [0, 1]."""
         return self.shift * times / (1.0 + (self.shift - 1.0) * times)
 
     def sample_times(self, key: jax.Array, batch_size: int) -> jax.Array:
-        """Logit-normal, then shifted; float32 in (0, 1), [batch_size]."""
+        """Samples logit-normal times and shifts them, float32 in (0, 1), [batch_size]."""
         logits = self.logit_mean + self.logit_std * jax.random.normal(key, (batch_size,), jnp.float32)
-        # A wide distribution rounds to 0 or 1 in float32; the interval is open.
+        # Extreme logits round to 0 or 1 in float32; the interval is open.
         eps = float(np.finfo(np.float32).eps)
         return jnp.clip(self.shift_times(jax.nn.sigmoid(logits)), eps, 1.0 - eps)
 
     def model_timesteps(self, times: jax.Array) -> jax.Array:
-        """s * num_timesteps, float32, shape of `times`."""
+        """Returns s * num_timesteps, float32, of the shape of `times`."""
         return jnp.asarray(times, jnp.float32) * self.num_timesteps
 
     def signal_and_noise_scales(self, times: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """1 - s and s, float32, each of the shape of `times`."""
+        """Returns 1 - s and s, float32, each of the shape of `times`."""
         times = jnp.asarray(times, jnp.float32)
         return 1.0 - times, times
 
 
 def resolution_shift(num_pixels: int, base_num_pixels: int) -> float:
-    """The `shift` of `RectifiedFlow` that keeps the uncertainty at a time s the same at another resolution.
+    """Returns the `shift` of `RectifiedFlow` for a resolution, so that the uncertainty at a time s does not change.
 
-    SD3 (Esser et al. 2024) equation 23: sqrt(m / n). More pixels average the noise out better, so the same destruction
-    of the image needs more of it. `shift` 1 belongs to the base resolution; pixels may be counted in the image or in
-    the latent, the same in both arguments. SD3 itself settled by eye on 3.0 for 1024 x 1024.
+    SD3 (Esser et al. 2024) equation 23: sqrt(m / n). With more pixels the noise averages out better, so the same loss
+    of information needs more noise. `shift` 1 belongs to the base resolution. Both arguments count pixels of the image,
+    or both count positions of the latents. SD3 itself uses 3.0 for 1024 x 1024, chosen by human preference.
 
     Args:
-        num_pixels: m, height x width of the images to train on or draw.
-        base_num_pixels: n, height x width of the resolution at which shift 1 is right (SD3: 256 x 256).
+      num_pixels: m, height x width of the images to train on or generate.
+      base_num_pixels: n, height x width of the resolution for which shift 1 is right (SD3: 256 x 256).
 
     Raises:
-        UserError: if either is not positive.
+      UserError: if either is not positive.
     """
     if num_pixels <= 0 or base_num_pixels <= 0:
         raise UserError(f"pixel counts must be positive, got {num_pixels} and {base_num_pixels}")
@@ -291,10 +296,14 @@ SCHEDULES: dict[str, type[Schedule]] = {"ddpm": DDPM, "rectified_flow": Rectifie
 
 
 def make_schedule(name: str, **values: Any) -> Schedule:
-    """A schedule by name ("ddpm" or "rectified_flow"), from the fields of its class.
+    """Builds a schedule from its name and fields.
+
+    Args:
+      name: a key of `SCHEDULES`.
+      **values: fields of the schedule's class.
 
     Raises:
-        UserError: for an unknown name or field, naming the choices, or for a value the schedule refuses.
+      UserError: if the name or a field is unknown (the message lists the choices), or a value is invalid.
     """
     if name not in SCHEDULES:
         raise UserError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")

@@ -1,0 +1,1 @@
+"""The networks: LI-DiT with its refiners, the LLM and T5 encoders, the VAE, and the layers that they share."""

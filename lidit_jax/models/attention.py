@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: the one entry point that every module of the project goes through."""
+"""Scaled dot-product attention: the only entry point, which picks the XLA, splash (TPU) or cuDNN kernel."""
 
 import contextlib
 import re
@@ -11,7 +11,8 @@ from lidit_jax.models.products import product_precision
 from lidit_jax.models.splash_attention import splash_attention
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
-# Logits of one head from which on the TPU kernel is worth its padding (heads to 128 lanes, lengths to blocks).
+# Smallest number of logits per head for which the TPU kernel pays for its padding (heads to 128 lanes, lengths to
+# blocks).
 SPLASH_LOGITS = 256 * 256
 
 
@@ -28,39 +29,46 @@ def dot_product_attention(
     softcap: float = 0.0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Attention with a float32 softmax. Of float32 arrays the products are float32 too, on accelerators as well.
+    """Computes scaled dot-product attention with a float32 softmax.
+
+    With float32 inputs the matrix products run in full float32 precision, on accelerators too.
 
     Args:
       query: [B, Lq, H, D].
-      key, value: [B, Lk, K, D]; K divides H (grouped queries).
-      key_mask: bool [B, Lk], True where a key may be attended to (padding is False). A row without any True key is
-        the caller's mistake: it yields the mean of the values, never NaN.
-      mask: bool, broadcastable to [B, H, Lq, Lk]; joined with `key_mask`.
+      key: [B, Lk, K, D]; K divides H (grouped-query attention).
+      value: [B, Lk, K, D].
+      key_mask: bool [B, Lk], True where a key may be attended to (padding is False). Every row should have a True key;
+        a row without one yields the mean of the values, not NaN.
+      mask: bool, broadcastable to [B, H, Lq, Lk]; combined with `key_mask` by a logical and.
       bias: float, broadcastable to [B, H, Lq, Lk], added to the scaled logits (T5's relative positions).
-      is_causal: query i sees keys 0..i.
-      scale: of the logits; default 1 / sqrt(D).
-      softcap: logits become softcap * tanh(logits / softcap) before the mask (Gemma 2); 0 leaves them. XLA alone
-        computes it, whatever `implementation` says.
-      implementation: "xla" (anywhere), "splash" (the TPU's kernel; interpreted elsewhere, which is slow), "cudnn"
-        (NVIDIA, half precision) or "auto": what `choose` says.
+      is_causal: if True, query i attends to keys 0..i only.
+      scale: factor on the logits; None is 1 / sqrt(D).
+      softcap: logits become softcap * tanh(logits / softcap) before the mask (Gemma 2); 0 disables it. Softcapped
+        attention always runs in XLA, unless `implementation` is "splash", which rejects it.
+      implementation: "xla" (any platform), "splash" (the TPU kernel; interpreted elsewhere, which is slow), "cudnn"
+        (NVIDIA, half precision) or "auto", see `select_implementation`.
 
     Returns:
       [B, Lq, H, D] in the dtype of `query`.
 
     Raises:
-      UserError: the implementation does not take a mask of queries and keys, a bias, or float32.
+      UserError: if the implementation is unknown, or is "splash" with a mask, bias, softcap or (on TPUs) float32.
+      ValueError: if `softcap` is combined with `bias` or `is_causal`.
     """
     check_implementation(implementation)
     is_plain = mask is None and bias is None and not softcap
     if implementation == "auto":
-        implementation = choose(_platform(), query, key, is_plain=is_plain, is_masked=key_mask is not None)
+        is_masked = key_mask is not None
+        implementation = select_implementation(_platform(), query, key, is_plain=is_plain, is_masked=is_masked)
     if implementation == "splash":
         if not is_plain:
-            raise UserError("attention='splash' takes no bias and no mask of queries and keys: give 'auto' or 'xla'")
+            raise UserError(
+                "attention='splash' supports no bias, softcap or mask over queries and keys: use 'auto' or 'xla'"
+            )
         interpret = _platform() != "tpu"
         if not interpret and query.dtype == jnp.float32:
             raise UserError(
-                "attention='splash' multiplies float32 as bfloat16: give 'auto' or 'xla', or dtype bfloat16"
+                "attention='splash' would multiply float32 in bfloat16: use 'auto' or 'xla', or dtype='bfloat16'"
             )
         options = {"key_mask": key_mask, "is_causal": is_causal, "scale": scale}
         return splash_attention(query, key, value, **options, interpret=interpret)
@@ -69,11 +77,11 @@ def dot_product_attention(
         mask = key_mask if mask is None else jnp.logical_and(mask, key_mask)
     if softcap:
         if bias is not None or is_causal:
-            raise ValueError("softcap goes with a mask, not with a bias or is_causal")
+            raise ValueError(f"softcap={softcap} cannot be combined with bias or is_causal: use mask instead")
         return _softcapped_attention(query, key, value, mask, scale, softcap)
-    # jax.nn's attention takes no precision but that in force.
-    precise = jax.default_matmul_precision("highest") if query.dtype == jnp.float32 else contextlib.nullcontext()
-    with precise:
+    # jax.nn.dot_product_attention has no precision argument; it uses the ambient default.
+    is_float32 = query.dtype == jnp.float32
+    with jax.default_matmul_precision("highest") if is_float32 else contextlib.nullcontext():
         return jax.nn.dot_product_attention(
             query,
             key,
@@ -87,23 +95,28 @@ def dot_product_attention(
 
 
 def check_implementation(implementation: str) -> None:
-    """Raises UserError unless it is one of `IMPLEMENTATIONS`."""
+    """Raises UserError if `implementation` is not one of `IMPLEMENTATIONS`."""
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"attention={implementation!r:.80} is unknown: use one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def choose(platform: str, query: jax.Array, key: jax.Array, *, is_plain: bool, is_masked: bool) -> str:
-    """The implementation for a platform ("tpu", "nvidia" or another).
+def select_implementation(platform: str, query: jax.Array, key: jax.Array, *, is_plain: bool, is_masked: bool) -> str:
+    """Selects the implementation for "auto".
 
     Args:
-      query, key: of which the shape and dtype are looked at.
-      is_plain: no bias, softcap, or mask of queries and keys.
-      is_masked: padding among the keys.
+      platform: "tpu", "nvidia" or any other platform.
+      query: [B, Lq, H, D]; only its shape and dtype are used.
+      key: [B, Lk, K, D]; only its shape is used.
+      is_plain: True if there is no bias, no softcap and no mask over queries and keys.
+      is_masked: True if there is a key mask.
+
+    Returns:
+      "splash", "cudnn" or "xla".
     """
     is_float32 = query.dtype == jnp.float32  # kernels multiply in half precision
     if platform == "tpu" and is_plain and not is_float32 and query.shape[1] * key.shape[1] >= SPLASH_LOGITS:
         return "splash"
-    # cuDNN wants a mask as a bias of every query, which is most of what it saves.
+    # cuDNN needs the key mask expanded to a full [Lq, Lk] bias, which costs most of what flash attention saves.
     fits_cudnn = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
     if platform == "nvidia" and is_plain and not is_masked and fits_cudnn:
         return "cudnn"
@@ -111,18 +124,21 @@ def choose(platform: str, query: jax.Array, key: jax.Array, *, is_plain: bool, i
 
 
 def _platform() -> str:
-    """Of the mesh in force, which may be of devices that are not there; else of this process."""
+    """Returns the platform of the current mesh, which may be of absent devices (AOT compilation), or of this process.
+
+    An NVIDIA GPU that cuDNN's kernels support is "nvidia", any other GPU "gpu".
+    """
     mesh = jax.sharding.get_abstract_mesh()
     platform = mesh.abstract_device.platform if mesh.abstract_device else jax.default_backend()
     if platform in ("gpu", "cuda"):
-        # AMD's say "gfx90a"; cuDNN's kernels begin at NVIDIA's 8.0.
+        # AMD GPUs report "gfx90a" and the like; cuDNN's attention kernels need NVIDIA compute capability 8.0.
         capability = getattr(jax.local_devices()[0], "compute_capability", "")
         return "nvidia" if re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8 else "gpu"
     return platform
 
 
 def _softcapped_attention(query, key, value, mask, scale, softcap):
-    """jax.nn's attention has no place for a function of the logits."""
+    """Computes attention with capped logits, for which jax.nn.dot_product_attention has no hook."""
     batch, length, num_heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)  # [B, Lq, K, H / K, D]
     precision = product_precision(query.dtype)

@@ -1,6 +1,6 @@
-"""The critic of the autoencoder's pictures: PatchGAN (Isola et al. 2017, arXiv 1611.07004), as latent diffusion has it.
+"""PatchGAN discriminator for training the autoencoder (Isola et al. 2017, arXiv 1611.07004).
 
-`NLayerDiscriminator` of the latent diffusion paper's code: it judges overlapping patches, not whole pictures.
+The network is `NLayerDiscriminator` of the latent diffusion code: it scores overlapping patches, not complete images.
 """
 
 from typing import Any
@@ -11,20 +11,21 @@ import jax.numpy as jnp
 
 from lidit_jax.models.layers import Conv
 
-LARGEST_WIDENING = 8  # of the first layer's width
+MAX_WIDTH_MULTIPLIER = 8  # largest layer width as a multiple of the first layer's width
 
 
 class PatchDiscriminator(nn.Module):
-    """Pictures `[B, H, W, C]` -> a score for each patch, `[B, h, w, 1]` float32: high for what looks real.
+    """Scores every patch of images `[B, H, W, C]`: `[B, h, w, 1]` float32, high for patches that look real.
 
-    4x4 convolutions and leaky ReLUs: one and `layers - 1` more halve the sides, two keep them less a pixel. All but the
-    first and last have batch normalisation by the statistics of the batch (or micro-batch) at hand, so pictures of one
-    kind, real or reconstructed, are judged together, over all devices.
+    4x4 convolutions and leaky ReLUs: the first `layers` convolutions have stride 2, the last two have stride 1 and
+    shrink each side by one pixel. All but the first and the last are followed by batch normalisation with the
+    statistics of the current batch (or micro-batch) over all devices, so real images and reconstructions go through in
+    separate calls.
 
     Attributes:
-        width: of the first layer; doubles up to eight times that.
-        layers: with batch normalisation.
-        dtype: of the convolutions; batch normalisation and the scores are float32.
+      width: number of features of the first layer; each layer doubles it, up to eight times.
+      layers: number of layers with batch normalisation.
+      dtype: dtype of the convolutions; batch normalisation and the scores are float32.
     """
 
     width: int = 64
@@ -35,7 +36,7 @@ class PatchDiscriminator(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         x = _leaky(self._conv(self.width, 2, "conv_0")(images))
         for layer in range(1, self.layers + 1):
-            width = self.width * min(2**layer, LARGEST_WIDENING)
+            width = self.width * min(2**layer, MAX_WIDTH_MULTIPLIER)
             stride = 2 if layer < self.layers else 1
             x = self._conv(width, stride, f"conv_{layer}", use_bias=False)(x)
             x = _leaky(BatchNorm(name=f"norm_{layer}")(x).astype(self.dtype))
@@ -57,7 +58,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Normalises each channel of `[B, H, W, C]` over batch and positions, float32; keeps no running averages."""
+    """Normalises each channel of `[B, H, W, C]` over batch and positions in float32, without running averages."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -69,7 +70,7 @@ class BatchNorm(nn.Module):
 
 
 def smallest_side(layers: int) -> int:
-    """Pixels that a picture's side needs for one patch to be judged."""
+    """Returns the smallest image side, in pixels, that contains one complete patch."""
     return 3 * 2**layers
 
 

@@ -31,7 +31,10 @@ from lidit_jax.models.rotary import RotaryTables
 
 
 class LIDiTBlock(nn.Module):
-    """Self-attention, cross-attention to the text, FFN; each between scale+shift and a gate (nine vectors in all)."""
+    """Self-attention, cross-attention to the text and an FFN, each with scale and shift before it and a gate after it.
+
+    The nine modulation vectors come from the conditioning vector (adaLN).
+    """
 
     layers: LayerConfig
 
@@ -44,8 +47,9 @@ class LIDiTBlock(nn.Module):
         conditioning: jax.Array,
         rotary: RotaryTables | None = None,
     ) -> tuple[jax.Array, None]:
-        """x [B, N, C], text [B, M, C], text_mask bool [B, M], conditioning [B, C], rotary tables of N positions or None
-        -> (x [B, N, C], None).
+        """x [B, N, C], text [B, M, C], text_mask bool [B, M], conditioning [B, C], rotary N positions -> [B, N, C].
+
+        The second output, None, is the empty per-layer output of `nn.scan`.
         """
         x = nn.with_logical_constraint(x, ACTIVATION)
         dtype = self.layers.dtype
@@ -61,11 +65,14 @@ class LIDiTBlock(nn.Module):
         x = sublayer(x, lambda h: self_attention(h, rotary=rotary), *vectors[0:3])
         x = sublayer(x, lambda h: cross_attention(h, text, key_mask=text_mask), *vectors[3:6])
         x = sublayer(x, feed_forward, *vectors[6:9])
-        return x, None  # (carry, nothing collected): the signature that nn.scan wants
+        return x, None  # nn.scan expects (carry, per-layer output)
 
 
 class DiT(nn.Module):
-    """Patchify, positions, `depth` blocks under one scan, adaLN output. Any size that the patch divides."""
+    """The diffusion transformer: patchify, position embedding, `depth` blocks in one scan, adaLN output layer.
+
+    Accepts any latent size that the patch size divides.
+    """
 
     config: LIDiTConfig
 
@@ -74,7 +81,7 @@ class DiT(nn.Module):
         """latents [B, H, W, C_in], text [B, M, C], text_mask bool [B, M], conditioning [B, C] -> [B, H, W, C_in].
 
         Raises:
-          UserError: the patch size does not divide both sides of the latents.
+          UserError: if the patch size does not divide both sides of the latents.
         """
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         batch, height, width, _ = latents.shape
@@ -99,13 +106,13 @@ class DiT(nn.Module):
 
         shift, scale = Modulation(2, config.hidden_size, dtype=dtype, name="final_modulation")(conditioning)
         x = modulate(layer_norm(x), shift, scale)
-        # float32: the prediction's error is measured in float32, and its last product is small.
+        # In float32: so is the loss, and this product is small.
         x = Dense(patch * patch * config.latent_channels, ("embed", None), kernel_init=ZERO_INIT, name="output")(x)
         return unpatchify(x.reshape(batch, h, w, -1), patch)
 
 
 def _scanned_blocks(config: LIDiTConfig) -> nn.Module:
-    """Returns `config.depth` blocks as one scan; their parameters have a leading axis of that length."""
+    """Returns `config.depth` blocks as one `nn.scan`; their parameters are stacked along a leading axis."""
     policy = REMAT_POLICIES[config.remat]
     block = LIDiTBlock if policy is None else nn.remat(LIDiTBlock, policy=policy, prevent_cse=False)
     scan = nn.scan(

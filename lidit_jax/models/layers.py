@@ -18,16 +18,16 @@ from lidit_jax.models.attention import dot_product_attention
 from lidit_jax.models.products import add_bias, convolve, matmul
 from lidit_jax.models.rotary import RotaryTables, rotate
 
-# Xavier-uniform, as DiT and its descendants use for transformer matrices.
+# Xavier-uniform, as in DiT and its descendants.
 KERNEL_INIT = nn.initializers.xavier_uniform()
 CONV_INIT = nn.initializers.lecun_normal()
-# Zero: a gate or an output that starts closed leaves the residual stream untouched (adaLN-zero, DiT section 3.2).
+# Gates and outputs start at zero, so that every block starts as the identity (adaLN-zero, DiT section 3.2).
 ZERO_INIT = nn.initializers.zeros_init()
-# What models compute in. Half precision without bfloat16's range overflows in LLMs.
+# Supported compute dtypes. float16 is not one of them: its range overflows in LLMs.
 DTYPES = ("float32", "bfloat16")
-# Of tokens between layers, [B, L, C].
+# Logical axes of the activations between layers, [B, L, C].
 ACTIVATION = ("batch", "length", "embed_activation")
-# Of published models, by the names that transformers gives them.
+# Activation functions of published models, by their names in transformers.
 ACTIVATIONS = {
     "relu": nn.relu,
     "silu": nn.silu,
@@ -39,15 +39,15 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-    """What all attention and feed-forward layers of a network share.
+    """Hyper-parameters shared by all attention and feed-forward layers of a network.
 
     Attributes:
-      num_heads: of each attention.
-      mlp_ratio: width of the feed-forward layers over the model's width.
-      qk_norm: RMSNorm of queries and keys over the head size before their product (paper section 3.2). It bounds the
-        logits, and so keeps bfloat16 training of deep models stable.
-      attention: implementation, see `dot_product_attention`.
-      dtype: of matrix products.
+      num_heads: number of attention heads.
+      mlp_ratio: inner width of the feed-forward layers as a multiple of the model width.
+      qk_norm: apply RMSNorm over the head size to queries and keys before their product (paper section 3.2). It bounds
+        the logits, and so keeps bfloat16 training of deep models stable.
+      attention: attention implementation, see `dot_product_attention`.
+      dtype: dtype of the matrix products.
     """
 
     num_heads: int
@@ -58,15 +58,15 @@ class LayerConfig:
 
 
 def check_dtype(key: str, dtype: str) -> None:
-    """Raises UserError, naming the config's key, unless the dtype is one of `DTYPES`."""
+    """Raises UserError, with the name of the config field `key`, if `dtype` is not one of `DTYPES`."""
     if dtype not in DTYPES:
         raise UserError(f"{key}={dtype!r:.80} is not supported: use one of {', '.join(DTYPES)}")
 
 
 class Dense(nn.Module):
-    """Affine map over the last axis whose kernel carries the logical axes (`axes[0]`, `axes[1]`).
+    """Linear layer over the last axis, whose kernel has the logical axes `axes`.
 
-    With `dtype` float32 the product is one, on accelerators too (`models/products.py`).
+    With `dtype` float32 the product has full float32 precision, on accelerators too (`models/products.py`).
     """
 
     features: int
@@ -86,7 +86,7 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution of [B, H, W, C_in] whose kernel's last axes carry the logical axes (`axes[0]`, `axes[1]`)."""
+    """Two-dimensional convolution, whose kernel's channel axes (the last two) have the logical axes `axes`."""
 
     features: int
     axes: tuple[str | None, str | None]
@@ -110,14 +110,14 @@ class Conv(nn.Module):
 
 
 def _with_bias(layer: Dense | Conv, y: jax.Array) -> jax.Array:
-    """Adds the layer's bias, a parameter that is zero at initialisation, to y [..., features]."""
+    """Adds the layer's bias parameter, initialised to zero, to y [..., features]."""
     bias_init = nn.with_logical_partitioning(ZERO_INIT, (layer.bias_axis,))
     bias = layer.param("bias", bias_init, (layer.features,), jnp.float32)
     return add_bias(y, bias, layer.bias_axis, layer.axes[1])
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; statistics in float32, result in the dtype of x."""
+    """x / rms(x) * weight over the last axis, computed in float32 and returned in the dtype of x."""
 
     epsilon: float = 1e-6
 
@@ -131,19 +131,19 @@ class RMSNorm(nn.Module):
 
 
 def layer_norm(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """LayerNorm without learned scale or shift, float32 inside and out: adaLN's modulation follows it."""
+    """Applies LayerNorm without learned scale or shift; returns float32, for the adaLN modulation that follows."""
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """adaLN: x [B, L, C] scaled and shifted by one vector a sample, shift and scale [B, C]."""
+    """Applies adaLN modulation, x (1 + scale) + shift, to x [B, L, C]; shift and scale are [B, C]."""
     return x * (1.0 + scale[:, None]) + shift[:, None]
 
 
 class Modulation(nn.Module):
-    """SiLU and a linear map, zero at the start, from the conditioning vector to `num_vectors` vectors of width C."""
+    """SiLU and a zero-initialised linear layer, from the conditioning vector to `num_vectors` modulation vectors."""
 
     num_vectors: int
     features: int
@@ -160,7 +160,7 @@ class Modulation(nn.Module):
 
 
 def timestep_embedding(timesteps: jax.Array, features: int, max_period: float = 10_000.0) -> jax.Array:
-    """Sinusoids of the timestep: [B] in [0, 1000) -> float32 [B, features], cosines first (DDPM; DiT's order)."""
+    """Returns the sinusoidal embedding of timesteps [B], float32 [B, features], cosines first as in DiT."""
     half = features // 2
     frequencies = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies  # [B, features / 2]
@@ -168,7 +168,7 @@ def timestep_embedding(timesteps: jax.Array, features: int, max_period: float = 
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids, then a two-layer MLP: [B] -> [B, C], float32."""
+    """Sinusoidal timestep embedding followed by a two-layer MLP, in float32: [B] -> [B, C]."""
 
     features: int
     frequency_features: int = 256
@@ -181,7 +181,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Dense, tanh-GELU, dense: [B, L, C] -> [B, L, C]."""
+    """Feed-forward network, linear, tanh-GELU, linear: [B, L, C] -> [B, L, C]."""
 
     layers: LayerConfig
 
@@ -196,11 +196,16 @@ class FeedForward(nn.Module):
 def rotate_query_and_key(
     query: jax.Array, key: jax.Array, rotary: RotaryTables | None, context_rotary: RotaryTables | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Rotates queries [B, L, H, D] and keys [B, M, H, D] by tables of L and M positions.
+    """Applies rotary position embedding to queries and keys.
 
     Args:
-      rotary: the queries' tables; None leaves both as they are.
-      context_rotary: the keys' tables; None: the queries'.
+      query: [B, L, H, D].
+      key: [B, M, H, D].
+      rotary: tables of the queries' L positions; None disables the rotation of both.
+      context_rotary: tables of the keys' M positions; None uses those of the queries.
+
+    Returns:
+      The rotated queries and keys.
     """
     if rotary is None:
         return query, key
@@ -208,7 +213,7 @@ def rotate_query_and_key(
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to itself, or to a context."""
+    """Multi-head self-attention, or cross-attention to a context."""
 
     layers: LayerConfig
     is_causal: bool = False
@@ -224,8 +229,8 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """x [B, L, C], context [B, M, C] (default: x), key_mask bool [B, M] -> [B, L, C].
 
-        `rotary` holds the tables of L positions, `context_rotary` those of M where there is a context: queries and keys
-        are rotated by them, so that a token finds another by how far away it is.
+        `rotary` holds the rotary tables of the L queries, `context_rotary` those of the M keys of a context. The
+        rotation makes logits depend on the distance between two tokens.
         """
         batch, length, features = x.shape
         context = x if context is None else context

@@ -1,4 +1,4 @@
-"""LI-DiT: several frozen LLMs' features, refined and fused, condition a diffusion transformer (paper Figure 5)."""
+"""LI-DiT: a diffusion transformer conditioned on the refined and fused features of frozen LLMs (paper Figure 5)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +16,13 @@ from lidit_jax.models.refiners import CollaborativeRefiner, LinguisticTokenRefin
 
 @flax.struct.dataclass
 class TextFeatures:
-    """What one frozen encoder says of a batch of prompts.
+    """Features of a batch of prompts from one frozen encoder.
 
     Attributes:
-      prefix: features of the system prompt and the instruction. An LLM, being causal, gives every prompt the same ones,
-        and they have no batch axis: [P, D]; a bidirectional encoder (T5) gives each prompt its own: [B, P, D]. P may
-        be 0.
-      prompt: [B, L, D], features of the prompts, padded on the right.
+      prefix: features of the system prompt and the instruction, P tokens (P may be 0). A causal LLM gives all prompts
+        the same prefix features, so they have no batch axis: [P, D]. A bidirectional encoder (T5) gives each prompt
+        its own: [B, P, D].
+      prompt: features of the prompts, padded on the right, [B, L, D].
       mask: bool [B, L], True on the prompt's tokens; at least one per row (the end token).
     """
 
@@ -32,27 +32,27 @@ class TextFeatures:
 
     @property
     def prefix_length(self) -> int:
-        """P."""
+        """P, the number of prefix tokens."""
         return self.prefix.shape[-2]
 
     def positions(self) -> jax.Array:
-        """int32 [P + L]: 0 at the prompt's first token, negative before it."""
+        """Returns token positions, int32 [P + L]: 0 at the prompt's first token, negative in the prefix."""
         return jnp.arange(-self.prefix_length, self.prompt.shape[1])
 
 
 class LIDiT(nn.Module):
-    """The trainable model: refiners and DiT. Frozen LLMs and the VAE are outside of it."""
+    """The trainable model: refiners and DiT. The frozen LLMs and the VAE are not part of this module."""
 
     config: LIDiTConfig
 
     @nn.compact
     def __call__(self, latents: jax.Array, timesteps: jax.Array, text: Sequence[TextFeatures]) -> jax.Array:
-        """Predicts the schedule's target (noise, v or velocity) for noised latents.
+        """Predicts the schedule's target (noise, v or velocity) from noisy latents.
 
         Args:
           latents: [B, H, W, C].
-          timesteps: [B], in [0, 1000).
-          text: one `TextFeatures` an LLM.
+          timesteps: [B], as `Schedule.model_timesteps` returns them: in [0, 1000] by default.
+          text: one `TextFeatures` per encoder.
 
         Returns:
           float32 [B, H, W, C].
@@ -63,9 +63,11 @@ class LIDiT(nn.Module):
         return DiT(self.config, name="dit")(latents, condition, mask, time + pooled)
 
     def init_params(self, text_widths: Sequence[int], key: jax.Array) -> Any:
-        """Random parameters, boxed with their logical axes.
+        """Returns random parameters, boxed with their logical axes.
 
-        Args: text_widths: D of each LLM.
+        Args:
+          text_widths: feature width D of each encoder.
+          key: random key.
         """
         side = 2 * self.config.patch_size
         text = [
@@ -77,13 +79,17 @@ class LIDiT(nn.Module):
 
 
 class TextCondition(nn.Module):
-    """Per LLM: project -> linguistic token refiner; then collaborative refiner -> truncate -> concatenate."""
+    """Refines and fuses the features of all LLMs into the text condition of the DiT.
+
+    Per LLM: projection, then linguistic token refiner. Then collaborative refiner, truncation to the prompt tokens and
+    concatenation.
+    """
 
     config: LIDiTConfig
 
     @nn.compact
     def __call__(self, text: Sequence[TextFeatures], time: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """text of n LLMs, time [B, C] -> condition [B, sum L_i, C], mask bool [B, sum L_i], pooled text [B, C]."""
+        """Features of n LLMs, time [B, C] -> condition [B, sum L_i, C], mask bool [B, sum L_i], pooled text [B, C]."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
 
@@ -108,7 +114,7 @@ class TextCondition(nn.Module):
             cr = CollaborativeRefiner(config.collaborative_blocks, config.refiner_layers, name="collaborative_refiner")
             branches = cr(branches, masks, [time + p for p in pooled], rotary)
 
-        # Only now, after the refiners have used them, the system prompt and the instruction are dropped.
+        # The system prompt and the instruction are dropped only here, after the refiners have attended to them.
         branches = [x[:, features.prefix_length :] for x, features in zip(branches, text, strict=True)]
         condition = jnp.concatenate(branches, axis=1)
         mask = jnp.concatenate([features.mask for features in text], axis=1)
@@ -116,9 +122,10 @@ class TextCondition(nn.Module):
 
 
 class FeatureProjection(nn.Module):
-    """RMS-normalised LLM features, projected to the DiT's width: the refiners at LLM width would double the 1B model.
+    """RMSNorm of the LLM features and projection to the DiT width (ours).
 
-    A prefix without a batch axis is projected once for the whole batch.
+    Refiners at the LLM's width would double the size of the 1B model. A prefix without a batch axis is projected once
+    per batch.
     """
 
     hidden_size: int
@@ -126,22 +133,23 @@ class FeatureProjection(nn.Module):
 
     @nn.compact
     def __call__(self, features: TextFeatures) -> tuple[jax.Array, jax.Array]:
-        """-> x [B, P + L, C], mask bool [B, P + L] (the prefix is never padding)."""
+        """Features of one LLM -> x [B, P + L, C], mask bool [B, P + L] (always True on the prefix)."""
         norm = RMSNorm(name="norm")
         dense = Dense(self.hidden_size, ("llm_embed", "embed"), dtype=self.dtype, name="dense")
         batch, prefix_length = features.prompt.shape[0], features.prefix_length
         prefix = dense(norm(features.prefix))  # [P, C] or [B, P, C]
         prompt = dense(norm(features.prompt))  # [B, L, C]
-        # In float32, for its transpose: the sum of the shared prefix's gradient over all samples.
+        # Broadcast in float32: its transpose sums the gradient of a shared prefix over all samples.
         prefix = jnp.broadcast_to(prefix.astype(jnp.float32), (batch, *prefix.shape[-2:])).astype(self.dtype)
         mask = jnp.concatenate([jnp.ones((batch, prefix_length), bool), features.mask], axis=1)
         return jnp.concatenate([prefix, prompt], axis=1), mask
 
 
 class PooledText(nn.Module):
-    """Masked mean over the tokens, then a two-layer MLP (ours).
+    """Mean over the tokens (paper section 3.1), then a two-layer MLP (ours).
 
-    It joins the timestep embedding; with several LLMs, the DiT's conditioning is the sum of theirs (ours).
+    The result is added to the timestep embedding. With several LLMs, the DiT is conditioned on the sum of their pooled
+    features (ours).
     """
 
     hidden_size: int
@@ -156,5 +164,5 @@ class PooledText(nn.Module):
 
 
 def num_parameters(params: Any) -> int:
-    """Number of scalars in a tree of arrays or of `jax.ShapeDtypeStruct`."""
+    """Returns the number of scalars in a tree of arrays or of `jax.ShapeDtypeStruct`."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

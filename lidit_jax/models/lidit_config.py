@@ -1,4 +1,4 @@
-"""Sizes and switches of LI-DiT, under `model` in a config."""
+"""Hyper-parameters of LI-DiT: the `model` section of a config."""
 
 import dataclasses
 
@@ -15,24 +15,37 @@ FUSIONS = ("collaborative", "concatenate")
 
 @dataclasses.dataclass(frozen=True)
 class LIDiTConfig:
-    """Sizes and switches of LI-DiT (paper Table 7; the switches are those of Tables 2, 3, 5 and 6).
+    """Sizes of LI-DiT (paper Table 7) and the options that its ablations vary (Tables 2, 3, 5 and 6).
 
     Attributes:
-      refiner_blocks: blocks of each linguistic token refiner (paper: 2); 0 removes it.
-      refiner_gated, refiner_causal: Table 5's and Table 3's switches.
-      refiner_rotary: rotary positions in both refiners' attentions (ours), counted from the prompt's first token, so
-        that the same words of two LLMs are near each other whatever comes before them.
-      position: how the image's tokens know where they are: "conv" (paper), "sincos", "rope" (ours), or several joined
-        by "+"; see `models/positions.py`.
-      position_grid: side in tokens of the square grid on which neighbours are 1 apart for "sincos" and "rope": the one
-        of the resolution that is trained first. Fine-tuning at another resolution keeps it, and so keeps the layout.
-      refiner_qk_norm: RMSNorm of queries and keys in the refiners too (ours: the paper states it for the DiT's layers
-        alone, section 3.2); it bounds their logits in bfloat16.
-      fusion: "collaborative" (collaborative refiner, then concatenation) or "concatenate".
+      depth: number of DiT blocks.
+      hidden_size: width of the DiT and of both refiners; num_heads divides it.
+      num_heads: attention heads of the DiT and of both refiners.
+      patch_size: side of a patch in latent positions (paper: 2).
+      latent_channels: channels of the latents (paper: 16).
+      mlp_ratio: inner width of the DiT's FFN as a multiple of hidden_size.
+      position: position embedding of the image tokens: "conv" (paper), "sincos", "rope" (ours), or several joined by
+        "+"; see `models/positions.py`.
+      position_grid: side, in tokens, of the square grid on which neighbouring tokens are 1 apart for "sincos" and
+        "rope": the grid of the first training resolution. Fine-tuning at another resolution keeps it, so that a learned
+        layout carries over.
+      refiner_blocks: blocks of each linguistic token refiner (paper: 2); 0 removes the refiner.
+      refiner_gated: gates in the linguistic token refiner (False: Table 5, without the gate).
+      refiner_causal: causal attention in the linguistic token refiner (True: Table 3, with a causal mask).
+      refiner_rotary: rotary positions in the attention of both refiners (ours), counted from the prompt's first token,
+        so that the same words have nearly the same positions for two LLMs whatever the length of their prefixes.
+      refiner_qk_norm: RMSNorm of queries and keys in the refiners too (ours: the paper states it only for the layers
+        of the DiT, section 3.2); it bounds their logits in bfloat16.
+      refiner_mlp_ratio: inner width of the refiners' FFN as a multiple of hidden_size (ours: 4, as in the DiT).
+      fusion: "collaborative" (collaborative refiner, then concatenation) or "concatenate" (Table 6).
       collaborative_blocks: blocks of the collaborative refiner (paper: 1).
-      refiner_mlp_ratio: FFN width of the refiners over their width (ours: 4, as in the DiT).
-      remat: what a block keeps for its backward pass, one of `REMAT_POLICIES`.
-      scan_unroll: DiT blocks per turn of the loop over them; more compiles longer and, on a CPU, runs a little faster.
+      remat: rematerialisation policy of a DiT block, one of `REMAT_POLICIES`.
+      scan_unroll: DiT blocks per iteration of the scan; more compile longer and, on a CPU, run slightly faster.
+      attention: attention implementation, see `dot_product_attention`.
+      dtype: compute dtype, "float32" or "bfloat16" (paper section 3.2: bfloat16 mixed precision).
+
+    Raises:
+      UserError: if a value is not supported or two do not fit together.
     """
 
     depth: int
@@ -63,20 +76,22 @@ class LIDiTConfig:
             )
         for name in ("mlp_ratio", "refiner_mlp_ratio"):
             if int(self.hidden_size * getattr(self, name)) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)} leaves no width: use a larger one")
+                raise UserError(
+                    f"model.{name}={getattr(self, name)} gives a feed-forward width of 0: use a larger value"
+                )
         if self.hidden_size < 4:
             raise UserError(f"model.hidden_size={self.hidden_size} is too small: use at least 4")
         if self.scan_unroll < 1:
             raise UserError(f"model.scan_unroll={self.scan_unroll} must be at least 1")
         if self.refiner_rotary and self.head_dim % 2:
             raise UserError(
-                f"model.hidden_size / model.num_heads = {self.head_dim} is odd, which rotary "
-                "positions cannot be: choose other sizes, or model.refiner_rotary=False"
+                f"model.hidden_size / model.num_heads = {self.head_dim} is odd, but rotary positions need an even head "
+                "size: change one of them, or set model.refiner_rotary=False"
             )
         if ROPE in parse_position(self.position) and self.head_dim % 4:
             raise UserError(
-                f"model.hidden_size / model.num_heads = {self.head_dim} is not divisible by 4, as "
-                "'rope' needs: choose other sizes, or another model.position"
+                f"model.hidden_size / model.num_heads = {self.head_dim} is not divisible by 4, as 'rope' in "
+                "model.position requires: change one of them, or model.position"
             )
         if self.position_grid < 1:
             raise UserError(f"model.position_grid={self.position_grid} must be at least 1")
@@ -94,12 +109,12 @@ class LIDiTConfig:
 
     @property
     def dit_layers(self) -> LayerConfig:
-        """What the layers of the diffusion transformer share; QK-norm is the paper's (section 3.2)."""
+        """Layer hyper-parameters of the DiT, with QK-norm (paper section 3.2)."""
         return LayerConfig(self.num_heads, self.mlp_ratio, True, self.attention, jnp.dtype(self.dtype))
 
     @property
     def refiner_layers(self) -> LayerConfig:
-        """What the layers of both refiners share."""
+        """Layer hyper-parameters of both refiners."""
         return LayerConfig(
             self.num_heads, self.refiner_mlp_ratio, self.refiner_qk_norm, self.attention, jnp.dtype(self.dtype)
         )

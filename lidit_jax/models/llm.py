@@ -1,8 +1,8 @@
-"""Decoder-only language models: one module that is, by its configuration, a LLaMA, Mistral, Qwen or Gemma.
+"""Decoder-only language models: one module whose config selects LLaMA, Mistral, Qwen or Gemma.
 
-Numerically these are transformers' `LlamaModel`, `MistralModel`, `Qwen2Model`, `Qwen3Model`, `GemmaModel`,
-`Gemma2Model` and `Gemma3TextModel` (the parity tests compare them). As a prompt encoder a model runs only up to its
-third-to-last block (paper section 5.1); as a language model it runs to its logits.
+The outputs match transformers' `LlamaModel`, `MistralModel`, `Qwen2Model`, `Qwen3Model`, `GemmaModel`, `Gemma2Model`
+and `Gemma3TextModel` (see the parity tests). As a prompt encoder a model runs only up to its third-to-last block (paper
+section 5.1); as a language model it runs to its logits.
 """
 
 import dataclasses
@@ -19,34 +19,53 @@ from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Dense, RMSNorm
 from lidit_jax.models.products import product_precision
 from lidit_jax.models.rotary import DEFAULT_THETA, RopeScaling, rotary_tables, rotate
 
-# Variance 1 / width. At the families' widths it is about their 0.02; at a toy's 64 their 0.02 itself would leave
-# every block next to silent for the first hundred steps.
+# Variance 1 / width. At the width of published models this is close to their standard deviation of 0.02; at a toy
+# model's width of 64, a standard deviation of 0.02 would make the blocks' outputs negligible for the first hundred
+# steps.
 EMBEDDING_INIT = nn.initializers.variance_scaling(1.0, "fan_out", "normal")  # [vocabulary, width]
 KERNEL_INIT = nn.initializers.lecun_normal()
 
-# The feature is the output of the third-to-last block: these many blocks at the end are neither run nor loaded.
+# The feature is the output of the third-to-last block (paper section 5.1): the blocks after it are neither run nor
+# loaded.
 BLOCKS_AFTER_FEATURE = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class LLMConfig:
-    """Sizes and switches, under the names of transformers' config.json where it has one.
+    """Hyper-parameters of an LLM, named as in transformers' config.json where it has the same field.
 
     Attributes:
-      head_dim: 0 is hidden_size / num_attention_heads.
-      max_position_embeddings: tokens of context that the model was made for.
-      rope_scaling: how the context was stretched (LLaMA 3.1, Qwen2.5, Gemma 3); None: not at all.
-      local_rope_theta: rotary base of the sliding-window layers, unscaled, where it differs (Gemma 3).
+      vocab_size: number of token embeddings.
+      hidden_size: width of the model.
+      intermediate_size: inner width of the FFN.
+      num_hidden_layers: number of blocks.
+      num_attention_heads: query heads.
+      num_key_value_heads: key and value heads; divides num_attention_heads.
+      head_dim: head size; 0 is hidden_size / num_attention_heads.
+      max_position_embeddings: context length of the model in tokens.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: context extension of the rotary frequencies (LLaMA 3.1, Qwen2.5, Gemma 3); None for none.
+      local_rope_theta: rotary base of the sliding-window layers, which are not scaled (Gemma 3); None is the same base
+        and scaling as elsewhere.
+      rms_norm_eps: epsilon of every RMSNorm.
       attention_bias: biases on query, key and value (Qwen1.5, Qwen2).
-      attention_output_bias, mlp_bias: biases on the attention's output and the FFN (switches of LLaMA).
+      attention_output_bias: bias on the attention's output projection (an option of LLaMA's config).
+      mlp_bias: biases in the FFN (an option of LLaMA's config).
       qk_norm: RMSNorm of queries and keys over the head size (Qwen3, Gemma 3).
-      hidden_act: one of `ACTIVATIONS`, on the FFN's gate.
-      sandwich_norm: RMSNorm after attention and FFN as well as before (Gemma 2 and 3).
+      hidden_act: activation on the FFN's gate, one of `ACTIVATIONS`.
+      sandwich_norm: RMSNorm after attention and FFN as well as before them (Gemma 2 and 3).
       embedding_scale: factor on the embeddings (Gemma: sqrt(hidden_size)).
       attention_scale: factor on the logits; 0 is 1 / sqrt(head_dim) (Gemma 2 and 3: 1 / sqrt(query_pre_attn_scalar)).
-      attention_softcap: see `dot_product_attention` (Gemma 2); 0: none.
-      sliding_window: tokens, itself included, that a token sees in the layers that `sliding_layers` marks.
-      sliding_layers: one bool a block; empty: none slides.
+      attention_softcap: logit softcap, see `dot_product_attention` (Gemma 2); 0 disables it.
+      sliding_window: number of tokens, itself included, that a token attends to in the blocks with a sliding window.
+      sliding_layers: True for each block with a sliding window; empty if no block has one.
+      tie_word_embeddings: use the embeddings as the output head of `CausalLM`.
+      remat: rematerialise each block in the backward pass.
+      attention: attention implementation, see `dot_product_attention`.
+      dtype: compute dtype.
+
+    Raises:
+      UserError: if a value is not supported or two do not fit together.
     """
 
     vocab_size: int
@@ -85,20 +104,27 @@ class LLMConfig:
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.rope_theta <= 1 or (self.local_rope_theta or DEFAULT_THETA) <= 1:
-            raise UserError(f"rope_theta={self.rope_theta}: rotary positions need a base above 1")
+        for name in ("rope_theta", "local_rope_theta"):
+            base = getattr(self, name)
+            if base is not None and base <= 1:
+                raise UserError(f"{name}={base}: rotary positions need a base above 1")
         if self.hidden_act not in ACTIVATIONS:
             raise UserError(f"hidden_act={self.hidden_act!r:.80} is not supported: use one of {', '.join(ACTIVATIONS)}")
         if self.sliding_layers and len(self.sliding_layers) != self.num_hidden_layers:
-            raise UserError(f"{len(self.sliding_layers)} layer types for num_hidden_layers={self.num_hidden_layers}")
+            raise UserError(
+                f"sliding_layers has {len(self.sliding_layers)} entries, expected one for each of "
+                f"num_hidden_layers={self.num_hidden_layers}"
+            )
         if any(self.sliding_layers) and self.sliding_window < 1:
-            raise UserError(f"sliding_window={self.sliding_window}: layers that slide need one of at least 1")
+            raise UserError(
+                f"sliding_window={self.sliding_window} must be at least 1 in a model with sliding-window layers"
+            )
 
     def as_encoder(self) -> "LLMConfig":
-        """The same model cut off after its third-to-last block.
+        """Returns the config of the same model without the blocks after its third-to-last one.
 
         Raises:
-          UserError: if there is no such block.
+          UserError: if the model has fewer than 3 blocks.
         """
         if self.num_hidden_layers <= BLOCKS_AFTER_FEATURE:
             raise UserError(
@@ -108,21 +134,32 @@ class LLMConfig:
         return self.first_blocks(self.num_hidden_layers - BLOCKS_AFTER_FEATURE)
 
     def first_blocks(self, count: int) -> "LLMConfig":
-        """The same model cut off after its first `count` blocks."""
+        """Returns the config of the same model with only its first `count` blocks."""
         return dataclasses.replace(self, num_hidden_layers=count, sliding_layers=self.sliding_layers[:count])
 
 
 @flax.struct.dataclass
 class PrefixCache:
-    """Keys (after RoPE) and values of a prefix that all sequences of a batch share: each [blocks, P, K, D]."""
+    """Key-value cache of a prefix that all sequences of a batch share; each array is [blocks, P, K, D].
+
+    Attributes:
+      key: keys, after RoPE.
+      value: values.
+    """
 
     key: jax.Array
     value: jax.Array
 
 
 @flax.struct.dataclass
-class Places:
-    """What a block knows of where its tokens are: rotary tables [L, D] and which of prefix and prompt each sees."""
+class RotaryAndMask:
+    """Rotary tables and attention mask of a block.
+
+    Attributes:
+      cos: cosines, float32 [L, D].
+      sin: sines, float32 [L, D].
+      mask: which tokens of prefix and prompt each of the L tokens attends to.
+    """
 
     cos: jax.Array
     sin: jax.Array
@@ -130,30 +167,41 @@ class Places:
 
 
 class LLMBlock(nn.Module):
-    """Pre-norm causal self-attention and gated FFN; with `sandwich_norm` each is normalised after as well."""
+    """Pre-norm causal self-attention and gated FFN; with `sandwich_norm` their outputs are normalised too."""
 
     config: LLMConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: PrefixCache, slides: jax.Array, everywhere: Places, nearby: Places | None):
-        """x [B, L, C], this block's cache [P, K, D], `slides` bool scalar: whether it sees `nearby` or `everywhere`.
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: PrefixCache,
+        is_sliding: jax.Array,
+        full: RotaryAndMask,
+        sliding: RotaryAndMask | None,
+    ):
+        """x [B, L, C], this block's prefix cache [P, K, D] -> (x [B, L, C], (key, value) [B, L, K, D]).
 
-        Returns:
-          (x [B, L, C], (key, value) [B, L, K, D]).
+        Args:
+          x: input of the block.
+          cache: keys and values of the prefix.
+          is_sliding: bool scalar, True if this block has a sliding window.
+          full: rotary tables and mask of blocks that attend to all earlier tokens.
+          sliding: rotary tables and mask of blocks with a sliding window; None if the model has none.
         """
         x = nn.with_logical_constraint(x, ACTIVATION)
-        places = everywhere
-        if nearby is not None:
-            places = jax.tree.map(lambda near, far: jnp.where(slides, near, far), nearby, everywhere)
-        y, key_value = self._attention(self._norm("input_layernorm")(x), cache, places)
-        x = x + self._after("attention_out_norm", y)
+        positions = full
+        if sliding is not None:
+            positions = jax.tree.map(lambda a, b: jnp.where(is_sliding, a, b), sliding, full)
+        y, key_value = self._attention(self._norm("input_layernorm")(x), cache, positions)
+        x = x + self._post_norm("attention_out_norm", y)
         y = self._feed_forward(self._norm("feed_forward_norm")(x))
-        return x + self._after("feed_forward_out_norm", y), key_value
+        return x + self._post_norm("feed_forward_out_norm", y), key_value
 
     def _norm(self, name):
         return RMSNorm(self.config.rms_norm_eps, name=name)
 
-    def _after(self, name, y):
+    def _post_norm(self, name, y):
         return self._norm(name)(y) if self.config.sandwich_norm else y
 
     def _dense(self, name, features, axes, use_bias):
@@ -167,7 +215,7 @@ class LLMBlock(nn.Module):
         down = self._dense("down_proj", config.hidden_size, ("mlp", "embed"), config.mlp_bias)
         return down(ACTIVATIONS[config.hidden_act](gate) * up)
 
-    def _attention(self, x, cache, places):
+    def _attention(self, x, cache, positions):
         config = self.config
         batch, length, _ = x.shape
 
@@ -180,12 +228,12 @@ class LLMBlock(nn.Module):
         value = project("v_proj", config.num_key_value_heads)
         if config.qk_norm:
             query, key = self._norm("q_norm")(query), self._norm("k_norm")(key)
-        query, key = rotate(query, places.cos, places.sin), rotate(key, places.cos, places.sin)
+        query, key = rotate(query, positions.cos, positions.sin), rotate(key, positions.cos, positions.sin)
         y = dot_product_attention(
             query,
-            _after_prefix(cache.key, key),
-            _after_prefix(cache.value, value),
-            mask=places.mask[None, None],
+            _prepend_prefix(cache.key, key),
+            _prepend_prefix(cache.value, value),
+            mask=positions.mask[None, None],
             scale=config.attention_scale or config.head_dim**-0.5,
             softcap=config.attention_softcap,
             implementation=config.attention,
@@ -195,7 +243,10 @@ class LLMBlock(nn.Module):
 
 
 class LLM(nn.Module):
-    """A causal language model. Padding on the right needs no mask: no real token ever sees what comes after it."""
+    """A causal language model without its final norm and output head.
+
+    Padding on the right needs no mask: the causal mask hides it from all real tokens.
+    """
 
     config: LLMConfig
 
@@ -214,12 +265,17 @@ class LLM(nn.Module):
         )(config)
 
     def __call__(self, tokens: jax.Array, cache: PrefixCache | None = None) -> jax.Array:
-        """The last block's output, before the final norm: int32 [B, L] -> [B, L, C]; `cache`: what comes before."""
+        """Returns the last block's output, before the final norm: tokens int32 [B, L] -> [B, L, C].
+
+        Args:
+          tokens: int32 [B, L].
+          cache: keys and values of the prefix before the tokens; None for no prefix.
+        """
         return self._blocks(tokens, cache)[0]
 
     def prefix(self, tokens: jax.Array) -> tuple[jax.Array, PrefixCache]:
-        """A shared prefix, int32 [P] -> its features [P, C] and the cache that prompts after it attend to."""
-        if not tokens.shape[0]:  # no begin token and no instruction: attention kernels do not take zero queries
+        """Encodes a shared prefix, int32 [P]: returns its features [P, C] and the cache for the prompts after it."""
+        if not tokens.shape[0]:  # no begin token and no instruction; attention kernels reject zero queries
             return jnp.zeros((0, self.config.hidden_size), jnp.dtype(self.config.dtype)), self._empty_cache()
         x, (key, value) = self._blocks(tokens[None], None)
         return x[0], PrefixCache(key=key[:, 0], value=value[:, 0])
@@ -227,26 +283,26 @@ class LLM(nn.Module):
     def _blocks(self, tokens, cache):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         cache = self._empty_cache() if cache is None else cache
-        slides = jnp.array(config.sliding_layers or (False,) * config.num_hidden_layers)
-        everywhere, nearby = self._places(cache.key.shape[1], tokens.shape[1])
+        is_sliding = jnp.array(config.sliding_layers or (False,) * config.num_hidden_layers)
+        full, sliding = self._rotary_and_masks(cache.key.shape[1], tokens.shape[1])
         x = self.embed_tokens[tokens].astype(dtype)  # [B, L, C]
         x = nn.with_logical_constraint(x, ACTIVATION)
         if config.embedding_scale != 1.0:
-            x = x * jnp.asarray(config.embedding_scale, dtype)  # rounded to the dtype first, as transformers does
-        return self.layers(x, cache, slides, everywhere, nearby)
+            x = x * jnp.asarray(config.embedding_scale, dtype)  # transformers also rounds the factor to the dtype
+        return self.layers(x, cache, is_sliding, full, sliding)
 
-    def _places(self, prefix_length: int, length: int) -> tuple[Places, Places | None]:
-        """For blocks that see everything before a token and, if there are any, for those with a sliding window."""
+    def _rotary_and_masks(self, prefix_length: int, length: int) -> tuple[RotaryAndMask, RotaryAndMask | None]:
+        """Returns the rotary tables and masks of the full-attention blocks, and of the sliding-window blocks if any."""
         config = self.config
         positions = prefix_length + jnp.arange(length)
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        back = positions[:, None] - jnp.arange(prefix_length + length)  # [L, P + L], how far back a key is
-        everywhere = Places(cos, sin, back >= 0)
+        distances = positions[:, None] - jnp.arange(prefix_length + length)  # [L, P + L], query minus key position
+        full = RotaryAndMask(cos, sin, distances >= 0)
         if not any(config.sliding_layers):
-            return everywhere, None
+            return full, None
         if config.local_rope_theta is not None:
             cos, sin = rotary_tables(positions, config.head_dim, config.local_rope_theta)
-        return everywhere, Places(cos, sin, (back >= 0) & (back < config.sliding_window))
+        return full, RotaryAndMask(cos, sin, (distances >= 0) & (distances < config.sliding_window))
 
     def _empty_cache(self):
         config = self.config
@@ -256,7 +312,7 @@ class LLM(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """An `LLM` with its final norm and head: what the demo trains on next-token prediction."""
+    """An `LLM` with its final norm and output head, for training on next-token prediction (the demo)."""
 
     config: LLMConfig
 
@@ -278,13 +334,13 @@ class CausalLM(nn.Module):
 
 
 def encoder_params(params: Any) -> Any:
-    """From a trained `CausalLM`'s parameters, those of `LLM(config.as_encoder())`: the last two blocks dropped."""
+    """Returns the parameters of `LLM(config.as_encoder())` from those of a `CausalLM`, without the last two blocks."""
     model = params["model"]
     layers = jax.tree.map(lambda x: x[: x.shape[0] - BLOCKS_AFTER_FEATURE], model["layers"])
     return {"embed_tokens": model["embed_tokens"], "layers": layers}
 
 
-def _after_prefix(prefix: jax.Array, x: jax.Array) -> jax.Array:
-    """prefix [P, K, D] before every row of x [B, L, K, D] -> [B, P + L, K, D]."""
+def _prepend_prefix(prefix: jax.Array, x: jax.Array) -> jax.Array:
+    """Prepends the shared prefix [P, K, D] to every row of x [B, L, K, D]: [B, P + L, K, D]."""
     prefix = jnp.broadcast_to(prefix.astype(x.dtype), (x.shape[0], *prefix.shape))
     return jnp.concatenate([prefix, x], axis=1)

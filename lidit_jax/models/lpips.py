@@ -1,4 +1,4 @@
-"""LPIPS, how different two pictures look (Zhang et al. 2018, arXiv 1801.03924), as a loss: version 0.1 on VGG16."""
+"""LPIPS, the perceptual distance of two images (Zhang et al. 2018, arXiv 1801.03924): version 0.1 with VGG16."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lidit_jax.errors import UserError
 from lidit_jax.models.products import product_precision
 
-# VGG16's convolutions: (number in torchvision's `features`, width), up to each of the five layers that are compared.
+# VGG16's convolutions up to each of the five layers that are compared: (index in torchvision's `features`, channels).
 VGG16_LAYERS = (
     ((0, 64), (2, 64)),
     ((5, 128), (7, 128)),
@@ -17,30 +17,36 @@ VGG16_LAYERS = (
     ((17, 512), (19, 512), (21, 512)),
     ((24, 512), (26, 512), (28, 512)),
 )
-SMALLEST_SIDE = 2 ** (len(VGG16_LAYERS) - 1)  # pixels: the last layer then sees one position
-# Of ImageNet's pictures with values in [-1, 1], as the authors' code has them.
+SMALLEST_SIDE = 2 ** (len(VGG16_LAYERS) - 1)  # pixels: the last layer then has one position
+# Channel means and standard deviations of ImageNet for values in [-1, 1], as in the authors' code.
 MEAN, DEVIATION = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance of pictures, `[B, H, W, 3]` each, values in [-1, 1]: `[B]` float32, 0 for equal ones.
+    """Perceptual distance between two batches of images.
 
-    Five layers' features, each position's scaled to length 1, are subtracted and squared; weights of 0 or more, one a
-    channel, say how much each counts. Computes in float32.
+    The features of five layers, each position scaled to unit length, are subtracted and squared, then averaged with a
+    learned non-negative weight per channel. Computes in float32.
 
     Attributes:
-      product_dtype: with float32, convolutions multiply in float32 on accelerators too; with bfloat16, in whatever the
-        accelerator is fastest at, which is as exact as pictures that were computed in bfloat16.
+      product_dtype: with float32, convolutions have full float32 precision on accelerators too; with bfloat16, they
+        use the accelerator's default precision, which is as accurate as images that were computed in bfloat16.
     """
 
     product_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, first: jax.Array, second: jax.Array) -> jax.Array:
-        """Raises UserError for pictures with a side shorter than `SMALLEST_SIDE`."""
+        """first and second [B, H, W, 3], values in [-1, 1] -> distances [B] float32, 0 for equal images.
+
+        Raises:
+          UserError: if a side of the images is shorter than `SMALLEST_SIDE`.
+        """
         height, width = first.shape[1:3]
         if min(height, width) < SMALLEST_SIDE:
-            raise UserError(f"pictures of {height}x{width} are too small for LPIPS: {SMALLEST_SIDE} pixels or more")
+            raise UserError(
+                f"images of {height}x{width} pixels are too small for LPIPS: each side must be at least {SMALLEST_SIDE}"
+            )
         x = jnp.concatenate([first, second]).astype(jnp.float32)
         x = (x - jnp.array(MEAN)) / jnp.array(DEVIATION)
         distance = jnp.zeros(first.shape[0])
@@ -51,12 +57,13 @@ class LPIPS(nn.Module):
             for number, width in layer:
                 x = nn.relu(nn.Conv(width, (3, 3), precision=precision, name=f"features_{number}")(x))
             weights = self.param(f"lin{index}", nn.initializers.ones, (x.shape[-1],))
-            one, other = jnp.split(_unit_length(x), 2)
-            distance += jnp.mean(jnp.sum(weights * (one - other) ** 2, axis=-1), axis=(1, 2))
+            first_features, second_features = jnp.split(_unit_length(x), 2)
+            squares = (first_features - second_features) ** 2
+            distance += jnp.mean(jnp.sum(weights * squares, axis=-1), axis=(1, 2))
         return distance
 
 
 def _unit_length(x: jax.Array) -> jax.Array:
-    # The root's gradient at 0, where a position has no feature at all, would be infinite.
+    # The square root's gradient at 0, where all features of a position are zero, would be infinite.
     length = jnp.sqrt(jnp.sum(x**2, axis=-1, keepdims=True) + 1e-20)
     return x / (length + 1e-10)

@@ -1,9 +1,10 @@
-"""Positions of the image's tokens in the diffusion transformer.
+"""Position embeddings of the image tokens in the diffusion transformer.
 
-The paper names one convolutional ResBlock ("conv", section 3.2). Its two 3x3 convolutions see 5x5 tokens, so zero
-padding tells the two outer rings of tokens apart and no others. "sincos" and "rope" (ours) tell every token apart, at
-any height and width and without a table: coordinates are relative to the image's centre and scaled by its area, so that
-a layout learned at one resolution is kept at another. `docs/architecture.md` has the measurements.
+The paper uses one convolutional ResBlock ("conv", section 3.2). Two 3x3 convolutions have a receptive field of 5x5
+tokens, so their zero padding distinguishes only the two outer rings of tokens. "sincos" and "rope" (ours) distinguish
+all tokens, at any height and width and without a learned table: coordinates are relative to the image centre and scaled
+by the area, so that a layout learned at one resolution carries over to another. `docs/architecture.md` has the
+measurements.
 """
 
 import math
@@ -18,16 +19,16 @@ from lidit_jax.models.layers import Conv, layer_norm
 from lidit_jax.models.rotary import RotaryTables, rotary_frequencies, tables_of_angles
 
 CONV, SINCOS, ROPE = KINDS = ("conv", "sincos", "rope")
-# Base of the frequencies, as for the refiners: grids have 8 to 64 tokens a side, so with LLMs' 10,000 most of the
-# frequencies would not change over an image.
+# Base of the frequencies, the same as in the refiners. Grids have 8 to 64 tokens a side: with the LLMs' base of 10,000
+# most frequencies would hardly change across an image.
 THETA = 100.0
 
 
 def parse_position(position: str) -> tuple[str, ...]:
-    """Returns the kinds that `model.position` joins by "+": "conv+rope" -> ("conv", "rope").
+    """Splits `model.position` at "+": "conv+rope" -> ("conv", "rope").
 
     Raises:
-      UserError: a kind is unknown or named twice.
+      UserError: if a kind is unknown or named twice.
     """
     kinds = tuple(position.split("+"))
     if not set(kinds) <= set(KINDS) or len(set(kinds)) < len(kinds):
@@ -39,10 +40,18 @@ def parse_position(position: str) -> tuple[str, ...]:
 
 
 def grid_coordinates(height: int, width: int, reference_side: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the coordinates of a grid's rows, float32 [height], and columns, [width], from the image's centre.
+    """Returns the coordinates of a grid's rows and columns relative to the image centre.
 
-    An image of any size and aspect ratio covers the area `reference_side`^2: on a square grid of that side,
-    neighbouring tokens are 1 apart, on one of twice the side 1/2.
+    An image of any size and aspect ratio covers the area `reference_side`^2: neighbouring tokens are 1 apart on a
+    square grid of that side, and 1/2 apart on one of twice the side.
+
+    Args:
+      height: rows of the grid.
+      width: columns of the grid.
+      reference_side: side of the square grid on which neighbouring tokens are 1 apart.
+
+    Returns:
+      float32 [height] and [width].
     """
     unit = reference_side / math.sqrt(height * width)
     rows, columns = (
@@ -52,10 +61,10 @@ def grid_coordinates(height: int, width: int, reference_side: int) -> tuple[jax.
 
 
 def sincos_embedding(height: int, width: int, features: int, reference_side: int) -> jax.Array:
-    """Returns two-dimensional sine-cosine positions, float32 [height, width, features].
+    """Returns two-dimensional sine-cosine position embeddings, float32 [height, width, features].
 
     The first half of the features encodes the row, the second the column, each as sines and then cosines (DiT,
-    Peebles and Xie 2023, with our coordinates). Features that four does not divide end in zeros.
+    Peebles and Xie 2023, with our coordinates). If 4 does not divide `features`, the last ones are zero.
     """
     quarter = features // 4
     frequencies = THETA ** -(jnp.arange(quarter, dtype=jnp.float32) / max(quarter, 1))
@@ -73,8 +82,8 @@ def sincos_embedding(height: int, width: int, features: int, reference_side: int
 def rope_tables(height: int, width: int, head_dim: int, reference_side: int) -> RotaryTables:
     """Returns cos and sin of two-dimensional rotary positions, float32 [height * width, head_dim] each.
 
-    Half of a head's pairs turn with the row, the other half with the column (axial RoPE, Heo et al. 2024). The
-    logits then depend on how far apart two tokens are, not on where the two are.
+    Half of a head's feature pairs rotate with the row, the other half with the column (axial RoPE, Heo et al. 2024).
+    The logits then depend on the offset between two tokens, not on their absolute positions.
     """
     frequencies, _ = rotary_frequencies(head_dim // 2, THETA)  # [head_dim / 4]
     rows, columns = grid_coordinates(height, width, reference_side)
@@ -90,10 +99,10 @@ def rope_tables(height: int, width: int, head_dim: int, reference_side: int) -> 
 
 
 class ConvPositionEmbedding(nn.Module):
-    """A convolutional ResBlock on the grid of tokens (paper, section 3.2), [B, h, w, C] -> [B, h, w, C].
+    """A convolutional ResBlock on the grid of tokens (paper section 3.2): [B, h, w, C] -> [B, h, w, C].
 
-    Its zero padding tells a token how far the borders are, up to two tokens. The inner width is a quarter of the outer
-    (ours), so that the block stays under one percent of the model.
+    Zero padding encodes the distance to the borders, up to two tokens. The inner width is a quarter of the outer
+    (ours), so that the block has less than one per cent of the model's parameters.
     """
 
     bottleneck: int = 4

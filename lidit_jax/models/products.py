@@ -1,10 +1,10 @@
-"""Products with trained weights: their precision, the all-gather before them, and the reduction of their gradients.
+"""Matrix products and convolutions with trained weights: precision, FSDP all-gather and gradient reduction.
 
 A weight is stored in float32 and sharded over the FSDP axes. A product casts it to the compute dtype, all-gathers it
-(in bfloat16 half the bytes), and multiplies. In the backward pass each device has the weight's gradient from its own
+(half the bytes in bfloat16), and multiplies. In the backward pass each device has the weight's gradient from its own
 samples; these partial gradients are reduced over the devices and scattered to the stored sharding. JAX's own transpose
 of cast-then-gather would round them to the compute dtype first. Here the product that computes them returns float32,
-and that is reduced, unless `reduce_gradients_in("bfloat16")` asks for half the bytes.
+which is then reduced, unless `reduce_gradients_in("bfloat16")` asks for half the bytes.
 """
 
 import contextlib
@@ -19,9 +19,9 @@ import jax.numpy as jnp
 
 from lidit_jax.parallel.rules import GRADIENT_SCOPE, constrain
 
-# Logical axes of weights that are sharded for storage alone.
+# Logical axes of weights that are sharded only in storage (FSDP) and gathered before use.
 STORAGE_AXES = ("embed", "conv_out")
-# Dtypes that the gradients of bfloat16 products can be reduced in.
+# Dtypes in which the gradients of bfloat16 products can be reduced over devices.
 GRADIENT_DTYPES = ("float32", "bfloat16")
 
 _IMAGE_LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -30,9 +30,12 @@ _gradient_dtype: contextvars.ContextVar[str] = contextvars.ContextVar("gradient_
 
 @contextlib.contextmanager
 def reduce_gradients_in(dtype: str) -> Iterator[None]:
-    """Sets the dtype, one of `GRADIENT_DTYPES`, that gradients of products traced inside are reduced in.
+    """Sets the dtype in which the gradients of products traced in this context are reduced over devices.
 
-    Products of float32 reduce float32 in any case, as do biases, which are small.
+    float32 products always reduce their gradients in float32, and so do biases, which are small.
+
+    Args:
+      dtype: one of `GRADIENT_DTYPES`.
     """
     token = _gradient_dtype.set(dtype)
     try:
@@ -47,13 +50,15 @@ def product_precision(dtype: Any) -> jax.lax.Precision | None:
 
 
 def cast_and_gather(weight: jax.Array, axes: Sequence[str | None], dtype: Any) -> jax.Array:
-    """Casts a weight to the compute dtype, then all-gathers its storage axes before the product.
+    """Casts a weight to the compute dtype, then all-gathers its FSDP axes before the product.
 
-    Without the second constraint XLA may leave the weight sharded and gather the whole batch instead, for each product
-    anew; without the first it gathers before the cast, twice the bytes.
+    Without the second sharding constraint XLA may keep the weight sharded and all-gather the batch for every product
+    instead; without the first it gathers before the cast, at twice the bytes.
 
     Args:
-      weight: any shape, stored with the logical `axes`.
+      weight: array of any shape.
+      axes: logical axes of the stored weight.
+      dtype: compute dtype.
     """
     return constrain(constrain(weight.astype(dtype), axes), _without_storage(axes))
 
@@ -63,7 +68,7 @@ def _without_storage(axes: Sequence[str | None]) -> tuple[str | None, ...]:
 
 
 def matmul(x: jax.Array, kernel: jax.Array, axes: tuple[str | None, str | None]) -> jax.Array:
-    """Multiplies x [..., I] by a stored kernel [I, O] of the logical `axes`: [..., O] in the dtype of x."""
+    """Multiplies x [..., I] by a stored kernel [I, O] with the logical axes `axes`: [..., O] in the dtype of x."""
     return _multiply(_Matmul(axes, kernel.dtype, _gradient_dtype.get()), x, kernel)
 
 
@@ -75,11 +80,17 @@ def convolve(
     strides: tuple[int, int] = (1, 1),
     padding: str | Sequence[tuple[int, int]] = "SAME",
 ) -> jax.Array:
-    """Convolves x [B, H, W, I] with a stored kernel [h, w, I, O]: [B, H', W', O] in the dtype of x.
+    """Convolves images or features with a stored kernel.
 
     Args:
+      x: [B, H, W, I].
+      kernel: [h, w, I, O].
       axes: logical axes of I and O.
-      padding: as `jax.lax.conv_general_dilated` takes it.
+      strides: vertical and horizontal stride.
+      padding: padding of `jax.lax.conv_general_dilated`.
+
+    Returns:
+      [B, H', W', O] in the dtype of x.
     """
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
@@ -89,10 +100,13 @@ def convolve(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def add_bias(y: jax.Array, bias: jax.Array, stored_axis: str | None, used_axis: str | None) -> jax.Array:
-    """Adds a stored bias [C] to y [..., C]. Its gradient is summed and reduced in float32.
+    """Adds a stored bias to y. The gradient of the bias is summed and reduced over devices in float32.
 
     Args:
-      stored_axis, used_axis: logical axes of the bias as it is stored, and of the last axis of y.
+      y: [..., C].
+      bias: [C].
+      stored_axis: logical axis of the stored bias.
+      used_axis: logical axis of the last axis of y.
     """
     bias = constrain(bias.astype(y.dtype), (stored_axis,))
     return y + constrain(bias, _without_storage((used_axis,)))
@@ -114,12 +128,12 @@ add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 @dataclasses.dataclass(frozen=True)
 class _Matmul:
-    """x [..., I] times kernel [I, O], both of one dtype.
+    """The product of x [..., I] and kernel [I, O], both of the same dtype.
 
     Attributes:
       axes: logical axes of the kernel.
-      stored_dtype: of the kernel as a parameter, and so of its gradient.
-      gradient_dtype: that the gradient is reduced in, unless the product's own is wider.
+      stored_dtype: dtype of the stored kernel, and so of its gradient.
+      gradient_dtype: dtype in which the gradient is reduced over devices, unless the dtype of x is wider.
     """
 
     axes: tuple[str | None, ...]
@@ -130,7 +144,7 @@ class _Matmul:
         return jnp.matmul(x, kernel, precision=product_precision(x.dtype))
 
     def kernel_gradient(self, x: jax.Array, cotangent: jax.Array, dtype: Any, shape: Sequence[int]) -> jax.Array:
-        """[I, O] in `dtype`: the sums over samples and tokens leave the product unrounded."""
+        """Returns the kernel's gradient, [I, O] in `dtype`; its sum over samples and tokens is not rounded before."""
         del shape
         rows = tuple(range(x.ndim - 1))
         return jax.lax.dot_general(
@@ -144,7 +158,15 @@ class _Matmul:
 
 @dataclasses.dataclass(frozen=True)
 class _Convolution:
-    """x [B, H, W, I] convolved with kernel [h, w, I, O], both of one dtype; the first attributes as in `_Matmul`."""
+    """The convolution of x [B, H, W, I] with kernel [h, w, I, O], both of the same dtype.
+
+    Attributes:
+      axes: logical axes of the kernel.
+      stored_dtype: see `_Matmul`.
+      gradient_dtype: see `_Matmul`.
+      strides: vertical and horizontal stride.
+      padding: rows above and below, columns left and right.
+    """
 
     axes: tuple[str | None, ...]
     stored_dtype: Any
@@ -163,7 +185,10 @@ class _Convolution:
         )
 
     def kernel_gradient(self, x: jax.Array, cotangent: jax.Array, dtype: Any, shape: Sequence[int]) -> jax.Array:
-        """`shape` in `dtype`: x, its channels as the batch, convolved with the cotangent as the kernel."""
+        """Returns the kernel's gradient, of `shape` and `dtype`.
+
+        It is the convolution of x, its channels as the batch, with the cotangent as the kernel.
+        """
         covered = [stride * (size - 1) for stride, size in zip(self.strides, cotangent.shape[1:3], strict=True)]
         padding = [
             (low, kernel + reach - size - low)
@@ -187,7 +212,7 @@ def _multiply(product: _Matmul | _Convolution, x: jax.Array, kernel: jax.Array) 
 
 
 def _multiply_forward(product, x, kernel):
-    # The gathered kernel is kept, so that a rematerialised block gathers it once, not for each of its uses.
+    # Keeping the gathered kernel as a residual lets a rematerialised block gather it once instead of once per use.
     gathered = cast_and_gather(kernel, product.axes, x.dtype)
     return product(x, gathered), (x, gathered)
 

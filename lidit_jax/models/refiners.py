@@ -1,13 +1,15 @@
 """The two refiners of the LLM-infused diffuser (paper section 3.1, Figure 5 left).
 
-`LinguisticTokenRefiner` undoes the causal mask: full self-attention lets early tokens see later ones.
-`CollaborativeRefiner` lets several LLMs' features read one another.
-Ours, where the paper is silent: RMSNorm before every sublayer, and the optional RMSNorm of queries and keys (`qk_norm`;
-the paper states QK-norm for the diffusion transformer alone, section 3.2).
-Both start as the identity, because every sublayer ends in a gate that starts at zero.
+`LinguisticTokenRefiner` compensates for the causal mask of an LLM: full self-attention lets early tokens attend to
+later ones. `CollaborativeRefiner` lets the features of several LLMs attend to one another. Both start as the identity,
+because every sublayer ends in a gate that starts at zero.
 
-Both take the tokens' positions, for rotary attention (ours: the paper draws no positions). Without them a token finds
-its neighbour, or itself in another LLM's branch, only by what the features happen to say of where they are.
+Ours, where the paper gives no detail:
+- RMSNorm before every sublayer.
+- The optional RMSNorm of queries and keys (`qk_norm`): the paper states QK-norm only for the diffusion transformer,
+  section 3.2.
+- Rotary positions (the paper shows none in the refiners). Without them a token can locate its neighbours, or the same
+  word in another LLM's branch, only by the position information that LLM features happen to contain.
 """
 
 from collections.abc import Sequence
@@ -20,20 +22,24 @@ import jax.numpy as jnp
 from lidit_jax.models.layers import ACTIVATION, Attention, FeedForward, LayerConfig, Modulation, RMSNorm, modulate
 from lidit_jax.models.rotary import RotaryTables, rotary_tables
 
-# Prompts are short: with a base of 100 a third of the angles make a turn within thirty tokens, with LLMs' 10,000 a
-# sixth, and neighbours are found sooner. The slowest takes over 500 tokens for a turn: no two positions look alike.
+# Prompts are short: with a base of 100, a third of the angles complete a turn within thirty tokens, with the LLMs'
+# 10,000 a sixth, so attention learns to find neighbouring tokens sooner. The slowest angle needs more than 500 tokens
+# for a turn, so all positions are distinct.
 ROTARY_THETA = 100.0
 
 
 def text_rotary_tables(positions: jax.Array, head_dim: int) -> RotaryTables:
-    """Returns the tables of the refiners' rotary positions int [L], float32 [L, head_dim] each."""
+    """Returns the refiners' rotary tables for positions int [L]: cos and sin, float32 [L, head_dim] each."""
     return rotary_tables(positions, head_dim, ROTARY_THETA)
 
 
 class LinguisticTokenRefinerBlock(nn.Module):
     """Self-attention -> gate -> FFN -> gate, each with a residual. Gates only: no shift or scale before a sublayer.
 
-    `gated=False` leaves the gates out (Table 5, last row) and `is_causal=True` restores the causal mask (Table 3).
+    Attributes:
+      layers: hyper-parameters of the attention and the FFN.
+      gated: False removes the gates (Table 5, without the gate).
+      is_causal: True restores the causal mask (Table 3, with a causal mask).
     """
 
     layers: LayerConfig
@@ -44,8 +50,9 @@ class LinguisticTokenRefinerBlock(nn.Module):
     def __call__(
         self, x: jax.Array, key_mask: jax.Array, conditioning: jax.Array, rotary: RotaryTables | None = None
     ) -> jax.Array:
-        """x [B, L, C], key_mask bool [B, L], conditioning (pooled text + timestep) [B, C], rotary tables of L positions
-        or None -> [B, L, C].
+        """x [B, L, C], key_mask bool [B, L], conditioning [B, C], rotary tables of L positions -> [B, L, C].
+
+        The conditioning is the sum of pooled text and timestep embedding; `rotary=None` disables rotary positions.
         """
         x = nn.with_logical_constraint(x, ACTIVATION)
         attention = Attention(self.layers, self.is_causal, name="attention")
@@ -60,7 +67,7 @@ class LinguisticTokenRefinerBlock(nn.Module):
 
 
 class LinguisticTokenRefiner(nn.Module):
-    """`num_blocks` refiner blocks over one LLM's features (the paper: 2)."""
+    """`num_blocks` refiner blocks on the features of one LLM (paper: 2)."""
 
     num_blocks: int
     layers: LayerConfig
@@ -71,7 +78,7 @@ class LinguisticTokenRefiner(nn.Module):
     def __call__(
         self, x: jax.Array, key_mask: jax.Array, conditioning: jax.Array, rotary: RotaryTables | None = None
     ) -> jax.Array:
-        """As `LinguisticTokenRefinerBlock`."""
+        """x [B, L, C] -> [B, L, C]; see `LinguisticTokenRefinerBlock`."""
         for i in range(self.num_blocks):
             block = LinguisticTokenRefinerBlock(self.layers, self.gated, self.is_causal, name=f"block_{i}")
             x = block(x, key_mask, conditioning, rotary)
@@ -79,7 +86,7 @@ class LinguisticTokenRefiner(nn.Module):
 
 
 class CollaborativeRefinerBranch(nn.Module):
-    """One LLM's branch: cross-attention to the other branches, then FFN; scale and shift before, gate after each."""
+    """One LLM's branch: cross-attention to the other branches, then an FFN; scale+shift before and gate after each."""
 
     layers: LayerConfig
 
@@ -93,8 +100,9 @@ class CollaborativeRefinerBranch(nn.Module):
         rotary: RotaryTables | None = None,
         others_rotary: RotaryTables | None = None,
     ) -> jax.Array:
-        """x [B, L, C], others [B, M, C], others_mask bool [B, M], conditioning [B, C], rotary tables of L and of M
-        positions or None -> [B, L, C].
+        """x [B, L, C], others [B, M, C], others_mask bool [B, M], conditioning [B, C] -> [B, L, C].
+
+        `rotary` and `others_rotary` are tables of L and of M positions; None disables rotary positions.
         """
         x = nn.with_logical_constraint(x, ACTIVATION)
         attention = Attention(self.layers, name="cross_attention")
@@ -111,10 +119,10 @@ class CollaborativeRefinerBranch(nn.Module):
 
 
 class CollaborativeRefiner(nn.Module):
-    """`num_blocks` rounds in which every branch reads all the others at once (the paper: 1).
+    """`num_blocks` blocks in which every branch attends to all other branches (paper: 1).
 
-    Branches are refined in parallel: in a round each reads what the others held before the round. With a single LLM
-    there is nobody to read, and the refiner is the identity, without parameters.
+    Branches are refined in parallel: in a block each attends to the other branches' inputs, not to their outputs. With
+    a single LLM there are no other branches, and the refiner is the identity, without parameters.
     """
 
     num_blocks: int
@@ -128,8 +136,9 @@ class CollaborativeRefiner(nn.Module):
         conditionings: Sequence[jax.Array],
         rotary: Sequence[RotaryTables] | None = None,
     ) -> list[jax.Array]:
-        """Per LLM: features [B, L_i, C], key mask bool [B, L_i], conditioning [B, C], and rotary tables of L_i
-        positions unless None -> features [B, L_i, C].
+        """Per LLM: features [B, L_i, C], key mask bool [B, L_i], conditioning [B, C] -> features [B, L_i, C].
+
+        `rotary` has tables of L_i positions for each LLM; None disables rotary positions.
         """
         branches = list(branches)
         if len(branches) == 1:
@@ -141,7 +150,7 @@ class CollaborativeRefiner(nn.Module):
                 others_mask = jnp.concatenate(_without(i, key_masks), axis=1)
                 tables = (None, None)
                 if rotary is not None:
-                    tables = (rotary[i], jax.tree.map(lambda *of: jnp.concatenate(of), *_without(i, rotary)))
+                    tables = (rotary[i], jax.tree.map(lambda *others: jnp.concatenate(others), *_without(i, rotary)))
                 branch = CollaborativeRefinerBranch(self.layers, name=f"block_{block}_branch_{i}")
                 refined.append(branch(x, others, others_mask, conditionings[i], *tables))
             branches = refined
@@ -153,5 +162,5 @@ def _without(i: int, items: Sequence[Any]) -> list[Any]:
 
 
 def _gate(gate: jax.Array, y: jax.Array) -> jax.Array:
-    """One gate vector a sample, [B, C], over y [B, L, C]; float32 product, result in the dtype of y."""
+    """Multiplies y [B, L, C] by one gate vector per sample, [B, C], in float32; returns the dtype of y."""
     return (gate[:, None] * y.astype(jnp.float32)).astype(y.dtype)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, Su et al. 2021): queries and keys turned by angles that grow with position."""
+"""Rotary position embedding (RoFormer, Su et al. 2021): rotates queries and keys by angles proportional to position."""
 
 import dataclasses
 import math
@@ -16,16 +16,26 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How a model's context was stretched after its training, under the names of transformers' `rope_parameters`.
+    """Context extension of rotary positions, named as in transformers' `rope_parameters`.
 
     Attributes:
-      rope_type: one of `ROPE_TYPES`. "dynamic" leaves sequences within the model's context alone, and longer ones are
-        none that a prompt encoder is given, so it computes what "default" does.
-      factor: by which the context grew.
-      original_max_position_embeddings: context before ("llama3", "yarn").
-      low_freq_factor, high_freq_factor: "llama3"'s: wavelengths beyond context / low are divided by `factor`, those
-        within context / high stay, between them it blends.
-      attention_factor, beta_fast, beta_slow, mscale, mscale_all_dim, truncate: "yarn"'s (Peng et al. 2023).
+      rope_type: one of `ROPE_TYPES`. "dynamic" changes only sequences longer than the model's context, which a prompt
+        encoder never gets, so here it equals "default".
+      factor: factor by which the context was extended.
+      original_max_position_embeddings: context length before the extension ("llama3", "yarn").
+      low_freq_factor: "llama3": frequencies with wavelengths above context / low_freq_factor are divided by `factor`.
+      high_freq_factor: "llama3": frequencies with wavelengths below context / high_freq_factor are kept; those between
+        the two limits are interpolated.
+      attention_factor: "yarn" (Peng et al. 2023): factor on cos and sin; None computes it from `factor` and the two
+        mscale values.
+      beta_fast: "yarn": frequencies with more turns than this in the original context are kept.
+      beta_slow: "yarn": frequencies with fewer turns than this are divided by `factor`.
+      mscale: "yarn": see `attention_factor`.
+      mscale_all_dim: "yarn": see `attention_factor`.
+      truncate: "yarn": round the limits between kept and divided frequencies to whole indices.
+
+    Raises:
+      UserError: if a value is not supported.
     """
 
     rope_type: str = "default"
@@ -50,37 +60,37 @@ class RopeScaling:
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[np.ndarray, float]:
-    """Radians a position, float32 [head_dim / 2], and the factor on cos and sin (1 but for "yarn")."""
+    """Returns the radians per position, float32 [head_dim / 2], and the factor on cos and sin (1 except for "yarn")."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    plain = np.float32(1.0) / np.float32(theta) ** exponents
+    unscaled = np.float32(1.0) / np.float32(theta) ** exponents
     if scaling is None or scaling.rope_type in ("default", "dynamic"):
-        return plain, 1.0
+        return unscaled, 1.0
     if scaling.rope_type == "linear":
-        return plain / np.float32(scaling.factor), 1.0
+        return unscaled / np.float32(scaling.factor), 1.0
     if scaling.rope_type == "llama3":
-        return _llama3(plain, scaling), 1.0
-    return _yarn(plain, head_dim, theta, scaling)
+        return _llama3(unscaled, scaling), 1.0
+    return _yarn(unscaled, head_dim, theta, scaling)
 
 
-def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+def _llama3(unscaled: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     context, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
-    turns = context * plain / (2 * math.pi)  # in the original context
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: as it was, 0: divided by the factor
-    return (plain * (kept + (1.0 - kept) / scaling.factor)).astype(np.float32)
+    turns = context * unscaled / (2 * math.pi)  # in the original context
+    unchanged = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: unchanged, 0: divided by the factor
+    return (unscaled * (unchanged + (1.0 - unchanged) / scaling.factor)).astype(np.float32)
 
 
-def _yarn(plain: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
-    def dimension(turns: float) -> float:
-        """The frequency index at which a wave turns so often within the original context."""
+def _yarn(unscaled: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> tuple[np.ndarray, float]:
+    def frequency_index(turns: float) -> float:
+        """Returns the (fractional) frequency index that makes `turns` turns within the original context."""
         context = scaling.original_max_position_embeddings
         return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    first, last = frequency_index(scaling.beta_fast), frequency_index(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
     ramp = np.clip((np.arange(head_dim // 2) - first) / (max(last - first, 0.001)), 0.0, 1.0)
-    frequencies = plain / scaling.factor * ramp + plain * (1.0 - ramp)
+    frequencies = unscaled / scaling.factor * ramp + unscaled * (1.0 - ramp)
     return frequencies.astype(np.float32), _yarn_attention_factor(scaling)
 
 
@@ -98,19 +108,22 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
 def rotary_tables(
     positions: jax.Array, head_dim: int, theta: float = DEFAULT_THETA, scaling: RopeScaling | None = None
 ) -> RotaryTables:
-    """Returns cos and sin of RoPE for positions int [L]: float32 [L, D] each."""
+    """Returns the cos and sin of RoPE for positions int [L]: float32 [L, head_dim] each."""
     frequencies, factor = rotary_frequencies(head_dim, theta, scaling)
     return tables_of_angles(positions.astype(jnp.float32)[:, None] * frequencies, factor)
 
 
 def tables_of_angles(angles: jax.Array, factor: float = 1.0) -> RotaryTables:
-    """Returns cos and sin, times `factor`, of angles [L, D / 2], halves repeated as transformers lays them out."""
+    """Returns `factor` times cos and sin of angles [L, D / 2]: [L, D] each, the second half a copy of the first.
+
+    transformers pairs features in the same order.
+    """
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary position embedding of x [B, L, H, D]; the product is float32, as the tables are."""
+    """Applies rotary tables [L, D] to x [B, L, H, D], in float32; returns the dtype of x."""
     half = x.shape[-1] // 2
     x32 = x.astype(jnp.float32)
     rotated = jnp.concatenate([-x32[..., half:], x32[..., :half]], axis=-1)

@@ -1,8 +1,8 @@
-"""Attention on TPUs without logits in the chip's memory: the Pallas kernel that JAX ships, made to fit our shapes.
+"""Flash attention on TPUs: adapts JAX's Pallas splash attention kernel to this project's shapes and shardings.
 
-The kernel (`jax.experimental.pallas.ops.tpu.splash_attention`) works on whole blocks of one device. Here lengths are
-padded to blocks, the padding and the text's mask become segment numbers, and `shard_map` hands each device its own
-samples and heads.
+The kernel (`jax.experimental.pallas.ops.tpu.splash_attention`) never writes the logits to HBM. It runs on one device,
+on lengths that are multiples of its block size. Here lengths are padded to blocks, padding and key mask become segment
+ids, and `shard_map` runs the kernel on each device's samples and heads.
 """
 
 import functools
@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec
 
 from lidit_jax.parallel.rules import num_shards
 
-# Lengths of blocks are multiples of a register's lanes.
+# Block lengths are multiples of the lanes of a vector register.
 LANES = 128
-# The longest block. Larger ones re-read less; the smallest chip's VMEM has room for 1024 x 1024 float32 logits.
+# Longest block. Larger blocks re-read less memory; the smallest chip's VMEM holds 1024 x 1024 float32 logits.
 LONGEST_BLOCK = 1024
-# Of the kernel's results, for policies of rematerialisation.
+# Checkpoint name of the kernel's results, for rematerialisation policies.
 CHECKPOINT_NAME = "splash_attention"
 
 
@@ -35,50 +35,55 @@ def splash_attention(
     scale: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.dot_product_attention`, differentiable; sharded by the mesh and the logical rules in force.
+    """Computes `attention.dot_product_attention` with the splash kernel, forward and backward.
+
+    Batch and heads are sharded by the current mesh and logical axis rules.
 
     Args:
       query: [B, Lq, H, D].
-      key, value: [B, Lk, K, D]; K divides H.
+      key: [B, Lk, K, D]; K divides H.
+      value: [B, Lk, K, D].
       key_mask: bool [B, Lk]. A row without any True key yields the mean of the values.
-      interpret: run the kernel's operations one by one on any platform: correct, and slow.
+      is_causal: if True, query i attends to keys 0..i only.
+      scale: factor on the logits; None is 1 / sqrt(D).
+      interpret: run the kernel in Pallas' interpreter, on any platform: correct but slow.
 
     Returns:
       [B, Lq, H, D] in the dtype of `query`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    query = (query.astype(jnp.float32) * scale).astype(query.dtype)  # the kernel scales nothing
+    query = (query.astype(jnp.float32) * scale).astype(query.dtype)  # the kernel does not scale the logits
     is_masked = key_mask is not None
     if key_mask is None:
         key_mask = jnp.ones(key.shape[:2], bool)
     else:
-        # Where no key may be seen the kernel's gradients would be wrong by orders of magnitude. There all keys may be,
-        # with equal logits, which is what a softmax of masked logits comes to.
+        # In rows without a True key the kernel's gradients would be wrong by orders of magnitude. Such rows attend to
+        # all keys with equal logits instead, which equals a softmax of logits that are all masked.
         has_keys = jnp.any(key_mask, axis=-1)
         query = jnp.where(has_keys[:, None, None, None], query, 0)
         key_mask = key_mask | ~has_keys[:, None]
-    attend = functools.partial(_attend, is_masked=is_masked, is_causal=is_causal, interpret=interpret)
+    attend = functools.partial(_attend_on_device, is_masked=is_masked, is_causal=is_causal, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1:
-        batch = _axes(mesh, "batch", query.shape[0])
-        heads = _axes(mesh, "heads", math.gcd(query.shape[2], key.shape[2]))
-        tokens, row = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
-        attend = jax.shard_map(attend, in_specs=(tokens, tokens, tokens, row), out_specs=tokens, check_vma=False)
+        batch = _mesh_axes(mesh, "batch", query.shape[0])
+        heads = _mesh_axes(mesh, "heads", math.gcd(query.shape[2], key.shape[2]))
+        tokens, mask = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
+        attend = jax.shard_map(attend, in_specs=(tokens, tokens, tokens, mask), out_specs=tokens, check_vma=False)
     return attend(query, key, value, key_mask)
 
 
-def _axes(mesh: jax.sharding.AbstractMesh, name: str, size: int):
-    """The mesh axes of a logical axis, if they divide its size: else every device does the whole."""
+def _mesh_axes(mesh: jax.sharding.AbstractMesh, name: str, size: int):
+    """Returns the mesh axes of a logical axis, or None (replicated) if they do not divide its size."""
     [axes] = nn.logical_to_mesh_axes((name,)) or (None,)
     return axes if size % num_shards(mesh, axes) == 0 else None
 
 
-def _attend(query, key, value, key_mask, *, is_masked, is_causal, interpret):
-    """One device's part of `splash_attention`; query is scaled."""
+def _attend_on_device(query, key, value, key_mask, *, is_masked, is_causal, interpret):
+    """Runs the kernel on one device's samples and heads; the query is already scaled."""
     (_, query_length, num_heads, _), key_length = query.shape, key.shape[1]
-    query_block, key_block = _block(query_length), _block(key_length)
+    query_block, key_block = _block_length(query_length), _block_length(key_length)
     query, key, value = (
-        _pad(x, block).swapaxes(1, 2)  # [B, H, L, D]
+        _pad_to_block(x, block).swapaxes(1, 2)  # [B, H, L, D]
         for x, block in ((query, query_block), (key, key_block), (value, key_block))
     )
     shape = (query.shape[2], key.shape[2])
@@ -98,20 +103,24 @@ def _attend(query, key, value, key_mask, *, is_masked, is_causal, interpret):
         interpret=interpret,
     )
     if is_masked or shape[1] > key_length:
-        # A query sees the keys of its own number: all queries have 1, keys 1 or (masked, padding) 0.
-        of_queries, of_keys = jnp.ones(shape[0], jnp.int32), _pad(key_mask, key_block).astype(jnp.int32)
-        attend = lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(of_queries, ids))  # noqa: E731
-        y = jax.vmap(attend)(query, key, value, of_keys)
+        # A query attends to the keys with its own segment id: all queries have 1, keys 1 or (masked, padding) 0.
+        query_ids = jnp.ones(shape[0], jnp.int32)
+        key_ids = _pad_to_block(key_mask, key_block).astype(jnp.int32)
+
+        def attend(q, k, v, sample_key_ids):
+            return kernel(q, k, v, splash.SegmentIds(query_ids, sample_key_ids))
+
+        y = jax.vmap(attend)(query, key, value, key_ids)
     else:
         y = jax.vmap(kernel)(query, key, value)
     return y.swapaxes(1, 2)[:, :query_length]
 
 
-def _block(length: int) -> int:
-    """The fewest blocks, and of them the shortest that cover the length."""
+def _block_length(length: int) -> int:
+    """Returns the shortest block length that covers `length` with the fewest blocks."""
     return math.ceil(length / math.ceil(length / LONGEST_BLOCK) / LANES) * LANES
 
 
-def _pad(x: jax.Array, block: int) -> jax.Array:
-    """[B, L, ...] -> [B, L', ...] with zeros up to a multiple of the block."""
+def _pad_to_block(x: jax.Array, block: int) -> jax.Array:
+    """Pads axis 1 with zeros to a multiple of the block: [B, L, ...] -> [B, L', ...]."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)) + ((0, 0),) * (x.ndim - 2))

@@ -1,9 +1,9 @@
-"""T5's encoder (Raffel et al. 2020): bidirectional, with relative positions; v1.0, v1.1 (Flan) and mT5 by its config.
+"""The T5 encoder (Raffel et al. 2020): bidirectional, with relative position biases; T5 v1.0, v1.1 (Flan) and mT5.
 
-Numerically this is transformers' `T5EncoderModel` and `MT5EncoderModel` (the parity tests compare them). Initial values
-are Mesh TensorFlow's (logits are not divided by the root of the head size, so queries begin smaller by as much), but
-for those of relative positions, which begin larger: a small model then learns from a masked token's neighbours in
-hundreds of steps, where attention that begins next to uniform stays so for thousands.
+The outputs match transformers' `T5EncoderModel` and `MT5EncoderModel` (see the parity tests). The initialisation is
+Mesh TensorFlow's: logits are not divided by the square root of the head size, so the query kernels start smaller by
+that factor. Only the relative position biases start larger than there: a small model then learns to use the neighbours
+of a masked token within hundreds of steps, while attention that starts nearly uniform stays so for thousands.
 """
 
 import dataclasses
@@ -23,17 +23,25 @@ EMBEDDING_INIT = nn.initializers.normal(1.0)
 
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """Sizes and switches, under the names of transformers' config.json where it has one.
+    """Hyper-parameters of a T5 encoder, named as in transformers' config.json where it has the same field.
 
     Attributes:
+      vocab_size: number of token embeddings.
       d_model: width of the model.
-      d_kv: width of a head; heads times d_kv need not be d_model.
-      d_ff: width inside the FFN.
-      relative_attention_num_buckets: entries a head in the table of relative positions, half of them for each side.
-      relative_attention_max_distance: from here on all tokens of a side share one entry.
-      activation: one of `ACTIVATIONS`, in the FFN.
-      gated: the FFN is activation(wi_0 x) * wi_1 x instead of activation(wi x) (v1.1, mT5).
-      attention: the implementation (`models/attention.py`).
+      d_kv: head size; num_heads * d_kv need not equal d_model.
+      d_ff: inner width of the FFN.
+      num_layers: number of blocks.
+      num_heads: attention heads.
+      relative_attention_num_buckets: buckets of the relative position bias, half of them for each direction.
+      relative_attention_max_distance: distance from which on all tokens of a direction share one bucket.
+      layer_norm_epsilon: epsilon of every RMSNorm.
+      activation: activation in the FFN, one of `ACTIVATIONS`.
+      gated: if True, the FFN's inner layer is activation(wi_0 x) * wi_1 x instead of activation(wi x) (v1.1, mT5).
+      attention: attention implementation, see `dot_product_attention`.
+      dtype: compute dtype.
+
+    Raises:
+      UserError: if a value is not supported or two do not fit together.
     """
 
     vocab_size: int
@@ -55,11 +63,11 @@ class T5Config:
             raise UserError(f"activation={self.activation!r:.80} is not supported: use one of {', '.join(ACTIVATIONS)}")
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if buckets < 4:
-            raise UserError(f"relative_attention_num_buckets={buckets}: two sides, near and far, need at least 4")
+            raise UserError(f"relative_attention_num_buckets={buckets} must be at least 4")
         if distance <= buckets // 4:
             raise UserError(
-                f"relative_attention_max_distance={distance} is not beyond the {buckets // 4} distances that "
-                f"relative_attention_num_buckets={buckets} gives a bucket each"
+                f"relative_attention_max_distance={distance} must be greater than {buckets // 4}, the number of "
+                f"distances with their own bucket for relative_attention_num_buckets={buckets}"
             )
 
 
@@ -70,7 +78,7 @@ class T5Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, position_bias: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
-        """x [B, L, C], position_bias [1, H, L, L], mask bool [B, L] -> (x [B, L, C], None), as a scan wants it."""
+        """x [B, L, C], position_bias [1, H, L, L], mask bool [B, L] -> (x [B, L, C], None for `nn.scan`)."""
         x = x + self._attention(self._norm("attention_norm")(x), position_bias, mask)
         return x + self._feed_forward(self._norm("feed_forward_norm")(x)), None
 
@@ -105,22 +113,23 @@ class T5Block(nn.Module):
             project("v"),
             key_mask=mask,
             bias=position_bias,
-            scale=1.0,  # T5's initial queries are smaller instead (Raffel et al. 2020; Mesh TensorFlow)
+            scale=1.0,  # T5 initialises smaller queries instead (Raffel et al. 2020; Mesh TensorFlow)
             implementation=config.attention,
         )
         return self._dense("o", config.d_model, ("heads", "embed"))(y.reshape(batch, length, -1))
 
 
 class T5Encoder(nn.Module):
-    """The encoder, with its final norm."""
+    """The T5 encoder, including its final norm."""
 
     config: T5Config
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """tokens int32 [B, L], mask bool [B, L] (False: padding; not a whole row of it) -> [B, L, C] in the dtype.
+        """tokens int32 [B, L], mask bool [B, L] -> [B, L, C] in `config.dtype`.
 
-        No valid token's output depends on the padding; the output at padding means nothing.
+        The mask is False on padding and has at least one True per row. The output of valid tokens does not depend on
+        the padding; the output at padding is meaningless.
         """
         config = self.config
         init = nn.with_logical_partitioning(EMBEDDING_INIT, ("vocab", "embed"))
@@ -138,31 +147,31 @@ class T5Encoder(nn.Module):
         return RMSNorm(config.layer_norm_epsilon, name="final_layer_norm")(x)
 
     def _position_bias(self, length: int) -> jax.Array:
-        """What every block adds to its logits: [1, H, L, L] in the dtype, by how far the key is after the query."""
+        """Returns the relative position bias that every block adds to its logits, [1, H, L, L] in `config.dtype`."""
         config = self.config
         init = nn.with_logical_partitioning(EMBEDDING_INIT, (None, None))
         table_shape = (config.relative_attention_num_buckets, config.num_heads)
         table = self.param("relative_attention_bias", init, table_shape, jnp.float32)
-        of_distance = table[relative_buckets(np.arange(-length + 1, length), config)]  # [2 L - 1, H]
+        bias_by_distance = table[relative_buckets(np.arange(-length + 1, length), config)]  # [2 L - 1, H]
         positions = jnp.arange(length)
-        bias = of_distance[positions - positions[:, None] + length - 1]  # [L, L, H]
-        # Cast last: the gradient of an entry is a sum over all places that look it up.
+        bias = bias_by_distance[positions - positions[:, None] + length - 1]  # [L, L, H]
+        # Cast after the lookup: the gradient of a table entry, summed over all lookups, then stays in float32.
         return bias.transpose(2, 0, 1)[None].astype(config.dtype)
 
 
 def relative_buckets(distances: np.ndarray, config: T5Config) -> np.ndarray:
-    """Key's position minus query's -> entry of the table, int32: T5's bidirectional buckets.
+    """Returns T5's bidirectional bucket, int32, of each distance (key position minus query position).
 
-    The first half is for keys at or before the query, the second for those after it. In each half the near distances
-    have an entry each; farther ones share entries whose width grows in proportion to the distance.
+    The first half of the buckets is for keys at or before the query, the second for those after it. In each half, small
+    distances have a bucket each; larger ones share buckets whose width grows in proportion to the distance.
 
-    In NumPy, once a length, because the rounding of an accelerator's logarithm would move the borders.
+    Computed in NumPy, once per length: the rounding of an accelerator's logarithm would shift the bucket limits.
     """
-    one_side = config.relative_attention_num_buckets // 2
-    near = one_side // 2
-    away = np.abs(distances)
-    ratio = np.maximum(away, near).astype(np.float32) / np.float32(near)
-    octaves = np.log(ratio) / np.float32(math.log(config.relative_attention_max_distance / near))
-    far = near + (octaves * np.float32(one_side - near)).astype(np.int32)
-    bucket = np.where(away < near, away, np.minimum(far, one_side - 1))
-    return (bucket + one_side * (distances > 0)).astype(np.int32)
+    num_buckets = config.relative_attention_num_buckets // 2  # of one direction
+    num_exact = num_buckets // 2
+    absolute = np.abs(distances)
+    ratio = np.maximum(absolute, num_exact).astype(np.float32) / np.float32(num_exact)
+    fraction = np.log(ratio) / np.float32(math.log(config.relative_attention_max_distance / num_exact))
+    shared = num_exact + (fraction * np.float32(num_buckets - num_exact)).astype(np.int32)
+    bucket = np.where(absolute < num_exact, absolute, np.minimum(shared, num_buckets - 1))
+    return (bucket + num_buckets * (distances > 0)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The hyper-parameters of an autoencoder, as diffusers' config.json has them, checked as input from outside."""
+"""The hyper-parameters of an autoencoder, named as in diffusers' config.json and validated like any external input."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from lidit_jax.errors import UserError
 DOWN_BLOCK_TYPE = "DownEncoderBlock2D"
 UP_BLOCK_TYPE = "UpDecoderBlock2D"
 
-# Beyond these sizes a config.json is a mistake, and building the graph would never end.
+# Limits for a config.json: larger values are mistakes, with which tracing the model would not end.
 MAX_BLOCKS = 10
 MAX_LAYERS_PER_BLOCK = 32
 
@@ -19,23 +19,23 @@ class VAEConfig:
     """The hyper-parameters of an `AutoencoderKL`, named as in diffusers' config.json.
 
     Attributes:
-        in_channels: channels of the pictures that are encoded.
-        out_channels: channels of the pictures that are decoded.
-        block_out_channels: width of each resolution, finest first; one fewer than their number are halvings.
-        layers_per_block: residual blocks a resolution in the encoder; the decoder has one more.
-        latent_channels: channels of a latent.
-        norm_num_groups: groups of every GroupNorm; divides every width.
-        mid_block_add_attention: self-attention over all positions at the coarsest resolution.
-        use_quant_conv: a 1x1 convolution after the encoder (SD 1.x and SDXL have it, SD3 and FLUX do not).
-        use_post_quant_conv: a 1x1 convolution before the decoder.
-        scaling_factor: what the diffusion model's latents are multiplied by, see `to_model_latents`.
-        shift_factor: what is subtracted before that; None is 0.
-        latents_mean: per-channel mean of the latents, for autoencoders that state it in place of one shift.
-        latents_std: per-channel standard deviation, likewise.
-        sample_size: side in pixels that it was trained on; information only.
+      in_channels: channels of the encoder's input images.
+      out_channels: channels of the decoder's output images.
+      block_out_channels: width of each resolution, finest first; each entry after the first halves both sides.
+      layers_per_block: residual blocks per resolution in the encoder; the decoder has one more.
+      latent_channels: channels of a latent.
+      norm_num_groups: groups of every GroupNorm; divides every width.
+      mid_block_add_attention: apply self-attention over all positions at the coarsest resolution.
+      use_quant_conv: apply a 1x1 convolution after the encoder (SD 1.x and SDXL do, SD3 and FLUX do not).
+      use_post_quant_conv: apply a 1x1 convolution before the decoder.
+      scaling_factor: factor on the latents for the diffusion model, see `to_model_latents`.
+      shift_factor: value subtracted from the latents before that; None is 0.
+      latents_mean: per-channel mean of the latents, in autoencoders that have it instead of one shift.
+      latents_std: per-channel standard deviation of the latents, likewise.
+      sample_size: side in pixels of the training images; not used here.
 
     Raises:
-        UserError: a value is out of range or the wrong type; the message names it.
+      UserError: if a value has the wrong type or is out of range; the message names the field.
     """
 
     in_channels: int = 3
@@ -61,17 +61,17 @@ class VAEConfig:
 
     @property
     def downsampling_factor(self) -> int:
-        """Pixels of a picture's side per latent position."""
+        """Pixels per latent position along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
-        """The config that the parsed config.json of a diffusers `vae/` folder describes.
+        """Builds the config from the parsed config.json of a diffusers `vae/` folder.
 
-        Keys that are absent take diffusers' defaults; keys that change nothing here (`force_upcast`, …) are ignored.
+        Absent keys have diffusers' defaults; keys that have no effect here (`force_upcast`, …) are ignored.
 
         Raises:
-            UserError: not an AutoencoderKL, or one with blocks or values that this module does not implement.
+          UserError: if it is not an AutoencoderKL, or has blocks or values that this module does not implement.
         """
         if not isinstance(config, Mapping):
             raise UserError(
@@ -101,34 +101,34 @@ def _is_count(value) -> bool:
 
 
 def _check_config(config: VAEConfig) -> None:
-    def refuse(name: str, requirement: str):
+    def reject(name: str, requirement: str):
         raise UserError(f"VAE config: {name} is {getattr(config, name)!r}; it must be {requirement}")
 
     for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
         if not _is_count(getattr(config, name)):
-            refuse(name, "a positive integer")
+            reject(name, "a positive integer")
     for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
         if not isinstance(getattr(config, name), bool):
-            refuse(name, "true or false")
+            reject(name, "true or false")
     if config.layers_per_block > MAX_LAYERS_PER_BLOCK:
-        refuse("layers_per_block", f"at most {MAX_LAYERS_PER_BLOCK}")
+        reject("layers_per_block", f"at most {MAX_LAYERS_PER_BLOCK}")
     widths = config.block_out_channels
     if not isinstance(widths, tuple) or not 0 < len(widths) <= MAX_BLOCKS or not all(map(_is_count, widths)):
-        refuse("block_out_channels", f"1 to {MAX_BLOCKS} positive integers")
+        reject("block_out_channels", f"1 to {MAX_BLOCKS} positive integers")
     if any(width % config.norm_num_groups for width in widths):
-        refuse("block_out_channels", f"multiples of norm_num_groups ({config.norm_num_groups})")
+        reject("block_out_channels", f"multiples of norm_num_groups ({config.norm_num_groups})")
     if not _is_number(config.scaling_factor) or config.scaling_factor == 0:
-        refuse("scaling_factor", "a number other than 0")
+        reject("scaling_factor", "a number other than 0")
     if config.shift_factor is not None and not _is_number(config.shift_factor):
-        refuse("shift_factor", "a number or null")
+        reject("shift_factor", "a number or null")
     for name in ("latents_mean", "latents_std"):
         values = getattr(config, name)
         if values is None:
             continue
         if not isinstance(values, tuple) or len(values) != config.latent_channels or not all(map(_is_number, values)):
-            refuse(name, f"null or {config.latent_channels} numbers, one a latent channel")
+            reject(name, f"null or {config.latent_channels} numbers, one a latent channel")
     if config.latents_std is not None and min(config.latents_std) <= 0:
-        refuse("latents_std", "positive numbers")
+        reject("latents_std", "positive numbers")
     sizes = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,)
     if not sizes or not all(map(_is_count, sizes)):
-        refuse("sample_size", "a positive integer or two")
+        reject("sample_size", "a positive integer or two")

@@ -1,4 +1,4 @@
-"""The `vae` section of a config: the terms of the VAE's loss, and how it is judged."""
+"""The `vae` section of a config: weights or model, training, the terms of the loss, and the evaluation."""
 
 import dataclasses
 
@@ -15,11 +15,11 @@ def _check_weight(key: str, value: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PerceptualConfig:
-    """Under `vae.perceptual`: the similarity of how pictures look, a term of the loss.
+    """The `vae.perceptual` section: the perceptual term (LPIPS) of the VAE's loss.
 
     Attributes:
-      weights: safetensors file with the state of the lpips package's LPIPS(net="vgg"); "" leaves the term out.
-      weight: of the term.
+      weights: safetensors file with the state of the lpips package's LPIPS(net="vgg"); "" disables the term.
+      weight: weight of the term in the loss.
     """
 
     weights: str = ""
@@ -31,12 +31,13 @@ class PerceptualConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdversarialConfig:
-    """Under `vae.adversarial`: a discriminator's opinion, a term of the loss.
+    """The `vae.adversarial` section: the adversarial term (PatchGAN) of the VAE's loss.
 
     Attributes:
-      weight: of the term, times the adaptive weight; 0 leaves it out.
-      start: step at which the discriminator begins to learn and to be heard.
-      width, layers: see `PatchDiscriminator`.
+      weight: weight of the term in the loss, multiplied by the adaptive weight; 0 disables the term.
+      start: first step at which the discriminator is trained and its term enters the loss.
+      width: see `PatchDiscriminator`.
+      layers: see `PatchDiscriminator`.
     """
 
     weight: float = 0.0
@@ -53,12 +54,13 @@ class AdversarialConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructionEvaluation:
-    """Under `vae.evaluate` in the config.
+    """The `vae.evaluate` section: the evaluation of reconstructions.
 
     Attributes:
-      num_images: at most, evenly spread over the held-out pictures (over all pictures, where none are held out).
-      batch_size: pictures at once.
-      sheet: pictures on the contact sheet.
+      num_images: largest number of images, evenly spread over the held-out images (over all images if none are held
+        out).
+      batch_size: images per batch.
+      sheet: images on the contact sheet.
     """
 
     num_images: int = 512
@@ -73,14 +75,18 @@ class ReconstructionEvaluation:
 
 @dataclasses.dataclass(frozen=True)
 class VAEPartConfig:
-    """Under `vae`: a VAE from a folder in diffusers' format (`weights`), or one to train here.
+    """The `vae` section: a VAE from a folder in diffusers' format (`weights`), or one to train in this run.
 
     Attributes:
+      weights: folder in diffusers' format; "" trains a VAE.
+      dtype: compute dtype.
       model: sizes of a VAE to train; a folder has its own.
       train: its training.
-      reconstruction, kl_weight: of the loss, see `VAEObjective`.
-      perceptual, adversarial: further terms of the loss, off by default.
-      evaluate: how reconstructions are evaluated; None leaves the evaluation out.
+      reconstruction: kind of the reconstruction loss, "l1" or "l2".
+      kl_weight: weight of the KL term in the loss.
+      perceptual: the perceptual term of the loss, off by default.
+      adversarial: the adversarial term of the loss, off by default.
+      evaluate: the evaluation of reconstructions; None disables it.
     """
 
     weights: str = ""
@@ -96,6 +102,6 @@ class VAEPartConfig:
     def __post_init__(self):
         if self.reconstruction not in RECONSTRUCTION_LOSSES:
             raise UserError(
-                f"vae.reconstruction={self.reconstruction!r}: use one of {', '.join(RECONSTRUCTION_LOSSES)}"
+                f"vae.reconstruction={self.reconstruction!r} is unknown: use one of {', '.join(RECONSTRUCTION_LOSSES)}"
             )
         _check_weight("vae.kl_weight", self.kl_weight)

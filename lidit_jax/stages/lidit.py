@@ -25,7 +25,7 @@ from lidit_jax.parallel.watchdog import watched
 from lidit_jax.pictures import grid, to_pixels
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.stages.part import run_part
-from lidit_jax.text.encoders import PromptEncoder, StoredEncoding, encode, encode_ahead, text_work, tokenize
+from lidit_jax.text.encoders import PrecomputedEncoder, PromptEncoder, encode, encode_ahead, text_work, tokenize
 from lidit_jax.train import Batch, Evaluate, Task, TrainState
 from lidit_jax.weighted_mean import WeightedMean
 
@@ -116,7 +116,7 @@ def train_lidit(
 
     encoders, frozen = pipeline.encoders, pipeline.frozen
     if stored:
-        encoders = {name: StoredEncoding(of.hidden_size, of.lead) for name, of in stored.encoders.items()}
+        encoders = {name: PrecomputedEncoder(of.hidden_size, of.lead) for name, of in stored.encoders.items()}
         prefixes = {name: jax.device_put(stored.prefix[name], replicated(mesh)) for name in encoders}
         frozen = {**frozen, "encoders": prefixes}
     task = lidit_task(

@@ -1,0 +1,1 @@
+"""Prompt encoding: the prompt tokenizer, and the frozen LLM and T5 encoders."""

@@ -1,4 +1,4 @@
-"""The frozen prompt encoders, side by side: tokens in, features out."""
+"""The frozen prompt encoders (LLMs and T5): tokens in, features out."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,14 @@ from lidit_jax.text.prompts import PromptTokenizer
 
 
 class PromptEncoder(Protocol):
-    """What every kind of encoder can do. `frozen` is what its `freeze` returned: arrays alone, a jitted step's input.
+    """Interface of the prompt encoders.
+
+    The argument `frozen` is the return value of `freeze`: a tree of arrays, which is passed to jitted steps.
 
     Attributes:
-      hidden_size: D, the width of its features.
-      lead: rows of what `encode_prompts` gives that come before the prompts'; 0 where all prompts share their prefix.
-      tokenizer: prompts -> tokens, mask.
+      hidden_size: D, the width of the features.
+      lead: prefix rows per prompt in the output of `encode_prompts` (T5); 0 if all prompts share the prefix.
+      tokenizer: turns prompts into tokens and a mask.
     """
 
     tokenizer: PromptTokenizer
@@ -37,27 +39,36 @@ class PromptEncoder(Protocol):
     def lead(self) -> int: ...
 
     def freeze(self, params: Any) -> Any:
-        """The arrays that encoding needs, from the model's parameters."""
+        """Returns the arrays that encoding needs, from the model's parameters."""
 
     def encode_prompts(self, frozen: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """tokens int32 [B, L], mask bool [B, L] -> what depends on the prompts alone: [B, L or P + L, D]."""
+        """Encodes prompts: tokens int32 [B, L], mask bool [B, L] -> features [B, lead + L, D]."""
 
     def features(self, frozen: Any, encoded: jax.Array, mask: jax.Array) -> TextFeatures:
-        """What `encode_prompts` gave -> prefix and prompts."""
+        """Splits the output of `encode_prompts` into prefix and prompt features, and adds a shared prefix."""
 
     def shared_prefix(self, frozen: Any) -> jax.Array | None:
-        """[P, D], the prefix's features where all prompts share them."""
+        """Returns the features [P, D] of a prefix that all prompts share; None if each prompt has its own."""
 
     def prefix_length(self, frozen: Any) -> int:
-        """P, tokens before every prompt."""
+        """Returns P, the number of tokens before every prompt."""
 
     def flops(self, prompts: int, length: int, prefix: int) -> int:
-        """Of encoding so many prompts of `length` tokens behind `prefix` tokens; see `models/flops.py`."""
+        """Returns the FLOPs of encoding `prompts` prompts of `length` tokens after `prefix` tokens.
+
+        `models/flops.py` says what is counted.
+        """
 
 
 @flax.struct.dataclass
 class FrozenLLM:
-    """Weights up to the third-to-last block, and the prefix's features and cache."""
+    """The arrays of an `LLMTextEncoder`.
+
+    Attributes:
+      params: weights up to the third-to-last block.
+      prefix_features: features of the prefix.
+      prefix_cache: keys and values of the prefix in every block.
+    """
 
     params: Any
     prefix_features: jax.Array  # [P, D]
@@ -66,10 +77,16 @@ class FrozenLLM:
 
 @dataclasses.dataclass(frozen=True)
 class LLMTextEncoder:
-    """One LLM as a prompt encoder: its third-to-last block's output (paper section 5.1).
+    """An LLM as a prompt encoder: the output of its third-to-last block (paper section 5.1).
 
-    `config` is the whole model's; what runs is `config.as_encoder()`. Being causal, the LLM computes the prefix once
-    for all prompts.
+    Because the LLM is causal, the prefix is encoded once for all prompts.
+
+    Attributes:
+      config: config of the complete model; `config.as_encoder()` is what runs.
+      tokenizer: turns prompts into tokens and a mask.
+
+    Raises:
+      UserError: if the tokenizer does not fit the model, or a prompt of text.max_length does not fit its context.
     """
 
     config: LLMConfig
@@ -80,8 +97,8 @@ class LLMTextEncoder:
         length = len(self.tokenizer.prefix()) + self.tokenizer.max_length
         if length > self.config.max_position_embeddings:
             raise UserError(
-                f"system prompt, instruction and text.max_length={self.tokenizer.max_length} make {length} tokens, the "
-                f"LLM was made for {self.config.max_position_embeddings}: lower text.max_length"
+                f"system prompt, instruction and text.max_length={self.tokenizer.max_length} make {length} tokens, "
+                f"more than the LLM's context of {self.config.max_position_embeddings}: lower text.max_length"
             )
 
     @property
@@ -99,13 +116,13 @@ class LLMTextEncoder:
     def freeze(self, params: Any) -> FrozenLLM:
         tokens = self.tokenizer.prefix()
         apply = jax.jit(
-            lambda p, t: self.model.apply({"params": p}, t, method=LLM.prefix), out_shardings=_everywhere(params)
+            lambda p, t: self.model.apply({"params": p}, t, method=LLM.prefix), out_shardings=_replicated_like(params)
         )
         features, cache = apply(params, tokens)
         return FrozenLLM(params=params, prefix_features=features, prefix_cache=cache)
 
     def encode_prompts(self, frozen: FrozenLLM, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        del mask  # causal: no token sees the padding after it
+        del mask  # the causal mask already hides the padding on the right
         encoded = self.model.apply({"params": frozen.params}, tokens, frozen.prefix_cache)
         return jax.lax.stop_gradient(encoded)
 
@@ -124,7 +141,12 @@ class LLMTextEncoder:
 
 @flax.struct.dataclass
 class FrozenT5:
-    """The encoder's weights, and the prefix's tokens."""
+    """The arrays of a `T5TextEncoder`.
+
+    Attributes:
+      params: weights of the T5 encoder.
+      prefix: tokens of the prefix.
+    """
 
     params: Any
     prefix: jax.Array  # int32 [P]
@@ -132,9 +154,16 @@ class FrozenT5:
 
 @dataclasses.dataclass(frozen=True)
 class T5TextEncoder:
-    """T5's encoder as a prompt encoder: its last output (the baseline of the paper's Table 3 and Figure 3).
+    """A T5 encoder as a prompt encoder: its final output (the baseline of the paper's Table 3 and Figure 3).
 
-    It is bidirectional: an instruction's features depend on the prompt, so they are computed with each of them.
+    T5 is bidirectional: the features of the prefix depend on the prompt, so the prefix is encoded with each prompt.
+
+    Attributes:
+      config: config of the T5 encoder.
+      tokenizer: turns prompts into tokens and a mask.
+
+    Raises:
+      UserError: if the tokenizer does not fit the model.
     """
 
     config: T5Config
@@ -152,12 +181,12 @@ class T5TextEncoder:
         return len(self.tokenizer.prefix())
 
     def freeze(self, params: Any) -> FrozenT5:
-        return FrozenT5(params=params, prefix=jax.device_put(self.tokenizer.prefix(), _everywhere(params)))
+        return FrozenT5(params=params, prefix=jax.device_put(self.tokenizer.prefix(), _replicated_like(params)))
 
     def encode_prompts(self, frozen: FrozenT5, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        shape = (tokens.shape[0], frozen.prefix.shape[0])
-        tokens = jnp.concatenate([jnp.broadcast_to(frozen.prefix, shape), tokens], axis=1)
-        mask = jnp.concatenate([jnp.ones(shape, bool), mask], axis=1)
+        prefix_shape = (tokens.shape[0], frozen.prefix.shape[0])
+        tokens = jnp.concatenate([jnp.broadcast_to(frozen.prefix, prefix_shape), tokens], axis=1)
+        mask = jnp.concatenate([jnp.ones(prefix_shape, bool), mask], axis=1)
         return jax.lax.stop_gradient(T5Encoder(self.config).apply({"params": frozen.params}, tokens, mask))
 
     def features(self, frozen: FrozenT5, encoded: jax.Array, mask: jax.Array) -> TextFeatures:
@@ -175,13 +204,14 @@ class T5TextEncoder:
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredEncoding:
-    """In an encoder's place where its features were computed ahead of training: nothing is left to encode.
+class PrecomputedEncoder:
+    """Stands in for an encoder whose features are precomputed: batches hold the output of `encode_prompts`.
 
-    `frozen` is the instruction's features [P, D] alone.
+    `frozen` is the features [P, D] of the shared prefix (P is 0 if each prompt has its own).
 
     Attributes:
-      lead: rows before the prompt's that every prompt has of its own; see `data/stored_features.py`.
+      hidden_size: D, the width of the features.
+      lead: prefix rows per prompt, see `PromptEncoder` and `data/stored_features.py`.
     """
 
     hidden_size: int
@@ -199,7 +229,11 @@ class StoredEncoding:
 
 
 def tokenize(encoders: Mapping[str, PromptEncoder], prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """All encoders' tokens of a batch of prompts: {"<name>/tokens": int32 [B, L], "<name>/mask": bool [B, L], …}."""
+    """Tokenizes a batch of prompts for every encoder.
+
+    Returns:
+      For each encoder {"<name>/tokens": int32 [B, L], "<name>/mask": bool [B, L], "<name>/truncated": bool [B]}.
+    """
     arrays = {}
     for name, encoder in encoders.items():
         for key, value in encoder.tokenizer(prompts).items():
@@ -210,7 +244,7 @@ def tokenize(encoders: Mapping[str, PromptEncoder], prompts: Sequence[str]) -> d
 def encode_ahead(
     encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """A batch that `tokenize` filled, with every encoder's "<name>/encoded" in place of its tokens."""
+    """Runs every encoder on a batch from `tokenize`: replaces "<name>/tokens" by "<name>/encoded"."""
     batch = dict(batch)
     for name, encoder in encoders.items():
         tokens = batch.pop(f"{name}/tokens")
@@ -221,10 +255,15 @@ def encode_ahead(
 def encode(
     encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]
 ) -> list[TextFeatures]:
-    """The features of every encoder, in the order of `encoders`; pure, to be called inside a jitted step.
+    """Computes the features of every encoder; a pure function for use in a jitted step.
 
     Args:
-      batch: from `tokenize`, or from `encode_ahead`, which leaves nothing to compute.
+      encoders: the encoders by name.
+      frozen: their arrays by name.
+      batch: the output of `tokenize`, or of `encode_ahead` if the prompts are encoded already.
+
+    Returns:
+      One `TextFeatures` per encoder, in the order of `encoders`.
     """
     features = []
     for name, encoder in encoders.items():
@@ -236,36 +275,41 @@ def encode(
 
 
 def truncated_prompts(encoders: Mapping[str, PromptEncoder], prompts: Sequence[str]) -> dict[str, int]:
-    """How many of the prompts each encoder cuts at their end, because they are longer than its `max_length`."""
+    """Counts, for each encoder, the prompts that are truncated because they are longer than its `max_length`."""
     return {name: int(encoder.tokenizer(prompts)["truncated"].sum()) for name, encoder in encoders.items()}
 
 
 def text_work(
     encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], count: int, prompts: Mapping[str, int]
 ) -> tuple[int, list[TextLengths]]:
-    """Operations of encoding so many prompts, and the lengths of their features.
+    """Computes the FLOPs of encoding `count` prompts, and the lengths of their features.
 
     Args:
-      frozen: the encoders' arrays, by name.
-      prompts: tokens of a prompt, by encoder.
+      encoders: the encoders by name.
+      frozen: their arrays by name.
+      count: number of prompts.
+      prompts: tokens per prompt, by encoder name.
+
+    Returns:
+      The FLOPs over all encoders, and one `TextLengths` per encoder.
     """
-    total, lengths = 0, []
+    total_flops, lengths = 0, []
     for name, encoder in encoders.items():
         prefix = encoder.prefix_length(frozen[name])
         lengths.append(TextLengths(prefix, prompts[name], encoder.hidden_size, not encoder.lead))
-        total += encoder.flops(count, prompts[name], prefix)
-    return total, lengths
+        total_flops += encoder.flops(count, prompts[name], prefix)
+    return total_flops, lengths
 
 
-def _everywhere(params: Any) -> jax.sharding.Sharding:
-    """Whole on every device that has a part of the parameters."""
+def _replicated_like(params: Any) -> jax.sharding.Sharding:
+    """Returns a sharding that replicates an array on all devices of the parameters."""
     sharding = jax.tree.leaves(params)[0].sharding
     return replicated(sharding.mesh) if isinstance(sharding, NamedSharding) else sharding
 
 
 def _check_vocabulary(tokenizer: PromptTokenizer, vocab_size: int) -> None:
-    if tokenizer.largest_token >= vocab_size:  # JAX would read the last embedding for tokens beyond it
+    if tokenizer.largest_token >= vocab_size:  # JAX clamps out-of-range lookups to the last embedding
         raise UserError(
-            f"the tokenizer has tokens up to {tokenizer.largest_token}, the model has {vocab_size} embeddings: they do "
-            "not belong together"
+            f"the tokenizer has token ids up to {tokenizer.largest_token}, the model has {vocab_size} embeddings: use "
+            "the tokenizer that was saved with the model"
         )

@@ -1,4 +1,4 @@
-"""A folder in Hugging Face's format -> a prompt encoder, whatever kind of model is in it."""
+"""Loads a prompt encoder, LLM or T5, from a folder in Hugging Face's format."""
 
 import dataclasses
 import re
@@ -27,19 +27,19 @@ LLM_FAMILIES = {"llama": {"attention_bias": False}, "qwen2": {"attention_bias": 
 MODEL_TYPES = (*SUPPORTED, *huggingface_t5.MODEL_TYPES)
 TOKENIZER_FILE = "tokenizer.json"
 DIFFUSERS_ENCODER = re.compile(r"text_encoder(_\d+)?")
-PROBES = ["", " a b", "红色", "😀", "\x00", "\u0f00 xyz"]
+PROBE_TEXTS = ["", " a b", "红色", "😀", "\x00", "\u0f00 xyz"]
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """One entry under `encoders`: one from a folder (`weights`), or an LLM to train here (`family`, `model`, `train`).
+    """One entry of the `encoders` section: a model to load (`weights`), or an LLM to train in this run.
 
     Attributes:
-      weights: folder in Hugging Face's format (local, or in a bucket) or its name on the hub; "" trains an LLM on the
-        run's captions.
-      dtype: of its computation.
-      family: "llama" or "qwen2".
-      model: sizes of an LLM to train; a folder has its own.
+      weights: folder in Hugging Face's format (local or in a bucket), or a model's name on the Hugging Face hub; ""
+        trains an LLM on the run's captions.
+      dtype: compute dtype.
+      family: family of the LLM to train, "llama" or "qwen2".
+      model: sizes of the LLM to train; a folder has its own.
       train: its training.
     """
 
@@ -63,15 +63,18 @@ class EncoderConfig:
 def open_encoder(
     name: str | epath.Path, make_prompts: Callable[[PreTrainedTokenizerBase], PromptTokenizer], *, dtype: str
 ) -> PromptEncoder:
-    """The encoder without its weights: what can be known to be wrong before they are read is found here.
+    """Opens an encoder without loading its weights, so that errors in its config or tokenizer are reported early.
 
     Args:
-      name: a folder (local, or in a bucket), or a name on the Hugging Face hub.
-      make_prompts: from its tokenizer, the tokeniser of prompts.
-      dtype: what it computes in.
+      name: a folder (local or in a bucket), or a model's name on the Hugging Face hub.
+      make_prompts: transformers tokenizer -> `PromptTokenizer`.
+      dtype: compute dtype.
+
+    Returns:
+      The encoder, whose `freeze` takes the parameters.
 
     Raises:
-      UserError: for anything in config.json or the tokenizer that is missing, damaged or not supported.
+      UserError: if config.json or the tokenizer is missing, damaged or not supported.
     """
     folder = find_folder(str(name))
     values, file = read_config(folder), folder / CONFIG_FILE
@@ -79,12 +82,12 @@ def open_encoder(
     if model_type not in MODEL_TYPES:
         raise UserError(f"{file}: model_type {model_type!r:.80} is not supported; use one of {', '.join(MODEL_TYPES)}")
     if model_type in huggingface_t5.MODEL_TYPES:
-        kind, config = T5TextEncoder, huggingface_t5.t5_config(values, file, dtype=dtype)
+        encoder_class, config = T5TextEncoder, huggingface_t5.t5_config(values, file, dtype=dtype)
     else:
-        kind, config = LLMTextEncoder, llm_config(values, file, dtype=dtype)
+        encoder_class, config = LLMTextEncoder, llm_config(values, file, dtype=dtype)
     tokenizer = load_tokenizer(tokenizer_folder(folder))
     try:
-        return kind(config, make_prompts(tokenizer))
+        return encoder_class(config, make_prompts(tokenizer))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
 
@@ -97,14 +100,20 @@ def load_encoder(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> tuple[PromptEncoder, Any]:
-    """The encoder and its frozen arrays, already in their places on the mesh.
+    """Loads an encoder and its frozen arrays, sharded over the mesh.
 
     Args:
-      name, make_prompts, dtype: see `open_encoder`.
-      mesh, rules: where the parameters go; default: all on the first device.
+      name: see `open_encoder`.
+      make_prompts: see `open_encoder`.
+      dtype: see `open_encoder`.
+      mesh: mesh for the parameters; None loads them on the first device.
+      rules: sharding rules for the parameters; None is the default rules.
+
+    Returns:
+      The encoder, and the result of its `freeze`.
 
     Raises:
-      UserError: as `open_encoder`, and for weights that are missing, damaged or do not belong to the config.
+      UserError: see `open_encoder`; also if the weights are missing, damaged or do not fit the config.
     """
     encoder = open_encoder(name, make_prompts, dtype=dtype)
     load = huggingface_t5.load_t5_encoder if isinstance(encoder, T5TextEncoder) else load_llm_encoder
@@ -113,42 +122,43 @@ def load_encoder(
 
 
 def tokenizer_folder(folder: epath.Path) -> epath.Path:
-    """Where the tokenizer of an encoder's folder is: in it or, as diffusers lays pipelines out, beside `text_encoder_2`
-    in `tokenizer_2`.
+    """Returns the folder of an encoder's tokenizer.
+
+    It is the encoder's folder or, in diffusers pipelines, the folder `tokenizer_2` next to `text_encoder_2`.
     """
     if not DIFFUSERS_ENCODER.fullmatch(folder.name) or (folder / TOKENIZER_FILE).exists():
         return folder
-    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
-    return beside if (beside / TOKENIZER_FILE).exists() else folder
+    sibling = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    return sibling if (sibling / TOKENIZER_FILE).exists() else folder
 
 
 def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer from a folder in Hugging Face's format (tokenizer.json).
+    """Loads a tokenizer from a folder in Hugging Face's format (tokenizer.json).
 
     Raises:
-      UserError: if the folder holds no readable tokenizer.json.
+      UserError: if the folder has no readable tokenizer.json.
     """
     with local_tokenizer_files(folder) as files:
         file = files / TOKENIZER_FILE
         if not file.is_file():
-            raise UserError(f"{folder}: no {TOKENIZER_FILE} in it; name a folder that save_pretrained wrote")
-        template = _processors_template(epath.Path(files))
-        # The tokenizers library raises bare Exceptions for a broken file, and panics, which are not even Exceptions.
+            raise UserError(f"{folder}: no {TOKENIZER_FILE} in this folder; use one that save_pretrained wrote")
+        chat_template = _chat_template_file(epath.Path(files))
+        # For a damaged file the tokenizers library raises a bare Exception, or panics with a BaseException.
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(files))
-            tokenizer(PROBES, split_special_tokens=True, verbose=False)  # much damage shows only in use
+            tokenizer(PROBE_TEXTS, split_special_tokens=True, verbose=False)  # some damage shows only in use
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{folder}/{TOKENIZER_FILE}: not a tokenizer ({reason})") from error
-    if template and not tokenizer.chat_template:
-        tokenizer.chat_template = template
+            raise UserError(f"{folder}/{TOKENIZER_FILE}: not a valid tokenizer ({reason})") from error
+    if chat_template and not tokenizer.chat_template:
+        tokenizer.chat_template = chat_template
     return tokenizer
 
 
-def _processors_template(folder: epath.Path) -> str:
-    """The chat template that older multi-modal models keep in a file of their own, or ""."""
+def _chat_template_file(folder: epath.Path) -> str:
+    """Returns the chat template from chat_template.json, where older multi-modal models keep it, or ""."""
     file = folder / "chat_template.json"
     template = read_json_object(file).get("chat_template") if file.exists() else None
     return template if isinstance(template, str) else ""

@@ -1,4 +1,4 @@
-"""Prompts to tokens: the instruction before them, an end token after them, padding on the right."""
+"""Tokenizes prompts: instruction before each prompt, end token after it, padding on the right."""
 
 import dataclasses
 import functools
@@ -12,25 +12,33 @@ from transformers import PreTrainedTokenizerBase
 
 from lidit_jax.errors import UserError
 
-# Paper, section 3.1.
+# The instruction of the paper, section 3.1.
 INSTRUCTION = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial relationships of "
     "the objects:"
 )
-# Some templates (LLaMA 3.2's) write today's date: a run would have another prefix every day. All get LLaMA's default.
-SAME_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-# Stands for the prompt in a rendered chat template: private-use characters, which no template writes itself.
+# Some chat templates (LLaMA 3.2's) insert today's date, which would change the prefix every day. A fixed date, LLaMA's
+# default, keeps the prefix constant.
+FIXED_DATE_MACRO = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+# Marks the prompt's position in a rendered chat template; private-use characters do not occur in templates.
 PLACEHOLDER = "\ue000prompt\ue001"
-ENCODE = ("in_step", "ahead")
+ENCODE_OPTIONS = ("in_step", "ahead")
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Under `text` in the config; see `PromptTokenizer`.
+    """The `text` section of a config.
 
     Attributes:
-      encode: where the encoders run in training: "in_step", inside the train step, or "ahead", as a program of their
-        own before it. The features are the same.
+      max_length: see `PromptTokenizer`.
+      instruction: see `PromptTokenizer`.
+      system_prompt: see `PromptTokenizer`.
+      chat_template: see `PromptTokenizer`.
+      encode: how the encoders run in training: "in_step", inside the train step, or "ahead", as a separate jitted
+        program before it. The features are the same.
+
+    Raises:
+      UserError: if `encode` is unknown.
     """
 
     max_length: int
@@ -40,24 +48,28 @@ class TextConfig:
     encode: str = "in_step"
 
     def __post_init__(self):
-        if self.encode not in ENCODE:
-            raise UserError(f"text.encode={self.encode!r} is unknown: use one of {', '.join(ENCODE)}")
+        if self.encode not in ENCODE_OPTIONS:
+            raise UserError(f"text.encode={self.encode!r} is unknown: use one of {', '.join(ENCODE_OPTIONS)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptTokenizer:
-    """Tokenises a constant prefix (system prompt + instruction) and the prompts behind it, separately.
+    """Tokenizes a constant prefix (system prompt and instruction) and, separately, the prompts after it.
 
-    Separately, so that no byte-pair merge crosses the border: the prefix has the same tokens whatever the prompt, its
-    length is static, dropping it after the refiners is a slice, and its features can be shared by a whole batch.
+    Because they are separate, no byte-pair merge crosses the boundary: the prefix tokens do not depend on the prompt,
+    their number is static, the prefix is dropped after the refiners with a slice, and a batch can share its features.
 
     Attributes:
-      tokenizer: a transformers tokenizer; its end token closes every prompt.
-      max_length: L, tokens a prompt may have, its end token included. Longer ones are cut at their end.
-      instruction, system_prompt: text before every prompt; "" leaves it out.
-      chat_template: where the tokenizer has a chat template, the prefix is what that template writes up to the prompt:
-        the system prompt in its place, then the user's turn, which begins with the instruction. Where it has none, or
-        with False, the two are plain text.
+      tokenizer: a transformers tokenizer; its end token ends every prompt.
+      max_length: L, the largest number of tokens of a prompt, end token included; longer prompts are truncated.
+      instruction: text before every prompt; "" for none.
+      system_prompt: text before the instruction; "" for none.
+      chat_template: if True and the tokenizer has a chat template, the prefix is the rendered template up to the
+        prompt: the system prompt in its turn, then the user's turn, which starts with the instruction. Otherwise the
+        prefix is plain text.
+
+    Raises:
+      UserError: if the tokenizer has no end token, or max_length is less than 1.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -74,90 +86,95 @@ class PromptTokenizer:
 
     @functools.cached_property
     def largest_token(self) -> int:
-        """The largest token that a prompt or the prefix can have; special ones that neither has do not count.
+        """The largest token id in a prefix or a prompt, without special tokens that occur in neither.
 
-        Multi-modal models' tokenizers know tokens of pictures, for which their LLM has no embedding.
+        Tokenizers of multi-modal models have special image tokens for which the LLM has no embedding.
         """
         special = {token for token, added in self.tokenizer.added_tokens_decoder.items() if added.special}
         ordinary = (token for token in self.tokenizer.get_vocab().values() if token not in special)
         return max(*ordinary, self.tokenizer.eos_token_id, *self._prefix, 0)
 
     def prefix(self) -> np.ndarray:
-        """The tokens before every prompt: int32 [P], the begin token first if the tokenizer adds one.
+        """Returns the tokens before every prompt, int32 [P], with a begin token if the tokenizer adds one.
 
         Raises:
-          UserError: if the chat template fails, or changes the user's words.
+          UserError: if the chat template fails, or alters the instruction or the system prompt.
         """
         return np.asarray(self._prefix, np.int32)
 
     @functools.cached_property
     def digest(self) -> str:
-        """Sixteen hexadecimal digits over what stands before every prompt and how long one may be."""
+        """Hash (16 hexadecimal digits) of the prefix tokens, the separator and the maximum prompt length."""
         facts = [self._prefix, self.separator, self.max_length]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @functools.cached_property
     def _prefix(self) -> list[int]:
         if self.chat_template and self.tokenizer.chat_template:
-            # The template's own special tokens are special here, and the begin token is among them if it wants one.
-            text = _without_half_characters(self._chat_prefix())
+            # Special tokens in the rendered template are parsed as such; the template includes any begin token.
+            text = _replace_unpaired_surrogates(self._chat_prefix())
             return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         text = " ".join(part for part in (self.system_prompt, self.instruction) if part)
         tokens = self._encode([text])[0] if text else []
         begin = self.tokenizer.bos_token_id
-        adds_it = begin is not None and self.tokenizer("", verbose=False)["input_ids"][:1] == [begin]
-        return [begin, *tokens] if adds_it else tokens
+        adds_begin = begin is not None and self.tokenizer("", verbose=False)["input_ids"][:1] == [begin]
+        return [begin, *tokens] if adds_begin else tokens
 
     def _chat_prefix(self) -> str:
         instruction = f"{self.instruction}{PLACEHOLDER}"
         conversations = [[("user", instruction)]]
         if self.system_prompt:
-            # Some templates (Gemma's) have no place for a system prompt and say so: then it opens the user's turn.
-            in_turn = ("user", f"{self.system_prompt} {instruction}")
-            conversations = [[("system", self.system_prompt), ("user", instruction)], [in_turn]]
-        # Those of multi-modal models (LLaVA's) read lists of texts and pictures, and print nothing for a plain string.
-        as_text, as_parts = (lambda text: text), (lambda text: [{"type": "text", "text": text}])
+            # Some templates (Gemma's) raise for a system role: then the system prompt starts the user's turn.
+            single_turn = ("user", f"{self.system_prompt} {instruction}")
+            conversations = [[("system", self.system_prompt), ("user", instruction)], [single_turn]]
+        # Templates of multi-modal models (LLaVA's) take lists of text and image items, and render a string as nothing.
         errors = []
-        for content, conversation in itertools.product((as_text, as_parts), conversations):
-            messages = [{"role": role, "content": content(text)} for role, text in conversation]
+        for as_list, conversation in itertools.product((False, True), conversations):
+            messages = [
+                {"role": role, "content": [{"type": "text", "text": text}] if as_list else text}
+                for role, text in conversation
+            ]
             try:
-                template = SAME_DAY + self.tokenizer.get_chat_template()
+                template = FIXED_DATE_MACRO + self.tokenizer.get_chat_template()
                 text = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-            except Exception as error:  # a template is a program, and fails in its own way
+            except Exception as error:  # a template is a program and can raise anything
                 errors.append(" ".join(str(error).split())[:200])
                 continue
             before, found, _ = text.partition(PLACEHOLDER)
             if not found or not before.rstrip().endswith(self.instruction.rstrip()):
-                errors.append("it does not keep the user's words")
-            elif self.system_prompt.strip() not in before:  # a template may pass over roles that it does not know
-                errors.append("it does not keep the system prompt")
+                errors.append("it alters the text of the user's turn")
+            elif self.system_prompt.strip() not in before:  # a template may ignore roles that it does not know
+                errors.append("it drops or alters the system prompt")
             else:
                 return before
         raise UserError(f"the tokenizer's chat template fails ({errors[0]}): set text.chat_template=False")
 
     @functools.cached_property
     def separator(self) -> str:
-        """What makes a prompt's first word the token that it would be behind the instruction.
+        """Text before a prompt that gives its first word the same token as in running text after the instruction.
 
-        A byte-level tokenizer writes the space before a word into its token, so the prompt needs one; a SentencePiece
-        tokenizer adds it by itself, and a second one would be a token of its own.
+        A byte-level tokenizer includes the space before a word in the word's token, so the prompt needs a leading
+        space. A SentencePiece tokenizer adds one itself, and a second space would become a separate token.
         """
         if not self.instruction:
             return ""
-        together = self._encode([f"{self.instruction} a"])[0]
-        alone = self._encode([self.instruction])[0]
+        running_text = self._encode([f"{self.instruction} a"])[0]
+        instruction = self._encode([self.instruction])[0]
         for separator in ("", " "):
-            if alone + self._encode([f"{separator}a"])[0] == together:
+            if instruction + self._encode([f"{separator}a"])[0] == running_text:
                 return separator
         return " "
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """-> {"tokens": int32 [B, L], "mask": bool [B, L], "truncated": bool [B]}.
+        """Tokenizes prompts, without the prefix.
 
-        Every row keeps at least its end token, so that an empty prompt never gives an all-masked attention row.
+        Every row has at least its end token, so that an empty prompt does not yield a fully masked attention row.
+
+        Returns:
+          {"tokens": int32 [B, L], "mask": bool [B, L], "truncated": bool [B]}.
         """
         shape = (len(prompts), self.max_length)
-        tokens = np.full(shape, self.tokenizer.eos_token_id, np.int32)  # padding is masked: any valid token will do
+        tokens = np.full(shape, self.tokenizer.eos_token_id, np.int32)  # padding is masked: any valid token works
         mask = np.zeros(shape, bool)
         truncated = np.zeros(len(prompts), bool)
         texts = [p if not p or p.startswith(" ") else f"{self.separator}{p}" for p in prompts]
@@ -171,11 +188,11 @@ class PromptTokenizer:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        texts = [_without_half_characters(text) for text in texts]
-        # A prompt that spells out a special token is text: it must not end the prompt early.
+        texts = [_replace_unpaired_surrogates(text) for text in texts]
+        # A special token spelled out in a prompt is tokenized as text, so that it cannot end the prompt early.
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def _without_half_characters(text: str) -> str:
-    """Half a surrogate pair, which captions from JSON can hold, is not text: it becomes a question mark."""
+def _replace_unpaired_surrogates(text: str) -> str:
+    """Replaces unpaired surrogates, which JSON captions can contain and tokenizers reject, by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,7 +1,7 @@
-"""Which prompts are encoded for a batch of pictures: each device encodes those of its own rows, each of them once.
+"""Selects the prompts to encode for a batch of images: each device encodes the prompts of its own rows, once each.
 
-So no features travel between devices, whatever the number of pictures a prompt; a prompt whose pictures are on two
-devices is encoded on both, at the same time.
+No features are then sent between devices, for any number of images per prompt. A prompt whose images are on two devices
+is encoded on both, in parallel.
 """
 
 import dataclasses
@@ -16,49 +16,53 @@ NO_PROMPT = -1
 
 @dataclasses.dataclass(frozen=True)
 class SharedPrompts:
-    """How the rows that the model sees share prompts: R pictures, and with guidance R rows without a prompt after them.
+    """Assigns prompts to the rows of the model's batch: R images and, with guidance, R unconditional rows after them.
 
     Attributes:
-      pictures: R, at once.
-      images_per_prompt: pictures of a prompt, one after the other.
-      is_guided: whether there are rows without a prompt.
-      shards: parts of equal size that the rows are cut into.
+      num_images: R, the number of images in a batch.
+      images_per_prompt: consecutive images with the same prompt.
+      is_guided: True if the batch has unconditional rows.
+      shards: number of equal shards of the rows.
     """
 
-    pictures: int
+    num_images: int
     images_per_prompt: int
     is_guided: bool
     shards: int
 
     @property
     def encoded(self) -> int:
-        """Prompts to encode at once on all devices, the same for every batch: one shape, one compilation."""
+        """Number of prompts to encode per batch on all devices, the same for every batch: one compilation."""
         return self.shards * self._encoded_per_shard
 
     def batch(self, prompts: Sequence[str], start: int) -> tuple[list[str], np.ndarray]:
-        """Of the batch that begins with picture `start`.
+        """Selects the prompts of a batch.
+
+        Args:
+          prompts: all prompts of the run.
+          start: index of the batch's first image.
 
         Returns:
-          Prompts to encode [shards x E], where a place is left over the empty one; and for each row, at which of its
-          shard's E encoded prompts it finds its own, int32 [R or 2R].
+          The prompts to encode, [shards x E], padded with empty prompts; and for each row the index of its prompt among
+          the E encoded prompts of its shard, int32 [R or 2R].
         """
-        chosen, places = [], []
-        for rows in self._numbers(start):
-            numbers, of_rows = np.unique(rows, return_inverse=True)
-            padding = [NO_PROMPT] * (self._encoded_per_shard - len(numbers))
-            chosen += [prompts[i] if 0 <= i < len(prompts) else "" for i in [*numbers, *padding]]
-            places.append(of_rows)
-        return chosen, np.concatenate(places).astype(np.int32)
+        to_encode, indices = [], []
+        for rows in self._prompt_of_row(start):
+            distinct, index_of_row = np.unique(rows, return_inverse=True)
+            padding = [NO_PROMPT] * (self._encoded_per_shard - len(distinct))
+            to_encode += [prompts[i] if 0 <= i < len(prompts) else "" for i in [*distinct, *padding]]
+            indices.append(index_of_row)
+        return to_encode, np.concatenate(indices).astype(np.int32)
 
-    def _numbers(self, start: int) -> np.ndarray:
-        """Of each row's prompt, int [shards, rows a shard]."""
-        numbers = np.arange(start, start + self.pictures) // self.images_per_prompt
-        if self.is_guided:  # conditional rows first, as `samplers.guided` wants them
-            numbers = np.concatenate([numbers, np.full(self.pictures, NO_PROMPT)])
-        return numbers.reshape(self.shards, -1)
+    def _prompt_of_row(self, start: int) -> np.ndarray:
+        """Returns the index of each row's prompt, int [shards, rows per shard]; `NO_PROMPT` in unconditional rows."""
+        prompts = np.arange(start, start + self.num_images) // self.images_per_prompt
+        if self.is_guided:  # conditional rows first, as in `samplers.guided`
+            prompts = np.concatenate([prompts, np.full(self.num_images, NO_PROMPT)])
+        return prompts.reshape(self.shards, -1)
 
     @functools.cached_property
     def _encoded_per_shard(self) -> int:
-        """E: the most that any batch needs; after these, batches cut their prompts as before."""
-        starts = range(0, math.lcm(self.pictures, self.images_per_prompt), self.pictures)
-        return max(len(np.unique(rows)) for start in starts for rows in self._numbers(start))
+        """E, the largest number of distinct prompts in any shard of any batch; the pattern repeats after the lcm."""
+        starts = range(0, math.lcm(self.num_images, self.images_per_prompt), self.num_images)
+        return max(len(np.unique(rows)) for start in starts for rows in self._prompt_of_row(start))

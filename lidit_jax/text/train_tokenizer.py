@@ -1,4 +1,4 @@
-"""A small byte-level BPE tokenizer, trained on a data set's own captions: the demo downloads nothing."""
+"""Trains a small byte-level BPE tokenizer on the captions of a data set, so that the demo needs no download."""
 
 from collections.abc import Iterable
 
@@ -8,12 +8,19 @@ from transformers import PreTrainedTokenizerFast
 from lidit_jax.errors import UserError
 
 END = "<|end|>"
-# One CJK character is one token: merging "red" with "circle" would hide a pair that was never seen from the model.
+# Each CJK character is a word of its own. Merging "red" with "circle" would give a colour-shape pair one token, which
+# the model could not decompose for a pair that it was not trained on.
 CJK = Regex(r"[\u3000-\u303f\u3400-\u9fff\uff00-\uffef]")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (no text is unknown to it) whose words are split at spaces and around CJK characters.
+    """Trains a byte-level BPE tokenizer that splits words at spaces and around CJK characters.
+
+    It can encode any text.
+
+    Args:
+      texts: captions.
+      vocab_size: number of tokens.
 
     Raises:
       UserError: if the vocabulary is smaller than the 256 bytes and the end token.
