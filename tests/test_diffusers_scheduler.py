@@ -1,4 +1,4 @@
-"""scheduler_config.json: diffusers' scheduler takes the steps of our sampler, and the way back gives the schedule."""
+"""scheduler_config.json: diffusers' scheduler takes our sampler's steps, and reading the file gives the schedule."""
 
 import json
 
@@ -32,7 +32,7 @@ def model(backend, x, timesteps):
 
 
 def load(values, folder):
-    """The scheduler as `from_pretrained` reads it from the file."""
+    """Returns the diffusers scheduler that `from_pretrained` loads from these values."""
     (folder / "scheduler_config.json").write_text(json.dumps(values))
     return getattr(diffusers, values["_class_name"]).from_pretrained(folder)
 
@@ -44,7 +44,7 @@ def test_diffusers_takes_the_same_steps(schedule, sampler, steps, tmp_path, monk
     noise = initial_noise(keys, SHAPE[1:])
     ours = sample(sampler, schedule, lambda x, t: model(jnp, x, t), noise, steps, keys)
 
-    # The one sampler that draws noise gets ours.
+    # DDPM is the only stochastic sampler: give diffusers the noise that ours uses.
     noises = iter([torch.tensor(np.asarray(step_noise(keys, step, SHAPE[1:]))) for step in range(steps)])
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda shape, **options: next(noises))
     scheduler = load(scheduler_config(schedule, sampler), tmp_path)
@@ -52,7 +52,7 @@ def test_diffusers_takes_the_same_steps(schedule, sampler, steps, tmp_path, monk
     x = torch.tensor(np.asarray(noise))
     for t in scheduler.timesteps:
         x = scheduler.step(model(torch, x, t.float().expand(SHAPE[0])), t, x).prev_sample
-    # Heun's in float32 forms (x - (x - s v)) / s down to small s.
+    # diffusers' Heun scheduler computes (x - (x - s v)) / s in float32, which loses precision at small s.
     tolerance = 1e-4 if sampler == "heun" else 1e-5
     np.testing.assert_allclose(ours, x.numpy(), rtol=0, atol=tolerance * float(x.abs().max()))
 

@@ -1,4 +1,4 @@
-"""LLMs' folders: what is read of them and where it goes, published configs, and what is refused."""
+"""Loading LLM folders: published configs, sharded placement, which files are read, and which are rejected."""
 
 import dataclasses
 import json
@@ -65,14 +65,14 @@ def test_the_language_model_inside_a_llava_is_read_from_every_layout(layout, nam
 
 
 def test_a_text_config_that_leaves_sizes_out_means_the_sizes_of_llama_7b():
-    # As llava-hf/llava-1.5-7b-hf writes it.
+    # From the config.json of llava-hf/llava-1.5-7b-hf.
     inner = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "vocab_size": 32064}
     config = llm_config({"model_type": "llava", "text_config": inner}, "config.json", dtype="bfloat16")
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (4096, 32, 11008)
     assert (config.vocab_size, config.rms_norm_eps, config.num_key_value_heads) == (32064, 1e-05, 32)
 
 
-PUBLISHED = {  # the keys that matter, as the models' pages have them
+PUBLISHED = {  # keys that determine the model, from the published config.json
     "Meta-Llama-3.1-8B": (
         {
             "model_type": "llama",
@@ -180,7 +180,7 @@ def test_parameters_arrive_cut_over_the_mesh_and_equal_to_those_of_one_device(na
 
 @pytest.fixture
 def sharded(tmp_path):
-    """A folder with one shard a tensor or two, and its weight map."""
+    """Folder with one or two tensors per shard, and its weight map."""
     reference("llama_gqa").save_pretrained(tmp_path / "sharded", max_shard_size="5KB")
     index = json.loads((tmp_path / "sharded/model.safetensors.index.json").read_text())
     return tmp_path / "sharded", index["weight_map"]
@@ -454,7 +454,7 @@ print(json.dumps([peak << 10, sum(leaf.nbytes for leaf in jax.tree.leaves(params
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured with Linux's /proc")
 def test_loading_two_gigabytes_takes_at_most_a_quarter_more_memory(tmp_path):
-    """In a process of its own. On a CPU the loaded arrays are host memory too, so this holds both together."""
+    """Measures a process of its own. On a CPU the loaded arrays lie in host memory too, so the peak includes both."""
     config = LlamaConfig(
         vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=12, num_attention_heads=16
     )
@@ -468,7 +468,7 @@ def test_loading_two_gigabytes_takes_at_most_a_quarter_more_memory(tmp_path):
     text = json.dumps(header).encode()
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)  # a hole: zeros that take no room on the disk
+        file.truncate(8 + len(text) + end)  # a sparse file: zeros that take no space on the disk
     done = subprocess.run([sys.executable, "-c", LOADING, str(tmp_path)], capture_output=True, text=True, check=True)
     peak, loaded = json.loads(done.stdout.splitlines()[-1])
     assert loaded > 1.9e9
@@ -476,7 +476,7 @@ def test_loading_two_gigabytes_takes_at_most_a_quarter_more_memory(tmp_path):
 
 
 def test_labels_of_a_classifier_cost_nothing(folder):
-    change_config(folder, num_labels=2**31 - 1)  # transformers would write out a name for each
+    change_config(folder, num_labels=2**31 - 1)  # transformers would build a name for each label
     assert load_llm_encoder(folder)[0] == CONFIG
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's folder of LI-DiT and the arrays of a checkpoint: there and back bit by bit, in little memory."""
+"""LI-DiT's folder for PyTorch: a bit-exact round trip, from a checkpoint too, in little memory."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ FILE, INDEX = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
 
 
 def abstract_params(config, text_widths):
-    """What Flax makes of such features: shapes in the boxes of their logical axes."""
+    """Returns the shapes of LI-DiT's parameters, in Flax's boxes of logical axes, for these widths of LLM features."""
     batch = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     text = [TextFeatures(batch((2, w)), batch((1, 3, w)), jax.ShapeDtypeStruct((1, 3), bool)) for w in text_widths]
     arguments = batch((1, 4, 4, config.latent_channels)), batch((1,)), text
@@ -45,7 +45,7 @@ def abstract_params(config, text_widths):
 
 
 def random_leaves(config=CONFIG, text_widths=WIDTHS):
-    """Path -> float32 array."""
+    """Returns {path: random float32 array} for every parameter of the model."""
     random = np.random.default_rng(0)
     flat = flax.traverse_util.flatten_dict(flax.linen.unbox(abstract_params(config, text_widths)))
     return {path: random.standard_normal(leaf.shape, np.float32) for path, leaf in flat.items()}
@@ -58,14 +58,14 @@ def leaves():
 
 @pytest.fixture
 def folder(leaves, tmp_path):
-    """In one file; to be changed."""
+    """Folder with all weights in one file, for tests that modify it."""
     save_lidit(tmp_path / "transformer", CONFIG, leaves)
     return tmp_path / "transformer"
 
 
 @pytest.fixture
 def sharded(leaves, tmp_path):
-    """In several files; to be changed."""
+    """Folder with weights in several shards, for tests that modify it."""
     save_lidit(tmp_path / "sharded", CONFIG, leaves, max_shard_bytes=20_000)
     return tmp_path / "sharded"
 
@@ -78,7 +78,7 @@ def assert_same(params, leaves):
         np.testing.assert_array_equal(np.asarray(flat[path]), expected, err_msg="/".join(path))
 
 
-# --- there and back ----------------------------------------------------------------------------------------------
+# --- round trip --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_the_writer_refuses_what_its_header_does_not_say(tmp_path):
         write(a=np.zeros(2))
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------------
 
 
 def test_parameters_of_another_model_are_not_written(leaves, tmp_path):
@@ -330,7 +330,7 @@ def test_numbers_that_are_not_finite_are_refused(folder):
         load_lidit(folder)
 
 
-# --- a checkpoint, array by array --------------------------------------------------------------------------------
+# --- reading a checkpoint array by array -------------------------------------------------------------------------
 
 
 def save_checkpoint(folder, leaves, **trees):
@@ -396,7 +396,7 @@ def test_a_checkpoint_that_cannot_be_read_is_refused(leaves, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_of_a_billion_is_written_in_the_memory_of_a_shard(tmp_path, dtype):
-    """With processes of their own: memory that this one has had is no measure."""
+    """Measures the export in a process of its own: memory that this process used before would distort the peak."""
     model = "dict(depth=28, hidden_size=1152, num_heads=16)"
     make = f"""
 import jax, jax.numpy as jnp, sys
@@ -442,7 +442,7 @@ print(int(line.split()[1]) * 1024)
 
 
 def run(script, folder):
-    """The numbers that it prints."""
+    """Runs the program in a process of its own and returns the numbers that it prints."""
     environment = dict(os.environ) | {"XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True
