@@ -1,4 +1,4 @@
-"""The export command: what is in the folder, that it is there whole or not at all, and the way back to JAX."""
+"""The export command: contents of the folder, atomic writes, errors of users, and the import into JAX."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from lidit_jax.text.encoders import encode, tokenize
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.weights import folders
 
-torch.set_num_threads(1)  # these models are so small that threads wait for each other
+torch.set_num_threads(1)  # these models are too small to gain from threads
 PROMPTS = ["a red circle", ""]
 
 
@@ -87,7 +87,7 @@ def test_the_folder_has_what_diffusers_and_people_look_for(folder, workdir):
     assert index["text_encoder_3"] == [None, None]
     assert index["lidit"]["trained"] == {"step": 7, "weights": "ema"}
     assert index["lidit"]["resolution"] == 32
-    # Lists are components to diffusers.
+    # diffusers takes every list for a component.
     assert {key for key, value in index.items() if not isinstance(value, list)} == {
         *("_diffusers_version", "lidit", "text_encoder_sources")
     }
@@ -115,7 +115,7 @@ def test_ema_and_raw_weights_in_either_type(workdir, folder, tmp_path):
 def test_the_cards_code_runs_as_pasted_and_its_facts_are_the_runs(folder, tmp_path, monkeypatch):
     card = (folder / "README.md").read_text()
     front = card.split("---")[1]
-    assert "license: other" in front  # whose the weights are, only who trained them can say
+    assert "license: other" in front  # only whoever trained the weights can license them
     assert "library_name: diffusers" in front
     assert "pipeline_tag: text-to-image" in front
     for fact in ("rectified flow, shift 3", "euler, 25 steps, guidance 3", "7 steps of 8 pictures", "32 pixels"):
@@ -137,7 +137,7 @@ def test_the_card_names_the_licences_of_what_others_made(workdir, t5_folder, tmp
     assert "`vae/` is a copy of `vae`: its own licence applies" in card
     card = (export_of(run, tmp_path / "referred", text_encoders="reference") / "README.md").read_text()
     assert f"qwen is not in this folder, loaded from `{t5_folder.name}`" in card
-    assert str(t5_folder) not in card  # a card is for others
+    assert str(t5_folder) not in card  # a public card must not reveal local paths
 
 
 # --- text encoders ---------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_published_llms_are_copied_from_folders_and_referred_to_on_the_hub(workd
     assert index_of(copied)["text_encoder_sources"] == {}
     assert (copied / "text_encoder/model.safetensors").exists()
     assert set(index_of(referred)["text_encoder_sources"]) == {"text_encoder", "text_encoder_2"}
-    assert read_folder(usual).encoders.llama.weights == f"org/llm@{commit}"  # as PyTorch loads it
+    assert read_folder(usual).encoders.llama.weights == f"org/llm@{commit}"  # the revision that PyTorch loads
 
     asked = []
     kinds = (transformers.LlamaModel, transformers.PreTrainedTokenizerFast)
@@ -179,7 +179,7 @@ def test_published_llms_are_copied_from_folders_and_referred_to_on_the_hub(workd
         monkeypatch.setattr(kind, "from_pretrained", from_hub)
     pipe = load(usual, dtype=torch.bfloat16)
     assert asked == [commit, commit]
-    assert pipe.text_encoder.dtype == torch.float32  # as in training, whatever the rest is in
+    assert pipe.text_encoder.dtype == torch.float32  # its training dtype, independent of the other components
     assert pipe("a", num_inference_steps=1).images[0].size == (32, 32)
 
 
@@ -188,7 +188,7 @@ TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad
 
 
 def save_llms(root: Path) -> dict[str, Path]:
-    """name -> folder of a tiny LLM of a family that the demo does not train, as its authors write it."""
+    """{name: folder of a tiny LLM}, for families that the demo does not train, in the format of their authors."""
     gemma3_rope = {"rope_type": "default", "rope_theta": 10_000.0}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 8, "patch_size": 4, "projection_dim": 16}
@@ -222,7 +222,7 @@ def save_llms(root: Path) -> dict[str, Path]:
         found[name] = root / name
         model.save_pretrained(found[name], max_shard_size="20KB" if name == "mistral" else "5GB")
         train_tokenizer(CAPTIONS, 299).save_pretrained(found[name])
-    # As llava-hf's files have it.
+    # Tensor names as in the files of llava-hf.
     found["old_llava"] = Path(shutil.copytree(found["llava"], root / "old_llava"))
     rename(found["old_llava"], "model.language_model.", "language_model.model.")
     change_config(found["own_llava"], model_type="llava_llama", mm_hidden_size=16, architectures=["LlavaLlama"])
@@ -233,7 +233,7 @@ def save_llms(root: Path) -> dict[str, Path]:
 
 
 def rename(folder: Path, old: str, new: str) -> None:
-    """The beginnings of the tensors' names."""
+    """Replaces a prefix of the tensor names in the folder's weights."""
     file = folder / "model.safetensors"
     tensors = {re.sub(f"^{re.escape(old)}", new, name): value for name, value in load_file(file).items()}
     assert any(name.startswith(new) for name in tensors)
@@ -268,7 +268,7 @@ def test_every_family_of_llms_says_the_same_in_pytorch(workdir, tmp_path, names)
         np.testing.assert_allclose(theirs.instructions[index], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-# --- whole or not at all ---------------------------------------------------------------------------------------------
+# --- atomic writes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("bug")])
@@ -331,7 +331,7 @@ def test_an_export_that_a_run_is_made_of_is_not_replaced(workdir, folder, tmp_pa
     with pytest.raises(UserError, match="which the run needs: name another folder"):
         export_of(run, out, overwrite=True, text_encoders="reference")
     assert files_in(out) == files_in(folder)
-    # By reference, the tokenizer is found where an exported folder has it.
+    # The tokenizer of a referenced encoder is found in the exported folder that holds the encoder.
     referred = export_of(run, tmp_path / "referred", text_encoders="reference")
     source = json.loads((referred / "model_index.json").read_text())["text_encoder_sources"]["text_encoder_2"]
     assert source["tokenizer"] == str(out / "tokenizer_2")
@@ -357,7 +357,7 @@ def test_a_compiled_transformer_is_saved_as_what_it_was(folder, tmp_path):
 
 
 def test_a_run_and_its_export_have_the_same_frozen_parts(workdir, folder):
-    """So that what was computed with the one's LLMs is taken for the other's."""
+    """Checks that both have the same digests, so that features precomputed for one are accepted by the other."""
     ours = Experiment(read_workdir(workdir), workdir).frozen_digests()
     assert Experiment(read_folder(folder), folder).frozen_digests() == ours
 
@@ -396,7 +396,7 @@ def test_a_killed_export_leaves_no_folder_that_looks_whole(workdir, tmp_path, nu
     export_of(workdir, out)
 
 
-# --- what users get wrong --------------------------------------------------------------------------------------------
+# --- errors of users -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -505,12 +505,12 @@ read_folder("out")
     assert done.returncode == 0, done.stderr
 
 
-# --- back to JAX -----------------------------------------------------------------------------------------------------
+# --- import into JAX -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def drawn(workdir):
-    """(experiment, pictures) from the workdir itself."""
+    """Returns the experiment and images sampled from the workdir itself."""
     run, pipeline, params, _ = experiment.load(workdir)
     return run, pipeline(params, PROMPTS, range(2), 32, 48, run.sample)
 

@@ -1,4 +1,4 @@
-"""From a run to a folder for PyTorch and back: drawing with it, and training on from it."""
+"""Loading an exported folder: sampling from it, and training that starts from it."""
 
 import json
 import logging
@@ -54,7 +54,7 @@ def test_a_run_starts_from_a_folder(trained_workdir, exported, tmp_path):
     workdir = epath.Path(tmp_path / "run")
     config = start_from_exported(config_of_a_run(), exported)
     run_stages(config, workdir)
-    assert not (workdir / "encoders").exists() and not (workdir / "vae").exists()  # the folder's are used
+    assert not (workdir / "encoders").exists() and not (workdir / "vae").exists()  # those of the export are used
     got, step = load_weights(workdir / CHECKPOINTS, "params")
     expected, _ = load_weights(trained_workdir / CHECKPOINTS, "ema")
     assert step == 1
@@ -67,7 +67,7 @@ def test_what_the_config_names_itself_is_kept(exported, trained_workdir):
     started = start_from_exported(config, exported)
     assert started.vae.weights == str(trained_workdir / "vae")
     assert started.encoders.llama.weights == str(exported / "text_encoder")
-    assert config.start_from == ""  # the given one is left as it was
+    assert config.start_from == ""  # the given config is not modified
 
 
 def test_models_that_do_not_fit_are_refused(exported):

@@ -1,5 +1,7 @@
-"""Exports: `python -m lidit_jax.export --workdir=DIR --out=DIR`, then `DiffusionPipeline.from_pretrained(OUT,
-trust_remote_code=True)` with torch, diffusers and transformers, and without JAX.
+"""Command line that exports a run to PyTorch: `python -m lidit_jax.export --workdir=DIR --out=DIR`.
+
+`DiffusionPipeline.from_pretrained(OUT, trust_remote_code=True)` then loads the folder with torch, diffusers and
+transformers, without JAX.
 """
 
 import signal
@@ -28,7 +30,8 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a folder that was ex
 
 
 def main() -> None:
-    # Only files are touched: an accelerator may be busy with training, or be part of a pod, whose hosts all must come.
+    # An export only reads and writes files. Leave accelerators alone: training may be using them, and those of a pod
+    # need all of its hosts.
     jax.config.update("jax_platforms", "cpu")
     signal.signal(signal.SIGTERM, _terminated)
     export(
@@ -45,7 +48,7 @@ def main() -> None:
 
 
 def _terminated(number: int, frame: Any) -> None:
-    """Leaves through every `finally`, so that nothing half-written stays behind."""
+    """Exits through every `finally` block, which remove partially written files."""
     del frame
     sys.exit(128 + number)
 

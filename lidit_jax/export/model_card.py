@@ -1,4 +1,4 @@
-"""README.md of an exported folder: the model card that the Hugging Face hub shows."""
+"""Writes the model card of an exported folder: the README.md that the Hugging Face hub shows."""
 
 from collections.abc import Sequence
 
@@ -14,12 +14,14 @@ TITLE = "LI-DiT"
 def model_card(
     run: Experiment, encoders: Sequence[TextEncoderEntry], step: int, num_parameters: int, dtype: str
 ) -> str:
-    """Markdown with the YAML front matter of the hub.
+    """Returns the model card: Markdown with the hub's YAML front matter.
 
     Args:
-      encoders: of the folder, in its order.
-      step: of the exported weights.
-      num_parameters, dtype: of LI-DiT's weights.
+      run: the exported run.
+      encoders: prompt encoders, in the order of the folder's components.
+      step: training step of the exported weights.
+      num_parameters: number of LI-DiT's parameters.
+      dtype: dtype of LI-DiT's weights.
     """
     sections = (
         _front_matter(run),
@@ -49,7 +51,7 @@ def _title() -> str:
 
 def _how_to_draw(run: Experiment, encoders: Sequence[TextEncoderEntry], dtype: str) -> str:
     how = run.sample
-    # Each part in what it was trained with: LLMs in twice as many bits take twice the memory, for nothing.
+    # Load each network in its training dtype: LLMs in float32 take twice the memory of bfloat16 and gain nothing.
     dtypes = {"default": dtype, "vae": run.vae.dtype}
     dtypes |= {component_names(index)[0]: entry.dtype for index, entry in enumerate(encoders)}
     if len(set(dtypes.values())) == 1:
@@ -116,7 +118,7 @@ def _origin(weights: str) -> str:
 
 
 def _public(place: str) -> str:
-    """A name of the hub as it is; of a folder, whose path is nobody's business, its last part."""
+    """Returns a hub name unchanged, and only the last component of a path: a card must not reveal local paths."""
     if HUB_NAME.fullmatch(place) and not epath.Path(place).exists():
         return place
     return epath.Path(place).name
