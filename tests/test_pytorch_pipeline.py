@@ -1,4 +1,4 @@
-"""The exported pipeline in PyTorch: the same pictures as ours without JAX, and what diffusers' users expect."""
+"""The exported pipeline in PyTorch: the same images as in JAX, and the behaviour that users of diffusers expect."""
 
 import ast
 import dataclasses
@@ -33,9 +33,9 @@ from lidit_jax.text.train_tokenizer import train_tokenizer
 PROMPTS = ["a red circle", "", "红色圆形 above <|end|> a 😀 blue square that is much too long to fit"]
 DDPM = {"name": "ddpm"}
 V_ZERO_SNR = {"name": "ddpm", "prediction": "v", "zero_terminal_snr": True}
-torch.set_num_threads(1)  # these models are so small that threads wait for each other
-LEAST_PSNR = 60  # dB; another prompt or another seed is below 30
-# A process in which nothing of JAX can be imported draws every job of a file.
+torch.set_num_threads(1)  # these models are too small to gain from threads
+LEAST_PSNR = 60  # dB; with another prompt or seed it is below 30
+# Generates the images of all jobs in a file, in a process that cannot import JAX.
 WITHOUT_JAX = """
 import importlib.abc, json, sys
 
@@ -72,7 +72,7 @@ def load(folder, **options):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Two LLMs, rectified flow."""
+    """Workdir of a model with two LLMs and rectified flow."""
     return make_workdir(tmp_path_factory.mktemp("run") / "two", random_config())
 
 
@@ -88,7 +88,7 @@ def pipe(folder):
 
 @pytest.fixture(scope="module")
 def loaded(workdir):
-    """What JAX draws with: (experiment, pipeline, parameters)."""
+    """The model in JAX: (experiment, pipeline, parameters)."""
     return experiment.load(workdir)[:3]
 
 
@@ -109,11 +109,11 @@ def assert_same_pictures(ours, theirs):
     assert min(psnr(a, b) for a, b in zip(ours, theirs, strict=True)) >= LEAST_PSNR
 
 
-# --- the same pictures -----------------------------------------------------------------------------------------------
+# --- the same images -------------------------------------------------------------------------------------------------
 
 
 def runs(t5_folder: Path):
-    """name -> (config, what to export of it, height, width)."""
+    """Returns {name: (config, options of each export, height, width)}."""
     one = random_config(DDPM, "dpmpp_2m")
     del one.encoders.qwen
     t5 = random_config(V_ZERO_SNR, "ddim")
@@ -131,8 +131,9 @@ def runs(t5_folder: Path):
 
 
 def test_without_jax_the_same_noise_gives_the_same_pictures(tmp_path, t5_folder):
-    """Every sampler but ddpm, whose noise within a step is PyTorch's own: `test_diffusers_scheduler` follows its steps
-    with our noise.
+    """Covers every sampler but ddpm, which draws new noise at each step.
+
+    `test_diffusers_scheduler` compares the steps of ddpm, given the same noise.
     """
     jobs, ours = [], []
     for name, (config, exports, height, width) in runs(t5_folder).items():
@@ -167,7 +168,7 @@ def test_the_demo_after_a_few_steps_draws_the_same_without_jax(tmp_path, trained
 
 
 def draw_without_jax(tmp_path, jobs):
-    """In a process that refuses JAX."""
+    """Generates the images of the jobs in a process that cannot import JAX."""
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", WITHOUT_JAX, str(tmp_path / "jobs.json")]
@@ -210,7 +211,7 @@ def byte_level():
 
 
 def sentencepiece_like():
-    """Of the kind that writes a space before every text by itself, and adds a begin token."""
+    """Returns a tokenizer that, like SentencePiece, prepends a space to every text and adds a begin token."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
@@ -268,7 +269,7 @@ def test_what_is_cut_off_a_prompt_is_said(pipe, caplog):
     with caplog.at_level(logging.WARNING):
         pipe.encode_prompt(["a red circle", "a red circle " * 5 + "and a green hexagon"])
     warnings = [record.getMessage() for record in caplog.records if "is not read" in record.getMessage()]
-    assert len(warnings) == 2  # one an encoder
+    assert len(warnings) == 2  # one per encoder
     assert "and a green hexagon" in warnings[0]
 
 
@@ -302,7 +303,7 @@ def test_without_encoders_ready_features_still_draw(folder, pipe, loaded):
         bare("red")
 
 
-# --- diffusers' manners ----------------------------------------------------------------------------------------------
+# --- conventions of diffusers ----------------------------------------------------------------------------------------
 
 
 def test_several_pictures_of_a_prompt_stand_together(pipe, loaded):
@@ -413,7 +414,7 @@ def test_a_pipeline_that_was_loaded_saves_itself_whole(workdir, tmp_path, by_ref
     again = load(tmp_path / "saved")
     draw = lambda p: p("a red circle", generator=torch.Generator().manual_seed(0), output_type="np").images  # noqa: E731
     np.testing.assert_array_equal(draw(again), draw(pipe))
-    again.save_pretrained(tmp_path / "saved")  # over itself
+    again.save_pretrained(tmp_path / "saved")  # overwrites the folder that it was loaded from
 
 
 @pytest.mark.parametrize(

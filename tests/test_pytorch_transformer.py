@@ -1,4 +1,4 @@
-"""LI-DiT in PyTorch computes what the Flax model does, and is a model of diffusers like any other."""
+"""LI-DiT in PyTorch computes the same function as the Flax model, and behaves like any model of diffusers."""
 
 import dataclasses
 import functools
@@ -29,7 +29,14 @@ TINY = LIDiTConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Of one LLM. Attributes: shared: its instruction's features are the same for all prompts."""
+    """Sizes of one LLM's features.
+
+    Attributes:
+      width: feature width.
+      before: tokens of the prefix.
+      length: tokens of the prompts.
+      shared: whether all prompts share the features of the prefix.
+    """
 
     width: int
     before: int
@@ -42,7 +49,7 @@ LLAMA, QWEN, T5 = Text(24, 3, 7), Text(10, 2, 5), Text(8, 4, 6, shared=False)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Threads that wait for one another cost more than such small arrays gain by them."""
+    """Uses one thread: on arrays this small, synchronising threads costs more than they gain."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +57,7 @@ def one_thread():
 
 
 def draw_inputs(config, texts, height=4, width=6, batch=3):
-    """(latents, timesteps, features) as Flax takes them, of NumPy. The last prompt is empty: its end token alone."""
+    """Returns random NumPy (latents, timesteps, features) for Flax; the last prompt is empty, only an end token."""
     random = np.random.default_rng(0)
     normal = functools.partial(random.standard_normal, dtype=np.float32)
     features = []
@@ -63,7 +70,7 @@ def draw_inputs(config, texts, height=4, width=6, batch=3):
 
 
 def random_params(config, inputs):
-    """None of them zero, as gates are at first; drawn, which compiles nothing."""
+    """Returns random parameters without the zeros of initial gates, made by NumPy since `init` would compile."""
     shapes = flax.linen.unbox(jax.eval_shape(LIDiT(config).init, jax.random.key(0), *inputs)["params"])
     random = np.random.default_rng(3)
     return jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
@@ -82,7 +89,7 @@ def pytorch_model(config, params, texts):
 
 
 def pytorch_inputs(latents, timesteps, features, dtype=torch.float32):
-    """Arguments by name: channels first."""
+    """Returns the keyword arguments of the PyTorch model, with channels-first latents."""
     return {
         "hidden_states": torch.from_numpy(latents).permute(0, 3, 1, 2).to(dtype),
         "timestep": torch.from_numpy(timesteps),
@@ -93,7 +100,7 @@ def pytorch_inputs(latents, timesteps, features, dtype=torch.float32):
 
 
 def assert_close(actual, expected, tolerance):
-    """Up to a share of the largest value."""
+    """Compares up to a fraction of the largest absolute value."""
     expected = np.asarray(expected, np.float32)
     actual = actual.detach().float().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
     assert np.abs(expected).max() > 0
@@ -102,7 +109,7 @@ def assert_close(actual, expected, tolerance):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(inputs of Flax, parameters of Flax, model of PyTorch): two LLMs. Not to be changed."""
+    """Flax inputs, Flax parameters and PyTorch model with two LLMs, shared by all tests: do not modify them."""
     inputs = draw_inputs(TINY, [LLAMA, QWEN])
     params = random_params(TINY, inputs)
     return inputs, params, pytorch_model(TINY, params, [LLAMA, QWEN])
@@ -110,7 +117,7 @@ def tiny():
 
 @pytest.fixture
 def fresh(tiny):
-    """A model with the same weights, to be changed."""
+    """PyTorch inputs and a model with the same weights, for tests that modify them."""
     inputs, params, _ = tiny
     return pytorch_inputs(*inputs), pytorch_model(TINY, params, [LLAMA, QWEN])
 
@@ -128,7 +135,7 @@ def fresh(tiny):
         ([LLAMA, QWEN], {"refiner_qk_norm": True, "position": "conv"}, 4, 6),
         ([LLAMA], {"position": "sincos", "position_grid": 3, "hidden_size": 18, "num_heads": 3}, 4, 6),
         ([LLAMA], {"position": "conv+sincos+rope", "position_grid": 5}, 4, 6),
-        # Grids and head sizes of the 1B and the 10B model.
+        # Token grids and head sizes of the 1B and the 10B model.
         ([QWEN], {"position": "rope", "hidden_size": 144, "depth": 1}, 32, 32),
         ([QWEN], {"position": "sincos+rope", "hidden_size": 128, "depth": 1, "position_grid": 32}, 48, 80),
     ],
@@ -154,7 +161,7 @@ def test_its_gradients_are_those_of_flax(tiny, fresh):
     arguments, model = fresh
     loss_of(model, arguments, target).backward()
     for name, parameter in model.named_parameters():
-        if "to_k.bias" in name and "dit" not in name:  # a softmax does not see what is added to all its logits
+        if "to_k.bias" in name and "dit" not in name:  # softmax ignores a constant added to all logits
             assert parameter.grad.abs().max() < 1e-6
         else:
             assert_close(parameter.grad, expected[name], 1e-3)
@@ -177,7 +184,7 @@ def test_gradient_checkpointing_changes_no_gradient(fresh):
         model.zero_grad()
         loss_of(model, arguments, target).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert len(runs) == TINY.depth * 3  # the second time, each block runs once more for its gradient
+    assert len(runs) == TINY.depth * 3  # with checkpointing, each block runs twice
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
 
@@ -197,7 +204,7 @@ def test_in_bfloat16_it_predicts_nearly_the_same(tiny, tmp_path, way):
             assert loaded.dtype == torch.bfloat16
             actual = loaded(**pytorch_inputs(*inputs, dtype=torch.bfloat16)).sample
             assert actual.dtype == torch.bfloat16
-            # Latents and features of a higher precision are no mistake; the prediction then keeps it.
+            # Latents and features may have a higher precision, which the prediction then keeps.
             assert loaded(**pytorch_inputs(*inputs)).sample.dtype == torch.float32
     assert_close(actual, expected, 5e-2)
     assert not torch.equal(actual.float(), expected)
@@ -270,7 +277,7 @@ def test_compiled_as_one_graph_it_predicts_the_same(tiny):
     inputs, _, model = tiny
     arguments = pytorch_inputs(*inputs)
     with torch.no_grad():
-        # The tracing is what could fail; "eager" runs what was traced without compiling C++ for a minute.
+        # Only tracing can fail; the "eager" backend runs the trace without compiling C++ for a minute.
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         assert_close(compiled(**arguments).sample, model(**arguments).sample, 1e-6)
         with torch.autocast("cpu", torch.bfloat16):
@@ -338,7 +345,7 @@ def test_a_config_that_cannot_be_is_refused(changes, message):
 
 
 def test_it_needs_no_jax(tmp_path):
-    """What an export copies loads, predicts and saves by itself."""
+    """Checks that the exported module alone loads, predicts and saves."""
     save_lidit(tmp_path, TINY, flax.traverse_util.flatten_dict(random_params(TINY, draw_inputs(TINY, [LLAMA]))))
     (tmp_path / FILE.name).write_bytes(FILE.read_bytes())
     script = """
