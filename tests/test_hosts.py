@@ -63,7 +63,7 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_hosts_train_and_judge_the_autoencoder_that_one_does(tmp_path):
+def test_two_hosts_train_and_score_the_same_autoencoder_as_one(tmp_path):
     port = free_port()
     hosts = [start(tmp_path, tmp_path / "two", 2, process, port) for process in (0, 1)]
     errors = [host.communicate(timeout=600)[1] for host in hosts]
@@ -86,7 +86,7 @@ def test_two_hosts_train_and_judge_the_autoencoder_that_one_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_at_one_host_saves_on_both_and_one_host_goes_on(tmp_path):
+def test_sigterm_at_one_host_saves_on_both_and_one_host_resumes(tmp_path):
     port, more = free_port(), "--config.vae.train.steps=5000"
     hosts = [start(tmp_path, tmp_path / "run", 2, process, port, more) for process in (0, 1)]
     for line in hosts[0].stderr:
@@ -121,21 +121,21 @@ GONE = "another task died|Gloo .* failed"
 FAULTS = {
     "killed": (AT_STEP_3.format(what="import os; os.kill(os.getpid(), 9)"), -9, GONE),
     "failed": (AT_STEP_3.format(what="raise UserError('its disk is gone')"), 2, GONE),
-    "waits for ever": (AT_STEP_3.format(what="time.sleep(10_000)"), None, "nothing done in 60 s"),
+    "waits for ever": (AT_STEP_3.format(what="time.sleep(10_000)"), None, "no progress in 60 s"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_befalls_one_host_ends_the_other_with_a_message(tmp_path, fault):
+def test_a_fault_of_one_host_ends_the_other_with_a_message(tmp_path, fault):
     what, status, said = FAULTS[fault]
     port, more = free_port(), ["--config.vae.train.steps=5000"]
     if fault == "waits for ever":
         more += ["--config.vae.train.stalled_after=60.0"]  # longer than a busy host needs to compile
-    soon = "from lidit_jax.parallel import hosts\nhosts.SILENCE = 10\n"
+    short_timeout = "from lidit_jax.parallel import hosts\nhosts.HEARTBEAT_TIMEOUT_S = 10\n"
     config = CONFIG.replace("steps=3,", "steps=3, stalled_after=1800.0,")
     hosts = [
-        start(tmp_path, tmp_path / "run", 2, process, port, *more, config=config, before=soon + before)
+        start(tmp_path, tmp_path / "run", 2, process, port, *more, config=config, before=short_timeout + before)
         for process, before in ((0, ""), (1, what))
     ]
     errors = [host.communicate(timeout=300)[1] for host in hosts]
@@ -149,7 +149,7 @@ def test_what_befalls_one_host_ends_the_other_with_a_message(tmp_path, fault):
         assert hosts[1].returncode == status
 
 
-def test_hosts_that_do_not_come_are_said(monkeypatch):
+def test_hosts_that_cannot_be_reached_are_reported(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(UserError, match="other hosts were not found .*: set JAX_COORDINATOR_ADDRESS"):

@@ -77,29 +77,29 @@ def first(losses, steps):
 
 
 @pytest.mark.slow
-def test_copies_on_eight_devices_give_one_devices_losses(trained_workdir, alone, tmp_path):
+def test_data_parallelism_on_eight_devices_gives_one_devices_losses(trained_workdir, alone, tmp_path):
     assert run(trained_workdir, tmp_path / "run", (8, 1, 1)) == pytest.approx(first(alone, 20), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_mesh_gives_one_devices_losses_and_its_checkpoint_goes_on_on_fewer(trained_workdir, alone, tmp_path):
+def test_a_mesh_gives_one_devices_losses_and_resumes_on_fewer_devices(trained_workdir, alone, tmp_path):
     assert run(trained_workdir, tmp_path / "run", (4, 2, 1)) == pytest.approx(first(alone, 20), rel=1e-5)
     assert run(trained_workdir, tmp_path / "run", (1, 4, 1), 22) == pytest.approx(first(alone, 22), rel=1e-5)
 
 
-def test_a_mesh_draws_one_devices_pictures(trained_workdir, tmp_path):
+def test_a_mesh_generates_one_devices_images(trained_workdir, tmp_path):
     experiment, alone, params, _ = load(epath.Path(trained_workdir))
-    how = dataclasses.replace(experiment.sample, batch_size=3, decode_pixels=3 * 32 * 32)
+    sampling = dataclasses.replace(experiment.sample, batch_size=3, decode_pixels=3 * 32 * 32)
     prompts, seeds = ["a red circle", "", "a blue square above a green circle"], [5, 6, 7]
-    expected = alone(params, prompts, seeds, 32, 32, how)
+    expected = alone(params, prompts, seeds, 32, 32, sampling)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    spread = experiment.pipeline(mesh, ShardingRules())
-    got = spread(jax.device_put(params, replicated(mesh)), prompts, seeds, 32, 32, how)
+    sharded = experiment.pipeline(mesh, ShardingRules())
+    got = sharded(jax.device_put(params, replicated(mesh)), prompts, seeds, 32, 32, sampling)
     assert got.shape == (3, 32, 32, 3)
     assert np.abs(got.astype(int) - expected).max() <= 1  # sums in another order round differently
 
 
 @pytest.mark.slow
-def test_two_hosts_go_on_from_a_mesh_of_eight_with_one_devices_losses(trained_workdir, alone, tmp_path):
+def test_two_hosts_resume_from_a_mesh_of_eight_with_one_devices_losses(trained_workdir, alone, tmp_path):
     assert run(trained_workdir, tmp_path / "run", (2, 2, 2)) == pytest.approx(first(alone, 20), rel=1e-5)
     assert run_on_two_hosts(trained_workdir, tmp_path, tmp_path / "run", 40) == pytest.approx(alone, rel=1e-5)

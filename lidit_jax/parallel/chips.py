@@ -37,7 +37,7 @@ V6E = Chip("v6e", 918e12, 32 * GB, 1640 * GB, 448 * GB)
 TPUS = {chip.name: chip for chip in (V4, V5E, V5P, V6E)}
 
 # Keys are prefixes of `jax.Device.device_kind`; the longest match wins.
-_KINDS = {
+_CHIPS = {
     "TPU v4": V4,
     "TPU v5 lite": V5E,
     "TPU v5e": V5E,
@@ -54,5 +54,5 @@ _KINDS = {
 
 def chip_of(device: jax.Device) -> Chip | None:
     """Returns the device's peak figures, or None for a device that the table lacks, such as a CPU."""
-    found = [kind for kind in _KINDS if device.device_kind.startswith(kind)]
-    return _KINDS[max(found, key=len)] if found else None
+    prefixes = [kind for kind in _CHIPS if device.device_kind.startswith(kind)]
+    return _CHIPS[max(prefixes, key=len)] if prefixes else None

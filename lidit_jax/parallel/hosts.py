@@ -13,9 +13,9 @@ from lidit_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 # Seconds without a heartbeat after which a host counts as dead and the other hosts end.
-SILENCE = 100
+HEARTBEAT_TIMEOUT_S = 100
 # Seconds that host 0, which runs the coordination service, stays up so that the others can log why they end.
-LAST_WORDS = 5.0
+SHUTDOWN_DELAY_S = 5.0
 
 
 def join_hosts(wanted: bool | None = None) -> None:
@@ -31,18 +31,19 @@ def join_hosts(wanted: bool | None = None) -> None:
     Raises:
       UserError: the other hosts were not found or did not connect.
     """
-    if not (_names_others() if wanted is None else wanted):
+    if not (_environment_names_hosts() if wanted is None else wanted):
         return
-    numbers = {key: os.environ.get(f"JAX_{key.upper()}") for key in ("num_processes", "process_id")}
+    settings = {key: os.environ.get(f"JAX_{key.upper()}") for key in ("num_processes", "process_id")}
     try:
-        given = {key: int(value) for key, value in numbers.items() if value is not None}
+        options = {key: int(value) for key, value in settings.items() if value is not None}
         if "cpu" in (jax.config.jax_platforms or ""):
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(heartbeat_timeout_seconds=SILENCE, **given)
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S, **options)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"the run's other hosts were not found ({' '.join(str(error).split())[:200]}): set "
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or give --distributed=False for this host"
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or pass --distributed=False to run on this "
+            "host alone"
         ) from error
     logger.info("host %d of %d", jax.process_index(), jax.process_count())
 
@@ -50,7 +51,7 @@ def join_hosts(wanted: bool | None = None) -> None:
 def leave(status: int) -> NoReturn:
     """Ends this process at once: an orderly exit would wait for hosts that themselves wait for this one.
 
-    The others notice after `SILENCE` seconds at most that it is gone, and end with a message.
+    The others notice after `HEARTBEAT_TIMEOUT_S` seconds at most that it is gone, and end with a message.
 
     Args:
       status: exit status of the process.
@@ -58,11 +59,11 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.distributed.is_initialized() and jax.process_index() == 0:
-        time.sleep(LAST_WORDS)
+        time.sleep(SHUTDOWN_DELAY_S)
     os._exit(status)
 
 
-def _names_others() -> bool:
+def _environment_names_hosts() -> bool:
     """Returns True if the environment names other hosts, as TPU pods, multislice jobs and users set it."""
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or os.environ.get("MEGASCALE_COORDINATOR_ADDRESS"):
         return True

@@ -14,7 +14,7 @@ class Preempted(Exception):
     """Raised when training stopped after a preemption notice and its state is saved; the message says where."""
 
 
-_asked = itertools.count()  # calls of `Notice.reached` by this process on several hosts
+_sync_points = itertools.count()  # calls of `Notice.reached` by this process on several hosts
 
 
 class Notice:
@@ -31,7 +31,7 @@ class Notice:
         if jax.process_count() > 1:
             # JAX's coordination service receives the signal. The numbers passed to it must rise through all stages of
             # a run; step numbers start again with each stage.
-            return multihost_utils.reached_preemption_sync_point(next(_asked))
+            return multihost_utils.reached_preemption_sync_point(next(_sync_points))
         return self._came.is_set()
 
     @property

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Elements of the smallest frozen weight worth sharding; below it the gather costs more than the memory saved.
-CUT_FROM = 1 << 14
+MIN_SHARDED_ELEMENTS = 1 << 14
 
 # Name scope of the matmuls whose results are reduced over the devices as gradients. XLA keeps it in the operation names
 # of a compiled program, where `compile/hlo.py` looks for it.
@@ -62,10 +62,12 @@ def shardings(boxed: Any, mesh: Mesh, rules: ShardingRules) -> Any:
       The same tree with a sharding in place of each box.
     """
     specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), rules.pairs())
-
-    fit = lambda spec, leaf: NamedSharding(mesh, _fit(spec, leaf.shape, mesh))  # noqa: E731
-    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
-    return jax.tree.map(fit, specs, nn.unbox(boxed), is_leaf=is_spec)
+    return jax.tree.map(
+        lambda spec, leaf: NamedSharding(mesh, _divisible_spec(spec, leaf.shape, mesh)),
+        specs,
+        nn.unbox(boxed),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
@@ -81,10 +83,10 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types or not nn.get_logical_axis_rules():
         return x
-    return jax.lax.with_sharding_constraint(x, _fit(nn.logical_to_mesh_axes(axes), x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, _divisible_spec(nn.logical_to_mesh_axes(axes), x.shape, mesh))
 
 
-def _fit(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+def _divisible_spec(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Returns the spec with None for each array axis whose size its mesh axes do not divide."""
     axes = tuple(spec) + (None,) * (len(shape) - len(spec))
     sizes = zip(axes, shape, strict=True)
@@ -92,10 +94,10 @@ def _fit(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh | AbstractMesh) -
 
 
 def stored_shardings(tree: Any, mesh: Mesh, rules: ShardingRules) -> Any:
-    """Returns shardings for frozen weights that are all-gathered before use (see `whole`).
+    """Returns shardings for frozen weights that are all-gathered before use (see `replicate`).
 
     A weight is sharded over the mesh axes of `rules.embed` along its longest axis that they divide, and replicated if
-    there is none or if the weight has fewer than `CUT_FROM` elements.
+    there is none or if the weight has fewer than `MIN_SHARDED_ELEMENTS` elements.
 
     Args:
       tree: tree of arrays, or of anything else with a shape.
@@ -104,17 +106,17 @@ def stored_shardings(tree: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     """
     shards = num_shards(mesh, rules.embed)
 
-    def cut(leaf: Any) -> NamedSharding:
-        fitting = [axis for axis, size in enumerate(leaf.shape) if size % shards == 0]
-        if not fitting or math.prod(leaf.shape) < CUT_FROM:
+    def sharding_of(leaf: Any) -> NamedSharding:
+        divisible = [axis for axis, size in enumerate(leaf.shape) if size % shards == 0]
+        if not divisible or math.prod(leaf.shape) < MIN_SHARDED_ELEMENTS:
             return replicated(mesh)
-        longest = max(fitting, key=lambda axis: leaf.shape[axis])
+        longest = max(divisible, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, rules.embed))
 
-    return jax.tree.map(cut, tree)
+    return jax.tree.map(sharding_of, tree)
 
 
-def whole(tree: Any) -> Any:
+def replicate(tree: Any) -> Any:
     """Constrains every array of the tree to be replicated, inside a jitted function: all-gathers sharded ones."""
     return jax.tree.map(lambda x: nn.with_logical_constraint(x, (None,) * x.ndim), tree)
 

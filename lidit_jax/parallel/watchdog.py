@@ -55,7 +55,7 @@ class Watchdog:
         while not self._done.wait(self._seconds / 20):
             if time.monotonic() - self._last > self._seconds:
                 logger.error(
-                    "error: %s: nothing done in %.0f s (train.stalled_after), here or elsewhere; what is done here:",
+                    "error: %s: no progress in %.0f s (train.stalled_after), here or on another host; threads here:",
                     *(self._name, self._seconds),
                 )
                 faulthandler.dump_traceback(sys.__stderr__)
