@@ -233,7 +233,7 @@ def test_parameters_of_another_model_are_not_written(leaves, tmp_path):
         save_lidit(tmp_path, CONFIG, {key: value for key, value in leaves.items() if key != path})
     with pytest.raises(UserError, match="have dit/extra, which"):
         save_lidit(tmp_path, CONFIG, leaves | {("dit", "extra"): leaves[path]})
-    with pytest.raises(UserError, match=r"dit/output/bias has shape \(3,\), its config asks for \(12,\)"):
+    with pytest.raises(UserError, match=r"dit/output/bias has shape \(3,\), its config requires \(12,\)"):
         save_lidit(tmp_path, CONFIG, leaves | {path: np.zeros(3, np.float32)})
     with pytest.raises(UserError, match="text_condition/project_0"):
         save_lidit(tmp_path, CONFIG, {key: value for key, value in leaves.items() if key[0] == "dit"})
@@ -244,15 +244,15 @@ def test_parameters_of_another_model_are_not_written(leaves, tmp_path):
     [
         ({"_class_name": "SD3Transformer2DModel"}, "'SD3Transformer2DModel', not 'LIDiTTransformer2DModel'"),
         ({"_class_name": DELETED}, "_class_name is None"),
-        ({"format_version": 3}, "format_version=3 is newer than 2, which this program reads"),
-        ({"format_version": "1"}, "format_version='1' is not a whole number"),
+        ({"format_version": 3}, "format_version=3 is newer than 2, the newest supported"),
+        ({"format_version": "1"}, "format_version='1' is not an integer"),
         ({"format_version": DELETED}, "format_version=None"),
         ({"positions": "2d"}, "key 'positions' is unknown"),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not supported"),
         ({"depth": DELETED}, "depth is missing"),
-        ({"depth": 10**9}, "depth=1000000000 is not a whole number from 1 to 1000"),
+        ({"depth": 10**9}, "depth=1000000000 is not an integer from 1 to 1000"),
         ({"refiner_blocks": -1}, "refiner_blocks=-1"),
-        ({"hidden_size": 1.5}, "hidden_size=1.5 is not a positive whole number"),
+        ({"hidden_size": 1.5}, "hidden_size=1.5 is not a positive integer"),
         ({"hidden_size": 17}, "not divisible by model.num_heads=2"),
         ({"mlp_ratio": "4"}, "mlp_ratio='4' is not a positive number"),
         ({"refiner_gated": 1}, "refiner_gated=1 is not true or false"),
@@ -260,13 +260,13 @@ def test_parameters_of_another_model_are_not_written(leaves, tmp_path):
         ({"position": 2}, "position=2 is not a string"),
         ({"position": "table"}, "model.position='table' is unknown"),
         ({"position": DELETED}, "position is missing"),
-        ({"position_grid": 0}, "position_grid=0 is not a positive whole number"),
+        ({"position_grid": 0}, "position_grid=0 is not a positive integer"),
         ({"text_widths": 24}, "text_widths is not a list of 1 to 64 widths"),
         ({"text_widths": []}, "text_widths is not a list"),
         ({"text_widths": [24, "10"]}, "text_widths='10'"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(folder, changes, message):
+def test_an_invalid_config_is_rejected(folder, changes, message):
     change_config(folder, **changes)
     for read in (read_lidit_config, load_lidit):
         with pytest.raises(UserError, match=message) as error:
@@ -274,7 +274,7 @@ def test_a_config_that_cannot_be_is_refused(folder, changes, message):
         assert "\n" not in str(error.value)
 
 
-def test_a_folder_of_format_1_has_the_position_of_its_time(tmp_path):
+def test_a_folder_of_format_1_has_the_conv_position(tmp_path):
     config = dataclasses.replace(CONFIG, position="conv")
     leaves = random_leaves(config)
     save_lidit(tmp_path, config, leaves)
@@ -285,20 +285,20 @@ def test_a_folder_of_format_1_has_the_position_of_its_time(tmp_path):
     assert LIDiTTransformer2DModel.from_pretrained(tmp_path).dit.position == ("conv",)
 
 
-def test_what_diffusers_notes_down_for_itself_is_left_alone(folder):
+def test_diffusers_own_keys_are_ignored(folder):
     change_config(folder, _name_or_path="somewhere", _use_default_values=["depth"])
     assert read_lidit_config(folder)["depth"] == CONFIG.depth
 
 
-def test_weights_that_are_not_those_of_the_config_are_refused(folder):
+def test_weights_of_another_config_are_rejected(folder):
     change_config(folder, hidden_size=32)
-    with pytest.raises(UserError, match=r"has shape \(.*\), config.json asks for"):
+    with pytest.raises(UserError, match=r"has shape \(.*\), config.json requires"):
         load_lidit(folder)
     change_config(folder, hidden_size=16, depth=4)
     with pytest.raises(UserError, match=r"tensor dit\.blocks\.3\.\S+ is missing"):
         load_lidit(folder)
     change_config(folder, depth=2)
-    with pytest.raises(UserError, match=r"tensor 'dit\.blocks\.2\.\S+' has no place"):
+    with pytest.raises(UserError, match=r"tensor 'dit\.blocks\.2\.\S+' is not part of"):
         load_lidit(folder)
 
 
@@ -309,7 +309,7 @@ def test_a_missing_shard_is_named(sharded):
         load_lidit(sharded)
 
 
-def test_a_shard_cut_short_is_named(sharded):
+def test_a_truncated_shard_is_named(sharded):
     file = sorted(sharded.glob("*.safetensors"))[1]
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{file.name} is not a readable safetensors file"):
@@ -322,11 +322,11 @@ def test_pickles_are_not_read(folder):
         load_lidit(folder)
 
 
-def test_numbers_that_are_not_finite_are_refused(folder):
+def test_values_that_are_not_finite_are_rejected(folder):
     tensors = load_file(folder / FILE)
     tensors["dit.output.bias"] = np.full_like(tensors["dit.output.bias"], np.nan)
     save_file(tensors, folder / FILE)
-    with pytest.raises(UserError, match="tensor dit.output.bias has numbers that are not finite"):
+    with pytest.raises(UserError, match="tensor dit.output.bias has values that are not finite"):
         load_lidit(folder)
 
 

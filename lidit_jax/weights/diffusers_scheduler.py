@@ -25,17 +25,17 @@ CLASSES = {
 }
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
 # Settings of diffusers' schedulers for which our samplers support a single value.
-_OF_EVERY_DDPM = {"trained_betas": None, "thresholding": False, "steps_offset": 0}
-_FLOW_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+_FIXED_DDPM = {"trained_betas": None, "thresholding": False, "steps_offset": 0}
+_SIGMA_SWITCHES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 FIXED: dict[str, dict[str, Any]] = {
-    "ddpm": _OF_EVERY_DDPM | {"clip_sample": False, "variance_type": "fixed_small"},
-    "ddim": _OF_EVERY_DDPM | {"clip_sample": False, "set_alpha_to_one": True},
-    "dpmpp_2m": _OF_EVERY_DDPM
+    "ddpm": _FIXED_DDPM | {"clip_sample": False, "variance_type": "fixed_small"},
+    "ddim": _FIXED_DDPM | {"clip_sample": False, "set_alpha_to_one": True},
+    "dpmpp_2m": _FIXED_DDPM
     | {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"}
     | {"lower_order_final": True, "euler_at_final": False, "variance_type": None}
-    | dict.fromkeys((*_FLOW_SPACINGS, "use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"), False),
+    | dict.fromkeys((*_SIGMA_SWITCHES, "use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"), False),
     "euler": {"invert_sigmas": False, "shift_terminal": None}
-    | dict.fromkeys((*_FLOW_SPACINGS, "use_dynamic_shifting", "stochastic_sampling"), False),
+    | dict.fromkeys((*_SIGMA_SWITCHES, "use_dynamic_shifting", "stochastic_sampling"), False),
     "heun": {},
 }
 # Defaults of diffusers for absent keys: those that differ from `FIXED`, and those of keys that are not in it.
@@ -94,11 +94,11 @@ def read_scheduler(values: Mapping[str, Any], file: Any) -> tuple[Schedule, str]
     for key, wanted in FIXED[sampler].items():
         found = values.get(key, DEFAULTS.get(key, wanted))
         if type(found) is not type(wanted) or found != wanted:
-            raise UserError(f"{file}: {key}={found!r:.80} is not supported: only {wanted!r} is")
+            raise UserError(f"{file}: {key}={found!r:.80} is not supported: use {wanted!r}")
     values = {**DEFAULTS, **values}
     steps = values["num_train_timesteps"]
     if type(steps) is not int or not 2 <= steps <= MAX_TIMESTEPS:
-        raise UserError(f"{file}: num_train_timesteps={steps!r:.80} is not a whole number from 2 to {MAX_TIMESTEPS}")
+        raise UserError(f"{file}: num_train_timesteps={steps!r:.80} is not an integer from 2 to {MAX_TIMESTEPS}")
     try:
         schedule = _flow(values) if sampler in ("euler", "heun") else _ddpm(values, file)
     except UserError as error:
@@ -106,7 +106,7 @@ def read_scheduler(values: Mapping[str, Any], file: Any) -> tuple[Schedule, str]
     expected = default_spacing(sampler, schedule)
     spacing = values.get("timestep_spacing", DEFAULT_SPACINGS.get(sampler))
     if expected is not None and spacing != expected:
-        raise UserError(f"{file}: timestep_spacing={spacing!r:.80} is not supported here: only {expected!r} is")
+        raise UserError(f"{file}: timestep_spacing={spacing!r:.80} is not supported here: use {expected!r}")
     return schedule, sampler
 
 

@@ -99,13 +99,13 @@ def torch_name(path: tuple[str, ...]) -> str:
 def _to_torch(config: VAEConfig, params: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
     shapes = parameter_shapes(config)
     if missing := shapes.keys() - params.keys():
-        raise UserError(f"the VAE's parameters lack {'/'.join(min(missing))}, which its config asks for")
+        raise UserError(f"the VAE's parameters lack {'/'.join(min(missing))}, which its config requires")
     if unexpected := params.keys() - shapes.keys():
-        raise UserError(f"the VAE's parameters have {'/'.join(min(unexpected))}, which its config does not know")
+        raise UserError(f"the VAE's parameters have {'/'.join(min(unexpected))}, which its config does not have")
     tensors = {}
     for path, shape in shapes.items():
         if params[path].shape != shape:
-            raise UserError(f"the VAE's {'/'.join(path)} has shape {params[path].shape}, its config asks for {shape}")
+            raise UserError(f"the VAE's {'/'.join(path)} has shape {params[path].shape}, its config requires {shape}")
         value = np.asarray(params[path], np.float32).transpose(torch_axes(len(shape)))
         tensors[torch_name(path)] = np.ascontiguousarray(value)  # save_file ignores the strides of a view
     return tensors

@@ -8,7 +8,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.weights.folders import TOKENIZER_FILES
 
 CHUNK = 1 << 20  # bytes
-WHOLE_BELOW = 1 << 28  # bytes; larger files are sampled in chunks, so that 16 GB do not delay every start by minutes
+MAX_FULL_READ = 1 << 28  # bytes; larger files are sampled in chunks, so that 16 GB do not delay every start by minutes
 SAMPLED_CHUNKS = 64
 
 
@@ -29,7 +29,7 @@ def folder_digest(*folders: str | epath.Path) -> str:
     entries = [file for folder in folders for file in epath.Path(folder).glob("*")]
     files = [f for f in entries if TOKENIZER_FILES.fullmatch(f.name) or f.suffix == ".safetensors"]
     if not files:
-        raise UserError(f"{folders[0]}: no config.json and no .safetensors file there")
+        raise UserError(f"{folders[0]}: the folder has neither config.json nor a .safetensors file")
     return _digest(sorted(files, key=lambda file: file.name))
 
 
@@ -51,7 +51,7 @@ def _digest(files: list[epath.Path]) -> str:
 
 
 def _offsets(size: int) -> list[int]:
-    if size <= WHOLE_BELOW:
+    if size <= MAX_FULL_READ:
         return list(range(0, size, CHUNK))
     last = size - CHUNK
     return [last * i // (SAMPLED_CHUNKS - 1) for i in range(SAMPLED_CHUNKS)]

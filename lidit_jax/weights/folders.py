@@ -16,8 +16,8 @@ from lidit_jax.errors import UserError
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")  # NAME or NAME@REVISION
 # Download the safetensors weights, the configs and the tokenizer. Skip pickles, and the second copies of the weights
 # that some repositories hold.
-WANTED = ("*.json", "*.safetensors", "*.jinja")
-UNWANTED = ("consolidated*", "*/*")
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")
+SKIPPED = ("consolidated*", "*/*")
 # Files that a tokenizer is loaded from. They are copied from a bucket, since tokenizers open local files only.
 TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|config)\.json|chat_template\.(json|jinja)")
 MAX_TOKENIZER_FILE = 256 << 20  # bytes
@@ -60,11 +60,11 @@ def _download(name: str) -> epath.Path:
     try:
         repository, _, revision = name.partition("@")
         return epath.Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+            snapshot_download(repository, revision=revision or None, allow_patterns=DOWNLOADED, ignore_patterns=SKIPPED)
         )
     except Exception as error:  # the network, the hub client and the disk raise many types
         raise UserError(
-            f"{name}: no such folder here, and the Hugging Face hub does not give it ({_reason(error)})"
+            f"{name}: no such folder, and it cannot be downloaded from the Hugging Face hub ({_reason(error)})"
         ) from error
 
 
@@ -82,8 +82,11 @@ def local_tokenizer_files(folder: epath.Path) -> Iterator[Path]:
         for file in folder.iterdir():
             if not TOKENIZER_FILES.fullmatch(file.name):
                 continue
-            if file.stat().length > MAX_TOKENIZER_FILE:
-                raise UserError(f"{file}: larger than {MAX_TOKENIZER_FILE >> 20} MiB; is it a tokenizer's?")
+            size = file.stat().length
+            if size > MAX_TOKENIZER_FILE:
+                raise UserError(
+                    f"{file} has {size >> 20} MiB, too large for a tokenizer: at most {MAX_TOKENIZER_FILE >> 20}"
+                )
             with file.open("rb") as source, (Path(copy) / file.name).open("wb") as target:
                 shutil.copyfileobj(source, target)
         yield Path(copy)

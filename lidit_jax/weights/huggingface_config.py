@@ -61,9 +61,9 @@ def llm_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: s
         raise UserError(f"{file}: hidden_size={hidden_size} is not divisible by num_attention_heads={num_heads}")
     head_dim = positive_integer(config, "head_dim", file, default=hidden_size // num_heads)
     if head_dim > MAX_HEAD_DIM:
-        raise UserError(f"{file}: head_dim={head_dim} is more than {MAX_HEAD_DIM}")
+        raise UserError(f"{file}: head_dim={head_dim} is larger than {MAX_HEAD_DIM}")
     if head_dim % 2:
-        raise UserError(f"{file}: head_dim={head_dim} is odd, which rotary positions cannot be")
+        raise UserError(f"{file}: head_dim={head_dim} is odd, but rotary positions need an even size")
     sizes = {
         "vocab_size": positive_integer(config, "vocab_size", file),
         "hidden_size": hidden_size,
@@ -168,20 +168,20 @@ def _rotary(config: PreTrainedConfig, file: Any) -> dict[str, Any]:
 
     transformers gathers rope_theta, rope_scaling and rope_parameters of all its versions in `rope_parameters`.
     """
-    everywhere = config.rope_parameters
+    rope = config.rope_parameters
     rotary = {}
-    if "full_attention" in everywhere:  # Gemma 3: one entry for each kind of block
-        nearby, everywhere = everywhere.get("sliding_attention"), everywhere["full_attention"]
-        if not isinstance(nearby, dict) or not isinstance(everywhere, dict):
-            raise UserError(f"{file}: rope_parameters: full_attention and sliding_attention are not two objects")
-        if _rope_type(nearby) != "default":
-            raise UserError(f"{file}: rope_parameters: only plain rotary positions are supported in sliding blocks")
-        rotary["local_rope_theta"] = positive_number(nearby, "rope_theta", file)
-    if (everywhere.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError(f"{file}: partial_rotary_factor={everywhere['partial_rotary_factor']!r:.80} is not supported")
-    rotary["rope_theta"] = positive_number(everywhere, "rope_theta", file)
-    if _rope_type(everywhere) != "default":
-        rotary["rope_scaling"] = _rope_scaling(everywhere, file)
+    if "full_attention" in rope:  # Gemma 3: one entry for each kind of block
+        local, rope = rope.get("sliding_attention"), rope["full_attention"]
+        if not isinstance(local, dict) or not isinstance(rope, dict):
+            raise UserError(f"{file}: rope_parameters: full_attention and sliding_attention must both be objects")
+        if _rope_type(local) != "default":
+            raise UserError(f"{file}: rope_parameters: sliding_attention must have rope_type 'default'")
+        rotary["local_rope_theta"] = positive_number(local, "rope_theta", file)
+    if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UserError(f"{file}: partial_rotary_factor={rope['partial_rotary_factor']!r:.80} is not supported")
+    rotary["rope_theta"] = positive_number(rope, "rope_theta", file)
+    if _rope_type(rope) != "default":
+        rotary["rope_scaling"] = _rope_scaling(rope, file)
     return rotary
 
 

@@ -51,7 +51,7 @@ SANDWICH_MODULES = BLOCK_MODULES | {
     "feed_forward_out_norm": "post_feedforward_layernorm",
 }
 # Fields of `LLMConfig` that fully describe a LLaMA or Qwen2 model.
-WRITTEN = (
+SAVED_FIELDS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -170,13 +170,13 @@ def config_to_dict(config: LLMConfig, tokenizer: PreTrainedTokenizerBase | None 
       UserError: the config describes neither a LLaMA nor a Qwen2.
     """
     model_type = "qwen2" if config.attention_bias else "llama"
-    plain = LLMConfig(**{name: getattr(config, name) for name in WRITTEN})
+    plain = LLMConfig(**{name: getattr(config, name) for name in SAVED_FIELDS})
     if config != dataclasses.replace(plain, attention=config.attention, dtype=config.dtype, remat=config.remat):
-        raise UserError("only models of the LLaMA and the Qwen2 type can be written")
+        raise UserError("only LLaMA and Qwen2 models can be saved")
     return {
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
-        **{name: getattr(config, name) for name in WRITTEN},
+        **{name: getattr(config, name) for name in SAVED_FIELDS},
         "hidden_act": "silu",
         "attention_bias": False,  # a key of LLaMA alone; Qwen2 always has biases
         "torch_dtype": "float32",
@@ -235,20 +235,20 @@ def _prefix(weights: SafetensorsFolder) -> str:
         if f"{prefix}embed_tokens.weight" in weights.names:
             return prefix
     raise UserError(
-        f"{weights.folder}: tensor embed_tokens.weight is missing, under any of the prefixes that transformers uses"
+        f"{weights.folder}: tensor embed_tokens.weight is missing, under every prefix that transformers uses"
     )
 
 
 def _to_torch(config: LLMConfig, params: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
     boxed = _abstract(CausalLM(config))
     if missing := boxed.keys() - params.keys():
-        raise UserError(f"the LLM's parameters lack {'/'.join(min(missing))}, which its config asks for")
+        raise UserError(f"the LLM's parameters lack {'/'.join(min(missing))}, which its config requires")
     if unexpected := params.keys() - boxed.keys():
-        raise UserError(f"the LLM's parameters have {'/'.join(min(unexpected))}, which its config does not know")
+        raise UserError(f"the LLM's parameters have {'/'.join(min(unexpected))}, which its config does not have")
     for path, leaf in boxed.items():
         shape = leaf.value.shape
         if params[path].shape != shape:
-            raise UserError(f"the LLM's {'/'.join(path)} has shape {params[path].shape}, its config asks for {shape}")
+            raise UserError(f"the LLM's {'/'.join(path)} has shape {params[path].shape}, its config requires {shape}")
     return dict(_torch_tensors(config, {path: np.asarray(value, np.float32) for path, value in params.items()}))
 
 

@@ -112,7 +112,9 @@ def save_t5_encoder(
     """
     kinds = {meant: kind for kind, meant in FEED_FORWARDS.items()}
     if (config.activation, config.gated) not in kinds:
-        raise UserError(f"T5 with activation={config.activation!r}, gated={config.gated} has no name in transformers")
+        raise UserError(
+            f"T5 with activation={config.activation!r}, gated={config.gated} does not exist in transformers"
+        )
     values = {key: getattr(config, key) for key in (*SIZES, *DISTANCES, "layer_norm_epsilon")}
     values |= {
         "architectures": ["T5EncoderModel"],
@@ -183,7 +185,7 @@ def _feed_forward(config: PreTrainedConfig, file: Any) -> tuple[str, bool]:
         )
     for key, meant in zip(("dense_act_fn", "is_gated_act"), FEED_FORWARDS[kind], strict=True):
         if getattr(config, key) != meant:
-            raise UserError(f"{file}: {key}={getattr(config, key)!r:.80} is not what feed_forward_proj={kind!r} means")
+            raise UserError(f"{file}: {key}={getattr(config, key)!r:.80} contradicts feed_forward_proj={kind!r}")
     return FEED_FORWARDS[kind]
 
 
@@ -195,16 +197,16 @@ def _boxed_parameters(config: T5Config) -> dict[tuple[str, ...], nn.LogicallyPar
     return flax.traverse_util.flatten_dict(shapes["params"])
 
 
-def _stored_names(config: T5Config, path: tuple[str, ...], there: Collection[str] = ()) -> list[str]:
+def _stored_names(config: T5Config, path: tuple[str, ...], stored: Collection[str] = ()) -> list[str]:
     """Returns transformers' names of a parameter's tensors: one per block, or a single one outside the blocks.
 
     Args:
       config: config of the encoder.
       path: path of the parameter in Flax's tree.
-      there: names of the tensors in the folder, which decide between the names of the embeddings.
+      stored: names of the tensors in the folder, which decide between the names of the embeddings.
     """
     if path[0] == "layers":
         return [f"{BLOCKS}{block}.{BLOCK_MODULES[path[1]]}.weight" for block in range(config.num_layers)]
     if path[0] == "embed_tokens":
-        return [next((name for name in EMBEDDINGS if name in there), EMBEDDINGS[-1])]
+        return [next((name for name in EMBEDDINGS if name in stored), EMBEDDINGS[-1])]
     return [OUTSIDE_BLOCKS[path[0]]]

@@ -45,11 +45,9 @@ def load_lpips(file: str | epath.Path) -> dict[str, Any]:
 
 def _read(weights: SafetensorsFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name not in weights.names:
-        raise UserError(
-            f"{weights.file}: tensor {name} is missing; it must hold the state of the lpips package's LPIPS(net='vgg')"
-        )
+        raise UserError(f"{weights.file}: tensor {name} is missing: save the state_dict of lpips.LPIPS(net='vgg')")
     weights.check(name, shape, "the perceptual loss")
     value = weights.read(name).astype(np.float32)
     if not np.isfinite(value).all():
-        raise UserError(f"{weights.file}: tensor {name} holds values that are not finite; copy it again")
+        raise UserError(f"{weights.file}: tensor {name} has values that are not finite; copy the file again")
     return value

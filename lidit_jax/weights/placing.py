@@ -22,7 +22,7 @@ from lidit_jax.weights.safetensors_folder import SafetensorsFolder
 
 logger = logging.getLogger(__name__)
 
-SAY_EVERY = 10.0  # seconds between two progress lines
+LOG_EVERY_S = 10.0  # seconds between two progress lines
 
 Path = tuple[str, ...]  # path of a parameter in its tree: ("layers", "q_proj", "kernel")
 
@@ -82,17 +82,17 @@ def place_parameters(
         for name in names[path]:
             weights.check(name, shape_in_file(path, leaf))
     weights.refuse_unexpected(itertools.chain.from_iterable(names.values()), belonging, derived)
-    total = sum(weights.num_bytes(name) for of_parameter in names.values() for name in of_parameter)
+    total = sum(weights.num_bytes(name) for tensors in names.values() for name in tensors)
     progress = _Progress(str(weights.folder), total)
     flat = {}
     for path, leaf in boxed.items():
-        flat[path] = _place_parameter(
+        flat[path] = _load_parameter(
             weights,
             names[path],
             leaf,
             placement.sharding(leaf),
             dtype=_dtype_of(path, dtype),
-            in_file=shape_in_file(path, leaf),
+            file_shape=shape_in_file(path, leaf),
             transposed=is_transposed(path),
             offset=norm_offset if _is_norm(path) else 0.0,
             progress=progress,
@@ -119,14 +119,14 @@ def _is_norm(path: Path) -> bool:
     return path[-1] == "weight"
 
 
-def _place_parameter(
+def _load_parameter(
     weights: SafetensorsFolder,
     names: Sequence[str],
     boxed: nn.LogicallyPartitioned,
     sharding: jax.sharding.Sharding,
     *,
     dtype: np.dtype,
-    in_file: tuple[int, ...],
+    file_shape: tuple[int, ...],
     transposed: bool,
     offset: float,
     progress: "_Progress",
@@ -140,33 +140,33 @@ def _place_parameter(
     sharding_in_file = _sharding_in_file(sharding, stacked, transposed, len(shape))
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)() if stacked else None
     for i, name in enumerate(names):
-        value = weights.read(name, in_file).astype(dtype, copy=False)
+        value = weights.read(name, file_shape).astype(dtype, copy=False)
         value = jax.make_array_from_callback(value.shape, sharding_in_file, lambda index, value=value: value[index])
         if stacked:
             stack, is_finite = _set_entry(sharding, transposed, offset)(stack, value, np.int32(i))
         else:
             value, is_finite = _convert(sharding, transposed, offset)(value)
         if not is_finite:  # waits for the device, so that this tensor's memory is free before the next one
-            raise UserError(f"{weights.folder}: tensor {name} has numbers that are not finite; copy the file again")
-        progress.read(weights.num_bytes(name))
+            raise UserError(f"{weights.folder}: tensor {name} has values that are not finite; copy the file again")
+        progress.add(weights.num_bytes(name))
     return stack if stacked else value
 
 
 class _Progress:
-    """Logs a progress line every `SAY_EVERY` seconds while the weights of a folder are read."""
+    """Logs a progress line every `LOG_EVERY_S` seconds while the weights of a folder are read."""
 
     def __init__(self, name: str, total: int):
         self._name, self._total, self._read = name, total, 0
-        self._started = self._said = time.monotonic()
+        self._started = self._logged = time.monotonic()
 
-    def read(self, num_bytes: int) -> None:
+    def add(self, num_bytes: int) -> None:
         self._read += num_bytes
         now = time.monotonic()
-        if now - self._said >= SAY_EVERY:
-            self._said = now
+        if now - self._logged >= LOG_EVERY_S:
+            self._logged = now
             left = (now - self._started) * (self._total - self._read) / self._read
-            of_total = f"{self._read / 1e9:.1f} of {self._total / 1e9:.1f} GB"
-            logger.info("loading %s: %s  eta %s", self._name, of_total, duration(left))
+            amount = f"{self._read / 1e9:.1f} of {self._total / 1e9:.1f} GB"
+            logger.info("loading %s: %s  eta %s", self._name, amount, duration(left))
 
 
 @functools.cache
@@ -177,7 +177,7 @@ def _set_entry(sharding: jax.sharding.Sharding, transposed: bool, offset: float)
     """
 
     def set_entry(stack, value, i):
-        value = _as_ours(value, transposed, offset)
+        value = _from_torch(value, transposed, offset)
         return jax.lax.dynamic_update_index_in_dim(stack, value, i, 0), jnp.isfinite(value).all()
 
     return jax.jit(set_entry, donate_argnums=0, out_shardings=(sharding, None))
@@ -191,13 +191,13 @@ def _convert(sharding: jax.sharding.Sharding, transposed: bool, offset: float):
     """
 
     def convert(value):
-        value = _as_ours(value, transposed, offset)
+        value = _from_torch(value, transposed, offset)
         return value, jnp.isfinite(value).all()
 
     return jax.jit(convert, donate_argnums=0, out_shardings=(sharding, None))
 
 
-def _as_ours(value: jax.Array, transposed: bool, offset: float) -> jax.Array:
+def _from_torch(value: jax.Array, transposed: bool, offset: float) -> jax.Array:
     value = value.transpose(np.argsort(torch_axes(value.ndim))) if transposed else value
     return value + jnp.asarray(offset, value.dtype) if offset else value
 

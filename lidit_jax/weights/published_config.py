@@ -34,13 +34,13 @@ def parse(
     for key in (blocks, "num_hidden_layers"):  # transformers accepts num_hidden_layers as another name of `blocks`
         count = values.get(key, 1)
         if type(count) is not int or not 1 <= count <= MAX_BLOCKS:
-            raise UserError(f"{file}: {key}={count!r:.80} is not a whole number from 1 to {MAX_BLOCKS}")
+            raise UserError(f"{file}: {key}={count!r:.80} is not an integer from 1 to {MAX_BLOCKS}")
     # Drop the keys of classifiers: transformers would build a name for each of `num_labels` labels.
     values = {key: value for key, value in values.items() if key not in ("num_labels", "id2label", "label2id")}
     try:
         return CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
     except Exception as error:  # each config class raises its own types
-        raise UserError(f"{file}: transformers refuses it ({' '.join(str(error).split())[:300]})") from error
+        raise UserError(f"{file}: transformers rejects it ({' '.join(str(error).split())[:300]})") from error
 
 
 def refuse_quantised(values: Mapping[str, Any], file: Any) -> None:
@@ -69,10 +69,10 @@ def check_format_version(version: Any, newest: int, where: str) -> None:
       UserError: the version is not an integer from 1 to `newest`.
     """
     if type(version) is not int or version < 1:
-        raise UserError(f"{where}={version!r:.80} is not a whole number from 1 on")
+        raise UserError(f"{where}={version!r:.80} is not an integer of at least 1")
     if version > newest:
         raise UserError(
-            f"{where}={version!r:.80} is newer than {newest}, which this program reads: install a newer lidit-jax"
+            f"{where}={version!r:.80} is newer than {newest}, the newest supported: install a newer lidit-jax"
         )
 
 
@@ -93,7 +93,7 @@ def positive_integer(
     value = _value(values, key)
     value = default if value is None else value
     if type(value) is not int or not 1 <= value < 2**31:
-        raise UserError(f"{file}: {key}={value!r:.80} is not a positive whole number below 2^31")
+        raise UserError(f"{file}: {key}={value!r:.80} is not a positive integer below 2^31")
     return value
 
 

@@ -62,22 +62,22 @@ class SafetensorsFile:
     def names(self) -> set[str]:
         return set(self._entries)
 
-    def check(self, name: str, shape: tuple[int, ...], who_asks: str) -> None:
+    def check(self, name: str, shape: tuple[int, ...], required_by: str) -> None:
         """Checks a tensor's shape and type without reading it.
 
         Args:
           name: name of the tensor, which the file must have.
           shape: expected shape.
-          who_asks: where the expected shape comes from, for error messages.
+          required_by: where the expected shape comes from, for error messages.
 
         Raises:
           UserError: the tensor has another shape, or is not floating point.
         """
         dtype, found, _ = self._entries[name]
         if found != shape:
-            raise UserError(f"{self.file}: tensor {name} has shape {found}, {who_asks} asks for {shape}")
+            raise UserError(f"{self.file}: tensor {name} has shape {found}, {required_by} requires {shape}")
         if dtype not in FLOAT_TYPES:
-            raise UserError(f"{self.file}: tensor {name} has type {dtype}; only {', '.join(FLOAT_TYPES)} can be read")
+            raise UserError(f"{self.file}: tensor {name} has type {dtype}; only {', '.join(FLOAT_TYPES)} are supported")
 
     def num_bytes(self, name: str) -> int:
         begin, end = self._entries[name][2]
@@ -107,7 +107,7 @@ class SafetensorsFile:
         """
         length = int.from_bytes(self._stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise ValueError("no header, or one longer than the file")
+            raise ValueError("it has no header, or one that is longer than the file")
         header = json.loads(self._stream.read(length).decode("utf-8"))
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
@@ -116,7 +116,7 @@ class SafetensorsFile:
         entries = {name: _entry(name, value, data_size) for name, value in header.items()}
         covered = sum(end - begin for _, _, (begin, end) in entries.values())
         if covered != data_size:
-            raise ValueError(f"it has {data_size} bytes of data, its header describes {covered}")
+            raise ValueError(f"it has {data_size} bytes of data, but its header describes {covered}")
         return 8 + length, entries
 
 
@@ -182,9 +182,9 @@ def _entry(name: str, value: Any, data_size: int) -> tuple[str, tuple[int, ...],
         raise ValueError(f"the entry of tensor {name:.80} is damaged")
     begin, end = offsets
     if not begin <= end <= data_size:
-        raise ValueError(f"tensor {name:.80} would lie outside the file")
+        raise ValueError(f"the data of tensor {name:.80} is outside the file")
     if dtype in FLOAT_TYPES and math.prod(shape) * FLOAT_TYPES[dtype].itemsize != end - begin:
-        raise ValueError(f"tensor {name:.80} has {end - begin} bytes, which is not what its shape takes")
+        raise ValueError(f"tensor {name:.80} has {end - begin} bytes, which does not fit its shape")
     return dtype, tuple(shape), (begin, end)
 
 

@@ -80,7 +80,7 @@ class SafetensorsFolder:
           UserError: the tensor or its file is missing, the file is damaged, or the tensor has another shape or is not
             floating point.
         """
-        self._containing(name).check(name, shape, CONFIG_FILE)
+        self._file_of(name).check(name, shape, CONFIG_FILE)
 
     def num_bytes(self, name: str) -> int:
         """Returns the stored size of a tensor in bytes.
@@ -88,7 +88,7 @@ class SafetensorsFolder:
         Raises:
           UserError: the tensor or its file is missing, or the file is damaged.
         """
-        return self._containing(name).num_bytes(name)
+        return self._file_of(name).num_bytes(name)
 
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """Returns a tensor in its stored dtype.
@@ -97,7 +97,7 @@ class SafetensorsFolder:
           UserError: for the reasons of `check`, or the tensor cannot be read.
         """
         self.check(name, shape)
-        return self._containing(name).read(name)
+        return self._file_of(name).read(name)
 
     def refuse_unexpected(self, asked_for: Iterable[str], belonging: tuple[str, ...], derived: str = "") -> None:
         """Checks that the folder has no unused tensor of the model.
@@ -116,18 +116,18 @@ class SafetensorsFolder:
         for name in sorted(self.names - set(asked_for)):
             if name.startswith(belonging) and not (derived and name.endswith(derived)):
                 raise UserError(
-                    f"{self.folder}: tensor {name!r} has no place in the model that {CONFIG_FILE} describes; the "
-                    "weights do not belong to it"
+                    f"{self.folder}: tensor {name!r} is not part of the model that {CONFIG_FILE} describes: use "
+                    "the weights that belong to it"
                 )
 
-    def _containing(self, name: str) -> SafetensorsFile:
+    def _file_of(self, name: str) -> SafetensorsFile:
         if name not in self._file_of_tensor:
             raise UserError(
-                f"{self.folder}: tensor {name} is missing; the weights do not belong to the {CONFIG_FILE} beside them"
+                f"{self.folder}: tensor {name} is missing: use the weights that belong to this {CONFIG_FILE}"
             )
         file = self._open(self._file_of_tensor[name])
         if name not in file.names:
-            raise UserError(f"{file.file}: tensor {name} is missing, which the index says is there; copy both again")
+            raise UserError(f"{file.file}: tensor {name} is missing, although the index lists it; copy both again")
         return file
 
     def _find_tensors(self, stem: str) -> dict[str, epath.Path]:
@@ -139,9 +139,9 @@ class SafetensorsFolder:
         if pickles := sorted(path.name for ending in ("bin", "pt", "pth") for path in self.folder.glob(f"*.{ending}")):
             raise UserError(
                 f"{self.folder}: {pickles[0]} is a pickle, which can run code when read; convert it to safetensors "
-                "(save_pretrained of the library it came from writes them)"
+                "(save_pretrained of the library that it came from writes these)"
             )
-        raise UserError(f"{self.folder}: no {weights.name} and no {index.name} in it")
+        raise UserError(f"{self.folder}: the folder has neither {weights.name} nor {index.name}")
 
     def _open(self, file: epath.Path) -> SafetensorsFile:
         if file not in self._files:
@@ -183,7 +183,7 @@ def read_json_object(file: epath.Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{file} is missing; give a folder in Hugging Face's layout") from error
+        raise UserError(f"{file} is missing; use a folder in Hugging Face's layout") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
         raise UserError(f"{file} is not a readable JSON file ({error})") from error
     if not isinstance(values, dict):
@@ -222,7 +222,7 @@ def local_folder(folder: str | Path) -> Path:
       UserError: the folder is in a bucket (gs://…), where folders cannot be renamed atomically.
     """
     if "://" in str(folder):
-        raise UserError(f"{folder}: weights are written to local folders only; copy them from there")
+        raise UserError(f"{folder}: weights are written to local folders only; write there and copy them")
     return Path(folder)
 
 

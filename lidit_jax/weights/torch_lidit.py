@@ -97,8 +97,8 @@ def torch_name(path: ParameterPath, block: int | None = None) -> str:
     *modules, leaf = path
     names = []
     for parent, module in zip((None, *modules), modules, strict=False):
-        is_attentions = parent in ATTENTIONS and module == "out"
-        names.append("to_out" if is_attentions else _module_name(module))
+        is_attention_output = parent in ATTENTIONS and module == "out"
+        names.append("to_out" if is_attention_output else _module_name(module))
         if module == "blocks":
             names.append(str(block))
     return ".".join([*names, "bias" if leaf == "bias" else "weight"])
@@ -170,9 +170,9 @@ def save_lidit(
       OSError: the disk is full or not writable.
     """
     if dtype not in DTYPES:
-        raise UserError(f"weights can't be written as {dtype!r:.80}: use {' or '.join(DTYPES)}")
+        raise UserError(f"weights cannot be saved as {dtype!r:.80}: use {' or '.join(DTYPES)}")
     fields, text_widths = {name: getattr(config, name) for name in FIELDS}, _text_widths(leaves)
-    boxed = _boxed_of(config, leaves)
+    boxed = _matching_boxes(config, leaves)
     shapes = {name: shape_in_file(path, leaf) for path, leaf in boxed.items() for name in torch_names(path, leaf)}
     shards = _plan_shards(shapes, DTYPES[dtype].itemsize, max_shard_bytes)
     folder = epath.Path(folder)
@@ -183,8 +183,8 @@ def save_lidit(
     with contextlib.ExitStack() as stack:
         writers = {}
         for file, names in shards.items():
-            of_file = {name: shapes[name] for name in names}
-            writer = stack.enter_context(SafetensorsWriter(folder / file, of_file, DTYPES[dtype]))
+            file_shapes = {name: shapes[name] for name in names}
+            writer = stack.enter_context(SafetensorsWriter(folder / file, file_shapes, DTYPES[dtype]))
             writers |= dict.fromkeys(names, writer)
         for name, view in torch_tensors(config, leaves):
             tensor = np.array(view, DTYPES[dtype], order="C")
@@ -198,7 +198,7 @@ def torch_tensors(config: LIDiTConfig, leaves: Mapping[ParameterPath, Leaf]) -> 
     Raises:
       UserError: the parameters do not fit the config.
     """
-    for path, leaf in _boxed_of(config, leaves).items():
+    for path, leaf in _matching_boxes(config, leaves).items():
         values = leaves[path] if is_stacked(leaf) else [np.asarray(leaves[path])]
         for name, value in zip(torch_names(path, leaf), values, strict=True):
             yield name, value.transpose(torch_axes(value.ndim)) if is_transposed(path) else value
@@ -225,7 +225,7 @@ def _read_config(folder: str | Path | epath.Path) -> tuple[dict[str, Any], list[
     """Returns the fields of `LIDiTConfig` and the feature widths of the LLMs."""
     file, values = epath.Path(folder) / CONFIG_FILE, read_config(folder)
     if values.get("_class_name") != CLASS_NAME:
-        raise UserError(f"{file}: _class_name is {values.get('_class_name')!r:.80}, not {CLASS_NAME!r}: not LI-DiT's")
+        raise UserError(f"{file}: _class_name is {values.get('_class_name')!r:.80}, not {CLASS_NAME!r}")
     check_format_version(values.get("format_version"), FORMAT_VERSION, f"{file}: format_version")
     refuse_quantised(values, file)
     if values["format_version"] == 1:
@@ -233,7 +233,7 @@ def _read_config(folder: str | Path | epath.Path) -> tuple[dict[str, Any], list[
     known = {*FIELDS, "text_widths", "format_version"}
     # diffusers' own keys begin with an underscore.
     if unknown := sorted(key for key in values.keys() - known if not key.startswith("_")):
-        raise UserError(f"{file}: key {unknown[0]!r:.80} is unknown; the model could compute something else by it")
+        raise UserError(f"{file}: key {unknown[0]!r:.80} is unknown, and may change what the model computes")
     if missing := sorted(known - values.keys()):
         raise UserError(f"{file}: {missing[0]} is missing")
     fields = {name: positive_integer(values, name, file) for name in (*SIZES, "position_grid")}
@@ -258,7 +258,7 @@ def _read_config(folder: str | Path | epath.Path) -> tuple[dict[str, Any], list[
 def _count(values: Mapping[str, Any], key: str, file: epath.Path) -> int:
     least = 1 if key == "depth" else 0
     if type(values[key]) is not int or not least <= values[key] <= MAX_BLOCKS:
-        raise UserError(f"{file}: {key}={values[key]!r:.80} is not a whole number from {least} to {MAX_BLOCKS}")
+        raise UserError(f"{file}: {key}={values[key]!r:.80} is not an integer from {least} to {MAX_BLOCKS}")
     return values[key]
 
 
@@ -300,7 +300,7 @@ def _text_widths(leaves: Mapping[ParameterPath, Leaf]) -> tuple[int, ...]:
     return tuple(leaves[path].shape[0] for path in itertools.takewhile(leaves.__contains__, kernels))
 
 
-def _boxed_of(
+def _matching_boxes(
     config: LIDiTConfig, leaves: Mapping[ParameterPath, Leaf]
 ) -> dict[ParameterPath, nn.LogicallyPartitioned]:
     """Returns `_boxed_parameters` of the model that the leaves belong to.
@@ -310,16 +310,16 @@ def _boxed_of(
     """
     fields, text_widths = {name: getattr(config, name) for name in FIELDS}, _text_widths(leaves)
     if not text_widths:
-        raise UserError("LI-DiT's parameters lack text_condition/project_0: there is no LLM")
+        raise UserError("LI-DiT's parameters lack text_condition/project_0: the model has no LLM")
     boxed = _boxed_parameters(_canonical(fields), text_widths)
     if missing := boxed.keys() - leaves.keys():
-        raise UserError(f"LI-DiT's parameters lack {'/'.join(min(missing))}, which its config asks for")
+        raise UserError(f"LI-DiT's parameters lack {'/'.join(min(missing))}, which its config requires")
     if unexpected := leaves.keys() - boxed.keys():
-        raise UserError(f"LI-DiT's parameters have {'/'.join(min(unexpected))}, which its config does not know")
+        raise UserError(f"LI-DiT's parameters have {'/'.join(min(unexpected))}, which its config does not have")
     for path, leaf in boxed.items():
         found, shape = tuple(leaves[path].shape), leaf.value.shape
         if found != shape:
-            raise UserError(f"LI-DiT's {'/'.join(path)} has shape {found}, its config asks for {shape}")
+            raise UserError(f"LI-DiT's {'/'.join(path)} has shape {found}, its config requires {shape}")
     return boxed
 
 
@@ -328,21 +328,21 @@ def _boxed_of(
 
 def _plan_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int) -> dict[str, list[str]]:
     """Returns {file name: names of its tensors}, with the tensors of a block next to each other."""
-    shards, left = [[]], max_shard_bytes
-    for name in sorted(shapes, key=_by_number):
+    shards, free = [[]], max_shard_bytes
+    for name in sorted(shapes, key=_natural_order):
         size = math.prod(shapes[name]) * itemsize
-        if size > left and shards[-1]:
+        if size > free and shards[-1]:
             shards.append([])
-            left = max_shard_bytes
+            free = max_shard_bytes
         shards[-1].append(name)
-        left -= size
+        free -= size
     if len(shards) == 1:
         return {f"{WEIGHTS_STEM}.safetensors": shards[0]}
     total = len(shards)
     return {f"{WEIGHTS_STEM}-{i:05}-of-{total:05}.safetensors": names for i, names in enumerate(shards, start=1)}
 
 
-def _by_number(name: str) -> list[tuple[int, str]]:
+def _natural_order(name: str) -> list[tuple[int, str]]:
     """Returns a sort key that puts block 2 before block 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
