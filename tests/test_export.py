@@ -118,15 +118,15 @@ def test_the_cards_code_runs_as_pasted_and_its_facts_are_the_runs(folder, tmp_pa
     assert "license: other" in front  # only whoever trained the weights can license them
     assert "library_name: diffusers" in front
     assert "pipeline_tag: text-to-image" in front
-    for fact in ("rectified flow, shift 3", "euler, 25 steps, guidance 3", "7 steps of 8 pictures", "32 pixels"):
+    for fact in ("rectified flow, shift 3", "euler, 25 steps, guidance 3", "7 steps of 8 images", "32 pixels"):
         assert fact in card
     [code] = re.findall(r"```python\n(.*?)```", card, re.S)
     monkeypatch.chdir(tmp_path)
     exec(code.replace("FOLDER", str(folder)), {})
-    assert (tmp_path / "picture.png").exists()
+    assert (tmp_path / "image.png").exists()
 
 
-def test_the_card_names_the_licences_of_what_others_made(workdir, t5_folder, tmp_path):
+def test_the_card_names_the_licences_of_networks_of_others(workdir, t5_folder, tmp_path):
     config = random_config()
     config.encoders.qwen = {"weights": str(t5_folder), "dtype": "float32"}
     config.vae.weights = str(workdir / "vae")
@@ -286,7 +286,7 @@ def test_what_breaks_in_the_middle_leaves_nothing(workdir, tmp_path, monkeypatch
 
 def test_a_full_disk_is_known_before_anything_is_written(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(write.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match=r"out needs 0\.0 GB, the disk has 0\.0 GB left: make room"):
+    with pytest.raises(UserError, match=r"out needs 0\.0 GB, the disk has 0\.0 GB free: free some space"):
         export_of(workdir, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -296,7 +296,7 @@ def test_overwriting_replaces_an_export_and_nothing_else(workdir, folder, tmp_pa
     shutil.copytree(folder, out)
     (out / "tokenizer_4").mkdir()
     (out / "tokenizer_4" / "of_the_old.txt").write_text("")
-    with pytest.raises(UserError, match=r"is not empty: name another folder, or give --overwrite"):
+    with pytest.raises(UserError, match=r"is not empty: use another folder, or pass --overwrite"):
         export_of(workdir, out)
     with monkeypatch.context() as patch:
         patch.setattr(write, "model_card", lambda *arguments: 1 / 0)
@@ -311,11 +311,11 @@ def test_overwriting_replaces_an_export_and_nothing_else(workdir, folder, tmp_pa
     assert files_in(export_of(workdir, empty, overwrite=True)) == files_in(folder)
     other.mkdir()
     (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(UserError, match="no folder of an export: --overwrite replaces those alone"):
+    with pytest.raises(UserError, match="not an export: --overwrite only replaces exports"):
         export_of(workdir, other, overwrite=True)
     assert files_in(other) == ["model_index.json"]
     (out / ".git").mkdir()
-    with pytest.raises(UserError, match=r"\.git is of no export: --overwrite would delete it"):
+    with pytest.raises(UserError, match=r"\.git is not part of an export, and --overwrite would delete it"):
         export_of(workdir, out, overwrite=True)
     assert (out / ".git").exists()
 
@@ -328,7 +328,7 @@ def test_an_export_that_a_run_is_made_of_is_not_replaced(workdir, folder, tmp_pa
         config.encoders[name].weights = str(out / component)
     config.vae.weights = str(workdir / "vae")
     run = make_workdir(tmp_path / "run", config)
-    with pytest.raises(UserError, match="which the run needs: name another folder"):
+    with pytest.raises(UserError, match="which the run needs: use another folder"):
         export_of(run, out, overwrite=True, text_encoders="reference")
     assert files_in(out) == files_in(folder)
     # The tokenizer of a referenced encoder is found in the exported folder that holds the encoder.
@@ -339,7 +339,7 @@ def test_an_export_that_a_run_is_made_of_is_not_replaced(workdir, folder, tmp_pa
     assert pipe.tokenizer_2("a")["input_ids"] and pipe.text_encoder_2 is not None
 
 
-def test_each_part_is_loaded_in_what_it_was_trained_in(folder, tmp_path):
+def test_each_component_is_loaded_in_its_training_dtype(folder, tmp_path):
     config = random_config()
     config.encoders.qwen.dtype = "bfloat16"
     run = make_workdir(tmp_path / "run", config)
@@ -347,7 +347,7 @@ def test_each_part_is_loaded_in_what_it_was_trained_in(folder, tmp_path):
     assert '"text_encoder_2": torch.bfloat16' in card and '"default": torch.float32' in card
 
 
-def test_a_compiled_transformer_is_saved_as_what_it_was(folder, tmp_path):
+def test_a_compiled_transformer_is_saved_under_its_own_class(folder, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipe.transformer = torch.compile(pipe.transformer)
     pipe.save_pretrained(tmp_path / "saved")
@@ -356,7 +356,7 @@ def test_a_compiled_transformer_is_saved_as_what_it_was(folder, tmp_path):
     assert type(again.transformer).__name__ == "LIDiTTransformer2DModel"
 
 
-def test_a_run_and_its_export_have_the_same_frozen_parts(workdir, folder):
+def test_a_run_and_its_export_have_the_same_frozen_digests(workdir, folder):
     """Checks that both have the same digests, so that features precomputed for one are accepted by the other."""
     ours = Experiment(read_workdir(workdir), workdir).frozen_digests()
     assert Experiment(read_folder(folder), folder).frozen_digests() == ours
@@ -405,19 +405,19 @@ def test_a_killed_export_leaves_no_folder_that_looks_whole(workdir, tmp_path, nu
         ({"weights": "best"}, "--weights=best: use ema or params"),
         ({"dtype": "float16"}, "--dtype=float16: use float32 or bfloat16"),
         ({"text_encoders": "link"}, "--text_encoders=link: use copy or reference"),
-        ({"max_shard_gb": 0.0}, "--max_shard_gb=0.0 must be from"),
-        ({"max_shard_gb": float("nan")}, "--max_shard_gb=nan must be from"),
+        ({"max_shard_gb": 0.0}, "--max_shard_gb=0.0 is not from"),
+        ({"max_shard_gb": float("nan")}, "--max_shard_gb=nan is not from"),
     ],
 )
-def test_options_that_are_none(workdir, tmp_path, options, message):
+def test_invalid_options_are_rejected(workdir, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         export_of(workdir, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_places_that_cannot_be_written(workdir, tmp_path):
+def test_folders_that_cannot_be_written_are_rejected(workdir, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file is a file: name a folder"):
+    with pytest.raises(UserError, match="file is a file: use a folder"):
         export_of(workdir, tmp_path / "file")
     with pytest.raises(UserError, match="cannot write .*file/out: Not a directory"):
         export_of(workdir, tmp_path / "file/out")
@@ -425,14 +425,14 @@ def test_places_that_cannot_be_written(workdir, tmp_path):
         export(Request(workdir, epath.Path("gs://bucket/out")))
 
 
-def test_workdirs_with_nothing_to_export(workdir, tmp_path):
+def test_workdirs_without_a_trained_model_are_rejected(workdir, tmp_path):
     with pytest.raises(UserError, match=r"no config\.json there"):
         export_of(epath.Path(tmp_path / "none"), tmp_path / "out")
     config = tiny_config()
     for section in ("text", "encoders", "model", "diffusion", "train", "sample", "evaluate"):
         del config[section]
     claim_workdir(epath.Path(tmp_path / "vae"), config)
-    with pytest.raises(UserError, match="is the run of a VAE alone"):
+    with pytest.raises(UserError, match="trained only a VAE"):
         export_of(epath.Path(tmp_path / "vae"), tmp_path / "out")
     begun = epath.Path(shutil.copytree(workdir, tmp_path / "begun"))
     shutil.rmtree(begun / "training")
@@ -444,16 +444,16 @@ def test_workdirs_with_nothing_to_export(workdir, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_more_encoders_than_a_pipeline_has_places_for(workdir, t5_folder, tmp_path):
+def test_more_encoders_than_a_pipeline_supports_are_rejected(workdir, t5_folder, tmp_path):
     config = random_config()
     config.encoders = {f"t5_{i}": {"weights": str(t5_folder), "dtype": "float32"} for i in range(5)}
     config.vae.weights = str(workdir / "vae")
     claim_workdir(epath.Path(tmp_path / "run"), config)
-    with pytest.raises(UserError, match="the run has 5 encoders; a pipeline of diffusers has up to 4 here"):
+    with pytest.raises(UserError, match="the run has 5 encoders, but an exported pipeline supports at most 4"):
         export_of(epath.Path(tmp_path / "run"), tmp_path / "out")
 
 
-def test_weights_that_are_cut_short_are_not_copied(workdir, tmp_path):
+def test_truncated_weights_are_not_copied(workdir, tmp_path):
     copy = epath.Path(shutil.copytree(workdir, tmp_path / "copy"))
     file = copy / "vae/diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
@@ -468,7 +468,7 @@ def test_weights_that_are_cut_short_are_not_copied(workdir, tmp_path):
         (["--workdir=/not/there", "--out=out"], "no config.json there"),
     ],
 )
-def test_the_command_says_mistakes_in_one_line(tmp_path, arguments, message):
+def test_the_command_reports_errors_of_users_in_one_line(tmp_path, arguments, message):
     command = [sys.executable, "-m", "lidit_jax.export", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -478,7 +478,7 @@ def test_the_command_says_mistakes_in_one_line(tmp_path, arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def test_the_command_says_last_how_to_load_what_it_wrote(workdir, tmp_path):
+def test_the_command_ends_with_how_to_load_the_folder(workdir, tmp_path):
     command = [sys.executable, "-m", "lidit_jax.export", f"--workdir={workdir}", "--out=out", "--dtype=bfloat16"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -516,7 +516,7 @@ def drawn(workdir):
 
 
 @pytest.mark.parametrize("saved_by_diffusers", [False, True])
-def test_back_in_jax_the_pictures_are_the_same_to_the_bit(folder, drawn, tmp_path, saved_by_diffusers):
+def test_back_in_jax_the_images_are_bit_identical(folder, drawn, tmp_path, saved_by_diffusers):
     run, expected = drawn
     if saved_by_diffusers:
         load(folder).save_pretrained(tmp_path / "saved")
@@ -531,7 +531,7 @@ def test_back_in_jax_the_pictures_are_the_same_to_the_bit(folder, drawn, tmp_pat
     np.testing.assert_array_equal(got, expected)
 
 
-def test_what_only_training_knows_of_a_schedule_comes_back(tmp_path):
+def test_training_fields_of_the_schedule_are_restored(tmp_path):
     diffusion = {"name": "rectified_flow", "shift": 2.0, "logit_mean": 0.5, "logit_std": 2.0}
     config = random_config(diffusion, "heun")
     folder = export_of(make_workdir(tmp_path / "run", config), tmp_path / "out")
@@ -566,11 +566,11 @@ ENTRY = {"name": "llama", "dtype": "float32"}
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "model_index.json").unlink(), r"no model_index\.json there; name a folder that"),
+        (lambda folder: (folder / "model_index.json").unlink(), r"the folder has no model_index\.json: use one that"),
         (lambda folder: (folder / "model_index.json").write_text("[]"), "is not a JSON object"),
         (lambda folder: (folder / "model_index.json").write_bytes(b"\xff"), "is not a readable JSON file"),
         (lambda folder: (folder / "model_index.json").write_text("[" * 100_000), "is not a readable JSON file"),
-        (change_index(lidit=None), "no lidit object in it"),
+        (change_index(lidit=None), "it has no lidit object"),
         (
             change_facts(format_version=2),
             "format_version=2 is newer than 1, the newest supported: install a newer",
@@ -581,25 +581,28 @@ ENTRY = {"name": "llama", "dtype": "float32"}
         (change_facts(resolution=DELETED), "resolution=None"),
         (change_facts(text=[]), r"lidit\.text is not an object"),
         (change_facts(text={"max_length": 10**9}), "max_length=1000000000 is not an integer"),
-        (change_facts(text={"max_length": 12, "a.b": 1}), r"lidit\.text\.a\.b is no setting"),
-        (change_facts(text={"max_length": 12, "instruction": {}}), r"lidit\.text\.instruction is no setting"),
+        (change_facts(text={"max_length": 12, "a.b": 1}), r"lidit\.text\.a\.b is not a valid config field"),
+        (
+            change_facts(text={"max_length": 12, "instruction": {}}),
+            r"lidit\.text\.instruction is not a valid config field",
+        ),
         (change_facts(sample=3), r"lidit\.sample is not an object"),
         (change_facts(diffusion={"logit_mean": "0"}), r"diffusion\.logit_mean='0' is not a number"),
-        (change_facts(vae_dtype=7), "vae_dtype=7 is not a text"),
+        (change_facts(vae_dtype=7), "vae_dtype=7 is not a non-empty string"),
         (change_facts(encoders={}), "encoders is not a list of 1 to 4 encoders"),
         (change_facts(encoders=[ENTRY] * 5), "encoders is not a list of 1 to 4 encoders"),
         (change_facts(encoders=["llama"]), r"lidit\.encoders\[0\] is not an object"),
-        (change_facts(encoders=[{"name": "../x", "dtype": "float32"}]), "'../x' is not an encoder's name"),
-        (change_facts(encoders=[ENTRY, ENTRY]), "not in alphabetical order: llama"),
-        (change_facts(encoders=[ENTRY | {"name": "z"}, ENTRY]), "not in alphabetical order: z, llama"),
+        (change_facts(encoders=[{"name": "../x", "dtype": "float32"}]), "'../x' is not a valid encoder name"),
+        (change_facts(encoders=[ENTRY, ENTRY]), "not sorted by name: llama"),
+        (change_facts(encoders=[ENTRY | {"name": "z"}, ENTRY]), "not sorted by name: z, llama"),
         (remove("vae"), r"vae/config\.json is missing"),
         (remove("scheduler"), r"scheduler/scheduler_config\.json is missing"),
         (remove("transformer"), r"transformer/config\.json is missing"),
-        (remove("text_encoder_2"), r"text_encoder_2 is missing, and .* names no source of it"),
+        (remove("text_encoder_2"), r"text_encoder_2 is missing, and .* gives no source for it"),
         (lambda folder: (folder / "text_encoder/config.json").unlink(), r"text_encoder/config\.json is missing"),
     ],
 )
-def test_a_damaged_folder_is_said_in_one_line(folder, tmp_path, damage, message):
+def test_a_damaged_folder_is_reported_in_one_line(folder, tmp_path, damage, message):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     damage(copy)
     with pytest.raises(UserError, match=message) as caught:
@@ -615,13 +618,13 @@ def test_a_damaged_folder_is_said_in_one_line(folder, tmp_path, damage, message)
         ({"text": {"max_length": 12, "instruction": 3}}, r"text\.instruction is 3: it must be of type str"),
         ({"sample": {"steps": 10**12}}, "more than the 1000000 that make sense"),
         ({"sample": {"steps": 4, "guidance_scale": 10**400}}, r"sample\.guidance_scale is 1000.*no number"),
-        ({"encoders": [ENTRY | {"name": "__class__"}]}, "'__class__' is not an encoder's name"),
+        ({"encoders": [ENTRY | {"name": "__class__"}]}, "'__class__' is not a valid encoder name"),
         ({"sample": {"stpes": 4}}, r"config key sample\.stpes is unknown; did you mean 'steps'"),
         ({"encoders": [ENTRY | {"dtype": "int4"}, ENTRY | {"name": "qwen"}]}, r"encoders\.llama\.dtype"),
         ({"vae_dtype": "int4"}, r"vae\.dtype"),
     ],
 )
-def test_settings_that_are_none_are_said_when_the_config_is_used(folder, tmp_path, facts, message):
+def test_invalid_settings_are_reported_when_the_config_is_used(folder, tmp_path, facts, message):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     change_facts(**facts)(copy)
     with pytest.raises(UserError, match=message):

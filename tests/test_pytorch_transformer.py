@@ -56,7 +56,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def draw_inputs(config, texts, height=4, width=6, batch=3):
+def random_inputs(config, texts, height=4, width=6, batch=3):
     """Returns random NumPy (latents, timesteps, features) for Flax; the last prompt is empty, only an end token."""
     random = np.random.default_rng(0)
     normal = functools.partial(random.standard_normal, dtype=np.float32)
@@ -93,9 +93,9 @@ def pytorch_inputs(latents, timesteps, features, dtype=torch.float32):
     return {
         "hidden_states": torch.from_numpy(latents).permute(0, 3, 1, 2).to(dtype),
         "timestep": torch.from_numpy(timesteps),
-        "encoder_hidden_states": [torch.from_numpy(of.prompt).to(dtype) for of in features],
-        "encoder_attention_mask": [torch.from_numpy(of.mask) for of in features],
-        "instruction_hidden_states": [torch.from_numpy(of.prefix).to(dtype) for of in features],
+        "encoder_hidden_states": [torch.from_numpy(llm.prompt).to(dtype) for llm in features],
+        "encoder_attention_mask": [torch.from_numpy(llm.mask) for llm in features],
+        "instruction_hidden_states": [torch.from_numpy(llm.prefix).to(dtype) for llm in features],
     }
 
 
@@ -110,7 +110,7 @@ def assert_close(actual, expected, tolerance):
 @pytest.fixture(scope="module")
 def tiny():
     """Flax inputs, Flax parameters and PyTorch model with two LLMs, shared by all tests: do not modify them."""
-    inputs = draw_inputs(TINY, [LLAMA, QWEN])
+    inputs = random_inputs(TINY, [LLAMA, QWEN])
     params = random_params(TINY, inputs)
     return inputs, params, pytorch_model(TINY, params, [LLAMA, QWEN])
 
@@ -142,7 +142,7 @@ def fresh(tiny):
 )
 def test_it_predicts_what_flax_predicts(texts, changes, height, width):
     config = dataclasses.replace(TINY, **changes)
-    inputs = draw_inputs(config, texts, height, width)
+    inputs = random_inputs(config, texts, height, width)
     params = random_params(config, inputs)
     expected = jax.jit(LIDiT(config).apply)({"params": params}, *inputs)
     with torch.no_grad():
@@ -288,7 +288,7 @@ def test_untrained_it_predicts_zero_and_can_learn():
     torch.manual_seed(0)
     fields = {name: getattr(TINY, name) for name in FIELDS}
     model = LIDiTTransformer2DModel(**fields, text_widths=[24, 10])
-    inputs = draw_inputs(TINY, [LLAMA, QWEN])
+    inputs = random_inputs(TINY, [LLAMA, QWEN])
     loss = loss_of(model, pytorch_inputs(*inputs), np.ones_like(inputs[0]))
     assert loss == 1.0
     loss.backward()
@@ -332,9 +332,9 @@ def test_inputs_that_do_not_fit_are_refused(tiny, changes, message):
     ("changes", "message"),
     [
         ({"hidden_size": 17}, "not divisible by num_heads=2"),
-        ({"hidden_size": 6}, "odd, which rotary"),
+        ({"hidden_size": 6}, "odd, but rotary"),
         ({"fusion": "sum"}, "use one of collaborative, concatenate"),
-        ({"format_version": 3}, "has format_version 3, this transformer_lidit.py knows 2"),
+        ({"format_version": 3}, "has format_version 3, but this transformer_lidit.py reads up to 2"),
         ({"position": "table"}, "join conv, sincos, rope by"),
         ({"position": "rope", "hidden_size": 12}, "not divisible by 4, for 'rope'"),
     ],
@@ -346,7 +346,7 @@ def test_a_config_that_cannot_be_is_refused(changes, message):
 
 def test_it_needs_no_jax(tmp_path):
     """Checks that the exported module alone loads, predicts and saves."""
-    save_lidit(tmp_path, TINY, flax.traverse_util.flatten_dict(random_params(TINY, draw_inputs(TINY, [LLAMA]))))
+    save_lidit(tmp_path, TINY, flax.traverse_util.flatten_dict(random_params(TINY, random_inputs(TINY, [LLAMA]))))
     (tmp_path / FILE.name).write_bytes(FILE.read_bytes())
     script = """
 import importlib.abc, importlib.util, sys

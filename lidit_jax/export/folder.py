@@ -34,7 +34,7 @@ MAX_ENCODERS = 4
 MAX_TOKENS = 1 << 20  # tokens per prompt; a larger number is damaged
 MAX_SIDE = 1 << 16  # pixels
 # Fields of `LIDiTConfig` that change how, not what, the model computes; transformer/config.json does not have them.
-COMPUTING = ("dtype", "attention", "remat", "scan_unroll")
+COMPUTE_FIELDS = ("dtype", "attention", "remat", "scan_unroll")
 MAX_TIMES = 1e6  # bound on the mean and standard deviation of logit(s), s the training time
 # Fields of `RectifiedFlow` that only training uses; scheduler_config.json does not have them.
 TRAINING_ONLY = ("logit_mean", "logit_std")
@@ -145,7 +145,7 @@ def read_folder(folder: str | epath.Path) -> ConfigDict:
     folder = epath.Path(folder)
     file = folder / INDEX_FILE
     if not is_there(file):
-        raise UserError(f"{folder}: no {INDEX_FILE} there; name a folder that python -m lidit_jax.export wrote")
+        raise UserError(f"{folder}: the folder has no {INDEX_FILE}: use one that python -m lidit_jax.export wrote")
     index = read_json_object(file)
     facts = _facts(index, file)
     schedule, sampler = _schedule(folder)
@@ -155,7 +155,7 @@ def read_folder(folder: str | epath.Path) -> ConfigDict:
         "data": {"source": "shapes", "resolution": _integer(facts, "resolution", file, MAX_SIDE)},
         "text": _text(facts, file),
         "encoders": _encoders(folder, index, facts, file),
-        "vae": {"weights": str(folder / "vae"), "dtype": _text_value(facts, "vae_dtype", file)},
+        "vae": {"weights": str(folder / "vae"), "dtype": _string(facts, "vae_dtype", file)},
         "model": _object(facts, "model", file) | read_lidit_config(folder / "transformer"),
         "diffusion": _diffusion(schedule, facts, file),
         "sample": _object(facts, "sample", file) | {"sampler": sampler},
@@ -166,7 +166,7 @@ def read_folder(folder: str | epath.Path) -> ConfigDict:
 def _facts(index: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
     facts = index.get("lidit")
     if not isinstance(facts, dict):
-        raise UserError(f"{file}: no lidit object in it; name a folder that python -m lidit_jax.export wrote")
+        raise UserError(f"{file}: it has no lidit object: use a folder that python -m lidit_jax.export wrote")
     check_format_version(facts.get("format_version"), FORMAT_VERSION, f"{file}: lidit.format_version")
     return facts
 
@@ -199,21 +199,21 @@ def _encoders(folder: epath.Path, index: Mapping[str, Any], facts: Mapping[str, 
     entries = facts.get("encoders")
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_ENCODERS:
         raise UserError(f"{file}: lidit.encoders is not a list of 1 to {MAX_ENCODERS} encoders")
-    found = {}
+    encoders = {}
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise UserError(f"{file}: lidit.encoders[{i}] is not an object")
-        name = _text_value(entry, "name", file)
+        name = _string(entry, "name", file)
         if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,99}", name):
-            raise UserError(f"{file}: {name!r:.80} is not an encoder's name")
-        found[name] = {
+            raise UserError(f"{file}: {name!r:.80} is not a valid encoder name")
+        encoders[name] = {
             "weights": _weights(folder, index, component_names(i)[0], file),
-            "dtype": _text_value(entry, "dtype", file),
+            "dtype": _string(entry, "dtype", file),
         }
-    if list(found) != sorted(found) or len(found) != len(entries):
+    if list(encoders) != sorted(encoders) or len(encoders) != len(entries):
         # Configs list their encoders in alphabetical order, which is the order of the model's branches.
-        raise UserError(f"{file}: the names of lidit.encoders are not in alphabetical order: {', '.join(found)}")
-    return found
+        raise UserError(f"{file}: lidit.encoders are not sorted by name: {', '.join(encoders)}")
+    return encoders
 
 
 def _weights(folder: epath.Path, index: Mapping[str, Any], component: str, file: epath.Path) -> str:
@@ -224,10 +224,10 @@ def _weights(folder: epath.Path, index: Mapping[str, Any], component: str, file:
     sources = index.get("text_encoder_sources")
     source = sources.get(component) if isinstance(sources, dict) else None
     if source is None:
-        raise UserError(f"{folder / component} is missing, and {file} names no source of it; copy the folder again")
+        raise UserError(f"{folder / component} is missing, and {file} gives no source for it; copy the folder again")
     if not isinstance(source, dict):
         raise UserError(f"{file}: text_encoder_sources.{component} is not an object")
-    name = _text_value(source, "name", file)
+    name = _string(source, "name", file)
     revision = source.get("revision")
     return f"{name}@{revision}" if isinstance(revision, str) and HUB_NAME.fullmatch(f"{name}@{revision}") else name
 
@@ -243,18 +243,18 @@ def _object(values: Mapping[str, Any], key: str, file: epath.Path) -> dict[str, 
         raise UserError(f"{file}: lidit.{key} is not an object; export the model again")
     for name, value in section.items():
         if not name.isidentifier() or isinstance(value, dict | list):
-            raise UserError(f"{file}: lidit.{key}.{name:.80} is no setting that a config can have")
+            raise UserError(f"{file}: lidit.{key}.{name:.80} is not a valid config field")
     return section
 
 
-def _text_value(values: Mapping[str, Any], key: str, file: epath.Path) -> str:
+def _string(values: Mapping[str, Any], key: str, file: epath.Path) -> str:
     if not isinstance(values.get(key), str) or not values[key]:
-        raise UserError(f"{file}: {key}={values.get(key)!r:.80} is not a text")
+        raise UserError(f"{file}: {key}={values.get(key)!r:.80} is not a non-empty string")
     return values[key]
 
 
 def _integer(values: Mapping[str, Any], key: str, file: epath.Path, most: int) -> int:
     value = values.get(key)
     if type(value) is not int or not 1 <= value <= most:
-        raise UserError(f"{file}: {key}={value!r:.80} is not a whole number from 1 to {most}")
+        raise UserError(f"{file}: {key}={value!r:.80} is not an integer from 1 to {most}")
     return value

@@ -75,26 +75,31 @@ def start_from_exported(config: ConfigDict, folder: epath.Path) -> ConfigDict:
     """
     if "://" not in str(folder):
         folder = folder.resolve()  # the config must stay valid in another working directory
-    theirs = read_folder(folder)
+    exported = read_folder(folder)
     config = config.copy_and_resolve_references()
     for section in ("model", "encoders", "text", "diffusion"):
         if section not in config:
-            raise UserError(f"--from_torch: the config has no {section}: name one that trains LI-DiT")
-    if sorted(config.encoders) != sorted(theirs.encoders):
+            raise UserError(f"--from_torch: the config has no {section}: use one that trains LI-DiT")
+    if sorted(config.encoders) != sorted(exported.encoders):
         raise UserError(
             f"the config's encoders are {', '.join(config.encoders)}, those of {folder} are "
-            f"{', '.join(theirs.encoders)}: use the same names"
+            f"{', '.join(exported.encoders)}: use the same names"
         )
-    check_start(config, theirs, folder)
+    check_start(config, exported, folder)
     for section in ("text", "diffusion"):
-        for key, value in theirs[section].items():
+        for key, value in exported[section].items():
             if config[section].get(key, value) != value:
                 logger.warning(
-                    "%s was trained with %s.%s=%r, goes on with %r", folder, section, key, value, config[section][key]
+                    "%s was trained with %s.%s=%r, training continues with %r",
+                    folder,
+                    section,
+                    key,
+                    value,
+                    config[section][key],
                 )
     config.start_from = str(folder)
     with config.unlocked():  # the config may lack the `weights` fields
-        config.vae.weights = config.vae.get("weights") or theirs.vae.weights
+        config.vae.weights = config.vae.get("weights") or exported.vae.weights
         for name, encoder in config.encoders.items():
-            encoder.weights = encoder.get("weights") or theirs.encoders[name].weights
+            encoder.weights = encoder.get("weights") or exported.encoders[name].weights
     return config

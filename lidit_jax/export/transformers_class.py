@@ -73,6 +73,5 @@ def check_reference(values: Mapping[str, Any], where: str) -> None:
     """
     if transformers_type(values) != values["model_type"]:
         raise UserError(
-            f"{where} has model_type {values['model_type']!r}, which is LLaVA's own and not transformers': it can't be "
-            "referred to; use --text_encoders=copy"
+            f"{where} has model_type {values['model_type']!r}, which transformers cannot load: use --text_encoders=copy"
         )

@@ -25,7 +25,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.export.copying import copy_files, model_files, num_bytes, tokenizer_files
 from lidit_jax.export.folder import (
-    COMPUTING,
+    COMPUTE_FIELDS,
     INDEX_FILE,
     MAX_ENCODERS,
     PIPELINE,
@@ -105,10 +105,12 @@ def export(request: Request) -> None:
     Raises:
       UserError: an option is invalid or a file is missing or damaged, before anything is written; or the disk is full.
     """
-    _check(request)
+    _check_request(request)
     run = Experiment(read_workdir(request.workdir), request.workdir)
     if not run.has_lidit:
-        raise UserError(f"{request.workdir} is the run of a VAE alone: its {run.vae_folder()} is in diffusers' format")
+        raise UserError(
+            f"{request.workdir} trained only a VAE, which is already in diffusers' format: {run.vae_folder()}"
+        )
     _check_not_used(request.out, run)
     encoders = [_text_encoder(run, name, request.text_encoders) for name in run.encoders]
     vae = run.vae_folder()
@@ -147,7 +149,7 @@ def export(request: Request) -> None:
     )
 
 
-def _check(request: Request) -> None:
+def _check_request(request: Request) -> None:
     """Checks the options that do not depend on the workdir.
 
     Raises:
@@ -158,19 +160,21 @@ def _check(request: Request) -> None:
         if getattr(request, name) not in known:
             raise UserError(f"--{name}={getattr(request, name)}: use {' or '.join(filter(None, known))}")
     if not 0.001 <= request.max_shard_gb <= 1e6:
-        raise UserError(f"--max_shard_gb={request.max_shard_gb} must be from 0.001 to 1000000")
+        raise UserError(f"--max_shard_gb={request.max_shard_gb} is not from 0.001 to 1000000")
     out = local_folder(request.out)
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file: name a folder")
+        raise UserError(f"--out={out} is a file: use a folder")
     if not out.exists() or not any(out.iterdir()):
         return
     if not request.overwrite:
-        raise UserError(f"--out={out} is not empty: name another folder, or give --overwrite")
+        raise UserError(f"--out={out} is not empty: use another folder, or pass --overwrite")
     if not is_exported_folder(epath.Path(out)):
-        raise UserError(f"--out={out} is not empty and no folder of an export: --overwrite replaces those alone")
+        raise UserError(f"--out={out} is not empty and not an export: --overwrite only replaces exports")
     for entry in sorted(out.iterdir()):
         if not EXPORTED.fullmatch(entry.name):
-            raise UserError(f"{entry} is of no export: --overwrite would delete it; move it, or name another --out")
+            raise UserError(
+                f"{entry} is not part of an export, and --overwrite would delete it: move it, or use another --out"
+            )
 
 
 def _check_not_used(out: epath.Path, run: Experiment) -> None:
@@ -184,7 +188,7 @@ def _check_not_used(out: epath.Path, run: Experiment) -> None:
     used += [epath.Path(run.config.get("start_from") or run.workdir), epath.Path(run.workdir)]
     for folder in used:
         if "://" not in str(folder) and Path(folder).resolve().is_relative_to(replaced):
-            raise UserError(f"--out={out} holds {folder}, which the run needs: name another folder")
+            raise UserError(f"--out={out} contains {folder}, which the run needs: use another folder")
 
 
 def _check_space(out: epath.Path, needed: int) -> None:
@@ -198,13 +202,15 @@ def _check_space(out: epath.Path, needed: int) -> None:
     )
     free = shutil.disk_usage(nearest).free
     if free < needed + SPARE_BYTES:
-        raise UserError(f"--out={out} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left: make room")
+        raise UserError(
+            f"--out={out} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free: free some space"
+        )
 
 
 def _text_encoder(run: Experiment, name: str, mode: str | None) -> _TextEncoder:
     if list(run.encoders).index(name) >= MAX_ENCODERS:
         raise UserError(
-            f"the run has {len(run.encoders)} encoders; a pipeline of diffusers has up to {MAX_ENCODERS} here"
+            f"the run has {len(run.encoders)} encoders, but an exported pipeline supports at most {MAX_ENCODERS}"
         )
     config, folder = run.encoders[name], run.encoder_folder(name)
     encoder = open_encoder(folder, run.prompt_tokenizer, dtype=config.dtype)
@@ -219,7 +225,7 @@ def _text_encoder(run: Experiment, name: str, mode: str | None) -> _TextEncoder:
         separator=tokenizer.separator,
         max_length=tokenizer.max_length,
     )
-    if config.weights and (mode or _usual_mode(config.weights)) == "reference":
+    if config.weights and (mode or _default_mode(config.weights)) == "reference":
         check_reference(values, f"encoders.{name}")
         return _TextEncoder(dataclasses.replace(entry, source=_source(config.weights, folder)), values)
     return _TextEncoder(
@@ -230,7 +236,7 @@ def _text_encoder(run: Experiment, name: str, mode: str | None) -> _TextEncoder:
     )
 
 
-def _usual_mode(weights: str) -> str:
+def _default_mode(weights: str) -> str:
     return "reference" if _is_hub_name(weights) else "copy"
 
 
@@ -250,7 +256,7 @@ def _source(weights: str, folder: epath.Path) -> dict[str, Any]:
         revision = folder.name if folder.parent.name == "snapshots" else wanted or None
         return {"name": name, "revision": revision}
     if "://" in weights:
-        raise UserError(f"{weights} is in a bucket, where transformers reads nothing: use --text_encoders=copy")
+        raise UserError(f"{weights} is in a bucket, from which transformers cannot load: use --text_encoders=copy")
     source = {"name": str(Path(weights).absolute()), "revision": None}
     tokenizer = tokenizer_folder(folder)
     return source if tokenizer == folder else source | {"tokenizer": str(Path(tokenizer).absolute())}
@@ -277,7 +283,7 @@ def _write_index(run: Experiment, encoders: Sequence[_TextEncoder], trained: Map
     facts = {
         "resolution": run.data.resolution,
         "text": {key: text[key] for key in ("max_length", "instruction", "system_prompt", "chat_template")},
-        "model": {key: getattr(run.model.config, key) for key in COMPUTING},
+        "model": {key: getattr(run.model.config, key) for key in COMPUTE_FIELDS},
         "diffusion": dataclasses.asdict(run.schedule),
         "sample": dataclasses.asdict(run.sample),
         "vae_dtype": run.vae.dtype,

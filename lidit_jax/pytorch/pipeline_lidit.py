@@ -106,13 +106,13 @@ class LIDiTPipeline(DiffusionPipeline):
         }
         sources = dict(text_encoder_sources or {})
         for index, facts in enumerate(lidit["encoders"]):
-            encoder, its_tokenizer = component_names(index)
+            encoder, tokenizer_name = component_names(index)
             if encoder not in sources:
                 continue
             if given[encoder] is None:
                 given[encoder] = _load_encoder(encoder, sources[encoder], getattr(torch, facts["dtype"]))
-            if given[its_tokenizer] is None:
-                given[its_tokenizer] = _load_tokenizer(encoder, sources[encoder])
+            if given[tokenizer_name] is None:
+                given[tokenizer_name] = _load_tokenizer(encoder, sources[encoder])
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, **given)
         self.register_to_config(lidit=lidit, text_encoder_sources=sources)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
@@ -172,14 +172,16 @@ class LIDiTPipeline(DiffusionPipeline):
         width = facts["resolution"] if width is None else width
         steps = facts["sample"]["steps"] if num_inference_steps is None else num_inference_steps
         scale = facts["sample"]["guidance_scale"] if guidance_scale is None else guidance_scale
-        self._check(height, width, steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs)
+        self._check_arguments(
+            height, width, steps, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
+        )
         self._guidance_scale, self._interrupt = scale, False
 
         text = self._features(prompt, prompt_embeds, "prompt")
         count = text.masks[0].shape[0]
         if self.do_classifier_free_guidance:
             negative = self._negative_features(negative_prompt, negative_prompt_embeds, count)
-            text = _joined(text, negative)  # conditional rows first
+            text = _concatenated(text, negative)  # conditional rows first
         text = _repeated(text, num_images_per_prompt)
         latents = self.prepare_latents(count * num_images_per_prompt, height, width, generator, latents)
         latents = self._denoise(
@@ -226,11 +228,13 @@ class LIDiTPipeline(DiffusionPipeline):
         # With offloading hooks, the module moves its inputs to its execution device by itself.
         device = self._execution_device if hasattr(encoder, "_hf_hook") else encoder.device
         tokens = torch.cat([prefix, tokens], dim=1).to(device)
-        whole = torch.cat([torch.ones_like(prefix, dtype=torch.bool), mask], dim=1).to(device)
+        full_mask = torch.cat([torch.ones_like(prefix, dtype=torch.bool), mask], dim=1).to(device)
         if facts["kind"] == "t5":
-            hidden = encoder(input_ids=tokens, attention_mask=whole.long()).last_hidden_state
+            hidden = encoder(input_ids=tokens, attention_mask=full_mask.long()).last_hidden_state
         else:
-            outputs = encoder(input_ids=tokens, attention_mask=whole.long(), output_hidden_states=True, use_cache=False)
+            outputs = encoder(
+                input_ids=tokens, attention_mask=full_mask.long(), output_hidden_states=True, use_cache=False
+            )
             hidden = outputs.hidden_states[THIRD_TO_LAST]
         return hidden.to(self._execution_device), mask.to(self._execution_device)
 
@@ -238,11 +242,11 @@ class LIDiTPipeline(DiffusionPipeline):
         if (prompt is None) == (features is None):
             raise ValueError(f"pass either {name} or {name}_embeds")
         if features is not None:
-            return self._placed(features, name)
+            return self._on_device(features, name)
         if isinstance(prompt, str):
             return self.encode_prompt(prompt)
         if not isinstance(prompt, list | tuple) or not prompt or not all(isinstance(text, str) for text in prompt):
-            raise ValueError(f"{name} must be a text or a list of texts, not {prompt!r:.80}")
+            raise ValueError(f"{name} must be a string or a list of strings, not {prompt!r:.80}")
         return self.encode_prompt(prompt)
 
     def _negative_features(self, prompt: Any, features: PromptFeatures | None, count: int) -> PromptFeatures:
@@ -250,7 +254,7 @@ class LIDiTPipeline(DiffusionPipeline):
         if features is None:
             features = self._features("" if prompt is None else prompt, None, "negative_prompt")
         else:
-            features = self._placed(features, "negative_prompt")
+            features = self._on_device(features, "negative_prompt")
         found = features.masks[0].shape[0]
         if found == 1:
             return _repeated(features, count)
@@ -258,10 +262,10 @@ class LIDiTPipeline(DiffusionPipeline):
             raise ValueError(f"there are {found} negative prompts for {count} prompts: pass one, or one for each")
         return features
 
-    def _placed(self, features: PromptFeatures, name: str) -> PromptFeatures:
+    def _on_device(self, features: PromptFeatures, name: str) -> PromptFeatures:
         expected = len(self.config.lidit["encoders"])
         if len(features) != 3 or any(len(part) != expected for part in features):
-            raise ValueError(f"{name}_embeds must be what encode_prompt gives, for {expected} encoders")
+            raise ValueError(f"{name}_embeds must be the output of encode_prompt, for {expected} encoders")
         return PromptFeatures(*([x.to(self._execution_device) for x in part] for part in features))
 
     # --- the image ---------------------------------------------------------------------------------------------------
@@ -290,12 +294,10 @@ class LIDiTPipeline(DiffusionPipeline):
         shape = (count, self.vae.config.latent_channels, height // factor, width // factor)
         if latents is None:
             if isinstance(generator, list) and len(generator) != count:
-                raise ValueError(
-                    f"there are {len(generator)} generators for {count} pictures: pass one, or one for each"
-                )
+                raise ValueError(f"there are {len(generator)} generators for {count} images: pass one, or one for each")
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents have the shape {tuple(latents.shape)}, these pictures need {shape}")
+            raise ValueError(f"latents have the shape {tuple(latents.shape)}, these images need {shape}")
         # Keep the latents in float32 throughout: lower precision would show in the sum of many small steps.
         latents = latents.to(self._execution_device, torch.float32)
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
@@ -364,10 +366,10 @@ class LIDiTPipeline(DiffusionPipeline):
         overflows = dtype == torch.float16 and getattr(config, "force_upcast", False)
         if overflows:
             self.vae.to(torch.float32)
-        pictures = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
         if overflows:
             self.vae.to(dtype)
-        return pictures
+        return images
 
     def enable_vae_slicing(self) -> None:
         """Decodes images one at a time, to save memory."""
@@ -400,7 +402,7 @@ class LIDiTPipeline(DiffusionPipeline):
         """True after a callback has set `_interrupt`: the remaining steps are skipped."""
         return self._interrupt
 
-    def _check(
+    def _check_arguments(
         self, height: int, width: int, steps: int, num_images: int, output_type: str, callback_inputs: Sequence[str]
     ) -> None:
         cell = self.vae_scale_factor * self.transformer.config.patch_size
@@ -410,13 +412,13 @@ class LIDiTPipeline(DiffusionPipeline):
                 raise ValueError(f"{name}={side!r:.40} is not a multiple of {cell}: use {below} or {below + cell}")
         for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", num_images)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r:.40} must be a whole number of at least 1")
+                raise ValueError(f"{name}={value!r:.40} must be an integer of at least 1")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type={output_type!r:.40} is unknown: use one of {', '.join(OUTPUT_TYPES)}")
         for name in callback_inputs:
             if name not in self._callback_tensor_inputs:
                 known = ", ".join(self._callback_tensor_inputs)
-                raise ValueError(f"callback_on_step_end_tensor_inputs has {name!r:.40}: use some of {known}")
+                raise ValueError(f"callback_on_step_end_tensor_inputs has {name!r:.40}: use any of {known}")
 
     # --- saving ------------------------------------------------------------------------------------------------------
 
@@ -433,7 +435,9 @@ class LIDiTPipeline(DiffusionPipeline):
         values["transformer"] = _file_and_class(type(_unwrapped(self.transformer)))
         sources = values["text_encoder_sources"] or {}
         # Drop the sources of encoders that are loaded: the saved folder contains them.
-        values["text_encoder_sources"] = {name: of for name, of in sources.items() if getattr(self, name) is None}
+        values["text_encoder_sources"] = {
+            name: source for name, source in sources.items() if getattr(self, name) is None
+        }
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
@@ -471,8 +475,8 @@ def tokenize(
     mask = torch.zeros((len(prompts), length), dtype=torch.bool)
     for row, ids in enumerate(encoded):
         if len(ids) > length - 1:
-            cut = tokenizer.decode(ids[length - 1 :])
-            logger.warning("a prompt is longer than %d tokens; this part of it is not read: %.500s", length - 1, cut)
+            truncated = tokenizer.decode(ids[length - 1 :])
+            logger.warning("a prompt is longer than %d tokens; the end of it is ignored: %.500s", length - 1, truncated)
         ids = [*ids[: length - 1], end]
         tokens[row, : len(ids)] = torch.tensor(ids)
         mask[row, : len(ids)] = True
@@ -486,36 +490,36 @@ def _check_facts(facts: Any) -> None:
       ValueError: it is missing or damaged, or of a newer format.
     """
     if not isinstance(facts, dict) or not isinstance(facts.get("encoders"), list):
-        raise ValueError("model_index.json has no lidit value with its encoders: this is no folder of LI-DiT's")
+        raise ValueError("model_index.json has no lidit object with encoders: use an exported LI-DiT")
     version = facts.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise ValueError(
-            f"this folder has format_version {version!r:.40}, its pipeline_lidit.py knows {FORMAT_VERSION}: use the "
-            "pipeline_lidit.py of a newer lidit-jax"
+            f"this folder has format_version {version!r:.40}, its pipeline_lidit.py reads up to {FORMAT_VERSION}: use "
+            "the pipeline_lidit.py of a newer lidit-jax"
         )
     if not 1 <= len(facts["encoders"]) <= MAX_ENCODERS:
-        raise ValueError(f"model_index.json names {len(facts['encoders'])} encoders; there can be 1 to {MAX_ENCODERS}")
+        raise ValueError(f"model_index.json lists {len(facts['encoders'])} encoders, but must list 1 to {MAX_ENCODERS}")
 
 
 def _load_encoder(component: str, source: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
-    kind = getattr(transformers, source["class"])
-    return kind.from_pretrained(
-        _place(component, source), revision=_revision(source), dtype=dtype, use_safetensors=True
+    cls = getattr(transformers, source["class"])
+    return cls.from_pretrained(
+        _checked_location(component, source), revision=_revision(source), dtype=dtype, use_safetensors=True
     )
 
 
 def _load_tokenizer(component: str, source: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    kind = transformers.PreTrainedTokenizerFast
+    cls = transformers.PreTrainedTokenizerFast
     # An encoder inside an exported folder has its tokenizer in a folder next to it, which the source names.
     source = source | {"name": source.get("tokenizer") or source["name"]}
-    return kind.from_pretrained(_place(component, source), revision=_revision(source))
+    return cls.from_pretrained(_checked_location(component, source), revision=_revision(source))
 
 
-def _place(component: str, source: Mapping[str, Any]) -> str:
+def _checked_location(component: str, source: Mapping[str, Any]) -> str:
     name = source["name"]
     if os.path.isabs(name) and not os.path.isdir(name):
         raise ValueError(
-            f"{component} is not in this folder but in {name}, which is not there: pass {component}= to "
+            f"{component} is not in this folder but in {name}, which does not exist: pass {component}= to "
             "from_pretrained, or export with --text_encoders=copy"
         )
     return name
@@ -525,14 +529,14 @@ def _revision(source: Mapping[str, Any]) -> str:
     return source.get("revision") or "main"
 
 
-def _joined(first: PromptFeatures, second: PromptFeatures) -> PromptFeatures:
+def _concatenated(first: PromptFeatures, second: PromptFeatures) -> PromptFeatures:
     """Concatenates two batches of features; instructions that all prompts share are kept once."""
-    both = [
+    instructions = [
         a if a.ndim == 2 else torch.cat([a, b]) for a, b in zip(first.instructions, second.instructions, strict=True)
     ]
     embeds = [torch.cat(pair) for pair in zip(first.embeds, second.embeds, strict=True)]
     masks = [torch.cat(pair) for pair in zip(first.masks, second.masks, strict=True)]
-    return PromptFeatures(embeds, masks, both)
+    return PromptFeatures(embeds, masks, instructions)
 
 
 def _repeated(features: PromptFeatures, times: int) -> PromptFeatures:

@@ -111,14 +111,14 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         if format_version > FORMAT_VERSION:
             raise ValueError(
-                f"the model has format_version {format_version}, this transformer_lidit.py knows {FORMAT_VERSION}: use "
-                "the file that came with the weights"
+                f"the model has format_version {format_version}, but this transformer_lidit.py reads up to "
+                f"{FORMAT_VERSION}: use the file that came with the weights"
             )
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size={hidden_size} is not divisible by num_heads={num_heads}")
         if refiner_rotary and hidden_size // num_heads % 2:
             raise ValueError(
-                f"hidden_size / num_heads = {hidden_size // num_heads} is odd, which rotary positions can't be"
+                f"hidden_size / num_heads = {hidden_size // num_heads} is odd, but rotary positions need an even size"
             )
         if fusion not in FUSIONS:
             raise ValueError(f"fusion={fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
@@ -174,7 +174,7 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text = [
             TextFeatures(*features)
             for features in zip(
-                *self._of_each_llm(encoder_hidden_states, encoder_attention_mask, instruction_hidden_states),
+                *self._checked_lists(encoder_hidden_states, encoder_attention_mask, instruction_hidden_states),
                 strict=True,
             )
         ]
@@ -187,7 +187,7 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sample = self.dit(hidden_states.to(dtype), condition, mask, time + pooled).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _of_each_llm(
+    def _checked_lists(
         self, prompts: Sequence[Tensor], masks: Sequence[Tensor], instructions: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
         """Checks that each list has one entry per LLM, and returns (instructions, prompts, bool masks)."""
@@ -214,7 +214,7 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             shape = list(features.prompt.shape)
             if len(shape) != 3 or shape[0] != batch or shape[2] != features_width:
                 raise ValueError(
-                    f"encoder_hidden_states[{i}] must be [{batch}, length, {features_width}] beside these latents, "
+                    f"encoder_hidden_states[{i}] must be [{batch}, length, {features_width}] for these latents, "
                     f"not {shape}"
                 )
             if list(features.mask.shape) != shape[:2]:
@@ -435,11 +435,11 @@ class CollaborativeRefiner(nn.Module):
         for block in self.blocks:
             refined = []
             for i, branch in enumerate(block):
-                others = torch.cat(_without(i, branches), dim=1)
-                others_mask = torch.cat(_without(i, masks), dim=1)[:, None, None]  # [B, 1, 1, M]
+                others = torch.cat(_all_but(i, branches), dim=1)
+                others_mask = torch.cat(_all_but(i, masks), dim=1)[:, None, None]  # [B, 1, 1, M]
                 others_rotary = None
                 if rotary[i] is not None:
-                    cos, sin = zip(*_without(i, rotary), strict=True)
+                    cos, sin = zip(*_all_but(i, rotary), strict=True)
                     others_rotary = torch.cat(cos), torch.cat(sin)
                 refined.append(branch(branches[i], others, others_mask, conditionings[i], rotary[i], others_rotary))
             branches = refined
@@ -476,7 +476,7 @@ class CollaborativeRefinerBranch(nn.Module):
         return x + gated(self.feed_forward(h), gate_2)
 
 
-def _without(i: int, items: Sequence) -> list:
+def _all_but(i: int, items: Sequence) -> list:
     return [item for j, item in enumerate(items) if j != i]
 
 
@@ -746,9 +746,9 @@ def rope_tables(rows: Tensor, columns: Tensor, head_dim: int) -> RotaryTables:
     Half of a head's pairs rotate with the row, half with the column.
     """
     shape = (len(rows), len(columns), head_dim // 4)
-    of_rows = angles_of(rows, head_dim // 4)[:, None].expand(shape)
-    of_columns = angles_of(columns, head_dim // 4)[None].expand(shape)
-    return tables_of_angles(torch.cat([of_rows, of_columns], dim=-1).flatten(0, 1))
+    row_angles = angles_of(rows, head_dim // 4)[:, None].expand(shape)
+    column_angles = angles_of(columns, head_dim // 4)[None].expand(shape)
+    return tables_of_angles(torch.cat([row_angles, column_angles], dim=-1).flatten(0, 1))
 
 
 def sincos_embedding(rows: Tensor, columns: Tensor, features: int) -> Tensor:
@@ -759,10 +759,10 @@ def sincos_embedding(rows: Tensor, columns: Tensor, features: int) -> Tensor:
     """
     quarter = features // 4
     shape = (len(rows), len(columns), 2 * quarter)
-    of_rows, of_columns = angles_of(rows, quarter), angles_of(columns, quarter)
-    of_rows = torch.cat([of_rows.sin(), of_rows.cos()], dim=-1)[:, None].expand(shape)
-    of_columns = torch.cat([of_columns.sin(), of_columns.cos()], dim=-1)[None].expand(shape)
-    return F.pad(torch.cat([of_rows, of_columns], dim=-1), (0, features - 4 * quarter))
+    row_angles, column_angles = angles_of(rows, quarter), angles_of(columns, quarter)
+    row_angles = torch.cat([row_angles.sin(), row_angles.cos()], dim=-1)[:, None].expand(shape)
+    column_angles = torch.cat([column_angles.sin(), column_angles.cos()], dim=-1)[None].expand(shape)
+    return F.pad(torch.cat([row_angles, column_angles], dim=-1), (0, features - 4 * quarter))
 
 
 def grid_coordinates(height: int, width: int, reference_side: int, device: torch.device) -> tuple[Tensor, Tensor]:
