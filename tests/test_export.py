@@ -70,7 +70,7 @@ def load(folder, **options):
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_has_what_diffusers_and_people_look_for(folder, workdir):
+def test_the_folder_has_the_files_that_diffusers_and_users_expect(folder, workdir):
     assert set(files_in(folder)) >= {
         *("model_index.json", "README.md", "pipeline_lidit.py", "scheduler/scheduler_config.json"),
         *("transformer/config.json", "transformer/transformer_lidit.py"),
@@ -99,7 +99,7 @@ def test_the_folder_has_what_diffusers_and_people_look_for(folder, workdir):
         assert (folder / file).stat().st_mode & 0o400
 
 
-def test_ema_and_raw_weights_in_either_type(workdir, folder, tmp_path):
+def test_ema_and_raw_weights_in_either_dtype(workdir, folder, tmp_path):
     name = "transformer/diffusion_pytorch_model.safetensors"
     raw = export_of(workdir, tmp_path / "raw", weights="params")
     assert (raw / name).read_bytes() != (folder / name).read_bytes()
@@ -166,19 +166,19 @@ def test_published_llms_are_copied_from_folders_and_referred_to_on_the_hub(workd
     assert set(index_of(referred)["text_encoder_sources"]) == {"text_encoder", "text_encoder_2"}
     assert read_folder(usual).encoders.llama.weights == f"org/llm@{commit}"  # the revision that PyTorch loads
 
-    asked = []
+    revisions = []
     kinds = (transformers.LlamaModel, transformers.PreTrainedTokenizerFast)
     for kind, real in [(kind, kind.from_pretrained) for kind in kinds]:
 
         def from_hub(name, *arguments, revision="main", real=real, **options):
             if name == "org/llm":
-                asked.append(revision)
+                revisions.append(revision)
                 name = str(snapshot)
             return real(name, *arguments, **options)
 
         monkeypatch.setattr(kind, "from_pretrained", from_hub)
     pipe = load(usual, dtype=torch.bfloat16)
-    assert asked == [commit, commit]
+    assert revisions == [commit, commit]
     assert pipe.text_encoder.dtype == torch.float32  # its training dtype, independent of the other components
     assert pipe("a", num_inference_steps=1).images[0].size == (32, 32)
 
@@ -241,7 +241,7 @@ def rename(folder: Path, old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize("names", [("gemma2", "gemma3", "mistral", "qwen3"), ("llava", "old_llava", "own_llava")])
-def test_every_family_of_llms_says_the_same_in_pytorch(workdir, tmp_path, names):
+def test_every_llm_family_has_the_same_features_in_pytorch(workdir, tmp_path, names):
     llms = save_llms(tmp_path)
     config = random_config()
     config.encoders = {name: {"weights": str(llms[name]), "dtype": "float32"} for name in names}
@@ -272,7 +272,7 @@ def test_every_family_of_llms_says_the_same_in_pytorch(workdir, tmp_path, names)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("bug")])
-def test_what_breaks_in_the_middle_leaves_nothing(workdir, tmp_path, monkeypatch, error):
+def test_a_failed_export_leaves_nothing_behind(workdir, tmp_path, monkeypatch, error):
     def broken(*arguments):
         raise error
 
@@ -284,7 +284,7 @@ def test_what_breaks_in_the_middle_leaves_nothing(workdir, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_known_before_anything_is_written(workdir, tmp_path, monkeypatch):
+def test_a_full_disk_is_detected_before_anything_is_written(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(write.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match=r"out needs 0\.0 GB, the disk has 0\.0 GB free: free some space"):
         export_of(workdir, tmp_path / "out")
@@ -320,7 +320,7 @@ def test_overwriting_replaces_an_export_and_nothing_else(workdir, folder, tmp_pa
     assert (out / ".git").exists()
 
 
-def test_an_export_that_a_run_is_made_of_is_not_replaced(workdir, folder, tmp_path):
+def test_an_export_that_the_run_depends_on_is_not_replaced(workdir, folder, tmp_path):
     config = random_config()
     out = tmp_path / "out"
     shutil.copytree(folder, out)
@@ -380,7 +380,7 @@ cli.run(main)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
-def test_a_killed_export_leaves_no_folder_that_looks_whole(workdir, tmp_path, number):
+def test_a_killed_export_leaves_no_folder_that_looks_complete(workdir, tmp_path, number):
     (tmp_path / "outs").mkdir()
     out, started = tmp_path / "outs/out", tmp_path / "started"
     command = [sys.executable, "-c", STOPPED, str(started), f"--workdir={workdir}", f"--out={out}"]
@@ -509,15 +509,15 @@ read_folder("out")
 
 
 @pytest.fixture(scope="module")
-def drawn(workdir):
+def images(workdir):
     """Returns the experiment and images sampled from the workdir itself."""
     run, pipeline, params, _ = experiment.load(workdir)
     return run, pipeline(params, PROMPTS, range(2), 32, 48, run.sample)
 
 
 @pytest.mark.parametrize("saved_by_diffusers", [False, True])
-def test_back_in_jax_the_images_are_bit_identical(folder, drawn, tmp_path, saved_by_diffusers):
-    run, expected = drawn
+def test_back_in_jax_the_images_are_bit_identical(folder, images, tmp_path, saved_by_diffusers):
+    run, expected = images
     if saved_by_diffusers:
         load(folder).save_pretrained(tmp_path / "saved")
         folder = tmp_path / "saved"

@@ -128,7 +128,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_one_host_ends_the_other_with_a_message(tmp_path, fault):
-    what, status, said = FAULTS[fault]
+    code, status, message = FAULTS[fault]
     port, more = free_port(), ["--config.vae.train.steps=5000"]
     if fault == "waits for ever":
         more += ["--config.vae.train.stalled_after=60.0"]  # longer than a busy host needs to compile
@@ -136,16 +136,18 @@ def test_a_fault_of_one_host_ends_the_other_with_a_message(tmp_path, fault):
     config = CONFIG.replace("steps=3,", "steps=3, stalled_after=1800.0,")
     hosts = [
         start(tmp_path, tmp_path / "run", 2, process, port, *more, config=config, before=short_timeout + before)
-        for process, before in ((0, ""), (1, what))
+        for process, before in ((0, ""), (1, code))
     ]
     errors = [host.communicate(timeout=300)[1] for host in hosts]
     assert hosts[0].returncode != 0 and hosts[1].returncode != 0
     if fault == "failed":
         assert "error: its disk is gone" in errors[1]
     if fault == "waits for ever":  # the host that notices first prints where it waits
-        assert any(said in error and re.search("in train|in at_step_3", error) for error in errors), "\n".join(errors)
+        assert any(message in error and re.search("in train|in at_step_3", error) for error in errors), "\n".join(
+            errors
+        )
     else:
-        assert re.search(said, errors[0]), errors[0]
+        assert re.search(message, errors[0]), errors[0]
         assert hosts[1].returncode == status
 
 

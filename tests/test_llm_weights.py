@@ -157,7 +157,7 @@ PUBLISHED = {  # keys that determine the model, from the published config.json
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_config_is_read_as_it_is_published(name):
+def test_published_configs_are_read(name):
     values, expected = PUBLISHED[name]
     config = llm_config(values, "config.json", dtype="bfloat16")
     assert {key: getattr(config, key) for key in expected} == expected
@@ -278,7 +278,7 @@ def folder(tmp_path):
         ({"model_type": "llama"}, r"k_proj\.bias' is not part of the model that config.json describes"),
     ],
 )
-def test_a_config_of_another_model_is_refused_in_one_line_that_names_the_key(folder, changes, message):
+def test_an_unsupported_config_is_rejected_in_one_line_that_names_the_key(folder, changes, message):
     change_config(folder, **changes)
     with pytest.raises(UserError, match=message) as error:
         load_llm_encoder(folder)
@@ -327,7 +327,7 @@ def test_a_tensor_of_another_shape_is_named(folder):
         load_llm_encoder(folder)
 
 
-def test_integer_weights_are_refused(folder):
+def test_integer_weights_are_rejected(folder):
     name = "model.layers.0.mlp.up_proj.weight"
     change_tensors(folder, lambda tensors: tensors.update({name: np.zeros((48, 32), np.int8)}))
     with pytest.raises(UserError, match=r"up_proj\.weight has type I8"):
@@ -336,7 +336,7 @@ def test_integer_weights_are_refused(folder):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.self_attn.o_proj.weight"])
-def test_weights_that_are_not_finite_are_refused(folder, name, value):
+def test_weights_that_are_not_finite_are_rejected(folder, name, value):
     def change(tensors):
         tensors[name] = tensors[name].copy()
         tensors[name][1, 2] = value
@@ -346,7 +346,7 @@ def test_weights_that_are_not_finite_are_refused(folder, name, value):
         load_llm_encoder(folder)
 
 
-def test_a_tensor_that_the_model_would_not_use_is_refused_unless_it_follows_from_the_config(folder):
+def test_an_unused_tensor_is_rejected_unless_the_config_determines_it(folder):
     extra = np.ones(8, np.float32)
     change_tensors(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": extra}))
     load_llm_encoder(folder)
@@ -386,13 +386,13 @@ def test_pickles_are_not_read(folder, name):
         load_llm_encoder(folder)
 
 
-def test_a_folder_without_weights_is_refused(folder):
+def test_a_folder_without_weights_is_rejected(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"neither model\.safetensors"):
         load_llm_encoder(folder)
 
 
-def test_a_folder_that_is_not_empty_is_neither_overwritten_nor_left_with_debris(folder):
+def test_a_folder_that_is_not_empty_is_left_unchanged(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match="not an empty folder"):
         save_llm(folder, CONFIG, random_params(CONFIG, seed=1))
@@ -493,7 +493,7 @@ def test_sliding_window_keys_mean_what_they_mean_to_the_model(model_type):
     assert any(config.sliding_layers) == (model_type == "mistral")
 
 
-def test_a_header_with_absurd_shapes_is_refused_at_once(tmp_path):
+def test_a_header_with_absurd_shapes_is_rejected_at_once(tmp_path):
     header = json.dumps({"x": {"dtype": "F32", "shape": [9] * 500_000, "data_offsets": [0, 0]}}).encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)

@@ -161,7 +161,7 @@ def test_without_jax_the_same_noise_gives_the_same_images(tmp_path, t5_folder):
         assert psnr(expected[0], expected[1]) < 30
 
 
-def test_the_demo_after_a_few_steps_draws_the_same_without_jax(tmp_path, trained_workdir):
+def test_the_demo_after_a_few_steps_gives_the_same_images_without_jax(tmp_path, trained_workdir):
     loaded = experiment.load(epath.Path(trained_workdir))[:3]
     folder, noise = export_of(epath.Path(trained_workdir), tmp_path / "folder"), tmp_path / "noise.npy"
     np.save(noise, noise_for(loaded, len(PROMPTS)).numpy())
@@ -260,7 +260,7 @@ HARD_PROMPTS = [
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece_like])
 @pytest.mark.parametrize("instruction", ["Describe the objects:", ""])
-def test_prompts_have_the_tokens_that_training_gave_them(make, instruction):
+def test_prompts_have_the_tokens_of_training(make, instruction):
     ours = PromptTokenizer(make(), 12, instruction)
     facts = {"separator": ours.separator, "max_length": 12}
     expected = ours(HARD_PROMPTS)

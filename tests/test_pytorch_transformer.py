@@ -140,7 +140,7 @@ def fresh(tiny):
         ([QWEN], {"position": "sincos+rope", "hidden_size": 128, "depth": 1, "position_grid": 32}, 48, 80),
     ],
 )
-def test_it_predicts_what_flax_predicts(texts, changes, height, width):
+def test_predictions_are_those_of_flax(texts, changes, height, width):
     config = dataclasses.replace(TINY, **changes)
     inputs = random_inputs(config, texts, height, width)
     params = random_params(config, inputs)
@@ -150,7 +150,7 @@ def test_it_predicts_what_flax_predicts(texts, changes, height, width):
     assert_close(actual.permute(0, 2, 3, 1), expected, 1e-5)
 
 
-def test_its_gradients_are_those_of_flax(tiny, fresh):
+def test_gradients_are_those_of_flax(tiny, fresh):
     inputs, params, _ = tiny
     target = np.random.default_rng(5).standard_normal(inputs[0].shape, np.float32)
 
@@ -239,7 +239,7 @@ def test_layers_of_float32_compute_in_it_when_loaded_in_bfloat16(fresh):
     assert all(x.dtype == torch.float32 for x in tensors)
 
 
-def test_saved_and_loaded_it_is_the_same_model(tiny, tmp_path):
+def test_saving_and_loading_gives_the_same_model(tiny, tmp_path):
     inputs, _, model = tiny
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -261,7 +261,7 @@ def test_one_timestep_serves_the_whole_batch(tiny):
             assert torch.equal(model(**arguments | {"timestep": timestep}).sample, expected)
 
 
-def test_what_is_padding_changes_nothing(tiny):
+def test_padding_changes_nothing(tiny):
     inputs, _, model = tiny
     arguments = pytorch_inputs(*inputs)
     changed = [
@@ -322,7 +322,7 @@ def test_untrained_it_predicts_zero_and_can_learn():
         ({"instruction_hidden_states": [torch.zeros(24), torch.zeros(2, 10)]}, r"instruction_hidden_states\[0\]"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(tiny, changes, message):
+def test_inputs_of_wrong_shapes_are_rejected(tiny, changes, message):
     inputs, _, model = tiny
     with pytest.raises(ValueError, match=message):
         model(**pytorch_inputs(*inputs) | changes)
@@ -339,7 +339,7 @@ def test_inputs_that_do_not_fit_are_refused(tiny, changes, message):
         ({"position": "rope", "hidden_size": 12}, "not divisible by 4, for 'rope'"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(changes, message):
+def test_an_invalid_config_is_rejected(changes, message):
     with pytest.raises(ValueError, match=message):
         LIDiTTransformer2DModel(depth=1, num_heads=2, text_widths=[4], **({"hidden_size": 8} | changes))
 
@@ -375,7 +375,7 @@ assert output.shape == (1, 3, 4, 4) and output.isfinite().all()
     assert done.returncode == 0, done.stderr
 
 
-def test_the_file_imports_what_an_exported_folder_may_use_alone():
+def test_the_file_imports_only_what_an_exported_folder_may_use():
     spec = importlib.util.spec_from_file_location("alone", FILE)
     assert spec is not None
     imports = [

@@ -92,7 +92,7 @@ def assert_same(params, leaves):
         ({"position": "sincos+rope", "position_grid": 32}, (8,)),
     ],
 )
-def test_what_is_written_is_read_again_bit_by_bit(changes, text_widths, tmp_path):
+def test_saving_and_loading_is_bit_exact(changes, text_widths, tmp_path):
     config = dataclasses.replace(CONFIG, **changes)
     leaves = random_leaves(config, text_widths)
     save_lidit(tmp_path, config, leaves, max_shard_bytes=30_000)
@@ -102,7 +102,7 @@ def test_what_is_written_is_read_again_bit_by_bit(changes, text_widths, tmp_path
     assert_same(params, leaves)
 
 
-def test_it_is_placed_over_a_mesh(folder, leaves):
+def test_parameters_are_sharded_over_a_mesh(folder, leaves):
     mesh = Mesh(np.array(jax.devices()).reshape(1, 4, 2), ("data", "fsdp", "tensor"))
     _, _, params = load_lidit(folder, mesh=mesh, rules=ShardingRules())
     assert_same(params, leaves)
@@ -112,7 +112,7 @@ def test_it_is_placed_over_a_mesh(folder, leaves):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000, 1])
-def test_diffusers_reads_what_is_written(leaves, tmp_path, max_shard_bytes):
+def test_diffusers_loads_a_saved_folder(leaves, tmp_path, max_shard_bytes):
     save_lidit(tmp_path, CONFIG, leaves, max_shard_bytes=max_shard_bytes)
     model, info = LIDiTTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
@@ -124,7 +124,7 @@ def test_diffusers_reads_what_is_written(leaves, tmp_path, max_shard_bytes):
     np.testing.assert_array_equal(weight, conv.transpose(3, 2, 0, 1))
 
 
-def test_what_diffusers_writes_is_read(folder, leaves, tmp_path):
+def test_a_folder_that_diffusers_saved_is_loaded(folder, leaves, tmp_path):
     model = LIDiTTransformer2DModel.from_pretrained(folder)
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     assert (tmp_path / "again" / INDEX).exists()
@@ -145,7 +145,7 @@ def test_bfloat16_is_rounded_to_the_nearest_and_read_as_float32(leaves, tmp_path
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def test_shards_are_no_larger_than_asked_for_and_hold_blocks_in_order(sharded, leaves):
+def test_shards_respect_the_size_limit_and_hold_blocks_in_order(sharded, leaves):
     index = json.loads((sharded / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in leaves.values())
     files = sorted(path.name for path in sharded.glob("*.safetensors"))
@@ -158,7 +158,7 @@ def test_shards_are_no_larger_than_asked_for_and_hold_blocks_in_order(sharded, l
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 20_000
 
 
-def test_blocks_are_in_the_order_of_their_numbers(tmp_path):
+def test_blocks_are_sorted_by_number(tmp_path):
     config = dataclasses.replace(CONFIG, depth=11)
     save_lidit(tmp_path, config, random_leaves(config), max_shard_bytes=20_000)
     weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
@@ -177,7 +177,7 @@ def test_the_same_leaves_give_the_same_bytes(sharded, leaves, tmp_path):
     assert sum(written) == sum(leaf.nbytes for leaf in leaves.values())
 
 
-def test_names_are_those_of_the_model(leaves):
+def test_tensor_names_are_those_of_the_pytorch_model(leaves):
     assert torch_name(("dit", "blocks", "self_attention", "query", "kernel"), 3) == (
         "dit.blocks.3.self_attention.to_q.weight"
     )
@@ -210,7 +210,7 @@ def test_the_safetensors_library_reads_what_the_writer_writes(tmp_path_factory, 
         np.testing.assert_array_equal(found[name], expected)
 
 
-def test_the_writer_refuses_what_its_header_does_not_say(tmp_path):
+def test_the_writer_rejects_tensors_that_contradict_its_header(tmp_path):
     def write(**tensors):
         with SafetensorsWriter(tmp_path / "file", {"a": (2,), "b": (1,)}, np.dtype(np.float32)) as writer:
             for name, values in tensors.items():
@@ -373,7 +373,7 @@ def test_a_stack_over_many_devices_is_read_entry_by_entry(tmp_path, monkeypatch)
         np.testing.assert_array_equal(np.stack(list(array)), values)
 
 
-def test_a_checkpoint_that_cannot_be_read_is_refused(leaves, tmp_path):
+def test_an_unreadable_checkpoint_is_rejected(leaves, tmp_path):
     with pytest.raises(UserError, match="no finished checkpoint"), open_weights(tmp_path, "params"):
         pass
     few = {path: leaf for path, leaf in leaves.items() if path[0] == "timestep_embedder"}
