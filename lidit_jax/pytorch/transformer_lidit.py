@@ -522,9 +522,7 @@ class DiT(nn.Module):
         self.output = Float32Linear(hidden_size, features)
 
     def forward(self, latents: Tensor, text: Tensor, text_mask: Tensor, conditioning: Tensor) -> Tensor:
-        """latents [B, C_latents, H, W], text [B, M, C], text_mask bool [B, M], conditioning [B, C]
-        -> float32 [B, C_latents, H, W].
-        """
+        """latents [B, c, H, W], text [B, M, C], text_mask bool [B, M], conditioning [B, C] -> float32 [B, c, H, W]."""
         h, w = (side // self.patch_size for side in latents.shape[-2:])
         text_mask = text_mask[:, None, None]  # [B, 1, 1, M]
 
