@@ -182,9 +182,9 @@ def test_the_compilers_refusal_is_read():
             {"fsdp": 8},
             2820,
             44,
-            "mesh fsdp=8 does not divide model.hidden_size=2820: fsdp may be 1, 2, 4, and the rest",
+            "mesh fsdp=8 does not divide model.hidden_size=2820: use one of 1, 2, 4, and data=-1",
         ),
-        ({"tensor": 8}, 2816, 44, "mesh tensor=8 does not divide model.num_heads=44: tensor may be 1, 2, 4, and"),
+        ({"tensor": 8}, 2816, 44, "mesh tensor=8 does not divide model.num_heads=44: use one of 1, 2, 4, and"),
     ],
 )
 def test_a_mesh_that_does_not_divide_the_model_is_said(sizes, hidden, heads, message):
@@ -195,7 +195,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_said(sizes, hidden, heads, mes
 
 def test_slices_lie_along_data():
     devices = [types.SimpleNamespace(slice_index=i // 4) for i in range(8)]
-    with pytest.raises(UserError, match="mesh data=1 is no multiple of the 2 slices: give --config.mesh.data=2"):
+    with pytest.raises(UserError, match="mesh data=1 is not a multiple of the 2 slices: use --config.mesh.data=2"):
         make_mesh({"fsdp": -1}, devices)
 
 

@@ -1,4 +1,4 @@
-"""scheduler_config.json: diffusers' scheduler takes the steps of our sampler, and the way back gives the schedule."""
+"""scheduler_config.json: diffusers' scheduler takes our sampler's steps, and reading the file gives the schedule."""
 
 import json
 
@@ -32,7 +32,7 @@ def model(backend, x, timesteps):
 
 
 def load(values, folder):
-    """The scheduler as `from_pretrained` reads it from the file."""
+    """Returns the diffusers scheduler that `from_pretrained` loads from these values."""
     (folder / "scheduler_config.json").write_text(json.dumps(values))
     return getattr(diffusers, values["_class_name"]).from_pretrained(folder)
 
@@ -44,7 +44,7 @@ def test_diffusers_takes_the_same_steps(schedule, sampler, steps, tmp_path, monk
     noise = initial_noise(keys, SHAPE[1:])
     ours = sample(sampler, schedule, lambda x, t: model(jnp, x, t), noise, steps, keys)
 
-    # The one sampler that draws noise gets ours.
+    # DDPM is the only stochastic sampler: give diffusers the noise that ours uses.
     noises = iter([torch.tensor(np.asarray(step_noise(keys, step, SHAPE[1:]))) for step in range(steps)])
     monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda shape, **options: next(noises))
     scheduler = load(scheduler_config(schedule, sampler), tmp_path)
@@ -52,13 +52,13 @@ def test_diffusers_takes_the_same_steps(schedule, sampler, steps, tmp_path, monk
     x = torch.tensor(np.asarray(noise))
     for t in scheduler.timesteps:
         x = scheduler.step(model(torch, x, t.float().expand(SHAPE[0])), t, x).prev_sample
-    # Heun's in float32 forms (x - (x - s v)) / s down to small s.
+    # diffusers' Heun scheduler computes (x - (x - s v)) / s in float32, which loses precision at small s.
     tolerance = 1e-4 if sampler == "heun" else 1e-5
     np.testing.assert_allclose(ours, x.numpy(), rtol=0, atol=tolerance * float(x.abs().max()))
 
 
 @pytest.mark.parametrize(("schedule", "sampler"), CASES, ids=OF_CASE)
-def test_the_file_comes_back_as_the_schedule_also_after_diffusers_wrote_it_anew(schedule, sampler, tmp_path):
+def test_the_file_is_read_back_as_the_same_schedule_also_after_diffusers_saved_it(schedule, sampler, tmp_path):
     values = scheduler_config(schedule, sampler)
     assert read_scheduler(values, "file") == (schedule, sampler)
     load(values, tmp_path).save_pretrained(tmp_path / "again")
@@ -68,17 +68,17 @@ def test_the_file_comes_back_as_the_schedule_also_after_diffusers_wrote_it_anew(
 
 
 @pytest.mark.parametrize("name", CLASSES.values())
-def test_no_setting_is_unknown_to_diffusers(name):
+def test_diffusers_knows_every_setting(name):
     sampler = {of: sampler for sampler, of in CLASSES.items()}[name]
     schedule = RectifiedFlow() if sampler in ("euler", "heun") else DDPM()
     known = getattr(diffusers, name)().config
     assert {key for key in scheduler_config(schedule, sampler) if not key.startswith("_")} <= set(known)
 
 
-def test_keys_that_are_absent_are_diffusers_defaults():
+def test_absent_keys_have_diffusers_defaults():
     values = {"_class_name": "DPMSolverMultistepScheduler"}
     assert read_scheduler(values, "file") == (DDPM(1000, 0.0001, 0.02, "linear"), "dpmpp_2m")
-    with pytest.raises(UserError, match="clip_sample=True is not supported: only False is"):
+    with pytest.raises(UserError, match="clip_sample=True is not supported: use False"):
         read_scheduler({"_class_name": "DDIMScheduler"}, "file")
 
 
@@ -94,11 +94,15 @@ def test_keys_that_are_absent_are_diffusers_defaults():
         ("ddim", {"prediction_type": {}}, "prediction_type={} is not supported"),
         ("ddim", {"rescale_betas_zero_snr": 1}, "rescale_betas_zero_snr=1 is not true or false"),
         ("ddim", {"rescale_betas_zero_snr": True}, "ill-posed"),
-        ("ddim", {"timestep_spacing": "trailing"}, "timestep_spacing='trailing' is not supported here: only 'leading'"),
+        (
+            "ddim",
+            {"timestep_spacing": "trailing"},
+            "timestep_spacing='trailing' is not supported here: use 'leading'",
+        ),
         ("ddim", {"timestep_spacing": 3}, "timestep_spacing=3"),
         ("ddim", {"steps_offset": 1}, "steps_offset=1"),
         ("ddim", {"trained_betas": [0.1]}, "trained_betas"),
-        ("ddim", {"num_train_timesteps": 10**12}, "num_train_timesteps=1000000000000 is not a whole number"),
+        ("ddim", {"num_train_timesteps": 10**12}, "num_train_timesteps=1000000000000 is not an integer"),
         ("ddim", {"num_train_timesteps": True}, "num_train_timesteps"),
         ("ddim", {"num_train_timesteps": "1000"}, "num_train_timesteps"),
         ("ddim", {"beta_start": "0.1"}, "beta_start='0.1' is not a number"),
@@ -106,7 +110,7 @@ def test_keys_that_are_absent_are_diffusers_defaults():
         ("ddim", {"beta_end": 10**400}, "beta_end=1000"),
         ("ddim", {"beta_end": -1}, "betas must satisfy"),
         ("ddpm", {"variance_type": "learned"}, "variance_type='learned'"),
-        ("dpmpp_2m", {"use_karras_sigmas": True}, "use_karras_sigmas=True is not supported: only False is"),
+        ("dpmpp_2m", {"use_karras_sigmas": True}, "use_karras_sigmas=True is not supported: use False"),
         ("dpmpp_2m", {"solver_order": 3}, "solver_order=3"),
         ("euler", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
         ("euler", {"shift": 0}, "shift must be greater than 0"),
@@ -114,7 +118,7 @@ def test_keys_that_are_absent_are_diffusers_defaults():
         ("euler", {"shift": True}, "shift=True is not a number"),
     ],
 )
-def test_what_no_sampler_here_does_is_said_in_one_line(sampler, changes, message):
+def test_settings_without_a_sampler_are_reported_in_one_line(sampler, changes, message):
     schedule = RectifiedFlow() if sampler == "euler" else DDPM()
     with pytest.raises(UserError, match=message) as caught:
         read_scheduler(scheduler_config(schedule, sampler) | changes, "file")

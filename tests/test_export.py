@@ -1,4 +1,4 @@
-"""The export command: what is in the folder, that it is there whole or not at all, and the way back to JAX."""
+"""The export command: contents of the folder, atomic writes, errors of users, and the import into JAX."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from lidit_jax.text.encoders import encode, tokenize
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.weights import folders
 
-torch.set_num_threads(1)  # these models are so small that threads wait for each other
+torch.set_num_threads(1)  # these models are too small to gain from threads
 PROMPTS = ["a red circle", ""]
 
 
@@ -70,7 +70,7 @@ def load(folder, **options):
 # --- the folder ------------------------------------------------------------------------------------------------------
 
 
-def test_the_folder_has_what_diffusers_and_people_look_for(folder, workdir):
+def test_the_folder_has_the_files_that_diffusers_and_users_expect(folder, workdir):
     assert set(files_in(folder)) >= {
         *("model_index.json", "README.md", "pipeline_lidit.py", "scheduler/scheduler_config.json"),
         *("transformer/config.json", "transformer/transformer_lidit.py"),
@@ -87,7 +87,7 @@ def test_the_folder_has_what_diffusers_and_people_look_for(folder, workdir):
     assert index["text_encoder_3"] == [None, None]
     assert index["lidit"]["trained"] == {"step": 7, "weights": "ema"}
     assert index["lidit"]["resolution"] == 32
-    # Lists are components to diffusers.
+    # diffusers takes every list for a component.
     assert {key for key, value in index.items() if not isinstance(value, list)} == {
         *("_diffusers_version", "lidit", "text_encoder_sources")
     }
@@ -99,7 +99,7 @@ def test_the_folder_has_what_diffusers_and_people_look_for(folder, workdir):
         assert (folder / file).stat().st_mode & 0o400
 
 
-def test_ema_and_raw_weights_in_either_type(workdir, folder, tmp_path):
+def test_ema_and_raw_weights_in_either_dtype(workdir, folder, tmp_path):
     name = "transformer/diffusion_pytorch_model.safetensors"
     raw = export_of(workdir, tmp_path / "raw", weights="params")
     assert (raw / name).read_bytes() != (folder / name).read_bytes()
@@ -115,18 +115,18 @@ def test_ema_and_raw_weights_in_either_type(workdir, folder, tmp_path):
 def test_the_cards_code_runs_as_pasted_and_its_facts_are_the_runs(folder, tmp_path, monkeypatch):
     card = (folder / "README.md").read_text()
     front = card.split("---")[1]
-    assert "license: other" in front  # whose the weights are, only who trained them can say
+    assert "license: other" in front  # only whoever trained the weights can license them
     assert "library_name: diffusers" in front
     assert "pipeline_tag: text-to-image" in front
-    for fact in ("rectified flow, shift 3", "euler, 25 steps, guidance 3", "7 steps of 8 pictures", "32 pixels"):
+    for fact in ("rectified flow, shift 3", "euler, 25 steps, guidance 3", "7 steps of 8 images", "32 pixels"):
         assert fact in card
     [code] = re.findall(r"```python\n(.*?)```", card, re.S)
     monkeypatch.chdir(tmp_path)
     exec(code.replace("FOLDER", str(folder)), {})
-    assert (tmp_path / "picture.png").exists()
+    assert (tmp_path / "image.png").exists()
 
 
-def test_the_card_names_the_licences_of_what_others_made(workdir, t5_folder, tmp_path):
+def test_the_card_names_the_licences_of_networks_of_others(workdir, t5_folder, tmp_path):
     config = random_config()
     config.encoders.qwen = {"weights": str(t5_folder), "dtype": "float32"}
     config.vae.weights = str(workdir / "vae")
@@ -137,7 +137,7 @@ def test_the_card_names_the_licences_of_what_others_made(workdir, t5_folder, tmp
     assert "`vae/` is a copy of `vae`: its own licence applies" in card
     card = (export_of(run, tmp_path / "referred", text_encoders="reference") / "README.md").read_text()
     assert f"qwen is not in this folder, loaded from `{t5_folder.name}`" in card
-    assert str(t5_folder) not in card  # a card is for others
+    assert str(t5_folder) not in card  # a public card must not reveal local paths
 
 
 # --- text encoders ---------------------------------------------------------------------------------------------------
@@ -164,22 +164,22 @@ def test_published_llms_are_copied_from_folders_and_referred_to_on_the_hub(workd
     assert index_of(copied)["text_encoder_sources"] == {}
     assert (copied / "text_encoder/model.safetensors").exists()
     assert set(index_of(referred)["text_encoder_sources"]) == {"text_encoder", "text_encoder_2"}
-    assert read_folder(usual).encoders.llama.weights == f"org/llm@{commit}"  # as PyTorch loads it
+    assert read_folder(usual).encoders.llama.weights == f"org/llm@{commit}"  # the revision that PyTorch loads
 
-    asked = []
+    revisions = []
     kinds = (transformers.LlamaModel, transformers.PreTrainedTokenizerFast)
     for kind, real in [(kind, kind.from_pretrained) for kind in kinds]:
 
         def from_hub(name, *arguments, revision="main", real=real, **options):
             if name == "org/llm":
-                asked.append(revision)
+                revisions.append(revision)
                 name = str(snapshot)
             return real(name, *arguments, **options)
 
         monkeypatch.setattr(kind, "from_pretrained", from_hub)
     pipe = load(usual, dtype=torch.bfloat16)
-    assert asked == [commit, commit]
-    assert pipe.text_encoder.dtype == torch.float32  # as in training, whatever the rest is in
+    assert revisions == [commit, commit]
+    assert pipe.text_encoder.dtype == torch.float32  # its training dtype, independent of the other components
     assert pipe("a", num_inference_steps=1).images[0].size == (32, 32)
 
 
@@ -188,7 +188,7 @@ TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad
 
 
 def save_llms(root: Path) -> dict[str, Path]:
-    """name -> folder of a tiny LLM of a family that the demo does not train, as its authors write it."""
+    """{name: folder of a tiny LLM}, for families that the demo does not train, in the format of their authors."""
     gemma3_rope = {"rope_type": "default", "rope_theta": 10_000.0}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 8, "patch_size": 4, "projection_dim": 16}
@@ -222,7 +222,7 @@ def save_llms(root: Path) -> dict[str, Path]:
         found[name] = root / name
         model.save_pretrained(found[name], max_shard_size="20KB" if name == "mistral" else "5GB")
         train_tokenizer(CAPTIONS, 299).save_pretrained(found[name])
-    # As llava-hf's files have it.
+    # Tensor names as in the files of llava-hf.
     found["old_llava"] = Path(shutil.copytree(found["llava"], root / "old_llava"))
     rename(found["old_llava"], "model.language_model.", "language_model.model.")
     change_config(found["own_llava"], model_type="llava_llama", mm_hidden_size=16, architectures=["LlavaLlama"])
@@ -233,7 +233,7 @@ def save_llms(root: Path) -> dict[str, Path]:
 
 
 def rename(folder: Path, old: str, new: str) -> None:
-    """The beginnings of the tensors' names."""
+    """Replaces a prefix of the tensor names in the folder's weights."""
     file = folder / "model.safetensors"
     tensors = {re.sub(f"^{re.escape(old)}", new, name): value for name, value in load_file(file).items()}
     assert any(name.startswith(new) for name in tensors)
@@ -241,7 +241,7 @@ def rename(folder: Path, old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize("names", [("gemma2", "gemma3", "mistral", "qwen3"), ("llava", "old_llava", "own_llava")])
-def test_every_family_of_llms_says_the_same_in_pytorch(workdir, tmp_path, names):
+def test_every_llm_family_has_the_same_features_in_pytorch(workdir, tmp_path, names):
     llms = save_llms(tmp_path)
     config = random_config()
     config.encoders = {name: {"weights": str(llms[name]), "dtype": "float32"} for name in names}
@@ -268,11 +268,11 @@ def test_every_family_of_llms_says_the_same_in_pytorch(workdir, tmp_path, names)
         np.testing.assert_allclose(theirs.instructions[index], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-# --- whole or not at all ---------------------------------------------------------------------------------------------
+# --- atomic writes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("bug")])
-def test_what_breaks_in_the_middle_leaves_nothing(workdir, tmp_path, monkeypatch, error):
+def test_a_failed_export_leaves_nothing_behind(workdir, tmp_path, monkeypatch, error):
     def broken(*arguments):
         raise error
 
@@ -284,9 +284,9 @@ def test_what_breaks_in_the_middle_leaves_nothing(workdir, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_known_before_anything_is_written(workdir, tmp_path, monkeypatch):
+def test_a_full_disk_is_detected_before_anything_is_written(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(write.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match=r"out needs 0\.0 GB, the disk has 0\.0 GB left: make room"):
+    with pytest.raises(UserError, match=r"out needs 0\.0 GB, the disk has 0\.0 GB free: free some space"):
         export_of(workdir, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -296,7 +296,7 @@ def test_overwriting_replaces_an_export_and_nothing_else(workdir, folder, tmp_pa
     shutil.copytree(folder, out)
     (out / "tokenizer_4").mkdir()
     (out / "tokenizer_4" / "of_the_old.txt").write_text("")
-    with pytest.raises(UserError, match=r"is not empty: name another folder, or give --overwrite"):
+    with pytest.raises(UserError, match=r"is not empty: use another folder, or pass --overwrite"):
         export_of(workdir, out)
     with monkeypatch.context() as patch:
         patch.setattr(write, "model_card", lambda *arguments: 1 / 0)
@@ -311,16 +311,16 @@ def test_overwriting_replaces_an_export_and_nothing_else(workdir, folder, tmp_pa
     assert files_in(export_of(workdir, empty, overwrite=True)) == files_in(folder)
     other.mkdir()
     (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(UserError, match="no folder of an export: --overwrite replaces those alone"):
+    with pytest.raises(UserError, match="not an export: --overwrite only replaces exports"):
         export_of(workdir, other, overwrite=True)
     assert files_in(other) == ["model_index.json"]
     (out / ".git").mkdir()
-    with pytest.raises(UserError, match=r"\.git is of no export: --overwrite would delete it"):
+    with pytest.raises(UserError, match=r"\.git is not part of an export, and --overwrite would delete it"):
         export_of(workdir, out, overwrite=True)
     assert (out / ".git").exists()
 
 
-def test_an_export_that_a_run_is_made_of_is_not_replaced(workdir, folder, tmp_path):
+def test_an_export_that_the_run_depends_on_is_not_replaced(workdir, folder, tmp_path):
     config = random_config()
     out = tmp_path / "out"
     shutil.copytree(folder, out)
@@ -328,10 +328,10 @@ def test_an_export_that_a_run_is_made_of_is_not_replaced(workdir, folder, tmp_pa
         config.encoders[name].weights = str(out / component)
     config.vae.weights = str(workdir / "vae")
     run = make_workdir(tmp_path / "run", config)
-    with pytest.raises(UserError, match="which the run needs: name another folder"):
+    with pytest.raises(UserError, match="which the run needs: use another folder"):
         export_of(run, out, overwrite=True, text_encoders="reference")
     assert files_in(out) == files_in(folder)
-    # By reference, the tokenizer is found where an exported folder has it.
+    # The tokenizer of a referenced encoder is found in the exported folder that holds the encoder.
     referred = export_of(run, tmp_path / "referred", text_encoders="reference")
     source = json.loads((referred / "model_index.json").read_text())["text_encoder_sources"]["text_encoder_2"]
     assert source["tokenizer"] == str(out / "tokenizer_2")
@@ -339,7 +339,7 @@ def test_an_export_that_a_run_is_made_of_is_not_replaced(workdir, folder, tmp_pa
     assert pipe.tokenizer_2("a")["input_ids"] and pipe.text_encoder_2 is not None
 
 
-def test_each_part_is_loaded_in_what_it_was_trained_in(folder, tmp_path):
+def test_each_component_is_loaded_in_its_training_dtype(folder, tmp_path):
     config = random_config()
     config.encoders.qwen.dtype = "bfloat16"
     run = make_workdir(tmp_path / "run", config)
@@ -347,7 +347,7 @@ def test_each_part_is_loaded_in_what_it_was_trained_in(folder, tmp_path):
     assert '"text_encoder_2": torch.bfloat16' in card and '"default": torch.float32' in card
 
 
-def test_a_compiled_transformer_is_saved_as_what_it_was(folder, tmp_path):
+def test_a_compiled_transformer_is_saved_under_its_own_class(folder, tmp_path):
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     pipe.transformer = torch.compile(pipe.transformer)
     pipe.save_pretrained(tmp_path / "saved")
@@ -356,8 +356,8 @@ def test_a_compiled_transformer_is_saved_as_what_it_was(folder, tmp_path):
     assert type(again.transformer).__name__ == "LIDiTTransformer2DModel"
 
 
-def test_a_run_and_its_export_have_the_same_frozen_parts(workdir, folder):
-    """So that what was computed with the one's LLMs is taken for the other's."""
+def test_a_run_and_its_export_have_the_same_frozen_digests(workdir, folder):
+    """Checks that both have the same digests, so that features precomputed for one are accepted by the other."""
     ours = Experiment(read_workdir(workdir), workdir).frozen_digests()
     assert Experiment(read_folder(folder), folder).frozen_digests() == ours
 
@@ -380,7 +380,7 @@ cli.run(main)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
-def test_a_killed_export_leaves_no_folder_that_looks_whole(workdir, tmp_path, number):
+def test_a_killed_export_leaves_no_folder_that_looks_complete(workdir, tmp_path, number):
     (tmp_path / "outs").mkdir()
     out, started = tmp_path / "outs/out", tmp_path / "started"
     command = [sys.executable, "-c", STOPPED, str(started), f"--workdir={workdir}", f"--out={out}"]
@@ -396,7 +396,7 @@ def test_a_killed_export_leaves_no_folder_that_looks_whole(workdir, tmp_path, nu
     export_of(workdir, out)
 
 
-# --- what users get wrong --------------------------------------------------------------------------------------------
+# --- errors of users -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -405,19 +405,19 @@ def test_a_killed_export_leaves_no_folder_that_looks_whole(workdir, tmp_path, nu
         ({"weights": "best"}, "--weights=best: use ema or params"),
         ({"dtype": "float16"}, "--dtype=float16: use float32 or bfloat16"),
         ({"text_encoders": "link"}, "--text_encoders=link: use copy or reference"),
-        ({"max_shard_gb": 0.0}, "--max_shard_gb=0.0 must be from"),
-        ({"max_shard_gb": float("nan")}, "--max_shard_gb=nan must be from"),
+        ({"max_shard_gb": 0.0}, "--max_shard_gb=0.0 is not from"),
+        ({"max_shard_gb": float("nan")}, "--max_shard_gb=nan is not from"),
     ],
 )
-def test_options_that_are_none(workdir, tmp_path, options, message):
+def test_invalid_options_are_rejected(workdir, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         export_of(workdir, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_places_that_cannot_be_written(workdir, tmp_path):
+def test_folders_that_cannot_be_written_are_rejected(workdir, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file is a file: name a folder"):
+    with pytest.raises(UserError, match="file is a file: use a folder"):
         export_of(workdir, tmp_path / "file")
     with pytest.raises(UserError, match="cannot write .*file/out: Not a directory"):
         export_of(workdir, tmp_path / "file/out")
@@ -425,14 +425,14 @@ def test_places_that_cannot_be_written(workdir, tmp_path):
         export(Request(workdir, epath.Path("gs://bucket/out")))
 
 
-def test_workdirs_with_nothing_to_export(workdir, tmp_path):
+def test_workdirs_without_a_trained_model_are_rejected(workdir, tmp_path):
     with pytest.raises(UserError, match=r"no config\.json there"):
         export_of(epath.Path(tmp_path / "none"), tmp_path / "out")
     config = tiny_config()
     for section in ("text", "encoders", "model", "diffusion", "train", "sample", "evaluate"):
         del config[section]
     claim_workdir(epath.Path(tmp_path / "vae"), config)
-    with pytest.raises(UserError, match="is the run of a VAE alone"):
+    with pytest.raises(UserError, match="trained only a VAE"):
         export_of(epath.Path(tmp_path / "vae"), tmp_path / "out")
     begun = epath.Path(shutil.copytree(workdir, tmp_path / "begun"))
     shutil.rmtree(begun / "training")
@@ -444,16 +444,16 @@ def test_workdirs_with_nothing_to_export(workdir, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_more_encoders_than_a_pipeline_has_places_for(workdir, t5_folder, tmp_path):
+def test_more_encoders_than_a_pipeline_supports_are_rejected(workdir, t5_folder, tmp_path):
     config = random_config()
     config.encoders = {f"t5_{i}": {"weights": str(t5_folder), "dtype": "float32"} for i in range(5)}
     config.vae.weights = str(workdir / "vae")
     claim_workdir(epath.Path(tmp_path / "run"), config)
-    with pytest.raises(UserError, match="the run has 5 encoders; a pipeline of diffusers has up to 4 here"):
+    with pytest.raises(UserError, match="the run has 5 encoders, but an exported pipeline supports at most 4"):
         export_of(epath.Path(tmp_path / "run"), tmp_path / "out")
 
 
-def test_weights_that_are_cut_short_are_not_copied(workdir, tmp_path):
+def test_truncated_weights_are_not_copied(workdir, tmp_path):
     copy = epath.Path(shutil.copytree(workdir, tmp_path / "copy"))
     file = copy / "vae/diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
@@ -468,7 +468,7 @@ def test_weights_that_are_cut_short_are_not_copied(workdir, tmp_path):
         (["--workdir=/not/there", "--out=out"], "no config.json there"),
     ],
 )
-def test_the_command_says_mistakes_in_one_line(tmp_path, arguments, message):
+def test_the_command_reports_errors_of_users_in_one_line(tmp_path, arguments, message):
     command = [sys.executable, "-m", "lidit_jax.export", *arguments]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -478,7 +478,7 @@ def test_the_command_says_mistakes_in_one_line(tmp_path, arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def test_the_command_says_last_how_to_load_what_it_wrote(workdir, tmp_path):
+def test_the_command_ends_with_how_to_load_the_folder(workdir, tmp_path):
     command = [sys.executable, "-m", "lidit_jax.export", f"--workdir={workdir}", "--out=out", "--dtype=bfloat16"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -505,19 +505,19 @@ read_folder("out")
     assert done.returncode == 0, done.stderr
 
 
-# --- back to JAX -----------------------------------------------------------------------------------------------------
+# --- import into JAX -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def drawn(workdir):
-    """(experiment, pictures) from the workdir itself."""
+def images(workdir):
+    """Returns the experiment and images sampled from the workdir itself."""
     run, pipeline, params, _ = experiment.load(workdir)
     return run, pipeline(params, PROMPTS, range(2), 32, 48, run.sample)
 
 
 @pytest.mark.parametrize("saved_by_diffusers", [False, True])
-def test_back_in_jax_the_pictures_are_the_same_to_the_bit(folder, drawn, tmp_path, saved_by_diffusers):
-    run, expected = drawn
+def test_back_in_jax_the_images_are_bit_identical(folder, images, tmp_path, saved_by_diffusers):
+    run, expected = images
     if saved_by_diffusers:
         load(folder).save_pretrained(tmp_path / "saved")
         folder = tmp_path / "saved"
@@ -531,7 +531,7 @@ def test_back_in_jax_the_pictures_are_the_same_to_the_bit(folder, drawn, tmp_pat
     np.testing.assert_array_equal(got, expected)
 
 
-def test_what_only_training_knows_of_a_schedule_comes_back(tmp_path):
+def test_training_fields_of_the_schedule_are_restored(tmp_path):
     diffusion = {"name": "rectified_flow", "shift": 2.0, "logit_mean": 0.5, "logit_std": 2.0}
     config = random_config(diffusion, "heun")
     folder = export_of(make_workdir(tmp_path / "run", config), tmp_path / "out")
@@ -566,37 +566,43 @@ ENTRY = {"name": "llama", "dtype": "float32"}
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "model_index.json").unlink(), r"no model_index\.json there; name a folder that"),
+        (lambda folder: (folder / "model_index.json").unlink(), r"the folder has no model_index\.json: use one that"),
         (lambda folder: (folder / "model_index.json").write_text("[]"), "is not a JSON object"),
         (lambda folder: (folder / "model_index.json").write_bytes(b"\xff"), "is not a readable JSON file"),
         (lambda folder: (folder / "model_index.json").write_text("[" * 100_000), "is not a readable JSON file"),
-        (change_index(lidit=None), "no lidit object in it"),
-        (change_facts(format_version=2), "format_version=2 is newer than 1, which this program reads: install a newer"),
-        (change_facts(format_version="1"), "format_version='1' is not a whole number"),
-        (change_facts(format_version=True), "format_version=True is not a whole number"),
-        (change_facts(resolution=10**30), "resolution=1000000.* is not a whole number from 1 to 65536"),
+        (change_index(lidit=None), "it has no lidit object"),
+        (
+            change_facts(format_version=2),
+            "format_version=2 is newer than 1, the newest supported: install a newer",
+        ),
+        (change_facts(format_version="1"), "format_version='1' is not an integer"),
+        (change_facts(format_version=True), "format_version=True is not an integer"),
+        (change_facts(resolution=10**30), "resolution=1000000.* is not an integer from 1 to 65536"),
         (change_facts(resolution=DELETED), "resolution=None"),
         (change_facts(text=[]), r"lidit\.text is not an object"),
-        (change_facts(text={"max_length": 10**9}), "max_length=1000000000 is not a whole number"),
-        (change_facts(text={"max_length": 12, "a.b": 1}), r"lidit\.text\.a\.b is no setting"),
-        (change_facts(text={"max_length": 12, "instruction": {}}), r"lidit\.text\.instruction is no setting"),
+        (change_facts(text={"max_length": 10**9}), "max_length=1000000000 is not an integer"),
+        (change_facts(text={"max_length": 12, "a.b": 1}), r"lidit\.text\.a\.b is not a valid config field"),
+        (
+            change_facts(text={"max_length": 12, "instruction": {}}),
+            r"lidit\.text\.instruction is not a valid config field",
+        ),
         (change_facts(sample=3), r"lidit\.sample is not an object"),
         (change_facts(diffusion={"logit_mean": "0"}), r"diffusion\.logit_mean='0' is not a number"),
-        (change_facts(vae_dtype=7), "vae_dtype=7 is not a text"),
+        (change_facts(vae_dtype=7), "vae_dtype=7 is not a non-empty string"),
         (change_facts(encoders={}), "encoders is not a list of 1 to 4 encoders"),
         (change_facts(encoders=[ENTRY] * 5), "encoders is not a list of 1 to 4 encoders"),
         (change_facts(encoders=["llama"]), r"lidit\.encoders\[0\] is not an object"),
-        (change_facts(encoders=[{"name": "../x", "dtype": "float32"}]), "'../x' is not an encoder's name"),
-        (change_facts(encoders=[ENTRY, ENTRY]), "not in alphabetical order: llama"),
-        (change_facts(encoders=[ENTRY | {"name": "z"}, ENTRY]), "not in alphabetical order: z, llama"),
+        (change_facts(encoders=[{"name": "../x", "dtype": "float32"}]), "'../x' is not a valid encoder name"),
+        (change_facts(encoders=[ENTRY, ENTRY]), "not sorted by name: llama"),
+        (change_facts(encoders=[ENTRY | {"name": "z"}, ENTRY]), "not sorted by name: z, llama"),
         (remove("vae"), r"vae/config\.json is missing"),
         (remove("scheduler"), r"scheduler/scheduler_config\.json is missing"),
         (remove("transformer"), r"transformer/config\.json is missing"),
-        (remove("text_encoder_2"), r"text_encoder_2 is missing, and .* names no source of it"),
+        (remove("text_encoder_2"), r"text_encoder_2 is missing, and .* gives no source for it"),
         (lambda folder: (folder / "text_encoder/config.json").unlink(), r"text_encoder/config\.json is missing"),
     ],
 )
-def test_a_damaged_folder_is_said_in_one_line(folder, tmp_path, damage, message):
+def test_a_damaged_folder_is_reported_in_one_line(folder, tmp_path, damage, message):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     damage(copy)
     with pytest.raises(UserError, match=message) as caught:
@@ -612,13 +618,13 @@ def test_a_damaged_folder_is_said_in_one_line(folder, tmp_path, damage, message)
         ({"text": {"max_length": 12, "instruction": 3}}, r"text\.instruction is 3: it must be of type str"),
         ({"sample": {"steps": 10**12}}, "more than the maximum of 1000000"),
         ({"sample": {"steps": 4, "guidance_scale": 10**400}}, r"sample\.guidance_scale is 1000.*no number"),
-        ({"encoders": [ENTRY | {"name": "__class__"}]}, "'__class__' is not an encoder's name"),
+        ({"encoders": [ENTRY | {"name": "__class__"}]}, "'__class__' is not a valid encoder name"),
         ({"sample": {"stpes": 4}}, r"config key sample\.stpes is unknown; did you mean 'steps'"),
         ({"encoders": [ENTRY | {"dtype": "int4"}, ENTRY | {"name": "qwen"}]}, r"encoders\.llama\.dtype"),
         ({"vae_dtype": "int4"}, r"vae\.dtype"),
     ],
 )
-def test_settings_that_are_none_are_said_when_the_config_is_used(folder, tmp_path, facts, message):
+def test_invalid_settings_are_reported_when_the_config_is_used(folder, tmp_path, facts, message):
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     change_facts(**facts)(copy)
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""From a run to a folder for PyTorch and back: drawing with it, and training on from it."""
+"""Loading an exported folder: sampling from it, and training that starts from it."""
 
 import json
 import logging
@@ -35,13 +35,13 @@ def config_of_a_run():
     return config
 
 
-def test_the_weights_come_back_bit_for_bit(trained_workdir, exported):
+def test_the_weights_are_bit_identical(trained_workdir, exported):
     _, _, params = load_exported(exported)
     expected, _ = load_weights(trained_workdir / CHECKPOINTS, "ema")
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
-def test_a_folder_draws_what_its_run_draws(trained_workdir, exported, tmp_path):
+def test_a_folder_and_its_run_give_the_same_images(trained_workdir, exported, tmp_path):
     asked = {"prompt": "a red circle", "num_images": 2, "steps": 3}
     draw_to_folder(Request(epath.Path(trained_workdir), epath.Path(tmp_path / "run"), **asked))
     draw_to_folder(Request(None, epath.Path(tmp_path / "folder"), from_torch=exported, **asked))
@@ -54,23 +54,23 @@ def test_a_run_starts_from_a_folder(trained_workdir, exported, tmp_path):
     workdir = epath.Path(tmp_path / "run")
     config = start_from_exported(config_of_a_run(), exported)
     run_stages(config, workdir)
-    assert not (workdir / "encoders").exists() and not (workdir / "vae").exists()  # the folder's are used
+    assert not (workdir / "encoders").exists() and not (workdir / "vae").exists()  # those of the export are used
     got, step = load_weights(workdir / CHECKPOINTS, "params")
     expected, _ = load_weights(trained_workdir / CHECKPOINTS, "ema")
     assert step == 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
 
 
-def test_what_the_config_names_itself_is_kept(exported, trained_workdir):
+def test_weights_that_the_config_names_are_kept(exported, trained_workdir):
     config = config_of_a_run()
     config.vae.weights = str(trained_workdir / "vae")
     started = start_from_exported(config, exported)
     assert started.vae.weights == str(trained_workdir / "vae")
     assert started.encoders.llama.weights == str(exported / "text_encoder")
-    assert config.start_from == ""  # the given one is left as it was
+    assert config.start_from == ""  # the given config is not modified
 
 
-def test_models_that_do_not_fit_are_refused(exported):
+def test_other_models_are_rejected(exported):
     config = config_of_a_run()
     config.model.depth = 3
     with pytest.raises(UserError, match=r"config key model\.depth is 3, in .* it is 2: give --config\.model\.depth=2"):
@@ -81,7 +81,7 @@ def test_models_that_do_not_fit_are_refused(exported):
         start_from_exported(config, exported)
 
 
-def test_another_objective_is_said(exported, caplog, monkeypatch):
+def test_another_objective_is_logged(exported, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lidit_jax"), "propagate", True)
     config = config_of_a_run()
     config.diffusion.shift = 2.0
@@ -90,7 +90,7 @@ def test_another_objective_is_said(exported, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("start", ["nothing", "empty"])
-def test_a_start_that_is_not_there_is_said_before_anything_is_trained(tmp_path, start):
+def test_a_missing_start_is_reported_before_anything_is_trained(tmp_path, start):
     (tmp_path / "empty").mkdir()
     config = config_of_a_run()
     config.start_from = str(tmp_path / start)
@@ -99,8 +99,8 @@ def test_a_start_that_is_not_there_is_said_before_anything_is_trained(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_folders_that_are_none_are_said(exported, tmp_path):
-    with pytest.raises(UserError, match=r"no model_index\.json there"):
+def test_other_folders_are_rejected(exported, tmp_path):
+    with pytest.raises(UserError, match=r"the folder has no model_index\.json"):
         load_exported(epath.Path(tmp_path))
     out = epath.Path(tmp_path / "out")
     with pytest.raises(UserError, match="give either --workdir=DIR of a run or --from_torch=DIR of an export"):

@@ -1,4 +1,4 @@
-"""A run on two hosts, played by two processes with two CPU devices each."""
+"""Runs on two hosts, simulated by two processes with two CPU devices each."""
 
 import json
 import os
@@ -32,10 +32,17 @@ def get_config():
 
 
 def start(folder, workdir, devices, process=None, port=None, *options, config=CONFIG, before=""):
-    """One of two hosts, or the only one.
+    """Starts one of two hosts, or a single one.
 
     Args:
-      before: Python that it runs first.
+      folder: where the config file is written.
+      workdir: the run's folder.
+      devices: number of CPU devices of the process.
+      process: index of the host; None: a single host.
+      port: port of the coordinator, if there are two hosts.
+      *options: further command-line options.
+      config: text of the config file.
+      before: Python code to run first in the process.
     """
     file = folder / "config.py"
     file.write_text(config)
@@ -56,7 +63,7 @@ def free_port():
 
 
 @pytest.mark.slow
-def test_two_hosts_train_and_judge_the_autoencoder_that_one_does(tmp_path):
+def test_two_hosts_train_and_score_the_same_autoencoder_as_one(tmp_path):
     port = free_port()
     hosts = [start(tmp_path, tmp_path / "two", 2, process, port) for process in (0, 1)]
     errors = [host.communicate(timeout=600)[1] for host in hosts]
@@ -79,7 +86,7 @@ def test_two_hosts_train_and_judge_the_autoencoder_that_one_does(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_at_one_host_saves_on_both_and_one_host_goes_on(tmp_path):
+def test_sigterm_at_one_host_saves_on_both_and_one_host_resumes(tmp_path):
     port, more = free_port(), "--config.vae.train.steps=5000"
     hosts = [start(tmp_path, tmp_path / "run", 2, process, port, more) for process in (0, 1)]
     for line in hosts[0].stderr:
@@ -108,45 +115,47 @@ def at_step_3(notice):
     return reached(notice)
 Notice.reached = at_step_3
 """
-# By JAX's heartbeat or, where it is waited for just then, by what carries messages between CPUs.
+# Message of JAX's heartbeat or, inside a collective, of Gloo, which carries messages between CPU hosts.
 GONE = "another task died|Gloo .* failed"
-# What befalls host 1, how it ends and what host 0 says when it ends too.
+# Fault of host 1 -> (code that causes it, exit status of host 1, message with which host 0 ends).
 FAULTS = {
     "killed": (AT_STEP_3.format(what="import os; os.kill(os.getpid(), 9)"), -9, GONE),
     "failed": (AT_STEP_3.format(what="raise UserError('its disk is gone')"), 2, GONE),
-    "waits for ever": (AT_STEP_3.format(what="time.sleep(10_000)"), None, "nothing done in 60 s"),
+    "waits for ever": (AT_STEP_3.format(what="time.sleep(10_000)"), None, "no progress in 60 s"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_befalls_one_host_ends_the_other_with_a_message(tmp_path, fault):
-    what, status, said = FAULTS[fault]
+def test_a_fault_of_one_host_ends_the_other_with_a_message(tmp_path, fault):
+    code, status, message = FAULTS[fault]
     port, more = free_port(), ["--config.vae.train.steps=5000"]
     if fault == "waits for ever":
-        more += ["--config.vae.train.stalled_after=60.0"]  # longer than a busy machine needs to compile
-    soon = "from lidit_jax.parallel import hosts\nhosts.SILENCE = 10\n"
+        more += ["--config.vae.train.stalled_after=60.0"]  # longer than a busy host needs to compile
+    short_timeout = "from lidit_jax.parallel import hosts\nhosts.HEARTBEAT_TIMEOUT_S = 10\n"
     config = CONFIG.replace("steps=3,", "steps=3, stalled_after=1800.0,")
     hosts = [
-        start(tmp_path, tmp_path / "run", 2, process, port, *more, config=config, before=soon + before)
-        for process, before in ((0, ""), (1, what))
+        start(tmp_path, tmp_path / "run", 2, process, port, *more, config=config, before=short_timeout + before)
+        for process, before in ((0, ""), (1, code))
     ]
     errors = [host.communicate(timeout=300)[1] for host in hosts]
     assert hosts[0].returncode != 0 and hosts[1].returncode != 0
     if fault == "failed":
         assert "error: its disk is gone" in errors[1]
-    if fault == "waits for ever":  # the one that notices first says where it waits
-        assert any(said in error and re.search("in train|in at_step_3", error) for error in errors), "\n".join(errors)
+    if fault == "waits for ever":  # the host that notices first prints where it waits
+        assert any(message in error and re.search("in train|in at_step_3", error) for error in errors), "\n".join(
+            errors
+        )
     else:
-        assert re.search(said, errors[0]), errors[0]
+        assert re.search(message, errors[0]), errors[0]
         assert hosts[1].returncode == status
 
 
-def test_hosts_that_do_not_come_are_said(monkeypatch):
+def test_hosts_that_cannot_be_reached_are_reported(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(UserError, match="other hosts were not found .*: set JAX_COORDINATOR_ADDRESS"):
         join_hosts()
     monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
-    join_hosts()  # nobody is named: nothing is done
+    join_hosts()  # no other host is named: does nothing
     join_hosts(False)

@@ -1,4 +1,4 @@
-"""LLMs' folders: what is read of them and where it goes, published configs, and what is refused."""
+"""Loading LLM folders: published configs, sharded placement, which files are read, and which are rejected."""
 
 import dataclasses
 import json
@@ -64,15 +64,15 @@ def test_the_language_model_inside_a_llava_is_read_from_every_layout(layout, nam
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
-def test_a_text_config_that_leaves_sizes_out_means_the_sizes_of_llama_7b():
-    # As llava-hf/llava-1.5-7b-hf writes it.
+def test_a_text_config_without_sizes_has_those_of_llama_7b():
+    # From the config.json of llava-hf/llava-1.5-7b-hf.
     inner = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "vocab_size": 32064}
     config = llm_config({"model_type": "llava", "text_config": inner}, "config.json", dtype="bfloat16")
     assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (4096, 32, 11008)
     assert (config.vocab_size, config.rms_norm_eps, config.num_key_value_heads) == (32064, 1e-05, 32)
 
 
-PUBLISHED = {  # the keys that matter, as the models' pages have them
+PUBLISHED = {  # keys that determine the model, from the published config.json
     "Meta-Llama-3.1-8B": (
         {
             "model_type": "llama",
@@ -157,14 +157,14 @@ PUBLISHED = {  # the keys that matter, as the models' pages have them
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_config_is_read_as_it_is_published(name):
+def test_published_configs_are_read(name):
     values, expected = PUBLISHED[name]
     config = llm_config(values, "config.json", dtype="bfloat16")
     assert {key: getattr(config, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "gemma2"])
-def test_parameters_arrive_cut_over_the_mesh_and_equal_to_those_of_one_device(name, tmp_path):
+def test_parameters_are_sharded_over_the_mesh_and_equal_those_of_one_device(name, tmp_path):
     reference(name).save_pretrained(tmp_path)
     expected = load_llm_encoder(tmp_path)[1]
     mesh = Mesh(np.array(jax.devices()).reshape(1, 4, 2), ("data", "fsdp", "tensor"))
@@ -180,7 +180,7 @@ def test_parameters_arrive_cut_over_the_mesh_and_equal_to_those_of_one_device(na
 
 @pytest.fixture
 def sharded(tmp_path):
-    """A folder with one shard a tensor or two, and its weight map."""
+    """Folder with one or two tensors per shard, and its weight map."""
     reference("llama_gqa").save_pretrained(tmp_path / "sharded", max_shard_size="5KB")
     index = json.loads((tmp_path / "sharded/model.safetensors.index.json").read_text())
     return tmp_path / "sharded", index["weight_map"]
@@ -210,7 +210,7 @@ def test_a_missing_shard_is_named(sharded):
 
 
 @pytest.mark.parametrize("shard", ["../other.safetensors", "/tmp/x.safetensors", "model.bin", 3, None])
-def test_an_index_that_leads_out_of_its_folder_or_to_another_kind_of_file_is_refused(sharded, shard):
+def test_an_index_that_leads_out_of_its_folder_or_to_another_kind_of_file_is_rejected(sharded, shard):
     folder, weight_map = sharded
     index = {"weight_map": {**weight_map, "model.embed_tokens.weight": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -237,8 +237,8 @@ def folder(tmp_path):
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; use one of llama, mistral, qwen2, "),
         ({"model_type": DELETED}, "model_type None is not supported"),
         ({"model_type": ["qwen2"]}, "model_type"),
-        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647 is not a whole number from 1 to 1000"),
-        ({"head_dim": 2**31 - 2}, "head_dim=2147483646 is more than 65536"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647 is not an integer from 1 to 1000"),
+        ({"head_dim": 2**31 - 2}, "head_dim=2147483646 is larger than 65536"),
         ({"hidden_act": ["silu"]}, "hidden_act"),
         ({"rope_theta": 1.0}, "rope_theta=1.0: rotary positions need a base above 1"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}}, "rope_parameters"),
@@ -258,7 +258,7 @@ def folder(tmp_path):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_size": DELETED}, "hidden_size is missing"),
         ({"hidden_size": 33, "head_dim": None}, "hidden_size=33 is not divisible by num_attention_heads=4"),
-        ({"hidden_size": 32.0}, "transformers refuses it .*'hidden_size' expected int"),
+        ({"hidden_size": 32.0}, "transformers rejects it .*'hidden_size' expected int"),
         ({"num_attention_heads": 0}, "num_attention_heads=0"),
         ({"num_attention_heads": True}, "num_attention_heads"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not divisible by num_key_value_heads=3"),
@@ -271,14 +271,14 @@ def folder(tmp_path):
         ({"rope_theta": 10**400}, "rope_theta=1"),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta='1e4'"),
         ({"tie_word_embeddings": 1}, "'tie_word_embeddings' expected bool"),
-        ({"vocab_size": VOCAB_SIZE + 1}, r"embed_tokens.weight has shape \(64, 32\), config.json asks for \(65, 32\)"),
+        ({"vocab_size": VOCAB_SIZE + 1}, r"embed_tokens.weight has shape \(64, 32\), config.json requires \(65, 32\)"),
         ({"intermediate_size": 2**31 - 1}, "_proj.weight has shape"),
-        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647 is not a whole number from 1 to 1000"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647 is not an integer from 1 to 1000"),
         ({"num_hidden_layers": 1000}, "layer_types|num_hidden_layers|is missing"),
-        ({"model_type": "llama"}, r"k_proj\.bias' has no place in the model that config.json describes"),
+        ({"model_type": "llama"}, r"k_proj\.bias' is not part of the model that config.json describes"),
     ],
 )
-def test_a_config_of_another_model_is_refused_in_one_line_that_names_the_key(folder, changes, message):
+def test_an_unsupported_config_is_rejected_in_one_line_that_names_the_key(folder, changes, message):
     change_config(folder, **changes)
     with pytest.raises(UserError, match=message) as error:
         load_llm_encoder(folder)
@@ -323,11 +323,11 @@ def test_a_missing_tensor_is_named(folder):
 
 def test_a_tensor_of_another_shape_is_named(folder):
     change_tensors(folder, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.weight": np.zeros((32, 48))}))
-    with pytest.raises(UserError, match=r"up_proj\.weight has shape \(32, 48\), config\.json asks for \(48, 32\)"):
+    with pytest.raises(UserError, match=r"up_proj\.weight has shape \(32, 48\), config\.json requires \(48, 32\)"):
         load_llm_encoder(folder)
 
 
-def test_integer_weights_are_refused(folder):
+def test_integer_weights_are_rejected(folder):
     name = "model.layers.0.mlp.up_proj.weight"
     change_tensors(folder, lambda tensors: tensors.update({name: np.zeros((48, 32), np.int8)}))
     with pytest.raises(UserError, match=r"up_proj\.weight has type I8"):
@@ -336,22 +336,22 @@ def test_integer_weights_are_refused(folder):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.self_attn.o_proj.weight"])
-def test_weights_that_are_not_finite_are_refused(folder, name, value):
+def test_weights_that_are_not_finite_are_rejected(folder, name, value):
     def change(tensors):
         tensors[name] = tensors[name].copy()
         tensors[name][1, 2] = value
 
     change_tensors(folder, change)
-    with pytest.raises(UserError, match=f"tensor {name} has numbers that are not finite"):
+    with pytest.raises(UserError, match=f"tensor {name} has values that are not finite"):
         load_llm_encoder(folder)
 
 
-def test_a_tensor_that_the_model_would_not_use_is_refused_unless_it_follows_from_the_config(folder):
+def test_an_unused_tensor_is_rejected_unless_the_config_determines_it(folder):
     extra = np.ones(8, np.float32)
     change_tensors(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": extra}))
     load_llm_encoder(folder)
     change_tensors(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": extra}))
-    with pytest.raises(UserError, match=r"q_norm\.weight' has no place"):
+    with pytest.raises(UserError, match=r"q_norm\.weight' is not part of"):
         load_llm_encoder(folder)
 
 
@@ -386,13 +386,13 @@ def test_pickles_are_not_read(folder, name):
         load_llm_encoder(folder)
 
 
-def test_a_folder_without_weights_is_refused(folder):
+def test_a_folder_without_weights_is_rejected(folder):
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"no model\.safetensors"):
+    with pytest.raises(UserError, match=r"neither model\.safetensors"):
         load_llm_encoder(folder)
 
 
-def test_a_folder_that_is_not_empty_is_neither_overwritten_nor_left_with_debris(folder):
+def test_a_folder_that_is_not_empty_is_left_unchanged(folder):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match="not an empty folder"):
         save_llm(folder, CONFIG, random_params(CONFIG, seed=1))
@@ -426,7 +426,7 @@ def test_parameters_of_another_config_are_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_without_a_third_to_last_block_is_no_encoder():
+def test_a_model_without_a_third_to_last_block_is_rejected():
     with pytest.raises(UserError, match="needs at least 3 blocks"):
         dataclasses.replace(OURS, num_hidden_layers=2).as_encoder()
     assert dataclasses.replace(OURS, num_hidden_layers=3).as_encoder().num_hidden_layers == 1
@@ -454,7 +454,7 @@ print(json.dumps([peak << 10, sum(leaf.nbytes for leaf in jax.tree.leaves(params
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured with Linux's /proc")
 def test_loading_two_gigabytes_takes_at_most_a_quarter_more_memory(tmp_path):
-    """In a process of its own. On a CPU the loaded arrays are host memory too, so this holds both together."""
+    """Measures a process of its own. On a CPU the loaded arrays lie in host memory too, so the peak includes both."""
     config = LlamaConfig(
         vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=12, num_attention_heads=16
     )
@@ -468,20 +468,20 @@ def test_loading_two_gigabytes_takes_at_most_a_quarter_more_memory(tmp_path):
     text = json.dumps(header).encode()
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)  # a hole: zeros that take no room on the disk
+        file.truncate(8 + len(text) + end)  # a sparse file: zeros that take no space on the disk
     done = subprocess.run([sys.executable, "-c", LOADING, str(tmp_path)], capture_output=True, text=True, check=True)
     peak, loaded = json.loads(done.stdout.splitlines()[-1])
     assert loaded > 1.9e9
     assert peak <= 1.25 * loaded, f"{peak / loaded:.2f} x the {loaded / 1e9:.2f} GB loaded"
 
 
-def test_labels_of_a_classifier_cost_nothing(folder):
-    change_config(folder, num_labels=2**31 - 1)  # transformers would write out a name for each
+def test_a_classifiers_labels_are_ignored(folder):
+    change_config(folder, num_labels=2**31 - 1)  # transformers would build a name for each label
     assert load_llm_encoder(folder)[0] == CONFIG
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_keys_of_windows_mean_what_they_mean_to_the_model(model_type):
+def test_sliding_window_keys_mean_what_they_mean_to_the_model(model_type):
     values = {
         **LLAMA,
         "num_key_value_heads": 4,
@@ -493,7 +493,7 @@ def test_keys_of_windows_mean_what_they_mean_to_the_model(model_type):
     assert any(config.sliding_layers) == (model_type == "mistral")
 
 
-def test_a_header_with_absurd_shapes_is_refused_at_once(tmp_path):
+def test_a_header_with_absurd_shapes_is_rejected_at_once(tmp_path):
     header = json.dumps({"x": {"dtype": "F32", "shape": [9] * 500_000, "data_offsets": [0, 0]}}).encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)

@@ -194,7 +194,7 @@ def test_a_name_that_is_neither_here_nor_on_the_hub_ends_in_one_line(monkeypatch
         raise huggingface_hub.errors.LocalEntryNotFoundError("cannot\nreach it")
 
     monkeypatch.setattr(folders, "snapshot_download", snapshot_download)
-    with pytest.raises(UserError, match="someone/llm: no such folder here, and the Hugging Face hub does not") as error:
+    with pytest.raises(UserError, match="someone/llm: no such folder, and it cannot be downloaded") as error:
         load("someone/llm")
     assert "\n" not in str(error.value)
 
@@ -260,7 +260,7 @@ def test_a_tokenizer_without_an_end_token_is_rejected_by_its_folders_name(llm_fo
 
 
 def test_slow_loading_logs_its_progress(llm_folder, monkeypatch, caplog):
-    monkeypatch.setattr(placing, "SAY_EVERY", 0.0)
+    monkeypatch.setattr(placing, "LOG_EVERY_S", 0.0)
     monkeypatch.setattr(logging.getLogger("lidit_jax"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="lidit_jax"):
         load(llm_folder)

@@ -1,4 +1,4 @@
-"""The whole step (LLMs, VAE, LI-DiT) gives one device's losses on every mesh and on two hosts, and goes on on any."""
+"""The training step (LLMs, VAE, LI-DiT) gives one device's losses on every mesh and on two hosts, also when resumed."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def get_config():
 
 
 def lidit_config(trained, mesh, steps):
-    """The tiny demo's LI-DiT between weights that are there."""
+    """Returns the tiny demo's config with trained encoders and VAE, so that only LI-DiT is trained."""
     config = tiny_config()
     with config.unlocked():
         for name, encoder in config.encoders.items():
@@ -39,7 +39,7 @@ def lidit_config(trained, mesh, steps):
 
 
 def run(trained, workdir, mesh, steps=20):
-    """Losses by step. On the first so many devices."""
+    """Trains on the first devices, as many as the mesh takes, and returns {step: loss}."""
     with pytest.MonkeyPatch.context() as patch:
         devices = jax.devices()[: int(np.prod(mesh))]
         patch.setattr("lidit_jax.stages.run.make_mesh", lambda sizes: make_mesh(sizes, devices))
@@ -48,9 +48,9 @@ def run(trained, workdir, mesh, steps=20):
 
 
 def run_on_two_hosts(trained, folder, workdir, steps):
-    """Two processes of four devices, as data=2, fsdp=4."""
+    """Trains in two processes of four devices each, with data=2 and fsdp=4, and returns {step: loss}."""
     config = lidit_config(trained, (2, 4, 1), steps)
-    config.train.sample_every = steps  # two hosts draw together as well
+    config.train.sample_every = steps  # sampling works on two hosts too
     text = json.dumps(config.to_dict())
     port = free_port()
     hosts = [start(folder, workdir, 4, process, port, config=FROM_JSON.format(text=text)) for process in (0, 1)]
@@ -67,7 +67,7 @@ def losses(workdir):
 
 @pytest.fixture(scope="module")
 def alone(trained_workdir, tmp_path_factory):
-    """One device's losses, steps 1 to 40."""
+    """{step: loss} of steps 1 to 40 on one device."""
     return run(trained_workdir, tmp_path_factory.mktemp("alone"), (1, 1, 1), steps=40)
 
 
@@ -77,29 +77,29 @@ def first(losses, steps):
 
 
 @pytest.mark.slow
-def test_copies_on_eight_devices_give_one_devices_losses(trained_workdir, alone, tmp_path):
+def test_data_parallelism_on_eight_devices_gives_one_devices_losses(trained_workdir, alone, tmp_path):
     assert run(trained_workdir, tmp_path / "run", (8, 1, 1)) == pytest.approx(first(alone, 20), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_mesh_gives_one_devices_losses_and_its_checkpoint_goes_on_on_fewer(trained_workdir, alone, tmp_path):
+def test_a_mesh_gives_one_devices_losses_and_resumes_on_fewer_devices(trained_workdir, alone, tmp_path):
     assert run(trained_workdir, tmp_path / "run", (4, 2, 1)) == pytest.approx(first(alone, 20), rel=1e-5)
     assert run(trained_workdir, tmp_path / "run", (1, 4, 1), 22) == pytest.approx(first(alone, 22), rel=1e-5)
 
 
-def test_a_mesh_draws_one_devices_pictures(trained_workdir, tmp_path):
+def test_a_mesh_generates_one_devices_images(trained_workdir, tmp_path):
     experiment, alone, params, _ = load(epath.Path(trained_workdir))
-    how = dataclasses.replace(experiment.sample, batch_size=3, decode_pixels=3 * 32 * 32)
+    sampling = dataclasses.replace(experiment.sample, batch_size=3, decode_pixels=3 * 32 * 32)
     prompts, seeds = ["a red circle", "", "a blue square above a green circle"], [5, 6, 7]
-    expected = alone(params, prompts, seeds, 32, 32, how)
+    expected = alone(params, prompts, seeds, 32, 32, sampling)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    spread = experiment.pipeline(mesh, ShardingRules())
-    got = spread(jax.device_put(params, replicated(mesh)), prompts, seeds, 32, 32, how)
+    sharded = experiment.pipeline(mesh, ShardingRules())
+    got = sharded(jax.device_put(params, replicated(mesh)), prompts, seeds, 32, 32, sampling)
     assert got.shape == (3, 32, 32, 3)
-    assert np.abs(got.astype(int) - expected).max() <= 1  # another order of sums may round another way
+    assert np.abs(got.astype(int) - expected).max() <= 1  # sums in another order round differently
 
 
 @pytest.mark.slow
-def test_two_hosts_go_on_from_a_mesh_of_eight_with_one_devices_losses(trained_workdir, alone, tmp_path):
+def test_two_hosts_resume_from_a_mesh_of_eight_with_one_devices_losses(trained_workdir, alone, tmp_path):
     assert run(trained_workdir, tmp_path / "run", (2, 2, 2)) == pytest.approx(first(alone, 20), rel=1e-5)
     assert run_on_two_hosts(trained_workdir, tmp_path, tmp_path / "run", 40) == pytest.approx(alone, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The exported pipeline in PyTorch: the same pictures as ours without JAX, and what diffusers' users expect."""
+"""The exported pipeline in PyTorch: the same images as in JAX, and the behaviour that users of diffusers expect."""
 
 import ast
 import dataclasses
@@ -33,9 +33,9 @@ from lidit_jax.text.train_tokenizer import train_tokenizer
 PROMPTS = ["a red circle", "", "红色圆形 above <|end|> a 😀 blue square that is much too long to fit"]
 DDPM = {"name": "ddpm"}
 V_ZERO_SNR = {"name": "ddpm", "prediction": "v", "zero_terminal_snr": True}
-torch.set_num_threads(1)  # these models are so small that threads wait for each other
-LEAST_PSNR = 60  # dB; another prompt or another seed is below 30
-# A process in which nothing of JAX can be imported draws every job of a file.
+torch.set_num_threads(1)  # these models are too small to gain from threads
+LEAST_PSNR = 60  # dB; with another prompt or seed it is below 30
+# Generates the images of all jobs in a file, in a process that cannot import JAX.
 WITHOUT_JAX = """
 import importlib.abc, json, sys
 
@@ -53,8 +53,8 @@ for job in json.load(open(sys.argv[1])):
     pipe = DiffusionPipeline.from_pretrained(job["folder"], trust_remote_code=True, **job["load"])
     pipe.set_progress_bar_config(disable=True)
     latents = torch.from_numpy(np.load(job["latents"]))
-    pictures = pipe(latents=latents, **job["call"]).images
-    np.save(job["out"], np.stack([np.asarray(picture) for picture in pictures]))
+    images = pipe(latents=latents, **job["call"]).images
+    np.save(job["out"], np.stack([np.asarray(image) for image in images]))
 assert not [name for name in sys.modules if name.split(".")[0] in ("jax", "flax", "lidit_jax")]
 """
 
@@ -72,7 +72,7 @@ def load(folder, **options):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Two LLMs, rectified flow."""
+    """Workdir of a model with two LLMs and rectified flow."""
     return make_workdir(tmp_path_factory.mktemp("run") / "two", random_config())
 
 
@@ -88,32 +88,36 @@ def pipe(folder):
 
 @pytest.fixture(scope="module")
 def loaded(workdir):
-    """What JAX draws with: (experiment, pipeline, parameters)."""
+    """The model in JAX: (experiment, pipeline, parameters)."""
     return experiment.load(workdir)[:3]
 
 
-def drawn_by_jax(loaded, prompts, height=32, width=32, **how):
+def generate_with_jax(loaded, prompts, height=32, width=32, **sampling):
     run, pipeline, params = loaded
-    how = dataclasses.replace(run.sample, batch_size=len(prompts), **how)
-    return pipeline(params, prompts, range(len(prompts)), height, width, how)
+    options = dataclasses.replace(run.sample, batch_size=len(prompts), **sampling)
+    return pipeline(params, prompts, range(len(prompts)), height, width, options)
+
+
+def seed(number):
+    return torch.Generator().manual_seed(number)
 
 
 def noise_for(loaded, count, height=32, width=32):
     return torch.tensor(starting_noise(range(count), height, width, loaded[0].vae_config))
 
 
-def assert_same_pictures(ours, theirs):
-    theirs = np.stack([np.asarray(picture) for picture in theirs])
+def assert_same_images(ours, theirs):
+    theirs = np.stack([np.asarray(image) for image in theirs])
     assert ours.shape == theirs.shape
-    assert ours.std() > 20, "the pictures are flat"
+    assert ours.std() > 20, "the images are flat"
     assert min(psnr(a, b) for a, b in zip(ours, theirs, strict=True)) >= LEAST_PSNR
 
 
-# --- the same pictures -----------------------------------------------------------------------------------------------
+# --- the same images -------------------------------------------------------------------------------------------------
 
 
 def runs(t5_folder: Path):
-    """name -> (config, what to export of it, height, width)."""
+    """Returns {name: (config, options of each export, height, width)}."""
     one = random_config(DDPM, "dpmpp_2m")
     del one.encoders.qwen
     t5 = random_config(V_ZERO_SNR, "ddim")
@@ -130,44 +134,45 @@ def runs(t5_folder: Path):
     }
 
 
-def test_without_jax_the_same_noise_gives_the_same_pictures(tmp_path, t5_folder):
-    """Every sampler but ddpm, whose noise within a step is PyTorch's own: `test_diffusers_scheduler` follows its steps
-    with our noise.
+def test_without_jax_the_same_noise_gives_the_same_images(tmp_path, t5_folder):
+    """Covers every sampler but ddpm, which draws new noise at each step.
+
+    `test_diffusers_scheduler` compares the steps of ddpm, given the same noise.
     """
     jobs, ours = [], []
     for name, (config, exports, height, width) in runs(t5_folder).items():
         workdir = make_workdir(tmp_path / name, config)
         loaded = experiment.load(workdir, exports[0].get("weights", "ema"))[:3]
-        drawn = drawn_by_jax(loaded, PROMPTS, height, width)
+        generated = generate_with_jax(loaded, PROMPTS, height, width)
         for options in exports:
             file = tmp_path / str(len(jobs))
             folder = export_of(workdir, tmp_path / f"folder{len(jobs)}", **options)
             np.save(f"{file}_noise.npy", noise_for(loaded, len(PROMPTS), height, width).numpy())
             custom = {"custom_pipeline": str(folder / "pipeline_lidit.py")} if len(jobs) % 2 else {}
             call = {"prompt": PROMPTS, "height": height, "width": width}
-            files = {"latents": f"{file}_noise.npy", "out": f"{file}_drawn.npy"}
+            files = {"latents": f"{file}_noise.npy", "out": f"{file}_images.npy"}
             jobs.append({"name": name, "folder": str(folder), "load": custom, "call": call, **files})
-            ours.append(drawn)
-    draw_without_jax(tmp_path, jobs)
+            ours.append(generated)
+    generate_without_jax(tmp_path, jobs)
     for job, expected in zip(jobs, ours, strict=True):
-        drawn = np.load(job["out"])
-        print(f"{job['name']}: {min(psnr(a, b) for a, b in zip(expected, drawn, strict=True)):.1f} dB")
-        assert_same_pictures(expected, drawn)
+        generated = np.load(job["out"])
+        print(f"{job['name']}: {min(psnr(a, b) for a, b in zip(expected, generated, strict=True)):.1f} dB")
+        assert_same_images(expected, generated)
         assert psnr(expected[0], expected[1]) < 30
 
 
-def test_the_demo_after_a_few_steps_draws_the_same_without_jax(tmp_path, trained_workdir):
+def test_the_demo_after_a_few_steps_gives_the_same_images_without_jax(tmp_path, trained_workdir):
     loaded = experiment.load(epath.Path(trained_workdir))[:3]
     folder, noise = export_of(epath.Path(trained_workdir), tmp_path / "folder"), tmp_path / "noise.npy"
     np.save(noise, noise_for(loaded, len(PROMPTS)).numpy())
     call = {"prompt": PROMPTS, "num_inference_steps": 25}
-    job = {"folder": str(folder), "load": {}, "call": call, "latents": str(noise), "out": str(tmp_path / "drawn.npy")}
-    draw_without_jax(tmp_path, [job])
-    assert_same_pictures(drawn_by_jax(loaded, PROMPTS, steps=25), np.load(job["out"]))
+    job = {"folder": str(folder), "load": {}, "call": call, "latents": str(noise), "out": str(tmp_path / "images.npy")}
+    generate_without_jax(tmp_path, [job])
+    assert_same_images(generate_with_jax(loaded, PROMPTS, steps=25), np.load(job["out"]))
 
 
-def draw_without_jax(tmp_path, jobs):
-    """In a process that refuses JAX."""
+def generate_without_jax(tmp_path, jobs):
+    """Generates the images of the jobs in a process that cannot import JAX."""
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", WITHOUT_JAX, str(tmp_path / "jobs.json")]
@@ -175,10 +180,10 @@ def draw_without_jax(tmp_path, jobs):
     assert done.returncode == 0, done.stderr
 
 
-def test_without_guidance_the_pictures_are_those_of_the_prompt_alone(pipe, loaded):
-    ours = drawn_by_jax(loaded, PROMPTS, guidance_scale=1.0, steps=7)
+def test_without_guidance_the_images_are_those_of_the_prompt_alone(pipe, loaded):
+    ours = generate_with_jax(loaded, PROMPTS, guidance_scale=1.0, steps=7)
     theirs = pipe(PROMPTS, latents=noise_for(loaded, 3), guidance_scale=1.0, num_inference_steps=7)
-    assert_same_pictures(ours, theirs.images)
+    assert_same_images(ours, theirs.images)
 
 
 def test_the_latents_agree_before_they_are_decoded(pipe, loaded):
@@ -194,7 +199,7 @@ def test_the_latents_agree_before_they_are_decoded(pipe, loaded):
     np.testing.assert_allclose(theirs.numpy(), ours, rtol=0, atol=1e-3 * np.abs(ours).max())
 
 
-def test_in_bfloat16_the_pictures_stay_near(folder, pipe, loaded):
+def test_in_bfloat16_the_images_stay_close(folder, pipe, loaded):
     low = load(folder, dtype=torch.bfloat16)
     assert {x.dtype for x in (low.transformer, low.vae, low.text_encoder, low.text_encoder_2)} == {torch.bfloat16}
     noise = noise_for(loaded, 1)
@@ -210,7 +215,7 @@ def byte_level():
 
 
 def sentencepiece_like():
-    """Of the kind that writes a space before every text by itself, and adds a begin token."""
+    """Returns a tokenizer that, like SentencePiece, prepends a space to every text and adds a begin token."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
@@ -255,7 +260,7 @@ HARD_PROMPTS = [
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece_like])
 @pytest.mark.parametrize("instruction", ["Describe the objects:", ""])
-def test_prompts_have_the_tokens_that_training_gave_them(make, instruction):
+def test_prompts_have_the_tokens_of_training(make, instruction):
     ours = PromptTokenizer(make(), 12, instruction)
     facts = {"separator": ours.separator, "max_length": 12}
     expected = ours(HARD_PROMPTS)
@@ -264,34 +269,37 @@ def test_prompts_have_the_tokens_that_training_gave_them(make, instruction):
     np.testing.assert_array_equal(mask.numpy(), expected["mask"])
 
 
-def test_what_is_cut_off_a_prompt_is_said(pipe, caplog):
+def test_truncated_text_is_logged(pipe, caplog):
     with caplog.at_level(logging.WARNING):
         pipe.encode_prompt(["a red circle", "a red circle " * 5 + "and a green hexagon"])
-    warnings = [record.getMessage() for record in caplog.records if "is not read" in record.getMessage()]
-    assert len(warnings) == 2  # one an encoder
+    warnings = [record.getMessage() for record in caplog.records if "is ignored" in record.getMessage()]
+    assert len(warnings) == 2  # one per encoder
     assert "and a green hexagon" in warnings[0]
 
 
-def test_negative_prompts_lead_away_and_are_one_for_all_or_one_each(pipe, loaded):
+def test_negative_prompts_are_one_for_all_or_one_per_prompt(pipe, loaded):
     noise = noise_for(loaded, 2)
-    draw = lambda **options: pipe(["red", "blue"], latents=noise, output_type="np", **options).images  # noqa: E731
-    plain, same = draw(), draw(negative_prompt="")
+
+    def generate(**options):
+        return pipe(["red", "blue"], latents=noise, output_type="np", **options).images
+
+    plain, same = generate(), generate(negative_prompt="")
     np.testing.assert_array_equal(plain, same)
-    np.testing.assert_array_equal(draw(negative_prompt=None), same)
-    for_all, each = draw(negative_prompt="a square"), draw(negative_prompt=["a square", ""])
+    np.testing.assert_array_equal(generate(negative_prompt=None), same)
+    for_all, each = generate(negative_prompt="a square"), generate(negative_prompt=["a square", ""])
     np.testing.assert_allclose(for_all[0], each[0], atol=1e-4)
     np.testing.assert_allclose(each[1], plain[1], atol=1e-4)
     assert np.abs(for_all[1] - plain[1]).max() > 0.01
 
 
-def test_features_computed_before_draw_the_same(pipe, loaded):
+def test_precomputed_features_give_the_same_images(pipe, loaded):
     noise = noise_for(loaded, 2)
     ready = {"prompt_embeds": pipe.encode_prompt(["red", "blue"]), "negative_prompt_embeds": pipe.encode_prompt("")}
     expected = pipe(["red", "blue"], latents=noise, output_type="np").images
     np.testing.assert_allclose(pipe(**ready, latents=noise, output_type="np").images, expected, atol=1e-5)
 
 
-def test_without_encoders_ready_features_still_draw(folder, pipe, loaded):
+def test_without_encoders_precomputed_features_still_work(folder, pipe, loaded):
     nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     bare = load(folder, **nothing)
     ready = {"prompt_embeds": pipe.encode_prompt("red"), "negative_prompt_embeds": pipe.encode_prompt("")}
@@ -302,10 +310,10 @@ def test_without_encoders_ready_features_still_draw(folder, pipe, loaded):
         bare("red")
 
 
-# --- diffusers' manners ----------------------------------------------------------------------------------------------
+# --- conventions of diffusers ----------------------------------------------------------------------------------------
 
 
-def test_several_pictures_of_a_prompt_stand_together(pipe, loaded):
+def test_several_images_of_a_prompt_are_adjacent(pipe, loaded):
     noise = noise_for(loaded, 4)
     together = pipe(["red", "blue"], num_images_per_prompt=2, latents=noise, output_type="np").images
     assert len(together) == 4
@@ -313,16 +321,17 @@ def test_several_pictures_of_a_prompt_stand_together(pipe, loaded):
     np.testing.assert_allclose(together, alone, atol=1e-4)
 
 
-def test_generators_make_drawing_repeat_itself(pipe):
-    seed = lambda n: torch.Generator().manual_seed(n)  # noqa: E731
-    draw = lambda generator, **more: pipe(["red", "red"], generator=generator, output_type="np", **more).images  # noqa: E731
-    one = draw(seed(0))
-    np.testing.assert_array_equal(one, draw(seed(0)))
-    assert np.abs(one - draw(seed(1))).max() > 0.1
-    listed = draw([seed(5), seed(6)])
+def test_generators_make_images_reproducible(pipe):
+    def generate(generator):
+        return pipe(["red", "red"], generator=generator, output_type="np").images
+
+    one = generate(seed(0))
+    np.testing.assert_array_equal(one, generate(seed(0)))
+    assert np.abs(one - generate(seed(1))).max() > 0.1
+    listed = generate([seed(5), seed(6)])
     np.testing.assert_allclose(listed[1], pipe("red", generator=seed(6), output_type="np").images[0], atol=1e-4)
-    with pytest.raises(ValueError, match="there are 3 generators for 2 pictures"):
-        draw([seed(0), seed(1), seed(2)])
+    with pytest.raises(ValueError, match="there are 3 generators for 2 images"):
+        generate([seed(0), seed(1), seed(2)])
 
 
 def test_the_ancestral_sampler_draws_its_noise_from_the_generator(tmp_path):
@@ -330,9 +339,9 @@ def test_the_ancestral_sampler_draws_its_noise_from_the_generator(tmp_path):
     del config.encoders.qwen
     pipe = load(export_of(make_workdir(tmp_path / "run", config), tmp_path / "out"))
     call = {"latents": torch.zeros(1, 16, 4, 4), "output_type": "np", "num_inference_steps": 5}
-    draw = lambda n: pipe("red", generator=torch.Generator().manual_seed(n), **call).images  # noqa: E731
-    np.testing.assert_array_equal(draw(0), draw(0))
-    assert np.abs(draw(0) - draw(1)).max() > 0.01
+    first, repeated, other = (pipe("red", generator=seed(n), **call).images for n in (0, 0, 1))
+    np.testing.assert_array_equal(first, repeated)
+    assert np.abs(first - other).max() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -343,8 +352,8 @@ def test_output_types(pipe, output_type, kind, shape):
     images = pipe(["a", "b"], height=32, width=48, num_inference_steps=1, output_type=output_type).images
     assert isinstance(images, kind)
     assert tuple(images.shape) == shape
-    [pictures] = pipe("a", height=32, width=48, num_inference_steps=1, return_dict=False)
-    assert pictures[0].size == (48, 32)
+    [images] = pipe("a", height=32, width=48, num_inference_steps=1, return_dict=False)
+    assert images[0].size == (48, 32)
     assert pipe("a", num_inference_steps=1).images[0].size == (32, 32)  # the training resolution
 
 
@@ -370,12 +379,11 @@ def test_callbacks_see_every_step_and_may_change_it_or_end_it(pipe):
         def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
             return {"latents": callback_kwargs["latents"] / 2}
 
-    generator = lambda: torch.Generator().manual_seed(0)  # noqa: E731
-    halved = pipe("a", callback_on_step_end=Halve(1.0), generator=generator(), **call).images
-    assert (halved != pipe("a", generator=generator(), **call).images).any()
+    halved = pipe("a", callback_on_step_end=Halve(1.0), generator=seed(0), **call).images
+    assert (halved != pipe("a", generator=seed(0), **call).images).any()
 
 
-def test_slices_and_tiles_of_the_vae_are_switched_on_and_off(pipe):
+def test_vae_slicing_and_tiling_can_be_switched(pipe):
     for name, switch in (("slicing", "use_slicing"), ("tiling", "use_tiling")):
         getattr(pipe, f"enable_vae_{name}")()
         assert getattr(pipe.vae, switch)
@@ -383,7 +391,7 @@ def test_slices_and_tiles_of_the_vae_are_switched_on_and_off(pipe):
         assert not getattr(pipe.vae, switch)
 
 
-def test_another_scheduler_of_the_same_objective_draws(folder):
+def test_another_scheduler_of_the_same_objective_works(folder):
     from diffusers import FlowMatchHeunDiscreteScheduler
 
     pipe = load(folder)
@@ -392,7 +400,7 @@ def test_another_scheduler_of_the_same_objective_draws(folder):
 
 
 @pytest.mark.parametrize("by_reference", [False, True])
-def test_a_pipeline_that_was_loaded_saves_itself_whole(workdir, tmp_path, by_reference):
+def test_a_loaded_pipeline_saves_all_of_its_components(workdir, tmp_path, by_reference):
     folder = export_of(workdir, tmp_path / "out")
     if by_reference:
         values = json.loads((folder / "model_index.json").read_text())
@@ -411,9 +419,9 @@ def test_a_pipeline_that_was_loaded_saves_itself_whole(workdir, tmp_path, by_ref
     assert index["text_encoder_sources"] == {}
     assert index["_class_name"] == ["pipeline_lidit", "LIDiTPipeline"]
     again = load(tmp_path / "saved")
-    draw = lambda p: p("a red circle", generator=torch.Generator().manual_seed(0), output_type="np").images  # noqa: E731
-    np.testing.assert_array_equal(draw(again), draw(pipe))
-    again.save_pretrained(tmp_path / "saved")  # over itself
+    original, restored = (p("a red circle", generator=seed(0), output_type="np").images for p in (pipe, again))
+    np.testing.assert_array_equal(restored, original)
+    again.save_pretrained(tmp_path / "saved")  # overwrites the folder that it was loaded from
 
 
 @pytest.mark.parametrize(
@@ -421,22 +429,22 @@ def test_a_pipeline_that_was_loaded_saves_itself_whole(workdir, tmp_path, by_ref
     [
         ({}, "pass either prompt or prompt_embeds"),
         ({"prompt": "a", "prompt_embeds": ([], [], [])}, "pass either prompt or prompt_embeds"),
-        ({"prompt": 3}, "prompt must be a text or a list of texts, not 3"),
-        ({"prompt": []}, "prompt must be a text or a list of texts"),
-        ({"prompt": ["a", None]}, "prompt must be a text or a list of texts"),
+        ({"prompt": 3}, "prompt must be a string or a list of strings, not 3"),
+        ({"prompt": []}, "prompt must be a string or a list of strings"),
+        ({"prompt": ["a", None]}, "prompt must be a string or a list of strings"),
         ({"prompt": ["a", "b", "c"], "negative_prompt": ["x", "y"]}, "there are 2 negative prompts for 3 prompts"),
-        ({"prompt_embeds": ([], [], [])}, "what encode_prompt gives, for 2 encoders"),
+        ({"prompt_embeds": ([], [], [])}, "the output of encode_prompt, for 2 encoders"),
         ({"prompt": "a", "height": 40}, "height=40 is not a multiple of 16: use 32 or 48"),
         ({"prompt": "a", "width": 8}, "width=8 is not a multiple of 16: use 16 or 32"),
         ({"prompt": "a", "width": "32"}, "width='32' is not a multiple of 16"),
-        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps=0 must be a whole number of at least 1"),
+        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps=0 must be an integer of at least 1"),
         ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt=0"),
         ({"prompt": "a", "output_type": "jpg"}, "output_type='jpg' is unknown: use one of pil, np, pt, latent"),
         ({"prompt": "a", "latents": torch.zeros(1, 4, 4, 16)}, r"latents have the shape .* need \(1, 16, 4, 4\)"),
-        ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["x"]}, "has 'x': use some of latents, noise_pred"),
+        ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["x"]}, "has 'x': use any of latents, noise_pred"),
     ],
 )
-def test_arguments_that_do_not_fit_are_said_before_anything_runs(pipe, arguments, message):
+def test_invalid_arguments_are_rejected_before_anything_runs(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
 
@@ -444,13 +452,13 @@ def test_arguments_that_do_not_fit_are_said_before_anything_runs(pipe, arguments
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version 2, its pipeline_lidit.py knows 1: use .* a newer lidit-jax"),
+        ({"format_version": 2}, "format_version 2, its pipeline_lidit.py reads up to 1: use .* a newer lidit-jax"),
         ({"format_version": "1"}, "format_version '1'"),
-        ({"encoders": None}, "no lidit value with its encoders"),
-        ({"encoders": []}, "names 0 encoders"),
+        ({"encoders": None}, "no lidit object with encoders"),
+        ({"encoders": []}, "lists 0 encoders"),
     ],
 )
-def test_a_folder_of_another_format_is_refused(folder, tmp_path, changes, message):
+def test_a_folder_of_another_format_is_rejected(folder, tmp_path, changes, message):
     copy = shutil.copytree(folder, tmp_path / "copy")
     values = json.loads((copy / "model_index.json").read_text())
     values["lidit"] |= changes
@@ -459,13 +467,13 @@ def test_a_folder_of_another_format_is_refused(folder, tmp_path, changes, messag
         load(copy)
 
 
-def test_an_encoder_that_is_gone_is_named(folder, tmp_path):
+def test_a_missing_encoder_is_named(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     values = json.loads((copy / "model_index.json").read_text())
     values["text_encoder"] = [None, None]
     values["text_encoder_sources"] = {"text_encoder": {"name": "/not/there", "revision": None, "class": "LlamaModel"}}
     (copy / "model_index.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="text_encoder is not in this folder but in /not/there, which is not there"):
+    with pytest.raises(ValueError, match="text_encoder is not in this folder but in /not/there, which does not exist"):
         load(copy)
     with pytest.raises(ValueError, match="text_encoder is not loaded"):
         load(copy, text_encoder_sources={})("a")

@@ -1,4 +1,4 @@
-"""LI-DiT in PyTorch computes what the Flax model does, and is a model of diffusers like any other."""
+"""LI-DiT in PyTorch computes the same function as the Flax model, and behaves like any model of diffusers."""
 
 import dataclasses
 import functools
@@ -29,7 +29,14 @@ TINY = LIDiTConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Of one LLM. Attributes: shared: its instruction's features are the same for all prompts."""
+    """Sizes of one LLM's features.
+
+    Attributes:
+      width: feature width.
+      before: tokens of the prefix.
+      length: tokens of the prompts.
+      shared: whether all prompts share the features of the prefix.
+    """
 
     width: int
     before: int
@@ -42,15 +49,15 @@ LLAMA, QWEN, T5 = Text(24, 3, 7), Text(10, 2, 5), Text(8, 4, 6, shared=False)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Threads that wait for one another cost more than such small arrays gain by them."""
+    """Uses one thread: on arrays this small, synchronising threads costs more than they gain."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def draw_inputs(config, texts, height=4, width=6, batch=3):
-    """(latents, timesteps, features) as Flax takes them, of NumPy. The last prompt is empty: its end token alone."""
+def random_inputs(config, texts, height=4, width=6, batch=3):
+    """Returns random NumPy (latents, timesteps, features) for Flax; the last prompt is empty, only an end token."""
     random = np.random.default_rng(0)
     normal = functools.partial(random.standard_normal, dtype=np.float32)
     features = []
@@ -63,7 +70,7 @@ def draw_inputs(config, texts, height=4, width=6, batch=3):
 
 
 def random_params(config, inputs):
-    """None of them zero, as gates are at first; drawn, which compiles nothing."""
+    """Returns random parameters without the zeros of initial gates, made by NumPy since `init` would compile."""
     shapes = flax.linen.unbox(jax.eval_shape(LIDiT(config).init, jax.random.key(0), *inputs)["params"])
     random = np.random.default_rng(3)
     return jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
@@ -82,18 +89,18 @@ def pytorch_model(config, params, texts):
 
 
 def pytorch_inputs(latents, timesteps, features, dtype=torch.float32):
-    """Arguments by name: channels first."""
+    """Returns the keyword arguments of the PyTorch model, with channels-first latents."""
     return {
         "hidden_states": torch.from_numpy(latents).permute(0, 3, 1, 2).to(dtype),
         "timestep": torch.from_numpy(timesteps),
-        "encoder_hidden_states": [torch.from_numpy(of.prompt).to(dtype) for of in features],
-        "encoder_attention_mask": [torch.from_numpy(of.mask) for of in features],
-        "instruction_hidden_states": [torch.from_numpy(of.prefix).to(dtype) for of in features],
+        "encoder_hidden_states": [torch.from_numpy(llm.prompt).to(dtype) for llm in features],
+        "encoder_attention_mask": [torch.from_numpy(llm.mask) for llm in features],
+        "instruction_hidden_states": [torch.from_numpy(llm.prefix).to(dtype) for llm in features],
     }
 
 
 def assert_close(actual, expected, tolerance):
-    """Up to a share of the largest value."""
+    """Compares up to a fraction of the largest absolute value."""
     expected = np.asarray(expected, np.float32)
     actual = actual.detach().float().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)
     assert np.abs(expected).max() > 0
@@ -102,15 +109,15 @@ def assert_close(actual, expected, tolerance):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """(inputs of Flax, parameters of Flax, model of PyTorch): two LLMs. Not to be changed."""
-    inputs = draw_inputs(TINY, [LLAMA, QWEN])
+    """Flax inputs, Flax parameters and PyTorch model with two LLMs, shared by all tests: do not modify them."""
+    inputs = random_inputs(TINY, [LLAMA, QWEN])
     params = random_params(TINY, inputs)
     return inputs, params, pytorch_model(TINY, params, [LLAMA, QWEN])
 
 
 @pytest.fixture
 def fresh(tiny):
-    """A model with the same weights, to be changed."""
+    """PyTorch inputs and a model with the same weights, for tests that modify them."""
     inputs, params, _ = tiny
     return pytorch_inputs(*inputs), pytorch_model(TINY, params, [LLAMA, QWEN])
 
@@ -128,14 +135,14 @@ def fresh(tiny):
         ([LLAMA, QWEN], {"refiner_qk_norm": True, "position": "conv"}, 4, 6),
         ([LLAMA], {"position": "sincos", "position_grid": 3, "hidden_size": 18, "num_heads": 3}, 4, 6),
         ([LLAMA], {"position": "conv+sincos+rope", "position_grid": 5}, 4, 6),
-        # Grids and head sizes of the 1B and the 10B model.
+        # Token grids and head sizes of the 1B and the 10B model.
         ([QWEN], {"position": "rope", "hidden_size": 144, "depth": 1}, 32, 32),
         ([QWEN], {"position": "sincos+rope", "hidden_size": 128, "depth": 1, "position_grid": 32}, 48, 80),
     ],
 )
-def test_it_predicts_what_flax_predicts(texts, changes, height, width):
+def test_predictions_are_those_of_flax(texts, changes, height, width):
     config = dataclasses.replace(TINY, **changes)
-    inputs = draw_inputs(config, texts, height, width)
+    inputs = random_inputs(config, texts, height, width)
     params = random_params(config, inputs)
     expected = jax.jit(LIDiT(config).apply)({"params": params}, *inputs)
     with torch.no_grad():
@@ -143,7 +150,7 @@ def test_it_predicts_what_flax_predicts(texts, changes, height, width):
     assert_close(actual.permute(0, 2, 3, 1), expected, 1e-5)
 
 
-def test_its_gradients_are_those_of_flax(tiny, fresh):
+def test_gradients_are_those_of_flax(tiny, fresh):
     inputs, params, _ = tiny
     target = np.random.default_rng(5).standard_normal(inputs[0].shape, np.float32)
 
@@ -154,7 +161,7 @@ def test_its_gradients_are_those_of_flax(tiny, fresh):
     arguments, model = fresh
     loss_of(model, arguments, target).backward()
     for name, parameter in model.named_parameters():
-        if "to_k.bias" in name and "dit" not in name:  # a softmax does not see what is added to all its logits
+        if "to_k.bias" in name and "dit" not in name:  # softmax ignores a constant added to all logits
             assert parameter.grad.abs().max() < 1e-6
         else:
             assert_close(parameter.grad, expected[name], 1e-3)
@@ -177,7 +184,7 @@ def test_gradient_checkpointing_changes_no_gradient(fresh):
         model.zero_grad()
         loss_of(model, arguments, target).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert len(runs) == TINY.depth * 3  # the second time, each block runs once more for its gradient
+    assert len(runs) == TINY.depth * 3  # with checkpointing, each block runs twice
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)
 
@@ -197,7 +204,7 @@ def test_in_bfloat16_it_predicts_nearly_the_same(tiny, tmp_path, way):
             assert loaded.dtype == torch.bfloat16
             actual = loaded(**pytorch_inputs(*inputs, dtype=torch.bfloat16)).sample
             assert actual.dtype == torch.bfloat16
-            # Latents and features of a higher precision are no mistake; the prediction then keeps it.
+            # Latents and features may have a higher precision, which the prediction then keeps.
             assert loaded(**pytorch_inputs(*inputs)).sample.dtype == torch.float32
     assert_close(actual, expected, 5e-2)
     assert not torch.equal(actual.float(), expected)
@@ -232,7 +239,7 @@ def test_layers_of_float32_compute_in_it_when_loaded_in_bfloat16(fresh):
     assert all(x.dtype == torch.float32 for x in tensors)
 
 
-def test_saved_and_loaded_it_is_the_same_model(tiny, tmp_path):
+def test_saving_and_loading_gives_the_same_model(tiny, tmp_path):
     inputs, _, model = tiny
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
@@ -254,7 +261,7 @@ def test_one_timestep_serves_the_whole_batch(tiny):
             assert torch.equal(model(**arguments | {"timestep": timestep}).sample, expected)
 
 
-def test_what_is_padding_changes_nothing(tiny):
+def test_padding_changes_nothing(tiny):
     inputs, _, model = tiny
     arguments = pytorch_inputs(*inputs)
     changed = [
@@ -270,7 +277,7 @@ def test_compiled_as_one_graph_it_predicts_the_same(tiny):
     inputs, _, model = tiny
     arguments = pytorch_inputs(*inputs)
     with torch.no_grad():
-        # The tracing is what could fail; "eager" runs what was traced without compiling C++ for a minute.
+        # Only tracing can fail; the "eager" backend runs the trace without compiling C++ for a minute.
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         assert_close(compiled(**arguments).sample, model(**arguments).sample, 1e-6)
         with torch.autocast("cpu", torch.bfloat16):
@@ -281,7 +288,7 @@ def test_untrained_it_predicts_zero_and_can_learn():
     torch.manual_seed(0)
     fields = {name: getattr(TINY, name) for name in FIELDS}
     model = LIDiTTransformer2DModel(**fields, text_widths=[24, 10])
-    inputs = draw_inputs(TINY, [LLAMA, QWEN])
+    inputs = random_inputs(TINY, [LLAMA, QWEN])
     loss = loss_of(model, pytorch_inputs(*inputs), np.ones_like(inputs[0]))
     assert loss == 1.0
     loss.backward()
@@ -315,7 +322,7 @@ def test_untrained_it_predicts_zero_and_can_learn():
         ({"instruction_hidden_states": [torch.zeros(24), torch.zeros(2, 10)]}, r"instruction_hidden_states\[0\]"),
     ],
 )
-def test_inputs_that_do_not_fit_are_refused(tiny, changes, message):
+def test_inputs_of_wrong_shapes_are_rejected(tiny, changes, message):
     inputs, _, model = tiny
     with pytest.raises(ValueError, match=message):
         model(**pytorch_inputs(*inputs) | changes)
@@ -325,21 +332,21 @@ def test_inputs_that_do_not_fit_are_refused(tiny, changes, message):
     ("changes", "message"),
     [
         ({"hidden_size": 17}, "not divisible by num_heads=2"),
-        ({"hidden_size": 6}, "odd, which rotary"),
+        ({"hidden_size": 6}, "odd, but rotary"),
         ({"fusion": "sum"}, "use one of collaborative, concatenate"),
-        ({"format_version": 3}, "has format_version 3, this transformer_lidit.py knows 2"),
+        ({"format_version": 3}, "has format_version 3, but this transformer_lidit.py reads up to 2"),
         ({"position": "table"}, "join conv, sincos, rope by"),
         ({"position": "rope", "hidden_size": 12}, "not divisible by 4, for 'rope'"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(changes, message):
+def test_an_invalid_config_is_rejected(changes, message):
     with pytest.raises(ValueError, match=message):
         LIDiTTransformer2DModel(depth=1, num_heads=2, text_widths=[4], **({"hidden_size": 8} | changes))
 
 
 def test_it_needs_no_jax(tmp_path):
-    """What an export copies loads, predicts and saves by itself."""
-    save_lidit(tmp_path, TINY, flax.traverse_util.flatten_dict(random_params(TINY, draw_inputs(TINY, [LLAMA]))))
+    """Checks that the exported module alone loads, predicts and saves."""
+    save_lidit(tmp_path, TINY, flax.traverse_util.flatten_dict(random_params(TINY, random_inputs(TINY, [LLAMA]))))
     (tmp_path / FILE.name).write_bytes(FILE.read_bytes())
     script = """
 import importlib.abc, importlib.util, sys
@@ -368,7 +375,7 @@ assert output.shape == (1, 3, 4, 4) and output.isfinite().all()
     assert done.returncode == 0, done.stderr
 
 
-def test_the_file_imports_what_an_exported_folder_may_use_alone():
+def test_the_file_imports_only_what_an_exported_folder_may_use():
     spec = importlib.util.spec_from_file_location("alone", FILE)
     assert spec is not None
     imports = [

@@ -1,4 +1,4 @@
-"""PyTorch's folder of LI-DiT and the arrays of a checkpoint: there and back bit by bit, in little memory."""
+"""LI-DiT's folder for PyTorch: a bit-exact round trip, from a checkpoint too, in little memory."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ FILE, INDEX = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
 
 
 def abstract_params(config, text_widths):
-    """What Flax makes of such features: shapes in the boxes of their logical axes."""
+    """Returns the shapes of LI-DiT's parameters, in Flax's boxes of logical axes, for these widths of LLM features."""
     batch = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     text = [TextFeatures(batch((2, w)), batch((1, 3, w)), jax.ShapeDtypeStruct((1, 3), bool)) for w in text_widths]
     arguments = batch((1, 4, 4, config.latent_channels)), batch((1,)), text
@@ -45,7 +45,7 @@ def abstract_params(config, text_widths):
 
 
 def random_leaves(config=CONFIG, text_widths=WIDTHS):
-    """Path -> float32 array."""
+    """Returns {path: random float32 array} for every parameter of the model."""
     random = np.random.default_rng(0)
     flat = flax.traverse_util.flatten_dict(flax.linen.unbox(abstract_params(config, text_widths)))
     return {path: random.standard_normal(leaf.shape, np.float32) for path, leaf in flat.items()}
@@ -58,14 +58,14 @@ def leaves():
 
 @pytest.fixture
 def folder(leaves, tmp_path):
-    """In one file; to be changed."""
+    """Folder with all weights in one file, for tests that modify it."""
     save_lidit(tmp_path / "transformer", CONFIG, leaves)
     return tmp_path / "transformer"
 
 
 @pytest.fixture
 def sharded(leaves, tmp_path):
-    """In several files; to be changed."""
+    """Folder with weights in several shards, for tests that modify it."""
     save_lidit(tmp_path / "sharded", CONFIG, leaves, max_shard_bytes=20_000)
     return tmp_path / "sharded"
 
@@ -78,7 +78,7 @@ def assert_same(params, leaves):
         np.testing.assert_array_equal(np.asarray(flat[path]), expected, err_msg="/".join(path))
 
 
-# --- there and back ----------------------------------------------------------------------------------------------
+# --- round trip --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def assert_same(params, leaves):
         ({"position": "sincos+rope", "position_grid": 32}, (8,)),
     ],
 )
-def test_what_is_written_is_read_again_bit_by_bit(changes, text_widths, tmp_path):
+def test_saving_and_loading_is_bit_exact(changes, text_widths, tmp_path):
     config = dataclasses.replace(CONFIG, **changes)
     leaves = random_leaves(config, text_widths)
     save_lidit(tmp_path, config, leaves, max_shard_bytes=30_000)
@@ -102,7 +102,7 @@ def test_what_is_written_is_read_again_bit_by_bit(changes, text_widths, tmp_path
     assert_same(params, leaves)
 
 
-def test_it_is_placed_over_a_mesh(folder, leaves):
+def test_parameters_are_sharded_over_a_mesh(folder, leaves):
     mesh = Mesh(np.array(jax.devices()).reshape(1, 4, 2), ("data", "fsdp", "tensor"))
     _, _, params = load_lidit(folder, mesh=mesh, rules=ShardingRules())
     assert_same(params, leaves)
@@ -112,7 +112,7 @@ def test_it_is_placed_over_a_mesh(folder, leaves):
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000, 1])
-def test_diffusers_reads_what_is_written(leaves, tmp_path, max_shard_bytes):
+def test_diffusers_loads_a_saved_folder(leaves, tmp_path, max_shard_bytes):
     save_lidit(tmp_path, CONFIG, leaves, max_shard_bytes=max_shard_bytes)
     model, info = LIDiTTransformer2DModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
@@ -124,7 +124,7 @@ def test_diffusers_reads_what_is_written(leaves, tmp_path, max_shard_bytes):
     np.testing.assert_array_equal(weight, conv.transpose(3, 2, 0, 1))
 
 
-def test_what_diffusers_writes_is_read(folder, leaves, tmp_path):
+def test_a_folder_that_diffusers_saved_is_loaded(folder, leaves, tmp_path):
     model = LIDiTTransformer2DModel.from_pretrained(folder)
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     assert (tmp_path / "again" / INDEX).exists()
@@ -145,7 +145,7 @@ def test_bfloat16_is_rounded_to_the_nearest_and_read_as_float32(leaves, tmp_path
 # --- files -------------------------------------------------------------------------------------------------------
 
 
-def test_shards_are_no_larger_than_asked_for_and_hold_blocks_in_order(sharded, leaves):
+def test_shards_respect_the_size_limit_and_hold_blocks_in_order(sharded, leaves):
     index = json.loads((sharded / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in leaves.values())
     files = sorted(path.name for path in sharded.glob("*.safetensors"))
@@ -158,7 +158,7 @@ def test_shards_are_no_larger_than_asked_for_and_hold_blocks_in_order(sharded, l
         assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 20_000
 
 
-def test_blocks_are_in_the_order_of_their_numbers(tmp_path):
+def test_blocks_are_sorted_by_number(tmp_path):
     config = dataclasses.replace(CONFIG, depth=11)
     save_lidit(tmp_path, config, random_leaves(config), max_shard_bytes=20_000)
     weight_map = json.loads((tmp_path / INDEX).read_text())["weight_map"]
@@ -177,7 +177,7 @@ def test_the_same_leaves_give_the_same_bytes(sharded, leaves, tmp_path):
     assert sum(written) == sum(leaf.nbytes for leaf in leaves.values())
 
 
-def test_names_are_those_of_the_model(leaves):
+def test_tensor_names_are_those_of_the_pytorch_model(leaves):
     assert torch_name(("dit", "blocks", "self_attention", "query", "kernel"), 3) == (
         "dit.blocks.3.self_attention.to_q.weight"
     )
@@ -210,7 +210,7 @@ def test_the_safetensors_library_reads_what_the_writer_writes(tmp_path_factory, 
         np.testing.assert_array_equal(found[name], expected)
 
 
-def test_the_writer_refuses_what_its_header_does_not_say(tmp_path):
+def test_the_writer_rejects_tensors_that_contradict_its_header(tmp_path):
     def write(**tensors):
         with SafetensorsWriter(tmp_path / "file", {"a": (2,), "b": (1,)}, np.dtype(np.float32)) as writer:
             for name, values in tensors.items():
@@ -224,7 +224,7 @@ def test_the_writer_refuses_what_its_header_does_not_say(tmp_path):
         write(a=np.zeros(2))
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------------------
 
 
 def test_parameters_of_another_model_are_not_written(leaves, tmp_path):
@@ -233,7 +233,7 @@ def test_parameters_of_another_model_are_not_written(leaves, tmp_path):
         save_lidit(tmp_path, CONFIG, {key: value for key, value in leaves.items() if key != path})
     with pytest.raises(UserError, match="have dit/extra, which"):
         save_lidit(tmp_path, CONFIG, leaves | {("dit", "extra"): leaves[path]})
-    with pytest.raises(UserError, match=r"dit/output/bias has shape \(3,\), its config asks for \(12,\)"):
+    with pytest.raises(UserError, match=r"dit/output/bias has shape \(3,\), its config requires \(12,\)"):
         save_lidit(tmp_path, CONFIG, leaves | {path: np.zeros(3, np.float32)})
     with pytest.raises(UserError, match="text_condition/project_0"):
         save_lidit(tmp_path, CONFIG, {key: value for key, value in leaves.items() if key[0] == "dit"})
@@ -244,15 +244,15 @@ def test_parameters_of_another_model_are_not_written(leaves, tmp_path):
     [
         ({"_class_name": "SD3Transformer2DModel"}, "'SD3Transformer2DModel', not 'LIDiTTransformer2DModel'"),
         ({"_class_name": DELETED}, "_class_name is None"),
-        ({"format_version": 3}, "format_version=3 is newer than 2, which this program reads"),
-        ({"format_version": "1"}, "format_version='1' is not a whole number"),
+        ({"format_version": 3}, "format_version=3 is newer than 2, the newest supported"),
+        ({"format_version": "1"}, "format_version='1' is not an integer"),
         ({"format_version": DELETED}, "format_version=None"),
         ({"positions": "2d"}, "key 'positions' is unknown"),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not supported"),
         ({"depth": DELETED}, "depth is missing"),
-        ({"depth": 10**9}, "depth=1000000000 is not a whole number from 1 to 1000"),
+        ({"depth": 10**9}, "depth=1000000000 is not an integer from 1 to 1000"),
         ({"refiner_blocks": -1}, "refiner_blocks=-1"),
-        ({"hidden_size": 1.5}, "hidden_size=1.5 is not a positive whole number"),
+        ({"hidden_size": 1.5}, "hidden_size=1.5 is not a positive integer"),
         ({"hidden_size": 17}, "not divisible by model.num_heads=2"),
         ({"mlp_ratio": "4"}, "mlp_ratio='4' is not a positive number"),
         ({"refiner_gated": 1}, "refiner_gated=1 is not true or false"),
@@ -260,13 +260,13 @@ def test_parameters_of_another_model_are_not_written(leaves, tmp_path):
         ({"position": 2}, "position=2 is not a string"),
         ({"position": "table"}, "model.position='table' is unknown"),
         ({"position": DELETED}, "position is missing"),
-        ({"position_grid": 0}, "position_grid=0 is not a positive whole number"),
+        ({"position_grid": 0}, "position_grid=0 is not a positive integer"),
         ({"text_widths": 24}, "text_widths is not a list of 1 to 64 widths"),
         ({"text_widths": []}, "text_widths is not a list"),
         ({"text_widths": [24, "10"]}, "text_widths='10'"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused(folder, changes, message):
+def test_an_invalid_config_is_rejected(folder, changes, message):
     change_config(folder, **changes)
     for read in (read_lidit_config, load_lidit):
         with pytest.raises(UserError, match=message) as error:
@@ -274,7 +274,7 @@ def test_a_config_that_cannot_be_is_refused(folder, changes, message):
         assert "\n" not in str(error.value)
 
 
-def test_a_folder_of_format_1_has_the_position_of_its_time(tmp_path):
+def test_a_folder_of_format_1_has_the_conv_position(tmp_path):
     config = dataclasses.replace(CONFIG, position="conv")
     leaves = random_leaves(config)
     save_lidit(tmp_path, config, leaves)
@@ -285,20 +285,20 @@ def test_a_folder_of_format_1_has_the_position_of_its_time(tmp_path):
     assert LIDiTTransformer2DModel.from_pretrained(tmp_path).dit.position == ("conv",)
 
 
-def test_what_diffusers_notes_down_for_itself_is_left_alone(folder):
+def test_diffusers_own_keys_are_ignored(folder):
     change_config(folder, _name_or_path="somewhere", _use_default_values=["depth"])
     assert read_lidit_config(folder)["depth"] == CONFIG.depth
 
 
-def test_weights_that_are_not_those_of_the_config_are_refused(folder):
+def test_weights_of_another_config_are_rejected(folder):
     change_config(folder, hidden_size=32)
-    with pytest.raises(UserError, match=r"has shape \(.*\), config.json asks for"):
+    with pytest.raises(UserError, match=r"has shape \(.*\), config.json requires"):
         load_lidit(folder)
     change_config(folder, hidden_size=16, depth=4)
     with pytest.raises(UserError, match=r"tensor dit\.blocks\.3\.\S+ is missing"):
         load_lidit(folder)
     change_config(folder, depth=2)
-    with pytest.raises(UserError, match=r"tensor 'dit\.blocks\.2\.\S+' has no place"):
+    with pytest.raises(UserError, match=r"tensor 'dit\.blocks\.2\.\S+' is not part of"):
         load_lidit(folder)
 
 
@@ -309,7 +309,7 @@ def test_a_missing_shard_is_named(sharded):
         load_lidit(sharded)
 
 
-def test_a_shard_cut_short_is_named(sharded):
+def test_a_truncated_shard_is_named(sharded):
     file = sorted(sharded.glob("*.safetensors"))[1]
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=f"{file.name} is not a readable safetensors file"):
@@ -322,15 +322,15 @@ def test_pickles_are_not_read(folder):
         load_lidit(folder)
 
 
-def test_numbers_that_are_not_finite_are_refused(folder):
+def test_values_that_are_not_finite_are_rejected(folder):
     tensors = load_file(folder / FILE)
     tensors["dit.output.bias"] = np.full_like(tensors["dit.output.bias"], np.nan)
     save_file(tensors, folder / FILE)
-    with pytest.raises(UserError, match="tensor dit.output.bias has numbers that are not finite"):
+    with pytest.raises(UserError, match="tensor dit.output.bias has values that are not finite"):
         load_lidit(folder)
 
 
-# --- a checkpoint, array by array --------------------------------------------------------------------------------
+# --- reading a checkpoint array by array -------------------------------------------------------------------------
 
 
 def save_checkpoint(folder, leaves, **trees):
@@ -373,7 +373,7 @@ def test_a_stack_over_many_devices_is_read_entry_by_entry(tmp_path, monkeypatch)
         np.testing.assert_array_equal(np.stack(list(array)), values)
 
 
-def test_a_checkpoint_that_cannot_be_read_is_refused(leaves, tmp_path):
+def test_an_unreadable_checkpoint_is_rejected(leaves, tmp_path):
     with pytest.raises(UserError, match="no finished checkpoint"), open_weights(tmp_path, "params"):
         pass
     few = {path: leaf for path, leaf in leaves.items() if path[0] == "timestep_embedder"}
@@ -396,7 +396,7 @@ def test_a_checkpoint_that_cannot_be_read_is_refused(leaves, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_of_a_billion_is_written_in_the_memory_of_a_shard(tmp_path, dtype):
-    """With processes of their own: memory that this one has had is no measure."""
+    """Measures the export in a process of its own: memory that this process used before would distort the peak."""
     model = "dict(depth=28, hidden_size=1152, num_heads=16)"
     make = f"""
 import jax, jax.numpy as jnp, sys
@@ -442,7 +442,7 @@ print(int(line.split()[1]) * 1024)
 
 
 def run(script, folder):
-    """The numbers that it prints."""
+    """Runs the program in a process of its own and returns the numbers that it prints."""
     environment = dict(os.environ) | {"XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True

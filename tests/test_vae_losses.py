@@ -167,7 +167,7 @@ def test_an_lpips_file_that_does_not_fit_is_rejected(vgg_tensors, tmp_path):
     lin = vgg_tensors["lin2.model.1.weight"]
     other_name = saved(**{"lin2.model.1.weight": None, "lins.2.model.1.weight": lin})
     np.testing.assert_array_equal(load_lpips(other_name)["lin2"], lin.ravel())
-    with pytest.raises(UserError, match=r"lin2\.model\.1\.weight is missing; it must hold the state of the lpips"):
+    with pytest.raises(UserError, match=r"lin2\.model\.1\.weight is missing: save the state_dict of lpips"):
         load_lpips(saved(**{"lin2.model.1.weight": None}))
     with pytest.raises(UserError, match=r"net\.slice1\.0\.bias has shape"):
         load_lpips(saved(**{"net.slice1.0.bias": np.zeros(3, np.float32)}))

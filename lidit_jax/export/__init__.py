@@ -1,1 +1,1 @@
-"""`python -m lidit_jax.export`: writes a run as a folder for diffusers, and reads such a folder back."""
+"""Exports a run to a folder that diffusers loads (`python -m lidit_jax.export`), and imports such a folder."""

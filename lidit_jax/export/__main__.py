@@ -1,5 +1,7 @@
-"""Exports: `python -m lidit_jax.export --workdir=DIR --out=DIR`, then `DiffusionPipeline.from_pretrained(OUT,
-trust_remote_code=True)` with torch, diffusers and transformers, and without JAX.
+"""Command line that exports a run to PyTorch: `python -m lidit_jax.export --workdir=DIR --out=DIR`.
+
+`DiffusionPipeline.from_pretrained(OUT, trust_remote_code=True)` then loads the folder with torch, diffusers and
+transformers, without JAX.
 """
 
 import signal
@@ -14,23 +16,24 @@ from lidit_jax import cli
 from lidit_jax.export.write import DTYPES, TEXT_ENCODERS, WEIGHTS, Request, export
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
-_OUT = flags.DEFINE_string("out", None, "folder to write: a new or an empty one, on a disk")
-_WEIGHTS = flags.DEFINE_string("weights", "ema", f"{' or '.join(WEIGHTS)} (the raw ones)")
-_DTYPE = flags.DEFINE_string("dtype", "float32", f"{' or '.join(DTYPES)}: of LI-DiT's weights")
+_OUT = flags.DEFINE_string("out", None, "local folder to write, new or empty")
+_WEIGHTS = flags.DEFINE_string("weights", "ema", f"weights of LI-DiT: {' or '.join(WEIGHTS)} (the raw ones)")
+_DTYPE = flags.DEFINE_string("dtype", "float32", f"dtype of LI-DiT's weights: {' or '.join(DTYPES)}")
 _TEXT_ENCODERS = flags.DEFINE_string(
     "text_encoders",
     None,
-    f"{' or '.join(TEXT_ENCODERS)}: what becomes of LLMs that the run did not train (default: those of folders are "
-    "copied, of those on the Hugging Face hub the name is written)",
+    f"how to export LLMs that the run did not train: {' or '.join(TEXT_ENCODERS)} (default: copy those in folders, "
+    "refer by name to those on the Hugging Face hub)",
 )
-_MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "size of a file of LI-DiT's weights")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a folder that was exported before")
+_MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "largest size of a file of LI-DiT's weights")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a previous export")
 
 
 def main() -> None:
-    # Only files are touched: an accelerator may be busy with training, or be part of a pod, whose hosts all must come.
+    # An export only reads and writes files. Leave accelerators alone: training may be using them, and those of a pod
+    # need all of its hosts.
     jax.config.update("jax_platforms", "cpu")
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _exit_on_sigterm)
     export(
         Request(
             workdir=epath.Path(cli.require(_WORKDIR.name)),
@@ -44,8 +47,8 @@ def main() -> None:
     )
 
 
-def _terminated(number: int, frame: Any) -> None:
-    """Leaves through every `finally`, so that nothing half-written stays behind."""
+def _exit_on_sigterm(number: int, frame: Any) -> None:
+    """Exits through every `finally` block, which remove partially written files."""
     del frame
     sys.exit(128 + number)
 

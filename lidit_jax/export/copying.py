@@ -1,4 +1,4 @@
-"""Files of published weights, copied as they are: in chunks, from a disk or a bucket."""
+"""Copies the files of published weights unchanged and in chunks, from a disk or a bucket."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,15 +9,20 @@ from lidit_jax.weights.folders import TOKENIZER_FILES
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, weights_files
 
 CHUNK = 16 << 20  # bytes
-# Beside config.json and the weights; transformers warns where it is missing from a model that generates.
+# Optional files to copy besides config.json and the weights. transformers warns if a generative model has no
+# generation_config.json.
 EXTRA_FILES = ("generation_config.json",)
 
 
 def model_files(folder: epath.Path, stem: str) -> list[epath.Path]:
-    """The weights and what is read beside them, but for config.json.
+    """Returns the weights files of a model and its optional files, without config.json.
+
+    Args:
+      folder: folder of the model.
+      stem: name of the weights file without its ending (see `SafetensorsFolder`).
 
     Raises:
-      UserError: a file of the weights is missing or damaged.
+      UserError: a weights file is missing or damaged.
     """
     extra = [folder / name for name in EXTRA_FILES if (folder / name).exists()]
     return [*weights_files(folder, stem), *extra]
@@ -35,9 +40,12 @@ def num_bytes(files: Iterable[epath.Path]) -> int:
 
 
 def copy_files(files: Iterable[epath.Path], folder: Path, copied: Callable[[int], None]) -> None:
-    """Copies the files into a folder, which is made.
+    """Copies files into a folder, which is created if needed.
 
-    Args: copied: called with the number of bytes after every chunk.
+    Args:
+      files: files to copy.
+      folder: local destination.
+      copied: called with the number of bytes after each chunk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:

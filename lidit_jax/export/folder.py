@@ -1,12 +1,12 @@
-"""The layout of a whole model for diffusers: what its model_index.json says, and the way back to a config.
+"""Layout of an exported folder: writes its model_index.json, and reads the folder back as a config.
 
-    model_index.json   classes of the parts, and under "lidit" the facts of the run that no part's own config holds
+    model_index.json   classes of the components, and under "lidit" the facts of the run that none of their configs hold
     pipeline_lidit.py  the pipeline
     transformer/       LI-DiT, with its code
     vae/  scheduler/   in diffusers' format
-    text_encoder/  tokenizer/  text_encoder_2/  tokenizer_2/  …   in Hugging Face's, in the order of the config's names
+    text_encoder/  tokenizer/  text_encoder_2/  tokenizer_2/  …   in transformers' format, sorted by name in the config
 
-An encoder that is not in the folder is named in "text_encoder_sources".
+An encoder that the folder does not contain is listed in "text_encoder_sources".
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ from lidit_jax.weights.safetensors_folder import read_config, read_json_object
 from lidit_jax.weights.torch_lidit import read_lidit_config
 
 INDEX_FILE = "model_index.json"
-PIPELINE = ("pipeline_lidit", "LIDiTPipeline")  # file and class
+PIPELINE = ("pipeline_lidit", "LIDiTPipeline")  # module and class
 TRANSFORMER = ("transformer_lidit", "LIDiTTransformer2DModel")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # version of the "lidit" object in model_index.json
 MAX_ENCODERS = 4
-MAX_TOKENS = 1 << 20  # of a prompt: more is a damaged number
+MAX_TOKENS = 1 << 20  # tokens per prompt; a larger number is damaged
 MAX_SIDE = 1 << 16  # pixels
-# Of LI-DiT's config, how it is computed here, which its own config.json does not say.
-COMPUTING = ("dtype", "attention", "remat", "scan_unroll")
-MAX_TIMES = 1e6  # of what the logit of the training times is about
-# Of a schedule, what is for training alone and not in the scheduler's config.
+# Fields of `LIDiTConfig` that change how, not what, the model computes; transformer/config.json does not have them.
+COMPUTE_FIELDS = ("dtype", "attention", "remat", "scan_unroll")
+MAX_TIMES = 1e6  # bound on the mean and standard deviation of logit(s), s the training time
+# Fields of `RectifiedFlow` that only training uses; scheduler_config.json does not have them.
 TRAINING_ONLY = ("logit_mean", "logit_std")
-# What `Experiment` asks for and a finished model has no use for.
+# Sections that `Experiment` requires although a trained model does not use them.
 UNUSED_SECTIONS = {
     "seed": 0,
     "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
@@ -48,14 +48,17 @@ UNUSED_SECTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderEntry:
-    """One prompt encoder in a model_index.json.
+    """Entry of one prompt encoder in model_index.json.
 
     Attributes:
-      name, dtype: its name in the config, and what it computes in there.
-      kind: "llm" (third-to-last block, causal) or "t5" (last output, bidirectional).
-      class_name: of transformers.
-      prefix, separator, max_length: see `PromptTokenizer`.
-      source: {"name", "revision"} of one that is not in the folder.
+      name: its name in the config.
+      dtype: its compute dtype in training.
+      kind: "llm" (causal; features of the third-to-last block) or "t5" (bidirectional; features of the last layer).
+      class_name: name of its class in transformers.
+      prefix: token ids before every prompt (see `PromptTokenizer`).
+      separator: text between prefix and prompt (see `PromptTokenizer`).
+      max_length: tokens per prompt, end token included (see `PromptTokenizer`).
+      source: {"name", "revision"} of an encoder that the folder does not contain, else None.
     """
 
     name: str
@@ -73,15 +76,22 @@ class TextEncoderEntry:
 
 
 def component_names(index: int) -> tuple[str, str]:
-    """Of encoder 0, 1, …: ("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"), …"""
+    """Returns the component names of an encoder and its tokenizer.
+
+    Index 0 -> ("text_encoder", "tokenizer"), index 1 -> ("text_encoder_2", "tokenizer_2"), …
+    """
     suffix = f"_{index + 1}" if index else ""
     return f"text_encoder{suffix}", f"tokenizer{suffix}"
 
 
 def model_index(encoders: Sequence[TextEncoderEntry], scheduler_class: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What model_index.json holds.
+    """Returns the contents of model_index.json.
 
-    Args: facts: of the run, JSON-able; `read_folder` says which it needs.
+    Args:
+      encoders: prompt encoders, in the order of their component names.
+      scheduler_class: name of diffusers' scheduler class.
+      facts: values about the run for the "lidit" object, serialisable as JSON; `read_folder` needs resolution, text,
+        model, diffusion, sample and vae_dtype.
     """
     components: dict[str, Any] = {}
     sources = {}
@@ -113,7 +123,7 @@ def model_index(encoders: Sequence[TextEncoderEntry], scheduler_class: str, fact
 
 
 def is_exported_folder(folder: epath.Path) -> bool:
-    """Whether its model_index.json says that `python -m lidit_jax.export` wrote it, or diffusers after that."""
+    """Returns True if the folder has the model_index.json of an export, also one that diffusers saved again."""
     try:
         return isinstance(read_json_object(folder / INDEX_FILE).get("lidit"), dict)
     except UserError:
@@ -121,28 +131,31 @@ def is_exported_folder(folder: epath.Path) -> bool:
 
 
 def read_folder(folder: str | epath.Path) -> ConfigDict:
-    """The config of the model in such a folder, with which `Experiment` finds all of its parts there.
+    """Returns a config for `Experiment` that describes an exported model, with paths into the folder.
 
-    Of LI-DiT's own weights it says nothing: they are in `transformer/`. The data section is a place holder with the
-    training resolution.
+    The config does not name LI-DiT's own weights, which are in `transformer/`. Its data section is a placeholder that
+    only states the training resolution.
+
+    Args:
+      folder: exported folder, on a disk or in a bucket.
 
     Raises:
-      UserError: a part or its description is missing, damaged, or of a newer format.
+      UserError: a component or its config is missing, damaged, or of a newer format.
     """
     folder = epath.Path(folder)
     file = folder / INDEX_FILE
     if not is_there(file):
-        raise UserError(f"{folder}: no {INDEX_FILE} there; name a folder that python -m lidit_jax.export wrote")
+        raise UserError(f"{folder}: the folder has no {INDEX_FILE}: use one that python -m lidit_jax.export wrote")
     index = read_json_object(file)
     facts = _facts(index, file)
     schedule, sampler = _schedule(folder)
-    # Read to find out now that it is missing or damaged.
+    # Raises now, not later, if it is missing or damaged.
     read_config(folder / "vae")
     config = UNUSED_SECTIONS | {
         "data": {"source": "shapes", "resolution": _integer(facts, "resolution", file, MAX_SIDE)},
         "text": _text(facts, file),
         "encoders": _encoders(folder, index, facts, file),
-        "vae": {"weights": str(folder / "vae"), "dtype": _text_value(facts, "vae_dtype", file)},
+        "vae": {"weights": str(folder / "vae"), "dtype": _string(facts, "vae_dtype", file)},
         "model": _object(facts, "model", file) | read_lidit_config(folder / "transformer"),
         "diffusion": _diffusion(schedule, facts, file),
         "sample": _object(facts, "sample", file) | {"sampler": sampler},
@@ -153,7 +166,7 @@ def read_folder(folder: str | epath.Path) -> ConfigDict:
 def _facts(index: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
     facts = index.get("lidit")
     if not isinstance(facts, dict):
-        raise UserError(f"{file}: no lidit object in it; name a folder that python -m lidit_jax.export wrote")
+        raise UserError(f"{file}: it has no lidit object: use a folder that python -m lidit_jax.export wrote")
     check_format_version(facts.get("format_version"), FORMAT_VERSION, f"{file}: lidit.format_version")
     return facts
 
@@ -164,7 +177,7 @@ def _schedule(folder: epath.Path) -> tuple[Schedule, str]:
 
 
 def _diffusion(schedule: Schedule, facts: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
-    """The schedule as `make_schedule` takes it."""
+    """Returns the `diffusion` section of the config, as `make_schedule` takes it."""
     values = dataclasses.asdict(schedule)
     if not isinstance(schedule, RectifiedFlow):
         return {"name": "ddpm", **values}
@@ -182,62 +195,66 @@ def _text(facts: Mapping[str, Any], file: epath.Path) -> dict[str, Any]:
 
 
 def _encoders(folder: epath.Path, index: Mapping[str, Any], facts: Mapping[str, Any], file: epath.Path) -> dict:
-    """name -> an entry under `encoders` in a config."""
+    """Returns the `encoders` section of the config."""
     entries = facts.get("encoders")
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_ENCODERS:
         raise UserError(f"{file}: lidit.encoders is not a list of 1 to {MAX_ENCODERS} encoders")
-    found = {}
+    encoders = {}
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise UserError(f"{file}: lidit.encoders[{i}] is not an object")
-        name = _text_value(entry, "name", file)
+        name = _string(entry, "name", file)
         if not re.fullmatch(r"[A-Za-z0-9][\w-]{0,99}", name):
-            raise UserError(f"{file}: {name!r:.80} is not an encoder's name")
-        found[name] = {
+            raise UserError(f"{file}: {name!r:.80} is not a valid encoder name")
+        encoders[name] = {
             "weights": _weights(folder, index, component_names(i)[0], file),
-            "dtype": _text_value(entry, "dtype", file),
+            "dtype": _string(entry, "dtype", file),
         }
-    if list(found) != sorted(found) or len(found) != len(entries):
-        # A config's sections are in that order, which is the order of the model's branches.
-        raise UserError(f"{file}: the names of lidit.encoders are not in alphabetical order: {', '.join(found)}")
-    return found
+    if list(encoders) != sorted(encoders) or len(encoders) != len(entries):
+        # Configs list their encoders in alphabetical order, which is the order of the model's branches.
+        raise UserError(f"{file}: lidit.encoders are not sorted by name: {', '.join(encoders)}")
+    return encoders
 
 
 def _weights(folder: epath.Path, index: Mapping[str, Any], component: str, file: epath.Path) -> str:
-    """Where an encoder is: in the folder, or where text_encoder_sources says."""
+    """Returns the location of an encoder: its subfolder, or its entry in text_encoder_sources."""
     if (folder / component).exists():
         read_config(folder / component)
         return str(folder / component)
     sources = index.get("text_encoder_sources")
     source = sources.get(component) if isinstance(sources, dict) else None
     if source is None:
-        raise UserError(f"{folder / component} is missing, and {file} names no source of it; copy the folder again")
+        raise UserError(f"{folder / component} is missing, and {file} gives no source for it; copy the folder again")
     if not isinstance(source, dict):
         raise UserError(f"{file}: text_encoder_sources.{component} is not an object")
-    name = _text_value(source, "name", file)
+    name = _string(source, "name", file)
     revision = source.get("revision")
     return f"{name}@{revision}" if isinstance(revision, str) and HUB_NAME.fullmatch(f"{name}@{revision}") else name
 
 
 def _object(values: Mapping[str, Any], key: str, file: epath.Path) -> dict[str, Any]:
-    """A section of a config: names with plain values."""
+    """Returns a config section from the facts.
+
+    Raises:
+      UserError: it is not an object of identifiers and plain values.
+    """
     section = values.get(key)
     if not isinstance(section, dict):
         raise UserError(f"{file}: lidit.{key} is not an object; export the model again")
     for name, value in section.items():
         if not name.isidentifier() or isinstance(value, dict | list):
-            raise UserError(f"{file}: lidit.{key}.{name:.80} is no setting that a config can have")
+            raise UserError(f"{file}: lidit.{key}.{name:.80} is not a valid config field")
     return section
 
 
-def _text_value(values: Mapping[str, Any], key: str, file: epath.Path) -> str:
+def _string(values: Mapping[str, Any], key: str, file: epath.Path) -> str:
     if not isinstance(values.get(key), str) or not values[key]:
-        raise UserError(f"{file}: {key}={values.get(key)!r:.80} is not a text")
+        raise UserError(f"{file}: {key}={values.get(key)!r:.80} is not a non-empty string")
     return values[key]
 
 
 def _integer(values: Mapping[str, Any], key: str, file: epath.Path, most: int) -> int:
     value = values.get(key)
     if type(value) is not int or not 1 <= value <= most:
-        raise UserError(f"{file}: {key}={value!r:.80} is not a whole number from 1 to {most}")
+        raise UserError(f"{file}: {key}={value!r:.80} is not an integer from 1 to {most}")
     return value

@@ -1,4 +1,4 @@
-"""README.md of an exported folder: the model card that the Hugging Face hub shows."""
+"""Writes the model card of an exported folder: the README.md that the Hugging Face hub shows."""
 
 from collections.abc import Sequence
 
@@ -14,17 +14,19 @@ TITLE = "LI-DiT"
 def model_card(
     run: Experiment, encoders: Sequence[TextEncoderEntry], step: int, num_parameters: int, dtype: str
 ) -> str:
-    """Markdown with the YAML front matter of the hub.
+    """Returns the model card: Markdown with the hub's YAML front matter.
 
     Args:
-      encoders: of the folder, in its order.
-      step: of the exported weights.
-      num_parameters, dtype: of LI-DiT's weights.
+      run: the exported run.
+      encoders: prompt encoders, in the order of the folder's components.
+      step: training step of the exported weights.
+      num_parameters: number of LI-DiT's parameters.
+      dtype: dtype of LI-DiT's weights.
     """
     sections = (
         _front_matter(run),
         _title(),
-        _how_to_draw(run, encoders, dtype),
+        _usage(run, encoders, dtype),
         _facts(run, encoders, step, num_parameters),
     )
     return "\n\n".join((*sections, _licences(run, encoders))) + "\n"
@@ -40,28 +42,28 @@ def _front_matter(run: Experiment) -> str:
 
 def _title() -> str:
     return (
-        f"# {TITLE}\n\nA diffusion transformer that reads its prompts with decoder-only language models, after "
+        f"# {TITLE}\n\nA diffusion transformer whose prompt encoders are decoder-only language models, after "
         "*Exploring the Role of Large Language Models in Prompt Encoding for Diffusion Models* "
         "([arXiv 2406.11831](https://arxiv.org/abs/2406.11831)). Trained with lidit-jax and exported to PyTorch; these "
         "are not the weights of the paper's authors."
     )
 
 
-def _how_to_draw(run: Experiment, encoders: Sequence[TextEncoderEntry], dtype: str) -> str:
-    how = run.sample
-    # Each part in what it was trained with: LLMs in twice as many bits take twice the memory, for nothing.
+def _usage(run: Experiment, encoders: Sequence[TextEncoderEntry], dtype: str) -> str:
+    sampling = run.sample
+    # Load each network in its training dtype: LLMs in float32 take twice the memory of bfloat16 and gain nothing.
     dtypes = {"default": dtype, "vae": run.vae.dtype}
     dtypes |= {component_names(index)[0]: entry.dtype for index, entry in enumerate(encoders)}
     if len(set(dtypes.values())) == 1:
         given = f"torch.{dtype}"
     else:
         given = "{" + ", ".join(f'"{name}": torch.{kind}' for name, kind in dtypes.items()) + "}"
-    return f"""## Drawing
+    return f"""## Usage
 
     pip install torch diffusers transformers accelerate safetensors
 
-`FOLDER` is this folder, or its name on the hub. Its code is in `pipeline_lidit.py` and
-`transformer/transformer_lidit.py`: read it before you trust it.
+`FOLDER` is this folder, or its name on the hub. It contains code, in `pipeline_lidit.py` and
+`transformer/transformer_lidit.py`: read it before you set `trust_remote_code`.
 
 ```python
 import torch
@@ -69,20 +71,20 @@ from diffusers import DiffusionPipeline
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True, dtype={given}).to(device)
-picture = pipe(
+image = pipe(
     "a red circle left of a blue square",
-    num_inference_steps={how.steps},
-    guidance_scale={how.guidance_scale:g},
+    num_inference_steps={sampling.steps},
+    guidance_scale={sampling.guidance_scale:g},
     generator=torch.Generator().manual_seed(0),
 ).images[0]
-picture.save("picture.png")
+image.save("image.png")
 ```
 
-Where memory is short: `pipe.enable_model_cpu_offload()` in place of `.to(device)`, and `pipe.enable_vae_tiling()`."""
+To save memory: `pipe.enable_model_cpu_offload()` instead of `.to(device)`, and `pipe.enable_vae_tiling()`."""
 
 
 def _facts(run: Experiment, encoders: Sequence[TextEncoderEntry], step: int, num_parameters: int) -> str:
-    model, train, how = run.model.config, run.train, run.sample
+    model, train, sampling = run.model.config, run.train, run.sample
     rows = {
         "parameters": f"{num_parameters:,} without the language models and the VAE",
         "depth, width, heads, patch": (f"{model.depth}, {model.hidden_size}, {model.num_heads}, {model.patch_size}"),
@@ -90,24 +92,24 @@ def _facts(run: Experiment, encoders: Sequence[TextEncoderEntry], step: int, num
             f"{model.refiner_blocks} blocks for each language model, fusion {model.fusion} with "
             f"{model.collaborative_blocks}"
         ),
-        "language models": ", ".join(_encoder_words(run, entry) for entry in encoders),
+        "language models": ", ".join(_encoder_text(run, entry) for entry in encoders),
         "instruction": f"`{run.text.instruction}`" if run.text.instruction else "none",
         "prompt": f"up to {run.text.max_length - 1} tokens",
-        "VAE": _vae_words(run),
-        "data": _data_words(run),
+        "VAE": _vae_text(run),
+        "data": _data_text(run),
         "resolution": f"{run.data.resolution} pixels",
-        "training": f"{step:,} steps of {train.batch_size:,} pictures",
+        "training": f"{step:,} steps of {train.batch_size:,} images",
         "started from": f"`{_public(run.config.get('start_from') or '')}`, another LI-DiT, whose terms apply too",
-        "objective": _objective_words(run),
-        "sampler": f"{how.sampler}, {how.steps} steps, guidance {how.guidance_scale:g}",
+        "objective": _objective_text(run),
+        "sampler": f"{sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance_scale:g}",
     }
     if not run.config.get("start_from"):
         del rows["started from"]
     table = [f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows.items()]
-    return "\n".join(["## What it is", "", "| | |", "|---|---|", *table])
+    return "\n".join(["## Model", "", "| | |", "|---|---|", *table])
 
 
-def _encoder_words(run: Experiment, entry: TextEncoderEntry) -> str:
+def _encoder_text(run: Experiment, entry: TextEncoderEntry) -> str:
     return f"{entry.name} ({_origin(run.encoders[entry.name].weights)})"
 
 
@@ -116,26 +118,26 @@ def _origin(weights: str) -> str:
 
 
 def _public(place: str) -> str:
-    """A name of the hub as it is; of a folder, whose path is nobody's business, its last part."""
+    """Returns a hub name unchanged, and only the last component of a path: a card must not reveal local paths."""
     if HUB_NAME.fullmatch(place) and not epath.Path(place).exists():
         return place
     return epath.Path(place).name
 
 
-def _vae_words(run: Experiment) -> str:
+def _vae_text(run: Experiment) -> str:
     config = run.vae_config
     return f"{_origin(run.vae.weights)}: {config.downsampling_factor}x, {config.latent_channels} channels"
 
 
-def _data_words(run: Experiment) -> str:
+def _data_text(run: Experiment) -> str:
     data = run.data
     if data.mixture:
         return "a mixture of " + ", ".join(data.mixture)
-    count = f", {data.num_examples:,} pictures" if data.source == "shapes" else ""
+    count = f", {data.num_examples:,} images" if data.source == "shapes" else ""
     return f"{data.source}{f' `{_public(data.path)}`' if data.path else ' (built in)'}{count}"
 
 
-def _objective_words(run: Experiment) -> str:
+def _objective_text(run: Experiment) -> str:
     schedule = run.schedule
     if schedule.prediction == "flow":
         return f"rectified flow, shift {schedule.shift:g}"
@@ -148,7 +150,7 @@ def _licences(run: Experiment, encoders: Sequence[TextEncoderEntry]) -> str:
         "## Licences",
         "",
         "- Code (`pipeline_lidit.py`, `transformer/transformer_lidit.py`): Apache-2.0.",
-        "- LI-DiT's weights (`transformer/`): whoever trained them says; the terms of the training data may bind them.",
+        "- LI-DiT's weights (`transformer/`): as whoever trained them decides; terms of the training data may apply.",
     ]
     for index, entry in enumerate(encoders):
         weights = run.encoders[entry.name].weights

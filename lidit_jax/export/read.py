@@ -1,4 +1,4 @@
-"""The way back from a folder for diffusers: to draw with it, or to train on from it."""
+"""Loads an exported folder back into JAX, for sampling or as the start of a training run."""
 
 import logging
 from collections.abc import Sequence
@@ -21,15 +21,22 @@ logger = logging.getLogger(__name__)
 
 
 def is_exported(folder: epath.Path) -> bool:
-    """Whether `start_from` names such a folder, not a workdir."""
+    """Returns True if the folder is an export, and False for a workdir: `start_from` may name either."""
     return is_there(folder / INDEX_FILE)
 
 
 def load_exported(folder: epath.Path, devices: Sequence[jax.Device] = ()) -> tuple[Experiment, Pipeline, Any]:
-    """(experiment, pipeline, LI-DiT's parameters) of the folder alone; arguments as of `experiment.load`.
+    """Loads an exported folder for sampling.
+
+    Args:
+      folder: exported folder, on a disk or in a bucket.
+      devices: devices to sample on (see `experiment.load`).
+
+    Returns:
+      The experiment, its pipeline, and LI-DiT's parameters.
 
     Raises:
-      UserError: a part is missing, damaged, or of a newer format.
+      UserError: a component is missing, damaged, or of a newer format.
     """
     experiment = Experiment(read_folder(folder), folder)
     mesh, rules = experiment.drawing_mesh(devices)
@@ -38,10 +45,16 @@ def load_exported(folder: epath.Path, devices: Sequence[jax.Device] = ()) -> tup
 
 
 def load_params(folder: epath.Path, into: Any, mesh: jax.sharding.Mesh | None, rules: ShardingRules | None) -> Any:
-    """LI-DiT's parameters, placed over the mesh by the rules.
+    """Loads LI-DiT's parameters from an exported folder.
+
+    Args:
+      folder: exported folder.
+      into: tree of shapes that the parameters must have.
+      mesh: device mesh; None: all parameters go to the first device.
+      rules: sharding rules for the mesh.
 
     Raises:
-      UserError: they are not those of the model that is wanted, `into`.
+      UserError: the parameters do not have the shapes of `into`, or cannot be read.
     """
     _, _, params = load_lidit(folder / "transformer", mesh=mesh, rules=rules)
     check_same_model(params, into)
@@ -49,33 +62,44 @@ def load_params(folder: epath.Path, into: Any, mesh: jax.sharding.Mesh | None, r
 
 
 def start_from_exported(config: ConfigDict, folder: epath.Path) -> ConfigDict:
-    """The config, told to begin with the folder's LI-DiT, between the folder's encoders and VAE unless it names others.
+    """Returns a copy of a training config that starts from an exported folder.
+
+    LI-DiT's initial weights come from the folder, and so do the encoders and the VAE unless the config names others.
+
+    Args:
+      config: training config; not modified.
+      folder: exported folder.
 
     Raises:
-      UserError: its model or its encoders are not the folder's.
+      UserError: the config's model or its encoders are not those of the folder.
     """
     if "://" not in str(folder):
-        folder = folder.resolve()  # the workdir's config must mean the same from anywhere
-    theirs = read_folder(folder)
+        folder = folder.resolve()  # the config must stay valid in another working directory
+    exported = read_folder(folder)
     config = config.copy_and_resolve_references()
     for section in ("model", "encoders", "text", "diffusion"):
         if section not in config:
-            raise UserError(f"--from_torch: the config has no {section}: name one that trains LI-DiT")
-    if sorted(config.encoders) != sorted(theirs.encoders):
+            raise UserError(f"--from_torch: the config has no {section}: use one that trains LI-DiT")
+    if sorted(config.encoders) != sorted(exported.encoders):
         raise UserError(
             f"the config's encoders are {', '.join(config.encoders)}, those of {folder} are "
-            f"{', '.join(theirs.encoders)}: use the same names"
+            f"{', '.join(exported.encoders)}: use the same names"
         )
-    check_start(config, theirs, folder)
+    check_start(config, exported, folder)
     for section in ("text", "diffusion"):
-        for key, value in theirs[section].items():
+        for key, value in exported[section].items():
             if config[section].get(key, value) != value:
                 logger.warning(
-                    "%s was trained with %s.%s=%r, goes on with %r", folder, section, key, value, config[section][key]
+                    "%s was trained with %s.%s=%r, training continues with %r",
+                    folder,
+                    section,
+                    key,
+                    value,
+                    config[section][key],
                 )
     config.start_from = str(folder)
-    with config.unlocked():  # `weights` may be left out of a config
-        config.vae.weights = config.vae.get("weights") or theirs.vae.weights
+    with config.unlocked():  # the config may lack the `weights` fields
+        config.vae.weights = config.vae.get("weights") or exported.vae.weights
         for name, encoder in config.encoders.items():
-            encoder.weights = encoder.get("weights") or theirs.encoders[name].weights
+            encoder.weights = encoder.get("weights") or exported.encoders[name].weights
     return config

@@ -1,4 +1,4 @@
-"""Which class of transformers computes a prompt encoder that can be loaded here, for those who have PyTorch alone."""
+"""Maps a prompt encoder's config.json to the transformers class that computes the same features in PyTorch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from lidit_jax.errors import UserError
 from lidit_jax.weights.huggingface_config import LLAVA_TYPES, MULTIMODAL_TYPES
 
-# model_type -> the class without a head; of multi-modal models the one around the language model, whose hidden states
-# it gives.
+# model_type -> class without a head. For multi-modal models, the class around the language model, which returns its
+# hidden states.
 LLM_CLASSES = {
     "llama": "LlamaModel",
     "mistral": "MistralModel",
@@ -31,13 +31,17 @@ T5_CLASSES = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel"}
 
 
 def transformers_class(values: Mapping[str, Any]) -> str:
-    """Args: values: what an encoder's config.json holds, which `open_encoder` has accepted."""
+    """Returns the name of the transformers class of an encoder.
+
+    Args:
+      values: contents of the encoder's config.json, which `open_encoder` has accepted.
+    """
     model_type = transformers_type(values)
     return (LLM_CLASSES | MULTIMODAL_CLASSES | T5_CLASSES)[model_type]
 
 
 def transformers_type(values: Mapping[str, Any]) -> str:
-    """The model_type as transformers has it: it knows nothing of the names that LLaVA's own code gives its LLMs."""
+    """Returns transformers' model_type of an encoder; for the types of LLaVA's own code, that of their LLM."""
     model_type = values["model_type"]
     if model_type in MULTIMODAL_TYPES and values.get("text_config") is not None:
         return model_type
@@ -45,9 +49,10 @@ def transformers_type(values: Mapping[str, Any]) -> str:
 
 
 def transformers_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json as transformers reads it: that of LLaVA's own code becomes its language model's.
+    """Returns the contents of a config.json that transformers can read.
 
-    The tensors beside it need no change: what belongs to pictures is left unread.
+    The config of LLaVA's own code becomes that of its language model. The weights need no change: transformers ignores
+    those of the vision model.
     """
     model_type = transformers_type(values)
     if model_type == values["model_type"]:
@@ -57,9 +62,16 @@ def transformers_config(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_reference(values: Mapping[str, Any], where: str) -> None:
-    """Raises UserError if transformers cannot load the encoder from where it is, only from a changed copy."""
+    """Checks that transformers can load an encoder from its original location, without a changed config.json.
+
+    Args:
+      values: contents of the encoder's config.json.
+      where: name of the encoder, for error messages.
+
+    Raises:
+      UserError: config.json is that of LLaVA's own code.
+    """
     if transformers_type(values) != values["model_type"]:
         raise UserError(
-            f"{where} has model_type {values['model_type']!r}, which is LLaVA's own and not transformers': it can't be "
-            "referred to; use --text_encoders=copy"
+            f"{where} has model_type {values['model_type']!r}, which transformers cannot load: use --text_encoders=copy"
         )

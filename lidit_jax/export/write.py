@@ -1,7 +1,7 @@
-"""What the `export` command does: a workdir in, a folder out that diffusers loads and that needs no JAX.
+"""Exports a workdir to a folder that diffusers loads without JAX.
 
-Nothing is held whole in memory: LI-DiT's weights go from the checkpoint to the file tensor by tensor, those of the VAE
-and the LLMs are copied as files. `export/folder.py` says what is in the folder.
+Memory holds one tensor at a time: LI-DiT's weights go from the checkpoint to the file tensor by tensor, those of the
+VAE and the LLMs are copied as files. `export/folder.py` describes the layout of the folder.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.export.copying import copy_files, model_files, num_bytes, tokenizer_files
 from lidit_jax.export.folder import (
-    COMPUTING,
+    COMPUTE_FIELDS,
     INDEX_FILE,
     MAX_ENCODERS,
     PIPELINE,
@@ -49,27 +49,28 @@ from lidit_jax.weights.torch_lidit import save_lidit
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("ema", "params")
-DTYPES = {"float32": 4, "bfloat16": 2}  # bytes of a number
+DTYPES = {"float32": 4, "bfloat16": 2}  # bytes per element
 TEXT_ENCODERS = ("copy", "reference")
-# What is at the top of an exported folder.
+# Names of the entries at the top level of an exported folder.
 EXPORTED = re.compile(
     r"model_index\.json|pipeline_lidit\.py|README\.md|(text_encoder|tokenizer)(_\d+)?|transformer|vae|scheduler"
 )
-SPARE_BYTES = 64 << 20  # for all that is small
+SPARE_BYTES = 64 << 20  # room for configs, code and the model card
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to write.
+    """Options of an export.
 
     Attributes:
-      workdir: of a run of LI-DiT.
-      out: the folder; a new or an empty one, or with `overwrite` one that was exported before.
-      weights: "ema" or "params".
-      dtype: of LI-DiT's weights; the VAE and the LLMs are copied as they are.
-      text_encoders: "copy" or "reference" for the LLMs that the run did not train; None: copies those of folders and
-        refers to those of the Hugging Face hub.
-      max_shard_gb: size of a file of LI-DiT's weights.
+      workdir: workdir of a run that trained LI-DiT.
+      out: folder to write; must not exist or be empty, or with `overwrite` be a previous export.
+      weights: which weights of LI-DiT: "ema" (moving average) or "params" (raw).
+      dtype: dtype of LI-DiT's weights; those of the VAE and the LLMs are copied unchanged.
+      text_encoders: "copy" or "reference" for the LLMs that the run did not train; None copies those in folders and
+        refers to those on the Hugging Face hub.
+      max_shard_gb: largest size of a file of LI-DiT's weights, in 10^9 bytes.
+      overwrite: whether to replace a previous export.
     """
 
     workdir: epath.Path
@@ -83,7 +84,14 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class _TextEncoder:
-    """A prompt encoder on its way into the folder. Attributes: files, tokenizer: none of one that is referred to."""
+    """A prompt encoder to export.
+
+    Attributes:
+      entry: its entry in model_index.json.
+      config: contents of its config.json.
+      files: weights files to copy; empty for an encoder that is exported as a reference.
+      tokenizer: tokenizer files to copy; empty for an encoder that is exported as a reference.
+    """
 
     entry: TextEncoderEntry
     config: Mapping[str, Any]
@@ -92,15 +100,17 @@ class _TextEncoder:
 
 
 def export(request: Request) -> None:
-    """Writes the folder, whole or not at all.
+    """Writes the exported folder atomically.
 
     Raises:
-      UserError: for anything that does not fit or is missing, before anything is written; or the disk is full.
+      UserError: an option is invalid or a file is missing or damaged, before anything is written; or the disk is full.
     """
-    _check(request)
+    _check_request(request)
     run = Experiment(read_workdir(request.workdir), request.workdir)
     if not run.has_lidit:
-        raise UserError(f"{request.workdir} is the run of a VAE alone: its {run.vae_folder()} is in diffusers' format")
+        raise UserError(
+            f"{request.workdir} trained only a VAE, which is already in diffusers' format: {run.vae_folder()}"
+        )
     _check_not_used(request.out, run)
     encoders = [_text_encoder(run, name, request.text_encoders) for name in run.encoders]
     vae = run.vae_folder()
@@ -139,52 +149,68 @@ def export(request: Request) -> None:
     )
 
 
-def _check(request: Request) -> None:
-    """What can be known to be wrong before the workdir is opened."""
+def _check_request(request: Request) -> None:
+    """Checks the options that do not depend on the workdir.
+
+    Raises:
+      UserError: an option is invalid, or `out` may not be written.
+    """
     choices = (("weights", WEIGHTS), ("dtype", tuple(DTYPES)), ("text_encoders", (None, *TEXT_ENCODERS)))
     for name, known in choices:
         if getattr(request, name) not in known:
             raise UserError(f"--{name}={getattr(request, name)}: use {' or '.join(filter(None, known))}")
     if not 0.001 <= request.max_shard_gb <= 1e6:
-        raise UserError(f"--max_shard_gb={request.max_shard_gb} must be from 0.001 to 1000000")
+        raise UserError(f"--max_shard_gb={request.max_shard_gb} is not from 0.001 to 1000000")
     out = local_folder(request.out)
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file: name a folder")
+        raise UserError(f"--out={out} is a file: use a folder")
     if not out.exists() or not any(out.iterdir()):
         return
     if not request.overwrite:
-        raise UserError(f"--out={out} is not empty: name another folder, or give --overwrite")
+        raise UserError(f"--out={out} is not empty: use another folder, or pass --overwrite")
     if not is_exported_folder(epath.Path(out)):
-        raise UserError(f"--out={out} is not empty and no folder of an export: --overwrite replaces those alone")
+        raise UserError(f"--out={out} is not empty and not an export: --overwrite only replaces exports")
     for entry in sorted(out.iterdir()):
         if not EXPORTED.fullmatch(entry.name):
-            raise UserError(f"{entry} is of no export: --overwrite would delete it; move it, or name another --out")
+            raise UserError(
+                f"{entry} is not part of an export, and --overwrite would delete it: move it, or use another --out"
+            )
 
 
 def _check_not_used(out: epath.Path, run: Experiment) -> None:
-    """Raises UserError if the folder, which is about to be replaced, has weights that the run is made of."""
+    """Checks that the folder to replace contains nothing that the run depends on.
+
+    Raises:
+      UserError: the run, its weights or its `start_from` are in the folder.
+    """
     replaced = local_folder(out).resolve()
     used = [run.vae_folder(), *(run.encoder_folder(name) for name in run.encoders)]
     used += [epath.Path(run.config.get("start_from") or run.workdir), epath.Path(run.workdir)]
     for folder in used:
         if "://" not in str(folder) and Path(folder).resolve().is_relative_to(replaced):
-            raise UserError(f"--out={out} holds {folder}, which the run needs: name another folder")
+            raise UserError(f"--out={out} contains {folder}, which the run needs: use another folder")
 
 
 def _check_space(out: epath.Path, needed: int) -> None:
-    """Raises UserError where the disk has not that many bytes left."""
+    """Checks the free space on the disk.
+
+    Raises:
+      UserError: fewer than `needed` bytes and the spare ones are free.
+    """
     nearest = next(
         parent for parent in (local_folder(out).absolute(), *local_folder(out).absolute().parents) if parent.exists()
     )
     free = shutil.disk_usage(nearest).free
     if free < needed + SPARE_BYTES:
-        raise UserError(f"--out={out} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB left: make room")
+        raise UserError(
+            f"--out={out} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free: free some space"
+        )
 
 
 def _text_encoder(run: Experiment, name: str, mode: str | None) -> _TextEncoder:
     if list(run.encoders).index(name) >= MAX_ENCODERS:
         raise UserError(
-            f"the run has {len(run.encoders)} encoders; a pipeline of diffusers has up to {MAX_ENCODERS} here"
+            f"the run has {len(run.encoders)} encoders, but an exported pipeline supports at most {MAX_ENCODERS}"
         )
     config, folder = run.encoders[name], run.encoder_folder(name)
     encoder = open_encoder(folder, run.prompt_tokenizer, dtype=config.dtype)
@@ -199,7 +225,7 @@ def _text_encoder(run: Experiment, name: str, mode: str | None) -> _TextEncoder:
         separator=tokenizer.separator,
         max_length=tokenizer.max_length,
     )
-    if config.weights and (mode or _usual_mode(config.weights)) == "reference":
+    if config.weights and (mode or _default_mode(config.weights)) == "reference":
         check_reference(values, f"encoders.{name}")
         return _TextEncoder(dataclasses.replace(entry, source=_source(config.weights, folder)), values)
     return _TextEncoder(
@@ -210,7 +236,7 @@ def _text_encoder(run: Experiment, name: str, mode: str | None) -> _TextEncoder:
     )
 
 
-def _usual_mode(weights: str) -> str:
+def _default_mode(weights: str) -> str:
     return "reference" if _is_hub_name(weights) else "copy"
 
 
@@ -219,18 +245,18 @@ def _is_hub_name(weights: str) -> bool:
 
 
 def _source(weights: str, folder: epath.Path) -> dict[str, Any]:
-    """Where an encoder is loaded from: on the hub at the revision that is here, or a local folder.
+    """Returns the source of a referenced encoder: its hub name and the revision that the run used, or a local folder.
 
     Raises:
-      UserError: it is in a bucket, where transformers cannot read it.
+      UserError: it is in a bucket, from which transformers cannot load.
     """
     if _is_hub_name(weights):
-        # The hub's cache names the folder of a snapshot by its commit.
+        # The hub's cache names a snapshot's folder after its commit.
         name, _, wanted = weights.partition("@")
         revision = folder.name if folder.parent.name == "snapshots" else wanted or None
         return {"name": name, "revision": revision}
     if "://" in weights:
-        raise UserError(f"{weights} is in a bucket, where transformers reads nothing: use --text_encoders=copy")
+        raise UserError(f"{weights} is in a bucket, from which transformers cannot load: use --text_encoders=copy")
     source = {"name": str(Path(weights).absolute()), "revision": None}
     tokenizer = tokenizer_folder(folder)
     return source if tokenizer == folder else source | {"tokenizer": str(Path(tokenizer).absolute())}
@@ -257,7 +283,7 @@ def _write_index(run: Experiment, encoders: Sequence[_TextEncoder], trained: Map
     facts = {
         "resolution": run.data.resolution,
         "text": {key: text[key] for key in ("max_length", "instruction", "system_prompt", "chat_template")},
-        "model": {key: getattr(run.model.config, key) for key in COMPUTING},
+        "model": {key: getattr(run.model.config, key) for key in COMPUTE_FIELDS},
         "diffusion": dataclasses.asdict(run.schedule),
         "sample": dataclasses.asdict(run.sample),
         "vae_dtype": run.vae.dtype,
@@ -268,7 +294,7 @@ def _write_index(run: Experiment, encoders: Sequence[_TextEncoder], trained: Map
 
 
 def _copy_code(module: str, folder: Path) -> None:
-    """A file of `lidit_jax/pytorch`, found without importing it: PyTorch need not be there."""
+    """Copies a module of `lidit_jax/pytorch`, located without importing it, since PyTorch may be missing."""
     spec = importlib.util.find_spec("lidit_jax.pytorch")
     [package] = spec.submodule_search_locations
     shutil.copyfile(Path(package) / f"{module}.py", folder / f"{module}.py")
@@ -276,7 +302,7 @@ def _copy_code(module: str, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _new_or_replaced(out: epath.Path, overwrite: bool) -> Iterator[Path]:
-    """`new_folder`, or with `overwrite` a scratch folder that takes the place of the old one when it is complete."""
+    """Yields a scratch folder that is renamed to `out` when complete, replacing the old one if `overwrite` is set."""
     folder = local_folder(out).resolve()
     if not overwrite or not folder.exists():
         with new_folder(folder) as scratch:

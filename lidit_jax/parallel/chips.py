@@ -1,6 +1,7 @@
-"""What accelerators can do at best, a chip, as their makers state it; of TPUs the system architecture pages say so.
+"""Peak FLOP/s, memory and bandwidth of each accelerator chip, as its maker states them.
 
-Half precision is bfloat16 with float32 sums, without sparsity.
+The TPU figures are those of Cloud TPU's system architecture pages. FLOP/s are for bfloat16 inputs with float32
+accumulation, without sparsity.
 """
 
 import dataclasses
@@ -12,12 +13,14 @@ GB = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Attributes:
-    name: as in a topology's name ("v5p:4x4x4"), or the maker's.
-    flops: half-precision operations a second.
-    memory: bytes.
-    memory_bandwidth: bytes a second.
-    network_bandwidth: bytes a second that leave it for others of its slice, over all links, one way.
+    """Peak figures of one accelerator chip.
+
+    Attributes:
+      name: TPU generation as a topology string has it ("v5p" in "v5p:4x4x4"), or the maker's product name.
+      flops: peak bfloat16 FLOP/s.
+      memory: device memory in bytes.
+      memory_bandwidth: bytes per second between the chip and its device memory.
+      network_bandwidth: bytes per second that the chip can send to others of its slice, over all links, one way.
     """
 
     name: str
@@ -33,8 +36,8 @@ V5P = Chip("v5p", 459e12, 95 * GB, 2765 * GB, 600 * GB)
 V6E = Chip("v6e", 918e12, 32 * GB, 1640 * GB, 448 * GB)
 TPUS = {chip.name: chip for chip in (V4, V5E, V5P, V6E)}
 
-# By what JAX calls a device, or the beginning of it.
-_KINDS = {
+# Keys are prefixes of `jax.Device.device_kind`; the longest match wins.
+_CHIPS = {
     "TPU v4": V4,
     "TPU v5 lite": V5E,
     "TPU v5e": V5E,
@@ -50,6 +53,6 @@ _KINDS = {
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """None for what is not in the table, as a CPU."""
-    found = [kind for kind in _KINDS if device.device_kind.startswith(kind)]
-    return _KINDS[max(found, key=len)] if found else None
+    """Returns the device's peak figures, or None for a device that the table lacks, such as a CPU."""
+    prefixes = [kind for kind in _CHIPS if device.device_kind.startswith(kind)]
+    return _CHIPS[max(prefixes, key=len)] if prefixes else None

@@ -1,4 +1,4 @@
-"""Several hosts as one run."""
+"""Joins several hosts into one run, and ends a process that its peers wait for."""
 
 import logging
 import os
@@ -12,55 +12,59 @@ from lidit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Seconds after which a host that says nothing counts as dead, and the others end.
-SILENCE = 100
-# Seconds that the host which the others listen to stays for them to say what stopped them too.
-LAST_WORDS = 5.0
+# Seconds without a heartbeat after which a host counts as dead and the other hosts end.
+HEARTBEAT_TIMEOUT_S = 100
+# Seconds that host 0, which runs the coordination service, stays up so that the others can log why they end.
+SHUTDOWN_DELAY_S = 5.0
 
 
 def join_hosts(wanted: bool | None = None) -> None:
-    """Makes this process one of a run's, before anything else is asked of JAX.
+    """Joins this process to a run on several hosts. Must be called before JAX initialises its backend.
 
-    On TPU pods, under SLURM and in Kubernetes JAX finds the others itself (ask for it with `wanted`); elsewhere
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. A host that dies or hangs ends the
-    others with a message.
+    On TPU pods, under SLURM and in Kubernetes JAX finds the other hosts by itself (pass `wanted=True`); elsewhere
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them. When a host dies or hangs, the others end
+    with a message.
 
     Args:
-      wanted: None: only where the environment names other hosts.
+      wanted: whether to join other hosts; None joins them only if the environment names them.
 
     Raises:
-      UserError: they were not found, or did not come.
+      UserError: the other hosts were not found or did not connect.
     """
-    if not (_names_others() if wanted is None else wanted):
+    if not (_environment_names_hosts() if wanted is None else wanted):
         return
-    numbers = {key: os.environ.get(f"JAX_{key.upper()}") for key in ("num_processes", "process_id")}
+    settings = {key: os.environ.get(f"JAX_{key.upper()}") for key in ("num_processes", "process_id")}
     try:
-        given = {key: int(value) for key, value in numbers.items() if value is not None}
+        options = {key: int(value) for key, value in settings.items() if value is not None}
         if "cpu" in (jax.config.jax_platforms or ""):
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(heartbeat_timeout_seconds=SILENCE, **given)
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S, **options)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"the run's other hosts were not found ({' '.join(str(error).split())[:200]}): set "
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or give --distributed=False for this host"
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or pass --distributed=False to run on this "
+            "host alone"
         ) from error
     logger.info("host %d of %d", jax.process_index(), jax.process_count())
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process at once, where leaving in good order would wait for hosts that wait for this one.
+    """Ends this process at once: an orderly exit would wait for hosts that themselves wait for this one.
 
-    The others notice that it is gone after `SILENCE` seconds at the most, and end with a message.
+    The others notice after `HEARTBEAT_TIMEOUT_S` seconds at most that it is gone, and end with a message.
+
+    Args:
+      status: exit status of the process.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.distributed.is_initialized() and jax.process_index() == 0:
-        time.sleep(LAST_WORDS)
+        time.sleep(SHUTDOWN_DELAY_S)
     os._exit(status)
 
 
-def _names_others() -> bool:
-    """As TPU VMs of a pod, multi-slice jobs and users do."""
+def _environment_names_hosts() -> bool:
+    """Returns True if the environment names other hosts, as TPU pods, multislice jobs and users set it."""
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or os.environ.get("MEGASCALE_COORDINATOR_ADDRESS"):
         return True
     return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")

@@ -1,4 +1,4 @@
-"""The device mesh: `data` (across slices), `fsdp`, `tensor`."""
+"""The device mesh and its axes: `data` (the only one that spans slices), `fsdp` and `tensor`."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,51 +13,68 @@ AXES = ("data", "fsdp", "tensor")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; one size may be -1 and is filled in.
+    """Returns a mesh over all devices.
 
-    Devices of several slices, which only the data centre's network joins, lie along `data`: gradients are all that
-    goes between slices.
+    Slices are joined by the data-centre network alone, so they are laid out along `data`: only gradients are reduced
+    between slices.
+
+    Args:
+      sizes: axis name -> number of devices along it; an absent axis has 1, and one axis may be -1 to take the rest.
+      devices: devices of the mesh; default: all that JAX sees.
 
     Raises:
-      UserError: if the sizes do not multiply to the number of devices, or the slices do not divide `data`.
+      UserError: the sizes do not multiply to the number of devices, or the number of slices does not divide `data`.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = fill_in(sizes, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        # Splitting: an axis of the mesh need not be whole axes of the slice's torus.
+        # Allow a mesh axis to take up a part of an axis of the slice's torus.
         return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES)
     if shape[0] % slices:
         raise UserError(
-            f"mesh data={shape[0]} is no multiple of the {slices} slices: give --config.mesh.data={slices} and "
+            f"mesh data={shape[0]} is not a multiple of the {slices} slices: use --config.mesh.data={slices} and "
             "--config.mesh.fsdp=-1"
         )
     within = (shape[0] // slices, *shape[1:])
     across = (slices, 1, 1)
-    found = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
-    return Mesh(found, AXES)
+    grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES)
 
 
 def check_model(mesh: Mesh, hidden_size: int, num_heads: int) -> None:
-    """Raises UserError unless the mesh divides the model: what does not divide would lie whole on every device."""
-    for axis, what, size in (("fsdp", "model.hidden_size", hidden_size), ("tensor", "model.num_heads", num_heads)):
+    """Checks that the mesh divides the model; what it does not divide would be replicated on every device.
+
+    Args:
+      mesh: mesh with the axes `fsdp` and `tensor`.
+      hidden_size: model width, sharded over `fsdp`.
+      num_heads: attention heads, sharded over `tensor`.
+
+    Raises:
+      UserError: `fsdp` does not divide the width, or `tensor` does not divide the heads.
+    """
+    for axis, field, size in (("fsdp", "model.hidden_size", hidden_size), ("tensor", "model.num_heads", num_heads)):
         if size % mesh.shape[axis]:
-            good = [n for n in range(1, mesh.shape[axis] + 1) if size % n == 0 and mesh.devices.size % n == 0]
+            divisors = [n for n in range(1, mesh.shape[axis] + 1) if size % n == 0 and mesh.devices.size % n == 0]
             raise UserError(
-                f"mesh {axis}={mesh.shape[axis]} does not divide {what}={size}: {axis} may be "
-                f"{', '.join(map(str, good))}, and the rest of the {mesh.devices.size} devices goes to data (-1)"
+                f"mesh {axis}={mesh.shape[axis]} does not divide {field}={size}: use one of "
+                f"{', '.join(map(str, divisors))}, and data=-1 for the rest of the {mesh.devices.size} devices"
             )
 
 
 def fill_in(sizes: Mapping[str, int], num_devices: int) -> tuple[int, int, int]:
-    """The sizes in the order of `AXES`, with -1 replaced by what is left of the devices."""
+    """Returns the sizes in the order of `AXES`, with -1 replaced by the number of devices that remain for it.
+
+    Raises:
+      UserError: a size is 0 or below -1, more than one is -1, or the product is not the number of devices.
+    """
     shape = [sizes.get(axis, 1) for axis in AXES]
-    wanted = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+    given = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-        raise UserError(f"mesh ({wanted}): sizes are positive and at most one of them is -1")
+        raise UserError(f"mesh ({given}): sizes must be positive, and at most one may be -1")
     known = int(np.prod([size for size in shape if size != -1]))
     if -1 in shape and num_devices % known == 0:
         shape[shape.index(-1)] = num_devices // known
     if int(np.prod(shape)) != num_devices:
-        raise UserError(f"mesh ({wanted}) does not fit {num_devices} devices: the sizes must multiply to that")
+        raise UserError(f"mesh ({given}) does not fit {num_devices} devices: the sizes must multiply to {num_devices}")
     return tuple(shape)

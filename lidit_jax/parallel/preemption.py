@@ -1,4 +1,4 @@
-"""A notice that the machine will be taken away: SIGTERM, on cloud TPUs some thirty seconds before the end."""
+"""Handles preemption: SIGTERM announces it, on cloud TPUs some thirty seconds before the host is taken away."""
 
 import contextlib
 import itertools
@@ -11,28 +11,32 @@ from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):
-    """Training stopped in good order, everything is saved. Its message says where."""
+    """Raised when training stopped after a preemption notice and its state is saved; the message says where."""
 
 
-_asked = itertools.count()  # how often, in this process
+_sync_points = itertools.count()  # calls of `Notice.reached` by this process on several hosts
 
 
 class Notice:
-    """Whether the notice has come; on several hosts, whether all of them know and agree on this step."""
+    """Preemption notice of this run; on several hosts, all of them act on it at the same step."""
 
     def __init__(self):
         self._came = threading.Event()
 
     def reached(self) -> bool:
-        """To be asked at every step by every host. On several, one host's notice stops all of them at the same step."""
+        """Returns True if the run should save and stop at this step. Every host must call it at every step.
+
+        On several hosts, one host's notice makes it return True on all of them at the same step.
+        """
         if jax.process_count() > 1:
-            # JAX's coordination service listens. Its numbers must rise through all parts of a run, as steps do not.
-            return multihost_utils.reached_preemption_sync_point(next(_asked))
+            # JAX's coordination service receives the signal. The numbers passed to it must rise through all stages of
+            # a run; step numbers start again with each stage.
+            return multihost_utils.reached_preemption_sync_point(next(_sync_points))
         return self._came.is_set()
 
     @property
     def came(self) -> bool:
-        """Whether it came to this host alone, which asks for no agreement."""
+        """True if this process has received the signal; asks no other host."""
         return self._came.is_set()
 
     def _listen(self, number: int, frame: object) -> None:
@@ -42,9 +46,10 @@ class Notice:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Notice]:
-    """Holds SIGTERM back and keeps the notice, instead of ending the process."""
+    """Turns SIGTERM into a `Notice` while the context is open, instead of letting it end the process."""
     notice = Notice()
-    # Python lets the main thread alone set handlers; elsewhere, as in a notebook's, a signal ends the process as ever.
+    # Only the main thread may set signal handlers; elsewhere, as in some notebooks, SIGTERM still ends the process. On
+    # several hosts JAX's coordination service handles the signal.
     if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield notice
         return

@@ -1,4 +1,4 @@
-"""A run on several hosts that stands still is ended, with a word of where each host stands."""
+"""Ends a stalled run on several hosts; each host that notices prints where its threads are."""
 
 import faulthandler
 import logging
@@ -14,15 +14,20 @@ logger = logging.getLogger(__name__)
 
 
 def watched(seconds: float, name: str) -> "Watchdog":
-    """`Watchdog` where hosts can wait for each other: in a run of several. A single one waits for nobody."""
+    """Returns a `Watchdog` that is active only on several hosts: a single host never waits for another.
+
+    Args:
+      seconds: longest time between two beats; 0 turns the watchdog off.
+      name: name of the stage, for the message.
+    """
     return Watchdog(seconds if jax.process_count() > 1 else 0, name)
 
 
 class Watchdog:
-    """A context that ends this process with status 1 when `beat` was not called for so many seconds; 0: never.
+    """Context that ends this process with status 1 if `beat` is not called for `seconds`; 0 turns it off.
 
-    A host that waits for ever, be it for its data, a disk or another host's message, makes all the others wait at
-    their next message. Its process lives on, so nobody takes it for dead.
+    A host that hangs, be it on its data, on a disk or in a collective, makes all others hang in their next collective.
+    Its process still sends heartbeats, so JAX does not take it for dead.
     """
 
     def __init__(self, seconds: float, name: str):
@@ -32,7 +37,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def beat(self) -> None:
-        """Something was done."""
+        """Records progress: restarts the countdown."""
         self._last = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
@@ -50,7 +55,7 @@ class Watchdog:
         while not self._done.wait(self._seconds / 20):
             if time.monotonic() - self._last > self._seconds:
                 logger.error(
-                    "error: %s: nothing done in %.0f s (train.stalled_after), here or elsewhere; what is done here:",
+                    "error: %s: no progress in %.0f s (train.stalled_after), here or on another host; threads here:",
                     *(self._name, self._seconds),
                 )
                 faulthandler.dump_traceback(sys.__stderr__)

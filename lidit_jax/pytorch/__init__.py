@@ -1,1 +1,1 @@
-"""What an export copies beside its weights: files for PyTorch that stand alone and import nothing of this package."""
+"""PyTorch modules that an export copies into its folder. They are self-contained and never import `lidit_jax`."""

@@ -1,14 +1,14 @@
-"""LI-DiT: several frozen LLMs' features, refined and fused, condition a diffusion transformer.
+"""LI-DiT in PyTorch: a diffusion transformer conditioned on the refined and fused features of frozen LLMs.
 
-After Ma, Zong, Song, Li, Liu, "Exploring the Role of Large Language Models in Prompt Encoding for Diffusion Models"
-(NeurIPS 2024, arXiv 2406.11831), Figure 5. This file stands alone beside the weights that it was exported with and
-needs torch and diffusers.
+Implements Figure 5 of Ma, Zong, Song, Li, Liu, "Exploring the Role of Large Language Models in Prompt Encoding for
+Diffusion Models" (NeurIPS 2024, arXiv 2406.11831). This file is self-contained. It belongs to the exported weights in
+this folder and needs torch and diffusers.
 
-In shapes, B is the batch, C the model's width, N the picture's tokens; of LLM i, D_i is the width of its features, L_i
-the tokens of the prompts and P_i those of the system prompt and the instruction before them.
+In shapes, B is the batch size, C the model width and N the number of image tokens. For LLM i, D_i is the width of its
+features, L_i the number of prompt tokens and P_i the number of tokens of the prefix (system prompt and instruction).
 
-Matrix products run in the dtype that the model was loaded in, or in autocast's. Norms, modulation, the conditioning
-vector and the last layer compute in float32 in either case: they are cheap, and errors in them reach every token.
+Matmuls run in the dtype that the model was loaded in, or in that of autocast. Norms, modulation, the conditioning
+vector and the last layer always compute in float32: they are cheap, and their errors reach every token.
 """
 
 import math
@@ -23,24 +23,24 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-FORMAT_VERSION = 2  # of config.json and the names of the weights
+FORMAT_VERSION = 2  # newest version of config.json and the tensor names that this file reads
 FUSIONS = ("collaborative", "concatenate")
 POSITIONS = ("conv", "sincos", "rope")
-EPSILON = 1e-6  # of all norms
-# Base of all positions' frequencies. Prompts and grids of tokens are short beside an LLM's context: with a small base
-# neighbours are easy to find, and no two positions look alike.
+EPSILON = 1e-6  # epsilon of all norms
+# Base of the frequencies of all position embeddings. Prompts and token grids are short compared with an LLM's context:
+# a small base separates neighbours well, and still keeps all positions distinct.
 THETA = 100.0
 
 RotaryTables = tuple[Tensor, Tensor]  # cos and sin, float32 [L, head size]
 
 
 class TextFeatures(NamedTuple):
-    """What one LLM says of a batch of prompts.
+    """Features of a batch of prompts from one LLM.
 
     Attributes:
-      instruction: [P, D], of what stands before every prompt; [B, P, D] where the prompt changes it, as it does in a
-        bidirectional encoder (T5).
-      prompt: [B, L, D], padded on the right.
+      instruction: features of the prefix: [P, D] if all prompts share them (causal encoder), [B, P, D] if they depend
+        on the prompt (bidirectional encoder, T5).
+      prompt: features of the prompts [B, L, D], padded on the right.
       mask: bool [B, L], True on the prompts' tokens.
     """
 
@@ -50,39 +50,40 @@ class TextFeatures(NamedTuple):
 
 
 class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """The trained part of LI-DiT: the refiners of the LLMs' features, and the diffusion transformer.
+    """The trained network of LI-DiT: the refiners of the LLM features, and the diffusion transformer.
 
     The defaults are LI-DiT-1B (Table 7) with LLaMA3-8B and Qwen1.5-7B.
 
     Args:
-      depth: blocks of the diffusion transformer.
-      hidden_size: C, of the transformer and the refiners.
-      num_heads: of every attention.
-      patch_size: side of the square of latents that makes a token.
-      latent_channels: of the latents.
-      mlp_ratio: width of the blocks' FFN over C.
-      refiner_blocks: of each linguistic token refiner; 0 leaves it out.
-      refiner_gated, refiner_causal: switches of Tables 5 and 3.
-      position: how the image's tokens know where they are: "conv", a convolutional ResBlock (the paper's), "sincos",
+      depth: number of blocks of the diffusion transformer.
+      hidden_size: width C of the transformer and the refiners.
+      num_heads: attention heads, in the transformer and the refiners.
+      patch_size: side of the square of latents that forms a token.
+      latent_channels: channels of the latents.
+      mlp_ratio: width of the transformer's FFN divided by C.
+      position: position embedding of the image tokens: "conv", a convolutional ResBlock (the paper's), "sincos",
         "rope", or several joined by "+".
-      position_grid: side in tokens of the square grid on which neighbours are 1 apart for "sincos" and "rope".
+      position_grid: side in tokens of the square grid on which neighbours have distance 1, for "sincos" and "rope".
+      refiner_blocks: blocks of each linguistic token refiner; 0 leaves it out.
+      refiner_gated: gates in the linguistic token refiners (ablated in Table 5).
+      refiner_causal: causal attention in the linguistic token refiners (ablated in Table 3).
       refiner_rotary: rotary positions in the refiners, counted from the prompt's first token.
-      refiner_qk_norm: RMSNorm of queries and keys in the refiners too.
-      refiner_mlp_ratio: width of the refiners' FFN over C.
+      refiner_qk_norm: RMSNorm on queries and keys of the refiners too.
+      refiner_mlp_ratio: width of the refiners' FFN divided by C.
       fusion: "collaborative", a collaborative refiner and then concatenation, or "concatenate" (Table 6).
-      collaborative_blocks: of the collaborative refiner.
-      text_widths: D_i of each LLM.
-      format_version: of the folder that the model is loaded from.
+      collaborative_blocks: blocks of the collaborative refiner.
+      text_widths: feature width D_i of each LLM.
+      format_version: version of the folder that the model is loaded from.
 
     Raises:
-      ValueError: the sizes do not fit together, a switch is unknown, or the format is newer than this file.
+      ValueError: the sizes do not fit together, a value is unknown, or the format is newer than this file.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LIDiTBlock", "LinguisticTokenRefinerBlock", "CollaborativeRefinerBranch"]
     _repeated_blocks = ["LIDiTBlock"]
-    # What computes in float32 is not stored in 8 bits. It may be in 16: with `_keep_in_fp32_modules` diffusers would
-    # load nothing where accelerate is missing, and these layers compute in float32 without it.
+    # Never store layers that compute in float32 in 8 bits. 16 bits are fine: they cast their weights. diffusers'
+    # `_keep_in_fp32_modules` is not needed for that, and would make loading fail without accelerate.
     _skip_layerwise_casting_patterns = ["timestep_embedder", "pooled_texts", "norm", "patch_embedding", "output"]
 
     @register_to_config
@@ -94,7 +95,7 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch_size: int = 2,
         latent_channels: int = 16,
         mlp_ratio: float = 4.0,
-        position: str = "conv",  # also of folders of format 1, which do not say it
+        position: str = "conv",  # also that of format 1, which lacks the key
         position_grid: int = 16,
         refiner_blocks: int = 2,
         refiner_gated: bool = True,
@@ -110,14 +111,14 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         if format_version > FORMAT_VERSION:
             raise ValueError(
-                f"the model has format_version {format_version}, this transformer_lidit.py knows {FORMAT_VERSION}: use "
-                "the file that came with the weights"
+                f"the model has format_version {format_version}, but this transformer_lidit.py reads up to "
+                f"{FORMAT_VERSION}: use the file that came with the weights"
             )
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size={hidden_size} is not divisible by num_heads={num_heads}")
         if refiner_rotary and hidden_size // num_heads % 2:
             raise ValueError(
-                f"hidden_size / num_heads = {hidden_size // num_heads} is odd, which rotary positions can't be"
+                f"hidden_size / num_heads = {hidden_size // num_heads} is odd, but rotary positions need an even size"
             )
         if fusion not in FUSIONS:
             raise ValueError(f"fusion={fusion!r} is unknown: use one of {', '.join(FUSIONS)}")
@@ -152,20 +153,20 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         instruction_hidden_states: Sequence[Tensor],
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predicts what the noise schedule is about (noise, v or velocity) for noised latents.
+        """Predicts the target of the noise schedule (noise, v or velocity) for noisy latents.
 
         Args:
-          hidden_states: latents [B, latent channels, H, W]; the patch size divides H and W.
-          timestep: [B] or one for all, in [0, 1000).
-          encoder_hidden_states: a list, for each LLM the features of the prompts [B, L_i, D_i], padded on the right.
-          encoder_attention_mask: a list of bool [B, L_i], True on the prompts' tokens: at least one in every row, which
-            an empty prompt's end token is.
-          instruction_hidden_states: a list of the features [P_i, D_i] of what stands before every prompt, or
-            [B, P_i, D_i] where it is bidirectionally encoded with it. P_i may be 0.
+          hidden_states: latents [B, latent channels, H, W]; H and W are multiples of the patch size.
+          timestep: [B], or a scalar for the batch, in [0, 1000).
+          encoder_hidden_states: for each LLM the features [B, L_i, D_i] of the prompts, padded on the right.
+          encoder_attention_mask: for each LLM a bool mask [B, L_i], True on the prompts' tokens. Each row has at least
+            one: even an empty prompt has an end token.
+          instruction_hidden_states: for each LLM the features of the prefix: [P_i, D_i] if all prompts share them, or
+            [B, P_i, D_i] from a bidirectional encoder. P_i may be 0.
           return_dict: False returns a tuple.
 
         Returns:
-          `.sample` [B, latent channels, H, W] in the dtype of `hidden_states`.
+          An output with `.sample` [B, latent channels, H, W] in the dtype of `hidden_states`.
 
         Raises:
           ValueError: a shape does not fit the model.
@@ -173,12 +174,12 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text = [
             TextFeatures(*features)
             for features in zip(
-                *self._of_each_llm(encoder_hidden_states, encoder_attention_mask, instruction_hidden_states),
+                *self._checked_lists(encoder_hidden_states, encoder_attention_mask, instruction_hidden_states),
                 strict=True,
             )
         ]
         self._check_shapes(hidden_states, text)
-        dtype = self.dit.patch_embedding.bias.dtype  # no quantisation changes it, and `self.dtype` takes a millisecond
+        dtype = self.dit.patch_embedding.bias.dtype  # never quantised; `self.dtype` would take a millisecond
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(hidden_states.shape[0])
 
         time = self.timestep_embedder(timestep)  # [B, C]
@@ -186,10 +187,10 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         sample = self.dit(hidden_states.to(dtype), condition, mask, time + pooled).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _of_each_llm(
+    def _checked_lists(
         self, prompts: Sequence[Tensor], masks: Sequence[Tensor], instructions: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        """-> (instructions, prompts, masks)."""
+        """Checks that each list has one entry per LLM, and returns (instructions, prompts, bool masks)."""
         expected = len(self.config.text_widths)
         named = {
             "instruction_hidden_states": instructions,
@@ -213,7 +214,7 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             shape = list(features.prompt.shape)
             if len(shape) != 3 or shape[0] != batch or shape[2] != features_width:
                 raise ValueError(
-                    f"encoder_hidden_states[{i}] must be [{batch}, length, {features_width}] beside these latents, "
+                    f"encoder_hidden_states[{i}] must be [{batch}, length, {features_width}] for these latents, "
                     f"not {shape}"
                 )
             if list(features.mask.shape) != shape[:2]:
@@ -226,20 +227,20 @@ class LIDiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 )
 
     def _initialise_weights(self) -> None:
-        """For training from scratch."""
+        """Initialises the weights for training from scratch."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
-                deviation = math.sqrt(1 / (9 * module.in_channels)) / 0.87962566  # of a normal cut at two deviations
+                deviation = math.sqrt(1 / (9 * module.in_channels)) / 0.87962566  # std of a normal truncated at two std
                 nn.init.trunc_normal_(module.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
                 nn.init.zeros_(module.bias)
-        # Gates that start closed leave the residual stream as it is (adaLN-zero, DiT section 3.2); so do the refiners.
+        # Zero gates make each block the identity at the start (adaLN-Zero, DiT section 3.2), also in the refiners.
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.linear.weight)
-        # The first prediction is the target's mean, zero.
+        # The initial prediction is zero, the mean of the target.
         nn.init.zeros_(self.dit.output.weight)
 
 
@@ -250,8 +251,16 @@ class TextCondition(nn.Module):
     """Per LLM: project -> linguistic token refiner; then collaborative refiner -> truncate -> concatenate.
 
     Args:
-      collaborative_blocks: 0 concatenates what the token refiners give.
-      gated, causal, rotary, qk_norm: of the refiners.
+      text_widths: feature width D_i of each LLM.
+      hidden_size: width C.
+      num_heads: attention heads of the refiners.
+      mlp_ratio: width of the refiners' FFN divided by C.
+      token_refiner_blocks: blocks of each linguistic token refiner.
+      collaborative_blocks: blocks of the collaborative refiner; 0 concatenates the outputs of the token refiners.
+      gated: gates in the token refiners.
+      causal: causal attention in the token refiners.
+      rotary: rotary positions in both refiners.
+      qk_norm: RMSNorm on queries and keys of both refiners.
     """
 
     def __init__(
@@ -294,14 +303,15 @@ class TextCondition(nn.Module):
             masks.append(mask)
         branches = self.collaborative_refiner(branches, masks, [time + p for p in pooled], rotary)
 
-        # Only now, after the refiners have used them, the system prompt and the instruction are dropped.
+        # Drop the tokens of system prompt and instruction only here, after the refiners have attended to them.
         branches = [x[:, features.instruction.shape[-2] :] for x, features in zip(branches, text, strict=True)]
         mask = torch.cat([features.mask for features in text], dim=1)
         return torch.cat(branches, dim=1), mask, sum(pooled)
 
     def _rotary_tables(self, features: TextFeatures) -> RotaryTables | None:
-        """Positions count from the prompt's first token: the same words of two LLMs are near each other, whatever
-        comes before them.
+        """Returns rotary tables [P + L, head size] whose position 0 is the prompt's first token.
+
+        This keeps the same words of two LLMs close to each other, whatever the lengths of their prefixes.
         """
         if not self.rotary:
             return None
@@ -310,7 +320,7 @@ class TextCondition(nn.Module):
 
 
 class FeatureProjection(nn.Module):
-    """RMS-normalised LLM features at the transformer's width."""
+    """RMS-normalises LLM features and projects them to the width of the transformer."""
 
     def __init__(self, text_width: int, hidden_size: int):
         super().__init__()
@@ -318,9 +328,9 @@ class FeatureProjection(nn.Module):
         self.linear = nn.Linear(text_width, hidden_size)
 
     def forward(self, features: TextFeatures, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """-> x [B, P + L, C], mask bool [B, P + L] (the instruction is never padding)."""
+        """features of one LLM -> x [B, P + L, C], mask bool [B, P + L] (True on the whole prefix)."""
         batch, length = features.prompt.shape[0], features.instruction.shape[-2]
-        # An instruction that all prompts share is projected once.
+        # A prefix that all prompts share is projected once.
         instruction = self.linear(self.norm(features.instruction).to(dtype)).expand(batch, -1, -1)
         prompt = self.linear(self.norm(features.prompt).to(dtype))
         mask = torch.cat([features.mask.new_ones(batch, length), features.mask], dim=1)
@@ -328,7 +338,7 @@ class FeatureProjection(nn.Module):
 
 
 class PooledText(nn.Module):
-    """Masked mean over the tokens, then a two-layer MLP: joins the timestep embedding."""
+    """Masked mean over the tokens, then a two-layer MLP; the result is added to the timestep embedding."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -343,7 +353,7 @@ class PooledText(nn.Module):
 
 
 class LinguisticTokenRefiner(nn.Module):
-    """Full self-attention over one LLM's features: early tokens see later ones, which the LLM hid from them."""
+    """Refines one LLM's features with full self-attention, so that early tokens attend to later ones too."""
 
     def __init__(
         self,
@@ -385,16 +395,16 @@ class LinguisticTokenRefinerBlock(nn.Module):
         self.gates = Modulation(hidden_size, 2) if gated else None
 
     def forward(self, x: Tensor, mask: Tensor, conditioning: Tensor, rotary: RotaryTables | None) -> Tensor:
-        """x [B, L, C], mask as of `Attention`, conditioning (pooled text + timestep) [B, C] -> [B, L, C]."""
+        """x [B, L, C], mask as in `Attention`, conditioning (pooled text + timestep) [B, C] -> [B, L, C]."""
         gate_1, gate_2 = (None, None) if self.gates is None else self.gates(conditioning, x.dtype)
         x = x + gated(self.attention(self.attention_norm(x), mask=mask, rotary=rotary), gate_1)
         return x + gated(self.feed_forward(self.feed_forward_norm(x)), gate_2)
 
 
 class CollaborativeRefiner(nn.Module):
-    """Rounds in which every LLM's branch reads all the others at once, as they were before the round.
+    """Blocks in which the branch of each LLM cross-attends to all other branches, as they were before the block.
 
-    Without rounds, or others to read, branches pass through it.
+    With 0 blocks, the branches pass unchanged.
     """
 
     def __init__(
@@ -425,11 +435,11 @@ class CollaborativeRefiner(nn.Module):
         for block in self.blocks:
             refined = []
             for i, branch in enumerate(block):
-                others = torch.cat(_without(i, branches), dim=1)
-                others_mask = torch.cat(_without(i, masks), dim=1)[:, None, None]  # [B, 1, 1, M]
+                others = torch.cat(_all_but(i, branches), dim=1)
+                others_mask = torch.cat(_all_but(i, masks), dim=1)[:, None, None]  # [B, 1, 1, M]
                 others_rotary = None
                 if rotary[i] is not None:
-                    cos, sin = zip(*_without(i, rotary), strict=True)
+                    cos, sin = zip(*_all_but(i, rotary), strict=True)
                     others_rotary = torch.cat(cos), torch.cat(sin)
                 refined.append(branch(branches[i], others, others_mask, conditionings[i], rotary[i], others_rotary))
             branches = refined
@@ -466,7 +476,7 @@ class CollaborativeRefinerBranch(nn.Module):
         return x + gated(self.feed_forward(h), gate_2)
 
 
-def _without(i: int, items: Sequence) -> list:
+def _all_but(i: int, items: Sequence) -> list:
     return [item for j, item in enumerate(items) if j != i]
 
 
@@ -474,11 +484,17 @@ def _without(i: int, items: Sequence) -> list:
 
 
 class DiT(nn.Module):
-    """Patchify, positions, `depth` blocks, adaLN output. Any size that the patch divides.
+    """Patchify, position embedding, `depth` blocks, adaLN output; for latents of any size that the patch divides.
 
     Args:
-      position: some of `POSITIONS`.
-      position_grid: as of `LIDiTTransformer2DModel`.
+      depth: number of blocks.
+      hidden_size: width C.
+      num_heads: attention heads.
+      patch_size: side of the square of latents that forms a token.
+      latent_channels: channels of the latents.
+      mlp_ratio: width of the FFN divided by C.
+      position: position embeddings to use, from `POSITIONS`.
+      position_grid: see `LIDiTTransformer2DModel`.
     """
 
     def __init__(
@@ -506,9 +522,7 @@ class DiT(nn.Module):
         self.output = Float32Linear(hidden_size, features)
 
     def forward(self, latents: Tensor, text: Tensor, text_mask: Tensor, conditioning: Tensor) -> Tensor:
-        """latents [B, C_latents, H, W], text [B, M, C], text_mask bool [B, M], conditioning [B, C]
-        -> float32 [B, C_latents, H, W].
-        """
+        """latents [B, c, H, W], text [B, M, C], text_mask bool [B, M], conditioning [B, C] -> float32 [B, c, H, W]."""
         h, w = (side // self.patch_size for side in latents.shape[-2:])
         text_mask = text_mask[:, None, None]  # [B, 1, 1, M]
 
@@ -529,12 +543,12 @@ class DiT(nn.Module):
 
 
 class ConvPositionEmbedding(nn.Module):
-    """A convolutional ResBlock on the grid of tokens (section 3.2).
+    """Convolutional ResBlock on the grid of tokens (section 3.2).
 
-    Its zero padding tells a token how far the borders are, up to two tokens.
+    Its zero padding encodes a token's distance to the borders, up to two tokens.
     """
 
-    BOTTLENECK = 4  # C over the inner width
+    BOTTLENECK = 4  # C divided by the inner width
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -549,11 +563,11 @@ class ConvPositionEmbedding(nn.Module):
 
     @staticmethod
     def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels stay last in memory
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # channels-last memory layout
 
 
 class LIDiTBlock(nn.Module):
-    """Self-attention, cross-attention to the text, FFN; each between scale+shift and a gate (nine vectors in all)."""
+    """Self-attention, cross-attention to the text and FFN, each with shift and scale before and a gate after it."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -565,9 +579,7 @@ class LIDiTBlock(nn.Module):
     def forward(
         self, x: Tensor, text: Tensor, text_mask: Tensor, conditioning: Tensor, rotary: RotaryTables | None
     ) -> Tensor:
-        """x [B, N, C], text [B, M, C], text_mask bool [B, 1, 1, M], conditioning [B, C], tables of N positions or None
-        -> [B, N, C].
-        """
+        """x [B, N, C], text [B, M, C], text_mask bool [B, 1, 1, M], conditioning [B, C] -> [B, N, C]."""
         vectors = self.modulation(conditioning, x.dtype)
         x = self._sublayer(x, lambda h: self.self_attention(h, rotary=rotary), *vectors[0:3])
         x = self._sublayer(x, lambda h: self.cross_attention(h, text, text_mask), *vectors[3:6])
@@ -590,14 +602,14 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
-# --- layers of both -------------------------------------------------------------------------------------------------
+# --- shared layers --------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x to itself, or to a context.
+    """Multi-head self-attention, or cross-attention to a context.
 
-    With `qk_norm`, queries and keys are RMS-normalised over the head size before the product (section 3.2): that bounds
-    the logits, and so keeps deep models stable in bfloat16.
+    With `qk_norm`, queries and keys are RMS-normalised over the head size (section 3.2). This bounds the logits and
+    keeps deep models stable in bfloat16.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False):
@@ -618,8 +630,14 @@ class Attention(nn.Module):
         rotary: RotaryTables | None = None,
         context_rotary: RotaryTables | None = None,
     ) -> Tensor:
-        """x [B, L, C], context [B, M, C] (default: x), mask bool that broadcasts to [B, heads, L, M], True where a key
-        may be attended to -> [B, L, C].
+        """x [B, L, C], context [B, M, C] (default: x) -> [B, L, C].
+
+        Args:
+          x: input of the queries.
+          context: input of keys and values.
+          mask: bool, broadcastable to [B, heads, L, M], True where a key may be attended to.
+          rotary: rotary tables of the queries, and of the keys without `context_rotary`; None rotates neither.
+          context_rotary: rotary tables of the keys.
         """
         context = x if context is None else context
         query = self.norm_q(self._heads(self.to_q(x)))  # [B, L, heads, head size]
@@ -650,7 +668,7 @@ class FeedForward(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of the timestep (DDPM), cosines first, then a two-layer MLP."""
+    """Sinusoidal timestep embedding (DDPM), cosines before sines, then a two-layer MLP."""
 
     FREQUENCY_FEATURES = 256
     MAX_PERIOD = 10_000.0
@@ -670,7 +688,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """SiLU and a linear map, zero at the start, from the conditioning vector to `num_vectors` vectors of width C."""
+    """Maps the conditioning vector to `num_vectors` vectors of width C: SiLU, then a zero-initialised linear layer."""
 
     def __init__(self, hidden_size: int, num_vectors: int):
         super().__init__()
@@ -678,12 +696,12 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(hidden_size, num_vectors * hidden_size)
 
     def forward(self, conditioning: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """conditioning float32 [B, C], the product's dtype -> `num_vectors` tensors float32 [B, C]."""
+        """conditioning float32 [B, C], dtype of the matmul -> `num_vectors` tensors, float32 [B, C]."""
         return self.linear(F.silu(conditioning).to(dtype)).float().chunk(self.num_vectors, dim=-1)
 
 
 class Float32Linear(nn.Linear):
-    """A small linear map that computes in float32 whatever its weights are stored in, under autocast too."""
+    """Linear layer that computes in float32 whatever the dtype of its weights, also under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -691,7 +709,7 @@ class Float32Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last axis; float32 inside, result in the dtype of x."""
+    """x / rms(x) * weight over the last axis; computes in float32, returns the dtype of x."""
 
     def __init__(self, features: int):
         super().__init__(features, eps=EPSILON)
@@ -701,50 +719,55 @@ class RMSNorm(nn.RMSNorm):
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """LayerNorm without learned scale or shift, float32 inside and out: adaLN's modulation follows it."""
+    """Returns LayerNorm(x) in float32, without learned scale and shift, which adaLN's modulation replaces."""
     return F.layer_norm(x.float(), x.shape[-1:], eps=EPSILON)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """adaLN: x [B, L, C] scaled and shifted by one vector a sample, [B, C] -> float32."""
+    """Applies adaLN's modulation: x [B, L, C], shift and scale [B, C] -> float32 [B, L, C]."""
     return x.float() * (1.0 + scale[:, None]) + shift[:, None]
 
 
 def gated(y: Tensor, gate: Tensor | None) -> Tensor:
-    """y [B, L, C] times one vector a sample, [B, C] (None: ones); float32 product, result in the dtype of y."""
+    """Multiplies y [B, L, C] by a gate [B, C] in float32 and returns the dtype of y; a gate of None returns y."""
     return y if gate is None else (gate[:, None] * y).to(y.dtype)
 
 
 def rotary_tables(positions: Tensor, head_dim: int) -> RotaryTables:
-    """RoFormer's cos and sin of positions int [L], halves repeated: float32 [L, head size]."""
+    """Returns the rotary tables (RoFormer) of positions int [L]: cos and sin, float32 [L, head size] each."""
     return tables_of_angles(angles_of(positions.float(), head_dim // 2))
 
 
 def rope_tables(rows: Tensor, columns: Tensor, head_dim: int) -> RotaryTables:
-    """Axial rotary positions (Heo et al. 2024) of a grid of tokens: half of a head's pairs turn with the row, half with
-    the column. rows [h], columns [w] -> float32 [h * w, head size] each.
+    """Returns axial rotary tables (Heo et al. 2024) of a grid of tokens: rows [h], columns [w] -> [h * w, head size].
+
+    Half of a head's pairs rotate with the row, half with the column.
     """
     shape = (len(rows), len(columns), head_dim // 4)
-    of_rows = angles_of(rows, head_dim // 4)[:, None].expand(shape)
-    of_columns = angles_of(columns, head_dim // 4)[None].expand(shape)
-    return tables_of_angles(torch.cat([of_rows, of_columns], dim=-1).flatten(0, 1))
+    row_angles = angles_of(rows, head_dim // 4)[:, None].expand(shape)
+    column_angles = angles_of(columns, head_dim // 4)[None].expand(shape)
+    return tables_of_angles(torch.cat([row_angles, column_angles], dim=-1).flatten(0, 1))
 
 
 def sincos_embedding(rows: Tensor, columns: Tensor, features: int) -> Tensor:
-    """Two-dimensional sine-cosine positions: half of the features encodes the row, half the column, each as sines and
-    then cosines; features that four does not divide end in zeros. rows [h], columns [w] -> float32 [h, w, features].
+    """Returns the 2-D sine-cosine position embedding of a grid: rows [h], columns [w] -> float32 [h, w, features].
+
+    The first half of the features encodes the row, the second the column, each as sines before cosines. If 4 does not
+    divide the number of features, the remainder is zero.
     """
     quarter = features // 4
     shape = (len(rows), len(columns), 2 * quarter)
-    of_rows, of_columns = angles_of(rows, quarter), angles_of(columns, quarter)
-    of_rows = torch.cat([of_rows.sin(), of_rows.cos()], dim=-1)[:, None].expand(shape)
-    of_columns = torch.cat([of_columns.sin(), of_columns.cos()], dim=-1)[None].expand(shape)
-    return F.pad(torch.cat([of_rows, of_columns], dim=-1), (0, features - 4 * quarter))
+    row_angles, column_angles = angles_of(rows, quarter), angles_of(columns, quarter)
+    row_angles = torch.cat([row_angles.sin(), row_angles.cos()], dim=-1)[:, None].expand(shape)
+    column_angles = torch.cat([column_angles.sin(), column_angles.cos()], dim=-1)[None].expand(shape)
+    return F.pad(torch.cat([row_angles, column_angles], dim=-1), (0, features - 4 * quarter))
 
 
 def grid_coordinates(height: int, width: int, reference_side: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Coordinates of a grid's rows [height] and columns [width] from the image's centre, float32. An image of any size
-    and aspect ratio covers the area reference_side^2, so that a layout is kept at another resolution.
+    """Returns the coordinates of a grid's rows [height] and columns [width], float32, relative to its centre.
+
+    They are scaled so that a grid of any size and aspect ratio covers the area reference_side^2: a layout then keeps
+    its coordinates at another resolution.
     """
     unit = reference_side / math.sqrt(height * width)
     rows, columns = (
@@ -754,19 +777,19 @@ def grid_coordinates(height: int, width: int, reference_side: int, device: torch
 
 
 def angles_of(positions: Tensor, count: int) -> Tensor:
-    """positions float32 [L] -> their angles at `count` geometrically spaced frequencies, [L, count]."""
+    """Returns the angles [L, count] of positions float32 [L] at `count` geometrically spaced frequencies."""
     exponents = torch.arange(count, dtype=torch.float32, device=positions.device) / count
     return positions[:, None] * (1.0 / THETA**exponents)
 
 
 def tables_of_angles(angles: Tensor) -> RotaryTables:
-    """cos and sin of angles [L, head size / 2], halves repeated."""
+    """Returns cos and sin [L, head size] of angles [L, head size / 2], repeated for both halves of a head."""
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
-    """Rotary position embedding of x [B, L, heads, head size]; float32 product, result in the dtype of x."""
+    """Applies rotary tables to x [B, L, heads, head size] in float32 and returns the dtype of x."""
     cos, sin = (table[:, None] for table in tables)
     first, second = x.float().chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

@@ -20,7 +20,7 @@ from lidit_jax.export.read import is_exported, load_params
 from lidit_jax.models.flops import FORWARD_AND_BACKWARD, lidit_forward, vae_encoder_forward
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, DiagonalGaussian, to_model_latents
-from lidit_jax.parallel.rules import ShardingRules, replicated, whole
+from lidit_jax.parallel.rules import ShardingRules, replicate, replicated
 from lidit_jax.parallel.watchdog import watched
 from lidit_jax.pictures import grid, to_pixels
 from lidit_jax.pipeline import Pipeline
@@ -60,7 +60,7 @@ def lidit_task(
             posterior = DiagonalGaussian.from_moments(batch["moments"])
         else:
             pixels = to_pixels(batch["image"])
-            posterior = vae.apply({"params": whole(frozen["vae"])}, pixels, method=AutoencoderKL.encode)
+            posterior = vae.apply({"params": replicate(frozen["vae"])}, pixels, method=AutoencoderKL.encode)
         latents = to_model_latents(posterior.sample(posterior_key), vae.config)
         latents = jax.lax.stop_gradient(latents)
         text = encode(encoders, frozen["encoders"], batch)

@@ -1,9 +1,9 @@
-"""A noise schedule and its sampler <-> a diffusers `scheduler/scheduler_config.json`.
+"""Converts a noise schedule and its sampler to and from a diffusers `scheduler/scheduler_config.json`.
 
-The class is the sampler's (`diffusion/samplers.py` says which), its settings are the schedule's: from the same noise,
-with the same number of steps, diffusers' scheduler takes the steps of our sampler. Both end at zero noise and clip
-nothing. One case differs: "ddim" on "trailing" timesteps (zero terminal SNR), where the number of steps does not divide
-that of the schedule; diffusers leaves some noise there.
+The sampler determines the scheduler class (the table in `diffusion/samplers.py`), the noise schedule its settings. From
+the same noise and with the same number of steps, diffusers' scheduler takes the same steps as our sampler: both end at
+zero noise and clip nothing. One case differs: "ddim" with "trailing" timesteps (zero terminal SNR) and a number of
+steps that does not divide the schedule's number of timesteps, where diffusers leaves some noise.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.weights.diffusers_vae import DIFFUSERS_VERSION
 
 CONFIG_FILE = "scheduler_config.json"
-# sampler -> diffusers' class
+# Our sampler -> diffusers' scheduler class.
 CLASSES = {
     "ddpm": "DDPMScheduler",
     "ddim": "DDIMScheduler",
@@ -24,21 +24,21 @@ CLASSES = {
     "heun": "FlowMatchHeunDiscreteScheduler",
 }
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction"}
-# Settings that our samplers have one value of.
-_OF_EVERY_DDPM = {"trained_betas": None, "thresholding": False, "steps_offset": 0}
-_FLOW_SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+# Settings of diffusers' schedulers for which our samplers support a single value.
+_FIXED_DDPM = {"trained_betas": None, "thresholding": False, "steps_offset": 0}
+_SIGMA_SWITCHES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 FIXED: dict[str, dict[str, Any]] = {
-    "ddpm": _OF_EVERY_DDPM | {"clip_sample": False, "variance_type": "fixed_small"},
-    "ddim": _OF_EVERY_DDPM | {"clip_sample": False, "set_alpha_to_one": True},
-    "dpmpp_2m": _OF_EVERY_DDPM
+    "ddpm": _FIXED_DDPM | {"clip_sample": False, "variance_type": "fixed_small"},
+    "ddim": _FIXED_DDPM | {"clip_sample": False, "set_alpha_to_one": True},
+    "dpmpp_2m": _FIXED_DDPM
     | {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "final_sigmas_type": "zero"}
     | {"lower_order_final": True, "euler_at_final": False, "variance_type": None}
-    | dict.fromkeys((*_FLOW_SPACINGS, "use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"), False),
+    | dict.fromkeys((*_SIGMA_SWITCHES, "use_lu_lambdas", "use_flow_sigmas", "use_dynamic_shifting"), False),
     "euler": {"invert_sigmas": False, "shift_terminal": None}
-    | dict.fromkeys((*_FLOW_SPACINGS, "use_dynamic_shifting", "stochastic_sampling"), False),
+    | dict.fromkeys((*_SIGMA_SWITCHES, "use_dynamic_shifting", "stochastic_sampling"), False),
     "heun": {},
 }
-# What diffusers takes for an absent key, where that is not the value above.
+# Defaults of diffusers for absent keys: those that differ from `FIXED`, and those of keys that are not in it.
 DEFAULTS = {
     "clip_sample": True,
     "num_train_timesteps": 1000,
@@ -50,16 +50,16 @@ DEFAULTS = {
     "shift": 1.0,
 }
 DEFAULT_SPACINGS = {"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "linspace"}
-MAX_TIMESTEPS = 1_000_000  # a table of that length is computed before anything else is
+MAX_TIMESTEPS = 1_000_000  # the schedule computes a table of this length at once
 
 
 def scheduler_class(sampler: str) -> str:
-    """The name of diffusers' class for one of `diffusion.samplers.SAMPLERS`."""
+    """Returns the name of diffusers' scheduler class for one of `diffusion.samplers.SAMPLERS`."""
     return CLASSES[sampler]
 
 
 def scheduler_config(schedule: Schedule, sampler: str) -> dict[str, Any]:
-    """What scheduler_config.json holds for a schedule and a sampler that goes with it."""
+    """Returns the contents of scheduler_config.json for a schedule and a sampler that supports it."""
     values = {"_class_name": CLASSES[sampler], "_diffusers_version": DIFFUSERS_VERSION}
     values |= {"num_train_timesteps": schedule.num_timesteps, **FIXED[sampler]}
     if isinstance(schedule, RectifiedFlow):
@@ -75,25 +75,30 @@ def scheduler_config(schedule: Schedule, sampler: str) -> dict[str, Any]:
 
 
 def read_scheduler(values: Mapping[str, Any], file: Any) -> tuple[Schedule, str]:
-    """-> (schedule, sampler), from what a scheduler_config.json holds; keys that are absent have diffusers' defaults.
+    """Returns the schedule and the sampler that a scheduler_config.json describes.
 
-    What a schedule has for training alone (`RectifiedFlow.logit_mean`) is not in such a file and stays its default.
+    Absent keys have diffusers' defaults. Fields that only training uses (`RectifiedFlow.logit_mean`, `logit_std`) are
+    not in such a file and keep our defaults.
 
     Args:
-        file: where the values come from, for messages.
+      values: contents of the file.
+      file: path of the file, for error messages.
+
+    Returns:
+      The schedule, and the name of the sampler in `diffusion.samplers.SAMPLERS`.
 
     Raises:
-        UserError: a class, or a setting of it, that no sampler here has; or a value that is out of range.
+      UserError: no sampler corresponds to the class or supports one of its settings, or a value is out of range.
     """
     sampler = _sampler(values, file)
     for key, wanted in FIXED[sampler].items():
         found = values.get(key, DEFAULTS.get(key, wanted))
         if type(found) is not type(wanted) or found != wanted:
-            raise UserError(f"{file}: {key}={found!r:.80} is not supported: only {wanted!r} is")
+            raise UserError(f"{file}: {key}={found!r:.80} is not supported: use {wanted!r}")
     values = {**DEFAULTS, **values}
     steps = values["num_train_timesteps"]
     if type(steps) is not int or not 2 <= steps <= MAX_TIMESTEPS:
-        raise UserError(f"{file}: num_train_timesteps={steps!r:.80} is not a whole number from 2 to {MAX_TIMESTEPS}")
+        raise UserError(f"{file}: num_train_timesteps={steps!r:.80} is not an integer from 2 to {MAX_TIMESTEPS}")
     try:
         schedule = _flow(values) if sampler in ("euler", "heun") else _ddpm(values, file)
     except UserError as error:
@@ -101,7 +106,7 @@ def read_scheduler(values: Mapping[str, Any], file: Any) -> tuple[Schedule, str]
     expected = default_spacing(sampler, schedule)
     spacing = values.get("timestep_spacing", DEFAULT_SPACINGS.get(sampler))
     if expected is not None and spacing != expected:
-        raise UserError(f"{file}: timestep_spacing={spacing!r:.80} is not supported here: only {expected!r} is")
+        raise UserError(f"{file}: timestep_spacing={spacing!r:.80} is not supported here: use {expected!r}")
     return schedule, sampler
 
 
@@ -142,7 +147,11 @@ def _ddpm(values: Mapping[str, Any], file: Any) -> DDPM:
 
 
 def _number(values: Mapping[str, Any], key: str) -> float:
-    """Raises UserError unless it is a number that a float can hold."""
+    """Returns the value of the key.
+
+    Raises:
+      UserError: it is not a number, or larger than 1e300.
+    """
     value = values[key]
     if type(value) not in (int, float) or abs(value) > 1e300:
         raise UserError(f"{key}={value!r:.80} is not a number")

@@ -1,4 +1,4 @@
-"""A diffusers `vae/` folder (config.json + safetensors) <-> `VAEConfig` and a Flax parameter tree."""
+"""Converts a diffusers `vae/` folder (config.json and safetensors) to and from `VAEConfig` and Flax parameters."""
 
 import dataclasses
 import functools
@@ -22,27 +22,27 @@ from lidit_jax.weights.placing import torch_axes
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, new_folder, read_config
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
-# The folder states the format of the oldest diffusers that knows every key of its config.json (use_quant_conv).
+# Version written to config.json: the oldest diffusers that knows each of its keys (use_quant_conv).
 DIFFUSERS_VERSION = "0.30.0"
 
 OWN_TENSORS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-# diffusers before 0.17 named the attention's projections otherwise; such files (SD 1.x) are still in use.
+# Attention projections had other names in diffusers before 0.17; such files (SD 1.x) are still in use.
 OLD_ATTENTION_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def load_vae(folder: str | Path) -> tuple[VAEConfig, dict[str, Any]]:
-    """Reads a diffusers autoencoder.
+    """Loads a diffusers autoencoder.
 
     Args:
-        folder: with config.json and diffusion_pytorch_model.safetensors, or that file's shards and their index.
+      folder: folder with config.json and diffusion_pytorch_model.safetensors, or that file's shards and their index.
 
     Returns:
-        The config, and the parameters for `AutoencoderKL(config).apply({"params": params}, …)`: a nested dict of
-        float32 NumPy arrays in host memory, for the caller to place on devices.
+      The config, and the parameters for `AutoencoderKL(config).apply({"params": params}, …)`: a nested dict of
+      float32 NumPy arrays in host memory, which the caller puts on devices.
 
     Raises:
-        UserError: a file or tensor is missing, damaged, of the wrong shape or not floating point; weights are only
-            there as a pickle (.bin), which is never read.
+      UserError: a file or tensor is missing, damaged, of the wrong shape or not floating point; or the folder has its
+        weights only as a pickle (.bin), which is never read.
     """
     config = VAEConfig.from_dict(read_config(folder))
     flat = {}
@@ -59,26 +59,26 @@ def load_vae(folder: str | Path) -> tuple[VAEConfig, dict[str, Any]]:
 def save_vae(folder: str | Path, config: VAEConfig, params: Mapping[str, Any]) -> None:
     """Writes a folder that `diffusers.AutoencoderKL.from_pretrained` and `load_vae` read, in float32.
 
-    The folder appears whole or not at all: it is written beside its place, then renamed.
+    The write is atomic: files go to a scratch folder, which is renamed when it is complete.
 
     Args:
-        folder: does not exist, or is empty.
-        config: the autoencoder's.
-        params: its parameter tree, with or without the boxes of logical axis names.
+      folder: folder to write; must not exist or be empty.
+      config: config of the autoencoder.
+      params: its parameter tree, with or without Flax's boxes of logical axis names.
 
     Raises:
-        UserError: the folder is not empty or cannot be written, or the parameters are not those of the config.
+      UserError: the folder is not empty or cannot be written, or the parameters do not fit the config.
     """
     tensors = _to_torch(config, flax.traverse_util.flatten_dict(nn.meta.unbox(params)))
     with new_folder(folder) as scratch:
         (scratch / CONFIG_FILE).write_text(json.dumps(_config_dict(config), indent=2) + "\n", encoding="utf-8")
-        # from_pretrained refuses a file that does not name its format.
+        # from_pretrained rejects a file whose metadata does not name its format.
         save_file(tensors, scratch / f"{WEIGHTS_STEM}.safetensors", metadata={"format": "pt"})
 
 
 @functools.cache
 def parameter_shapes(config: VAEConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """The shape of every parameter of `AutoencoderKL(config)`, by its path; computes and allocates nothing."""
+    """Returns {path: shape} of every parameter of `AutoencoderKL(config)`, without allocating arrays."""
     side = config.downsampling_factor
     images = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
     variables = jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), images)
@@ -87,8 +87,9 @@ def parameter_shapes(config: VAEConfig) -> dict[tuple[str, ...], tuple[int, ...]
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-    """diffusers' name of a parameter: `("encoder", "mid_block", "resnets_0", "conv1", "kernel")` ->
-    `"encoder.mid_block.resnets.0.conv1.weight"`.
+    """Returns diffusers' name of a parameter.
+
+    `("encoder", "mid_block", "resnets_0", "conv1", "kernel")` -> `"encoder.mid_block.resnets.0.conv1.weight"`.
     """
     *modules, leaf = path
     modules = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
@@ -98,20 +99,20 @@ def torch_name(path: tuple[str, ...]) -> str:
 def _to_torch(config: VAEConfig, params: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
     shapes = parameter_shapes(config)
     if missing := shapes.keys() - params.keys():
-        raise UserError(f"the VAE's parameters lack {'/'.join(min(missing))}, which its config asks for")
+        raise UserError(f"the VAE's parameters lack {'/'.join(min(missing))}, which its config requires")
     if unexpected := params.keys() - shapes.keys():
-        raise UserError(f"the VAE's parameters have {'/'.join(min(unexpected))}, which its config does not know")
+        raise UserError(f"the VAE's parameters have {'/'.join(min(unexpected))}, which its config does not have")
     tensors = {}
     for path, shape in shapes.items():
         if params[path].shape != shape:
-            raise UserError(f"the VAE's {'/'.join(path)} has shape {params[path].shape}, its config asks for {shape}")
+            raise UserError(f"the VAE's {'/'.join(path)} has shape {params[path].shape}, its config requires {shape}")
         value = np.asarray(params[path], np.float32).transpose(torch_axes(len(shape)))
-        tensors[torch_name(path)] = np.ascontiguousarray(value)  # save_file writes a transposed view's bytes unordered
+        tensors[torch_name(path)] = np.ascontiguousarray(value)  # save_file ignores the strides of a view
     return tensors
 
 
 def _stored_name(name: str, stored: set[str]) -> str:
-    """The name that the folder has a parameter under: diffusers' or, if only that is there, its old one."""
+    """Returns the name of a tensor in the folder: the old name if the folder has only that, else the current one."""
     for new, old in OLD_ATTENTION_NAMES.items():
         old_name = name.replace(f".attentions.0.{new}.", f".attentions.0.{old}.")
         if name not in stored and old_name in stored:

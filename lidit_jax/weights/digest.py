@@ -1,4 +1,4 @@
-"""A short digest of weights, a folder of them or a file, so that a checkpoint can name what it was trained beside."""
+"""Short digests of weights, which a checkpoint records to identify the frozen networks it was trained with."""
 
 import hashlib
 
@@ -7,30 +7,34 @@ from etils import epath
 from lidit_jax.errors import UserError
 from lidit_jax.weights.folders import TOKENIZER_FILES
 
-CHUNK = 1 << 20
-WHOLE_BELOW = 1 << 28  # bytes; of larger files evenly spaced chunks are read: 16 GB should not cost minutes a start
+CHUNK = 1 << 20  # bytes
+MAX_FULL_READ = 1 << 28  # bytes; larger files are sampled in chunks, so that 16 GB do not delay every start by minutes
 SAMPLED_CHUNKS = 64
 
 
 def folder_digest(*folders: str | epath.Path) -> str:
-    """Sixteen hexadecimal digits over names, sizes and contents of config.json, *.safetensors and a tokenizer's files.
+    """Returns a digest of the names, sizes and contents of config.json, *.safetensors and the tokenizer's files.
 
-    Of several folders it is that of one with the files of all of them.
+    Of a file above 256 MiB, only 64 evenly spaced MiB are read, the first and the last among them.
 
-    Of a file over 256 MiB, its first and last MiB and 62 between them stand for the whole.
+    Args:
+      *folders: one folder or several; several give the digest of one folder with the files of all.
+
+    Returns:
+      Sixteen hexadecimal digits.
 
     Raises:
-      UserError: if the folder has no such file.
+      UserError: the folders have none of these files.
     """
     entries = [file for folder in folders for file in epath.Path(folder).glob("*")]
     files = [f for f in entries if TOKENIZER_FILES.fullmatch(f.name) or f.suffix == ".safetensors"]
     if not files:
-        raise UserError(f"{folders[0]}: no config.json and no .safetensors file there")
+        raise UserError(f"{folders[0]}: the folder has neither config.json nor a .safetensors file")
     return _digest(sorted(files, key=lambda file: file.name))
 
 
 def file_digest(file: str | epath.Path) -> str:
-    """The same of one file."""
+    """Returns the digest of one file: sixteen hexadecimal digits over its name, size and contents."""
     return _digest([epath.Path(file)])
 
 
@@ -47,7 +51,7 @@ def _digest(files: list[epath.Path]) -> str:
 
 
 def _offsets(size: int) -> list[int]:
-    if size <= WHOLE_BELOW:
+    if size <= MAX_FULL_READ:
         return list(range(0, size, CHUNK))
     last = size - CHUNK
     return [last * i // (SAMPLED_CHUNKS - 1) for i in range(SAMPLED_CHUNKS)]

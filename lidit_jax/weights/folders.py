@@ -1,4 +1,4 @@
-"""Where a folder of weights is: on a disk, in a bucket, or on the Hugging Face hub under its name there."""
+"""Locates folders of weights: on a disk, in a bucket, or on the Hugging Face hub."""
 
 import functools
 import re
@@ -14,21 +14,27 @@ from huggingface_hub import snapshot_download
 from lidit_jax.errors import UserError
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")  # NAME or NAME@REVISION
-# Weights as safetensors, what describes them, and the tokenizer. No pickles, and none of the second copies of the
-# weights that some repositories keep beside these.
-WANTED = ("*.json", "*.safetensors", "*.jinja")
-UNWANTED = ("consolidated*", "*/*")
-# Of a folder in a bucket, what a tokenizer is read from; tokenizers open local files only.
+# Download the safetensors weights, the configs and the tokenizer. Skip pickles, and the second copies of the weights
+# that some repositories hold.
+DOWNLOADED = ("*.json", "*.safetensors", "*.jinja")
+SKIPPED = ("consolidated*", "*/*")
+# Files that a tokenizer is loaded from. They are copied from a bucket, since tokenizers open local files only.
 TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|config)\.json|chat_template\.(json|jinja)")
 MAX_TOKENIZER_FILE = 256 << 20  # bytes
 
 
 def find_folder(name: str) -> epath.Path:
-    """The folder that `name` stands for; a name of the hub (`meta-llama/Llama-3.1-8B-Instruct`) is downloaded once, as
-    it is there now or, with @REVISION after it, as it was then.
+    """Returns the folder for a path or a Hugging Face hub name, downloading the latter once per process.
+
+    Args:
+      name: path on a disk or in a bucket (gs://…), or the name of a hub repository that no local folder has:
+        `meta-llama/Llama-3.1-8B-Instruct` for its current revision, `NAME@REVISION` for a given one.
+
+    Returns:
+      The folder. A name that is neither an existing path nor a valid hub name is returned as it is.
 
     Raises:
-      UserError: the bucket cannot be reached; or there is no such folder, and the hub has nothing of that name or
+      UserError: the bucket cannot be reached; or there is no such folder, and the hub does not have the repository or
         cannot be reached.
     """
     folder = epath.Path(name)
@@ -38,32 +44,36 @@ def find_folder(name: str) -> epath.Path:
 
 
 def is_there(path: epath.Path) -> bool:
-    """Whether it exists. Raises UserError if its bucket cannot be reached."""
+    """Returns True if the path exists.
+
+    Raises:
+      UserError: its bucket cannot be reached.
+    """
     try:
         return path.exists()
-    except Exception as error:  # of many types: of the network, of the bucket's answers
+    except Exception as error:  # network and bucket clients raise many types
         raise UserError(f"{path} cannot be reached ({_reason(error)})") from error
 
 
-@functools.cache  # once a run: all its parts see one revision
+@functools.cache  # all components of a run get the same revision
 def _download(name: str) -> epath.Path:
     try:
         repository, _, revision = name.partition("@")
         return epath.Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=WANTED, ignore_patterns=UNWANTED)
+            snapshot_download(repository, revision=revision or None, allow_patterns=DOWNLOADED, ignore_patterns=SKIPPED)
         )
-    except Exception as error:  # of many types: of the network, of the hub's answers, of the disk
+    except Exception as error:  # the network, the hub client and the disk raise many types
         raise UserError(
-            f"{name}: no such folder here, and the Hugging Face hub does not give it ({_reason(error)})"
+            f"{name}: no such folder, and it cannot be downloaded from the Hugging Face hub ({_reason(error)})"
         ) from error
 
 
 @contextmanager
 def local_tokenizer_files(folder: epath.Path) -> Iterator[Path]:
-    """The folder itself if it is on a disk, else a copy of its tokenizer's files.
+    """Yields the folder itself if it is local, else a temporary local copy of its tokenizer files.
 
     Raises:
-      UserError: a file is too large to be one of a tokenizer.
+      UserError: a file is too large to belong to a tokenizer.
     """
     if "://" not in str(folder):
         yield Path(folder)
@@ -72,8 +82,11 @@ def local_tokenizer_files(folder: epath.Path) -> Iterator[Path]:
         for file in folder.iterdir():
             if not TOKENIZER_FILES.fullmatch(file.name):
                 continue
-            if file.stat().length > MAX_TOKENIZER_FILE:
-                raise UserError(f"{file}: larger than {MAX_TOKENIZER_FILE >> 20} MiB; is it a tokenizer's?")
+            size = file.stat().length
+            if size > MAX_TOKENIZER_FILE:
+                raise UserError(
+                    f"{file} has {size >> 20} MiB, too large for a tokenizer: at most {MAX_TOKENIZER_FILE >> 20}"
+                )
             with file.open("rb") as source, (Path(copy) / file.name).open("wb") as target:
                 shutil.copyfileobj(source, target)
         yield Path(copy)

@@ -1,4 +1,4 @@
-"""A published config.json -> `LLMConfig`: LLaMA, Mistral, Qwen, Gemma, or the language model inside a LLaVA."""
+"""Converts a published config.json to `LLMConfig`: LLaMA, Mistral, Qwen, Gemma, or the language model of a LLaVA."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.rotary import RopeScaling
 from lidit_jax.weights.published_config import boolean, parse, positive_integer, positive_number, refuse_quantised
 
-# What transformers calls the decoder-only models that `LLM` computes.
+# transformers' model types of the decoder-only models that `LLM` implements.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-# Multi-modal models, and the type of their language model where their `text_config` leaves it open.
+# Multi-modal model type -> type of its language model, if its `text_config` does not name one.
 MULTIMODAL_TYPES = {
     "llava": "llama",
     "llava_next": "llama",
@@ -24,7 +24,7 @@ MULTIMODAL_TYPES = {
     "mistral3": "mistral",
     "gemma3": "gemma3_text",
 }
-# LLaVA's own code writes the language model's keys at the top level, under a name of its own.
+# Model types of LLaVA's own code, which writes the language model's keys at the top level of config.json.
 LLAVA_TYPES = {
     "llava": "llama",
     "llava_llama": "llama",
@@ -34,22 +34,24 @@ LLAVA_TYPES = {
 }
 SUPPORTED = tuple(dict.fromkeys((*MODEL_TYPES, *MULTIMODAL_TYPES, *LLAVA_TYPES)))
 
-# transformers would fill these in with one particular model's sizes; in a `text_config` it means to.
+# Required keys: transformers would default to the sizes of one particular model. Only a `text_config` may leave them
+# out, because there the defaults are intended.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-MAX_HEAD_DIM = 65_536  # tables of that size are computed before any tensor can contradict it
+MAX_HEAD_DIM = 65_536  # rotary tables of this size are computed before the shape of any tensor is checked
 
 
 def llm_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: str = "auto") -> LLMConfig:
-    """The config of a published language model, or of the one inside a multi-modal model.
+    """Returns the config of a published language model, or of the language model inside a multi-modal model.
 
     Args:
-        values: what its config.json holds. transformers reads it: absent keys have that library's defaults, and keys
-            of its older versions mean what they mean there.
-        file: where they come from, for messages.
-        dtype, attention: `LLMConfig`'s, which config.json does not decide.
+      values: contents of its config.json. transformers parses them: absent keys have its defaults, and keys of its
+        older versions keep their meaning.
+      file: path of config.json, for error messages.
+      dtype: `LLMConfig.dtype`, which config.json does not determine.
+      attention: `LLMConfig.attention`, which config.json does not determine.
 
     Raises:
-        UserError: a key is missing or has an impossible value, or the model is one that `LLM` does not compute.
+      UserError: a key is missing or has an invalid value, or `LLM` does not implement the model.
     """
     model_type, values = _language_model(values, file)
     config = _parse(model_type, values, file)
@@ -59,9 +61,9 @@ def llm_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: s
         raise UserError(f"{file}: hidden_size={hidden_size} is not divisible by num_attention_heads={num_heads}")
     head_dim = positive_integer(config, "head_dim", file, default=hidden_size // num_heads)
     if head_dim > MAX_HEAD_DIM:
-        raise UserError(f"{file}: head_dim={head_dim} is more than {MAX_HEAD_DIM}")
+        raise UserError(f"{file}: head_dim={head_dim} is larger than {MAX_HEAD_DIM}")
     if head_dim % 2:
-        raise UserError(f"{file}: head_dim={head_dim} is odd, which rotary positions cannot be")
+        raise UserError(f"{file}: head_dim={head_dim} is odd, but rotary positions need an even size")
     sizes = {
         "vocab_size": positive_integer(config, "vocab_size", file),
         "hidden_size": hidden_size,
@@ -88,12 +90,12 @@ def llm_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: s
 
 
 def norm_offset(values: Mapping[str, Any], file: Any) -> float:
-    """What the stored weights of the norms lack of the scale: Gemma stores w and scales by 1 + w."""
+    """Returns what to add to stored norm weights to get the scale: 1 for Gemma, which scales by 1 + weight, else 0."""
     return 1.0 if _language_model(values, file)[0].startswith("gemma") else 0.0
 
 
 def _language_model(values: Mapping[str, Any], file: Any) -> tuple[str, dict[str, Any]]:
-    """-> (one of `MODEL_TYPES`, the keys of the language model)."""
+    """Returns the type of the language model, one of `MODEL_TYPES`, and its part of the config."""
     model_type = values.get("model_type")
     inner = values.get("text_config")
     if isinstance(model_type, str) and model_type in MULTIMODAL_TYPES and inner is not None:
@@ -124,7 +126,7 @@ def _parse(model_type: str, values: dict[str, Any], file: Any) -> PreTrainedConf
 
 
 def _switches(model_type: str, config: PreTrainedConfig, file: Any) -> dict[str, Any]:
-    """What makes a family that family."""
+    """Returns the fields of `LLMConfig` that tell the families apart: biases, norms, activation, scales."""
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError(f"{file}: use_bidirectional_attention is not supported: the prompt encoders here are causal")
     bias = model_type == "qwen2" or boolean(config, "attention_bias", file)
@@ -146,9 +148,9 @@ def _switches(model_type: str, config: PreTrainedConfig, file: Any) -> dict[str,
 
 
 def _windows(model_type: str, config: PreTrainedConfig, file: Any) -> dict[str, Any]:
-    if model_type in ("llama", "gemma"):  # whose keys of that kind, if they have them, mean nothing
+    if model_type in ("llama", "gemma"):  # these models ignore sliding-window keys
         return {}
-    if model_type == "mistral":  # every block slides, or none
+    if model_type == "mistral":  # all blocks have a sliding window, or none has
         kind = "full_attention" if config.sliding_window is None else "sliding_attention"
         layer_types = [kind] * config.num_hidden_layers
     else:
@@ -162,21 +164,24 @@ def _windows(model_type: str, config: PreTrainedConfig, file: Any) -> dict[str, 
 
 
 def _rotary(config: PreTrainedConfig, file: Any) -> dict[str, Any]:
-    """transformers has gathered what its versions call rope_theta, rope_scaling and rope_parameters in one place."""
-    everywhere = config.rope_parameters
+    """Returns the rotary fields of `LLMConfig`.
+
+    transformers gathers rope_theta, rope_scaling and rope_parameters of all its versions in `rope_parameters`.
+    """
+    rope = config.rope_parameters
     rotary = {}
-    if "full_attention" in everywhere:  # Gemma 3: one for each kind of block
-        nearby, everywhere = everywhere.get("sliding_attention"), everywhere["full_attention"]
-        if not isinstance(nearby, dict) or not isinstance(everywhere, dict):
-            raise UserError(f"{file}: rope_parameters: full_attention and sliding_attention are not two objects")
-        if _rope_type(nearby) != "default":
-            raise UserError(f"{file}: rope_parameters: only plain rotary positions are supported in sliding blocks")
-        rotary["local_rope_theta"] = positive_number(nearby, "rope_theta", file)
-    if (everywhere.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError(f"{file}: partial_rotary_factor={everywhere['partial_rotary_factor']!r:.80} is not supported")
-    rotary["rope_theta"] = positive_number(everywhere, "rope_theta", file)
-    if _rope_type(everywhere) != "default":
-        rotary["rope_scaling"] = _rope_scaling(everywhere, file)
+    if "full_attention" in rope:  # Gemma 3: one entry for each kind of block
+        local, rope = rope.get("sliding_attention"), rope["full_attention"]
+        if not isinstance(local, dict) or not isinstance(rope, dict):
+            raise UserError(f"{file}: rope_parameters: full_attention and sliding_attention must both be objects")
+        if _rope_type(local) != "default":
+            raise UserError(f"{file}: rope_parameters: sliding_attention must have rope_type 'default'")
+        rotary["local_rope_theta"] = positive_number(local, "rope_theta", file)
+    if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UserError(f"{file}: partial_rotary_factor={rope['partial_rotary_factor']!r:.80} is not supported")
+    rotary["rope_theta"] = positive_number(rope, "rope_theta", file)
+    if _rope_type(rope) != "default":
+        rotary["rope_scaling"] = _rope_scaling(rope, file)
     return rotary
 
 

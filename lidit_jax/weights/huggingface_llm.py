@@ -1,6 +1,6 @@
-"""A transformers LLM folder (config.json + safetensors) <-> `LLMConfig` and a Flax parameter tree.
+"""Converts a transformers LLM folder (config.json and safetensors) to and from `LLMConfig` and Flax parameters.
 
-Read: every model that `huggingface_config.py` knows, as a prompt encoder. Written: the small LLMs that the demo trains.
+Loads every model that `huggingface_config.py` supports, as a prompt encoder. Saves the small LLMs that the demo trains.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder,
 WEIGHTS_STEM = "model"
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
-# Our name of a block's submodule -> transformers'.
+# Our name of a block's submodule -> transformers' name.
 BLOCK_MODULES = {
     "input_layernorm": "input_layernorm",
     "q_proj": "self_attn.q_proj",
@@ -39,19 +39,19 @@ BLOCK_MODULES = {
     "o_proj": "self_attn.o_proj",
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
-    "feed_forward_norm": "post_attention_layernorm",  # it stands after the attention, before the FFN
+    "feed_forward_norm": "post_attention_layernorm",  # after attention, before the FFN
     "gate_proj": "mlp.gate_proj",
     "up_proj": "mlp.up_proj",
     "down_proj": "mlp.down_proj",
 }
-# With norms after the sublayers too, "post_attention_layernorm" is the attention's own.
+# In models that normalise sublayer outputs too, "post_attention_layernorm" is the attention's output norm.
 SANDWICH_MODULES = BLOCK_MODULES | {
     "attention_out_norm": "post_attention_layernorm",
     "feed_forward_norm": "pre_feedforward_layernorm",
     "feed_forward_out_norm": "post_feedforward_layernorm",
 }
-# The keys of config.json that say all of a LLaMA or Qwen2.
-WRITTEN = (
+# Fields of `LLMConfig` that fully describe a LLaMA or Qwen2 model.
+SAVED_FIELDS = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -65,10 +65,10 @@ WRITTEN = (
     "attention_bias",
     "tie_word_embeddings",
 )
-# Early LLaMA checkpoints store the rotary frequencies, which follow from the config.
+# Early LLaMA checkpoints store the rotary frequencies, although the config determines them.
 DERIVED_TENSOR = "self_attn.rotary_emb.inv_freq"
-# What stands before the names of `LlamaModel` in files of: that model itself, with its head (and in LLaVA's own code),
-# and the layouts that transformers has used for a language model inside a multi-modal one.
+# Prefixes of the tensor names of `LlamaModel`. In order: the model alone; with its head, and in LLaVA's own code; and
+# the layouts that transformers has used for the language model of a multi-modal model.
 PREFIXES = (
     "",
     "model.",
@@ -87,25 +87,26 @@ def load_llm_encoder(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> tuple[LLMConfig, dict[str, Any]]:
-    """Reads a transformers LLM up to its third-to-last block; what comes after it stays on the disk.
+    """Loads a transformers LLM up to its third-to-last block; the tensors after it are not read.
 
-    One tensor at a time is in host memory on its way to its place on the devices.
+    Host memory holds one tensor at a time, which is sharded and sent to the devices before the next one is read.
 
     Args:
-        folder: with config.json and model.safetensors, or that file's shards and their index; shards that hold only
-            the last two blocks and the head may be missing. On a disk or in a bucket (gs://…).
-        dtype: what the encoder computes in. Its matrices and biases come in this type, because each use would cast
-            them to it anyway: bfloat16 halves the memory and changes no result. Norm scales come in float32.
-        attention: the implementation (`models/attention.py`).
-        mesh, rules: where the parameters go; default: all on the first device.
+      folder: folder with config.json and model.safetensors, or that file's shards and their index, on a disk or in a
+        bucket (gs://…). Shards that hold only the last two blocks and the head may be missing.
+      dtype: compute dtype of the encoder. Matrices and biases are stored in it, because each use would cast them to it
+        anyway: bfloat16 halves the memory and changes no result. Norm scales are stored in float32.
+      attention: attention implementation (`models/attention.py`).
+      mesh: device mesh; default: all parameters go to the first device.
+      rules: sharding rules for the mesh; default: `ShardingRules()`.
 
     Returns:
-        The whole model's config, and the parameters for `LLM(config.as_encoder()).apply({"params": params}, …)`: a
-        nested dict of arrays, blocks stacked.
+      The config of the full model, and the parameters for `LLM(config.as_encoder()).apply({"params": params}, …)`: a
+      nested dict of arrays, with the blocks stacked.
 
     Raises:
-        UserError: the model is not of a supported type; a file or tensor is missing, damaged, of the wrong shape, not
-            floating point or not finite; weights are only there as pickles (.bin, .pt), which are never read.
+      UserError: the model type is not supported; a file or tensor is missing, damaged, of the wrong shape, not floating
+        point or not finite; or the folder has its weights only as pickles (.bin, .pt), which are never read.
     """
     folder = epath.Path(folder)
     values = read_config(folder)
@@ -137,16 +138,17 @@ def save_llm(
 ) -> None:
     """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` and `load_llm_encoder` read, in float32.
 
-    The folder appears whole or not at all: it is written beside its place, then renamed.
+    The write is atomic: files go to a scratch folder, which is renamed when it is complete.
 
     Args:
-        folder: does not exist, or is empty.
-        config: the LLM's. With `attention_bias` it is written as a Qwen2 model, without as a LLaMA model.
-        params: the parameter tree of `CausalLM(config)`, with or without the boxes of logical axis names.
-        tokenizer: written beside the weights, its end and begin tokens named in config.json.
+      folder: folder to write; must not exist or be empty.
+      config: config of the LLM: a Qwen2 model if it has `attention_bias`, else a LLaMA model.
+      params: parameter tree of `CausalLM(config)`, with or without Flax's boxes of logical axis names.
+      tokenizer: tokenizer to save with the weights; config.json then names its special tokens.
 
     Raises:
-        UserError: the folder is not empty or cannot be written, or the parameters are not those of the config.
+      UserError: the folder is not empty or cannot be written, the parameters do not fit the config, or the model is
+        neither a LLaMA nor a Qwen2.
     """
     tensors = _to_torch(config, flax.traverse_util.flatten_dict(nn.meta.unbox(params)))
     with new_folder(folder) as scratch:
@@ -158,31 +160,41 @@ def save_llm(
 
 
 def config_to_dict(config: LLMConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
-    """What config.json holds for a model with this config, of the LLaMA or Qwen2 type.
+    """Returns the contents of config.json for a LLaMA or Qwen2 model.
+
+    Args:
+      config: config of the LLM.
+      tokenizer: tokenizer whose special token ids are written; None writes null.
 
     Raises:
-        UserError: the model is of neither type.
+      UserError: the config describes neither a LLaMA nor a Qwen2.
     """
     model_type = "qwen2" if config.attention_bias else "llama"
-    plain = LLMConfig(**{name: getattr(config, name) for name in WRITTEN})
+    plain = LLMConfig(**{name: getattr(config, name) for name in SAVED_FIELDS})
     if config != dataclasses.replace(plain, attention=config.attention, dtype=config.dtype, remat=config.remat):
-        raise UserError("only models of the LLaMA and the Qwen2 type can be written")
+        raise UserError("only LLaMA and Qwen2 models can be saved")
     return {
         "architectures": [ARCHITECTURES[model_type]],
         "model_type": model_type,
-        **{name: getattr(config, name) for name in WRITTEN},
+        **{name: getattr(config, name) for name in SAVED_FIELDS},
         "hidden_act": "silu",
-        "attention_bias": False,  # LLaMA's key; Qwen2's biases need none
+        "attention_bias": False,  # a key of LLaMA alone; Qwen2 always has biases
         "torch_dtype": "float32",
-        "bos_token_id": getattr(tokenizer, "bos_token_id", None),  # transformers' default is LLaMA's, 1 and 2
+        "bos_token_id": getattr(tokenizer, "bos_token_id", None),  # an absent key would default to LLaMA's 1 and 2
         "eos_token_id": getattr(tokenizer, "eos_token_id", None),
         "pad_token_id": getattr(tokenizer, "pad_token_id", None),
     }
 
 
 def torch_name(config: LLMConfig, path: tuple[str, ...], block: int | None) -> str:
-    """transformers' name inside `LlamaModel` of a parameter of `LLM`: `("layers", "q_proj", "kernel")` of block 3 ->
-    `"layers.3.self_attn.q_proj.weight"`.
+    """Returns the name that a parameter of `LLM` has in transformers' `LlamaModel`.
+
+    `("layers", "q_proj", "kernel")` in block 3 -> `"layers.3.self_attn.q_proj.weight"`.
+
+    Args:
+      config: config of the LLM.
+      path: path of the parameter in Flax's tree.
+      block: index of the block; None for a parameter outside the blocks.
     """
     if block is None:
         return f"{path[0]}.weight"
@@ -193,12 +205,12 @@ def torch_name(config: LLMConfig, path: tuple[str, ...], block: int | None) -> s
 
 @functools.cache
 def abstract_encoder(config: LLMConfig, *, dtype: str, mesh: Mesh, rules: ShardingRules) -> dict[str, Any]:
-    """Shapes, dtypes and places of what `load_llm_encoder` would load, in the same tree of `jax.ShapeDtypeStruct`."""
+    """Returns the parameters of `load_llm_encoder` as `jax.ShapeDtypeStruct`s with shardings, without reading files."""
     return abstract_parameters(_boxed_parameters(config.as_encoder()), Placement(mesh, rules), dtype=dtype)
 
 
 def _boxed_parameters(config: LLMConfig) -> dict[tuple[str, ...], nn.LogicallyPartitioned]:
-    """Shape and logical axes of every parameter of `LLM(config)` by its path; computes and allocates nothing."""
+    """Returns {path: box with shape and logical axes} of every parameter of `LLM(config)`, allocating nothing."""
     return _abstract(LLM(config))
 
 
@@ -208,31 +220,35 @@ def _abstract(model: nn.Module) -> dict[tuple[str, ...], nn.LogicallyPartitioned
 
 
 def _stored_names(config: LLMConfig, prefix: str, path: tuple[str, ...]) -> list[str]:
-    """One name a block, or one in all."""
+    """Returns transformers' names of a parameter's tensors: one per block, or a single one outside the blocks."""
     blocks = range(config.num_hidden_layers) if path[0] == "layers" else (None,)
     return [prefix + torch_name(config, path, block) for block in blocks]
 
 
 def _prefix(weights: SafetensorsFolder) -> str:
-    """What stands before the language model's names. Raises UserError if there is no language model."""
+    """Returns the prefix of the language model's tensor names.
+
+    Raises:
+      UserError: the folder has no language model.
+    """
     for prefix in PREFIXES:
         if f"{prefix}embed_tokens.weight" in weights.names:
             return prefix
     raise UserError(
-        f"{weights.folder}: tensor embed_tokens.weight is missing, under any of the prefixes that transformers uses"
+        f"{weights.folder}: tensor embed_tokens.weight is missing, under every prefix that transformers uses"
     )
 
 
 def _to_torch(config: LLMConfig, params: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
     boxed = _abstract(CausalLM(config))
     if missing := boxed.keys() - params.keys():
-        raise UserError(f"the LLM's parameters lack {'/'.join(min(missing))}, which its config asks for")
+        raise UserError(f"the LLM's parameters lack {'/'.join(min(missing))}, which its config requires")
     if unexpected := params.keys() - boxed.keys():
-        raise UserError(f"the LLM's parameters have {'/'.join(min(unexpected))}, which its config does not know")
+        raise UserError(f"the LLM's parameters have {'/'.join(min(unexpected))}, which its config does not have")
     for path, leaf in boxed.items():
         shape = leaf.value.shape
         if params[path].shape != shape:
-            raise UserError(f"the LLM's {'/'.join(path)} has shape {params[path].shape}, its config asks for {shape}")
+            raise UserError(f"the LLM's {'/'.join(path)} has shape {params[path].shape}, its config requires {shape}")
     return dict(_torch_tensors(config, {path: np.asarray(value, np.float32) for path, value in params.items()}))
 
 
@@ -250,4 +266,4 @@ def _torch_tensors(config: LLMConfig, arrays: Mapping[tuple[str, ...], np.ndarra
 
 
 def _transposed(kernel: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(kernel.T)  # save_file writes a transposed view's bytes unordered
+    return np.ascontiguousarray(kernel.T)  # save_file ignores the strides of a view

@@ -1,4 +1,4 @@
-"""A transformers T5 or mT5 folder (config.json + safetensors) -> `T5Config` and the encoder's parameters, and back."""
+"""Converts a transformers T5 or mT5 folder (config.json and safetensors) to and from `T5Config` and Flax parameters."""
 
 import functools
 import json
@@ -25,10 +25,10 @@ from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder,
 
 WEIGHTS_STEM = "model"
 MODEL_TYPES = ("t5", "mt5")
-# transformers would fill these in with the sizes of T5-small.
+# Required keys: transformers would default to the sizes of T5-small.
 SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 DISTANCES = ("relative_attention_num_buckets", "relative_attention_max_distance")
-# feed_forward_proj -> (activation, gated); "gated-gelu" has always meant the tanh approximation.
+# feed_forward_proj -> (activation, gated). In T5, "gated-gelu" means the tanh approximation of GELU.
 FEED_FORWARDS = {
     "relu": ("relu", False),
     "gelu": ("gelu", False),
@@ -36,7 +36,7 @@ FEED_FORWARDS = {
     "gated-silu": ("silu", True),
 }
 
-# Our name of a block's submodule -> transformers'.
+# Our name of a block's submodule -> transformers' name.
 BLOCK_MODULES = {
     "attention_norm": "layer.0.layer_norm",
     "q": "layer.0.SelfAttention.q",
@@ -54,7 +54,7 @@ OUTSIDE_BLOCKS = {
     "relative_attention_bias": f"{BLOCKS}0.layer.0.SelfAttention.relative_attention_bias.weight",
     "final_layer_norm": "encoder.final_layer_norm.weight",
 }
-# One array under two names, of which files have either or both.
+# Names of the token embeddings; a file has one of them or both, for the same array.
 EMBEDDINGS = ("encoder.embed_tokens.weight", "shared.weight")
 
 
@@ -66,25 +66,26 @@ def load_t5_encoder(
     mesh: Mesh | None = None,
     rules: ShardingRules | None = None,
 ) -> tuple[T5Config, dict[str, Any]]:
-    """Reads the encoder of a transformers T5, from the whole model or from the encoder alone.
+    """Loads the encoder of a transformers T5, from a folder of the full model or of the encoder alone.
 
-    One tensor at a time is in host memory on its way to its place on the devices.
+    Host memory holds one tensor at a time, which is sharded and sent to the devices before the next one is read.
 
     Args:
-        folder: with config.json and model.safetensors, or that file's shards and their index; shards that hold only
-            the decoder and the head may be missing. On a disk or in a bucket (gs://…).
-        dtype: what the encoder computes in. Its matrices come in this type, because each use would cast them to it
-            anyway. Norm scales come in float32.
-        attention: the implementation (`models/attention.py`).
-        mesh, rules: where the parameters go; default: all on the first device.
+      folder: folder with config.json and model.safetensors, or that file's shards and their index, on a disk or in a
+        bucket (gs://…). Shards that hold only the decoder and the head may be missing.
+      dtype: compute dtype of the encoder. Matrices are stored in it, because each use would cast them to it anyway.
+        Norm scales are stored in float32.
+      attention: attention implementation (`models/attention.py`).
+      mesh: device mesh; default: all parameters go to the first device.
+      rules: sharding rules for the mesh; default: `ShardingRules()`.
 
     Returns:
-        The config, and the parameters for `T5Encoder(config).apply({"params": params}, tokens, mask)`: a nested dict
-        of arrays, blocks stacked.
+      The config, and the parameters for `T5Encoder(config).apply({"params": params}, tokens, mask)`: a nested dict of
+      arrays, with the blocks stacked.
 
     Raises:
-        UserError: the model is not of a supported type; a file or tensor is missing, damaged, of the wrong shape, not
-            floating point or not finite; weights are only there as pickles (.bin, .pt), which are never read.
+      UserError: the model type is not supported; a file or tensor is missing, damaged, of the wrong shape, not floating
+        point or not finite; or the folder has its weights only as pickles (.bin, .pt), which are never read.
     """
     folder = epath.Path(folder)
     config = t5_config(read_config(folder), folder / CONFIG_FILE, dtype=dtype, attention=attention)
@@ -98,17 +99,22 @@ def load_t5_encoder(
 def save_t5_encoder(
     folder: str | Path | epath.Path, config: T5Config, params: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Writes the encoder as transformers' `T5EncoderModel.from_pretrained` reads it, in float32, with its tokenizer.
+    """Writes an encoder and its tokenizer as transformers' `T5EncoderModel.from_pretrained` reads them, in float32.
 
     Args:
-        params: of `T5Encoder(config)`, on this host.
+      folder: folder to write; must not exist or be empty.
+      config: config of the encoder.
+      params: parameter tree of `T5Encoder(config)`, fully addressable from this host.
+      tokenizer: tokenizer to save with the weights; config.json names its special tokens.
 
     Raises:
-        UserError: the folder exists, or the activation has no name there.
+      UserError: the folder is not empty or cannot be written, or transformers has no name for the activation.
     """
     kinds = {meant: kind for kind, meant in FEED_FORWARDS.items()}
     if (config.activation, config.gated) not in kinds:
-        raise UserError(f"T5 with activation={config.activation!r}, gated={config.gated} has no name in transformers")
+        raise UserError(
+            f"T5 with activation={config.activation!r}, gated={config.gated} does not exist in transformers"
+        )
     values = {key: getattr(config, key) for key in (*SIZES, *DISTANCES, "layer_norm_epsilon")}
     values |= {
         "architectures": ["T5EncoderModel"],
@@ -130,15 +136,16 @@ def save_t5_encoder(
 
 
 def t5_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: str = "auto") -> T5Config:
-    """The config of a published T5 or mT5.
+    """Returns the config of a published T5 or mT5.
 
     Args:
-        values: what its config.json holds. transformers reads it: absent keys other than sizes have its defaults.
-        file: where they come from, for messages.
-        dtype, attention: `T5Config`'s, which config.json does not decide.
+      values: contents of its config.json. transformers parses them: absent keys other than sizes have its defaults.
+      file: path of config.json, for error messages.
+      dtype: `T5Config.dtype`, which config.json does not determine.
+      attention: `T5Config.attention`, which config.json does not determine.
 
     Raises:
-        UserError: a key is missing or has an impossible value, or the model is one that `T5Encoder` does not compute.
+      UserError: a key is missing or has an invalid value, or `T5Encoder` does not implement the model.
     """
     config = _parse(values, file)
     integers = {key: positive_integer(config, key, file) for key in (*SIZES, *DISTANCES)}
@@ -164,7 +171,13 @@ def _parse(values: Mapping[str, Any], file: Any) -> PreTrainedConfig:
 
 
 def _feed_forward(config: PreTrainedConfig, file: Any) -> tuple[str, bool]:
-    """-> (activation, gated). Files may repeat what feed_forward_proj says, and transformers would believe the copy."""
+    """Returns (activation, gated) of feed_forward_proj.
+
+    Files may repeat these two in keys of their own, which transformers would use instead.
+
+    Raises:
+      UserError: the value is not supported, or the repeated keys contradict it.
+    """
     kind = config.feed_forward_proj
     if kind not in FEED_FORWARDS:
         raise UserError(
@@ -172,22 +185,28 @@ def _feed_forward(config: PreTrainedConfig, file: Any) -> tuple[str, bool]:
         )
     for key, meant in zip(("dense_act_fn", "is_gated_act"), FEED_FORWARDS[kind], strict=True):
         if getattr(config, key) != meant:
-            raise UserError(f"{file}: {key}={getattr(config, key)!r:.80} is not what feed_forward_proj={kind!r} means")
+            raise UserError(f"{file}: {key}={getattr(config, key)!r:.80} contradicts feed_forward_proj={kind!r}")
     return FEED_FORWARDS[kind]
 
 
 @functools.cache
 def _boxed_parameters(config: T5Config) -> dict[tuple[str, ...], nn.LogicallyPartitioned]:
-    """Shape and logical axes of every parameter by its path; computes and allocates nothing."""
+    """Returns {path: box with shape and logical axes} of every parameter, without allocating arrays."""
     tokens, mask = jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.bool_)
     shapes = jax.eval_shape(T5Encoder(config).init, jax.random.key(0), tokens, mask)
     return flax.traverse_util.flatten_dict(shapes["params"])
 
 
-def _stored_names(config: T5Config, path: tuple[str, ...], there: Collection[str] = ()) -> list[str]:
-    """transformers' names: one a block, or one in all; of those that mean the same, the one that is there."""
+def _stored_names(config: T5Config, path: tuple[str, ...], stored: Collection[str] = ()) -> list[str]:
+    """Returns transformers' names of a parameter's tensors: one per block, or a single one outside the blocks.
+
+    Args:
+      config: config of the encoder.
+      path: path of the parameter in Flax's tree.
+      stored: names of the tensors in the folder, which decide between the names of the embeddings.
+    """
     if path[0] == "layers":
         return [f"{BLOCKS}{block}.{BLOCK_MODULES[path[1]]}.weight" for block in range(config.num_layers)]
     if path[0] == "embed_tokens":
-        return [next((name for name in EMBEDDINGS if name in there), EMBEDDINGS[-1])]
+        return [next((name for name in EMBEDDINGS if name in stored), EMBEDDINGS[-1])]
     return [OUTSIDE_BLOCKS[path[0]]]

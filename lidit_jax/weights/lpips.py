@@ -1,4 +1,4 @@
-"""The perceptual loss's weights, from a safetensors file that holds what the `lpips` package calls its state."""
+"""Loads the weights of the perceptual loss from a safetensors file with the state dict of the `lpips` package."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from lidit_jax.weights.safetensors_file import SafetensorsFile
 
 
 def load_lpips(file: str | epath.Path) -> dict[str, Any]:
-    """Reads a saved `lpips.LPIPS(net="vgg").state_dict()`.
+    """Loads a saved `lpips.LPIPS(net="vgg").state_dict()`.
 
     Args:
-        file: on a disk or in a bucket (gs://…).
+      file: safetensors file, on a disk or in a bucket (gs://…).
 
     Returns:
-        The parameters for `LPIPS().apply({"params": params}, …)`: float32 NumPy arrays.
+      The parameters for `LPIPS().apply({"params": params}, …)`: float32 NumPy arrays.
 
     Raises:
-        UserError: the file is missing, no safetensors file (pickles are never read), lacks a tensor, or has one of
-            another shape or with weights that are not finite.
+      UserError: the file is missing or not a safetensors file (pickles are never read), or a tensor is missing, of
+        the wrong shape, not floating point or not finite.
     """
     weights = SafetensorsFile(epath.Path(file))
     try:
@@ -34,7 +34,7 @@ def load_lpips(file: str | epath.Path) -> dict[str, Any]:
                 bias = _read(weights, f"{name}.bias", (width,))
                 params[f"features_{number}"] = {"kernel": np.ascontiguousarray(kernel), "bias": bias}
                 channels = width
-            # The package keeps these under two names, of which a writer that joins shared tensors leaves either.
+            # The package has this tensor under two names; a writer that stores shared tensors once keeps either.
             names = (f"lin{index}.model.1.weight", f"lins.{index}.model.1.weight")
             name = next((name for name in names if name in weights.names), names[0])
             params[f"lin{index}"] = _read(weights, name, (1, channels, 1, 1)).reshape(-1)
@@ -45,11 +45,9 @@ def load_lpips(file: str | epath.Path) -> dict[str, Any]:
 
 def _read(weights: SafetensorsFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name not in weights.names:
-        raise UserError(
-            f"{weights.file}: tensor {name} is missing; it must hold the state of the lpips package's LPIPS(net='vgg')"
-        )
+        raise UserError(f"{weights.file}: tensor {name} is missing: save the state_dict of lpips.LPIPS(net='vgg')")
     weights.check(name, shape, "the perceptual loss")
     value = weights.read(name).astype(np.float32)
     if not np.isfinite(value).all():
-        raise UserError(f"{weights.file}: tensor {name} holds values that are not finite; copy it again")
+        raise UserError(f"{weights.file}: tensor {name} has values that are not finite; copy the file again")
     return value

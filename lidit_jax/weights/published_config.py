@@ -1,4 +1,4 @@
-"""What reading any published config.json takes: transformers' own classes parse it, and no value is believed."""
+"""Parses published config.json files with transformers' own classes, and validates the values that are used."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,68 +8,101 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from lidit_jax.errors import UserError
 
-MAX_BLOCKS = 1000  # transformers lists the type of every block: a damaged number must not fill the memory
+MAX_BLOCKS = 1000  # transformers builds a list of block types: a damaged number must not exhaust memory
 
 
 def parse(
     model_type: str, values: Mapping[str, Any], file: Any, *, blocks: str, sizes: tuple[str, ...] = ()
 ) -> PreTrainedConfig:
-    """The values as transformers' class for the model type: absent keys have its defaults, old keys their meaning.
+    """Returns the config as transformers parses it: absent keys have its defaults, old keys keep their meaning.
 
     Args:
-        values: what config.json holds.
-        file: where they come from, for messages.
-        blocks: the key of the number of blocks.
-        sizes: keys that must be there; transformers would fill in those of one particular model.
+      model_type: transformers' name of the model type.
+      values: contents of config.json.
+      file: path of config.json, for error messages.
+      blocks: key of the number of blocks.
+      sizes: required keys, for which transformers would default to the sizes of one particular model.
 
     Raises:
-        UserError: a size is missing, there are too many blocks, the weights are quantised, or transformers refuses it.
+      UserError: a size is missing, the number of blocks is out of range, the weights are quantised, or transformers
+        rejects the config.
     """
     for key in sizes:
         if values.get(key) is None:
             raise UserError(f"{file}: {key} is missing")
     refuse_quantised(values, file)
-    for key in (blocks, "num_hidden_layers"):  # which transformers takes for the first one, whatever that is called
+    for key in (blocks, "num_hidden_layers"):  # transformers accepts num_hidden_layers as another name of `blocks`
         count = values.get(key, 1)
         if type(count) is not int or not 1 <= count <= MAX_BLOCKS:
-            raise UserError(f"{file}: {key}={count!r:.80} is not a whole number from 1 to {MAX_BLOCKS}")
-    # Of classifiers; transformers would write out a name for each label.
+            raise UserError(f"{file}: {key}={count!r:.80} is not an integer from 1 to {MAX_BLOCKS}")
+    # Drop the keys of classifiers: transformers would build a name for each of `num_labels` labels.
     values = {key: value for key, value in values.items() if key not in ("num_labels", "id2label", "label2id")}
     try:
         return CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
-    except Exception as error:  # of many types: the config classes check each key in their own way
-        raise UserError(f"{file}: transformers refuses it ({' '.join(str(error).split())[:300]})") from error
+    except Exception as error:  # each config class raises its own types
+        raise UserError(f"{file}: transformers rejects it ({' '.join(str(error).split())[:300]})") from error
 
 
 def refuse_quantised(values: Mapping[str, Any], file: Any) -> None:
-    """Raises UserError if the config says that the weights beside it are quantised."""
+    """Checks that a config does not describe quantised weights.
+
+    Args:
+      values: contents of config.json.
+      file: path of config.json, for error messages.
+
+    Raises:
+      UserError: it has a quantization_config.
+    """
     if values.get("quantization_config") is not None:
         raise UserError(f"{file}: quantization_config: quantised weights are not supported; use the original ones")
 
 
 def check_format_version(version: Any, newest: int, where: str) -> None:
-    """Raises UserError unless the version, found at `where`, is one from 1 to `newest`."""
+    """Checks that a format version is one that this code reads.
+
+    Args:
+      version: version as found in the file.
+      newest: newest version that can be read.
+      where: file and key of the version, for error messages.
+
+    Raises:
+      UserError: the version is not an integer from 1 to `newest`.
+    """
     if type(version) is not int or version < 1:
-        raise UserError(f"{where}={version!r:.80} is not a whole number from 1 on")
+        raise UserError(f"{where}={version!r:.80} is not an integer of at least 1")
     if version > newest:
         raise UserError(
-            f"{where}={version!r:.80} is newer than {newest}, which this program reads: install a newer lidit-jax"
+            f"{where}={version!r:.80} is newer than {newest}, the newest supported: install a newer lidit-jax"
         )
 
 
 def positive_integer(
     values: PreTrainedConfig | Mapping[str, Any], key: str, file: Any, default: int | None = None
 ) -> int:
-    """Raises UserError unless the value is a whole number from 1 to 2^31 - 1."""
+    """Returns the value of a key.
+
+    Args:
+      values: config object or dict.
+      key: name of the value.
+      file: path of the file, for error messages.
+      default: result if the value is absent or null.
+
+    Raises:
+      UserError: the value is not an integer from 1 to 2^31 - 1.
+    """
     value = _value(values, key)
     value = default if value is None else value
     if type(value) is not int or not 1 <= value < 2**31:
-        raise UserError(f"{file}: {key}={value!r:.80} is not a positive whole number below 2^31")
+        raise UserError(f"{file}: {key}={value!r:.80} is not a positive integer below 2^31")
     return value
 
 
 def positive_number(values: PreTrainedConfig | Mapping[str, Any], key: str, file: Any) -> float:
-    """Raises UserError unless the value is a number above 0 that float32 can hold."""
+    """Returns the value of a key as a float.
+
+    Raises:
+      UserError: the value is not a number above 0 that float32 can represent.
+    """
     value = _value(values, key)
     if type(value) not in (int, float) or not 0 < value <= float(np.finfo(np.float32).max):
         raise UserError(f"{file}: {key}={value!r:.80} is not a positive number")
@@ -77,7 +110,11 @@ def positive_number(values: PreTrainedConfig | Mapping[str, Any], key: str, file
 
 
 def boolean(values: PreTrainedConfig | Mapping[str, Any], key: str, file: Any) -> bool:
-    """False if it is absent. Raises UserError unless the value is true or false."""
+    """Returns the value of a key, or False if it is absent.
+
+    Raises:
+      UserError: the value is not true or false.
+    """
     value = _value(values, key)
     if value is None:
         return False

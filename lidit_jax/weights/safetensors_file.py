@@ -1,8 +1,8 @@
-"""One safetensors file, read and written by ranges: its header is checked before anything else of it is believed.
+"""Reads and writes one safetensors file tensor by tensor, after validating its header.
 
-The safetensors library maps local files into memory, and writes what is all there. Here a tensor is read when it is
-asked for and at no other time, from a bucket as from a disk, and its bytes are nobody's memory but the caller's; and
-tensors are written one after the other, in any order.
+The safetensors library maps local files into memory, and needs all tensors at once to write a file. Here each tensor is
+read only on request, from a disk or a bucket, into memory that only the caller holds; and tensors are written one after
+the other, in any order.
 """
 
 import json
@@ -17,7 +17,7 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 
-# The format's own names; other types are not floating point, or not weights as transformers and diffusers write them.
+# Type names of the format. The others are not floating point, or not written by transformers and diffusers.
 FLOAT_TYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -30,13 +30,16 @@ MAX_HEADER = 100_000_000  # bytes: the limit of the safetensors library
 
 
 class SafetensorsFile:
-    """The tensors of one file by name."""
+    """An open safetensors file, whose tensors are read by name."""
 
     def __init__(self, file: epath.Path):
-        """Reads the header.
+        """Opens the file and reads its header.
+
+        Args:
+          file: on a disk or in a bucket.
 
         Raises:
-          UserError: the file is missing, is no safetensors file, or is shorter or longer than its header says.
+          UserError: the file is missing, is not a safetensors file, or has another size than its header says.
         """
         self.file = file
         try:
@@ -59,23 +62,32 @@ class SafetensorsFile:
     def names(self) -> set[str]:
         return set(self._entries)
 
-    def check(self, name: str, shape: tuple[int, ...], who_asks: str) -> None:
-        """Raises UserError unless the tensor has this shape and floating-point numbers."""
+    def check(self, name: str, shape: tuple[int, ...], required_by: str) -> None:
+        """Checks a tensor's shape and type without reading it.
+
+        Args:
+          name: name of the tensor, which the file must have.
+          shape: expected shape.
+          required_by: where the expected shape comes from, for error messages.
+
+        Raises:
+          UserError: the tensor has another shape, or is not floating point.
+        """
         dtype, found, _ = self._entries[name]
         if found != shape:
-            raise UserError(f"{self.file}: tensor {name} has shape {found}, {who_asks} asks for {shape}")
+            raise UserError(f"{self.file}: tensor {name} has shape {found}, {required_by} requires {shape}")
         if dtype not in FLOAT_TYPES:
-            raise UserError(f"{self.file}: tensor {name} has type {dtype}; only {', '.join(FLOAT_TYPES)} can be read")
+            raise UserError(f"{self.file}: tensor {name} has type {dtype}; only {', '.join(FLOAT_TYPES)} are supported")
 
     def num_bytes(self, name: str) -> int:
         begin, end = self._entries[name][2]
         return end - begin
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor, in the type it is stored in; a read-only array.
+        """Returns the tensor in its stored dtype, as a read-only array.
 
         Raises:
-          UserError: the file cannot be read to the tensor's end.
+          UserError: the tensor cannot be read, or the file ends within it.
         """
         dtype, shape, (begin, end) = self._entries[name]
         try:
@@ -88,10 +100,14 @@ class SafetensorsFile:
         return np.frombuffer(data, FLOAT_TYPES[dtype]).reshape(shape)
 
     def _read_header(self, size: int) -> tuple[int, dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]]:
-        """-> where the data starts, {name: (type, shape, (begin, end))}. Raises ValueError for what is no header."""
+        """Returns the offset of the data in the file, and {name: (type, shape, (begin, end))} relative to it.
+
+        Raises:
+          ValueError: the file does not begin with a valid header.
+        """
         length = int.from_bytes(self._stream.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise ValueError("no header, or one longer than the file")
+            raise ValueError("it has no header, or one that is longer than the file")
         header = json.loads(self._stream.read(length).decode("utf-8"))
         if not isinstance(header, dict):
             raise ValueError("its header is not an object")
@@ -100,34 +116,34 @@ class SafetensorsFile:
         entries = {name: _entry(name, value, data_size) for name, value in header.items()}
         covered = sum(end - begin for _, _, (begin, end) in entries.values())
         if covered != data_size:
-            raise ValueError(f"it has {data_size} bytes of data, its header describes {covered}")
+            raise ValueError(f"it has {data_size} bytes of data, but its header describes {covered}")
         return 8 + length, entries
 
 
 class SafetensorsWriter:
-    """Writes one file, of one type: its header first, then every tensor into its place when it is given.
+    """Writes one safetensors file of a single dtype: the header first, then each tensor at its offset.
 
-    A context manager; left without an error before all tensors were given, it raises ValueError. What the disk refuses
-    is an OSError.
+    Use it as a context manager. Leaving it without an error raises ValueError if a tensor was not written; errors of
+    the disk are raised as OSError.
     """
 
     def __init__(self, file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype):
-        """Writes the header.
+        """Creates the file and writes its header.
 
         Args:
-          file: is made, or written over.
-          shapes: of the tensors by name, in the order of the file.
-          dtype: one of `FLOAT_TYPES`.
+          file: file to create or overwrite.
+          shapes: tensor name -> shape, in the order of the file.
+          dtype: dtype of all tensors, one of `FLOAT_TYPES`.
         """
         self._dtype, self._shapes, self._offsets = np.dtype(dtype), dict(shapes), {}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # diffusers refuses a file that does not say so
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # diffusers rejects a file without it
         end = 0
         for name, shape in shapes.items():
             begin, end = end, end + math.prod(shape) * self._dtype.itemsize
             self._offsets[name] = begin
             header[name] = {"dtype": TYPE_NAMES[self._dtype], "shape": list(shape), "data_offsets": [begin, end]}
         encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)  # so that the data is aligned, as the library has it
+        encoded += b" " * (-len(encoded) % 8)  # aligns the data, as the library does
         self._start, self._missing = 8 + len(encoded), set(shapes)
         self._stream = file.open("wb")
         try:
@@ -146,11 +162,15 @@ class SafetensorsWriter:
             raise ValueError(f"tensor {min(self._missing)} was not written")
 
     def write(self, name: str, values: np.ndarray) -> None:
-        """Raises ValueError for values of another shape or type than the header says."""
+        """Writes one tensor.
+
+        Raises:
+          ValueError: the values have another shape or dtype than the header.
+        """
         if values.shape != self._shapes[name] or values.dtype != self._dtype:
             raise ValueError(f"tensor {name} is {values.dtype} {values.shape}, not {self._dtype} {self._shapes[name]}")
         self._stream.seek(self._start + self._offsets[name])
-        self._stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8))  # bfloat16 is no buffer's type
+        self._stream.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8))  # bfloat16 has no buffer protocol
         self._missing.discard(name)
 
 
@@ -162,14 +182,14 @@ def _entry(name: str, value: Any, data_size: int) -> tuple[str, tuple[int, ...],
         raise ValueError(f"the entry of tensor {name:.80} is damaged")
     begin, end = offsets
     if not begin <= end <= data_size:
-        raise ValueError(f"tensor {name:.80} would lie outside the file")
+        raise ValueError(f"the data of tensor {name:.80} is outside the file")
     if dtype in FLOAT_TYPES and math.prod(shape) * FLOAT_TYPES[dtype].itemsize != end - begin:
-        raise ValueError(f"tensor {name:.80} has {end - begin} bytes, which is not what its shape takes")
+        raise ValueError(f"tensor {name:.80} has {end - begin} bytes, which does not fit its shape")
     return dtype, tuple(shape), (begin, end)
 
 
 def _are_sizes(values: Any) -> bool:
-    # Bounded before they are multiplied: a header of a thousand large sizes would take a day.
+    # Bound the sizes before multiplying them: the product of a thousand large integers would take a day.
     return (
         isinstance(values, list)
         and len(values) <= MAX_AXES

@@ -1,4 +1,4 @@
-"""A folder of weights in Hugging Face's layout, read without trusting it and written whole or not at all.
+"""Reads folders of weights in Hugging Face's layout without trusting their contents, and writes folders atomically.
 
 The layout: config.json, and <stem>.safetensors or its shards with <stem>.safetensors.index.json.
 """
@@ -24,20 +24,20 @@ CONFIG_FILE = "config.json"
 
 
 class SafetensorsFolder:
-    """The tensors of a folder by name; each is read when it is asked for, and no other is.
+    """A folder of safetensors files, whose tensors are read by name, each only on request.
 
-    A context manager: the files stay open until it is left. A shard that is never asked for may be missing.
+    A context manager: files stay open until it exits. A shard from which no tensor is requested may be missing.
     """
 
     def __init__(self, folder: str | epath.Path, stem: str):
-        """Finds the tensors.
+        """Reads the index of the shards, or the header of a single file.
 
         Args:
-            folder: on a disk or in a bucket (gs://…).
-            stem: the weights file's name without its ending: "model" (transformers), "diffusion_pytorch_model".
+          folder: folder on a disk or in a bucket (gs://…).
+          stem: name of the weights file without its ending: "model" (transformers) or "diffusion_pytorch_model".
 
         Raises:
-            UserError: there are no safetensors files, or their header or index cannot be read.
+          UserError: there are no safetensors files, or their header or index cannot be read.
         """
         self.folder = epath.Path(folder)
         self._files: dict[epath.Path, SafetensorsFile] = {}
@@ -57,57 +57,77 @@ class SafetensorsFolder:
 
     @property
     def files(self) -> list[epath.Path]:
-        """With the tensors in them, in the order of their names."""
+        """Files that hold the tensors, sorted by name."""
         return sorted(set(self._file_of_tensor.values()), key=str)
 
     def open_all(self) -> None:
-        """Raises UserError if a shard is missing or damaged, also one that nobody asks for."""
+        """Opens all shards, also those from which no tensor is requested.
+
+        Raises:
+          UserError: a shard is missing or damaged.
+        """
         for file in self.files:
             self._open(file)
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Looks the tensor up without reading it.
-
-        Raises:
-            UserError: it, or the file it should be in, is missing or damaged, of another shape, or not floating point.
-        """
-        self._containing(name).check(name, shape, CONFIG_FILE)
-
-    def num_bytes(self, name: str) -> int:
-        """On the disk. Raises what `check` raises for a tensor that is missing."""
-        return self._containing(name).num_bytes(name)
-
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor, in the type it is stored in. Raises what `check` raises."""
-        self.check(name, shape)
-        return self._containing(name).read(name)
-
-    def refuse_unexpected(self, asked_for: Iterable[str], belonging: tuple[str, ...], derived: str = "") -> None:
-        """A tensor of the model's own that its config has no place for would change what it computes, in silence.
+        """Checks a tensor against the header of its file, without reading it.
 
         Args:
-            asked_for: the names that have a place.
-            belonging: beginnings of the names of the model's own tensors.
-            derived: ending of the names of tensors that may be there and are not needed; "": there are none.
+          name: name of the tensor.
+          shape: shape that config.json implies.
 
         Raises:
-            UserError: there is such a tensor.
+          UserError: the tensor or its file is missing, the file is damaged, or the tensor has another shape or is not
+            floating point.
+        """
+        self._file_of(name).check(name, shape, CONFIG_FILE)
+
+    def num_bytes(self, name: str) -> int:
+        """Returns the stored size of a tensor in bytes.
+
+        Raises:
+          UserError: the tensor or its file is missing, or the file is damaged.
+        """
+        return self._file_of(name).num_bytes(name)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Returns a tensor in its stored dtype.
+
+        Raises:
+          UserError: for the reasons of `check`, or the tensor cannot be read.
+        """
+        self.check(name, shape)
+        return self._file_of(name).read(name)
+
+    def refuse_unexpected(self, asked_for: Iterable[str], belonging: tuple[str, ...], derived: str = "") -> None:
+        """Checks that the folder has no unused tensor of the model.
+
+        A tensor of the model that config.json does not account for means that the two do not belong together, and that
+        the model would silently compute something else.
+
+        Args:
+          asked_for: names of the tensors that are used.
+          belonging: prefixes of the names of the model's own tensors; others are ignored.
+          derived: suffix of tensors that may be present because the config determines them; "" allows none.
+
+        Raises:
+          UserError: the folder has an unused tensor of the model.
         """
         for name in sorted(self.names - set(asked_for)):
             if name.startswith(belonging) and not (derived and name.endswith(derived)):
                 raise UserError(
-                    f"{self.folder}: tensor {name!r} has no place in the model that {CONFIG_FILE} describes; the "
-                    "weights do not belong to it"
+                    f"{self.folder}: tensor {name!r} is not part of the model that {CONFIG_FILE} describes: use "
+                    "the weights that belong to it"
                 )
 
-    def _containing(self, name: str) -> SafetensorsFile:
+    def _file_of(self, name: str) -> SafetensorsFile:
         if name not in self._file_of_tensor:
             raise UserError(
-                f"{self.folder}: tensor {name} is missing; the weights do not belong to the {CONFIG_FILE} beside them"
+                f"{self.folder}: tensor {name} is missing: use the weights that belong to this {CONFIG_FILE}"
             )
         file = self._open(self._file_of_tensor[name])
         if name not in file.names:
-            raise UserError(f"{file.file}: tensor {name} is missing, which the index says is there; copy both again")
+            raise UserError(f"{file.file}: tensor {name} is missing, although the index lists it; copy both again")
         return file
 
     def _find_tensors(self, stem: str) -> dict[str, epath.Path]:
@@ -119,9 +139,9 @@ class SafetensorsFolder:
         if pickles := sorted(path.name for ending in ("bin", "pt", "pth") for path in self.folder.glob(f"*.{ending}")):
             raise UserError(
                 f"{self.folder}: {pickles[0]} is a pickle, which can run code when read; convert it to safetensors "
-                "(save_pretrained of the library it came from writes them)"
+                "(save_pretrained of the library that it came from writes these)"
             )
-        raise UserError(f"{self.folder}: no {weights.name} and no {index.name} in it")
+        raise UserError(f"{self.folder}: the folder has neither {weights.name} nor {index.name}")
 
     def _open(self, file: epath.Path) -> SafetensorsFile:
         if file not in self._files:
@@ -130,10 +150,14 @@ class SafetensorsFolder:
 
 
 def weights_files(folder: str | epath.Path, stem: str) -> list[epath.Path]:
-    """The files that hold a folder's weights: one, or an index and its shards, all of them there and whole.
+    """Returns the files of a folder's weights, after checking their headers: one, or an index and its shards.
+
+    Args:
+      folder: folder on a disk or in a bucket (gs://…).
+      stem: name of the weights file without its ending (see `SafetensorsFolder`).
 
     Raises:
-        UserError: one is missing or damaged, or there are none (`SafetensorsFolder` says what is looked for).
+      UserError: a file is missing or damaged, or there are no weights.
     """
     with SafetensorsFolder(folder, stem) as weights:
         weights.open_all()
@@ -142,24 +166,24 @@ def weights_files(folder: str | epath.Path, stem: str) -> list[epath.Path]:
 
 
 def read_config(folder: str | epath.Path) -> dict[str, Any]:
-    """The folder's config.json.
+    """Returns the contents of the folder's config.json.
 
     Raises:
-        UserError: it is missing, or not a JSON object.
+      UserError: it is missing, unreadable, or not a JSON object.
     """
     return read_json_object(epath.Path(folder) / CONFIG_FILE)
 
 
 def read_json_object(file: epath.Path) -> dict[str, Any]:
-    """A JSON file whose outermost value is an object.
+    """Returns the contents of a JSON file whose outermost value is an object.
 
     Raises:
-        UserError: it is missing, or something else.
+      UserError: the file is missing, unreadable, or not a JSON object.
     """
     try:
         values = json.loads(file.read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{file} is missing; give a folder in Hugging Face's layout") from error
+        raise UserError(f"{file} is missing; use a folder in Hugging Face's layout") from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
         raise UserError(f"{file} is not a readable JSON file ({error})") from error
     if not isinstance(values, dict):
@@ -169,10 +193,13 @@ def read_json_object(file: epath.Path) -> dict[str, Any]:
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """Yields a scratch folder beside `folder` that takes its place when the block ends without an error.
+    """Yields a scratch folder, which is renamed to `folder` if the block ends without an error and removed otherwise.
+
+    Args:
+      folder: local folder to write; must not exist or be empty.
 
     Raises:
-        UserError: `folder` exists and is not an empty folder, or cannot be written.
+      UserError: `folder` exists and is not an empty folder, or cannot be written.
     """
     folder = local_folder(folder).absolute()
     scratch = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
@@ -182,20 +209,20 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         scratch.mkdir(parents=True)
         yield scratch
         os.replace(scratch, folder)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as SafetensorError
         raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def local_folder(folder: str | Path) -> Path:
-    """The folder as a local path, to write to.
+    """Returns the folder as a local path, for writing.
 
     Raises:
-        UserError: it is a bucket's (gs://…): a folder can't appear there all at once.
+      UserError: the folder is in a bucket (gs://…), where folders cannot be renamed atomically.
     """
     if "://" in str(folder):
-        raise UserError(f"{folder}: weights are written to local folders only; copy them from there")
+        raise UserError(f"{folder}: weights are written to local folders only; write there and copy them")
     return Path(folder)
 
 
@@ -204,7 +231,7 @@ def _shards(index: epath.Path) -> dict[str, epath.Path]:
     if not isinstance(weight_map, dict):
         raise UserError(f"{index}: no weight_map; copy the file again")
     for shard in weight_map.values():
-        # A path, which could lead out of the folder, is refused.
+        # Reject paths, which could lead out of the folder.
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise UserError(f"{index}: shard {shard!r:.80} is not the name of a safetensors file")
     return {name: index.parent / shard for name, shard in weight_map.items()}

@@ -1,6 +1,6 @@
-"""PyTorch's LI-DiT, a `transformer/` folder (config.json + safetensors) <-> `LIDiTConfig` and a Flax parameter tree.
+"""Converts LI-DiT's `transformer/` folder (config.json and safetensors) to and from `LIDiTConfig` and Flax parameters.
 
-The model that reads it in PyTorch is `lidit_jax/pytorch/transformer_lidit.py`; nothing here needs PyTorch.
+In PyTorch, `lidit_jax/pytorch/transformer_lidit.py` reads this folder; this module does not need PyTorch.
 """
 
 import contextlib
@@ -38,21 +38,23 @@ from lidit_jax.weights.safetensors_file import SafetensorsWriter
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, read_config
 
 CLASS_NAME = "LIDiTTransformer2DModel"
-# Of config.json and the names of the weights, as the class has it. 1 had neither `position` nor `refiner_qk_norm`.
+# Version of config.json and of the tensor names; the PyTorch class has the same. Version 1 had neither `position` nor
+# `refiner_qk_norm`.
 FORMAT_VERSION = 2
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MAX_SHARD_BYTES = 5 * 10**9
 MAX_LLMS = 64
 OWN_TENSORS = ("timestep_embedder.", "text_condition.", "dit.")
 
-# What a config.json holds of a `LIDiTConfig`; the rest is how, not what, it computes.
+# Fields of `LIDiTConfig` that config.json holds. The others (dtype, attention kernel, remat) do not change the function
+# that is computed.
 SIZES = ("hidden_size", "num_heads", "patch_size", "latent_channels")
-COUNTS = ("depth", "refiner_blocks", "collaborative_blocks")  # of blocks
+COUNTS = ("depth", "refiner_blocks", "collaborative_blocks")  # numbers of blocks
 RATIOS = ("mlp_ratio", "refiner_mlp_ratio")
 SWITCHES = ("refiner_gated", "refiner_causal", "refiner_rotary", "refiner_qk_norm")
 FIELDS = (*SIZES, "position_grid", *COUNTS, *RATIOS, *SWITCHES, "fusion", "position")
 
-# Our name of a module -> PyTorch's; `\1` is a number.
+# Regular expression of our name of a module -> its name in PyTorch.
 MODULES = {
     r"block_(\d+)_branch_(\d+)": r"blocks.\1.\2",
     r"block_(\d+)": r"blocks.\1",
@@ -74,7 +76,7 @@ ParameterPath = tuple[str, ...]  # ("dit", "blocks", "modulation", "Dense_0", "k
 
 
 class Leaf(Protocol):
-    """An array, or what is read like one: whole by `np.asarray`, or along its first axis by iteration."""
+    """An array, or anything that `np.asarray` reads at once and iteration reads along its first axis."""
 
     shape: tuple[int, ...]
 
@@ -84,25 +86,30 @@ class Leaf(Protocol):
 
 
 def torch_name(path: ParameterPath, block: int | None = None) -> str:
-    """PyTorch's name of a parameter of `LIDiT`: `("dit", "blocks", "self_attention", "query", "kernel")` of block 3 ->
-    `"dit.blocks.3.self_attention.to_q.weight"`.
+    """Returns the name that a parameter of `LIDiT` has in PyTorch.
+
+    `("dit", "blocks", "self_attention", "query", "kernel")` in block 3 -> `"dit.blocks.3.self_attention.to_q.weight"`.
+
+    Args:
+      path: path of the parameter in Flax's tree.
+      block: index of the block; None for a parameter outside the stacked blocks.
     """
     *modules, leaf = path
     names = []
     for parent, module in zip((None, *modules), modules, strict=False):
-        is_attentions = parent in ATTENTIONS and module == "out"
-        names.append("to_out" if is_attentions else _module_name(module))
+        is_attention_output = parent in ATTENTIONS and module == "out"
+        names.append("to_out" if is_attention_output else _module_name(module))
         if module == "blocks":
             names.append(str(block))
     return ".".join([*names, "bias" if leaf == "bias" else "weight"])
 
 
 def read_lidit_config(folder: str | Path | epath.Path) -> dict[str, Any]:
-    """The fields of `LIDiTConfig` that the folder's config.json holds.
+    """Returns the fields of `LIDiTConfig` that the folder's config.json holds.
 
     Raises:
-      UserError: it is missing, of another model or of a newer format, or has a key that is unknown or a value that
-        cannot be.
+      UserError: config.json is missing, of another model or of a newer format, or has an unknown key or an invalid
+        value.
     """
     return _read_config(folder)[0]
 
@@ -110,22 +117,23 @@ def read_lidit_config(folder: str | Path | epath.Path) -> dict[str, Any]:
 def load_lidit(
     folder: str | Path | epath.Path, *, mesh: Mesh | None = None, rules: ShardingRules | None = None
 ) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
-    """Reads a LI-DiT that `save_lidit`, or diffusers' `save_pretrained`, wrote.
+    """Loads a LI-DiT that `save_lidit` or diffusers' `save_pretrained` wrote.
 
-    One tensor at a time is in host memory on its way to its place on the devices.
+    Host memory holds one tensor at a time, which is sharded and sent to the devices before the next one is read.
 
     Args:
-      folder: with config.json and diffusion_pytorch_model.safetensors, or that file's shards and their index. On a disk
-        or in a bucket (gs://…).
-      mesh, rules: where the parameters go; default: all on the first device.
+      folder: folder with config.json and diffusion_pytorch_model.safetensors, or that file's shards and their index, on
+        a disk or in a bucket (gs://…).
+      mesh: device mesh; default: all parameters go to the first device.
+      rules: sharding rules for the mesh; default: `ShardingRules()`.
 
     Returns:
-      The fields of `LIDiTConfig` that say what the model is, the width of each LLM's features, and the parameters for
+      The fields of `LIDiTConfig` that define the model, the feature width of each LLM, and the parameters for
       `LIDiT(config).apply({"params": params}, …)`: a nested dict of float32 arrays.
 
     Raises:
-      UserError: as `read_lidit_config`; a file or tensor is missing, damaged, of the wrong shape, not floating point or
-        not finite; weights are only there as pickles (.bin, .pt), which are never read.
+      UserError: for the reasons of `read_lidit_config`; a file or tensor is missing, damaged, of the wrong shape, not
+        floating point or not finite; or the folder has its weights only as pickles (.bin, .pt), which are never read.
     """
     fields, text_widths = _read_config(folder)
     boxed = _boxed_parameters(_canonical(fields), tuple(text_widths))
@@ -146,24 +154,25 @@ def save_lidit(
 ) -> None:
     """Writes config.json and the weights, which diffusers' `from_pretrained` and `load_lidit` read.
 
-    Leaves are asked for one at a time, and of a stack one block at a time: one tensor is in memory, never a file of
-    them. The same leaves give the same bytes.
+    Leaves are read one at a time, and stacks one block at a time: memory holds one tensor, never a full file. The same
+    leaves give the same bytes.
 
     Args:
-      folder: is made; what fails leaves it incomplete, for the caller to remove.
-      leaves: of the Flax tree, by path.
-      dtype: "float32", or "bfloat16", rounded to the nearest.
-      max_shard_bytes: of a file; a tensor that is larger has a file to itself.
-      progress: called with the number of bytes after every tensor.
+      folder: folder to create. After an error it is incomplete, and the caller must remove it.
+      config: config of the model.
+      leaves: path -> leaf of the Flax tree.
+      dtype: "float32", or "bfloat16" (rounded to nearest).
+      max_shard_bytes: largest size of a file; a larger tensor gets a file of its own.
+      progress: called with the number of bytes after each tensor.
 
     Raises:
-      UserError: the parameters are not those of the config, or the dtype is another.
-      OSError: the disk refuses.
+      UserError: the parameters do not fit the config, or the dtype is not one of `DTYPES`.
+      OSError: the disk is full or not writable.
     """
     if dtype not in DTYPES:
-        raise UserError(f"weights can't be written as {dtype!r:.80}: use {' or '.join(DTYPES)}")
+        raise UserError(f"weights cannot be saved as {dtype!r:.80}: use {' or '.join(DTYPES)}")
     fields, text_widths = {name: getattr(config, name) for name in FIELDS}, _text_widths(leaves)
-    boxed = _boxed_of(config, leaves)
+    boxed = _matching_boxes(config, leaves)
     shapes = {name: shape_in_file(path, leaf) for path, leaf in boxed.items() for name in torch_names(path, leaf)}
     shards = _plan_shards(shapes, DTYPES[dtype].itemsize, max_shard_bytes)
     folder = epath.Path(folder)
@@ -174,8 +183,8 @@ def save_lidit(
     with contextlib.ExitStack() as stack:
         writers = {}
         for file, names in shards.items():
-            of_file = {name: shapes[name] for name in names}
-            writer = stack.enter_context(SafetensorsWriter(folder / file, of_file, DTYPES[dtype]))
+            file_shapes = {name: shapes[name] for name in names}
+            writer = stack.enter_context(SafetensorsWriter(folder / file, file_shapes, DTYPES[dtype]))
             writers |= dict.fromkeys(names, writer)
         for name, view in torch_tensors(config, leaves):
             tensor = np.array(view, DTYPES[dtype], order="C")
@@ -184,19 +193,19 @@ def save_lidit(
 
 
 def torch_tensors(config: LIDiTConfig, leaves: Mapping[ParameterPath, Leaf]) -> Iterator[tuple[str, np.ndarray]]:
-    """The state of PyTorch's model, tensor by tensor: (name, a view of what the leaf gave).
+    """Yields the state dict of the PyTorch model, tensor by tensor: (name, view of the leaf's values).
 
     Raises:
-      UserError: the parameters are not those of the config.
+      UserError: the parameters do not fit the config.
     """
-    for path, leaf in _boxed_of(config, leaves).items():
+    for path, leaf in _matching_boxes(config, leaves).items():
         values = leaves[path] if is_stacked(leaf) else [np.asarray(leaves[path])]
         for name, value in zip(torch_names(path, leaf), values, strict=True):
             yield name, value.transpose(torch_axes(value.ndim)) if is_transposed(path) else value
 
 
 def torch_names(path: ParameterPath, boxed: nn.LogicallyPartitioned) -> list[str]:
-    """Of a parameter's tensors: one, or of a stack one for each block."""
+    """Returns the names in PyTorch of a parameter's tensors: one per block for a stack, else a single one."""
     return (
         [torch_name(path, block) for block in range(boxed.value.shape[0])] if is_stacked(boxed) else [torch_name(path)]
     )
@@ -213,17 +222,18 @@ def _module_name(module: str) -> str:
 
 
 def _read_config(folder: str | Path | epath.Path) -> tuple[dict[str, Any], list[int]]:
-    """-> fields of `LIDiTConfig`, text widths."""
+    """Returns the fields of `LIDiTConfig` and the feature widths of the LLMs."""
     file, values = epath.Path(folder) / CONFIG_FILE, read_config(folder)
     if values.get("_class_name") != CLASS_NAME:
-        raise UserError(f"{file}: _class_name is {values.get('_class_name')!r:.80}, not {CLASS_NAME!r}: not LI-DiT's")
+        raise UserError(f"{file}: _class_name is {values.get('_class_name')!r:.80}, not {CLASS_NAME!r}")
     check_format_version(values.get("format_version"), FORMAT_VERSION, f"{file}: format_version")
     refuse_quantised(values, file)
     if values["format_version"] == 1:
         values = {"position": "conv", "position_grid": LIDiTConfig.position_grid, "refiner_qk_norm": False, **values}
     known = {*FIELDS, "text_widths", "format_version"}
-    if unknown := sorted(key for key in values.keys() - known if not key.startswith("_")):  # those are diffusers'
-        raise UserError(f"{file}: key {unknown[0]!r:.80} is unknown; the model could compute something else by it")
+    # diffusers' own keys begin with an underscore.
+    if unknown := sorted(key for key in values.keys() - known if not key.startswith("_")):
+        raise UserError(f"{file}: key {unknown[0]!r:.80} is unknown, and may change what the model computes")
     if missing := sorted(known - values.keys()):
         raise UserError(f"{file}: {missing[0]} is missing")
     fields = {name: positive_integer(values, name, file) for name in (*SIZES, "position_grid")}
@@ -248,7 +258,7 @@ def _read_config(folder: str | Path | epath.Path) -> tuple[dict[str, Any], list[
 def _count(values: Mapping[str, Any], key: str, file: epath.Path) -> int:
     least = 1 if key == "depth" else 0
     if type(values[key]) is not int or not least <= values[key] <= MAX_BLOCKS:
-        raise UserError(f"{file}: {key}={values[key]!r:.80} is not a whole number from {least} to {MAX_BLOCKS}")
+        raise UserError(f"{file}: {key}={values[key]!r:.80} is not an integer from {least} to {MAX_BLOCKS}")
     return values[key]
 
 
@@ -272,7 +282,7 @@ def _config_dict(fields: Mapping[str, Any], text_widths: Sequence[int]) -> dict[
 
 
 def _canonical(fields: Mapping[str, Any]) -> LIDiTConfig:
-    """With the fields that change no parameter as they are cheapest to trace."""
+    """Returns the config with those values of the remaining fields, which change no parameter, that trace fastest."""
     return LIDiTConfig(**fields, remat="none", attention="xla", dtype="float32")
 
 
@@ -280,7 +290,7 @@ def _canonical(fields: Mapping[str, Any]) -> LIDiTConfig:
 def _boxed_parameters(
     config: LIDiTConfig, text_widths: tuple[int, ...]
 ) -> dict[ParameterPath, nn.LogicallyPartitioned]:
-    """Shape and logical axes of every parameter of `LIDiT(config)` by its path; computes and allocates nothing."""
+    """Returns {path: box with shape and logical axes} of every parameter of `LIDiT(config)`, allocating nothing."""
     init = functools.partial(LIDiT(config).init_params, text_widths)
     return flax.traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0)))
 
@@ -290,22 +300,26 @@ def _text_widths(leaves: Mapping[ParameterPath, Leaf]) -> tuple[int, ...]:
     return tuple(leaves[path].shape[0] for path in itertools.takewhile(leaves.__contains__, kernels))
 
 
-def _boxed_of(
+def _matching_boxes(
     config: LIDiTConfig, leaves: Mapping[ParameterPath, Leaf]
 ) -> dict[ParameterPath, nn.LogicallyPartitioned]:
-    """`_boxed_parameters` of the model that the leaves are of. Raises UserError unless they are those of the config."""
+    """Returns `_boxed_parameters` of the model that the leaves belong to.
+
+    Raises:
+      UserError: the leaves do not fit the config.
+    """
     fields, text_widths = {name: getattr(config, name) for name in FIELDS}, _text_widths(leaves)
     if not text_widths:
-        raise UserError("LI-DiT's parameters lack text_condition/project_0: there is no LLM")
+        raise UserError("LI-DiT's parameters lack text_condition/project_0: the model has no LLM")
     boxed = _boxed_parameters(_canonical(fields), text_widths)
     if missing := boxed.keys() - leaves.keys():
-        raise UserError(f"LI-DiT's parameters lack {'/'.join(min(missing))}, which its config asks for")
+        raise UserError(f"LI-DiT's parameters lack {'/'.join(min(missing))}, which its config requires")
     if unexpected := leaves.keys() - boxed.keys():
-        raise UserError(f"LI-DiT's parameters have {'/'.join(min(unexpected))}, which its config does not know")
+        raise UserError(f"LI-DiT's parameters have {'/'.join(min(unexpected))}, which its config does not have")
     for path, leaf in boxed.items():
         found, shape = tuple(leaves[path].shape), leaf.value.shape
         if found != shape:
-            raise UserError(f"LI-DiT's {'/'.join(path)} has shape {found}, its config asks for {shape}")
+            raise UserError(f"LI-DiT's {'/'.join(path)} has shape {found}, its config requires {shape}")
     return boxed
 
 
@@ -313,28 +327,28 @@ def _boxed_of(
 
 
 def _plan_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int) -> dict[str, list[str]]:
-    """Names of the tensors in each file, by the file's name: those of a block beside one another."""
-    shards, left = [[]], max_shard_bytes
-    for name in sorted(shapes, key=_by_number):
+    """Returns {file name: names of its tensors}, with the tensors of a block next to each other."""
+    shards, free = [[]], max_shard_bytes
+    for name in sorted(shapes, key=_natural_order):
         size = math.prod(shapes[name]) * itemsize
-        if size > left and shards[-1]:
+        if size > free and shards[-1]:
             shards.append([])
-            left = max_shard_bytes
+            free = max_shard_bytes
         shards[-1].append(name)
-        left -= size
+        free -= size
     if len(shards) == 1:
         return {f"{WEIGHTS_STEM}.safetensors": shards[0]}
     total = len(shards)
     return {f"{WEIGHTS_STEM}-{i:05}-of-{total:05}.safetensors": names for i, names in enumerate(shards, start=1)}
 
 
-def _by_number(name: str) -> list[tuple[int, str]]:
-    """Sorts block 2 before block 10."""
+def _natural_order(name: str) -> list[tuple[int, str]]:
+    """Returns a sort key that puts block 2 before block 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _index(shapes: Mapping[str, tuple[int, ...]], shards: Mapping[str, list[str]], itemsize: int) -> dict[str, Any]:
-    """What the library that reads shards finds them by."""
+    """Returns the contents of the index by which transformers and diffusers find a tensor's shard."""
     return {
         "metadata": {"total_size": sum(map(math.prod, shapes.values())) * itemsize},
         "weight_map": {name: file for file, names in shards.items() for name in names},
