@@ -1,7 +1,7 @@
-"""The exact judge of the built-in data set: which objects, colours, shapes, sizes and relations an image has right.
+"""Exact checker of the built-in data set: tells which objects, colours, shapes, sizes and relations are correct.
 
-It reads the image's components and assigns them to the scene's objects. Where the objects are does not matter, only how
-they relate and whether they are at the places that captions state.
+It finds the connected components of the image and assigns them to the objects of the scene. Absolute positions do not
+matter, only relations between objects and the places that captions state.
 """
 
 import math
@@ -16,13 +16,16 @@ from lidit_jax.data.shapes.scores import ObjectCheck, SceneCheck
 
 
 def check(image: np.ndarray, scene: Scene, sizes_asked: bool = True) -> SceneCheck:
-    """Judges an image against its scene.
+    """Checks an image against its scene.
 
     Args:
       image: uint8 [H, W, 3].
-      scene: what the image should show. Its positions only settle which of two equally fitting components is which
-        object. In layout "quadrants" objects that touch are one component, like nothing; in "free" they may overlap.
-      sizes_asked: False leaves the sizes open.
+      scene: the expected scene. Its positions only break ties between equally good assignments. In layout
+        "quadrants", objects that touch form one component, which matches no object; in "free", objects may overlap.
+      sizes_asked: whether sizes are checked.
+
+    Returns:
+      The verdict on each object and the number of components assigned to no object.
 
     Raises:
       ValueError: the image is not uint8 [H, W, 3].
@@ -54,13 +57,17 @@ def check(image: np.ndarray, scene: Scene, sizes_asked: bool = True) -> SceneChe
 
 
 def _all_of(relations: list[tuple[int, int, bool]], index: int) -> bool | None:
-    """Returns if all relations of an object hold; None if it has none."""
+    """Returns whether all relations of an object hold; None if it has none."""
     held = [is_held for i, j, is_held in relations if index in (i, j)]
     return all(held) if held else None
 
 
 def _assign(components: list[Component], scene: Scene, height: int, width: int) -> dict[int, int]:
-    """Returns the index of the component of each object that is there: the fewest colours and shapes are wrong."""
+    """Assigns components to objects with the fewest wrong colours and shapes.
+
+    Returns:
+      {object index: component index}. Objects missing from the image are left out.
+    """
     if not components:
         return {}
     scale, left, top = scene.canvas.in_pixels(height, width)
@@ -68,7 +75,7 @@ def _assign(components: list[Component], scene: Scene, height: int, width: int) 
     for i, item in enumerate(scene.objects):
         for k, component in enumerate(components):
             distance = math.hypot((component.x - left) / scale - item.x, (component.y - top) / scale - item.y)
-            # Colour weighs a little more than shape, then size, and position only settles ties.
+            # Colour weighs slightly more than shape, shape more than size; position only breaks ties.
             costs[i, k] = _mismatch(component, item) + 0.01 * distance
     pairs = zip(*optimize.linear_sum_assignment(costs), strict=True)
     return {int(i): int(k) for i, k in pairs if _is_candidate(components[k], scene.objects[i])}
