@@ -1,11 +1,11 @@
-"""Draws a benchmark: `python -m lidit_jax.evaluate --workdir=DIR --benchmark=geneval --file=FILE --out=DIR`.
+"""Generates benchmark images: `python -m lidit_jax.evaluate --workdir=DIR --benchmark=geneval --file=FILE --out=DIR`.
 
-FILE is the benchmark's own (GenEval's evaluation_metadata.jsonl, one of T2I-CompBench's lists, DPG-Bench's prompts,
-the folder of T2I-CompBench's lists for positional_bias, or any list of prompts); positional_bias makes prompts of
-four adjective-noun pairs of one kind, as the paper's samples are, or with --mixed_pairs (ours) of one to eight. OUT
-becomes the folder that its official scorer reads, and that `python -m lidit_jax.score` does. --benchmark=shapes, the
-built-in scenes, needs no file, and is judged at once (scores.json, grid.png). Run the same command again and it goes
-on where it stopped. All devices draw; on a pod, run it with --distributed on every host.
+--file is the benchmark's own file: GenEval's evaluation_metadata.jsonl, one of T2I-CompBench's lists, DPG-Bench's
+prompts, the folder of T2I-CompBench's lists for positional_bias, or any list of prompts. positional_bias makes prompts
+of four adjective-noun pairs of one kind, like the samples in the paper, or with --mixed_pairs (ours) of one to eight
+pairs. --out gets the layout that the official scorer and `python -m lidit_jax.score` read. --benchmark=shapes, the
+built-in scenes, needs no file and is scored at once (scores.json, grid.png). The same command resumes an interrupted
+run. All devices are used; on a pod, run the command with --distributed on every host.
 """
 
 from absl import flags
