@@ -1,7 +1,7 @@
 """Computes latents ahead of training: `python -m lidit_jax.precompute --config=configs/X.py --out=DIR`.
 
-With --features the captions' features by the LLMs are kept too. Train on both with the same config and
---config.data.source=precomputed --config.data.path=DIR. Run the same command again and it goes on where it stopped.
+--features also stores the features of the captions by every text encoder. Train on the folder with the same config and
+--config.data.source=precomputed --config.data.path=DIR. The same command resumes an interrupted run.
 """
 
 from absl import flags

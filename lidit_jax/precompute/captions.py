@@ -1,4 +1,4 @@
-"""Captions to features, host to host: for features that are kept."""
+"""Encoding of captions to features on the host, for features that are stored."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -14,14 +14,19 @@ from lidit_jax.text.encoders import PromptEncoder, tokenize
 
 
 class CaptionFeatures(NamedTuple):
-    """Of one caption by one encoder: [lead + n, D], and whether the caption was cut to `max_length`."""
+    """Features of one caption by one encoder.
+
+    Attributes:
+      features: [lead + n, D], the `lead` prefix rows (see `StoredEncoder`) and the caption's n tokens, without padding.
+      truncated: whether the caption was truncated to `max_length`.
+    """
 
     features: np.ndarray
     truncated: bool
 
 
 class CaptionEncoder:
-    """All encoders on a mesh, for batches of any number of captions."""
+    """Runs all encoders on a mesh for any number of captions."""
 
     def __init__(
         self,
@@ -31,10 +36,14 @@ class CaptionEncoder:
         mesh: Mesh,
         batch_size: int,
     ):
-        """Args:
-        frozen: of each encoder, what its `freeze` gave.
-        facts: what is said of the features that are kept.
-        batch_size: captions encoded at once; rounded up to a multiple of the devices.
+        """Creates a jitted encode function for each encoder.
+
+        Args:
+          encoders: encoders by name.
+          frozen: frozen weights of each encoder, from its `freeze`.
+          facts: fingerprint of each encoder, which gives the dtype, the width and the prefix rows of its features.
+          mesh: devices to run on.
+          batch_size: captions per batch, rounded up to a multiple of the number of devices.
         """
         self._encoders, self._frozen, self._facts, self._mesh = encoders, frozen, facts, mesh
         devices = mesh.devices.size
@@ -45,13 +54,14 @@ class CaptionEncoder:
         }
 
     def __call__(self, captions: Sequence[str]) -> list[dict[str, CaptionFeatures]]:
-        """Of each caption, by encoder."""
+        """Returns the features of each caption by encoder name."""
         found: list[dict[str, CaptionFeatures]] = []
         for start in range(0, len(captions), self._rows):
             found += self._batch(captions[start : start + self._rows])
         return found
 
     def constant(self) -> ConstantFeatures:
+        """Returns the features that do not depend on a caption: those of the shared prefix and of the empty prompt."""
         [empty] = self._batch([""])
         prefix = {}
         for name, encoder in self._encoders.items():

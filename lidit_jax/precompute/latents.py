@@ -1,4 +1,4 @@
-"""Computes the latents of a data set once, so that training neither decodes pictures nor runs the VAE's encoder."""
+"""Computes the latents of a data set once, so that training neither decodes images nor runs the VAE encoder."""
 
 import dataclasses
 import logging
@@ -41,18 +41,20 @@ EXAMPLES_A_FILE = 1024
 
 
 def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str, with_features: bool = False) -> None:
-    """Writes the folder `out`, or goes on with one that is not finished; see `data/precomputed.py`.
+    """Writes a folder of precomputed latents, or resumes an unfinished one; see `data/precomputed.py` for its format.
 
-    Each process of a pod makes its share of the files, with its own devices.
+    Each process of a pod writes its own files, using its own devices.
 
     Args:
-      batch_size: pictures that a process encodes at once.
-      dtype: of the moments, "float16" or "float32".
-      with_features: also keep the features of every caption by every encoder, in the encoder's dtype.
+      config: config of the training run.
+      out: folder to write.
+      batch_size: images per batch of a process.
+      dtype: dtype of the moments, "float16" or "float32".
+      with_features: whether to store the features of every caption by every encoder, in the encoder's dtype.
 
     Raises:
-      UserError: the config names no VAE (or not all encoders), is a mixture, or its data cannot be used; `out` belongs
-        to something else.
+      UserError: the config has no VAE weights, is a mixture, lacks an encoder that `with_features` needs, or has data
+        that cannot be used; or `out` belongs to other data or another model.
     """
     experiment = Experiment(config, out)
     if not experiment.vae.weights:
@@ -104,7 +106,13 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """One file: its name, its group, and the examples in it."""
+    """One output file.
+
+    Attributes:
+      name: name of the file.
+      bucket: index of the aspect-ratio bucket of its examples.
+      indices: indices of its examples in the data set.
+    """
 
     name: str
     bucket: int
@@ -122,7 +130,14 @@ def _parts(dataset: IndexedDataset) -> list[_Part]:
 
 
 def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Part] | None:
-    """The files to make; None where all is done. Nothing is written into a folder of something else."""
+    """Creates the output folder with its plan, or checks that an existing folder has the same plan.
+
+    Returns:
+      The files to write; None if the folder is finished.
+
+    Raises:
+      UserError: the folder has other content, which is left unchanged, or cannot be written.
+    """
     for name in (MANIFEST, PLAN):
         if (out / name).exists():
             found = dataclasses.replace(Manifest.read(out / name), files=(), left_out=0)
@@ -147,7 +162,7 @@ def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Pa
 
 
 class _Encoder:
-    """Pictures of one size to moments, on this process's devices."""
+    """Encodes images of one size to moments of the posterior on the devices of this process."""
 
     def __init__(self, model: AutoencoderKL, params: Any, mesh: Mesh, batch_size: int, dtype: str):
         devices = mesh.devices.size
@@ -162,7 +177,7 @@ class _Encoder:
         self._moments = jax.jit(moments, out_shardings=self._sharding)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [N, H, W, 3], N up to `rows` -> moments [N, h, w, 2C]."""
+        """Encodes up to `rows` images: uint8 [N, H, W, 3] -> moments [N, h, w, 2C]."""
         padded = np.concatenate([images, np.repeat(images[:1], self.rows - len(images), axis=0)])
         moments = self._moments(self._params, jax.device_put(padded, self._sharding))
         values = np.asarray(moments)[: len(images)].astype(self._dtype)
@@ -203,7 +218,15 @@ def _write_part(
 def _features(
     captions: Sequence[Mapping[str, str]], encode: CaptionEncoder
 ) -> list[tuple[dict[tuple[str, str], np.ndarray], list[tuple[str, str]]]]:
-    """Of each example's captions: (encoder, field) -> features; and those of them that were cut."""
+    """Encodes the captions of a batch of examples.
+
+    Args:
+      captions: {field: caption} of each example.
+      encode: the encoders.
+
+    Returns:
+      For each example, the features by (encoder, field), and the (encoder, field) of each truncated caption.
+    """
     found = iter(encode([text for of_one in captions for text in of_one.values()]))
     examples = []
     for of_one in captions:
@@ -218,7 +241,7 @@ def _features(
 
 
 def _examples(dataset: IndexedDataset, part: _Part, rows: int) -> Iterator[list]:
-    """Batches of examples, read ahead by threads."""
+    """Iterates over batches of the file's examples, prefetched by threads."""
     bucket: Bucket = dataset.buckets[part.bucket]
     count = -(-len(part.indices) // rows)
     load = lambda i: dataset.source.load(part.indices[i * rows : (i + 1) * rows].tolist(), bucket)  # noqa: E731
