@@ -1,7 +1,7 @@
-"""What the model will see: `python -m lidit_jax.preview --config=configs/emoji.py --out=sheet.png`.
+"""Shows training batches: `python -m lidit_jax.preview --config=configs/emoji.py --out=sheet.png`.
 
-A contact sheet of training batches (pictures after resize and crop, captions as drawn, group sizes), and on the log
-each group's share, what was left out and why, and the loader's speed.
+Writes a contact sheet of training batches: images after resizing and cropping, the sampled captions, and the bucket
+sizes. Logs the fraction of each bucket, the examples left out with the reasons, and the speed of the loader.
 """
 
 from absl import flags

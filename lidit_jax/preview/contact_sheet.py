@@ -1,4 +1,4 @@
-"""A sheet of training batches, as the model gets them."""
+"""Contact sheet of training batches, as the model receives them."""
 
 import itertools
 import logging
@@ -15,14 +15,20 @@ from lidit_jax.pictures import grid, save_png
 logger = logging.getLogger(__name__)
 
 TIMED_BATCHES = 8
-PER_BATCH = 8  # pictures of a batch on the sheet: several batches show several groups
+PER_BATCH = 8  # images shown per batch: several batches show several buckets
 
 
 def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> None:
-    """Writes `out` and logs groups, filters and speed.
+    """Writes a contact sheet and logs buckets, filters and loader speed.
+
+    Args:
+      config: config of a training run.
+      out: PNG file to write.
+      num_images: number of images on the sheet.
 
     Raises:
-      UserError: for a config or data that can't be used, or an `out` that is no .png in a folder that can be written.
+      UserError: the config or its data cannot be used, `num_images` is less than 1, or `out` does not end in .png or
+        cannot be written.
     """
     if out.suffix != ".png":
         raise UserError(f"--out={out}: name a .png file")
