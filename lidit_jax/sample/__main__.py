@@ -1,7 +1,7 @@
-"""Draws: `python -m lidit_jax.sample --workdir=DIR --prompt="a red circle left of a blue square" --out=DIR`.
+"""Samples images: `python -m lidit_jax.sample --workdir=DIR --prompt="a red circle left of a blue square" --out=DIR`.
 
-Writes one PNG an image and `grid.png`. The workdir of a training run is all it needs. All devices draw; on a pod, run
-it with --distributed on every host.
+Writes a PNG per image and `grid.png`. Needs only the workdir of a training run. All devices are used; on a pod, run the
+command with --distributed on every host.
 """
 
 from absl import flags

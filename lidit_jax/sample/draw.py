@@ -1,4 +1,4 @@
-"""What the `sample` command does: prompts and a workdir in, a folder of pictures out."""
+"""Implementation of the `sample` command: generates a folder of images from prompts and a workdir."""
 
 import dataclasses
 import logging
@@ -22,7 +22,17 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """How to draw, with None for what the config says. Sides in pixels; weights are "ema" or "params"."""
+    """Sampling options from the command line; None uses the value of the run's config.
+
+    Attributes:
+      height: height of the images in pixels.
+      width: width of the images in pixels.
+      steps: number of sampling steps.
+      guidance_scale: scale of classifier-free guidance.
+      sampler: name of the sampler.
+      decode_pixels: see `SampleConfig`.
+      weights: "ema" for the averaged weights or "params" for the current ones.
+    """
 
     height: int | None = None
     width: int | None = None
@@ -37,14 +47,21 @@ class Drawing:
             raise UserError(f"--weights={self.weights}: use ema or params")
 
     def settled(self, run: Experiment, pipeline: Pipeline) -> tuple[SampleConfig, int, int]:
-        """-> how, height, width.
+        """Resolves the options with the run's config.
+
+        Args:
+          run: the training run.
+          pipeline: its sampling pipeline.
+
+        Returns:
+          The sampling options, and height and width of the images in pixels.
 
         Raises:
-          UserError: for what does not fit the model.
+          UserError: the sampler, the number of steps or the size does not go with the model.
         """
         given = {name: getattr(self, name) for name in ("sampler", "steps", "guidance_scale", "decode_pixels")}
         how = dataclasses.replace(run.sample, **{name: value for name, value in given.items() if value is not None})
-        step_table(how.sampler, pipeline.schedule, how.steps)  # raises for a sampler that does not fit
+        step_table(how.sampler, pipeline.schedule, how.steps)  # raises if sampler and schedule do not go together
         height, width = self.height or run.data.resolution, self.width or run.data.resolution
         pipeline.check_size(height, width)
         return how, height, width
@@ -52,9 +69,16 @@ class Drawing:
 
 @dataclasses.dataclass(frozen=True)
 class Request(Drawing):
-    """What to draw.
+    """Prompts to sample images for, and the model to sample from: either `workdir` or `from_torch`.
 
-    Either `workdir`, of a run, or `from_torch`, a folder that `export` wrote.
+    Attributes:
+      workdir: workdir of a training run.
+      out: folder for the images.
+      from_torch: folder that `export` wrote.
+      prompt: a prompt; or give `prompts_file`.
+      prompts_file: UTF-8 text file with one prompt per line.
+      num_images: images per prompt.
+      seed: seed of the first image; further images use consecutive seeds.
     """
 
     workdir: epath.Path | None
@@ -67,10 +91,10 @@ class Request(Drawing):
 
 
 def draw_to_folder(request: Request) -> None:
-    """Writes out/00000.png, … in the order of the prompts (all pictures of a prompt together) and out/grid.png.
+    """Writes out/00000.png, … and out/grid.png, in the order of the prompts, with all images of a prompt together.
 
     Raises:
-      UserError: for anything in the request that does not fit; before anything is drawn or written.
+      UserError: the request is invalid; raised before any image is sampled or written.
     """
     prompts = read_prompts(request)
     if request.num_images < 1:
@@ -98,7 +122,7 @@ def draw_to_folder(request: Request) -> None:
         *(len(seeds), width, height, how.sampler, how.steps, how.guidance_scale, origin),
     )
     pictures = pipeline(params, prompts, seeds, height, width, how, request.num_images)
-    if jax.process_index():  # all hosts have drawn; one writes
+    if jax.process_index():  # all hosts sample, only the first one writes
         return
     request.out.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
@@ -109,7 +133,7 @@ def draw_to_folder(request: Request) -> None:
 
 
 def warn_of_truncated(run: Experiment, pipeline: Pipeline, prompts: Sequence[str]) -> None:
-    """Says how many prompts an encoder does not read to their end."""
+    """Logs a warning with the number of truncated prompts for each encoder that has any."""
     for name, count in truncated_prompts(pipeline.encoders, prompts).items():
         if count:
             logger.warning(
@@ -119,10 +143,10 @@ def warn_of_truncated(run: Experiment, pipeline: Pipeline, prompts: Sequence[str
 
 
 def read_prompts(request: Request) -> list[str]:
-    """From `prompt` or from the lines of `prompts_file` (blank lines left out).
+    """Returns the prompts of a request: `prompt`, or the lines of `prompts_file` that are not blank.
 
     Raises:
-      UserError: if there is none or are both, or the file is missing, too large, empty or not UTF-8.
+      UserError: neither or both are given, or the file is missing, too large, empty or not UTF-8.
     """
     if (request.prompt is None) == (request.prompts_file is None):
         raise UserError('give either --prompt="…" or --prompts_file=FILE')
