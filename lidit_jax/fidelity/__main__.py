@@ -1,9 +1,9 @@
-"""FID and CLIP score: `python -m lidit_jax.fidelity --pictures=DIR --inception=FILE --clip=DIR --out=DIR …`.
+"""Computes FID and CLIP score: `python -m lidit_jax.fidelity --pictures=DIR --inception=FILE --clip=DIR --out=DIR …`.
 
-DIR of --pictures is what `evaluate` or `sample` drew, or any folder of pictures. FID compares it with those of
---reference=DIR or, with --config=configs/X.py, with the pictures that a training on that config's data sees; FILE has
-the weights of FID's Inception as safetensors. The CLIP score needs the prompts: where the folder does not say them,
---prompts_file=FILE does. Either score alone will do. OUT gets fidelity.json.
+--pictures is the output folder of `evaluate` or `sample`, or any folder of images. FID compares its images with those
+of --reference=DIR or, given --config=configs/X.py, with the training images of that config. --inception is a
+safetensors file with the weights of FID's Inception network. The CLIP score needs the prompts, from the folder itself
+or from --prompts_file=FILE. Each score can be computed alone. The scores are written to fidelity.json in --out.
 """
 
 from absl import flags

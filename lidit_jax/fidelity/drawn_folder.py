@@ -1,9 +1,9 @@
-"""The pictures of a folder with their prompts, as `lidit_jax.evaluate`, `lidit_jax.sample` or anybody else left them.
+"""Finds generated images and their prompts in folders of `lidit_jax.evaluate`, `lidit_jax.sample` and other programs.
 
-geneval, t2i_compbench    the folder says the prompts itself, whoever drew it
-dpg_bench, prompts        drawn by `lidit_jax.evaluate`; the prompts' file says the prompts
-sample                    00000.png, …, and the prompts' file
-anything else             PNG, JPEG or WebP files at any depth; without prompts
+geneval, t2i_compbench    prompts are stored in the folder itself, whichever program generated the images
+dpg_bench, prompts        output of `lidit_jax.evaluate`; prompts come from the prompts file
+sample                    00000.png, …; prompts come from the prompts file
+anything else             PNG, JPEG or WebP files at any depth, without prompts
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclasses.dataclass(frozen=True)
 class DrawnFile:
-    """A file that was drawn.
+    """File of one generated image, or of a 2x2 grid of four.
 
     Attributes:
-      file: of a picture, or of a sheet of four, two by two.
-      prompt: None where nothing says it.
-      pictures: 1 or 4.
+      file: the file.
+      prompt: the prompt; None if unknown.
+      pictures: number of images in the file, 1 or 4.
     """
 
     file: epath.Path
@@ -37,17 +37,23 @@ class DrawnFile:
     pictures: int = 1
 
     def read(self) -> Iterator[np.ndarray]:
-        """uint8 [H, W, 3] each. Raises UserError for a damaged file, or a sheet that can't be cut into four."""
+        """Yields the images of the file, uint8 [H, W, 3] each.
+
+        Raises:
+          UserError: the file is damaged, or cannot be split into four images.
+        """
         yield from cut(read_picture(self.file), self.pictures, self.file)
 
 
 def picture_files(folder: epath.Path, flag: str) -> list[epath.Path]:
-    """All picture files at any depth.
+    """Lists all image files in a folder, at any depth, in the order of their names.
 
-    Args: flag: which named the folder.
+    Args:
+      folder: the folder.
+      flag: name of the flag that gave the folder, for error messages.
 
     Raises:
-      UserError: there is no such folder, or no picture in it.
+      UserError: the folder does not exist or contains no image.
     """
     if not is_there(folder) or not folder.is_dir():
         raise UserError(f"--{flag}={folder}: no such folder; name one of pictures")
@@ -59,13 +65,15 @@ def picture_files(folder: epath.Path, flag: str) -> list[epath.Path]:
 
 
 def drawn_files(folder: epath.Path, prompts_file: epath.Path | None) -> list[DrawnFile]:
-    """What was drawn, in the order of names.
+    """Lists the generated images of a folder with their prompts.
 
-    Args: prompts_file: of what was drawn, for folders that do not say it.
+    Args:
+      folder: the folder.
+      prompts_file: file of the prompts, for folders that do not store them.
 
     Raises:
-      UserError: there is no picture; pictures of the prompts are missing, or are not as many for each; a file that says
-        prompts is damaged.
+      UserError: the folder has no image, images of some prompts are missing, the number of images is not a multiple of
+        the number of prompts, or a metadata file is damaged.
     """
     files = picture_files(folder, "pictures")
     benchmark, num_images = _drawn_with(folder)
@@ -85,14 +93,14 @@ def drawn_files(folder: epath.Path, prompts_file: epath.Path | None) -> list[Dra
         prompts = open_benchmark(benchmark, prompts_file, num_images).prompts
         names = [(f"{i:05}_{j}.png", prompt) for i, prompt in enumerate(prompts) for j in range(num_images)]
         return [DrawnFile(file, prompt) for file, prompt in _all_there(folder, names)]
-    sampled = [file for file in files if re.fullmatch(r"\d{5,}\.png", file.name)]  # leaves `sample`'s grid.png out
+    sampled = [file for file in files if re.fullmatch(r"\d{5,}\.png", file.name)]  # excludes `sample`'s grid.png
     if sampled and prompts_file is not None:
         return _of_prompts(folder, sampled, prompts_file)
     return [DrawnFile(file) for file in sampled or files]
 
 
 def _drawn_with(folder: epath.Path) -> tuple[str, int]:
-    """(benchmark, pictures a prompt), as `lidit_jax.evaluate` noted them or as the folder looks; ("", 1) for others."""
+    """Returns (benchmark, images per prompt) from `lidit_jax.evaluate`'s facts or the folder's layout, else ("", 1)."""
     file = folder / FACTS_FILE
     if not file.exists():
         if any(folder.glob("*/metadata.jsonl")):
@@ -106,7 +114,7 @@ def _drawn_with(folder: epath.Path) -> tuple[str, int]:
 
 
 def _of_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: epath.Path) -> list[DrawnFile]:
-    """`sample`'s pictures: as many a prompt, all of a prompt together."""
+    """Assigns prompts to the images of `sample`, which has equally many consecutive images per prompt."""
     prompts = open_benchmark("prompts", prompts_file, 1).prompts
     if len(files) % len(prompts):
         raise UserError(
@@ -118,12 +126,12 @@ def _of_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: epath
 
 
 def _prompt_in_name(file: epath.Path) -> str:
-    """T2I-CompBench's pictures are PROMPT_000000.png."""
+    """Returns the prompt in the name of a T2I-CompBench image, PROMPT_000000.png."""
     return file.stem.rpartition("_")[0]
 
 
 def _prompt_beside(file: epath.Path) -> str:
-    """These folders have a prompt's pictures in `samples`, beside its metadata."""
+    """Returns the prompt from metadata.jsonl, which lies beside the folder `samples` with the prompt's images."""
     metadata = file.parent.parent / "metadata.jsonl"
     try:
         return str(json.loads(metadata.read_text())["prompt"])
@@ -134,7 +142,11 @@ def _prompt_beside(file: epath.Path) -> str:
 
 
 def _all_there(folder: epath.Path, names: list[tuple[str, str]]) -> list[tuple[epath.Path, str]]:
-    """Raises UserError if a picture is missing: a part of the prompts has another score than all."""
+    """Returns the files of (name, prompt) pairs.
+
+    Raises:
+      UserError: a file is missing; the score of a subset of the prompts would not be comparable.
+    """
     missing = [name for name, _ in names if not (folder / name).exists()]
     if missing:
         raise UserError(

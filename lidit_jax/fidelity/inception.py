@@ -1,8 +1,8 @@
-"""The Inception-v3 whose features FID is defined by, in PyTorch, and how pictures are made ready for it.
+"""The Inception-v3 network that defines FID, in PyTorch, with its image preprocessing.
 
-It is TensorFlow's network of December 2015 (Szegedy et al. 2016; Heusel et al. 2017), of which the `pytorch-fid` and
-`torch-fidelity` packages offer the weights, and differs from torchvision's: average pools leave the padding out, the
-last block's pool takes the maximum, and there are 1008 classes. Pictures are resized as TensorFlow 1 did.
+It is TensorFlow's network of December 2015 (Szegedy et al. 2016; Heusel et al. 2017), whose weights the `pytorch-fid`
+and `torch-fidelity` packages distribute. It differs from torchvision's: average pools exclude the padding, the pool of
+the last block is a max pool, and there are 1008 classes. Images are resized like in TensorFlow 1.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ BATCH_NORM_EPSILON = 1e-3
 
 
 class Layer(NamedTuple):
-    """A convolution by the name of its weights. With stride 1 it is padded, so that pictures keep their size."""
+    """Convolution, named after its weights. With stride 1 it is padded to keep the size of its input."""
 
     name: str
     channels: int
@@ -33,7 +33,7 @@ def _layer(name: str, channels: int, *kernel: int, stride: int = 1) -> Layer:
     return Layer(name, channels, kernel if len(kernel) == 2 else kernel * 2, stride)
 
 
-# A branch is layers one after the other; those in a list see the same input, and their outputs are joined.
+# Each branch is a sequence of layers. Layers in an inner list share their input; their outputs are concatenated.
 Branches = list[list[Layer | list[Layer]]]
 
 
@@ -91,7 +91,7 @@ def _of_8_pixels() -> Branches:
 
 
 class Convolution(nn.Module):
-    """Convolution, normalisation by stored statistics, ReLU."""
+    """Convolution, batch normalisation with stored statistics, and ReLU."""
 
     def __init__(self, in_channels: int, channels: int, kernel: tuple[int, int], stride: int, padding: tuple[int, int]):
         super().__init__()
@@ -103,14 +103,21 @@ class Convolution(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, the last one a pool, their outputs joined.
+    """Inception block: parallel branches, the last one a pool, with concatenated outputs.
 
     Attributes:
-      out_channels: of all together.
+      out_channels: number of channels of the output.
     """
 
     def __init__(self, in_channels: int, branches: Branches, pool: nn.Module, pool_channels: int = 0):
-        """Args: pool_channels: of the convolution after the pool; 0 is none."""
+        """Creates the layers.
+
+        Args:
+          in_channels: number of channels of the input.
+          branches: layers of all branches but the pool.
+          pool: the pool.
+          pool_channels: number of channels of the convolution after the pool; 0 for no convolution.
+        """
         super().__init__()
         self._branches, self._pool = branches, pool
         self.out_channels = sum(self._add(branch, in_channels) for branch in branches)
@@ -142,10 +149,10 @@ class Mixed(nn.Module):
 
 
 class FIDInception(nn.Module):
-    """Pictures to the features that FID compares: float32 [B, 3, 299, 299] in [-1, 1] -> [B, 2048].
+    """Inception network that computes the features of FID: float32 [B, 3, 299, 299] in [-1, 1] -> [B, 2048].
 
     Attributes:
-      num_features: 2048.
+      num_features: size of the features, 2048.
     """
 
     num_features = 2048
@@ -182,10 +189,11 @@ class FIDInception(nn.Module):
 
     @staticmethod
     def prepare(picture: np.ndarray) -> torch.Tensor:
-        """uint8 [H, W, 3] -> float32 [3, 299, 299] in [-1, 1], resized as TensorFlow 1's `resize_bilinear` did.
+        """Resizes and scales an image: uint8 [H, W, 3] -> float32 [3, 299, 299] in [-1, 1].
 
-        That takes output pixel i from input place i H / 299 between its two neighbours: corners are not aligned, pixels
-        have no half, and nothing is averaged when pictures get smaller. Scores that were published rest on it.
+        Resizes like TensorFlow 1's `resize_bilinear`, on which published scores are based: output pixel i interpolates
+        between the two neighbours of input position i H / 299, without aligned corners, half-pixel centres or
+        anti-aliasing.
         """
         x = torch.from_numpy(np.array(picture, np.float32, order="C"))
         x = torch.einsum("ih,hwc->ciw", _bilinear(picture.shape[0]), x)
@@ -193,7 +201,7 @@ class FIDInception(nn.Module):
 
 
 def _bilinear(side: int) -> torch.Tensor:
-    """[299, side], the weight of each input pixel in each output pixel."""
+    """Returns the interpolation matrix [299, side]: the weight of each input pixel in each output pixel."""
     places = torch.arange(SIDE) * (side / SIDE)
     lower = places.floor().long()
     upper_weight = places - lower
@@ -205,10 +213,11 @@ def _bilinear(side: int) -> torch.Tensor:
 
 
 def load_inception(file: epath.Path) -> FIDInception:
-    """Its weights from a safetensors file with the names that `pytorch-fid` and `torch-fidelity` give them.
+    """Loads FID's Inception from a safetensors file with the tensor names of `pytorch-fid` and `torch-fidelity`.
 
     Raises:
-      UserError: the file is missing, no safetensors file (pickles are never read), or not of this network.
+      UserError: the file is missing, is not a safetensors file (pickles are never read), or has weights of another
+        network.
     """
     if file.suffix != ".safetensors":
         raise UserError(
@@ -218,7 +227,7 @@ def load_inception(file: epath.Path) -> FIDInception:
         )
     model, weights = FIDInception(), SafetensorsFile(file)
     try:
-        # The last layer has no part in FID, but tells this network from torchvision's, which has the same names.
+        # FID does not use the last layer, but its shape tells this network from torchvision's, with the same names.
         _read(weights, "fc.weight", (NUM_CLASSES, FIDInception.num_features))
         with torch.no_grad():
             for name, tensor in model.state_dict().items():

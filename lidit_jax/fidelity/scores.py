@@ -1,7 +1,7 @@
-"""FID of pictures against others, and the CLIP score of pictures and their prompts.
+"""FID of generated images against reference images, and the CLIP score of images and their prompts.
 
-The statistics of FID (Heusel et al. 2017) are `torchmetrics`', CLIP is transformers'; both are PyTorch's, which is
-imported when a score is asked for.
+The statistics of FID (Heusel et al. 2017) come from `torchmetrics`, CLIP from `transformers`. Both need PyTorch, which
+is imported only when a score is computed.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from lidit_jax.weights.digest import file_digest, folder_digest
 logger = logging.getLogger(__name__)
 
 SCORES_FILE = "fidelity.json"
-BATCH = 32  # pictures at once
+BATCH = 32  # images per batch
 FACTS = ("pictures", "reference", "num_reference", "inception", "clip", "prompts_file")
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What FID compares with.
+    """Reference images of FID.
 
     Attributes:
-      name: of the folder or data set, for the report.
-      count: how many pictures there are.
+      name: name of the folder or data set, for the report.
+      count: number of images.
       pictures: uint8 [H, W, 3] each.
     """
 
@@ -45,15 +45,15 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FidelityRequest:
-    """What to score, and by what.
+    """Images to score, and the models to score them with.
 
     Attributes:
-      pictures: folder; see `drawn_folder.py`.
+      pictures: folder of images; see `drawn_folder.py`.
       out: folder for fidelity.json.
-      reference: for FID; None: no FID.
-      inception: safetensors file of FID's network; goes with `reference`.
-      clip: a CLIP model's folder, as transformers saves it, or its name on the hub; None: no CLIP score.
-      prompts_file: of the pictures, where their folder does not say the prompts.
+      reference: reference images of FID; None for no FID.
+      inception: safetensors file of FID's network; required with `reference`.
+      clip: folder of a CLIP model in the format of transformers, or its name on the hub; None for no CLIP score.
+      prompts_file: file of the prompts, if the folder of images does not store them.
     """
 
     pictures: epath.Path
@@ -65,11 +65,15 @@ class FidelityRequest:
 
 
 def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
-    """Writes the scores to OUT/fidelity.json and says them; returns them, with what they are of.
+    """Computes the scores, logs them and writes them to fidelity.json in the output folder.
+
+    Only scores of the same images by the same models are overwritten.
+
+    Returns:
+      The content of fidelity.json: the scores, and the images and models that they belong to.
 
     Raises:
-      UserError: for what does not fit, before any picture is scored; or for a damaged picture. Nothing is overwritten
-        but scores of the same pictures by the same models.
+      UserError: the request is invalid, which is found before any image is scored; or an image is damaged.
     """
     require_extra("fidelity", "torch", "torchmetrics", "transformers")
     if request.inception is None and request.clip is None:
@@ -107,22 +111,25 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
 
 
 def load_network(file: epath.Path) -> Any:
-    """FID's Inception; see `inception.py`, which imports PyTorch."""
+    """Loads FID's Inception; see `inception.py`, which imports PyTorch."""
     from lidit_jax.fidelity.inception import load_inception
 
     return load_inception(file)
 
 
 class FrechetDistance:
-    """FID of two sets of pictures by any network.
+    """FID between two sets of images, with the features of any network.
 
     Attributes:
-      num_features: F, of the network; fewer pictures leave their covariance singular.
+      num_features: F, the size of the features. The covariance of F or fewer images is singular.
     """
 
     def __init__(self, network: Any):
-        """Args: network: a torch.nn.Module, [B, …] -> [B, F]; `network.prepare` makes a picture, uint8 [H, W, 3], ready
-        for a batch, and `network.num_features` is F.
+        """Creates empty statistics.
+
+        Args:
+          network: torch.nn.Module, [B, …] -> [B, F]. `network.prepare` converts an image, uint8 [H, W, 3], to an input,
+            and `network.num_features` is F.
         """
         from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -130,7 +137,12 @@ class FrechetDistance:
         self._metric = FrechetInceptionDistance(network).to(device())
 
     def add(self, pictures: Iterable[np.ndarray], *, real: bool) -> None:
-        """Args: real: whether they are of the reference."""
+        """Adds images to the statistics.
+
+        Args:
+          pictures: uint8 [H, W, 3] each.
+          real: whether they belong to the reference.
+        """
         import torch
 
         for batch in _batches(pictures):
@@ -138,22 +150,25 @@ class FrechetDistance:
                 self._metric.update(torch.stack([self._prepare(picture) for picture in batch]).to(device()), real=real)
 
     def compute(self) -> float:
-        """Of all pictures so far; at least two of each kind."""
+        """Returns the FID of all images added so far, at least two of each set."""
         return float(self._metric.compute())
 
 
 class ClipScore:
-    """The mean of max(100 cos(picture, prompt), 0) by CLIP's embeddings (Hessel et al. 2021, with 100 for their 2.5).
+    """Mean of max(100 cos(image, prompt), 0) of CLIP's embeddings (Hessel et al. 2021, with 100 in place of 2.5).
 
     Attributes:
-      cut: prompts so far that are longer than the model's text encoder reads.
+      cut: number of prompts so far that exceed the maximum length of the text encoder and were truncated.
     """
 
     def __init__(self, name: str):
-        """Args: name: a folder as transformers saves it, or a name of the hub.
+        """Loads the model.
+
+        Args:
+          name: folder of a CLIP model in the format of transformers, or its name on the hub.
 
         Raises:
-          UserError: there is no such model, or it is no CLIP.
+          UserError: the model does not exist or is not a CLIP model.
         """
         self._model = load_model("CLIPModel", "clip", name)
         self._processor = load_processor("AutoImageProcessor", "clip", name, backend="pil")
@@ -163,7 +178,12 @@ class ClipScore:
         self.cut = 0
 
     def add(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> None:
-        """Args: pictures: uint8 [H, W, 3] each."""
+        """Scores a batch of images.
+
+        Args:
+          pictures: uint8 [H, W, 3] each.
+          prompts: the prompt of each image.
+        """
         import torch
 
         pixels = self._processor(images=list(pictures), return_tensors="pt")["pixel_values"]
@@ -178,12 +198,12 @@ class ClipScore:
         self._scores += (100 * cosine).clamp(min=0).tolist()
 
     def compute(self) -> float:
-        """Over all pictures so far."""
+        """Returns the mean score of all images so far."""
         return float(np.mean(self._scores))
 
 
 def _add_drawn(drawn: Sequence[DrawnFile], count: int, fid: FrechetDistance | None, clip: ClipScore | None) -> None:
-    """Each picture is read once, for both scores."""
+    """Reads each image once and adds it to the scores that are computed."""
     found = ((picture, file.prompt) for file in drawn for picture in file.read())
     for batch in _batches(_bar(found, count, "scoring")):
         pictures, prompts = zip(*batch, strict=True)
@@ -221,7 +241,7 @@ def _warn_of_few(count: int, num_features: int) -> None:
 
 
 def _facts(request: FidelityRequest) -> dict[str, Any]:
-    """What the scores are of, JSON-able."""
+    """Returns the images and models of the scores as JSON values."""
     return {
         "pictures": str(request.pictures),
         "reference": request.reference and request.reference.name,
