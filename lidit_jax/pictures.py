@@ -1,7 +1,4 @@
-"""Pictures that people look at: contact sheets with captions in any script, written as PNG files.
-
-And what is between pictures and models: uint8 pixels as float32 in [-1, 1], and back.
-"""
+"""Contact sheets with captions in any script, PNG files, and conversion of pixels between uint8 and [-1, 1]."""
 
 import functools
 import io
@@ -26,11 +23,11 @@ from lidit_jax.errors import UserError
 _SHEET_COLOR = (255, 255, 255)
 _FRAME_COLOR = (222, 222, 222)
 _TEXT_COLOR = (48, 48, 48)
-_SMALL_PICTURE = 160  # pixels: pictures are enlarged towards this, and captions get at least this width
+_SMALL_PICTURE = 160  # pixels: smaller images are enlarged up to this size, and captions get at least this width
 _CAPTION_GAP = 6
 _NO_FONT = "(no font for this caption)"
 
-# For systems without fontconfig, and for those whose default font for Chinese has no Chinese characters.
+# Used on systems without fontconfig, or whose default font for Chinese lacks Chinese characters.
 _FONT_FILES = (
     "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
     "/usr/share/fonts/google-noto-cjk/NotoSansCJK-Regular.ttc",
@@ -48,12 +45,12 @@ _FONT_FILES = (
 
 
 def to_pixels(images: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3] -> float32 in [-1, 1]."""
+    """Converts images to the range of the models: uint8 [B, H, W, 3] -> float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_pictures(images: jax.Array) -> jax.Array:
-    """float32, clipped to [-1, 1] -> uint8."""
+    """Converts model outputs to images: float32, clipped to [-1, 1] -> uint8."""
     return jnp.clip(jnp.round(images * 127.5 + 127.5), 0, 255).astype(jnp.uint8)
 
 
@@ -66,23 +63,26 @@ def grid(
     font_size: int = 13,
     max_lines: int = 4,
 ) -> Image.Image:
-    """A contact sheet: each picture above its caption.
+    """Draws a contact sheet with each image above its caption.
 
-    Pictures may differ in size. All are enlarged by the same integer factor, pixel by pixel, and keep their
-    proportions; the cells are as large as the largest picture, and the first cell starts at (gap, gap).
+    Images may differ in size. All are enlarged by the same integer factor with nearest-neighbour interpolation. Cells
+    are as large as the largest image, and the first cell starts at (gap, gap).
 
     Args:
       images: uint8 [H, W, 3] each.
-      captions: one string each, any Unicode; wrapped to the cell's width.
-      columns: pictures per row; None makes the sheet about square.
-      scale: the factor; None enlarges pictures under 160 px as far as they stay within that.
+      captions: caption of each image, any Unicode; wrapped to the cell's width.
+      columns: images per row; None makes the sheet about square.
+      scale: enlargement factor; None uses the largest that keeps all images within 160 px, and at least 1.
       gap: pixels between cells and around the sheet.
-      font_size: in pixels.
-      max_lines: captions longer than this end in an ellipsis.
+      font_size: font size in pixels.
+      max_lines: longer captions end in an ellipsis.
+
+    Returns:
+      The sheet, an RGB image.
 
     Raises:
-      UserError: there are no pictures, or columns or scale are less than 1.
-      ValueError: an image is not uint8 [H, W, 3], or there are not as many captions as images.
+      UserError: there are no images, or `columns` or `scale` is less than 1.
+      ValueError: an image is not uint8 [H, W, 3], or the numbers of captions and images differ.
     """
     _check_grid_arguments(images, captions, columns, scale)
     largest_height, largest_width = np.max([image.shape[:2] for image in images], axis=0).tolist()
@@ -114,14 +114,14 @@ def grid(
 
 
 def save_png(image: Image.Image | np.ndarray, path: epath.PathLike) -> None:
-    """Writes a PNG file so that nobody ever sees half of it; makes the folder if it is missing.
+    """Writes a PNG file atomically and creates its folder if necessary.
 
     Args:
       image: a Pillow image or uint8 [H, W, 3].
-      path: local, or in a bucket (gs://…), where an object appears only when it is complete.
+      path: local path, or an object in cloud storage (gs://…), which appears only when it is complete.
 
     Raises:
-      OSError: the path cannot be written; a file that was there is kept.
+      OSError: the path cannot be written; an existing file is kept.
     """
     file = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, "PNG")
@@ -139,14 +139,19 @@ def save_png(image: Image.Image | np.ndarray, path: epath.PathLike) -> None:
 
 
 def wrap(text: str, measure: Callable[[str], float], width: float, max_lines: int) -> list[str]:
-    """Breaks a text into at most `max_lines` lines no wider than `width`; what does not fit becomes an ellipsis.
+    """Wraps a text into at most `max_lines` lines no wider than `width`; text that does not fit becomes an ellipsis.
 
-    Lines break at spaces and between wide (e.g. Chinese) characters; a word that is wider than a line breaks
-    anywhere. Every line holds at least one character, however narrow the width.
+    Lines break at spaces and between wide (e.g. Chinese) characters. A word wider than a line breaks anywhere. Every
+    line has at least one character, however small the width.
 
     Args:
-      text: its white space counts as single spaces.
-      measure: width of a string, in the unit of `width`.
+      text: the text; runs of white space count as single spaces.
+      measure: function from a string to its width, in the unit of `width`.
+      width: largest width of a line.
+      max_lines: largest number of lines.
+
+    Returns:
+      The lines.
     """
     words = _words(" ".join(text.split()))
     lines: list[str] = []
@@ -175,7 +180,7 @@ def wrap(text: str, measure: Callable[[str], float], width: float, max_lines: in
 
 
 def _words(text: str) -> list[str]:
-    """The pieces between which a line may break, each with the spaces and closing punctuation that follow it."""
+    """Splits a text where a line may break; each piece includes the spaces and closing punctuation that follow it."""
     wide = "\u1100-\u115f\u2e80-\u303e\u3041-\ua4cf\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003fffd"
     closing = ",。、;:!?)」』》”’"
     return re.findall(f"[{wide}][{closing}]*\\s*|[^\\s{wide}]+\\s*", text)
@@ -188,7 +193,7 @@ def _fitting_length(word: str, measure: Callable[[str], float], width: float) ->
     return length
 
 
-# --- the parts of a sheet ---------------------------------------------------------------------------------------
+# --- layout of a sheet ------------------------------------------------------------------------------------------
 
 
 def _check_grid_arguments(
@@ -207,7 +212,7 @@ def _check_grid_arguments(
 
 
 def _paste(sheet: Image.Image, image: np.ndarray, scale: int, center: float, bottom: int) -> None:
-    """Puts the enlarged picture on the sheet, in a thin frame, so that pale pictures end visibly."""
+    """Pastes an enlarged image into the sheet, with a thin frame that makes the edges of pale images visible."""
     height, width, _ = image.shape
     picture = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
     left, top = round(center - picture.width / 2), bottom - picture.height
@@ -221,7 +226,7 @@ def _caption_height(lines: list[list[str]], line_height: int) -> int:
 
 
 def _caption_lines(caption: str, fonts: tuple[ImageFont.FreeTypeFont, ...], width: int, max_lines: int) -> list[str]:
-    # No character is narrower than a pixel, so more than this is never shown; a caption may be of any length.
+    # No character is narrower than a pixel, so more characters than this never fit. Bounds the cost of long captions.
     caption = caption[: max_lines * width + 1]
     return wrap(_drawable(caption, fonts), lambda text: _line_width(text, fonts), width, max_lines)
 
@@ -241,26 +246,26 @@ def _draw_line(
 
 @functools.cache
 def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
-    """Pillow's own font, which has little beyond ASCII, then what the system has for other scripts and Chinese."""
+    """Loads Pillow's built-in font, which has little beyond ASCII, and the system's fonts for other scripts."""
     fonts = [ImageFont.load_default(size)]
     for path, index in _system_font_files():
         try:
             fonts.append(ImageFont.truetype(path, size, index))
-        except OSError:  # gone, or of a format that FreeType cannot scale: the next one may do
+        except OSError:  # missing, or in a format that FreeType cannot scale: fall back to the other fonts
             logging.info("Captions are drawn without the font %s, which cannot be read.", path)
     return tuple(fonts)
 
 
 @functools.cache
 def _system_font_files() -> tuple[tuple[str, int], ...]:
-    """(path, index within the file) of fonts to try, best first."""
+    """Returns (path, index within the file) of the fonts to try, best first."""
     found = [_match_font(pattern) for pattern in ("sans-serif", "sans-serif:lang=zh-cn")]
     found += [(path, 0) for path in _FONT_FILES if os.path.exists(path)]
     return tuple(dict.fromkeys(font for font in found if font is not None))
 
 
 def _match_font(pattern: str) -> tuple[str, int] | None:
-    """Fontconfig's best match, which need not cover the language asked for; None without fontconfig."""
+    """Returns fontconfig's best match, which may not cover the requested language; None without fontconfig."""
     command = ["fc-match", "--format=%{file}\n%{index}", pattern]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
@@ -278,18 +283,18 @@ def _glyph(font: ImageFont.FreeTypeFont, character: str) -> tuple:
 
 @functools.lru_cache(maxsize=100_000)
 def _font_of(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> ImageFont.FreeTypeFont | None:
-    """The first font that has the character."""
+    """Returns the first font that has the character; None if no font has it."""
     if character.isspace():
         return fonts[0]
-    # Pillow does not say which characters a font has, but it draws all others like this one, which none has.
+    # Pillow cannot list the characters of a font, but it draws missing ones like this code point, which no font has.
     missing = "\U0010ffff"
     return next((font for font in fonts if _glyph(font, character) != _glyph(font, missing)), None)
 
 
 def _drawable(text: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> str:
-    """The text in characters that the fonts have: accents dropped or "?" for single ones that they lack.
+    """Replaces characters that no font has: by their base character without accents, else by "?".
 
-    If they lack most of it, question marks would be of no use, and a note takes the place of the text.
+    If more than half of the visible characters are missing, returns a note instead of the text.
     """
     text = " ".join(unicodedata.normalize("NFC", text).split())
     characters = [character for character in text if unicodedata.category(character) not in ("Cc", "Cf")]
@@ -312,7 +317,7 @@ def _warn_of_missing_font() -> None:
 
 
 def _runs(text: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> list[tuple[ImageFont.FreeTypeFont, str]]:
-    """Pieces of the text that one font draws, in order; characters that none has go to the first."""
+    """Splits a text into runs of one font each; characters that no font has use the first font."""
     runs: list[tuple[ImageFont.FreeTypeFont, str]] = []
     for character in text:
         font = _font_of(character, fonts) or fonts[0]
