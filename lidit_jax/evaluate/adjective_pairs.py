@@ -49,6 +49,7 @@ class Pair(NamedTuple):
 
     @property
     def noun(self) -> str:
+        """The phrase without its article and adjective."""
         return re.sub(r"^an? ", "", self.phrase).partition(" ")[2]
 
 

@@ -14,7 +14,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.fidelity.reference import config_reference, folder_reference
 from lidit_jax.fidelity.scores import FidelityRequest, Reference, score_fidelity
 
-CONFIG_REFERENCE = 10_000  # pictures: a data set may be endless
+CONFIG_REFERENCE = 10_000  # default number of reference images of a config, whose data may be endless
 
 _CONFIG = cli.define_config()
 _PICTURES = flags.DEFINE_string("pictures", None, "folder of the pictures to score")

@@ -15,7 +15,7 @@ from torch import nn
 from lidit_jax.errors import UserError
 from lidit_jax.weights.safetensors_file import SafetensorsFile
 
-SIDE = 299  # pixels
+SIDE = 299  # height and width of the network's input in pixels
 NUM_CLASSES = 1008
 BATCH_NORM_EPSILON = 1e-3
 

@@ -120,6 +120,7 @@ class _Part:
 
 
 def _parts(dataset: IndexedDataset) -> list[_Part]:
+    """Splits a data set into output files of one bucket and up to `EXAMPLES_A_FILE` examples each."""
     parts = []
     for bucket in range(len(dataset.buckets)):
         indices = np.flatnonzero(dataset.bucket_of_example == bucket)
@@ -195,6 +196,20 @@ def _write_part(
     broken: BrokenCount,
     bar: tqdm.tqdm,
 ) -> None:
+    """Encodes the examples of one output file and writes it under its final name once it is complete.
+
+    Args:
+      file: path of the output file.
+      part: the examples to write.
+      dataset: the data set.
+      encode: encoder of the images.
+      encode_captions: encoder of the captions; None stores no features.
+      broken: counter of the examples left out.
+      bar: progress bar to advance.
+
+    Raises:
+      UserError: too many examples are broken, or moments or features are not finite.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     chooser = dataset.config.chooser(0.0)
@@ -251,6 +266,7 @@ def _examples(dataset: IndexedDataset, part: _Part, rows: int) -> Iterator[list]
 
 
 def _finish(out: epath.Path, plan: Manifest, parts: list[_Part]) -> None:
+    """Replaces the plan by a manifest with the number of records in each file."""
     readers = RecordReaders([os.fspath(out / part.name) for part in parts])
     files = tuple((part.name, part.bucket, readers.count(i)) for i, part in enumerate(parts))
     count = sum(count for _, _, count in files)

@@ -56,6 +56,7 @@ class SceneCheck:
 
     @property
     def all_right(self) -> bool:
+        """True if every object is right and the image has no other component."""
         return self.extra == 0 and all(item.right for item in self.objects)
 
 
@@ -68,6 +69,7 @@ class Accuracy:
 
     @property
     def value(self) -> float:
+        """Fraction of correct ones; NaN for a total of 0."""
         return self.correct / self.total if self.total else math.nan
 
     @property
