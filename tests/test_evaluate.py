@@ -1,4 +1,4 @@
-"""Benchmarks' prompts, drawn into the folders that their official scorers read."""
+"""Benchmark images, written in the folder layouts of the official scorers."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, gene
     before = {name: (out / name).read_bytes() for name in files_of(out)}
     assert before["00000/samples/0000.png"] != before["00000/samples/0001.png"]
 
-    (out / "00001" / "metadata.jsonl").unlink()  # as if it had been killed at the second prompt
+    (out / "00001" / "metadata.jsonl").unlink()  # as after a kill during the second prompt
     (out / "00001" / "samples" / "0002.png").unlink()
     written = []
     write = GenEval.write
@@ -71,7 +71,7 @@ def test_all_batches_are_drawn_by_one_compilation(trained_workdir, geneval, tmp_
     )
     monkeypatch.setattr(Pipeline, "__call__", lambda self, *args: (batches.append(len(args[1])), draw(self, *args))[1])
     draw_benchmark(request(trained_workdir, "geneval", geneval, tmp_path / "out", num_images=4))
-    assert batches == [2, 1]  # eight pictures are drawn at once
+    assert batches == [2, 1]  # eight images per batch
     [pipeline] = pipelines
     assert pipeline._draw._cache_size() == 1
 

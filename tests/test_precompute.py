@@ -1,4 +1,4 @@
-"""Latents computed ahead: training on them is training on the pictures; what does not belong together is refused."""
+"""Precomputed latents: training on them equals training on the images, and mismatched data or models are rejected."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from lidit_jax.stages.run import run_stages
 
 @pytest.fixture(scope="module")
 def config(trained_workdir, tmp_path_factory):
-    """Of tar shards in three groups, with the encoders and the VAE of the tiny demo."""
+    """Config with tar shards in three buckets and the encoders and VAE of the tiny demo."""
     config = tiny_config()
     folder = write_tars(tmp_path_factory.mktemp("data") / "tar", 30)
     config.data.update(source="tar", path=str(folder), max_aspect=2.0)
@@ -59,7 +59,7 @@ def losses(workdir) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.slow  # test_stored_features.py does the same with features
+@pytest.mark.slow  # test_stored_features.py covers the same path, with features
 def test_training_on_latents_is_training_on_the_pictures(config, latents, tmp_path):
     assert sorted(path.name for path in latents.iterdir()) == [
         "001-000000.array_record",
