@@ -200,15 +200,15 @@ def _check_grid_arguments(
     images: Sequence[np.ndarray], captions: Sequence[str] | None, columns: int | None, scale: int | None
 ) -> None:
     if not len(images):
-        raise UserError("there are no pictures to put on a sheet")
+        raise UserError("a contact sheet needs at least one image: there are none")
     for name, value in (("columns", columns), ("scale", scale)):
         if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: a sheet of pictures needs 1 or more")
+            raise UserError(f"{name}={value} is out of range: use 1 or more")
     for image in images:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"an image is {image.dtype} {list(image.shape)}: expected uint8 [H, W, 3]")
     if captions is not None and len(captions) != len(images):
-        raise ValueError(f"{len(captions)} captions for {len(images)} images")
+        raise ValueError(f"{len(captions)} captions for {len(images)} images: expected one per image")
 
 
 def _paste(sheet: Image.Image, image: np.ndarray, scale: int, center: float, bottom: int) -> None:
@@ -252,7 +252,7 @@ def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
         try:
             fonts.append(ImageFont.truetype(path, size, index))
         except OSError:  # missing, or in a format that FreeType cannot scale: fall back to the other fonts
-            logging.info("Captions are drawn without the font %s, which cannot be read.", path)
+            logging.info("Skipping the font %s, which cannot be read.", path)
     return tuple(fonts)
 
 
@@ -313,7 +313,7 @@ def _simpler(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> str |
 
 @functools.cache
 def _warn_of_missing_font() -> None:
-    logging.warning("No font for some captions was found. For Chinese, install e.g. the package fonts-noto-cjk.")
+    logging.warning("No font was found for some captions. For Chinese, install a font such as fonts-noto-cjk.")
 
 
 def _runs(text: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> list[tuple[ImageFont.FreeTypeFont, str]]:

@@ -143,7 +143,7 @@ def test_weights_that_are_not_fids_are_refused(inception_tensors, tmp_path, chan
 def test_pickled_weights_are_refused_with_the_command_that_converts_them(inception_tensors, tmp_path):
     file = tmp_path / "pt_inception.pth"
     torch.save(inception_tensors, file)
-    with pytest.raises(UserError, match="pickles are not read here: convert it once by python -c ") as caught:
+    with pytest.raises(UserError, match="pickles are never read: convert it once with python -c ") as caught:
         load_inception(epath.Path(file))
     command = str(caught.value).partition("python -c ")[2].strip('"')
     subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
@@ -242,7 +242,7 @@ def test_sampled_pictures_have_the_prompts_of_their_file(tmp_path):
     assert [drawn.prompt for drawn in drawn_files(folder, prompts)] == ["a cow"] * 2 + ["a red kite"] * 2
     assert [drawn.file.name for drawn in drawn_files(folder, None)] == [f"{i:05d}.png" for i in range(4)]
     prompts.write_text("a cow\na red kite\na dog")
-    with pytest.raises(UserError, match="has 4 pictures, which is no multiple of the 3 prompts"):
+    with pytest.raises(UserError, match="has 4 images, which is not a multiple of the 3 prompts"):
         drawn_files(folder, prompts)
 
 
@@ -251,10 +251,10 @@ def test_a_benchmark_that_is_not_drawn_to_its_end_is_said(tmp_path):
     (folder / "drawn_with.json").write_text('{"benchmark": "prompts", "num_images": 1}')
     prompts = epath.Path(tmp_path / "prompts.txt")
     prompts.write_text("a cow\na red kite")
-    with pytest.raises(UserError, match=r"1 of 2 files are missing, as 00001_0\.png"):
+    with pytest.raises(UserError, match=r"1 of 2 files are missing, such as 00001_0\.png"):
         drawn_files(folder, prompts)
     (folder / "drawn_with.json").write_text('{"benchmark": "geneval", "num_images": 1}')
-    with pytest.raises(UserError, match="no picture in a folder `samples`"):
+    with pytest.raises(UserError, match="has no image in a folder `samples`"):
         drawn_files(folder, None)
     save_png(random_pictures(1)[0], folder / "00000" / "samples" / "0000.png")
     with pytest.raises(UserError, match=r"metadata\.jsonl is missing"):
@@ -304,7 +304,7 @@ def test_both_scores_are_written_and_said(asked, clip_folder, caplog, monkeypatc
     assert scores["fid"] == pytest.approx(frechet(pictures, kept), rel=1e-3)
     assert json.loads((asked.out / "fidelity.json").read_text()) == scores
     assert (scores["num_pictures"], scores["num_reference"]) == (4, 5)
-    assert f"FID {scores['fid']:.3f}, CLIP score {scores['clip_score']:.3f} of 4 pictures" in caplog.text
+    assert f"FID {scores['fid']:.3f}, CLIP score {scores['clip_score']:.3f} of 4 images" in caplog.text
     assert "biased" not in caplog.text  # four images exceed the three features
 
 
@@ -312,7 +312,7 @@ def test_few_pictures_for_the_features_are_warned_of(asked, caplog, monkeypatch)
     monkeypatch.setattr(logging.getLogger("lidit_jax"), "propagate", True)
     few = folder_reference(epath.Path(str(asked.reference.name)), 3)
     score_fidelity(dataclasses.replace(asked, reference=few, clip=None, prompts_file=None))
-    assert "FID of 3 pictures is biased upwards" in caplog.text
+    assert "FID of 3 images is biased upwards" in caplog.text
 
 
 def test_scores_of_something_else_are_not_overwritten(asked):
@@ -339,19 +339,19 @@ def test_what_can_not_be_scored_is_said(asked, tmp_path):
 
     empty = epath.Path(tmp_path / "empty")
     empty.mkdir()
-    refused("no picture in it", pictures=empty)
+    refused("has no image in it", pictures=empty)
     refused("no such folder", pictures=epath.Path(tmp_path / "nothing"))
     refused("nothing to score", inception=None, clip=None, reference=None)
     refused("FID needs --inception=FILE and either", reference=None)
-    refused("does not say the prompts, which --clip needs", prompts_file=None)
+    refused("does not store the prompts, which --clip needs", prompts_file=None)
     refused("no such file", inception=epath.Path(tmp_path / "nothing.safetensors"))
     refused("no such folder, and no name of the Hugging Face hub", clip="nothing")
     single = folder_reference(epath.Path(asked.reference.name), 1)
-    refused("needs 2 pictures at least", reference=single)
+    refused("needs at least 2 images", reference=single)
     damaged = (asked.pictures / "00002.png").read_bytes()[:-40]
     (asked.pictures / "00002.png").write_bytes(damaged)
     refused(r"00002\.png is damaged")
-    with pytest.raises(UserError, match="no picture in it"):
+    with pytest.raises(UserError, match="has no image in it"):
         folder_reference(empty, None)
 
 

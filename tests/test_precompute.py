@@ -112,7 +112,7 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_files(config, latents, tm
         precompute(config, out, batch_size=8, dtype="float32")
     with pytest.raises(UserError, match="not finished; run `python -m lidit_jax.precompute` again"):
         open_dataset(experiment.Experiment(changed(config, source="precomputed", path=str(out)), out).data, 8)
-    with pytest.raises(UserError, match="holds latents with dtype = float32, now float16; use another --out"):
+    with pytest.raises(UserError, match="holds latents with dtype=float32, now float16: use another --out"):
         precompute(config, out, batch_size=8, dtype="float16")
     precompute(config, out, batch_size=8, dtype="float32")
     assert written == ["001-000000.array_record", "002-000000.array_record", "002-000000.array_record"]
@@ -155,7 +155,7 @@ def test_what_does_not_belong_together_is_refused(config, latents, trained_workd
         run_stages(own, run)
     with pytest.raises(UserError, match=r"give --config\.vae\.weights=FOLDER"):
         precompute(own, run, 8, "float16")
-    with pytest.raises(UserError, match="holds latents, no pictures"):
+    with pytest.raises(UserError, match="holds latents, no images"):
         draw_contact_sheet(ahead, epath.Path(tmp_path / "sheet.png"), 8)
     with pytest.raises(UserError, match=r"manifest.json: does not exist; make it with"):
         run_stages(changed(ahead, path=str(tmp_path / "none")), run)

@@ -189,7 +189,7 @@ def test_only_counts_of_the_training_are_asked_of_each():
 @pytest.mark.parametrize(
     ("evaluate", "data", "words"),
     [
-        ({"five_objects": 4}, {}, "five objects are asked for, and data.layout='quadrants' has at most 4"),
+        ({"five_objects": 4}, {}, "five objects are asked for, but data.layout='quadrants' has at most 4"),
         ({"overlapping_objects": 4}, {}, "evaluate.overlapping_objects"),
         ({"two_objects": -1}, {}, "evaluate.two_objects=-1"),
         (

@@ -16,17 +16,17 @@ from lidit_jax.evaluate.benchmarks import BENCHMARKS
 from lidit_jax.evaluate.drawing import SHAPES, Request, draw_benchmark
 from lidit_jax.parallel.hosts import join_hosts
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
+_WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a training run")
 _DISTRIBUTED = cli.define_distributed()
-_BENCHMARK = flags.DEFINE_string("benchmark", None, ", ".join((*BENCHMARKS, SHAPES)))
-_FILE = flags.DEFINE_string("file", None, "the benchmark's prompts")
-_OUT = flags.DEFINE_string("out", None, "folder for the pictures")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "pictures a prompt")
-_NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "of shapes, prompts of each kind")
+_BENCHMARK = flags.DEFINE_string("benchmark", None, f"benchmark: {', '.join((*BENCHMARKS, SHAPES))}")
+_FILE = flags.DEFINE_string("file", None, "file or folder with the benchmark's prompts; none for shapes")
+_OUT = flags.DEFINE_string("out", None, "output folder for the images")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "images per prompt")
+_NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "prompts of each kind (shapes only)")
 _MIXED_PAIRS = flags.DEFINE_bool(
     "mixed_pairs",
     False,
-    "of positional_bias (ours): one to eight pairs of mixed kinds per prompt, instead of the paper's four of one kind",
+    "one to eight pairs of mixed kinds per prompt, not the paper's four of one kind (positional_bias only, ours)",
 )
 _DRAWING = cli.define_drawing()
 

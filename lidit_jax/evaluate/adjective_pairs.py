@@ -84,8 +84,8 @@ class PositionalBias:
         for kind, of_kind in found.items():
             if len({pair.noun for pairs in of_kind for pair in pairs}) < MAX_PAIRS or not _join(of_kind):
                 raise UserError(
-                    f"{kind}_val.txt has only {2 * len(of_kind)} adjective-noun pairs that can be used: is it "
-                    "T2I-CompBench's?"
+                    f"{kind}_val.txt has only {2 * len(of_kind)} adjective-noun pairs that can be used, too few for a "
+                    "prompt: use T2I-CompBench's file"
                 )
         pairs = mix_pairs(found) if mixed else join_prompts(found)
         return cls([join_phrases([pair.phrase for pair in of_prompt]) for of_prompt in pairs], pairs)
@@ -227,5 +227,8 @@ def read_pairs(file: epath.Path) -> list[Pair]:
     except (ValueError, KeyError, TypeError, RecursionError):
         pairs = []
     if not 1 <= len(pairs) <= MAX_PAIRS:
-        raise UserError(f"{file} has no pairs of the positional-bias benchmark: is it damaged, or another benchmark's?")
+        raise UserError(
+            f"{file} has no pairs of the positional-bias benchmark: it is damaged or belongs to another benchmark; "
+            "generate the images again"
+        )
     return pairs

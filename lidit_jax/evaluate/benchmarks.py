@@ -78,7 +78,8 @@ class T2ICompBench:
             # The official scorer reads the text before the first underscore of a file name as the prompt.
             if re.search(r"[/\\_\x00]", prompt) or len(self._name(prompt, 0).encode()) > MAX_NAME:
                 raise UserError(
-                    f"{file}: {prompt!r:.80} can be no file's name, which T2I-CompBench makes of its prompts"
+                    f"{file}: prompt {prompt!r:.80} cannot be part of a file name, as T2I-CompBench requires: remove "
+                    f"/, \\ and _, and keep the name under {MAX_NAME} bytes"
                 )
 
     def last_file(self, index: int) -> str:
@@ -98,11 +99,11 @@ class DPGBench:
 
     def __init__(self, file: epath.Path, num_images: int):
         if num_images not in (1, 4):
-            raise UserError(f"--num_images={num_images}: dpg_bench's grids have 4 pictures, or 1")
+            raise UserError(f"--num_images={num_images}: dpg_bench writes grids of 4 images, or 1 image; use 4 or 1")
         entries = _texts(file) if file.is_dir() else [_dpg_entry(file, number, line) for number, line in _lines(file)]
         self._ids, self.prompts = [name for name, _ in entries], [prompt for _, prompt in entries]
         if len(set(self._ids)) < len(self._ids):
-            raise UserError(f"{file}: two prompts have the same id")
+            raise UserError(f"{file}: two prompts have the same id; use the benchmark's own file")
 
     def last_file(self, index: int) -> str:
         return f"{self._ids[index]}.png"
@@ -132,7 +133,10 @@ def cut(sheet: np.ndarray, pictures: int, file: epath.Path) -> list[np.ndarray]:
         return [sheet]
     height, width = sheet.shape[:2]
     if height % 2 or width % 2:
-        raise UserError(f"{file} is {width}x{height}: no grid of four pictures, two by two, of one size")
+        raise UserError(
+            f"{file} is {width}x{height} px, which does not split into a 2x2 grid of equal images: name the output "
+            "folder of DPG-Bench"
+        )
     return [half for row in np.split(sheet, 2, axis=0) for half in np.split(row, 2, axis=1)]
 
 
@@ -207,14 +211,14 @@ def open_benchmark(name: str, file: epath.Path, num_images: int, mixed_pairs: bo
     if name not in BENCHMARKS:
         raise UserError(f"--benchmark={name}: use one of {', '.join(BENCHMARKS)} or shapes")
     if not file.exists():
-        raise UserError(f"--file={file}: no such file; name the benchmark's own")
+        raise UserError(f"--file={file}: no such file; name the benchmark's own file")
     if file.is_dir() and name not in ("dpg_bench", "positional_bias"):
         raise UserError(f"--file={file} is a folder: name a file")
     if mixed_pairs and name != "positional_bias":
-        raise UserError(f"--mixed_pairs goes with --benchmark=positional_bias, not {name}")
+        raise UserError(f"--mixed_pairs goes with --benchmark=positional_bias, not {name}: leave it out")
     benchmark = BENCHMARKS[name](file, num_images, **({"mixed_pairs": True} if mixed_pairs else {}))
     if not benchmark.prompts:
-        raise UserError(f"--file={file}: no prompt in it")
+        raise UserError(f"--file={file} has no prompt in it: name the benchmark's own file")
     return benchmark
 
 
@@ -242,10 +246,10 @@ def _object(file: epath.Path, number: int, line: str, keys: Mapping[str, type]) 
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
-        raise UserError(f"{file}, line {number}: not JSON; is it the benchmark's own file?") from None
+        raise UserError(f"{file}, line {number}: not JSON; use the benchmark's own file") from None
     for key, kind in keys.items():
         if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-            raise UserError(f"{file}, line {number}: no {key!r} in it; is it the benchmark's own file?")
+            raise UserError(f"{file}, line {number}: no {key!r} of type {kind.__name__}; use the benchmark's own file")
     return entry
 
 
@@ -256,7 +260,10 @@ def _geneval_entry(file: epath.Path, number: int, line: str) -> dict[str, Any]:
 def _dpg_entry(file: epath.Path, number: int, line: str) -> tuple[str, str]:
     entry = _object(file, number, line, {"id": str, "prompt": str})
     if not re.fullmatch(r"[\w-]{1,200}", entry["id"]):
-        raise UserError(f"{file}, line {number}: id {entry['id']!r:.80} can be no picture's name")
+        raise UserError(
+            f"{file}, line {number}: id {entry['id']!r:.80} cannot be the name of an image: use up to 200 letters, "
+            "digits, _ and -"
+        )
     return entry["id"], entry["prompt"]
 
 

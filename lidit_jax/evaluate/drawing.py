@@ -58,10 +58,10 @@ class Request(Drawing):
         """
         if self.benchmark != SHAPES:
             if self.file is None:
-                raise UserError(f"--file is required for --benchmark={self.benchmark}: name the benchmark's own")
+                raise UserError(f"--file is required for --benchmark={self.benchmark}: name the benchmark's own file")
             return open_benchmark(self.benchmark, self.file, self.num_images, self.mixed_pairs)
         if self.mixed_pairs:
-            raise UserError(f"--mixed_pairs goes with --benchmark=positional_bias, not {SHAPES}")
+            raise UserError(f"--mixed_pairs goes with --benchmark=positional_bias, not {SHAPES}: leave it out")
         if self.file is not None:
             raise UserError(f"--file={self.file}: --benchmark={SHAPES} is built in; leave --file out")
         data = Experiment(read_workdir(self.workdir), self.workdir, only_shapes=True).data
@@ -92,7 +92,7 @@ def draw_benchmark(request: Request) -> None:
     left = _left(request.out, benchmark)
     warn_of_truncated(run, pipeline, benchmark.prompts)
     logger.info(
-        "%s: %d prompts, %d left; %d pictures of %dx%d each, from step %d",
+        "%s: %d prompts, %d to generate; %d images of %dx%d per prompt, from step %d",
         *(request.benchmark, len(benchmark.prompts), len(left), request.num_images, width, height, step),
     )
     num_images = request.num_images
@@ -100,7 +100,7 @@ def draw_benchmark(request: Request) -> None:
     at_once = max(1, rows // num_images)
     # A constant batch shape, so that a smaller last batch causes no second compilation.
     how = dataclasses.replace(how, batch_size=min(rows, at_once * num_images))
-    with tqdm.tqdm(total=len(left) * num_images, unit="picture", desc="drawing", mininterval=1) as bar:
+    with tqdm.tqdm(total=len(left) * num_images, unit="image", desc="sampling", mininterval=1) as bar:
         for indices in _batches(left, at_once):
             prompts = [benchmark.prompts[index] for index in indices]
             seeds = [seed_of(prompt, i) for prompt in prompts for i in range(num_images)]
@@ -109,10 +109,10 @@ def draw_benchmark(request: Request) -> None:
                 for row, index in enumerate(indices):
                     benchmark.write(request.out, index, pictures[row * num_images : (row + 1) * num_images])
             bar.update(len(seeds))
-    multihost_utils.sync_global_devices("drew the benchmark")
+    multihost_utils.sync_global_devices("generated the benchmark")
     if isinstance(benchmark, ShapesBenchmark) and jax.process_index() == 0:
         benchmark.judge(request.out)
-    logger.info("%s", request.out)
+    logger.info("images: %s", request.out)
 
 
 def seed_of(prompt: str, index: int) -> int:
@@ -147,14 +147,14 @@ def _claim(out: epath.Path, facts: dict[str, Any]) -> None:
     """
     found = read_claim(out, FACTS_FILE)
     if found is not None:
-        check_claim(out, "pictures", found, facts, facts)
-    multihost_utils.sync_global_devices("looked at the folder")
+        check_claim(out, "images", found, facts, facts)
+    multihost_utils.sync_global_devices("checked the folder")
     if jax.process_index() == 0 and found is None:
         try:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / FACTS_FILE, facts)
         except OSError as error:
-            raise UserError(f"--out={out} can't be written ({error.strerror or error}); name another") from error
+            raise UserError(f"--out={out} can't be written ({error.strerror or error}): name another folder") from error
 
 
 def _left(out: epath.Path, benchmark: Benchmark) -> list[int]:

@@ -141,15 +141,17 @@ def scene_prompts(
     if kind == OVERLAP:
         shares = (0.0, *layout.probabilities[1:])
         if layout.name != "free" or not sum(shares):
-            raise UserError("evaluate.overlapping_objects: only scenes of two or more of data.layout='free' overlap")
+            raise UserError(
+                "evaluate.overlapping_objects needs data.layout='free' with scenes of two or more objects: set it to 0"
+            )
         layout = dataclasses.replace(layout, overlaps=1.0, shares=shares)
     elif layout.overlaps:
         layout = dataclasses.replace(layout, overlaps=0.0)
     pairs = "held_out" if kind == HELD_OUT else "train"
     if num_objects and num_objects > layout.max_objects:
         raise UserError(
-            f"evaluate: scenes of {kind} are asked for, and data.layout={layout.name!r} has at most "
-            f"{layout.max_objects}: leave them out"
+            f"evaluate: scenes of {kind} are asked for, but data.layout={layout.name!r} has at most "
+            f"{layout.max_objects} objects: remove that field of `evaluate`"
         )
     source = ShapesSource(count, height, width, HELD_OUT_SEED, pairs, num_objects, layout)
     languages = tuple(LANGUAGES)
@@ -164,7 +166,7 @@ def scene_prompts(
 def check_evaluation(evaluation: SceneEvaluation, config: DataConfig) -> None:
     """Raises UserError if the config sections `evaluate` and `data` do not go together."""
     if not all(part.source == "shapes" for part in config.parts().values()):
-        raise UserError("evaluate: only scenes of data.source='shapes' can be checked; remove `evaluate`")
+        raise UserError("evaluate: only scenes of data.source='shapes' can be checked; remove the section `evaluate`")
     few = {name: min(count, 1) for name, count in dataclasses.asdict(evaluation).items()}
     SceneEvaluation(**few).prompts(config.scene_layout, config.resolution, config.resolution)
 
@@ -249,7 +251,11 @@ def score_scenes(prompts: Sequence[ScenePrompt], pictures: Sequence[np.ndarray])
     found = {group: accuracies(results) for group, results in scenes.items()}
     found |= {group: object_accuracies(items) for group, items in objects.items()}
     order = ["all scenes", *COUNTS.values(), OVERLAP, HELD_OUT]
-    rank = lambda group: (order.index(group.partition(",")[0]) if group.partition(",")[0] in order else 99, group)  # noqa: E731
+
+    def rank(group: str) -> tuple[int, str]:
+        kind = group.partition(",")[0]
+        return order.index(kind) if kind in order else len(order), group
+
     return {group: found[group] for group in sorted(found, key=rank)}
 
 
@@ -274,7 +280,7 @@ def report_scenes(
     """
     columns = [column for column in COLUMNS if any(column in accuracy for accuracy in scores.values())]
     width = 2 + max(26, *map(len, scores))
-    lines = [f"{'right, in %':{width}}" + "".join(f"{column:>10}" for column in columns)]
+    lines = [f"{'accuracy, in %':{width}}" + "".join(f"{column:>10}" for column in columns)]
     for group, accuracy in scores.items():
         found = [accuracy.get(column) for column in columns]
         cells = [f"{100 * cell.value:.1f}" if cell and cell.total else "" for cell in found]
@@ -287,7 +293,7 @@ def report_scenes(
     shown = [i for indices in by_kind.values() for i in indices[: GRID_PICTURES // len(by_kind)]]
     if shown:
         save_png(grid([pictures[i] for i in shown], [prompts[i].prompt for i in shown]), folder / "grid.png")
-        logger.info("pictures for prompts that training never saw: %s", folder / "grid.png")
+        logger.info("images of unseen prompts: %s", folder / "grid.png")
     table = {
         group: {name: {"correct": a.correct, "total": a.total, "interval": a.interval} for name, a in accuracy.items()}
         for group, accuracy in scores.items()

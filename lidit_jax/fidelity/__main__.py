@@ -17,15 +17,19 @@ from lidit_jax.fidelity.scores import FidelityRequest, Reference, score_fidelity
 CONFIG_REFERENCE = 10_000  # default number of reference images of a config, whose data may be endless
 
 _CONFIG = cli.define_config()
-_PICTURES = flags.DEFINE_string("pictures", None, "folder of the pictures to score")
-_REFERENCE = flags.DEFINE_string("reference", None, "folder of the pictures that FID compares with")
+_PICTURES = flags.DEFINE_string("pictures", None, "folder of the images to score")
+_REFERENCE = flags.DEFINE_string("reference", None, "folder of the reference images of FID")
 _NUM_REFERENCE = flags.DEFINE_integer(
-    "num_reference", None, f"of them at most (default: all of a folder, {CONFIG_REFERENCE:,} of a config's data)"
+    "num_reference",
+    None,
+    f"largest number of reference images (default: all of a folder, {CONFIG_REFERENCE:,} of a config's data)",
 )
 _INCEPTION = flags.DEFINE_string("inception", None, "FID's Inception weights, a .safetensors file")
 _CLIP = flags.DEFINE_string("clip", None, "a CLIP model's folder, or its name on the hub")
-_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "what was drawn, as evaluate's --file or sample's")
-_OUT = flags.DEFINE_string("out", None, "folder for the scores")
+_PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file", None, "prompts of the images: --file of evaluate or --prompts_file of sample"
+)
+_OUT = flags.DEFINE_string("out", None, "output folder for the scores")
 
 
 def main() -> None:
@@ -45,7 +49,7 @@ def _reference() -> Reference | None:
     if _NUM_REFERENCE.value is not None and _NUM_REFERENCE.value < 2:
         raise UserError(f"--num_reference={_NUM_REFERENCE.value} must be at least 2")
     if _REFERENCE.value and _CONFIG.value is not None:
-        raise UserError("give either --reference=DIR or --config=FILE: FID compares with one of them")
+        raise UserError("--reference and --config are both given: FID needs only one of them")
     if _REFERENCE.value:
         return folder_reference(epath.Path(_REFERENCE.value), _NUM_REFERENCE.value)
     if _CONFIG.value is not None:

@@ -56,11 +56,11 @@ def picture_files(folder: epath.Path, flag: str) -> list[epath.Path]:
       UserError: the folder does not exist or contains no image.
     """
     if not is_there(folder) or not folder.is_dir():
-        raise UserError(f"--{flag}={folder}: no such folder; name one of pictures")
+        raise UserError(f"--{flag}={folder}: no such folder; name a folder of images")
     found = [place / name for place, _, names in folder.walk() for name in names]
     files = [file for file in found if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
     if not files:
-        raise UserError(f"--{flag}={folder}: no picture in it ({', '.join(SUFFIXES)}); name a folder of pictures")
+        raise UserError(f"--{flag}={folder} has no image in it ({', '.join(SUFFIXES)}): name a folder of images")
     return sorted(files, key=str)
 
 
@@ -80,7 +80,10 @@ def drawn_files(folder: epath.Path, prompts_file: epath.Path | None) -> list[Dra
     if benchmark in ("geneval", "positional_bias", "t2i_compbench"):
         files = [file for file in files if file.parent.name == "samples"]
         if not files:
-            raise UserError(f"--pictures={folder}: no picture in a folder `samples`, where {benchmark} has them")
+            raise UserError(
+                f"--pictures={folder} has no image in a folder `samples`, where {benchmark} expects them: name the "
+                "output folder of python -m lidit_jax.evaluate"
+            )
         prompt_of = _prompt_in_name if benchmark == "t2i_compbench" else _prompt_beside
         return [DrawnFile(file, prompt_of(file)) for file in files]
     if benchmark == "dpg_bench" and prompts_file is None:
@@ -110,7 +113,7 @@ def _drawn_with(folder: epath.Path) -> tuple[str, int]:
         facts = json.loads(file.read_text())
         return str(facts["benchmark"]), int(facts["num_images"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged: draw the benchmark again") from None
+        raise UserError(f"{file} is damaged: generate the benchmark again") from None
 
 
 def _of_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: epath.Path) -> list[DrawnFile]:
@@ -118,8 +121,8 @@ def _of_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: epath
     prompts = open_benchmark("prompts", prompts_file, 1).prompts
     if len(files) % len(prompts):
         raise UserError(
-            f"--pictures={folder} has {len(files)} pictures, which is no multiple of the {len(prompts)} prompts in "
-            f"{prompts_file}: name the file that they were drawn from"
+            f"--pictures={folder} has {len(files)} images, which is not a multiple of the {len(prompts)} prompts in "
+            f"{prompts_file}: name the file that they were generated from"
         )
     each = len(files) // len(prompts)
     return [DrawnFile(file, prompts[i // each]) for i, file in enumerate(files)]
@@ -136,9 +139,9 @@ def _prompt_beside(file: epath.Path) -> str:
     try:
         return str(json.loads(metadata.read_text())["prompt"])
     except FileNotFoundError:
-        raise UserError(f"{metadata} is missing: let python -m lidit_jax.evaluate draw the rest") from None
+        raise UserError(f"{metadata} is missing: generate the rest with python -m lidit_jax.evaluate") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{metadata} is damaged: draw the prompt again") from None
+        raise UserError(f"{metadata} is damaged: generate the images of the prompt again") from None
 
 
 def _all_there(folder: epath.Path, names: list[tuple[str, str]]) -> list[tuple[epath.Path, str]]:
@@ -150,7 +153,7 @@ def _all_there(folder: epath.Path, names: list[tuple[str, str]]) -> list[tuple[e
     missing = [name for name, _ in names if not (folder / name).exists()]
     if missing:
         raise UserError(
-            f"--pictures={folder}: {len(missing)} of {len(names)} files are missing, as {missing[0]}: name the prompts "
-            "that were drawn, or let python -m lidit_jax.evaluate draw the rest"
+            f"--pictures={folder}: {len(missing)} of {len(names)} files are missing, such as {missing[0]}: name the "
+            "prompts file that was used, or generate the rest with python -m lidit_jax.evaluate"
         )
     return [(folder / name, prompt) for name, prompt in names]

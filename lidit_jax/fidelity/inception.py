@@ -221,7 +221,7 @@ def load_inception(file: epath.Path) -> FIDInception:
     """
     if file.suffix != ".safetensors":
         raise UserError(
-            f"--inception={file} is no .safetensors file, and pickles are not read here: convert it once by "
+            f"--inception={file} is not a .safetensors file, and pickles are never read: convert it once with "
             f'python -c "import torch, safetensors.torch as s; s.save_file({{k: v.contiguous() for k, v in '
             f"torch.load('{file.name}', weights_only=True).items()}}, '{file.stem}.safetensors')\""
         )
@@ -241,11 +241,11 @@ def load_inception(file: epath.Path) -> FIDInception:
 def _read(weights: SafetensorsFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name not in weights.names:
         raise UserError(
-            f"{weights.file}: tensor {name} is missing: these are not the weights that FID is defined by "
-            "(pt_inception-2015-12-05 of pytorch-fid, weights-inception-2015-12-05 of torch-fidelity)"
+            f"{weights.file}: tensor {name} is missing: these are not the weights that define FID; use "
+            "pt_inception-2015-12-05 of pytorch-fid or weights-inception-2015-12-05 of torch-fidelity"
         )
     weights.check(name, shape, "FID's Inception")
     value = weights.read(name).astype(np.float32)
     if not np.isfinite(value).all():
-        raise UserError(f"{weights.file}: tensor {name} holds values that are not finite; copy it again")
+        raise UserError(f"{weights.file}: tensor {name} has values that are not finite; copy the file again")
     return value

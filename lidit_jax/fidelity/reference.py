@@ -51,7 +51,7 @@ def config_reference(config: ConfigDict, name: str, count: int) -> Reference:
     dataset = open_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     if dataset.holds_latents:
         raise UserError(
-            "data.source='precomputed' holds latents, no pictures to compare with: name the pictures' source"
+            "data.source='precomputed' holds latents, no images to compare with: name the source of the images"
         )
 
     def pictures() -> Iterator[np.ndarray]:

@@ -84,10 +84,12 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
     count = sum(file.pictures for file in drawn)
     if request.clip is not None and any(file.prompt is None for file in drawn):
         raise UserError(
-            f"--pictures={request.pictures} does not say the prompts, which --clip needs: give --prompts_file=FILE"
+            f"--pictures={request.pictures} does not store the prompts, which --clip needs: give --prompts_file=FILE"
         )
     if request.reference is not None and min(count, request.reference.count) < 2:
-        raise UserError(f"FID needs 2 pictures at least: there are {count}, and {request.reference.count} to compare")
+        raise UserError(
+            f"FID needs at least 2 images and 2 reference images: there are {count} and {request.reference.count}"
+        )
     scores = _facts(request) | {"num_pictures": count}
     if (found := read_claim(request.out, SCORES_FILE)) is not None:
         check_claim(request.out, "scores", found, scores, FACTS)
@@ -102,11 +104,11 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
     if clip is not None:
         scores |= {"clip_score": clip.compute(), "cut_prompts": clip.cut}
         if clip.cut:
-            logger.warning("%d of %d prompts are longer than CLIP reads: it saw their beginnings", clip.cut, count)
+            logger.warning("%d of %d prompts exceed CLIP's maximum length: their ends are truncated", clip.cut, count)
     _write(request.out, scores)
     said = {"FID": scores.get("fid"), "CLIP score": scores.get("clip_score")}
     said = ", ".join(f"{name} {score:.3f}" for name, score in said.items() if score is not None)
-    logger.info("%s of %d pictures; %s", said, count, request.out / SCORES_FILE)
+    logger.info("%s of %d images; %s", said, count, request.out / SCORES_FILE)
     return scores
 
 
@@ -225,14 +227,14 @@ def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _bar(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
-    return tqdm.tqdm(items, total=total, unit="picture", desc=what, mininterval=1)
+    return tqdm.tqdm(items, total=total, unit="image", desc=what, mininterval=1)
 
 
 def _warn_of_few(count: int, num_features: int) -> None:
     if count <= num_features:
         logger.warning(
-            "FID of %d pictures is biased upwards, and with no more than the %d features of a picture their covariance "
-            "is singular: compare it with FIDs of as many pictures alone; papers take 10,000 or more",
+            "FID of %d images is biased upwards, and its covariance is singular with %d features or fewer images: "
+            "compare it only with FIDs of equally many images; papers use 10,000 or more",
             *(count, num_features),
         )
 
@@ -263,4 +265,4 @@ def _write(out: epath.Path, scores: Mapping[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / SCORES_FILE, finite(scores))
     except OSError as error:
-        raise UserError(f"--out={out} can't be written ({error.strerror or error}); name another") from error
+        raise UserError(f"--out={out} can't be written ({error.strerror or error}): name another folder") from error

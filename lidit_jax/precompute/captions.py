@@ -83,6 +83,9 @@ class CaptionEncoder:
                 length = of.lead + int(batch[f"{name}/mask"][row].sum())
                 kept = encoded[row, :length].astype(of.numpy_dtype)
                 if not np.isfinite(kept).all():
-                    raise UserError(f"encoders.{name} gives features that are not finite: use another dtype")
+                    raise UserError(
+                        f"encoders.{name} gives features that are not finite in {of.dtype}: use another "
+                        f"encoders.{name}.dtype"
+                    )
                 features[name] = CaptionFeatures(kept, bool(batch[f"{name}/truncated"][row]))
         return found

@@ -58,18 +58,23 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
     """
     experiment = Experiment(config, out)
     if not experiment.vae.weights:
-        raise UserError("latents need a VAE that is finished: give --config.vae.weights=FOLDER")
+        raise UserError("latents need a trained VAE: give --config.vae.weights=FOLDER")
     if experiment.data.mixture or experiment.data.source == "precomputed":
-        raise UserError("precompute each source of a mixture alone, then mix the folders (data.source='precomputed')")
+        raise UserError(
+            "latents are computed from one source of images: precompute each source of a mixture by itself, then mix "
+            "the folders (data.source='precomputed')"
+        )
     if experiment.data.sequential:
-        raise UserError("latents are computed by the data's index: give --config.data.sequential=False")
+        raise UserError("latents need random access to the data: give --config.data.sequential=False")
     if "://" in os.fspath(out):
-        raise UserError(f"--out={out}: ArrayRecord files are written to a disk alone; copy them from there")
+        raise UserError(
+            f"--out={out}: ArrayRecord files can only be written to a local disk; name a local folder and copy it"
+        )
     vae_config, params = load_vae(experiment.vae_folder())
     dataset = open_indexed_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     logger.info("%s", dataset.summary())
     if with_features and not experiment.has_lidit:
-        raise UserError("--features: the config has no encoders, it is of a VAE alone")
+        raise UserError("--features: the config trains a VAE alone and has no text encoders; leave --features out")
     encoders = experiment.stored_encoders() if with_features else {}
     plan = Manifest(
         data=dataset.fingerprint,
@@ -82,7 +87,7 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
     )
     parts = _claim(out, plan, dataset)
     if parts is None:
-        logger.info("%s: finished before", out)
+        logger.info("%s: already complete", out)
         return
     mesh = make_mesh({"fsdp": -1}, jax.local_devices())
     encode = _Encoder(experiment.autoencoder(vae_config), params, mesh, batch_size, dtype)
@@ -92,8 +97,8 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
     if encode_captions and jax.process_index() == 0:
         encode_captions.constant().write(out / FEATURES)
     mine = parts[jax.process_index() :: jax.process_count()]
-    broken = BrokenCount(experiment.data.max_broken, "it is left out")
-    with tqdm.tqdm(total=sum(len(part.indices) for part in mine), unit="pictures", desc="latents") as bar:
+    broken = BrokenCount(experiment.data.max_broken, "left out")
+    with tqdm.tqdm(total=sum(len(part.indices) for part in mine), unit="image", desc="latents") as bar:
         for part in mine:
             if not (out / part.name).exists():
                 _write_part(out / part.name, part, dataset, encode, encode_captions, broken, bar)
@@ -145,19 +150,19 @@ def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Pa
             for field in dataclasses.fields(Manifest):
                 before, now = getattr(found, field.name), getattr(plan, field.name)
                 if before != now:
-                    raise UserError(f"{out} holds latents with {field.name} = {before}, now {now}; use another --out")
+                    raise UserError(f"{out} holds latents with {field.name}={before}, now {now}: use another --out")
             if name == MANIFEST:
                 return None
             return _parts(dataset)
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty and holds no latents; use another --out")
-    multihost_utils.sync_global_devices("looked at the folder")
+        raise UserError(f"{out} is not empty and holds no latents: use another --out")
+    multihost_utils.sync_global_devices("checked the folder")
     if jax.process_index() == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / PLAN, plan.to_json())
         except OSError as error:
-            raise UserError(f"{out}: can't be written ({error.strerror or error}); choose another --out") from error
+            raise UserError(f"{out} can't be written ({error.strerror or error}): use another --out") from error
     multihost_utils.sync_global_devices("claimed the folder")
     return _parts(dataset)
 
@@ -259,7 +264,10 @@ def _examples(dataset: IndexedDataset, part: _Part, rows: int) -> Iterator[list]
     """Iterates over batches of the file's examples, prefetched by threads."""
     bucket: Bucket = dataset.buckets[part.bucket]
     count = -(-len(part.indices) // rows)
-    load = lambda i: dataset.source.load(part.indices[i * rows : (i + 1) * rows].tolist(), bucket)  # noqa: E731
+
+    def load(i: int) -> list:
+        return dataset.source.load(part.indices[i * rows : (i + 1) * rows].tolist(), bucket)
+
     threads, ahead = dataset.config.num_threads, dataset.config.prefetch
     options = grain.ReadOptions(min(threads, ahead), ahead)
     return iter(grain.MapDataset.range(count).map(load).to_iter_dataset(options))
@@ -272,8 +280,8 @@ def _finish(out: epath.Path, plan: Manifest, parts: list[_Part]) -> None:
     count = sum(count for _, _, count in files)
     left_out = sum(len(part.indices) for part in parts) - count
     if not count:
-        raise UserError(f"{out}: every picture is broken; check the data's files")
+        raise UserError(f"{out}: no image of the data set can be decoded; check its files")
     manifest = dataclasses.replace(plan, files=files, left_out=left_out)
     write_json(out / MANIFEST, manifest.to_json())
     (out / PLAN).unlink()
-    logger.info("%s: latents of %d pictures%s", out, count, f", {left_out} broken ones left out" if left_out else "")
+    logger.info("%s: latents of %d images%s", out, count, f", {left_out} broken ones left out" if left_out else "")

@@ -11,8 +11,8 @@ from lidit_jax import cli
 from lidit_jax.preview.contact_sheet import draw_contact_sheet
 
 _CONFIG = cli.define_config()
-_OUT = flags.DEFINE_string("out", None, "PNG to write")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 40, "pictures on the sheet")
+_OUT = flags.DEFINE_string("out", None, "PNG file to write")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 40, "images on the sheet")
 
 
 def main() -> None:

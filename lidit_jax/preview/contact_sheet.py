@@ -31,13 +31,13 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
         cannot be written.
     """
     if out.suffix != ".png":
-        raise UserError(f"--out={out}: name a .png file")
+        raise UserError(f"--out={out} does not end in .png: name a .png file")
     if num_images < 1:
         raise UserError(f"--num_images={num_images} must be at least 1")
     experiment = Experiment(config, out.parent)
     dataset = open_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     if dataset.holds_latents:
-        raise UserError("data.source='precomputed' holds latents, no pictures to look at: name the pictures' source")
+        raise UserError("data.source='precomputed' holds latents, no images to show: name the source of the images")
     batch_size = experiment.batch_size() or PER_BATCH
     batches = dataset.batches(
         batch_size,
@@ -57,7 +57,7 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
     try:
         save_png(grid(pictures[:num_images], labels[:num_images], columns=PER_BATCH), out)
     except OSError as error:
-        raise UserError(f"--out={out}: can't be written ({error.strerror or error}); choose another place") from error
+        raise UserError(f"--out={out} can't be written ({error.strerror or error}): name another file") from error
 
     started = time.monotonic()
     count = sum(len(batch["image"]) for batch in itertools.islice(batches, TIMED_BATCHES))
@@ -66,4 +66,4 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
         if reasons:
             logger.info("while reading: %s %s", what, ", ".join(f"{r}: {n}" for r, n in sorted(reasons.items())))
     batches.close()
-    logger.info("%s", out)
+    logger.info("contact sheet: %s", out)

@@ -105,7 +105,7 @@ def draw_to_folder(request: Request) -> None:
         raise UserError(f"--out={request.out} is a file: name a folder")
 
     if (request.workdir is None) == (request.from_torch is None):
-        raise UserError("give either --workdir=DIR of a run or --from_torch=DIR of an export")
+        raise UserError("give either --workdir=DIR of a training run or --from_torch=DIR of an export")
     if request.from_torch is not None:
         run, pipeline, params = load_exported(request.from_torch, jax.devices())
         origin = str(request.from_torch)
@@ -118,7 +118,7 @@ def draw_to_folder(request: Request) -> None:
     seeds = [(request.seed + i) % 2**32 for i in range(len(prompts) * request.num_images)]
     how = dataclasses.replace(how, batch_size=min(how.batch_size, len(seeds)))
     logger.info(
-        "drawing %d pictures of %dx%d with %s, %d steps, guidance %g, from %s",
+        "sampling %d images of %dx%d with %s, %d steps, guidance %g, from %s",
         *(len(seeds), width, height, how.sampler, how.steps, how.guidance_scale, origin),
     )
     pictures = pipeline(params, prompts, seeds, height, width, how, request.num_images)
@@ -137,7 +137,7 @@ def warn_of_truncated(run: Experiment, pipeline: Pipeline, prompts: Sequence[str
     for name, count in truncated_prompts(pipeline.encoders, prompts).items():
         if count:
             logger.warning(
-                "%d of %d prompts are longer than the %d tokens of text.max_length for %s: they are cut at their end",
+                "%d of %d prompts are longer than text.max_length=%d tokens for %s: their ends are truncated",
                 *(count, len(prompts), run.text.max_length, name),
             )
 
@@ -154,9 +154,9 @@ def read_prompts(request: Request) -> list[str]:
         return [request.prompt]
     file = epath.Path(request.prompts_file)
     if not file.exists() or file.is_dir():
-        raise UserError(f"--prompts_file={file}: no such file")
+        raise UserError(f"--prompts_file={file}: no such file; name a text file of prompts")
     text = read_text(file, f"--prompts_file={file}", "a list of prompts")
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise UserError(f"--prompts_file={file}: no prompt in it; write one a line")
+        raise UserError(f"--prompts_file={file} has no prompt in it: write one per line")
     return prompts

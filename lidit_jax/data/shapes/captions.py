@@ -53,7 +53,7 @@ def caption(scene: Scene, language: Language, rng: np.random.Generator) -> str:
       UserError: the language is neither "en" nor "zh".
     """
     if language not in LANGUAGES:
-        raise UserError(f'the language is {language!r}: captions of shapes exist in "en" and "zh"')
+        raise UserError(f'language={language!r} is unknown: use "en" or "zh"')
     return (_free_caption if scene.layout == "free" else _quadrants_caption)(scene, language, rng)
 
 

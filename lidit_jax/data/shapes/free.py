@@ -119,7 +119,7 @@ def sample_free(
                 )
             ]
             return _scene(objects, chains, canvas)
-    raise ValueError(f"no room for {len(colors)} objects on {canvas}")
+    raise ValueError(f"no arrangement of {len(colors)} objects found on {canvas} in {_ATTEMPTS} attempts")
 
 
 def _sample_pair(rng: np.random.Generator, colors: list[str]) -> tuple[int, int]:

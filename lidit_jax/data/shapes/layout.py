@@ -45,13 +45,13 @@ class SceneLayout:
             self._check_shares(self.shares)
         if self.name == "quadrants" and (self.scale != 1 or self.overlaps):
             raise UserError(
-                f"data.object_scale={self.scale} and data.overlaps={self.overlaps} go with data.layout='free' alone: "
+                f"data.object_scale={self.scale} and data.overlaps={self.overlaps} go with data.layout='free' only: "
                 "leave them out"
             )
         if not 0 < self.scale < 100:
-            raise UserError(f"data.object_scale={self.scale} must be above 0: 1 is made for 64 px")
+            raise UserError(f"data.object_scale={self.scale} must be above 0 and below 100: 1 suits images of 64 px")
         if not 0 <= self.overlaps <= 1:
-            raise UserError(f"data.overlaps={self.overlaps} is a share of the scenes, 0 to 1")
+            raise UserError(f"data.overlaps={self.overlaps} must be a fraction of the scenes, 0 to 1")
 
     def _check_shares(self, shares: Sequence[float]) -> None:
         is_free = self.name == "free"
@@ -59,7 +59,10 @@ class SceneLayout:
         are_numbers = fits and all(isinstance(share, int | float) for share in shares)
         if not are_numbers or not all(0 <= share < 1e6 for share in shares) or not sum(shares) > 0:
             counts = f"1, 2, … objects ({MAX_OBJECTS} at most)" if is_free else "1, 2, 3 and 4 objects"
-            raise UserError(f"data.object_shares={tuple(shares)!r:.80}: give how often scenes have {counts}")
+            raise UserError(
+                f"data.object_shares={tuple(shares)!r:.80} is invalid: give the relative frequencies of scenes with "
+                f"{counts}"
+            )
 
     @property
     def probabilities(self) -> tuple[float, ...]:
@@ -94,21 +97,23 @@ class SceneLayout:
         """
         if self.name == "quadrants":
             if min(height, width) < 24:
-                raise UserError(f"images of {height}x{width} px: shapes are told apart from 24x24 px on")
+                raise UserError(
+                    f"images of {height}x{width} px are too small to tell shapes apart: use at least 24x24 px"
+                )
             return
         canvas = canvas_of(height, width, self.scale)
         pixels, _, _ = canvas.in_pixels(height, width)
         if canvas.small[0] * pixels < MIN_RADIUS:
             least = self.scale * MIN_RADIUS / (canvas.small[0] * pixels)
             raise UserError(
-                f"data.object_scale={self.scale} at {height}x{width} px gives objects of a radius of "
-                f"{canvas.small[0] * pixels:.1f} px: give at least {least:.2f} for {MIN_RADIUS} px, or more pixels"
+                f"data.object_scale={self.scale} at {height}x{width} px gives objects with a radius of "
+                f"{canvas.small[0] * pixels:.1f} px: give at least {least:.2f} for {MIN_RADIUS} px, or larger images"
             )
         most = num_objects or max(k + 1 for k, share in enumerate(self.probabilities) if share)
         if most > max_objects(canvas):
             raise UserError(
                 f"data.object_scale={self.scale} at {height}x{width} px leaves room for {max_objects(canvas)} objects, "
-                f"not for {most}: give a smaller scale or fewer objects"
+                f"not for {most}: use a smaller scale or fewer objects"
             )
 
 
@@ -119,11 +124,11 @@ def check_arguments(layout: SceneLayout, num_objects: int | None, pairs: str) ->
     """Raises UserError if `num_objects` or `pairs` is not valid for `sample_scene`."""
     if num_objects is not None and not 1 <= num_objects <= layout.max_objects:
         raise UserError(
-            f"num_objects is {num_objects}: a scene of shapes of layout {layout.name!r} holds 1 to "
-            f"{layout.max_objects} objects (or None: it varies)"
+            f"num_objects={num_objects} is out of range: a scene in layout {layout.name!r} holds 1 to "
+            f"{layout.max_objects} objects (None varies the number)"
         )
     if pairs not in get_args(Pairs):
-        raise UserError(f'pairs is {pairs!r}: use "train", "held_out" or "all"')
+        raise UserError(f'pairs={pairs!r} is unknown: use "train", "held_out" or "all"')
 
 
 def sample_scene(

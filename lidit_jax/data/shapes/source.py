@@ -18,7 +18,8 @@ from lidit_jax.data.shapes.scene import Pairs, Scene
 from lidit_jax.data.sources import Source
 from lidit_jax.errors import UserError
 
-# Seed of evaluation scenes. No training run uses it, so their images and prompts are new even with training pairs.
+# Seed of evaluation and validation scenes. Training never uses it, so their images and prompts are new even where their
+# pairs are not.
 HELD_OUT_SEED = 1_000_003
 _FORMAT_VERSION = 3
 
@@ -53,9 +54,9 @@ class ShapesSource(Source):
         check_arguments(layout, num_objects, pairs)
         layout.check_canvas(height, width, num_objects)
         if num_examples < 1:
-            raise UserError(f"num_examples is {num_examples}: a source of shapes needs at least 1")
+            raise UserError(f"num_examples={num_examples} is out of range: use 1 or more")
         if seed < 0:
-            raise UserError(f"seed is {seed}: use 0 or more")
+            raise UserError(f"seed={seed} is out of range: use 0 or more")
         self.num_examples = num_examples
         self.height = height
         self.width = width
@@ -130,5 +131,5 @@ class ShapesSource(Source):
     def _rng(self, index: int) -> np.random.Generator:
         index = operator.index(index)
         if not 0 <= index < self.num_examples:
-            raise IndexError(f"example {index} of a source of {self.num_examples}")
+            raise IndexError(f"example {index} is out of range: the source has {self.num_examples} examples")
         return np.random.default_rng((self.seed, index))
