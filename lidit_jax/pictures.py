@@ -23,7 +23,7 @@ from lidit_jax.errors import UserError
 _SHEET_COLOR = (255, 255, 255)
 _FRAME_COLOR = (222, 222, 222)
 _TEXT_COLOR = (48, 48, 48)
-_SMALL_PICTURE = 160  # pixels: smaller images are enlarged up to this size, and captions get at least this width
+_TARGET_SIZE = 160  # pixels: smaller images are enlarged up to this size, and captions get at least this width
 _CAPTION_GAP = 6
 _NO_FONT = "(no font for this caption)"
 
@@ -86,30 +86,30 @@ def grid(
     """
     _check_grid_arguments(images, captions, columns, scale)
     largest_height, largest_width = np.max([image.shape[:2] for image in images], axis=0).tolist()
-    scale = scale or max(1, _SMALL_PICTURE // max(largest_height, largest_width))
+    scale = scale or max(1, _TARGET_SIZE // max(largest_height, largest_width))
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
 
-    picture_height = largest_height * scale
-    cell_width = max(largest_width * scale, _SMALL_PICTURE if captions else 0)
+    image_height = largest_height * scale
+    cell_width = max(largest_width * scale, _TARGET_SIZE if captions else 0)
     fonts = _fonts(font_size)
     line_height = round(1.35 * font_size)
     lines = [_caption_lines(caption, fonts, cell_width, max_lines) for caption in captions or [""] * len(images)]
 
     rows = range(0, len(images), columns)
     caption_heights = [_caption_height(lines[start : start + columns], line_height) for start in rows]
-    height = gap + sum(picture_height + caption_height + gap for caption_height in caption_heights)
+    height = gap + sum(image_height + caption_height + gap for caption_height in caption_heights)
     sheet = Image.new("RGB", (gap + columns * (cell_width + gap), height), _SHEET_COLOR)
 
     top = gap
     for start, caption_height in zip(rows, caption_heights, strict=True):
         for column, index in enumerate(range(start, min(start + columns, len(images)))):
             left = gap + column * (cell_width + gap)
-            _paste(sheet, images[index], scale, left + cell_width / 2, top + picture_height)
-            baseline = top + picture_height + _CAPTION_GAP + font_size
+            _paste(sheet, images[index], scale, left + cell_width / 2, top + image_height)
+            baseline = top + image_height + _CAPTION_GAP + font_size
             for line in lines[index]:
                 _draw_line(sheet, line, fonts, left + cell_width / 2, baseline)
                 baseline += line_height
-        top += picture_height + caption_height + gap
+        top += image_height + caption_height + gap
     return sheet
 
 
@@ -214,10 +214,10 @@ def _check_grid_arguments(
 def _paste(sheet: Image.Image, image: np.ndarray, scale: int, center: float, bottom: int) -> None:
     """Pastes an enlarged image into the sheet, with a thin frame that makes the edges of pale images visible."""
     height, width, _ = image.shape
-    picture = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-    left, top = round(center - picture.width / 2), bottom - picture.height
-    ImageDraw.Draw(sheet).rectangle((left - 1, top - 1, left + picture.width, bottom), outline=_FRAME_COLOR)
-    sheet.paste(picture, (left, top))
+    enlarged = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+    left, top = round(center - enlarged.width / 2), bottom - enlarged.height
+    ImageDraw.Draw(sheet).rectangle((left - 1, top - 1, left + enlarged.width, bottom), outline=_FRAME_COLOR)
+    sheet.paste(enlarged, (left, top))
 
 
 def _caption_height(lines: list[list[str]], line_height: int) -> int:
@@ -282,7 +282,7 @@ def _glyph(font: ImageFont.FreeTypeFont, character: str) -> tuple:
 
 
 @functools.lru_cache(maxsize=100_000)
-def _font_of(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> ImageFont.FreeTypeFont | None:
+def _font_for(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> ImageFont.FreeTypeFont | None:
     """Returns the first font that has the character; None if no font has it."""
     if character.isspace():
         return fonts[0]
@@ -298,21 +298,23 @@ def _drawable(text: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> str:
     """
     text = " ".join(unicodedata.normalize("NFC", text).split())
     characters = [character for character in text if unicodedata.category(character) not in ("Cc", "Cf")]
-    drawn = [character if _font_of(character, fonts) else _simpler(character, fonts) for character in characters]
+    drawn = [
+        character if _font_for(character, fonts) else _base_character(character, fonts) for character in characters
+    ]
     visible = sum(not character.isspace() for character in characters)
     if 2 * drawn.count(None) > visible:
-        _warn_of_missing_font()
+        _warn_about_missing_font()
         return _NO_FONT
     return "".join("?" if character is None else character for character in drawn)
 
 
-def _simpler(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> str | None:
+def _base_character(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> str | None:
     base = unicodedata.normalize("NFKD", character)[0]
-    return base if _font_of(base, fonts) and not base.isspace() else None
+    return base if _font_for(base, fonts) and not base.isspace() else None
 
 
 @functools.cache
-def _warn_of_missing_font() -> None:
+def _warn_about_missing_font() -> None:
     logging.warning("No font was found for some captions. For Chinese, install a font such as fonts-noto-cjk.")
 
 
@@ -320,7 +322,7 @@ def _runs(text: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> list[tuple[Im
     """Splits a text into runs of one font each; characters that no font has use the first font."""
     runs: list[tuple[ImageFont.FreeTypeFont, str]] = []
     for character in text:
-        font = _font_of(character, fonts) or fonts[0]
+        font = _font_for(character, fonts) or fonts[0]
         if runs and runs[-1][0] is font:
             runs[-1] = font, runs[-1][1] + character
         else:

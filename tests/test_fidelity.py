@@ -196,7 +196,7 @@ def test_the_clip_score_is_a_hundred_cosines_clipped_at_nothing(clip_folder):
     score.add(pictures[:2], prompts[:2])
     score.add(pictures[2:], prompts[2:])
     assert score.compute() == pytest.approx(np.mean(expected), rel=1e-4)
-    assert score.cut == 1
+    assert score.num_truncated == 1
 
 
 # --- folders -------------------------------------------------------------------------------------------------------

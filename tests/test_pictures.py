@@ -140,7 +140,7 @@ def only_fonts(monkeypatch):
     def set_fonts(*files):
         monkeypatch.setattr(pictures, "_system_font_files", lambda: tuple((str(file), 0) for file in files))
         pictures._fonts.cache_clear()
-        pictures._warn_of_missing_font.cache_clear()
+        pictures._warn_about_missing_font.cache_clear()
 
     yield set_fonts
     pictures._fonts.cache_clear()

@@ -18,7 +18,7 @@ from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.errors import UserError
-from lidit_jax.precompute.latents import _write_part, precompute
+from lidit_jax.precompute.latents import _write_output, precompute
 from lidit_jax.preview.contact_sheet import draw_contact_sheet
 from lidit_jax.stages.run import run_stages
 
@@ -105,9 +105,9 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_files(config, latents, tm
         written.append(file.name)
         if len(written) == 2:
             raise KeyboardInterrupt
-        _write_part(file, *arguments)
+        _write_output(file, *arguments)
 
-    monkeypatch.setattr("lidit_jax.precompute.latents._write_part", stop_before_the_second)
+    monkeypatch.setattr("lidit_jax.precompute.latents._write_output", stop_before_the_second)
     with pytest.raises(KeyboardInterrupt):
         precompute(config, out, batch_size=8, dtype="float32")
     with pytest.raises(UserError, match="not finished; run `python -m lidit_jax.precompute` again"):

@@ -33,7 +33,7 @@ from lidit_jax.pictures import save_png
 NUM_PROMPTS, SEED = 1000, 2406
 MAX_PAIRS = 8  # most pairs in a prompt of mixed kinds
 METADATA_FILE, SAMPLES = "metadata.jsonl", "samples"
-_KIND_OF = {adjective: kind for kind, adjectives in KINDS.items() for adjective in adjectives}
+_KIND_BY_ADJECTIVE = {adjective: kind for kind, adjectives in KINDS.items() for adjective in adjectives}
 
 
 class Pair(NamedTuple):
@@ -67,7 +67,7 @@ class PositionalBias:
           prompts: the prompts.
           pairs: the pairs of each prompt, in the order of the prompt.
         """
-        self.prompts, self._pairs = list(prompts), [list(of_prompt) for of_prompt in pairs]
+        self.prompts, self._pairs = list(prompts), [list(prompt_pairs) for prompt_pairs in pairs]
 
     @classmethod
     def from_lists(cls, lists: Mapping[str, Sequence[str]], mixed: bool = False) -> "PositionalBias":
@@ -81,14 +81,14 @@ class PositionalBias:
           UserError: a list has too few pairs to fill a prompt.
         """
         found = {kind: find_prompts(kind, prompts) for kind, prompts in lists.items()}
-        for kind, of_kind in found.items():
-            if len({pair.noun for pairs in of_kind for pair in pairs}) < MAX_PAIRS or not _join(of_kind):
+        for kind, kind_prompts in found.items():
+            if len({pair.noun for pairs in kind_prompts for pair in pairs}) < MAX_PAIRS or not _join_two(kind_prompts):
                 raise UserError(
-                    f"{kind}_val.txt has only {2 * len(of_kind)} adjective-noun pairs that can be used, too few for a "
-                    "prompt: use T2I-CompBench's file"
+                    f"{kind}_val.txt has only {2 * len(kind_prompts)} adjective-noun pairs that can be used, too few "
+                    "for a prompt: use T2I-CompBench's file"
                 )
         pairs = mix_pairs(found) if mixed else join_prompts(found)
-        return cls([join_phrases([pair.phrase for pair in of_prompt]) for of_prompt in pairs], pairs)
+        return cls([join_phrases([pair.phrase for pair in prompt_pairs]) for prompt_pairs in pairs], pairs)
 
     def last_file(self, index: int) -> str:
         return f"{index:05}/{METADATA_FILE}"
@@ -140,7 +140,7 @@ def parse_phrase(phrase: str) -> Pair | None:
     if adjective not in ATTRIBUTES or ATTRIBUTES & set(noun.split()):
         return None
     words = ("an" if adjective[0] in "aeiou" else "a", adjective, noun) if article else (adjective, noun)
-    return Pair(" ".join(words), _KIND_OF[adjective])
+    return Pair(" ".join(words), _KIND_BY_ADJECTIVE[adjective])
 
 
 def find_prompts(kind: str, prompts: Sequence[str]) -> list[tuple[Pair, Pair]]:
@@ -175,16 +175,18 @@ def join_prompts(found: Mapping[str, Sequence[tuple[Pair, Pair]]]) -> list[list[
     """
     generator, joined = random.Random(SEED), {}
     for kind in sorted(found):
-        joined[kind] = sorted(_join(found[kind]), key=lambda _: generator.random())
+        joined[kind] = sorted(_join_two(found[kind]), key=lambda _: generator.random())
     turns = itertools.islice(itertools.cycle(joined.values()), NUM_PROMPTS)
-    return [of_kind[index // len(joined) % len(of_kind)] for index, of_kind in enumerate(turns)]
+    return [kind_prompts[index // len(joined) % len(kind_prompts)] for index, kind_prompts in enumerate(turns)]
 
 
-def _join(prompts: Sequence[tuple[Pair, Pair]]) -> list[list[Pair]]:
+def _join_two(prompts: Sequence[tuple[Pair, Pair]]) -> list[list[Pair]]:
     """Returns all ordered combinations of two prompts that together have four different nouns."""
     nouns = [(pairs, {pair.noun for pair in pairs}) for pairs in prompts]
     ways = itertools.permutations([entry for entry in nouns if len(entry[1]) == 2], 2)
-    return [[*one, *other] for (one, of_one), (other, of_other) in ways if not of_one & of_other]
+    return [
+        [*first, *second] for (first, first_nouns), (second, second_nouns) in ways if not first_nouns & second_nouns
+    ]
 
 
 def mix_pairs(found: Mapping[str, Sequence[tuple[Pair, Pair]]]) -> list[list[Pair]]:
@@ -199,7 +201,7 @@ def mix_pairs(found: Mapping[str, Sequence[tuple[Pair, Pair]]]) -> list[list[Pai
     Returns:
       The pairs of each prompt.
     """
-    pairs = {kind: list(dict.fromkeys(itertools.chain(*of_kind))) for kind, of_kind in found.items()}
+    pairs = {kind: list(dict.fromkeys(itertools.chain(*kind_prompts))) for kind, kind_prompts in found.items()}
     kinds, mixed, generator = sorted(found), [], random.Random(SEED)
 
     def choose(items: Sequence[Any]) -> Any:
@@ -207,11 +209,11 @@ def mix_pairs(found: Mapping[str, Sequence[tuple[Pair, Pair]]]) -> list[list[Pai
         return items[int(generator.random() * len(items))]
 
     for index in range(NUM_PROMPTS):
-        of_prompt: dict[str, Pair] = {}
-        while len(of_prompt) <= index % MAX_PAIRS:
+        prompt_pairs: dict[str, Pair] = {}
+        while len(prompt_pairs) <= index % MAX_PAIRS:
             pair = choose(pairs[choose(kinds)])
-            of_prompt.setdefault(pair.noun, pair)
-        mixed.append(list(of_prompt.values()))
+            prompt_pairs.setdefault(pair.noun, pair)
+        mixed.append(list(prompt_pairs.values()))
     return mixed
 
 

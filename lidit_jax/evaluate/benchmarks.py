@@ -100,7 +100,11 @@ class DPGBench:
     def __init__(self, file: epath.Path, num_images: int):
         if num_images not in (1, 4):
             raise UserError(f"--num_images={num_images}: dpg_bench writes grids of 4 images, or 1 image; use 4 or 1")
-        entries = _texts(file) if file.is_dir() else [_dpg_entry(file, number, line) for number, line in _lines(file)]
+        entries = (
+            _read_prompt_folder(file)
+            if file.is_dir()
+            else [_dpg_entry(file, number, line) for number, line in _lines(file)]
+        )
         self._ids, self.prompts = [name for name, _ in entries], [prompt for _, prompt in entries]
         if len(set(self._ids)) < len(self._ids):
             raise UserError(f"{file}: two prompts have the same id; use the benchmark's own file")
@@ -231,7 +235,7 @@ def _read(file: epath.Path) -> str:
     return read_text(file, str(file), "a benchmark's")
 
 
-def _object(file: epath.Path, number: int, line: str, keys: Mapping[str, type]) -> dict[str, Any]:
+def _parse_json_line(file: epath.Path, number: int, line: str, keys: Mapping[str, type]) -> dict[str, Any]:
     """Parses a line of JSON and checks its keys.
 
     Args:
@@ -254,11 +258,11 @@ def _object(file: epath.Path, number: int, line: str, keys: Mapping[str, type]) 
 
 
 def _geneval_entry(file: epath.Path, number: int, line: str) -> dict[str, Any]:
-    return _object(file, number, line, {"prompt": str, "tag": str, "include": list})
+    return _parse_json_line(file, number, line, {"prompt": str, "tag": str, "include": list})
 
 
 def _dpg_entry(file: epath.Path, number: int, line: str) -> tuple[str, str]:
-    entry = _object(file, number, line, {"id": str, "prompt": str})
+    entry = _parse_json_line(file, number, line, {"id": str, "prompt": str})
     if not re.fullmatch(r"[\w-]{1,200}", entry["id"]):
         raise UserError(
             f"{file}, line {number}: id {entry['id']!r:.80} cannot be the name of an image: use up to 200 letters, "
@@ -267,6 +271,6 @@ def _dpg_entry(file: epath.Path, number: int, line: str) -> tuple[str, str]:
     return entry["id"], entry["prompt"]
 
 
-def _texts(folder: epath.Path) -> list[tuple[str, str]]:
+def _read_prompt_folder(folder: epath.Path) -> list[tuple[str, str]]:
     """Returns (id, prompt) for each file ID.txt of a folder."""
     return [(file.stem, _read(file).strip()) for file in sorted(folder.glob("*.txt"), key=str)]

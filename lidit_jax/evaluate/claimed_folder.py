@@ -39,13 +39,13 @@ def read_claim(out: epath.Path, name: str) -> dict[str, Any] | None:
 
 
 def check_claim(
-    out: epath.Path, what: str, found: Mapping[str, Any], facts: Mapping[str, Any], keys: Iterable[str]
+    out: epath.Path, content: str, found: Mapping[str, Any], facts: Mapping[str, Any], keys: Iterable[str]
 ) -> None:
     """Checks that an output folder belongs to the current run.
 
     Args:
       out: the folder.
-      what: name of its content in error messages, such as "pictures" or "results".
+      content: name of its content in error messages, such as "images" or "results".
       found: facts in the folder.
       facts: facts of the current run.
       keys: keys whose values must be equal.
@@ -56,6 +56,6 @@ def check_claim(
     for key in keys:
         if found.get(key) != facts.get(key):
             raise UserError(
-                f"--out={out} has {what} of another {key} ({found.get(key)!r:.80}, now {facts.get(key)!r:.80}): name "
-                "another folder"
+                f"--out={out} has {content} of another {key} ({found.get(key)!r:.80}, now {facts.get(key)!r:.80}): "
+                "name another folder"
             )

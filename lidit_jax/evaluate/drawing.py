@@ -85,29 +85,29 @@ def draw_benchmark(request: Request) -> None:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
     benchmark = request.open()
     run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
-    how, height, width = request.settled(run, pipeline)
+    sampling, height, width = request.resolve_options(run, pipeline)
     facts = _facts(request, benchmark, run, step) | {"height": height, "width": width}
-    facts |= {name: getattr(how, name) for name in ("sampler", "steps", "guidance_scale")}
+    facts |= {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance_scale")}
     _claim(request.out, facts)
-    left = _left(request.out, benchmark)
+    pending = _pending_prompts(request.out, benchmark)
     warn_of_truncated(run, pipeline, benchmark.prompts)
     logger.info(
         "%s: %d prompts, %d to generate; %d images of %dx%d per prompt, from step %d",
-        *(request.benchmark, len(benchmark.prompts), len(left), request.num_images, width, height, step),
+        *(request.benchmark, len(benchmark.prompts), len(pending), request.num_images, width, height, step),
     )
     num_images = request.num_images
-    rows = pipeline.rows(how)
-    at_once = max(1, rows // num_images)
+    rows = pipeline.rows(sampling)
+    prompts_per_batch = max(1, rows // num_images)
     # A constant batch shape, so that a smaller last batch causes no second compilation.
-    how = dataclasses.replace(how, batch_size=min(rows, at_once * num_images))
-    with tqdm.tqdm(total=len(left) * num_images, unit="image", desc="sampling", mininterval=1) as bar:
-        for indices in _batches(left, at_once):
+    sampling = dataclasses.replace(sampling, batch_size=min(rows, prompts_per_batch * num_images))
+    with tqdm.tqdm(total=len(pending) * num_images, unit="image", desc="sampling", mininterval=1) as bar:
+        for indices in _batches(pending, prompts_per_batch):
             prompts = [benchmark.prompts[index] for index in indices]
             seeds = [seed_of(prompt, i) for prompt in prompts for i in range(num_images)]
-            pictures = pipeline(params, prompts, seeds, height, width, how, num_images)
+            images = pipeline(params, prompts, seeds, height, width, sampling, num_images)
             if jax.process_index() == 0:
                 for row, index in enumerate(indices):
-                    benchmark.write(request.out, index, pictures[row * num_images : (row + 1) * num_images])
+                    benchmark.write(request.out, index, images[row * num_images : (row + 1) * num_images])
             bar.update(len(seeds))
     multihost_utils.sync_global_devices("generated the benchmark")
     if isinstance(benchmark, ShapesBenchmark) and jax.process_index() == 0:
@@ -157,14 +157,14 @@ def _claim(out: epath.Path, facts: dict[str, Any]) -> None:
             raise UserError(f"--out={out} can't be written ({error.strerror or error}): name another folder") from error
 
 
-def _left(out: epath.Path, benchmark: Benchmark) -> list[int]:
+def _pending_prompts(out: epath.Path, benchmark: Benchmark) -> list[int]:
     """Returns the indices of incomplete prompts.
 
     The first host decides for all, because all hosts must sample the same batches.
     """
-    is_left = [not (out / benchmark.last_file(index)).exists() for index in range(len(benchmark.prompts))]
-    is_left = multihost_utils.broadcast_one_to_all(np.asarray(is_left))
-    return np.flatnonzero(np.asarray(is_left)).tolist()
+    is_pending = [not (out / benchmark.last_file(index)).exists() for index in range(len(benchmark.prompts))]
+    is_pending = multihost_utils.broadcast_one_to_all(np.asarray(is_pending))
+    return np.flatnonzero(np.asarray(is_pending)).tolist()
 
 
 def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

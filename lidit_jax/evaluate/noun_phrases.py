@@ -20,13 +20,13 @@ _PREPOSITIONS = words(
     """of in on at with by for from to near under above against between through into beside behind inside below
     around over next along off up down while where when as"""
 )
-_NO_NOUNS = words(
+_NON_NOUNS = words(
     """is are was were be been has have had stood sat led left parked sitting standing placed attached mounted made
     visible empty neatly both useful necessary nearby waving fascinated struggled used arranged stacked warm
     hydrated most whitish serving reaching sides jot"""
 )
-_ENDS = _JOINING | _PREPOSITIONS | _NO_NOUNS
-_NO_PHRASE = _STARTS | {"tall"}  # as in "stood tall"
+_ENDS = _JOINING | _PREPOSITIONS | _NON_NOUNS
+_NOT_A_PHRASE = _STARTS | {"tall"}  # as in "stood tall"
 # Verbs in the benchmark's sentences. Some are nouns in other places ("the defining features of"), see `_is_verb`.
 _VERBS = words(
     """release mix hang hold rest display serve provide provided slice boil nap write sit sits shape stir attract
@@ -79,7 +79,7 @@ def split_noun_phrases(prompt: str) -> list[str]:
             phrases.append([word])
         elif not word[0].isdigit():
             phrase.append(word)
-    return [" ".join(phrase) for phrase in phrases if not {word.lower() for word in phrase} <= _NO_PHRASE]
+    return [" ".join(phrase) for phrase in phrases if not {word.lower() for word in phrase} <= _NOT_A_PHRASE]
 
 
 def _is_attribute(word: str) -> bool:

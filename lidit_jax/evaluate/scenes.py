@@ -165,16 +165,16 @@ def scene_prompts(
 
 def check_evaluation(evaluation: SceneEvaluation, config: DataConfig) -> None:
     """Raises UserError if the config sections `evaluate` and `data` do not go together."""
-    if not all(part.source == "shapes" for part in config.parts().values()):
+    if not all(section.source == "shapes" for section in config.parts().values()):
         raise UserError("evaluate: only scenes of data.source='shapes' can be checked; remove the section `evaluate`")
-    few = {name: min(count, 1) for name, count in dataclasses.asdict(evaluation).items()}
-    SceneEvaluation(**few).prompts(config.scene_layout, config.resolution, config.resolution)
+    one_each = {name: min(count, 1) for name, count in dataclasses.asdict(evaluation).items()}
+    SceneEvaluation(**one_each).prompts(config.scene_layout, config.resolution, config.resolution)
 
 
 def evaluate_scenes(
     pipeline: Pipeline,
     params: Any,
-    how: SampleConfig,
+    sampling: SampleConfig,
     evaluation: SceneEvaluation,
     dataset: Dataset,
     workdir: epath.Path,
@@ -185,7 +185,7 @@ def evaluate_scenes(
     Args:
       pipeline: the sampling pipeline.
       params: parameters of the model.
-      how: sampling options.
+      sampling: sampling options.
       evaluation: number of prompts of each kind.
       dataset: the training data set, which gives the layout and the size of the images.
       workdir: folder for the results, written by the first host.
@@ -198,21 +198,21 @@ def evaluate_scenes(
       UserError: the data set is not the built-in one, or has no such scenes.
     """
     check_evaluation(evaluation, dataset.config)
-    side, rows = dataset.config.resolution, pipeline.rows(how)
+    side, rows = dataset.config.resolution, pipeline.rows(sampling)
     prompts = evaluation.prompts(dataset.config.scene_layout, side, side)
     seen: collections.Counter[str] = collections.Counter()
     seeds = []  # counted separately for each kind, so that its images do not depend on the number of other prompts
     for p in prompts:
         seeds.append(seen[p.kind])
         seen[p.kind] += 1
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     for start in range(0, len(prompts), rows):
-        part = slice(start, start + rows)
-        pictures += list(pipeline(params, [p.prompt for p in prompts[part]], seeds[part], side, side, how))
+        batch = slice(start, start + rows)
+        images += list(pipeline(params, [p.prompt for p in prompts[batch]], seeds[batch], side, side, sampling))
         beat()
-    scores = score_scenes(prompts, pictures)
+    scores = score_scenes(prompts, images)
     if jax.process_index() == 0:
-        report_scenes(scores, prompts, pictures, workdir)
+        report_scenes(scores, prompts, images, workdir)
     return scores
 
 
@@ -246,8 +246,8 @@ def score_scenes(prompts: Sequence[ScenePrompt], pictures: Sequence[np.ndarray])
             continue
         scenes["all scenes"].append(result)
         scenes[f"{p.kind}, {LANGUAGES[p.language]}"].append(result)
-        for place, item in enumerate(result.objects):
-            objects[named_at(p.kind, place)].append(item)
+        for position, item in enumerate(result.objects):
+            objects[named_at(p.kind, position)].append(item)
     found = {group: accuracies(results) for group, results in scenes.items()}
     found |= {group: object_accuracies(items) for group, items in objects.items()}
     order = ["all scenes", *COUNTS.values(), OVERLAP, HELD_OUT]
@@ -259,9 +259,9 @@ def score_scenes(prompts: Sequence[ScenePrompt], pictures: Sequence[np.ndarray])
     return {group: found[group] for group in sorted(found, key=rank)}
 
 
-def named_at(kind: str, place: int) -> str:
+def named_at(kind: str, position: int) -> str:
     """Returns the name of the group of objects at a position, from 0, in the prompts of a kind."""
-    return f"{kind}, named {('1st', '2nd', '3rd', '4th', '5th', '6th')[place]}"
+    return f"{kind}, named {('1st', '2nd', '3rd', '4th', '5th', '6th')[position]}"
 
 
 def report_scenes(

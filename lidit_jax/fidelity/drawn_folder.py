@@ -57,8 +57,8 @@ def picture_files(folder: epath.Path, flag: str) -> list[epath.Path]:
     """
     if not is_there(folder) or not folder.is_dir():
         raise UserError(f"--{flag}={folder}: no such folder; name a folder of images")
-    found = [place / name for place, _, names in folder.walk() for name in names]
-    files = [file for file in found if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    paths = [parent_folder / name for parent_folder, _, names in folder.walk() for name in names]
+    files = [file for file in paths if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
     if not files:
         raise UserError(f"--{flag}={folder} has no image in it ({', '.join(SUFFIXES)}): name a folder of images")
     return sorted(files, key=str)
@@ -76,7 +76,7 @@ def drawn_files(folder: epath.Path, prompts_file: epath.Path | None) -> list[Dra
         the number of prompts, or a metadata file is damaged.
     """
     files = picture_files(folder, "pictures")
-    benchmark, num_images = _drawn_with(folder)
+    benchmark, num_images = _read_facts(folder)
     if benchmark in ("geneval", "positional_bias", "t2i_compbench"):
         files = [file for file in files if file.parent.name == "samples"]
         if not files:
@@ -84,25 +84,25 @@ def drawn_files(folder: epath.Path, prompts_file: epath.Path | None) -> list[Dra
                 f"--pictures={folder} has no image in a folder `samples`, where {benchmark} expects them: name the "
                 "output folder of python -m lidit_jax.evaluate"
             )
-        prompt_of = _prompt_in_name if benchmark == "t2i_compbench" else _prompt_beside
+        prompt_of = _prompt_from_name if benchmark == "t2i_compbench" else _prompt_from_metadata
         return [DrawnFile(file, prompt_of(file)) for file in files]
     if benchmark == "dpg_bench" and prompts_file is None:
         return [DrawnFile(file, pictures=num_images) for file in files]
     if benchmark == "dpg_bench":
-        asked = open_benchmark(benchmark, prompts_file, num_images)
-        names = [(asked.last_file(i), prompt) for i, prompt in enumerate(asked.prompts)]
-        return [DrawnFile(file, prompt, num_images) for file, prompt in _all_there(folder, names)]
+        dpg_bench = open_benchmark(benchmark, prompts_file, num_images)
+        names = [(dpg_bench.last_file(i), prompt) for i, prompt in enumerate(dpg_bench.prompts)]
+        return [DrawnFile(file, prompt, num_images) for file, prompt in _require_files(folder, names)]
     if benchmark == "prompts" and prompts_file is not None:
         prompts = open_benchmark(benchmark, prompts_file, num_images).prompts
         names = [(f"{i:05}_{j}.png", prompt) for i, prompt in enumerate(prompts) for j in range(num_images)]
-        return [DrawnFile(file, prompt) for file, prompt in _all_there(folder, names)]
+        return [DrawnFile(file, prompt) for file, prompt in _require_files(folder, names)]
     sampled = [file for file in files if re.fullmatch(r"\d{5,}\.png", file.name)]  # excludes `sample`'s grid.png
     if sampled and prompts_file is not None:
-        return _of_prompts(folder, sampled, prompts_file)
+        return _assign_prompts(folder, sampled, prompts_file)
     return [DrawnFile(file) for file in sampled or files]
 
 
-def _drawn_with(folder: epath.Path) -> tuple[str, int]:
+def _read_facts(folder: epath.Path) -> tuple[str, int]:
     """Returns (benchmark, images per prompt) from `lidit_jax.evaluate`'s facts or the folder's layout, else ("", 1)."""
     file = folder / FACTS_FILE
     if not file.exists():
@@ -116,7 +116,7 @@ def _drawn_with(folder: epath.Path) -> tuple[str, int]:
         raise UserError(f"{file} is damaged: generate the benchmark again") from None
 
 
-def _of_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: epath.Path) -> list[DrawnFile]:
+def _assign_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: epath.Path) -> list[DrawnFile]:
     """Assigns prompts to the images of `sample`, which has equally many consecutive images per prompt."""
     prompts = open_benchmark("prompts", prompts_file, 1).prompts
     if len(files) % len(prompts):
@@ -124,16 +124,16 @@ def _of_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: epath
             f"--pictures={folder} has {len(files)} images, which is not a multiple of the {len(prompts)} prompts in "
             f"{prompts_file}: name the file that they were generated from"
         )
-    each = len(files) // len(prompts)
-    return [DrawnFile(file, prompts[i // each]) for i, file in enumerate(files)]
+    per_prompt = len(files) // len(prompts)
+    return [DrawnFile(file, prompts[i // per_prompt]) for i, file in enumerate(files)]
 
 
-def _prompt_in_name(file: epath.Path) -> str:
+def _prompt_from_name(file: epath.Path) -> str:
     """Returns the prompt in the name of a T2I-CompBench image, PROMPT_000000.png."""
     return file.stem.rpartition("_")[0]
 
 
-def _prompt_beside(file: epath.Path) -> str:
+def _prompt_from_metadata(file: epath.Path) -> str:
     """Returns the prompt from metadata.jsonl, which lies beside the folder `samples` with the prompt's images."""
     metadata = file.parent.parent / "metadata.jsonl"
     try:
@@ -144,7 +144,7 @@ def _prompt_beside(file: epath.Path) -> str:
         raise UserError(f"{metadata} is damaged: generate the images of the prompt again") from None
 
 
-def _all_there(folder: epath.Path, names: list[tuple[str, str]]) -> list[tuple[epath.Path, str]]:
+def _require_files(folder: epath.Path, names: list[tuple[str, str]]) -> list[tuple[epath.Path, str]]:
     """Returns the files of (name, prompt) pairs.
 
     Raises:

@@ -37,7 +37,7 @@ def _layer(name: str, channels: int, *kernel: int, stride: int = 1) -> Layer:
 Branches = list[list[Layer | list[Layer]]]
 
 
-def _of_35_pixels() -> Branches:
+def _block_35x35() -> Branches:
     return [
         [_layer("branch1x1", 64, 1)],
         [_layer("branch5x5_1", 48, 1), _layer("branch5x5_2", 64, 5)],
@@ -45,14 +45,14 @@ def _of_35_pixels() -> Branches:
     ]
 
 
-def _from_35_to_17_pixels() -> Branches:
+def _reduction_35_to_17() -> Branches:
     return [
         [_layer("branch3x3", 384, 3, stride=2)],
         [_layer("branch3x3dbl_1", 64, 1), _layer("branch3x3dbl_2", 96, 3), _layer("branch3x3dbl_3", 96, 3, stride=2)],
     ]
 
 
-def _of_17_pixels(width: int) -> Branches:
+def _block_17x17(width: int) -> Branches:
     return [
         [_layer("branch1x1", 192, 1)],
         [_layer("branch7x7_1", width, 1), _layer("branch7x7_2", width, 1, 7), _layer("branch7x7_3", 192, 7, 1)],
@@ -66,7 +66,7 @@ def _of_17_pixels(width: int) -> Branches:
     ]
 
 
-def _from_17_to_8_pixels() -> Branches:
+def _reduction_17_to_8() -> Branches:
     return [
         [_layer("branch3x3_1", 192, 1), _layer("branch3x3_2", 320, 3, stride=2)],
         [
@@ -78,7 +78,7 @@ def _from_17_to_8_pixels() -> Branches:
     ]
 
 
-def _of_8_pixels() -> Branches:
+def _block_8x8() -> Branches:
     return [
         [_layer("branch1x1", 320, 1)],
         [_layer("branch3x3_1", 384, 1), [_layer("branch3x3_2a", 384, 1, 3), _layer("branch3x3_2b", 384, 3, 1)]],
@@ -165,46 +165,46 @@ class FIDInception(nn.Module):
         self.Conv2d_2b_3x3 = Convolution(32, 64, (3, 3), 1, (1, 1))
         self.Conv2d_3b_1x1 = Convolution(64, 80, (1, 1), 1, (0, 0))
         self.Conv2d_4a_3x3 = Convolution(80, 192, (3, 3), 1, (0, 0))
-        self._halve = nn.MaxPool2d(3, stride=2)
-        self.Mixed_5b = Mixed(192, _of_35_pixels(), average, 32)
-        self.Mixed_5c = Mixed(256, _of_35_pixels(), average, 64)
-        self.Mixed_5d = Mixed(288, _of_35_pixels(), average, 64)
-        self.Mixed_6a = Mixed(288, _from_35_to_17_pixels(), self._halve)
-        self.Mixed_6b = Mixed(768, _of_17_pixels(128), average, 192)
-        self.Mixed_6c = Mixed(768, _of_17_pixels(160), average, 192)
-        self.Mixed_6d = Mixed(768, _of_17_pixels(160), average, 192)
-        self.Mixed_6e = Mixed(768, _of_17_pixels(192), average, 192)
-        self.Mixed_7a = Mixed(768, _from_17_to_8_pixels(), self._halve)
-        self.Mixed_7b = Mixed(1280, _of_8_pixels(), average, 192)
-        self.Mixed_7c = Mixed(2048, _of_8_pixels(), nn.MaxPool2d(3, stride=1, padding=1), 192)
+        self._max_pool = nn.MaxPool2d(3, stride=2)
+        self.Mixed_5b = Mixed(192, _block_35x35(), average, 32)
+        self.Mixed_5c = Mixed(256, _block_35x35(), average, 64)
+        self.Mixed_5d = Mixed(288, _block_35x35(), average, 64)
+        self.Mixed_6a = Mixed(288, _reduction_35_to_17(), self._max_pool)
+        self.Mixed_6b = Mixed(768, _block_17x17(128), average, 192)
+        self.Mixed_6c = Mixed(768, _block_17x17(160), average, 192)
+        self.Mixed_6d = Mixed(768, _block_17x17(160), average, 192)
+        self.Mixed_6e = Mixed(768, _block_17x17(192), average, 192)
+        self.Mixed_7a = Mixed(768, _reduction_17_to_8(), self._max_pool)
+        self.Mixed_7b = Mixed(1280, _block_8x8(), average, 192)
+        self.Mixed_7c = Mixed(2048, _block_8x8(), nn.MaxPool2d(3, stride=1, padding=1), 192)
         self.eval().requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # [B, 64, 147, 147]
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self._halve(x)))  # [B, 192, 71, 71]
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self._halve(x))))  # [B, 288, 35, 35]
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self._max_pool(x)))  # [B, 192, 71, 71]
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self._max_pool(x))))  # [B, 288, 35, 35]
         x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))  # [B, 768, 17, 17]
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # [B, 2048, 8, 8]
         return x.mean(dim=(2, 3))
 
     @staticmethod
-    def prepare(picture: np.ndarray) -> torch.Tensor:
+    def prepare(image: np.ndarray) -> torch.Tensor:
         """Resizes and scales an image: uint8 [H, W, 3] -> float32 [3, 299, 299] in [-1, 1].
 
         Resizes like TensorFlow 1's `resize_bilinear`, on which published scores are based: output pixel i interpolates
         between the two neighbours of input position i H / 299, without aligned corners, half-pixel centres or
         anti-aliasing.
         """
-        x = torch.from_numpy(np.array(picture, np.float32, order="C"))
-        x = torch.einsum("ih,hwc->ciw", _bilinear(picture.shape[0]), x)
-        return (torch.einsum("jw,ciw->cij", _bilinear(picture.shape[1]), x) - 128) / 128
+        x = torch.from_numpy(np.array(image, np.float32, order="C"))
+        x = torch.einsum("ih,hwc->ciw", _bilinear(image.shape[0]), x)
+        return (torch.einsum("jw,ciw->cij", _bilinear(image.shape[1]), x) - 128) / 128
 
 
 def _bilinear(side: int) -> torch.Tensor:
     """Returns the interpolation matrix [299, side]: the weight of each input pixel in each output pixel."""
-    places = torch.arange(SIDE) * (side / SIDE)
-    lower = places.floor().long()
-    upper_weight = places - lower
+    positions = torch.arange(SIDE) * (side / SIDE)
+    lower = positions.floor().long()
+    upper_weight = positions - lower
     weights = torch.zeros(SIDE, side)
     rows = torch.arange(SIDE)
     weights[rows, lower] += 1 - upper_weight

@@ -96,19 +96,21 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
     fid = None if request.inception is None else FrechetDistance(load_network(request.inception))
     clip = None if request.clip is None else ClipScore(request.clip)
 
-    _add_drawn(drawn, count, fid, clip)
+    _add_images(drawn, count, fid, clip)
     if fid is not None:
         fid.add(_bar(request.reference.pictures, request.reference.count, "reading the reference"), real=True)
-        _warn_of_few(min(count, request.reference.count), fid.num_features)
+        _warn_if_few(min(count, request.reference.count), fid.num_features)
         scores["fid"] = fid.compute()
     if clip is not None:
-        scores |= {"clip_score": clip.compute(), "cut_prompts": clip.cut}
-        if clip.cut:
-            logger.warning("%d of %d prompts exceed CLIP's maximum length: their ends are truncated", clip.cut, count)
+        scores |= {"clip_score": clip.compute(), "cut_prompts": clip.num_truncated}
+        if clip.num_truncated:
+            logger.warning(
+                "%d of %d prompts exceed CLIP's maximum length: their ends are truncated", clip.num_truncated, count
+            )
     _write(request.out, scores)
-    said = {"FID": scores.get("fid"), "CLIP score": scores.get("clip_score")}
-    said = ", ".join(f"{name} {score:.3f}" for name, score in said.items() if score is not None)
-    logger.info("%s of %d images; %s", said, count, request.out / SCORES_FILE)
+    summary = {"FID": scores.get("fid"), "CLIP score": scores.get("clip_score")}
+    summary = ", ".join(f"{name} {score:.3f}" for name, score in summary.items() if score is not None)
+    logger.info("%s of %d images; %s", summary, count, request.out / SCORES_FILE)
     return scores
 
 
@@ -160,7 +162,7 @@ class ClipScore:
     """Mean of max(100 cos(image, prompt), 0) of CLIP's embeddings (Hessel et al. 2021, with 100 in place of 2.5).
 
     Attributes:
-      cut: number of prompts so far that exceed the maximum length of the text encoder and were truncated.
+      num_truncated: number of prompts so far that exceed the maximum length of the text encoder and were truncated.
     """
 
     def __init__(self, name: str):
@@ -177,7 +179,7 @@ class ClipScore:
         self._tokenizer = load_processor("AutoTokenizer", "clip", name)
         self._max_length = self._model.config.text_config.max_position_embeddings
         self._scores: list[float] = []
-        self.cut = 0
+        self.num_truncated = 0
 
     def add(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> None:
         """Scores a batch of images.
@@ -192,8 +194,8 @@ class ClipScore:
         tokens = self._tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self._max_length, return_tensors="pt"
         )
-        whole = self._tokenizer(list(prompts), verbose=False)["input_ids"]
-        self.cut += sum(len(ids) > self._max_length for ids in whole)
+        untruncated = self._tokenizer(list(prompts), verbose=False)["input_ids"]
+        self.num_truncated += sum(len(ids) > self._max_length for ids in untruncated)
         with torch.inference_mode():
             found = self._model(pixel_values=pixels.to(device()), **tokens.to(device()))
             cosine = torch.nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
@@ -204,7 +206,7 @@ class ClipScore:
         return float(np.mean(self._scores))
 
 
-def _add_drawn(drawn: Sequence[DrawnFile], count: int, fid: FrechetDistance | None, clip: ClipScore | None) -> None:
+def _add_images(drawn: Sequence[DrawnFile], count: int, fid: FrechetDistance | None, clip: ClipScore | None) -> None:
     """Reads each image once and adds it to the scores that are computed."""
     found = ((picture, file.prompt) for file in drawn for picture in file.read())
     for batch in _batches(_bar(found, count, "scoring")):
@@ -226,11 +228,11 @@ def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
-def _bar(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
-    return tqdm.tqdm(items, total=total, unit="image", desc=what, mininterval=1)
+def _bar(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+    return tqdm.tqdm(items, total=total, unit="image", desc=description, mininterval=1)
 
 
-def _warn_of_few(count: int, num_features: int) -> None:
+def _warn_if_few(count: int, num_features: int) -> None:
     if count <= num_features:
         logger.warning(
             "FID of %d images is biased upwards, and its covariance is singular with %d features or fewer images: "

@@ -85,8 +85,8 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
         buckets=dataset.buckets,
         encoders=encoders,
     )
-    parts = _claim(out, plan, dataset)
-    if parts is None:
+    outputs = _claim(out, plan, dataset)
+    if outputs is None:
         logger.info("%s: already complete", out)
         return
     mesh = make_mesh({"fsdp": -1}, jax.local_devices())
@@ -96,21 +96,21 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
         encode_captions = CaptionEncoder(*experiment.load_encoders(mesh, ShardingRules()), encoders, mesh, batch_size)
     if encode_captions and jax.process_index() == 0:
         encode_captions.constant().write(out / FEATURES)
-    mine = parts[jax.process_index() :: jax.process_count()]
+    own_outputs = outputs[jax.process_index() :: jax.process_count()]
     broken = BrokenCount(experiment.data.max_broken, "left out")
-    with tqdm.tqdm(total=sum(len(part.indices) for part in mine), unit="image", desc="latents") as bar:
-        for part in mine:
-            if not (out / part.name).exists():
-                _write_part(out / part.name, part, dataset, encode, encode_captions, broken, bar)
+    with tqdm.tqdm(total=sum(len(output.indices) for output in own_outputs), unit="image", desc="latents") as bar:
+        for output in own_outputs:
+            if not (out / output.name).exists():
+                _write_output(out / output.name, output, dataset, encode, encode_captions, broken, bar)
             else:
-                bar.update(len(part.indices))
+                bar.update(len(output.indices))
     multihost_utils.sync_global_devices("wrote latents")
     if jax.process_index() == 0:
-        _finish(out, plan, parts)
+        _finish(out, plan, outputs)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _OutputFile:
     """One output file.
 
     Attributes:
@@ -124,18 +124,18 @@ class _Part:
     indices: np.ndarray
 
 
-def _parts(dataset: IndexedDataset) -> list[_Part]:
+def _plan_outputs(dataset: IndexedDataset) -> list[_OutputFile]:
     """Splits a data set into output files of one bucket and up to `EXAMPLES_A_FILE` examples each."""
-    parts = []
+    outputs = []
     for bucket in range(len(dataset.buckets)):
         indices = np.flatnonzero(dataset.bucket_of_example == bucket)
         for first in range(0, len(indices), EXAMPLES_A_FILE):
             name = f"{bucket:03}-{first // EXAMPLES_A_FILE:06}.array_record"
-            parts.append(_Part(name, bucket, indices[first : first + EXAMPLES_A_FILE]))
-    return parts
+            outputs.append(_OutputFile(name, bucket, indices[first : first + EXAMPLES_A_FILE]))
+    return outputs
 
 
-def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Part] | None:
+def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_OutputFile] | None:
     """Creates the output folder with its plan, or checks that an existing folder has the same plan.
 
     Returns:
@@ -153,7 +153,7 @@ def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Pa
                     raise UserError(f"{out} holds latents with {field.name}={before}, now {now}: use another --out")
             if name == MANIFEST:
                 return None
-            return _parts(dataset)
+            return _plan_outputs(dataset)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and holds no latents: use another --out")
     multihost_utils.sync_global_devices("checked the folder")
@@ -164,7 +164,7 @@ def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Pa
         except OSError as error:
             raise UserError(f"{out} can't be written ({error.strerror or error}): use another --out") from error
     multihost_utils.sync_global_devices("claimed the folder")
-    return _parts(dataset)
+    return _plan_outputs(dataset)
 
 
 class _Encoder:
@@ -192,9 +192,9 @@ class _Encoder:
         return values
 
 
-def _write_part(
+def _write_output(
     file: epath.Path,
-    part: _Part,
+    output: _OutputFile,
     dataset: IndexedDataset,
     encode: _Encoder,
     encode_captions: CaptionEncoder | None,
@@ -205,7 +205,7 @@ def _write_part(
 
     Args:
       file: path of the output file.
-      part: the examples to write.
+      output: the examples to write.
       dataset: the data set.
       encode: encoder of the images.
       encode_captions: encoder of the captions; None stores no features.
@@ -218,24 +218,26 @@ def _write_part(
     from array_record.python.array_record_module import ArrayRecordWriter
 
     chooser = dataset.config.chooser(0.0)
-    beside = file.parent / f".{file.name}.new"
-    writer = ArrayRecordWriter(os.fspath(beside), "group_size:1")
-    for examples in _examples(dataset, part, encode.rows):
+    temporary = file.parent / f".{file.name}.new"
+    writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
+    for examples in _examples(dataset, output, encode.rows):
         good = [example for example in examples if not isinstance(example, BrokenExample)]
         bad = [(e.key, e.reason) for e in examples if isinstance(e, BrokenExample)]
         broken.add(len(examples), bad)
         if good:
             moments = encode(np.stack([example["image"] for example in good]))
             captions = [chooser.filled(example["captions"]) for example in good]
-            features = _features(captions, encode_captions) if encode_captions else [({}, [])] * len(good)
-            for example, texts, of_one, of_texts in zip(good, captions, moments, features, strict=True):
-                writer.write(to_record(example["key"], texts, of_one, *of_texts))
+            features = _caption_features(captions, encode_captions) if encode_captions else [({}, [])] * len(good)
+            for example, texts, example_moments, example_features in zip(
+                good, captions, moments, features, strict=True
+            ):
+                writer.write(to_record(example["key"], texts, example_moments, *example_features))
         bar.update(len(examples))
     writer.close()
-    beside.replace(file)
+    temporary.replace(file)
 
 
-def _features(
+def _caption_features(
     captions: Sequence[Mapping[str, str]], encode: CaptionEncoder
 ) -> list[tuple[dict[tuple[str, str], np.ndarray], list[tuple[str, str]]]]:
     """Encodes the captions of a batch of examples.
@@ -247,12 +249,12 @@ def _features(
     Returns:
       For each example, the features by (encoder, field), and the (encoder, field) of each truncated caption.
     """
-    found = iter(encode([text for of_one in captions for text in of_one.values()]))
+    encoded = iter(encode([text for texts in captions for text in texts.values()]))
     examples = []
-    for of_one in captions:
+    for texts in captions:
         features, truncated = {}, []
-        for field in of_one:
-            for name, caption in next(found).items():
+        for field in texts:
+            for name, caption in next(encoded).items():
                 features[name, field] = caption.features
                 if caption.truncated:
                     truncated.append((name, field))
@@ -260,25 +262,25 @@ def _features(
     return examples
 
 
-def _examples(dataset: IndexedDataset, part: _Part, rows: int) -> Iterator[list]:
+def _examples(dataset: IndexedDataset, output: _OutputFile, rows: int) -> Iterator[list]:
     """Iterates over batches of the file's examples, prefetched by threads."""
-    bucket: Bucket = dataset.buckets[part.bucket]
-    count = -(-len(part.indices) // rows)
+    bucket: Bucket = dataset.buckets[output.bucket]
+    count = -(-len(output.indices) // rows)
 
     def load(i: int) -> list:
-        return dataset.source.load(part.indices[i * rows : (i + 1) * rows].tolist(), bucket)
+        return dataset.source.load(output.indices[i * rows : (i + 1) * rows].tolist(), bucket)
 
-    threads, ahead = dataset.config.num_threads, dataset.config.prefetch
-    options = grain.ReadOptions(min(threads, ahead), ahead)
+    threads, buffer_size = dataset.config.num_threads, dataset.config.prefetch
+    options = grain.ReadOptions(min(threads, buffer_size), buffer_size)
     return iter(grain.MapDataset.range(count).map(load).to_iter_dataset(options))
 
 
-def _finish(out: epath.Path, plan: Manifest, parts: list[_Part]) -> None:
+def _finish(out: epath.Path, plan: Manifest, outputs: list[_OutputFile]) -> None:
     """Replaces the plan by a manifest with the number of records in each file."""
-    readers = RecordReaders([os.fspath(out / part.name) for part in parts])
-    files = tuple((part.name, part.bucket, readers.count(i)) for i, part in enumerate(parts))
+    readers = RecordReaders([os.fspath(out / output.name) for output in outputs])
+    files = tuple((output.name, output.bucket, readers.count(i)) for i, output in enumerate(outputs))
     count = sum(count for _, _, count in files)
-    left_out = sum(len(part.indices) for part in parts) - count
+    left_out = sum(len(output.indices) for output in outputs) - count
     if not count:
         raise UserError(f"{out}: no image of the data set can be decoded; check its files")
     manifest = dataclasses.replace(plan, files=files, left_out=left_out)

@@ -46,24 +46,24 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
         caption_dropout=experiment.data.caption_dropout,
         with_captions=experiment.has_lidit,
     )
-    pictures, labels = [], []
+    images, labels = [], []
     per_batch = min(PER_BATCH, batch_size)
     for batch in itertools.islice(batches, -(-num_images // per_batch)):
         height, width = batch["image"].shape[1:3]
         captions = [caption or "(dropped)" for caption in batch.get("caption", [" "] * batch_size)]
-        pictures += list(batch["image"][:per_batch])
+        images += list(batch["image"][:per_batch])
         labels += [f"[{width}x{height}] {caption}" for caption in captions[:per_batch]]
     logger.info("%s", dataset.summary())
     try:
-        save_png(grid(pictures[:num_images], labels[:num_images], columns=PER_BATCH), out)
+        save_png(grid(images[:num_images], labels[:num_images], columns=PER_BATCH), out)
     except OSError as error:
         raise UserError(f"--out={out} can't be written ({error.strerror or error}): name another file") from error
 
     started = time.monotonic()
     count = sum(len(batch["image"]) for batch in itertools.islice(batches, TIMED_BATCHES))
     logger.info("loader: %.0f samples/s", count / (time.monotonic() - started))
-    for what, reasons in (("broken", batches.broken), ("left out by filters", batches.dropped)):
+    for kind, reasons in (("broken", batches.broken), ("left out by filters", batches.dropped)):
         if reasons:
-            logger.info("while reading: %s %s", what, ", ".join(f"{r}: {n}" for r, n in sorted(reasons.items())))
+            logger.info("while reading: %s %s", kind, ", ".join(f"{r}: {n}" for r, n in sorted(reasons.items())))
     batches.close()
     logger.info("contact sheet: %s", out)

@@ -46,7 +46,7 @@ class Drawing:
         if self.weights not in ("ema", "params"):
             raise UserError(f"--weights={self.weights}: use ema or params")
 
-    def settled(self, run: Experiment, pipeline: Pipeline) -> tuple[SampleConfig, int, int]:
+    def resolve_options(self, run: Experiment, pipeline: Pipeline) -> tuple[SampleConfig, int, int]:
         """Resolves the options with the run's config.
 
         Args:
@@ -59,12 +59,15 @@ class Drawing:
         Raises:
           UserError: the sampler, the number of steps or the size does not go with the model.
         """
-        given = {name: getattr(self, name) for name in ("sampler", "steps", "guidance_scale", "decode_pixels")}
-        how = dataclasses.replace(run.sample, **{name: value for name, value in given.items() if value is not None})
-        step_table(how.sampler, pipeline.schedule, how.steps)  # raises if sampler and schedule do not go together
+        overrides = {name: getattr(self, name) for name in ("sampler", "steps", "guidance_scale", "decode_pixels")}
+        sampling = dataclasses.replace(
+            run.sample, **{name: value for name, value in overrides.items() if value is not None}
+        )
+        # Raises if the sampler and the schedule do not go together.
+        step_table(sampling.sampler, pipeline.schedule, sampling.steps)
         height, width = self.height or run.data.resolution, self.width or run.data.resolution
         pipeline.check_size(height, width)
-        return how, height, width
+        return sampling, height, width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,23 +115,23 @@ def draw_to_folder(request: Request) -> None:
     else:
         run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
         origin = f"step {step}"
-    how, height, width = request.settled(run, pipeline)
+    sampling, height, width = request.resolve_options(run, pipeline)
     warn_of_truncated(run, pipeline, prompts)
 
     seeds = [(request.seed + i) % 2**32 for i in range(len(prompts) * request.num_images)]
-    how = dataclasses.replace(how, batch_size=min(how.batch_size, len(seeds)))
+    sampling = dataclasses.replace(sampling, batch_size=min(sampling.batch_size, len(seeds)))
     logger.info(
         "sampling %d images of %dx%d with %s, %d steps, guidance %g, from %s",
-        *(len(seeds), width, height, how.sampler, how.steps, how.guidance_scale, origin),
+        *(len(seeds), width, height, sampling.sampler, sampling.steps, sampling.guidance_scale, origin),
     )
-    pictures = pipeline(params, prompts, seeds, height, width, how, request.num_images)
+    images = pipeline(params, prompts, seeds, height, width, sampling, request.num_images)
     if jax.process_index():  # all hosts sample, only the first one writes
         return
     request.out.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pictures):
-        save_png(picture, request.out / f"{i:05d}.png")
+    for i, image in enumerate(images):
+        save_png(image, request.out / f"{i:05d}.png")
     captions = [prompt for prompt in prompts for _ in range(request.num_images)]
-    save_png(grid(list(pictures), captions), request.out / "grid.png")
+    save_png(grid(list(images), captions), request.out / "grid.png")
     logger.info("%s", request.out / "grid.png")
 
 

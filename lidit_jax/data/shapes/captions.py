@@ -12,7 +12,7 @@ LANGUAGES = ("en", "zh")
 Language = Literal["en", "zh"]
 
 # Share of captions in layout "free" that state the objects' sizes.
-_SIZES_STATED = 0.25
+_SIZES_PROBABILITY = 0.25
 
 _CHINESE_COLORS = {"red": "红", "yellow": "黄", "green": "绿", "blue": "蓝", "purple": "紫", "black": "黑"}
 _CHINESE_SHAPES = {"circle": "圆圈", "square": "方块", "triangle": "三角", "star": "星星", "cross": "十字"}
@@ -174,7 +174,7 @@ _FREE_TEMPLATES: dict[str, tuple[_FreeTemplate, ...]] = {
 
 def _free_caption(scene: Scene, language: Language, rng: np.random.Generator) -> str:
     template = _FREE_TEMPLATES[language][rng.integers(len(_FREE_TEMPLATES[language]))]
-    names = _names(scene, language, bool(rng.random() < _SIZES_STATED))
+    names = _names(scene, language, bool(rng.random() < _SIZES_PROBABILITY))
     relations, places = {i: relation for i, relation, _ in scene.relations}, dict(scene.places)
     text = ""
     for k, name in enumerate(names):

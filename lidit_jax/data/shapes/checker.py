@@ -39,7 +39,7 @@ def check(image: np.ndarray, scene: Scene, sizes_asked: bool = True) -> SceneChe
         held = _relation_holds(relation, i, j, components, assigned)
         (in_depth if relation in DEPTH_RELATIONS else in_space).append((i, j, held))
     for i, place in scene.places:
-        places[i] = i in assigned and _is_at(components[assigned[i]], place, scene, height, width)
+        places[i] = i in assigned and _is_at_place(components[assigned[i]], place, scene, height, width)
     objects = []
     for index, item in enumerate(scene.objects):
         component = components[assigned[index]] if index in assigned else None
@@ -48,15 +48,15 @@ def check(image: np.ndarray, scene: Scene, sizes_asked: bool = True) -> SceneChe
                 color=component is not None and component.color == item.color,
                 shape=component is not None and component.shape == item.shape,
                 size=(component is not None and component.size == item.size) if sizes_asked else None,
-                relation=_all_of(in_space, index),
-                depth=_all_of(in_depth, index),
+                relation=_all_hold(in_space, index),
+                depth=_all_hold(in_depth, index),
                 place=places.get(index),
             )
         )
     return SceneCheck(tuple(objects), extra=len(components) - len(assigned))
 
 
-def _all_of(relations: list[tuple[int, int, bool]], index: int) -> bool | None:
+def _all_hold(relations: list[tuple[int, int, bool]], index: int) -> bool | None:
     """Returns whether all relations of an object hold; None if it has none."""
     held = [is_held for i, j, is_held in relations if index in (i, j)]
     return all(held) if held else None
@@ -100,7 +100,7 @@ def _relation_holds(relation: str, i: int, j: int, components: list[Component], 
     return holds(relation, first.x - second.x, first.y - second.y)
 
 
-def _is_at(component: Component, place: str, scene: Scene, height: int, width: int) -> bool:
+def _is_at_place(component: Component, place: str, scene: Scene, height: int, width: int) -> bool:
     scale, left, top = scene.canvas.in_pixels(height, width)
     x, y = (component.x - left) / (scale * scene.canvas.width), (component.y - top) / (scale * scene.canvas.height)
     return place_holds(place, x, y)

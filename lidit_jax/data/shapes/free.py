@@ -39,7 +39,7 @@ _CLEAR_DISTANCE = 0.12
 _PLACE_MARGIN = 0.07
 # Most objects in one chain of relations.
 _MAX_CHAIN = 4
-_STATE_NOTHING = 0.3  # fraction of one-object scenes that state no place
+_NO_PLACE_PROBABILITY = 0.3  # fraction of one-object scenes that state no place
 
 _ATTEMPTS = 200
 _POSITIONS = 24  # positions tried for each object
@@ -108,8 +108,8 @@ def sample_free(
                 continue
             x, y = offsets[rng.integers(len(offsets))].tolist()
             offset = (radii[front] + radii[back]) * x, (radii[front] + radii[back]) * y
-        centers = _place(rng, radii, canvas, pair, offset)
-        chains = centers and _state(rng, centers, canvas, pair)
+        centers = _sample_centers(rng, radii, canvas, pair, offset)
+        chains = centers and _choose_statements(rng, centers, canvas, pair)
         if chains:
             depths = [int(pair is not None and k == pair[1]) for k in range(len(colors))]
             objects = [
@@ -131,7 +131,7 @@ def _sample_pair(rng: np.random.Generator, colors: list[str]) -> tuple[int, int]
 # --- positions --------------------------------------------------------------------------------------------------
 
 
-def _place(
+def _sample_centers(
     rng: np.random.Generator,
     radii: list[float],
     canvas: Canvas,
@@ -215,7 +215,9 @@ def overlap_offsets(front: str, front_size: str, back: str, back_size: str) -> n
     radii = [_MEASURED_RADIUS[front_size], _MEASURED_RADIUS[back_size]]
     reach = sum(radii) + 1
     grid = np.arange(-reach, reach + 1.0)
-    hiding, hidden = (coverage(shape, grid, grid, radius) > 0.5 for shape, radius in zip((front, back), radii))  # noqa: B905
+    hiding, hidden = (
+        coverage(shape, grid, grid, radius) > 0.5 for shape, radius in zip((front, back), radii, strict=True)
+    )
     # Cross-correlation: entry [y, x] counts the common pixels after moving the back mask by (y, x), modulo the size.
     size = (2 * len(grid), 2 * len(grid))
     spectrum = np.fft.rfft2(hiding, size) * np.conj(np.fft.rfft2(hidden, size))
@@ -241,7 +243,7 @@ def _in_one_piece(mask: np.ndarray) -> bool:
 _Chain = tuple[list[int], list[str], str | None]
 
 
-def _state(
+def _choose_statements(
     rng: np.random.Generator, centers: list[tuple[float, float]], canvas: Canvas, pair: tuple[int, int] | None
 ) -> list[_Chain] | None:
     """Chooses at random which clear relations and places the caption states.
@@ -251,7 +253,7 @@ def _state(
     """
     if len(centers) == 1:
         place = _clear_place(centers[0], canvas)
-        return [([0], [], None if rng.random() < _STATE_NOTHING else place)]
+        return [([0], [], None if rng.random() < _NO_PLACE_PROBABILITY else place)]
     places = [_clear_place(center, canvas) for center in centers]
     for _ in range(_STATEMENTS):
         chains = _try_chains(rng, centers, places, pair)

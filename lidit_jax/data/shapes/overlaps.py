@@ -32,19 +32,19 @@ from lidit_jax.data.shapes.rendering import coverage
 from lidit_jax.data.shapes.scene import SHAPES, SIZES, Canvas
 
 # Least number of adjacent pixel pairs for two regions to be in contact.
-_CONTACT = 3
+_MIN_CONTACT = 3
 # Largest distance in pixels at which an unassigned pixel counts as the edge of a region.
-_EDGE = 2.5
+_MAX_EDGE_DISTANCE = 2.5
 # Least overlap, as a fraction of the smaller object's area, that counts as hiding; scenes have at least 0.25.
-_HIDDEN = 0.08
+_MIN_HIDDEN = 0.08
 # Radii tried for a partly hidden object, relative to the mean radius of each size, and the steps in pixels by which the
 # best fits are refined.
 _TRIED_RADII = (0.93, 1.07)
 _STEPS = (0.7, 0.35, 0.18)
 # Shapes whose score at whole-pixel positions is this much below the best one's are not refined.
-_WORTH_REFINING = 0.12
+_REFINING_MARGIN = 0.12
 # FFT sizes are rounded up to a multiple of this.
-_PADDING = 16
+_SIZE_MULTIPLE = 16
 
 
 def find_overlapping_components(image: np.ndarray, canvas: Canvas) -> list[Component]:
@@ -109,7 +109,7 @@ def _segment(pixels: np.ndarray, least_area: float) -> np.ndarray:
                 labels[found == label] = count
     if count:
         distances, nearest = ndimage.distance_transform_edt(labels == 0, return_indices=True)
-        edge = is_foreground & (labels == 0) & (distances <= _EDGE)
+        edge = is_foreground & (labels == 0) & (distances <= _MAX_EDGE_DISTANCE)
         labels[edge] = labels[tuple(nearest)][edge]
     return labels
 
@@ -121,7 +121,7 @@ def _contacts(labels: np.ndarray) -> list[tuple[int, int]]:
         meet = (first != second) & (first > 0) & (second > 0)
         pairs.append(np.sort(np.stack([first[meet], second[meet]], axis=-1), axis=-1))
     found, numbers = np.unique(np.concatenate(pairs), axis=0, return_counts=True)
-    return [tuple(pair) for pair, number in zip(found.tolist(), numbers, strict=True) if number >= _CONTACT]
+    return [tuple(pair) for pair, number in zip(found.tolist(), numbers, strict=True) if number >= _MIN_CONTACT]
 
 
 # --- regions in contact -----------------------------------------------------------------------------------------
@@ -135,13 +135,13 @@ class _Region:
       color: index of the colour that explains the region best.
       has_color: whether that colour explains it well.
       alpha: [h, w], coverage of each pixel by the region.
-      alone: the best fit of a whole shape.
+      whole_fit: the best fit of a whole shape.
     """
 
     color: int
     has_color: bool
     alpha: np.ndarray
-    alone: Fit
+    whole_fit: Fit
 
 
 def _read_touching(
@@ -152,7 +152,7 @@ def _read_touching(
     pixels, labels = pixels[window], labels[window]
     regions = {label: _read_region(pixels, labels, label) for label in touching}
     hidden_by: dict[int, list[int]] = {label: [] for label in touching}
-    fits = {label: region.alone for label, region in regions.items()}
+    fits = {label: region.whole_fit for label, region in regions.items()}
     for first, second in contacts:
         if order := _choose_front(regions, first, second, canvas, scale):
             front, back, fit = order
@@ -160,12 +160,12 @@ def _read_touching(
             hidden_by[back].append(front)
     for label, fronts in hidden_by.items():
         if len(fronts) > 1:
-            visible = _visible([regions[front].alone for front in fronts], labels.shape)
+            visible = _visible([regions[front].whole_fit for front in fronts], labels.shape)
             fits[label] = _fit_visible(regions[label].alpha, visible, canvas, scale)
     hides: dict[int, set[int]] = {label: set() for label in touching}
     for back, fronts in hidden_by.items():
         for front in fronts:
-            if _hidden_share(fits[front], fits[back], labels.shape) >= _HIDDEN:
+            if _overlap_fraction(fits[front], fits[back], labels.shape) >= _MIN_HIDDEN:
                 hides[front].add(back - 1)  # labels count from 1, indices from 0
     return {
         label: dataclasses.replace(
@@ -187,7 +187,7 @@ def _read_region(pixels: np.ndarray, labels: np.ndarray, label: int) -> _Region:
         nearest = ndimage.distance_transform_edt(~others, return_distances=False, return_indices=True)
         other_colors = _region_colors(pixels, labels)[labels[tuple(nearest)]]
         near = ndimage.binary_dilation(others, iterations=3)
-        alpha = np.where(near, _share_of_two(pixels, PALETTE[color], PALETTE[other_colors]), alpha)
+        alpha = np.where(near, _fraction_of_first(pixels, PALETTE[color], PALETTE[other_colors]), alpha)
     alpha[~ndimage.binary_dilation(own, iterations=3)] = 0
     drop_faint(alpha, own)
     return _Region(color, has_color, alpha, read_shape(alpha))
@@ -201,7 +201,7 @@ def _region_colors(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return colors
 
 
-def _share_of_two(pixels: np.ndarray, color: np.ndarray, others: np.ndarray) -> np.ndarray:
+def _fraction_of_first(pixels: np.ndarray, color: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Fits each pixel as a mixture of the background and two colours and returns the fraction of the first colour.
 
     Args:
@@ -230,11 +230,11 @@ def _choose_front(
     """Returns (front label, back label, fit of the back region); None if neither region is a whole shape."""
     orders = []
     for front, back in ((first, second), (second, first)):
-        alone = regions[front].alone
-        if alone.score >= SHAPE_SCORE and has_object_size(alone.radius / scale, canvas):
+        whole_fit = regions[front].whole_fit
+        if whole_fit.score >= SHAPE_SCORE and has_object_size(whole_fit.radius / scale, canvas):
             alpha = regions[back].alpha
-            orders.append((front, back, _fit_visible(alpha, _visible([alone], alpha.shape), canvas, scale)))
-    return max(orders, key=lambda order: regions[order[0]].alone.score + order[2].score, default=None)
+            orders.append((front, back, _fit_visible(alpha, _visible([whole_fit], alpha.shape), canvas, scale)))
+    return max(orders, key=lambda order: regions[order[0]].whole_fit.score + order[2].score, default=None)
 
 
 def _mask(fit: Fit, shape: tuple[int, int]) -> np.ndarray:
@@ -246,7 +246,7 @@ def _visible(fronts: list[Fit], shape: tuple[int, int]) -> np.ndarray:
     return np.prod([1 - _mask(front, shape) for front in fronts], axis=0)
 
 
-def _hidden_share(front: Fit, back: Fit, shape: tuple[int, int]) -> float:
+def _overlap_fraction(front: Fit, back: Fit, shape: tuple[int, int]) -> float:
     """Returns the intersection of two shapes as a fraction of the smaller one's area."""
     first, second = _mask(front, shape), _mask(back, shape)
     return float((first * second).sum() / min(first.sum(), second.sum()))
@@ -266,16 +266,16 @@ def _fit_visible(alpha: np.ndarray, visible: np.ndarray, canvas: Canvas, scale: 
     """
     radii = [scale * factor * sum(canvas.radii(size)) / 2 for size in SIZES for factor in _TRIED_RADII]
     # Rounded up to few distinct sizes, so that cached spectra are reused, with room for shapes that leave the window.
-    padded = tuple(_PADDING * math.ceil((length + max(radii)) / _PADDING) for length in alpha.shape)
-    seen, area = np.fft.rfft2(np.stack([alpha, visible]), padded), float(alpha.sum())
-    coarse = [_best_at_whole_pixels(seen, area, shape, radii, alpha.shape, padded) for shape in SHAPES]
+    padded = tuple(_SIZE_MULTIPLE * math.ceil((length + max(radii)) / _SIZE_MULTIPLE) for length in alpha.shape)
+    spectra, area = np.fft.rfft2(np.stack([alpha, visible]), padded), float(alpha.sum())
+    coarse = [_best_at_whole_pixels(spectra, area, shape, radii, alpha.shape, padded) for shape in SHAPES]
     best = max(fit.score for fit in coarse)
-    refined = [_refine(alpha, visible, fit) for fit in coarse if fit.score > best - _WORTH_REFINING]
+    refined = [_refine(alpha, visible, fit) for fit in coarse if fit.score > best - _REFINING_MARGIN]
     return max(refined, key=lambda fit: fit.score)
 
 
 def _best_at_whole_pixels(
-    seen: np.ndarray,
+    spectra: np.ndarray,
     alpha_area: float,
     shape: str,
     radii: Sequence[float],
@@ -285,7 +285,7 @@ def _best_at_whole_pixels(
     """Returns the best fit of a shape whose centre is the centre of a pixel of the window.
 
     Args:
-      seen: complex [2, …], spectra of the padded coverage and visibility.
+      spectra: complex [2, …], spectra of the padded coverage and visibility.
       alpha_area: sum of the coverage.
       shape: one of `SHAPES`.
       radii: radii in pixels to try.
@@ -296,7 +296,7 @@ def _best_at_whole_pixels(
     for radius in radii:
         # Cross-correlation with the shape centred on pixel (0, 0): for each position, the shape's overlap with the
         # coverage, and its visible area.
-        products = seen * _conjugate_spectrum(shape, radius, padded)
+        products = spectra * _conjugate_spectrum(shape, radius, padded)
         common, area = np.fft.irfft2(products, padded)[:, : window[0], : window[1]]
         scores = common / (alpha_area + area - common)
         y, x = np.unravel_index(scores.argmax(), scores.shape)
@@ -313,15 +313,15 @@ def _conjugate_spectrum(shape: str, radius: float, size: tuple[int, int]) -> np.
 def _refine(alpha: np.ndarray, visible: np.ndarray, fit: Fit) -> Fit:
     """Improves a fit by coordinate descent over position and radius, with decreasing steps."""
 
-    def scored(x: float, y: float, radius: float) -> Fit:
+    def fit_at(x: float, y: float, radius: float) -> Fit:
         moved = Fit(0.0, fit.shape, x, y, radius)
         mask = _mask(moved, alpha.shape) * visible
         return dataclasses.replace(moved, score=float(np.minimum(alpha, mask).sum() / np.maximum(alpha, mask).sum()))
 
-    best = scored(fit.x, fit.y, fit.radius)
+    best = fit_at(fit.x, fit.y, fit.radius)
     for step in _STEPS:
         for (dx, dy, dr), sign in itertools.product(((1, 0, 0), (0, 1, 0), (0, 0, 1)), (step, -step)):
-            while (moved := scored(best.x + sign * dx, best.y + sign * dy, best.radius + sign * dr)).score > best.score:
+            while (moved := fit_at(best.x + sign * dx, best.y + sign * dy, best.radius + sign * dr)).score > best.score:
                 best = moved
     mask = _mask(best, alpha.shape) * visible
     return dataclasses.replace(best, score=overlap_score(alpha, mask))

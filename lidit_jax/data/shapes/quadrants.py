@@ -31,7 +31,7 @@ def sample_quadrants(rng: np.random.Generator, appearances: list[tuple[str, str]
     """
     sizes = [SIZES[i] for i in rng.integers(len(SIZES), size=len(appearances))]
     radii = np.array([rng.uniform(*CANVAS.radii(size)) for size in sizes])
-    centers = _place(rng, radii)
+    centers = _sample_centers(rng, radii)
     objects = tuple(
         SceneObject(shape, color, size, float(x), float(y), float(radius))
         for (color, shape), size, (x, y), radius in zip(appearances, sizes, centers, radii, strict=True)
@@ -39,7 +39,7 @@ def sample_quadrants(rng: np.random.Generator, appearances: list[tuple[str, str]
     return Scene(objects, tuple(_relation(objects, i, i + 1) for i in range(len(objects) - 1)))
 
 
-def _place(rng: np.random.Generator, radii: np.ndarray) -> np.ndarray:
+def _sample_centers(rng: np.random.Generator, radii: np.ndarray) -> np.ndarray:
     """Samples centres [n, 2]: in the middle, in opposite halves, or in a quadrant each, adjacent to the previous one.
 
     Centres stay near the middle of their half or quadrant, so that a relation nearly determines where a shape goes. A
@@ -52,10 +52,10 @@ def _place(rng: np.random.Generator, radii: np.ndarray) -> np.ndarray:
         ring = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
         start, direction = rng.integers(4), rng.choice((-1, 1))
         side = ring[(start + direction * np.arange(len(radii))) % 4]
-    moved = side * _FROM_MIDDLE + rng.uniform(-_SPREAD, _SPREAD, side.shape)
+    shifted = side * _FROM_MIDDLE + rng.uniform(-_SPREAD, _SPREAD, side.shape)
     # Keep half the gap to the middle of the image, and the margin to the border.
     nearest, farthest = (_GAP / 2 + radii)[:, None], (0.5 - _BORDER - radii)[:, None]
-    return 0.5 + np.where(side == 0, moved, side * np.clip(side * moved, nearest, farthest))
+    return 0.5 + np.where(side == 0, shifted, side * np.clip(side * shifted, nearest, farthest))
 
 
 def _relation(objects: tuple[SceneObject, ...], i: int, j: int) -> tuple[int, str, int]:

@@ -23,7 +23,7 @@ _MIXTURE_DISTANCE = 45.0
 _MIXTURE_SHARE = 0.7
 _MIXTURE_STRENGTH = 0.6
 # Smaller fractions of a colour are background noise.
-_FAINT = 0.08
+_MIN_COVERAGE = 0.08
 # Components of a smaller area are specks. In units of the smallest radius squared: a quarter of the smallest shape.
 _SPECK_AREA = 0.355
 # Least soft intersection over union with the mask of a shape for a component to count as that shape.
@@ -152,8 +152,8 @@ def drop_faint(alpha: np.ndarray, own: np.ndarray) -> None:
       own: bool [h, w], pixels of the component. Their coverage is kept at the noise threshold at least, because a
         component may contain hardly any palette colour (pale cyan, for example) and still needs a position.
     """
-    alpha[alpha < _FAINT] = 0
-    alpha[own] = np.maximum(alpha[own], _FAINT)
+    alpha[alpha < _MIN_COVERAGE] = 0
+    alpha[own] = np.maximum(alpha[own], _MIN_COVERAGE)
 
 
 def as_component(fit: Fit, color: int | None, window: tuple[slice, slice], canvas: Canvas, scale: float) -> Component:

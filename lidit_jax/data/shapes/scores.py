@@ -4,8 +4,8 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
-_OPTIONAL_PARTS = ("depth", "place")
-_PARTS = ("color", "shape", "size", "relation", *_OPTIONAL_PARTS)
+_OPTIONAL_CHECKS = ("depth", "place")
+_CHECKS = ("color", "shape", "size", "relation", *_OPTIONAL_CHECKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +107,11 @@ def object_accuracies(objects: Iterable[ObjectCheck]) -> dict[str, Accuracy]:
     verdicts = {
         "objects": [item.right for item in objects],
         "pair": [item.pair for item in objects],
-        **{name: [getattr(item, name) for item in objects] for name in _PARTS},
+        **{name: [getattr(item, name) for item in objects] for name in _CHECKS},
     }
-    asked = {name: [verdict for verdict in found if verdict is not None] for name, found in verdicts.items()}
+    checked = {name: [verdict for verdict in found if verdict is not None] for name, found in verdicts.items()}
     return {
-        name: Accuracy(sum(found), len(found)) for name, found in asked.items() if found or name not in _OPTIONAL_PARTS
+        name: Accuracy(sum(found), len(found))
+        for name, found in checked.items()
+        if found or name not in _OPTIONAL_CHECKS
     }
