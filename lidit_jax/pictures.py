@@ -1,7 +1,4 @@
-"""Pictures that people look at: contact sheets with captions in any script, written as PNG files.
-
-And what is between pictures and models: uint8 pixels as float32 in [-1, 1], and back.
-"""
+"""Contact sheets with captions in any script, PNG files, and conversion of pixels between uint8 and [-1, 1]."""
 
 import functools
 import io
@@ -26,7 +23,7 @@ from lidit_jax.errors import UserError
 _SHEET_COLOR = (255, 255, 255)
 _FRAME_COLOR = (222, 222, 222)
 _TEXT_COLOR = (48, 48, 48)
-_SMALL_PICTURE = 160  # pixels: pictures are enlarged towards this, and captions get at least this width
+_TARGET_SIZE = 160  # pixels: smaller images are enlarged up to this size, and captions get at least this width
 _CAPTION_GAP = 6
 _NO_FONT = "(no font for this caption)"
 
@@ -50,12 +47,12 @@ _FONT_FILES = (
 
 
 def to_pixels(images: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, 3] -> float32 in [-1, 1]."""
+    """Converts images to the range of the models: uint8 [B, H, W, 3] -> float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_pictures(images: jax.Array) -> jax.Array:
-    """float32, clipped to [-1, 1] -> uint8."""
+    """Converts model outputs to images: float32, clipped to [-1, 1] -> uint8."""
     return jnp.clip(jnp.round(images * 127.5 + 127.5), 0, 255).astype(jnp.uint8)
 
 
@@ -68,62 +65,65 @@ def grid(
     font_size: int = 13,
     max_lines: int = 4,
 ) -> Image.Image:
-    """A contact sheet: each picture above its caption.
+    """Draws a contact sheet with each image above its caption.
 
-    Pictures may differ in size. All are enlarged by the same integer factor, pixel by pixel, and keep their
-    proportions; the cells are as large as the largest picture, and the first cell starts at (gap, gap).
+    Images may differ in size. All are enlarged by the same integer factor with nearest-neighbour interpolation. Cells
+    are as large as the largest image, and the first cell starts at (gap, gap).
 
     Args:
       images: uint8 [H, W, 3] each.
-      captions: one string each, any Unicode; wrapped to the cell's width.
-      columns: pictures per row; None makes the sheet about square.
-      scale: the factor; None enlarges pictures under 160 px as far as they stay within that.
+      captions: caption of each image, any Unicode; wrapped to the cell's width.
+      columns: images per row; None makes the sheet about square.
+      scale: enlargement factor; None uses the largest that keeps all images within 160 px, and at least 1.
       gap: pixels between cells and around the sheet.
-      font_size: in pixels.
-      max_lines: captions longer than this end in an ellipsis.
+      font_size: font size in pixels.
+      max_lines: longer captions end in an ellipsis.
+
+    Returns:
+      The sheet, an RGB image.
 
     Raises:
-      UserError: there are no pictures, or columns or scale are less than 1.
-      ValueError: an image is not uint8 [H, W, 3], or there are not as many captions as images.
+      UserError: there are no images, or `columns` or `scale` is less than 1.
+      ValueError: an image is not uint8 [H, W, 3], or the numbers of captions and images differ.
     """
     _check_grid_arguments(images, captions, columns, scale)
     largest_height, largest_width = np.max([image.shape[:2] for image in images], axis=0).tolist()
-    scale = scale or max(1, _SMALL_PICTURE // max(largest_height, largest_width))
+    scale = scale or max(1, _TARGET_SIZE // max(largest_height, largest_width))
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
 
-    picture_height = largest_height * scale
-    cell_width = max(largest_width * scale, _SMALL_PICTURE if captions else 0)
+    image_height = largest_height * scale
+    cell_width = max(largest_width * scale, _TARGET_SIZE if captions else 0)
     fonts = _fonts(font_size)
     line_height = round(1.35 * font_size)
     lines = [_caption_lines(caption, fonts, cell_width, max_lines) for caption in captions or [""] * len(images)]
 
     rows = range(0, len(images), columns)
     caption_heights = [_caption_height(lines[start : start + columns], line_height) for start in rows]
-    height = gap + sum(picture_height + caption_height + gap for caption_height in caption_heights)
+    height = gap + sum(image_height + caption_height + gap for caption_height in caption_heights)
     sheet = Image.new("RGB", (gap + columns * (cell_width + gap), height), _SHEET_COLOR)
 
     top = gap
     for start, caption_height in zip(rows, caption_heights, strict=True):
         for column, index in enumerate(range(start, min(start + columns, len(images)))):
             left = gap + column * (cell_width + gap)
-            _paste(sheet, images[index], scale, left + cell_width / 2, top + picture_height)
-            baseline = top + picture_height + _CAPTION_GAP + font_size
+            _paste(sheet, images[index], scale, left + cell_width / 2, top + image_height)
+            baseline = top + image_height + _CAPTION_GAP + font_size
             for line in lines[index]:
                 _draw_line(sheet, line, fonts, left + cell_width / 2, baseline)
                 baseline += line_height
-        top += picture_height + caption_height + gap
+        top += image_height + caption_height + gap
     return sheet
 
 
 def save_png(image: Image.Image | np.ndarray, path: epath.PathLike) -> None:
-    """Writes a PNG file so that nobody ever sees half of it; makes the folder if it is missing.
+    """Writes a PNG file atomically and creates its folder if necessary.
 
     Args:
       image: a Pillow image or uint8 [H, W, 3].
-      path: local, or in a bucket (gs://…), where an object appears only when it is complete.
+      path: local path, or an object in cloud storage (gs://…), which appears only when it is complete.
 
     Raises:
-      OSError: the path cannot be written; a file that was there is kept.
+      OSError: the path cannot be written; an existing file is kept.
     """
     file = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, "PNG")
@@ -141,14 +141,19 @@ def save_png(image: Image.Image | np.ndarray, path: epath.PathLike) -> None:
 
 
 def wrap(text: str, measure: Callable[[str], float], width: float, max_lines: int) -> list[str]:
-    """Breaks a text into at most `max_lines` lines no wider than `width`; what does not fit becomes an ellipsis.
+    """Wraps a text into at most `max_lines` lines no wider than `width`; text that does not fit becomes an ellipsis.
 
-    Lines break at spaces and between wide (e.g. Chinese) characters; a word that is wider than a line breaks
-    anywhere. Every line holds at least one character, however narrow the width.
+    Lines break at spaces and between wide (e.g. Chinese) characters. A word wider than a line breaks anywhere. Every
+    line has at least one character, however small the width.
 
     Args:
-      text: its white space counts as single spaces.
-      measure: width of a string, in the unit of `width`.
+      text: the text; runs of white space count as single spaces.
+      measure: function from a string to its width, in the unit of `width`.
+      width: largest width of a line.
+      max_lines: largest number of lines.
+
+    Returns:
+      The lines.
     """
     words = _words(" ".join(text.split()))
     lines: list[str] = []
@@ -177,7 +182,7 @@ def wrap(text: str, measure: Callable[[str], float], width: float, max_lines: in
 
 
 def _words(text: str) -> list[str]:
-    """The pieces between which a line may break, each with the spaces and closing punctuation that follow it."""
+    """Splits a text where a line may break; each piece includes the spaces and closing punctuation that follow it."""
     wide = "\u1100-\u115f\u2e80-\u303e\u3041-\ua4cf\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003fffd"
     closing = ",。、;:!?)」』》”’"
     return re.findall(f"[{wide}][{closing}]*\\s*|[^\\s{wide}]+\\s*", text)
@@ -190,31 +195,31 @@ def _fitting_length(word: str, measure: Callable[[str], float], width: float) ->
     return length
 
 
-# --- the parts of a sheet ---------------------------------------------------------------------------------------
+# --- layout of a sheet ------------------------------------------------------------------------------------------
 
 
 def _check_grid_arguments(
     images: Sequence[np.ndarray], captions: Sequence[str] | None, columns: int | None, scale: int | None
 ) -> None:
     if not len(images):
-        raise UserError("there are no pictures to put on a sheet")
+        raise UserError("a contact sheet needs at least one image: there are none")
     for name, value in (("columns", columns), ("scale", scale)):
         if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: a sheet of pictures needs 1 or more")
+            raise UserError(f"{name}={value} is out of range: use 1 or more")
     for image in images:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"an image is {image.dtype} {list(image.shape)}: expected uint8 [H, W, 3]")
     if captions is not None and len(captions) != len(images):
-        raise ValueError(f"{len(captions)} captions for {len(images)} images")
+        raise ValueError(f"{len(captions)} captions for {len(images)} images: expected one per image")
 
 
 def _paste(sheet: Image.Image, image: np.ndarray, scale: int, center: float, bottom: int) -> None:
-    """Puts the enlarged picture on the sheet, in a thin frame, so that pale pictures end visibly."""
+    """Pastes an enlarged image into the sheet, with a thin frame that makes the edges of pale images visible."""
     height, width, _ = image.shape
-    picture = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-    left, top = round(center - picture.width / 2), bottom - picture.height
-    ImageDraw.Draw(sheet).rectangle((left - 1, top - 1, left + picture.width, bottom), outline=_FRAME_COLOR)
-    sheet.paste(picture, (left, top))
+    enlarged = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+    left, top = round(center - enlarged.width / 2), bottom - enlarged.height
+    ImageDraw.Draw(sheet).rectangle((left - 1, top - 1, left + enlarged.width, bottom), outline=_FRAME_COLOR)
+    sheet.paste(enlarged, (left, top))
 
 
 def _caption_height(lines: list[list[str]], line_height: int) -> int:
@@ -223,7 +228,7 @@ def _caption_height(lines: list[list[str]], line_height: int) -> int:
 
 
 def _caption_lines(caption: str, fonts: tuple[ImageFont.FreeTypeFont, ...], width: int, max_lines: int) -> list[str]:
-    # No character is narrower than a pixel, so more than this is never shown; a caption may be of any length.
+    # No character is narrower than a pixel, so more characters than this never fit. Bounds the cost of long captions.
     caption = caption[: max_lines * width + 1]
     return wrap(_drawable(caption, fonts), lambda text: _line_width(text, fonts), width, max_lines)
 
@@ -243,26 +248,26 @@ def _draw_line(
 
 @functools.cache
 def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
-    """Pillow's own font, which has little beyond ASCII, the package's font, then the system's for other scripts."""
+    """Loads Pillow's built-in font, which has little beyond ASCII, the package's, and the system's for other scripts."""
     fonts = [ImageFont.load_default(size), ImageFont.truetype(_OWN_FONT, size)]
     for path, index in _system_font_files():
         try:
             fonts.append(ImageFont.truetype(path, size, index))
-        except OSError:  # gone, or of a format that FreeType cannot scale: the next one may do
-            logging.info("Captions are drawn without the font %s, which cannot be read.", path)
+        except OSError:  # missing, or in a format that FreeType cannot scale: fall back to the other fonts
+            logging.info("Skipping the font %s, which cannot be read.", path)
     return tuple(fonts)
 
 
 @functools.cache
 def _system_font_files() -> tuple[tuple[str, int], ...]:
-    """(path, index within the file) of fonts to try, best first."""
+    """Returns (path, index within the file) of the fonts to try, best first."""
     found = [_match_font(pattern) for pattern in ("sans-serif", "sans-serif:lang=zh-cn")]
     found += [(path, 0) for path in _FONT_FILES if os.path.exists(path)]
     return tuple(dict.fromkeys(font for font in found if font is not None))
 
 
 def _match_font(pattern: str) -> tuple[str, int] | None:
-    """Fontconfig's best match, which need not cover the language asked for; None without fontconfig."""
+    """Returns fontconfig's best match, which may not cover the requested language; None without fontconfig."""
     command = ["fc-match", "--format=%{file}\n%{index}", pattern]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
@@ -279,45 +284,47 @@ def _glyph(font: ImageFont.FreeTypeFont, character: str) -> tuple:
 
 
 @functools.lru_cache(maxsize=100_000)
-def _font_of(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> ImageFont.FreeTypeFont | None:
-    """The first font that has the character."""
+def _font_for(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> ImageFont.FreeTypeFont | None:
+    """Returns the first font that has the character; None if no font has it."""
     if character.isspace():
         return fonts[0]
-    # Pillow does not say which characters a font has, but it draws all others like this one, which none has.
+    # Pillow cannot list the characters of a font, but it draws missing ones like this code point, which no font has.
     missing = "\U0010ffff"
     return next((font for font in fonts if _glyph(font, character) != _glyph(font, missing)), None)
 
 
 def _drawable(text: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> str:
-    """The text in characters that the fonts have: accents dropped or "?" for single ones that they lack.
+    """Replaces characters that no font has: by their base character without accents, else by "?".
 
-    If they lack most of it, question marks would be of no use, and a note takes the place of the text.
+    If more than half of the visible characters are missing, returns a note instead of the text.
     """
     text = " ".join(unicodedata.normalize("NFC", text).split())
     characters = [character for character in text if unicodedata.category(character) not in ("Cc", "Cf")]
-    drawn = [character if _font_of(character, fonts) else _simpler(character, fonts) for character in characters]
+    drawn = [
+        character if _font_for(character, fonts) else _base_character(character, fonts) for character in characters
+    ]
     visible = sum(not character.isspace() for character in characters)
     if 2 * drawn.count(None) > visible:
-        _warn_of_missing_font()
+        _warn_about_missing_font()
         return _NO_FONT
     return "".join("?" if character is None else character for character in drawn)
 
 
-def _simpler(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> str | None:
+def _base_character(character: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> str | None:
     base = unicodedata.normalize("NFKD", character)[0]
-    return base if _font_of(base, fonts) and not base.isspace() else None
+    return base if _font_for(base, fonts) and not base.isspace() else None
 
 
 @functools.cache
-def _warn_of_missing_font() -> None:
+def _warn_about_missing_font() -> None:
     logging.warning("Some captions are in a script that no font here has: install one for it, e.g. fonts-noto-core.")
 
 
 def _runs(text: str, fonts: tuple[ImageFont.FreeTypeFont, ...]) -> list[tuple[ImageFont.FreeTypeFont, str]]:
-    """Pieces of the text that one font draws, in order; characters that none has go to the first."""
+    """Splits a text into runs of one font each; characters that no font has use the first font."""
     runs: list[tuple[ImageFont.FreeTypeFont, str]] = []
     for character in text:
-        font = _font_of(character, fonts) or fonts[0]
+        font = _font_for(character, fonts) or fonts[0]
         if runs and runs[-1][0] is font:
             runs[-1] = font, runs[-1][1] + character
         else:

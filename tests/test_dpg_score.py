@@ -101,7 +101,7 @@ def test_a_grid_is_cut_row_by_row():
         np.testing.assert_array_equal(found, cell)
     [whole] = cut(grid, 1, epath.Path("a.png"))
     np.testing.assert_array_equal(whole, grid)
-    with pytest.raises(UserError, match="a.png is 10x5: no grid of four"):
+    with pytest.raises(UserError, match="a.png is 10x5 px, which does not split into a 2x2 grid"):
         cut(grid[:5], 4, epath.Path("a.png"))
 
 
@@ -252,5 +252,5 @@ def test_what_does_not_fit_is_said(pictures, questions_file, tmp_path, yes_to_od
         score(request(pictures, tmp_path, vqa="any", questions=questions_file))
     (pictures / "0.jpg").unlink()
     save_png(np.zeros((7, 8, 3), np.uint8), pictures / "0.png")
-    with pytest.raises(UserError, match="no grid of four"):
+    with pytest.raises(UserError, match="does not split into a 2x2 grid"):
         score(request(pictures, tmp_path, vqa="any", questions=questions_file))

@@ -1,4 +1,4 @@
-"""Benchmarks' prompts, drawn into the folders that their official scorers read."""
+"""Benchmark images, written in the folder layouts of the official scorers."""
 
 import json
 
@@ -49,7 +49,7 @@ def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, gene
     before = {name: (out / name).read_bytes() for name in files_of(out)}
     assert before["00000/samples/0000.png"] != before["00000/samples/0001.png"]
 
-    (out / "00001" / "metadata.jsonl").unlink()  # as if it had been killed at the second prompt
+    (out / "00001" / "metadata.jsonl").unlink()  # as after a kill during the second prompt
     (out / "00001" / "samples" / "0002.png").unlink()
     written = []
     write = GenEval.write
@@ -71,7 +71,7 @@ def test_all_batches_are_drawn_by_one_compilation(trained_workdir, geneval, tmp_
     )
     monkeypatch.setattr(Pipeline, "__call__", lambda self, *args: (batches.append(len(args[1])), draw(self, *args))[1])
     draw_benchmark(request(trained_workdir, "geneval", geneval, tmp_path / "out", num_images=4))
-    assert batches == [2, 1]  # eight pictures are drawn at once
+    assert batches == [2, 1]  # eight images per batch
     [pipeline] = pipelines
     assert pipeline._draw._cache_size() == 1
 
@@ -101,7 +101,7 @@ def test_another_model_or_another_way_to_draw_needs_another_folder(trained_workd
     drawing._claim(asked.out, facts)
     drawing._claim(asked.out, facts)
     for changed in ({"step": 7}, {"config": "another"}, {"weights": "params"}, {"num_images": 4}):
-        with pytest.raises(UserError, match=f"has pictures of another {next(iter(changed))} "):
+        with pytest.raises(UserError, match=f"has images of another {next(iter(changed))} "):
             drawing._claim(asked.out, facts | changed)
     (out / "drawn_with.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
@@ -141,7 +141,7 @@ def test_dpg_bench_is_a_grid_of_four_by_id(tmp_path, official):
     assert name == "COCOval1.png" == benchmark.last_file(1)
     sheet = np.asarray(Image.open(tmp_path / "out" / name))[..., 0]
     np.testing.assert_array_equal(sheet, [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])
-    with pytest.raises(UserError, match="grids have 4 pictures, or 1"):
+    with pytest.raises(UserError, match="writes grids of 4 images, or 1 image"):
         open_benchmark("dpg_bench", epath.Path(file), 2)
 
 
@@ -165,13 +165,13 @@ def test_a_pictures_seed_is_of_its_prompt_and_number():
     [
         ("genval", "x", "use one of geneval, t2i_compbench"),
         ("geneval", "a photo of a bench\n", "line 1: not JSON"),
-        ("geneval", '{"prompt": "a bench"}', "line 1: no 'tag' in it"),
-        ("geneval", '{"prompt": 3, "tag": "x", "include": []}', "line 1: no 'prompt' in it"),
+        ("geneval", '{"prompt": "a bench"}', "line 1: no 'tag' of type str"),
+        ("geneval", '{"prompt": 3, "tag": "x", "include": []}', "line 1: no 'prompt' of type str"),
         ("geneval", "[" * 100_000, "line 1: not JSON"),
         ("geneval", "\n\n", "no prompt in it"),
-        ("t2i_compbench", "a dog/a cat\n", "can be no file's name"),
-        ("t2i_compbench", "x" * 300, "can be no file's name"),
-        ("dpg_bench", '{"id": "../../etc", "prompt": "x"}', "can be no picture's name"),
+        ("t2i_compbench", "a dog/a cat\n", "cannot be part of a file name"),
+        ("t2i_compbench", "x" * 300, "cannot be part of a file name"),
+        ("dpg_bench", '{"id": "../../etc", "prompt": "x"}', "cannot be the name of an image"),
         ("dpg_bench", '{"id": "1", "prompt": "x"}\n{"id": "1", "prompt": "y"}', "two prompts have the same id"),
         ("prompts", b"\xff\xfe\x00", "not UTF-8"),
     ],

@@ -103,7 +103,7 @@ def test_other_folders_are_rejected(exported, tmp_path):
     with pytest.raises(UserError, match=r"the folder has no model_index\.json"):
         load_exported(epath.Path(tmp_path))
     out = epath.Path(tmp_path / "out")
-    with pytest.raises(UserError, match="give either --workdir=DIR of a run or --from_torch=DIR of an export"):
+    with pytest.raises(UserError, match="give either --workdir=DIR of a training run or --from_torch=DIR of an export"):
         draw_to_folder(Request(epath.Path(tmp_path), out, from_torch=exported, prompt="x"))
     index = json.loads((exported / "model_index.json").read_text())
     index["lidit"]["format_version"] = 99

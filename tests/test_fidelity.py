@@ -1,4 +1,4 @@
-"""FID and CLIP score: the statistics, the networks, and the folders whose pictures are scored."""
+"""FID and CLIP score: the statistics, the networks, and the folders of images."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from lidit_jax.text.train_tokenizer import train_tokenizer
 
 
 class MeanColors(torch.nn.Module):
-    """A picture's features are its mean colours, so that their distribution is known."""
+    """Network whose features are the mean colours of an image, so that their distribution is known."""
 
     num_features = 3
 
@@ -40,7 +40,7 @@ class MeanColors(torch.nn.Module):
 
 
 def pictures_of(features):
-    """Pictures of one pixel."""
+    """Returns images of one pixel with the given features as colours."""
     return list(features[:, None, None, :])
 
 
@@ -76,7 +76,7 @@ def test_a_set_is_at_no_distance_from_itself_and_a_shift_is_its_square():
     x = np.random.default_rng(0).normal(size=(100, 3))
     assert frechet(pictures_of(x), pictures_of(x[::-1])) == pytest.approx(0, abs=1e-5)
     assert frechet(pictures_of(x), pictures_of(x + [1, 2, 2])) == pytest.approx(9, rel=1e-4)
-    # Of N(0, 1) and N(0, 4): (2 - 1)^2 a dimension.
+    # The Fréchet distance of N(0, 1) and N(0, 4) is (2 - 1)^2 per dimension.
     spread = np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))) @ (x - x.mean(0)).T
     assert frechet(pictures_of(spread.T), pictures_of(2 * spread.T)) == pytest.approx(3, rel=1e-4)
 
@@ -86,7 +86,7 @@ def test_a_set_is_at_no_distance_from_itself_and_a_shift_is_its_square():
 
 @pytest.fixture(scope="module")
 def inception():
-    """With random weights that keep the activations alive, and the last layer that the published files have."""
+    """Network with random weights that keep activations from vanishing."""
     torch.manual_seed(0)
     model = FIDInception()
     for module in model.modules():
@@ -104,7 +104,7 @@ def inception_tensors(inception):
 
 
 def test_inceptions_weights_are_read_and_give_2048_features(inception, inception_tensors, tmp_path):
-    # torchvision's inception_v3 has 27,161,264 parameters, of which its two classifiers are 2,049,000 and 3,326,696.
+    # torchvision's inception_v3 has 27,161,264 parameters, 2,049,000 and 3,326,696 of them in its two classifiers.
     assert sum(p.numel() for p in inception.parameters()) == 27_161_264 - 2_049_000 - 3_326_696
     save_file(inception_tensors, tmp_path / "inception.safetensors")
     loaded = load_inception(epath.Path(tmp_path / "inception.safetensors"))
@@ -143,7 +143,7 @@ def test_weights_that_are_not_fids_are_refused(inception_tensors, tmp_path, chan
 def test_pickled_weights_are_refused_with_the_command_that_converts_them(inception_tensors, tmp_path):
     file = tmp_path / "pt_inception.pth"
     torch.save(inception_tensors, file)
-    with pytest.raises(UserError, match="pickles are not read here: convert it once by python -c ") as caught:
+    with pytest.raises(UserError, match="pickles are never read: convert it once with python -c ") as caught:
         load_inception(epath.Path(file))
     command = str(caught.value).partition("python -c ")[2].strip('"')
     subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
@@ -157,7 +157,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(incepti
 def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip") / "tiny"
     tokenizer = train_tokenizer(["a red circle above a blue square", "a photo of a cow"], 300)
-    ending = [(tokenizer.eos_token, tokenizer.eos_token_id)]  # CLIP's embedding of a prompt is that of its end
+    ending = [(tokenizer.eos_token, tokenizer.eos_token_id)]  # CLIP embeds a prompt by the features of its end token
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {ending[0][0]}", special_tokens=ending)
     narrow = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
@@ -191,12 +191,12 @@ def test_the_clip_score_is_a_hundred_cosines_clipped_at_nothing(clip_folder):
     pictures = random_pictures(5, size=(20, 30))
     prompts = ["a red circle", "a photo of a cow", "", "a blue square", "a red circle above a blue square " * 3]
     expected = clip_scores_by_hand(clip_folder, pictures, prompts)
-    assert 0 in expected and max(expected) > 0  # both sides of the clip are tried
+    assert 0 in expected and max(expected) > 0  # cosines of both signs occur
     score = ClipScore(clip_folder)
     score.add(pictures[:2], prompts[:2])
     score.add(pictures[2:], prompts[2:])
     assert score.compute() == pytest.approx(np.mean(expected), rel=1e-4)
-    assert score.cut == 1
+    assert score.num_truncated == 1
 
 
 # --- folders -------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_sampled_pictures_have_the_prompts_of_their_file(tmp_path):
     assert [drawn.prompt for drawn in drawn_files(folder, prompts)] == ["a cow"] * 2 + ["a red kite"] * 2
     assert [drawn.file.name for drawn in drawn_files(folder, None)] == [f"{i:05d}.png" for i in range(4)]
     prompts.write_text("a cow\na red kite\na dog")
-    with pytest.raises(UserError, match="has 4 pictures, which is no multiple of the 3 prompts"):
+    with pytest.raises(UserError, match="has 4 images, which is not a multiple of the 3 prompts"):
         drawn_files(folder, prompts)
 
 
@@ -251,10 +251,10 @@ def test_a_benchmark_that_is_not_drawn_to_its_end_is_said(tmp_path):
     (folder / "drawn_with.json").write_text('{"benchmark": "prompts", "num_images": 1}')
     prompts = epath.Path(tmp_path / "prompts.txt")
     prompts.write_text("a cow\na red kite")
-    with pytest.raises(UserError, match=r"1 of 2 files are missing, as 00001_0\.png"):
+    with pytest.raises(UserError, match=r"1 of 2 files are missing, such as 00001_0\.png"):
         drawn_files(folder, prompts)
     (folder / "drawn_with.json").write_text('{"benchmark": "geneval", "num_images": 1}')
-    with pytest.raises(UserError, match="no picture in a folder `samples`"):
+    with pytest.raises(UserError, match="has no image in a folder `samples`"):
         drawn_files(folder, None)
     save_png(random_pictures(1)[0], folder / "00000" / "samples" / "0000.png")
     with pytest.raises(UserError, match=r"metadata\.jsonl is missing"):
@@ -277,7 +277,7 @@ def test_a_configs_pictures_are_those_that_training_sees():
 
 @pytest.fixture
 def asked(tmp_path, clip_folder, monkeypatch):
-    """Both scores of four pictures; FID by mean colours."""
+    """Request for both scores of four images, with mean colours as the features of FID."""
     monkeypatch.setattr("lidit_jax.fidelity.scores.load_network", lambda file: MeanColors())
     (tmp_path / "prompts.txt").write_text("a cow\na red kite\n")
     (tmp_path / "inception.safetensors").write_bytes(b"whatever")
@@ -300,25 +300,25 @@ def test_both_scores_are_written_and_said(asked, clip_folder, caplog, monkeypatc
     prompts = ["a cow", "a cow", "a red kite", "a red kite"]
     assert scores["clip_score"] == pytest.approx(np.mean(clip_scores_by_hand(clip_folder, pictures, prompts)), rel=1e-4)
     reference = random_pictures(6, seed=1, size=(10, 12))
-    kept = [reference[i] for i in (0, 1, 2, 3, 5)]  # five, evenly
+    kept = [reference[i] for i in (0, 1, 2, 3, 5)]  # five of six, at even intervals
     assert scores["fid"] == pytest.approx(frechet(pictures, kept), rel=1e-3)
     assert json.loads((asked.out / "fidelity.json").read_text()) == scores
     assert (scores["num_pictures"], scores["num_reference"]) == (4, 5)
-    assert f"FID {scores['fid']:.3f}, CLIP score {scores['clip_score']:.3f} of 4 pictures" in caplog.text
-    assert "biased" not in caplog.text  # three features
+    assert f"FID {scores['fid']:.3f}, CLIP score {scores['clip_score']:.3f} of 4 images" in caplog.text
+    assert "biased" not in caplog.text  # four images exceed the three features
 
 
 def test_few_pictures_for_the_features_are_warned_of(asked, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lidit_jax"), "propagate", True)
     few = folder_reference(epath.Path(str(asked.reference.name)), 3)
     score_fidelity(dataclasses.replace(asked, reference=few, clip=None, prompts_file=None))
-    assert "FID of 3 pictures is biased upwards" in caplog.text
+    assert "FID of 3 images is biased upwards" in caplog.text
 
 
 def test_scores_of_something_else_are_not_overwritten(asked):
     alone = dataclasses.replace(asked, clip=None, prompts_file=None)
     first = score_fidelity(alone)
-    again = folder_reference(epath.Path(asked.reference.name), 5)  # its pictures have been read
+    again = folder_reference(epath.Path(asked.reference.name), 5)  # the first one's iterator is exhausted
     assert score_fidelity(dataclasses.replace(alone, reference=again)) == first
     with pytest.raises(UserError, match="has scores of another clip"):
         score_fidelity(asked)
@@ -339,19 +339,19 @@ def test_what_can_not_be_scored_is_said(asked, tmp_path):
 
     empty = epath.Path(tmp_path / "empty")
     empty.mkdir()
-    refused("no picture in it", pictures=empty)
+    refused("has no image in it", pictures=empty)
     refused("no such folder", pictures=epath.Path(tmp_path / "nothing"))
     refused("nothing to score", inception=None, clip=None, reference=None)
     refused("FID needs --inception=FILE and either", reference=None)
-    refused("does not say the prompts, which --clip needs", prompts_file=None)
+    refused("does not store the prompts, which --clip needs", prompts_file=None)
     refused("no such file", inception=epath.Path(tmp_path / "nothing.safetensors"))
     refused("no such folder, and no name of the Hugging Face hub", clip="nothing")
     single = folder_reference(epath.Path(asked.reference.name), 1)
-    refused("needs 2 pictures at least", reference=single)
+    refused("needs at least 2 images", reference=single)
     damaged = (asked.pictures / "00002.png").read_bytes()[:-40]
     (asked.pictures / "00002.png").write_bytes(damaged)
     refused(r"00002\.png is damaged")
-    with pytest.raises(UserError, match="no picture in it"):
+    with pytest.raises(UserError, match="has no image in it"):
         folder_reference(empty, None)
 
 

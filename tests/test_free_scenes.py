@@ -1,4 +1,4 @@
-"""Scenes of layout "free": one to six objects anywhere, overlaps, places, and what captions say of them."""
+"""Scenes in layout "free": one to six objects anywhere, with overlaps and places, and their captions."""
 
 import collections
 import hashlib
@@ -33,7 +33,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
 
-# Height, width and object scale.
+# (height, width, object scale).
 CANVASES = [(64, 64, 1.0), (96, 96, 0.8), (128, 128, 0.7), (48, 80, 1.0)]
 
 
@@ -50,7 +50,7 @@ def scenes() -> dict[tuple, list[Scene]]:
 
 
 def overlapping(scene: Scene) -> tuple[int, int] | None:
-    """The object in front and the one behind."""
+    """Returns the indices (front, back) of the overlapping pair; None if there is none."""
     pairs = [
         (i, j) if relation == "in front of" else (j, i)
         for i, relation, j in scene.relations
@@ -60,7 +60,7 @@ def overlapping(scene: Scene) -> tuple[int, int] | None:
     return pairs[0] if pairs else None
 
 
-# --- unchanged scenes -------------------------------------------------------------------------------------------
+# --- scenes stay identical across versions ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_sizes_are_told_apart_and_shrink_with_the_scale():
         assert canvas.large[0] > 1.3 * canvas.small[1]
         assert canvas.small[1] < canvas.size_boundary < canvas.large[0]
     assert free.canvas_of(64, 64, 0.5).large[1] == free.canvas_of(64, 64, 1.0).large[1] / 2
-    # The same in pixels whatever the aspect ratio.
+    # Sizes in pixels do not depend on the aspect ratio.
     wide, square = free.canvas_of(32, 128, 1.0), free.canvas_of(64, 64, 1.0)
     assert wide.in_pixels(32, 128)[0] == square.in_pixels(64, 64)[0] == 64
 
@@ -221,7 +221,7 @@ def test_held_out_scenes_show_a_held_out_pair():
 
 
 def test_six_objects_find_room_in_few_attempts_where_the_canvas_is_full(monkeypatch):
-    """At the largest scale that is accepted, and at aspect ratios of one to three."""
+    """Uses the largest accepted scale, on a square canvas and at an aspect ratio of 1:3."""
     monkeypatch.setattr(free, "_ATTEMPTS", 40)
     for height, width in ((64, 64), (40, 120)):
         scale = max(s / 100 for s in range(60, 130) if free.max_objects(free.canvas_of(height, width, s / 100)) == 6)
@@ -249,7 +249,7 @@ CHINESE_PLACES = dict(
 
 
 def parse_english(text: str) -> tuple[list, list, list]:
-    """Objects as (size, color, shape) in order, (object, relation, object) and (object, place)."""
+    """Parses a caption into (size, color, shape) in order, (object, relation, object) and (object, place)."""
     objects, facts, places = [], [], []
     for chain in text.removeprefix("there is ").split("; "):
         for link in chain.split(", "):
@@ -321,7 +321,7 @@ def test_small_tokenizers_keep_every_word_apart_and_captions_fit_the_config():
     assert all(len(tokenizer(character)["input_ids"]) == 1 for character in characters)
     prompts = PromptTokenizer(tokenizer, config.text.max_length, config.text.instruction)(texts)
     assert not prompts["truncated"].any()
-    # The longest that there can be: six objects with their sizes in six corners.
+    # The longest possible caption: six objects, each with its size and a corner.
     longest = "; ".join(["the small purple triangle is at the bottom right"] * 6), ";".join(["左上角有蓝色小星星"] * 6)
     assert not PromptTokenizer(tokenizer, config.text.max_length, config.text.instruction)(longest)["truncated"].any()
 

@@ -1,4 +1,4 @@
-"""The judge on scenes of layout "free": no overlap, blur or noise misleads it, and what is wrong it calls wrong."""
+"""The checker on scenes in layout "free": robust to overlap, blur and noise, and strict about wrong objects."""
 
 import dataclasses
 import itertools
@@ -16,14 +16,14 @@ from lidit_jax.data.shapes.rendering import render
 from lidit_jax.data.shapes.scene import Scene, SceneObject
 from lidit_jax.data.shapes.scores import ObjectCheck, accuracies
 
-COUNT = 50  # scenes of each canvas
+COUNT = 50  # scenes per canvas
 
 DEGRADATIONS = {"clean": lambda image: image, "blur and noise": lambda image: noised(blurred(image, 0.8), 6)}
 degraded = pytest.mark.parametrize("degrade", DEGRADATIONS.values(), ids=DEGRADATIONS.keys())
 
 
 def sampled(overlaps: float) -> list[tuple[Scene, tuple[int, int]]]:
-    """Scenes that no other test has, of all canvases, and the sizes of their images."""
+    """Samples scenes that no other test uses, on all canvases; returns (scene, (height, width)) each."""
     return [
         (scene, (height, width))
         for height, width, scale in CANVASES
@@ -43,7 +43,7 @@ def overlapped():
 
 
 def judged(scenes, degrade: Callable, change: Callable[[Scene], tuple[Scene, list[int]] | None]) -> list[ObjectCheck]:
-    """Verdicts on the objects that `change` affects, of images of changed scenes."""
+    """Checks images of changed scenes against the originals; returns the verdicts on objects affected by `change`."""
     found = []
     for scene, size in scenes:
         changed = change(scene)
@@ -56,7 +56,7 @@ def judged(scenes, degrade: Callable, change: Callable[[Scene], tuple[Scene, lis
     return found
 
 
-# --- what is right --------------------------------------------------------------------------------------------------
+# --- correct images -------------------------------------------------------------------------------------------------
 
 
 @degraded
@@ -80,11 +80,11 @@ def test_objects_of_scenes_with_an_overlap_are_right(overlapped, degrade):
     assert sums["depth"].total == 2 * len(hidden)
 
 
-# --- what is wrong --------------------------------------------------------------------------------------------------
+# --- wrong images ---------------------------------------------------------------------------------------------------
 
 
 def swapped(part: str) -> Callable[[Scene], tuple[Scene, list[int]] | None]:
-    """Swaps two objects' colours or shapes, where that gives other pairs than the scene has."""
+    """Returns a change that swaps the colours or shapes of two objects if the scene lacks the resulting pairs."""
 
     def change(scene: Scene):
         present = {(item.color, item.shape) for item in scene.objects}
@@ -120,7 +120,7 @@ def test_a_missing_object_is_wrong(apart, overlapped, degrade):
 
 @degraded
 def test_mirrored_positions_break_relations_and_places(apart, degrade):
-    """But for the middle, which stays where it is."""
+    """Objects in the middle are excluded: mirroring leaves them in place."""
 
     def mirrored(scene):
         width, height = scene.canvas.width, scene.canvas.height

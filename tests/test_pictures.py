@@ -136,12 +136,12 @@ def test_wrapped_text_keeps_its_bounds_and_loses_characters_only_to_the_ellipsis
 
 @pytest.fixture
 def only_fonts(monkeypatch):
-    """Sets which font files the system has, next to Pillow's own font."""
+    """Returns a function that sets the font files of the system, in addition to Pillow's built-in font."""
 
     def set_fonts(*files):
         monkeypatch.setattr(pictures, "_system_font_files", lambda: tuple((str(file), 0) for file in files))
         pictures._fonts.cache_clear()
-        pictures._warn_of_missing_font.cache_clear()
+        pictures._warn_about_missing_font.cache_clear()
 
     yield set_fonts
     pictures._fonts.cache_clear()
@@ -233,7 +233,7 @@ def test_a_font_that_has_the_characters_draws_them(only_fonts, tmp_path):
     assert pictures._runs("a ☃☃ b", (own, red)) == [(own, "a "), (red, "☃☃"), (own, " b")]
     sheet = np.asarray(grid([np.full((32, 32, 3), 255, np.uint8)], ["☃☃"]))
     dark = (sheet[12 + 160 + 2 :] < 100).all(axis=-1)
-    # Two boxes of 0.8 x 0.7 of the font's 13 px each.
+    # Two boxes, each 0.8 x 0.7 of the font size of 13 px.
     assert 2 * 60 < dark.sum() < 2 * 130
 
 

@@ -1,4 +1,4 @@
-"""Latents computed ahead: training on them is training on the pictures; what does not belong together is refused."""
+"""Precomputed latents: training on them equals training on the images, and mismatched data or models are rejected."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.errors import UserError
-from lidit_jax.precompute.latents import _write_part, precompute
+from lidit_jax.precompute.latents import _write_output, precompute
 from lidit_jax.preview.contact_sheet import draw_contact_sheet
 from lidit_jax.stages.run import run_stages
 
 
 @pytest.fixture(scope="module")
 def config(trained_workdir, tmp_path_factory):
-    """Of tar shards in three groups, with the encoders and the VAE of the tiny demo."""
+    """Config with tar shards in three buckets and the encoders and VAE of the tiny demo."""
     config = tiny_config()
     folder = write_tars(tmp_path_factory.mktemp("data") / "tar", 30)
     config.data.update(source="tar", path=str(folder), max_aspect=2.0)
@@ -59,7 +59,7 @@ def losses(workdir) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.slow  # test_stored_features.py does the same with features
+@pytest.mark.slow  # test_stored_features.py covers the same path, with features
 def test_training_on_latents_is_training_on_the_pictures(config, latents, tmp_path):
     assert sorted(path.name for path in latents.iterdir()) == [
         "001-000000.array_record",
@@ -105,14 +105,14 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_files(config, latents, tm
         written.append(file.name)
         if len(written) == 2:
             raise KeyboardInterrupt
-        _write_part(file, *arguments)
+        _write_output(file, *arguments)
 
-    monkeypatch.setattr("lidit_jax.precompute.latents._write_part", stop_before_the_second)
+    monkeypatch.setattr("lidit_jax.precompute.latents._write_output", stop_before_the_second)
     with pytest.raises(KeyboardInterrupt):
         precompute(config, out, batch_size=8, dtype="float32")
     with pytest.raises(UserError, match="not finished; run `python -m lidit_jax.precompute` again"):
         open_dataset(experiment.Experiment(changed(config, source="precomputed", path=str(out)), out).data, 8)
-    with pytest.raises(UserError, match="holds latents with dtype = float32, now float16; use another --out"):
+    with pytest.raises(UserError, match="holds latents with dtype=float32, now float16: use another --out"):
         precompute(config, out, batch_size=8, dtype="float16")
     precompute(config, out, batch_size=8, dtype="float32")
     assert written == ["001-000000.array_record", "002-000000.array_record", "002-000000.array_record"]
@@ -155,7 +155,7 @@ def test_what_does_not_belong_together_is_refused(config, latents, trained_workd
         run_stages(own, run)
     with pytest.raises(UserError, match=r"give --config\.vae\.weights=FOLDER"):
         precompute(own, run, 8, "float16")
-    with pytest.raises(UserError, match="holds latents, no pictures"):
+    with pytest.raises(UserError, match="holds latents, no images"):
         draw_contact_sheet(ahead, epath.Path(tmp_path / "sheet.png"), 8)
     with pytest.raises(UserError, match=r"manifest.json: does not exist; make it with"):
         run_stages(changed(ahead, path=str(tmp_path / "none")), run)

@@ -1,4 +1,4 @@
-"""Pictures of the built-in scenes are judged by kind, by language, by place in the prompt, and on held-out pairs."""
+"""Evaluation on the built-in scenes: scores by kind, language and position in the prompt, and for held-out pairs."""
 
 import collections
 import dataclasses
@@ -45,7 +45,7 @@ def test_scenes_as_they_should_be_are_right_in_every_group(prompts):
 
 
 def test_an_object_is_counted_at_the_place_where_the_prompt_names_it(prompts):
-    """The last object of four is drawn in another colour."""
+    """Renders the last object of four in another colour."""
 
     def recolored(scene):
         if len(scene.objects) < 4:
@@ -64,7 +64,7 @@ def test_an_object_is_counted_at_the_place_where_the_prompt_names_it(prompts):
 
 
 def test_places_of_four_objects_are_averaged_as_in_the_positional_bias_benchmark(prompts):
-    """Several images per prompt, some with an object missing."""
+    """Uses several images per prompt, some with missing objects."""
     four = [prompt for prompt in prompts if prompt.kind == "four objects"]
     generator, images, right = np.random.default_rng(0), [], []
     for prompt in four:
@@ -172,7 +172,7 @@ def test_free_scenes_are_judged_by_place_depth_and_named_position(free_prompts, 
     report_scenes(scores, free_prompts, images, epath.Path(tmp_path))
     table = json.loads((tmp_path / "scores.json").read_text())
     assert table["one object"]["place"]["total"] == scores["one object"]["place"].total
-    # An empty image has none of it.
+    # On an empty image everything is wrong.
     blank = [np.full_like(image, 255) for image in images]
     assert score_scenes(free_prompts, blank)["all scenes"]["place"].correct == 0
 
@@ -189,7 +189,7 @@ def test_only_counts_of_the_training_are_asked_of_each():
 @pytest.mark.parametrize(
     ("evaluate", "data", "words"),
     [
-        ({"five_objects": 4}, {}, "five objects are asked for, and data.layout='quadrants' has at most 4"),
+        ({"five_objects": 4}, {}, "five objects are asked for, but data.layout='quadrants' has at most 4"),
         ({"overlapping_objects": 4}, {}, "evaluate.overlapping_objects"),
         ({"two_objects": -1}, {}, "evaluate.two_objects=-1"),
         (

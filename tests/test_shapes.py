@@ -85,7 +85,7 @@ def test_impossible_scenes_are_refused_in_one_line(count, pairs):
         sample_scene(np.random.default_rng(0), count, pairs)
 
 
-# --- drawings ---------------------------------------------------------------------------------------------------
+# --- rendering --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
@@ -145,7 +145,7 @@ OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "be
 
 
 def relation_of(objects: list, places: list) -> list:
-    """Two objects' opposite places as a fact about the two."""
+    """Converts the opposite places of two objects to a relation between them."""
     if not places:
         return []
     assert len(objects) == 2 and places[1] == OPPOSITES[places[0]]
@@ -153,7 +153,7 @@ def relation_of(objects: list, places: list) -> list:
 
 
 def parse_english(text: str) -> tuple[list, list]:
-    """The (size, color, shape) of each object, in order of first mention, and (object, relation, object)."""
+    """Parses a caption into (size, color, shape) in order of first mention and (object, relation, object)."""
     text = re.sub(r"^there is ", "", text)
     objects, facts, places = [], [], []
     for clause in text.split(", "):

@@ -26,7 +26,7 @@ def with_object(scene: Scene, index: int, **changes) -> Scene:
     return Scene(tuple(objects), scene.relations)
 
 
-# --- what is right ----------------------------------------------------------------------------------------------------
+# --- correct images ---------------------------------------------------------------------------------------------------
 
 
 def blurred(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -119,7 +119,7 @@ def test_smooth_noise_has_no_object_right():
     assert accuracies(results)["objects"].correct == 0
 
 
-# --- exactly what is wrong --------------------------------------------------------------------------------------------
+# --- wrong images: exactly the wrong properties are reported ----------------------------------------------------------
 
 
 @given(seeds, num_objects, st.data())
@@ -162,7 +162,7 @@ def test_two_swapped_objects_have_only_their_relations_wrong(seed, count, data):
     assert result.extra == 0
     assert result.objects[i].relation is False
     assert result.objects[i + 1].relation is False
-    # Objects farther along the chain have not moved, nor have those they are related to.
+    # Neither objects farther along the chain nor the objects they are related to have moved.
     assert all(result.objects[k].relation for k in range(count) if k < i - 1 or k > i + 2)
     assert not result.all_right
 
@@ -238,7 +238,7 @@ def test_only_uint8_color_pictures_are_judged(image):
         find_components(image, Canvas())
 
 
-# --- sums -------------------------------------------------------------------------------------------------------------
+# --- accuracies -------------------------------------------------------------------------------------------------------
 
 
 def test_accuracies_count_objects_scenes_and_only_stated_relations():

@@ -1,1 +1,1 @@
-"""`python -m lidit_jax.evaluate`: generates the images of benchmarks; and the scenes that a run is judged on."""
+"""`python -m lidit_jax.evaluate`: generates the images of benchmarks and evaluates runs on the built-in scenes."""

@@ -1,11 +1,11 @@
-"""Draws a benchmark: `python -m lidit_jax.evaluate --workdir=DIR --benchmark=geneval --file=FILE --out=DIR`.
+"""Generates benchmark images: `python -m lidit_jax.evaluate --workdir=DIR --benchmark=geneval --file=FILE --out=DIR`.
 
-FILE is the benchmark's own (GenEval's evaluation_metadata.jsonl, one of T2I-CompBench's lists, DPG-Bench's prompts,
-the folder of T2I-CompBench's lists for positional_bias, or any list of prompts); positional_bias makes prompts of
-four adjective-noun pairs of one kind, as the paper's samples are, or with --mixed_pairs (ours) of one to eight. OUT
-becomes the folder that its official scorer reads, and that `python -m lidit_jax.score` does. --benchmark=shapes, the
-built-in scenes, needs no file, and is judged at once (scores.json, grid.png). Run the same command again and it goes
-on where it stopped. All devices draw; on a pod, run it with --distributed on every host.
+--file is the benchmark's own file: GenEval's evaluation_metadata.jsonl, one of T2I-CompBench's lists, DPG-Bench's
+prompts, the folder of T2I-CompBench's lists for positional_bias, or any list of prompts. positional_bias makes prompts
+of four adjective-noun pairs of one kind, like the samples in the paper, or with --mixed_pairs (ours) of one to eight
+pairs. --out gets the layout that the official scorer and `python -m lidit_jax.score` read. --benchmark=shapes, the
+built-in scenes, needs no file and is scored at once (scores.json, grid.png). The same command resumes an interrupted
+run. All devices are used; on a pod, run the command with --distributed on every host.
 """
 
 from absl import flags
@@ -16,17 +16,17 @@ from lidit_jax.evaluate.benchmarks import BENCHMARKS
 from lidit_jax.evaluate.drawing import SHAPES, Request, draw_benchmark
 from lidit_jax.parallel.hosts import join_hosts
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
+_WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a training run")
 _DISTRIBUTED = cli.define_distributed()
-_BENCHMARK = flags.DEFINE_string("benchmark", None, ", ".join((*BENCHMARKS, SHAPES)))
-_FILE = flags.DEFINE_string("file", None, "the benchmark's prompts")
-_OUT = flags.DEFINE_string("out", None, "folder for the pictures")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "pictures a prompt")
-_NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "of shapes, prompts of each kind")
+_BENCHMARK = flags.DEFINE_string("benchmark", None, f"benchmark: {', '.join((*BENCHMARKS, SHAPES))}")
+_FILE = flags.DEFINE_string("file", None, "file or folder with the benchmark's prompts; none for shapes")
+_OUT = flags.DEFINE_string("out", None, "output folder for the images")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "images per prompt")
+_NUM_SCENES = flags.DEFINE_integer("num_scenes", 256, "prompts of each kind (shapes only)")
 _MIXED_PAIRS = flags.DEFINE_bool(
     "mixed_pairs",
     False,
-    "of positional_bias (ours): one to eight pairs of mixed kinds per prompt, instead of the paper's four of one kind",
+    "one to eight pairs of mixed kinds per prompt, not the paper's four of one kind (positional_bias only, ours)",
 )
 _DRAWING = cli.define_drawing()
 

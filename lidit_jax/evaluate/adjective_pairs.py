@@ -1,16 +1,17 @@
-"""Prompts of the positional-bias benchmark (paper, appendix A.3): adjective-noun pairs, one after the other.
+"""Prompts of the positional-bias benchmark (paper, appendix A.3): lists of adjective-noun pairs.
 
-The paper's 1,000 prompts were never released; it prints six, "A green bench, a red car, a blue bowl, and a pink
-apple." among them. Each has four pairs of one kind (colours, textures, or shapes and sizes), so the pairs are the
-four bins of Figure 3. Ten of the samples' twelve halves are prompts of T2I-CompBench's lists, "a green bench and a
-red car", word for word. So here a prompt is two different prompts of one list, joined in the printed form. Ours:
+The paper's 1,000 prompts were never released. It prints six, such as "A green bench, a red car, a blue bowl, and a pink
+apple." Each has four pairs of one kind (colours, textures, or shapes and sizes), which correspond to the four bins of
+Figure 3. Ten of the twelve halves of these samples are prompts of T2I-CompBench's lists word for word, for example "a
+green bench and a red car". A prompt is therefore made here of two different prompts of one list, joined in the printed
+form. Our choices:
 
-- T2I-CompBench's validation lists are used (the printed halves are from the start of the full ones).
-- Kinds take turns, so each has a third of the prompts; no noun comes twice in a prompt.
-- All is drawn from seed 2406: the same lists give the same prompts, whatever generates the images.
+- T2I-CompBench's validation lists are used (the printed halves come from the start of the full lists).
+- Kinds alternate, so each has a third of the prompts. No noun occurs twice in a prompt.
+- Sampling uses the fixed seed 2406: the same lists give the same prompts, whichever model generates the images.
 
-An option, also ours, mixes the kinds and makes prompts of one to eight pairs; the paper says "up to 8 nouns or
-attributes", which we read as the eight words of four pairs. And a file of prompts in this form can be used.
+An option, also ours, mixes kinds and makes prompts of one to eight pairs. The paper says "up to 8 nouns or attributes",
+which we read as the eight words of four pairs. Alternatively, a file of prompts in this form can be given.
 """
 
 import itertools
@@ -30,17 +31,17 @@ from lidit_jax.files import write_json
 from lidit_jax.pictures import save_png
 
 NUM_PROMPTS, SEED = 1000, 2406
-MAX_PAIRS = 8  # of a prompt of mixed kinds
+MAX_PAIRS = 8  # most pairs in a prompt of mixed kinds
 METADATA_FILE, SAMPLES = "metadata.jsonl", "samples"
-_KIND_OF = {adjective: kind for kind, adjectives in KINDS.items() for adjective in adjectives}
+_KIND_BY_ADJECTIVE = {adjective: kind for kind, adjectives in KINDS.items() for adjective in adjectives}
 
 
 class Pair(NamedTuple):
-    """An adjective and its noun.
+    """An adjective-noun pair.
 
     Attributes:
-      phrase: "a red car", "leather gloves".
-      kind: of the adjective: color, shape (sizes included) or texture.
+      phrase: the words, such as "a red car" or "leather gloves".
+      kind: kind of the adjective: "color", "shape" (which includes sizes) or "texture".
     """
 
     phrase: str
@@ -48,40 +49,46 @@ class Pair(NamedTuple):
 
     @property
     def noun(self) -> str:
+        """The phrase without its article and adjective."""
         return re.sub(r"^an? ", "", self.phrase).partition(" ")[2]
 
 
 class PositionalBias:
-    """One folder per prompt with its pairs and its images: 00000/metadata.jsonl, 00000/samples/0000.png.
+    """Positional-bias benchmark; a folder per prompt: 00000/metadata.jsonl with its pairs, 00000/samples/0000.png.
 
     Attributes:
-      prompts: in the benchmark's order.
+      prompts: prompts in the benchmark's order.
     """
 
     def __init__(self, prompts: Sequence[str], pairs: Sequence[Sequence[Pair]]):
-        """Args: pairs: of each prompt, in its order."""
-        self.prompts, self._pairs = list(prompts), [list(of_prompt) for of_prompt in pairs]
+        """Creates the benchmark.
+
+        Args:
+          prompts: the prompts.
+          pairs: the pairs of each prompt, in the order of the prompt.
+        """
+        self.prompts, self._pairs = list(prompts), [list(prompt_pairs) for prompt_pairs in pairs]
 
     @classmethod
     def from_lists(cls, lists: Mapping[str, Sequence[str]], mixed: bool = False) -> "PositionalBias":
-        """Makes 1,000 prompts of T2I-CompBench's.
+        """Builds 1,000 prompts from T2I-CompBench's lists.
 
         Args:
-          lists: kind -> its prompts.
-          mixed: one to eight pairs of mixed kinds per prompt, instead of four of one kind.
+          lists: prompts of T2I-CompBench by kind.
+          mixed: whether prompts have one to eight pairs of mixed kinds instead of four of one kind.
 
         Raises:
           UserError: a list has too few pairs to fill a prompt.
         """
         found = {kind: find_prompts(kind, prompts) for kind, prompts in lists.items()}
-        for kind, of_kind in found.items():
-            if len({pair.noun for pairs in of_kind for pair in pairs}) < MAX_PAIRS or not _join(of_kind):
+        for kind, kind_prompts in found.items():
+            if len({pair.noun for pairs in kind_prompts for pair in pairs}) < MAX_PAIRS or not _join_two(kind_prompts):
                 raise UserError(
-                    f"{kind}_val.txt has only {2 * len(of_kind)} adjective-noun pairs that can be used: is it "
-                    "T2I-CompBench's?"
+                    f"{kind}_val.txt has only {2 * len(kind_prompts)} adjective-noun pairs that can be used, too few "
+                    "for a prompt: use T2I-CompBench's file"
                 )
         pairs = mix_pairs(found) if mixed else join_prompts(found)
-        return cls([join_phrases([pair.phrase for pair in of_prompt]) for of_prompt in pairs], pairs)
+        return cls([join_phrases([pair.phrase for pair in prompt_pairs]) for prompt_pairs in pairs], pairs)
 
     def last_file(self, index: int) -> str:
         return f"{index:05}/{METADATA_FILE}"
@@ -94,7 +101,7 @@ class PositionalBias:
 
 
 def join_phrases(phrases: Sequence[str]) -> str:
-    """Joins phrases to a sentence: "A green bench, a red car, a blue bowl, and a pink apple."."""
+    """Joins phrases to a sentence like "A green bench, a red car, a blue bowl, and a pink apple."."""
     *before, last = phrases
     comma = "," if len(before) > 1 else ""
     sentence = f"{', '.join(before)}{comma} and {last}" if before else last
@@ -102,10 +109,10 @@ def join_phrases(phrases: Sequence[str]) -> str:
 
 
 def parse_prompt(prompt: str) -> list[Pair]:
-    """Splits a sentence that `join_phrases` could have made into its pairs.
+    """Splits a sentence in the form of `join_phrases` into its pairs.
 
     Raises:
-      ValueError: a phrase is not an adjective that T2I-CompBench has and a noun, or there are more than eight.
+      ValueError: a phrase is not one adjective of T2I-CompBench and a noun, or there are more than eight phrases.
     """
     phrases = re.split(r",? and |, ", prompt.strip().removesuffix("."))
     phrases[0] = phrases[0][:1].lower() + phrases[0][1:]
@@ -119,9 +126,12 @@ def parse_prompt(prompt: str) -> list[Pair]:
 
 
 def parse_phrase(phrase: str) -> Pair | None:
-    """Reads "a red car" or "leather gloves"; None for anything but one adjective and a noun.
+    """Parses a phrase such as "a red car" or "leather gloves".
 
-    A wrong article is corrected ("an big bathtub" is in T2I-CompBench); a missing one stays missing, as in the paper.
+    A wrong article is corrected (T2I-CompBench has "an big bathtub"). A missing article is not added, as in the paper.
+
+    Returns:
+      The pair; None if the phrase is not one adjective of T2I-CompBench and a noun.
     """
     found = re.fullmatch(r"(?:(an?) )?(\S+) (\S.*)", phrase.strip())
     if found is None:
@@ -130,13 +140,16 @@ def parse_phrase(phrase: str) -> Pair | None:
     if adjective not in ATTRIBUTES or ATTRIBUTES & set(noun.split()):
         return None
     words = ("an" if adjective[0] in "aeiou" else "a", adjective, noun) if article else (adjective, noun)
-    return Pair(" ".join(words), _KIND_OF[adjective])
+    return Pair(" ".join(words), _KIND_BY_ADJECTIVE[adjective])
 
 
 def find_prompts(kind: str, prompts: Sequence[str]) -> list[tuple[Pair, Pair]]:
-    """Returns the prompts of the form "a red car and a blue cup" with two pairs of this kind, each once, in order.
+    """Selects the prompts of the form "a red car and a blue cup" whose two adjectives are of the given kind.
 
-    Sentences are left out.
+    Prompts of any other form, such as full sentences, are left out.
+
+    Returns:
+      The pairs of each prompt in the order of the list, without duplicates.
     """
     found = {}
     for prompt in prompts:
@@ -150,55 +163,65 @@ def find_prompts(kind: str, prompts: Sequence[str]) -> list[tuple[Pair, Pair]]:
 
 
 def join_prompts(found: Mapping[str, Sequence[tuple[Pair, Pair]]]) -> list[list[Pair]]:
-    """Joins two prompts of one kind to each of the benchmark's: four pairs of four nouns.
+    """Builds each of the benchmark's prompts from two prompts of one kind: four pairs with four different nouns.
 
-    No prompt comes twice, unless the lists are too short for that.
+    Prompts repeat only if the lists are too short for 1,000 different ones.
 
-    Args: found: kind -> its prompts, see `find_prompts`; some two of a kind have four nouns.
+    Args:
+      found: result of `find_prompts` by kind. Each kind needs two prompts that together have four different nouns.
+
+    Returns:
+      The pairs of each prompt.
     """
     generator, joined = random.Random(SEED), {}
     for kind in sorted(found):
-        joined[kind] = sorted(_join(found[kind]), key=lambda _: generator.random())
+        joined[kind] = sorted(_join_two(found[kind]), key=lambda _: generator.random())
     turns = itertools.islice(itertools.cycle(joined.values()), NUM_PROMPTS)
-    return [of_kind[index // len(joined) % len(of_kind)] for index, of_kind in enumerate(turns)]
+    return [kind_prompts[index // len(joined) % len(kind_prompts)] for index, kind_prompts in enumerate(turns)]
 
 
-def _join(prompts: Sequence[tuple[Pair, Pair]]) -> list[list[Pair]]:
-    """Returns all ways to join two different prompts that together have four nouns."""
+def _join_two(prompts: Sequence[tuple[Pair, Pair]]) -> list[list[Pair]]:
+    """Returns all ordered combinations of two prompts that together have four different nouns."""
     nouns = [(pairs, {pair.noun for pair in pairs}) for pairs in prompts]
     ways = itertools.permutations([entry for entry in nouns if len(entry[1]) == 2], 2)
-    return [[*one, *other] for (one, of_one), (other, of_other) in ways if not of_one & of_other]
+    return [
+        [*first, *second] for (first, first_nouns), (second, second_nouns) in ways if not first_nouns & second_nouns
+    ]
 
 
 def mix_pairs(found: Mapping[str, Sequence[tuple[Pair, Pair]]]) -> list[list[Pair]]:
-    """Draws one to eight pairs of mixed kinds for each of the benchmark's prompts (ours).
+    """Samples one to eight pairs of mixed kinds for each of the benchmark's prompts (ours).
 
-    The first prompt has one pair, the next two and so on to eight, then one again: 125 prompts of each number. Each
-    pair's kind is drawn evenly, then a pair of that kind; no noun comes twice in a prompt.
+    The number of pairs cycles through 1 to 8, so each number has 125 prompts. For each pair, the kind is sampled
+    uniformly, then a pair of that kind. No noun occurs twice in a prompt.
 
-    Args: found: kind -> its prompts, see `find_prompts`.
+    Args:
+      found: result of `find_prompts` by kind.
+
+    Returns:
+      The pairs of each prompt.
     """
-    pairs = {kind: list(dict.fromkeys(itertools.chain(*of_kind))) for kind, of_kind in found.items()}
+    pairs = {kind: list(dict.fromkeys(itertools.chain(*kind_prompts))) for kind, kind_prompts in found.items()}
     kinds, mixed, generator = sorted(found), [], random.Random(SEED)
 
     def choose(items: Sequence[Any]) -> Any:
-        # Only `random.random` is promised to give the same numbers in all versions of Python.
+        # Python guarantees reproducible sequences across versions only for `random.random`.
         return items[int(generator.random() * len(items))]
 
     for index in range(NUM_PROMPTS):
-        of_prompt: dict[str, Pair] = {}
-        while len(of_prompt) <= index % MAX_PAIRS:
+        prompt_pairs: dict[str, Pair] = {}
+        while len(prompt_pairs) <= index % MAX_PAIRS:
             pair = choose(pairs[choose(kinds)])
-            of_prompt.setdefault(pair.noun, pair)
-        mixed.append(list(of_prompt.values()))
+            prompt_pairs.setdefault(pair.noun, pair)
+        mixed.append(list(prompt_pairs.values()))
     return mixed
 
 
 def read_pairs(file: epath.Path) -> list[Pair]:
-    """Reads the pairs of a prompt from what `PositionalBias.write` wrote.
+    """Reads the pairs of a prompt from the metadata file that `PositionalBias.write` wrote.
 
     Raises:
-      UserError: the file is something else.
+      UserError: the file is damaged or has another format.
     """
     try:
         pairs = json.loads(file.read_text())["pairs"]
@@ -206,5 +229,8 @@ def read_pairs(file: epath.Path) -> list[Pair]:
     except (ValueError, KeyError, TypeError, RecursionError):
         pairs = []
     if not 1 <= len(pairs) <= MAX_PAIRS:
-        raise UserError(f"{file} has no pairs of the positional-bias benchmark: is it damaged, or another benchmark's?")
+        raise UserError(
+            f"{file} has no pairs of the positional-bias benchmark: it is damaged or belongs to another benchmark; "
+            "generate the images again"
+        )
     return pairs

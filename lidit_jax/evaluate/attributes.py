@@ -1,10 +1,10 @@
-"""The attributes of T2I-CompBench's colour, shape and texture prompts; its shapes include sizes."""
+"""Adjectives of T2I-CompBench's colour, shape and texture prompts; its shapes include sizes."""
 
 from collections.abc import Mapping
 
 
 def words(text: str) -> frozenset[str]:
-    """Splits a text at its spaces."""
+    """Returns the set of whitespace-separated words of a text."""
     return frozenset(text.split())
 
 

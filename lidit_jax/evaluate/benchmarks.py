@@ -1,13 +1,13 @@
-"""Public benchmarks' prompts, and the folders in which their official scorers look for pictures.
+"""Prompts of public benchmarks, and the folder layouts in which their official scorers expect the images.
 
     geneval          evaluation_metadata.jsonl; 00000/metadata.jsonl, 00000/samples/0000.png   (Ghosh et al. 2023)
-    t2i_compbench    a file of prompts, one a line; samples/PROMPT_000000.png                   (Huang et al. 2023)
-    dpg_bench        a folder of ID.txt, or a JSONL of id and prompt; ID.png, a grid of four    (Hu et al. 2024)
-    positional_bias  a folder of T2I-CompBench's lists, or a file of prompts of adjective-noun pairs, one a line; as
-                     geneval, see `adjective_pairs.py`                                          (Ma et al. 2024)
-    prompts          a file of prompts, one a line; 00000_0.png
+    t2i_compbench    file of prompts, one per line; samples/PROMPT_000000.png                   (Huang et al. 2023)
+    dpg_bench        folder of ID.txt, or JSONL of id and prompt; ID.png, a grid of four        (Hu et al. 2024)
+    positional_bias  folder of T2I-CompBench's lists, or file of prompts of adjective-noun pairs, one per line; output
+                     as for geneval, see `adjective_pairs.py`                                   (Ma et al. 2024)
+    prompts          file of prompts, one per line; 00000_0.png
 
-Pictures are written in an order in which the last file of a prompt says that all are there.
+The files of a prompt are written in a fixed order, so its last file marks the prompt as complete.
 """
 
 import json
@@ -24,24 +24,34 @@ from lidit_jax.evaluate.attributes import KINDS
 from lidit_jax.files import read_text, write_json
 from lidit_jax.pictures import save_png
 
-MAX_NAME = 255  # bytes of a file's name
-FACTS_FILE = "drawn_with.json"  # beside the pictures: what they are of
+MAX_NAME = 255  # longest file name in bytes
+FACTS_FILE = "drawn_with.json"  # beside the images: the model and settings that generated them
 
 
 class Benchmark(Protocol):
-    """Attributes: prompts: in the benchmark's order."""
+    """Prompts of a benchmark and the layout of its output folder.
+
+    Attributes:
+      prompts: prompts in the benchmark's order.
+    """
 
     prompts: Sequence[str]
 
     def last_file(self, index: int) -> str:
-        """Of prompt `index`, relative to the folder; where it is, the prompt is done."""
+        """Returns the file written last for prompt `index`, relative to the folder; it marks the prompt as complete."""
 
     def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
-        """All pictures of a prompt, uint8 [H, W, 3]."""
+        """Writes all images of a prompt.
+
+        Args:
+          out: output folder.
+          index: index of the prompt.
+          pictures: uint8 [H, W, 3] each.
+        """
 
 
 class GenEval:
-    """A folder a prompt, with its metadata and its pictures."""
+    """GenEval: a folder per prompt with its metadata and its images."""
 
     def __init__(self, file: epath.Path, num_images: int):
         del num_images
@@ -58,17 +68,18 @@ class GenEval:
 
 
 class T2ICompBench:
-    """One folder for all; a picture's name is its prompt and a number that counts all pictures."""
+    """T2I-CompBench: one folder of images, named after their prompt and a number that counts all images."""
 
     def __init__(self, file: epath.Path, num_images: int):
         self._num_images = num_images
-        # Some of its files have more columns after the prompt.
+        # Some of the benchmark's files have further columns after the prompt.
         self.prompts = [line.split("\t")[0].strip() for _, line in _lines(file)]
         for prompt in self.prompts:
-            # The scorer takes what is before the first underscore for the prompt.
+            # The official scorer reads the text before the first underscore of a file name as the prompt.
             if re.search(r"[/\\_\x00]", prompt) or len(self._name(prompt, 0).encode()) > MAX_NAME:
                 raise UserError(
-                    f"{file}: {prompt!r:.80} can be no file's name, which T2I-CompBench makes of its prompts"
+                    f"{file}: prompt {prompt!r:.80} cannot be part of a file name, as T2I-CompBench requires: remove "
+                    f"/, \\ and _, and keep the name under {MAX_NAME} bytes"
                 )
 
     def last_file(self, index: int) -> str:
@@ -84,15 +95,19 @@ class T2ICompBench:
 
 
 class DPGBench:
-    """A grid of four pictures a prompt, two by two without a gap; or a single picture."""
+    """DPG-Bench: per prompt, a 2x2 grid of four images without gaps, or a single image."""
 
     def __init__(self, file: epath.Path, num_images: int):
         if num_images not in (1, 4):
-            raise UserError(f"--num_images={num_images}: dpg_bench's grids have 4 pictures, or 1")
-        entries = _texts(file) if file.is_dir() else [_dpg_entry(file, number, line) for number, line in _lines(file)]
+            raise UserError(f"--num_images={num_images}: dpg_bench writes grids of 4 images, or 1 image; use 4 or 1")
+        entries = (
+            _read_prompt_folder(file)
+            if file.is_dir()
+            else [_dpg_entry(file, number, line) for number, line in _lines(file)]
+        )
         self._ids, self.prompts = [name for name, _ in entries], [prompt for _, prompt in entries]
         if len(set(self._ids)) < len(self._ids):
-            raise UserError(f"{file}: two prompts have the same id")
+            raise UserError(f"{file}: two prompts have the same id; use the benchmark's own file")
 
     def last_file(self, index: int) -> str:
         return f"{self._ids[index]}.png"
@@ -105,31 +120,38 @@ class DPGBench:
 
 
 def cut(sheet: np.ndarray, pictures: int, file: epath.Path) -> list[np.ndarray]:
-    """The pictures of a grid of four, two by two, row by row; or the one that it is.
+    """Splits a 2x2 grid into its four images, row by row; returns a single image unchanged.
 
     Args:
-      sheet: uint8 [2 H, 2 W, 3] if pictures is 4.
-      file: for the error.
+      sheet: uint8 [2 H, 2 W, 3] if `pictures` is 4, else [H, W, 3].
+      pictures: number of images, 1 or 4.
+      file: file of the grid, named in the error message.
+
+    Returns:
+      uint8 [H, W, 3] each.
 
     Raises:
-      UserError: its sides are not even.
+      UserError: a side of the grid has an odd length.
     """
     if pictures == 1:
         return [sheet]
     height, width = sheet.shape[:2]
     if height % 2 or width % 2:
-        raise UserError(f"{file} is {width}x{height}: no grid of four pictures, two by two, of one size")
+        raise UserError(
+            f"{file} is {width}x{height} px, which does not split into a 2x2 grid of equal images: name the output "
+            "folder of DPG-Bench"
+        )
     return [half for row in np.split(sheet, 2, axis=0) for half in np.split(row, 2, axis=1)]
 
 
 class PlainPrompts:
-    """Pictures named by the number of their prompt and their own."""
+    """List of prompts; images are named by the number of their prompt and their number within it."""
 
     def __init__(self, prompts: Sequence[str], num_images: int):
         self.prompts, self._num_images = prompts, num_images
 
     def files(self, index: int) -> list[str]:
-        """Of a prompt's pictures."""
+        """Returns the names of a prompt's images."""
         return [f"{index:05}_{i}.png" for i in range(self._num_images)]
 
     def last_file(self, index: int) -> str:
@@ -181,28 +203,31 @@ def open_benchmark(name: str, file: epath.Path, num_images: int, mixed_pairs: bo
     """Reads a benchmark's prompts.
 
     Args:
+      name: one of `BENCHMARKS`.
+      file: the benchmark's file or folder of prompts.
       num_images: images per prompt.
-      mixed_pairs: of "positional_bias", one to eight pairs of mixed kinds per prompt, instead of four of one kind.
+      mixed_pairs: whether prompts have one to eight pairs of mixed kinds instead of four of one kind;
+        "positional_bias" only.
 
     Raises:
-      UserError: there is no such benchmark or file, or the file is none of this benchmark's.
+      UserError: the benchmark is unknown, or the file is missing or not of this benchmark's format.
     """
     if name not in BENCHMARKS:
         raise UserError(f"--benchmark={name}: use one of {', '.join(BENCHMARKS)} or shapes")
     if not file.exists():
-        raise UserError(f"--file={file}: no such file; name the benchmark's own")
+        raise UserError(f"--file={file}: no such file; name the benchmark's own file")
     if file.is_dir() and name not in ("dpg_bench", "positional_bias"):
         raise UserError(f"--file={file} is a folder: name a file")
     if mixed_pairs and name != "positional_bias":
-        raise UserError(f"--mixed_pairs goes with --benchmark=positional_bias, not {name}")
+        raise UserError(f"--mixed_pairs goes with --benchmark=positional_bias, not {name}: leave it out")
     benchmark = BENCHMARKS[name](file, num_images, **({"mixed_pairs": True} if mixed_pairs else {}))
     if not benchmark.prompts:
-        raise UserError(f"--file={file}: no prompt in it")
+        raise UserError(f"--file={file} has no prompt in it: name the benchmark's own file")
     return benchmark
 
 
 def _lines(file: epath.Path) -> list[tuple[int, str]]:
-    """(number from 1, line) of all that are not blank."""
+    """Returns (line number from 1, line) for all lines that are not blank."""
     return [(number, line) for number, line in enumerate(_read(file).splitlines(), 1) if line.strip()]
 
 
@@ -210,29 +235,42 @@ def _read(file: epath.Path) -> str:
     return read_text(file, str(file), "a benchmark's")
 
 
-def _object(file: epath.Path, number: int, line: str, keys: Mapping[str, type]) -> dict[str, Any]:
-    """A line of JSON that has these keys."""
+def _parse_json_line(file: epath.Path, number: int, line: str, keys: Mapping[str, type]) -> dict[str, Any]:
+    """Parses a line of JSON and checks its keys.
+
+    Args:
+      file: file of the line, for error messages.
+      number: line number, for error messages.
+      line: the text.
+      keys: required keys and the types of their values.
+
+    Raises:
+      UserError: the line is not JSON, or a key is missing or has a value of another type.
+    """
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
-        raise UserError(f"{file}, line {number}: not JSON; is it the benchmark's own file?") from None
+        raise UserError(f"{file}, line {number}: not JSON; use the benchmark's own file") from None
     for key, kind in keys.items():
         if not isinstance(entry, dict) or not isinstance(entry.get(key), kind):
-            raise UserError(f"{file}, line {number}: no {key!r} in it; is it the benchmark's own file?")
+            raise UserError(f"{file}, line {number}: no {key!r} of type {kind.__name__}; use the benchmark's own file")
     return entry
 
 
 def _geneval_entry(file: epath.Path, number: int, line: str) -> dict[str, Any]:
-    return _object(file, number, line, {"prompt": str, "tag": str, "include": list})
+    return _parse_json_line(file, number, line, {"prompt": str, "tag": str, "include": list})
 
 
 def _dpg_entry(file: epath.Path, number: int, line: str) -> tuple[str, str]:
-    entry = _object(file, number, line, {"id": str, "prompt": str})
+    entry = _parse_json_line(file, number, line, {"id": str, "prompt": str})
     if not re.fullmatch(r"[\w-]{1,200}", entry["id"]):
-        raise UserError(f"{file}, line {number}: id {entry['id']!r:.80} can be no picture's name")
+        raise UserError(
+            f"{file}, line {number}: id {entry['id']!r:.80} cannot be the name of an image: use up to 200 letters, "
+            "digits, _ and -"
+        )
     return entry["id"], entry["prompt"]
 
 
-def _texts(folder: epath.Path) -> list[tuple[str, str]]:
-    """(id, prompt) of a folder of ID.txt."""
+def _read_prompt_folder(folder: epath.Path) -> list[tuple[str, str]]:
+    """Returns (id, prompt) for each file ID.txt of a folder."""
     return [(file.stem, _read(file).strip()) for file in sorted(folder.glob("*.txt"), key=str)]

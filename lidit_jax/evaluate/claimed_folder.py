@@ -1,4 +1,4 @@
-"""Folders that a command fills over several runs, and what they are of: nothing else's is ever overwritten."""
+"""Output folders that a command fills over several runs, with a file of facts that protects them from other runs."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,17 @@ from lidit_jax.errors import UserError
 
 
 def read_claim(out: epath.Path, name: str) -> dict[str, Any] | None:
-    """What `name` in the folder says of it; None where the folder is new or empty.
+    """Reads the facts of an output folder.
+
+    Args:
+      out: the folder.
+      name: name of the JSON file of facts in it.
+
+    Returns:
+      The facts; None if the folder is missing or empty.
 
     Raises:
-      UserError: it is a file, a folder with something else in it, or the claim is damaged.
+      UserError: `out` is a file or a folder with other content, or the file of facts is damaged.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file: name a folder")
@@ -32,12 +39,23 @@ def read_claim(out: epath.Path, name: str) -> dict[str, Any] | None:
 
 
 def check_claim(
-    out: epath.Path, what: str, found: Mapping[str, Any], facts: Mapping[str, Any], keys: Iterable[str]
+    out: epath.Path, content: str, found: Mapping[str, Any], facts: Mapping[str, Any], keys: Iterable[str]
 ) -> None:
-    """Raises UserError if the folder's `what` ("pictures", "results") are of something else by one of the keys."""
+    """Checks that an output folder belongs to the current run.
+
+    Args:
+      out: the folder.
+      content: name of its content in error messages, such as "images" or "results".
+      found: facts in the folder.
+      facts: facts of the current run.
+      keys: keys whose values must be equal.
+
+    Raises:
+      UserError: a value differs.
+    """
     for key in keys:
         if found.get(key) != facts.get(key):
             raise UserError(
-                f"--out={out} has {what} of another {key} ({found.get(key)!r:.80}, now {facts.get(key)!r:.80}): name "
-                "another folder"
+                f"--out={out} has {content} of another {key} ({found.get(key)!r:.80}, now {facts.get(key)!r:.80}): "
+                "name another folder"
             )

@@ -1,4 +1,4 @@
-"""Draws a benchmark's prompts into the folder that its scorer reads; goes on where it was stopped."""
+"""Generates the images of a benchmark in the folder layout of its scorer, and resumes interrupted runs."""
 
 import dataclasses
 import hashlib
@@ -30,15 +30,16 @@ SHAPES = "shapes"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request(Drawing):
-    """What to draw.
+    """Benchmark to generate images for, and the run to sample from.
 
     Attributes:
-      workdir: of a run.
-      benchmark, file: see `evaluate/benchmarks.py`; "shapes", the built-in scenes, has no file.
-      out: folder for the pictures.
-      num_images: pictures a prompt.
-      num_scenes: of "shapes", prompts of each kind.
-      mixed_pairs: of "positional_bias", see `open_benchmark`.
+      workdir: workdir of a training run.
+      benchmark: one of `BENCHMARKS` in `evaluate/benchmarks.py`, or "shapes" for the built-in scenes.
+      file: file of the benchmark; None for "shapes".
+      out: folder for the images.
+      num_images: images per prompt.
+      num_scenes: prompts of each kind; "shapes" only.
+      mixed_pairs: see `open_benchmark`; "positional_bias" only.
     """
 
     workdir: epath.Path
@@ -50,13 +51,17 @@ class Request(Drawing):
     mixed_pairs: bool = False
 
     def open(self) -> Benchmark:
-        """Raises UserError, see `open_benchmark`."""
+        """Reads the benchmark's prompts.
+
+        Raises:
+          UserError: see `open_benchmark`; or an option does not go with the benchmark.
+        """
         if self.benchmark != SHAPES:
             if self.file is None:
-                raise UserError(f"--file is required for --benchmark={self.benchmark}: name the benchmark's own")
+                raise UserError(f"--file is required for --benchmark={self.benchmark}: name the benchmark's own file")
             return open_benchmark(self.benchmark, self.file, self.num_images, self.mixed_pairs)
         if self.mixed_pairs:
-            raise UserError(f"--mixed_pairs goes with --benchmark=positional_bias, not {SHAPES}")
+            raise UserError(f"--mixed_pairs goes with --benchmark=positional_bias, not {SHAPES}: leave it out")
         if self.file is not None:
             raise UserError(f"--file={self.file}: --benchmark={SHAPES} is built in; leave --file out")
         data = Experiment(read_workdir(self.workdir), self.workdir, only_shapes=True).data
@@ -65,55 +70,58 @@ class Request(Drawing):
 
 
 def draw_benchmark(request: Request) -> None:
-    """Draws what is not there yet. All devices of all hosts draw; the first host writes, and judges built-in scenes.
+    """Generates the missing images of a benchmark, and scores the built-in scenes.
 
-    A picture's seed is made of its prompt and its number, so that it is the same in every run; on another number of
-    devices it may differ by rounding.
+    All devices of all hosts sample; the first host writes files and scores. The seed of an image is derived from its
+    prompt and its number, so every run generates the same image, up to rounding on another number of devices.
+
+    Args:
+      request: benchmark, run and sampling options.
 
     Raises:
-      UserError: for what does not fit, before anything is drawn; or the folder has pictures of another model.
+      UserError: the request is invalid, which is found before sampling; or the folder has images of another model.
     """
     if request.num_images < 1:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
     benchmark = request.open()
     run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
-    how, height, width = request.settled(run, pipeline)
+    sampling, height, width = request.resolve_options(run, pipeline)
     facts = _facts(request, benchmark, run, step) | {"height": height, "width": width}
-    facts |= {name: getattr(how, name) for name in ("sampler", "steps", "guidance_scale")}
+    facts |= {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance_scale")}
     _claim(request.out, facts)
-    left = _left(request.out, benchmark)
+    pending = _pending_prompts(request.out, benchmark)
     warn_of_truncated(run, pipeline, benchmark.prompts)
     logger.info(
-        "%s: %d prompts, %d left; %d pictures of %dx%d each, from step %d",
-        *(request.benchmark, len(benchmark.prompts), len(left), request.num_images, width, height, step),
+        "%s: %d prompts, %d to generate; %d images of %dx%d per prompt, from step %d",
+        *(request.benchmark, len(benchmark.prompts), len(pending), request.num_images, width, height, step),
     )
     num_images = request.num_images
-    rows = pipeline.rows(how)
-    at_once = max(1, rows // num_images)
-    # One shape and so one compilation, however many are drawn last.
-    how = dataclasses.replace(how, batch_size=min(rows, at_once * num_images))
-    with tqdm.tqdm(total=len(left) * num_images, unit="picture", desc="drawing", mininterval=1) as bar:
-        for indices in _batches(left, at_once):
+    rows = pipeline.rows(sampling)
+    prompts_per_batch = max(1, rows // num_images)
+    # A constant batch shape, so that a smaller last batch causes no second compilation.
+    sampling = dataclasses.replace(sampling, batch_size=min(rows, prompts_per_batch * num_images))
+    with tqdm.tqdm(total=len(pending) * num_images, unit="image", desc="sampling", mininterval=1) as bar:
+        for indices in _batches(pending, prompts_per_batch):
             prompts = [benchmark.prompts[index] for index in indices]
             seeds = [seed_of(prompt, i) for prompt in prompts for i in range(num_images)]
-            pictures = pipeline(params, prompts, seeds, height, width, how, num_images)
+            images = pipeline(params, prompts, seeds, height, width, sampling, num_images)
             if jax.process_index() == 0:
                 for row, index in enumerate(indices):
-                    benchmark.write(request.out, index, pictures[row * num_images : (row + 1) * num_images])
+                    benchmark.write(request.out, index, images[row * num_images : (row + 1) * num_images])
             bar.update(len(seeds))
-    multihost_utils.sync_global_devices("drew the benchmark")
+    multihost_utils.sync_global_devices("generated the benchmark")
     if isinstance(benchmark, ShapesBenchmark) and jax.process_index() == 0:
         benchmark.judge(request.out)
-    logger.info("%s", request.out)
+    logger.info("images: %s", request.out)
 
 
 def seed_of(prompt: str, index: int) -> int:
-    """Of a prompt's picture `index`, from 0 to 2^32 - 1."""
+    """Returns the seed, 0 to 2^32 - 1, of image number `index` of a prompt."""
     return int.from_bytes(hashlib.sha256(f"{index} {prompt}".encode("utf-8", "surrogatepass")).digest()[:4], "big")
 
 
 def _facts(request: Request, benchmark: Benchmark, run: Experiment, step: int) -> dict[str, Any]:
-    """What the pictures in a folder are of."""
+    """Returns the facts that identify the images of a request: benchmark, prompts, model and step."""
     config = json.dumps(read_workdir(request.workdir).to_dict(), sort_keys=True, default=str)
     prompts = json.dumps(benchmark.prompts)
     return {
@@ -132,24 +140,31 @@ def _digest(text: str) -> str:
 
 
 def _claim(out: epath.Path, facts: dict[str, Any]) -> None:
-    """Notes in the folder what it holds. Raises UserError if it holds something else; nothing is overwritten."""
+    """Writes the facts into the output folder.
+
+    Raises:
+      UserError: the folder belongs to another request, or cannot be written. Nothing is overwritten.
+    """
     found = read_claim(out, FACTS_FILE)
     if found is not None:
-        check_claim(out, "pictures", found, facts, facts)
-    multihost_utils.sync_global_devices("looked at the folder")
+        check_claim(out, "images", found, facts, facts)
+    multihost_utils.sync_global_devices("checked the folder")
     if jax.process_index() == 0 and found is None:
         try:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / FACTS_FILE, facts)
         except OSError as error:
-            raise UserError(f"--out={out} can't be written ({error.strerror or error}); name another") from error
+            raise UserError(f"--out={out} can't be written ({error.strerror or error}): name another folder") from error
 
 
-def _left(out: epath.Path, benchmark: Benchmark) -> list[int]:
-    """Prompts that are not drawn yet, as the first host sees it: all must draw the same."""
-    is_left = [not (out / benchmark.last_file(index)).exists() for index in range(len(benchmark.prompts))]
-    is_left = multihost_utils.broadcast_one_to_all(np.asarray(is_left))
-    return np.flatnonzero(np.asarray(is_left)).tolist()
+def _pending_prompts(out: epath.Path, benchmark: Benchmark) -> list[int]:
+    """Returns the indices of incomplete prompts.
+
+    The first host decides for all, because all hosts must sample the same batches.
+    """
+    is_pending = [not (out / benchmark.last_file(index)).exists() for index in range(len(benchmark.prompts))]
+    is_pending = multihost_utils.broadcast_one_to_all(np.asarray(is_pending))
+    return np.flatnonzero(np.asarray(is_pending)).tolist()
 
 
 def _batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

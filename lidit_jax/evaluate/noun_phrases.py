@@ -1,4 +1,4 @@
-"""The noun phrases of T2I-CompBench's prompts, of which its scorer makes its questions."""
+"""Noun phrases of T2I-CompBench's prompts, which its scorer turns into questions."""
 
 import functools
 import re
@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from lidit_jax.evaluate.attributes import ATTRIBUTES, words
 
-MAX_PHRASES = 8  # that the official script asks about
-# Phrases that it passes over.
+MAX_PHRASES = 8  # most phrases that the official script asks about
+# Phrases that the official script skips.
 SKIPPED = frozenset(("top", "the side", "the left", "the right"))
 SPACY_MODEL = "en_core_web_sm"
 
 _WORD = re.compile(r"[A-Za-z][\w'’-]*|\d[\d:.]*\d|\d|[^\w\s]")
-# A phrase starts before these, and ends before all of the other sets.
+# A word of _STARTS begins a phrase; a word of _ENDS ends the phrase before it.
 _STARTS = words("a an the its their his her one two three four five many several some")
 _JOINING = words("and or")
 _PRONOUNS = words("which that him he she it they them")
@@ -20,14 +20,14 @@ _PREPOSITIONS = words(
     """of in on at with by for from to near under above against between through into beside behind inside below
     around over next along off up down while where when as"""
 )
-_NO_NOUNS = words(
+_NON_NOUNS = words(
     """is are was were be been has have had stood sat led left parked sitting standing placed attached mounted made
     visible empty neatly both useful necessary nearby waving fascinated struggled used arranged stacked warm
     hydrated most whitish serving reaching sides jot"""
 )
-_ENDS = _JOINING | _PREPOSITIONS | _NO_NOUNS
-_NO_PHRASE = _STARTS | {"tall"}  # as in "stood tall"
-# Verbs of the benchmark's sentences. Some are nouns elsewhere ("the defining features of"): see `_is_verb`.
+_ENDS = _JOINING | _PREPOSITIONS | _NON_NOUNS
+_NOT_A_PHRASE = _STARTS | {"tall"}  # as in "stood tall"
+# Verbs in the benchmark's sentences. Some are nouns in other places ("the defining features of"), see `_is_verb`.
 _VERBS = words(
     """release mix hang hold rest display serve provide provided slice boil nap write sit sits shape stir attract
     attracted bake perch cook pound measure keep kept beat cut illuminate decorate features feature shines flash
@@ -36,31 +36,31 @@ _VERBS = words(
 
 
 def noun_phrases(prompt: str) -> list[str]:
-    """The noun phrases that the official script would ask about, at most 8, in the prompt's order.
+    """Returns the noun phrases that the official script asks about, at most 8, in the prompt's order.
 
-    The official script takes the noun chunks of spaCy's en_core_web_sm; so does this where spaCy and that model are
-    installed. Elsewhere it is `split_noun_phrases`.
+    Like the official script, uses the noun chunks of spaCy's en_core_web_sm if spaCy and that model are installed.
+    Falls back to `split_noun_phrases` otherwise.
     """
     phrases = (_spacy_chunks() or split_noun_phrases)(prompt)
     return [phrase for phrase in phrases if phrase not in SKIPPED][:MAX_PHRASES]
 
 
 def splitter_name() -> str:
-    """What `noun_phrases` uses here: spaCy's model and its version, or "rules"."""
+    """Returns the method that `noun_phrases` uses: spaCy's model with versions, or "rules"."""
     chunks = _spacy_chunks()
     return "rules" if chunks is None else chunks.name
 
 
 def split_noun_phrases(prompt: str) -> list[str]:
-    """Noun phrases by rules, made for T2I-CompBench's prompts.
+    """Splits a prompt into noun phrases by rules made for T2I-CompBench's prompts.
 
-    Exact for "a ADJECTIVE NOUN and a ADJECTIVE NOUN", articles left out or nouns of several words included, of which
-    most of the benchmark consists; its sentences are split by lists of their verbs and prepositions. On 831 of the 900
-    prompts of the colour, shape and texture validation lists it finds what spaCy 3.8's en_core_web_sm 3.8 finds. On
-    the others it is the model that errs, as a rule: it loses a noun ("a white snow and a blue sled" is "a white snow"
-    alone), takes two for one ("a metallic key and fluffy clouds"), or a verb for a noun ("fluffy scarf hang"); scores
-    with it are the official ones all the same. Sentences in other words than the benchmark's may come out with a verb
-    in a phrase.
+    The rules are exact for "a ADJECTIVE NOUN and a ADJECTIVE NOUN", also without articles or with nouns of several
+    words, which is the form of most of the benchmark. Its sentences are split by lists of their verbs and prepositions.
+    The result equals that of spaCy 3.8 with en_core_web_sm 3.8 on 831 of the 900 prompts of the colour, shape and
+    texture validation lists. On the others it is usually the model that errs: it loses a noun ("a white snow and a blue
+    sled" gives "a white snow" alone), merges two ("a metallic key and fluffy clouds"), or takes a verb for a noun
+    ("fluffy scarf hang"). Scores with the model are the official ones nevertheless. In sentences with words that the
+    benchmark does not have, a phrase may include a verb.
     """
     phrases: list[list[str]] = [[]]
     tokens = _WORD.findall(prompt)
@@ -79,7 +79,7 @@ def split_noun_phrases(prompt: str) -> list[str]:
             phrases.append([word])
         elif not word[0].isdigit():
             phrase.append(word)
-    return [" ".join(phrase) for phrase in phrases if not {word.lower() for word in phrase} <= _NO_PHRASE]
+    return [" ".join(phrase) for phrase in phrases if not {word.lower() for word in phrase} <= _NOT_A_PHRASE]
 
 
 def _is_attribute(word: str) -> bool:
@@ -87,19 +87,19 @@ def _is_attribute(word: str) -> bool:
 
 
 def _joins_attributes(phrase: list[str], following: str) -> bool:
-    """Whether an "and" stands between two adjectives of one noun, as in "a black and white cat"."""
+    """Returns True if an "and" joins two adjectives of one noun, as in "a black and white cat"."""
     return bool(phrase) and _is_attribute(phrase[-1]) and _is_attribute(following)
 
 
 def _is_verb(word: str, phrase: list[str], following: str) -> bool:
-    """Whether it is one here: it stands after a noun, and not before what only follows nouns."""
+    """Returns True if a word is a verb of `_VERBS` after a noun and the word after it does not imply a noun."""
     after_noun = bool(phrase) and phrase[-1].lower() not in _STARTS and not _is_attribute(phrase[-1])
     return word in _VERBS and after_noun and following not in ("of", "and", ".", ",")
 
 
 @functools.cache
 def _spacy_chunks() -> Callable[[str], list[str]] | None:
-    """prompt -> noun chunks; None without spaCy or its model."""
+    """Returns a function from a prompt to spaCy's noun chunks; None if spaCy or its model is not installed."""
     try:
         import spacy
 

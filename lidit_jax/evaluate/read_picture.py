@@ -1,4 +1,4 @@
-"""Generated images as they are read to be scored."""
+"""Reading of generated images for scoring."""
 
 import numpy as np
 from etils import epath
@@ -6,14 +6,17 @@ from etils import epath
 from lidit_jax.data.formats.decoding import BrokenPicture, decode
 from lidit_jax.errors import UserError
 
-MAX_PIXELS = 1 << 28  # of a picture: a grid of four at 8192 x 8192
+MAX_PIXELS = 1 << 28  # largest accepted image: a 2x2 grid of 8192 x 8192 pixels each
 
 
 def read_picture(file: epath.Path) -> np.ndarray:
-    """uint8 [H, W, 3].
+    """Reads an image file.
+
+    Returns:
+      uint8 [H, W, 3].
 
     Raises:
-      UserError: the file is missing, damaged, or no picture.
+      UserError: the file is missing, damaged or not an image.
     """
     try:
         return decode(file.read_bytes(), MAX_PIXELS)

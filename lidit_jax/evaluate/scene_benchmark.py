@@ -1,4 +1,4 @@
-"""The built-in scenes as a benchmark: drawn like a list of prompts, then judged exactly."""
+"""Built-in scenes as a benchmark: images are generated as for a list of prompts, then checked exactly."""
 
 from etils import epath
 
@@ -10,19 +10,20 @@ from lidit_jax.evaluate.scenes import SceneEvaluation, report_scenes, score_scen
 
 
 class ShapesBenchmark(PlainPrompts):
-    """As many prompts of each kind that the layout has, see `SceneEvaluation.of_each`."""
+    """Benchmark with an equal number of prompts of each kind of scene; see `SceneEvaluation.of_each`."""
 
     def __init__(self, num_scenes: int, num_images: int, layout: SceneLayout, height: int, width: int):
-        """Makes the prompts.
+        """Builds the prompts.
 
         Args:
-          num_scenes: of each kind.
-          num_images: of each prompt.
-          layout: of the scenes, as in training.
-          height, width: of the images in pixels.
+          num_scenes: number of scenes of each kind.
+          num_images: images per prompt.
+          layout: layout of the scenes, as in training.
+          height: height of the images in pixels.
+          width: width of the images in pixels.
 
         Raises:
-          UserError: there would be no scene, or none on images of this size.
+          UserError: `num_scenes` is less than 1, or images of this size cannot show such scenes.
         """
         if num_scenes < 1:
             raise UserError(f"--num_scenes={num_scenes} must be at least 1")
@@ -30,10 +31,10 @@ class ShapesBenchmark(PlainPrompts):
         super().__init__([scene.prompt for scene in self._scenes], num_images)
 
     def judge(self, out: epath.Path) -> None:
-        """Checks the pictures that are in the folder, all of them; prints and writes the scores beside them.
+        """Checks all images in the folder, logs the scores and writes them to the same folder.
 
         Raises:
-          UserError: a picture is missing or damaged.
+          UserError: an image is missing or damaged.
         """
         scenes = [scene for scene in self._scenes for _ in range(self._num_images)]
         files = [out / name for index in range(len(self._scenes)) for name in self.files(index)]

@@ -1,4 +1,4 @@
-"""Does the model follow its prompts? On the built-in scenes the answer is exact: draw, then check every object."""
+"""Evaluates prompt following on the built-in scenes: generates images and checks every object exactly."""
 
 import collections
 import dataclasses
@@ -36,12 +36,17 @@ COLUMNS = ("objects", "pair", "color", "shape", "relation", "depth", "place", "s
 
 @dataclasses.dataclass(frozen=True)
 class SceneEvaluation:
-    """Number of prompts of each kind, under `evaluate` in the config.
+    """Number of prompts of each kind; the config section `evaluate`.
 
     Attributes:
-      one_object to six_objects: of scenes of so many objects, none overlapping; five and six in layout "free" alone.
-      held_out_pairs: of scenes of two objects of which one is a pair of colour and shape that training never shows.
-      overlapping_objects: of scenes of layout "free" where two objects overlap, of as many objects as in training.
+      two_objects: scenes of two objects, without overlap; the same for the other numbers of objects.
+      held_out_pairs: scenes of two objects, one of them with a (colour, shape) pair that never occurs in training.
+      three_objects: see `two_objects`.
+      four_objects: see `two_objects`.
+      one_object: see `two_objects`.
+      five_objects: see `two_objects`; layout "free" only.
+      six_objects: see `two_objects`; layout "free" only.
+      overlapping_objects: scenes in which two objects overlap, with as many objects as in training; layout "free" only.
     """
 
     two_objects: int = 256
@@ -60,7 +65,7 @@ class SceneEvaluation:
 
     @classmethod
     def of_each(cls, count: int, layout: SceneLayout) -> "SceneEvaluation":
-        """Returns as many prompts of each kind that the layout's training has, and of held-out pairs."""
+        """Returns `count` prompts of held-out pairs and of each kind that occurs in training with this layout."""
         if layout.name == "quadrants":
             return cls(count, count, count, count)
         counts = [count if share else 0 for share in layout.probabilities] + [0] * len(COUNTS)
@@ -68,14 +73,15 @@ class SceneEvaluation:
         return cls(two, count, three, four, one, five, six, count if layout.overlaps else 0)
 
     def prompts(self, layout: SceneLayout, height: int, width: int) -> list["ScenePrompt"]:
-        """Returns all prompts, kind by kind.
+        """Builds all prompts, kind by kind.
 
         Args:
-          layout: of the scenes, as in training.
-          height, width: of the images in pixels.
+          layout: layout of the scenes, as in training.
+          height: height of the images in pixels.
+          width: width of the images in pixels.
 
         Raises:
-          UserError: the layout or the size of the images has no such scenes.
+          UserError: such scenes do not exist in this layout or at this size of images.
         """
         kinds = {
             COUNTS[1]: (self.one_object, 1),
@@ -96,11 +102,14 @@ class SceneEvaluation:
 
 @dataclasses.dataclass(frozen=True)
 class ScenePrompt:
-    """A prompt whose scene is known.
+    """Prompt with its known scene.
 
     Attributes:
-      kind: one of `COUNTS`' names, `HELD_OUT` or `OVERLAP`.
-      sizes_asked: sizes count. In layout "free", only where the prompt states them.
+      prompt: the caption of the scene.
+      language: "en" or "zh".
+      scene: the scene that images should show.
+      kind: one of the values of `COUNTS`, `HELD_OUT` or `OVERLAP`.
+      sizes_asked: whether sizes are checked. In layout "free", they are only if the prompt states them.
     """
 
     prompt: str
@@ -113,31 +122,36 @@ class ScenePrompt:
 def scene_prompts(
     count: int, num_objects: int | None, kind: str, layout: SceneLayout, height: int, width: int
 ) -> list[ScenePrompt]:
-    """Returns prompts of scenes that no training run has seen, English and Chinese in turn.
+    """Builds prompts of scenes that no training run has seen, alternating between English and Chinese.
 
     Args:
-      num_objects: of each scene; None: as in training, but at least two.
-      kind: with `HELD_OUT`, one object of each is a pair of colour and shape that training never shows; with `OVERLAP`,
-        two objects overlap, and with any other kind none do.
-      layout, height, width: see `SceneEvaluation.prompts`.
+      count: number of prompts.
+      num_objects: number of objects in each scene; None samples it as in training, but at least two.
+      kind: with `HELD_OUT`, one object of each scene has a (colour, shape) pair that never occurs in training. With
+        `OVERLAP`, two objects overlap; with any other kind, none do.
+      layout: see `SceneEvaluation.prompts`.
+      height: see `SceneEvaluation.prompts`.
+      width: see `SceneEvaluation.prompts`.
 
     Raises:
-      UserError: the layout or the size of the images has no such scenes.
+      UserError: such scenes do not exist in this layout or at this size of images.
     """
     if not count:
         return []
     if kind == OVERLAP:
         shares = (0.0, *layout.probabilities[1:])
         if layout.name != "free" or not sum(shares):
-            raise UserError("evaluate.overlapping_objects: only scenes of two or more of data.layout='free' overlap")
+            raise UserError(
+                "evaluate.overlapping_objects needs data.layout='free' with scenes of two or more objects: set it to 0"
+            )
         layout = dataclasses.replace(layout, overlaps=1.0, shares=shares)
     elif layout.overlaps:
         layout = dataclasses.replace(layout, overlaps=0.0)
     pairs = "held_out" if kind == HELD_OUT else "train"
     if num_objects and num_objects > layout.max_objects:
         raise UserError(
-            f"evaluate: scenes of {kind} are asked for, and data.layout={layout.name!r} has at most "
-            f"{layout.max_objects}: leave them out"
+            f"evaluate: scenes of {kind} are asked for, but data.layout={layout.name!r} has at most "
+            f"{layout.max_objects} objects: remove that field of `evaluate`"
         )
     source = ShapesSource(count, height, width, HELD_OUT_SEED, pairs, num_objects, layout)
     languages = tuple(LANGUAGES)
@@ -150,59 +164,74 @@ def scene_prompts(
 
 
 def check_evaluation(evaluation: SceneEvaluation, config: DataConfig) -> None:
-    """Raises UserError unless the scenes of a data section can be evaluated like this."""
-    if not all(part.source == "shapes" for part in config.parts().values()):
-        raise UserError("evaluate: only scenes of data.source='shapes' can be checked; remove `evaluate`")
-    few = {name: min(count, 1) for name, count in dataclasses.asdict(evaluation).items()}
-    SceneEvaluation(**few).prompts(config.scene_layout, config.resolution, config.resolution)
+    """Raises UserError if the config sections `evaluate` and `data` do not go together."""
+    if not all(section.source == "shapes" for section in config.parts().values()):
+        raise UserError("evaluate: only scenes of data.source='shapes' can be checked; remove the section `evaluate`")
+    one_each = {name: min(count, 1) for name, count in dataclasses.asdict(evaluation).items()}
+    SceneEvaluation(**one_each).prompts(config.scene_layout, config.resolution, config.resolution)
 
 
 def evaluate_scenes(
     pipeline: Pipeline,
     params: Any,
-    how: SampleConfig,
+    sampling: SampleConfig,
     evaluation: SceneEvaluation,
     dataset: Dataset,
     workdir: epath.Path,
     beat: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, Accuracy]]:
-    """Draws, checks, prints; writes `scores.json` and `grid.png` (held-out prompts under their pictures).
+    """Generates images of evaluation scenes, checks them, and writes `scores.json` and `grid.png` to the workdir.
 
-    Args: beat: called after each batch of pictures, for who watches that something is done.
+    Args:
+      pipeline: the sampling pipeline.
+      params: parameters of the model.
+      sampling: sampling options.
+      evaluation: number of prompts of each kind.
+      dataset: the training data set, which gives the layout and the size of the images.
+      workdir: folder for the results, written by the first host.
+      beat: heartbeat, called after each batch of images.
+
+    Returns:
+      See `score_scenes`.
 
     Raises:
-      UserError: if the data set is not the built-in one, whose scenes are known, or has no such scenes.
+      UserError: the data set is not the built-in one, or has no such scenes.
     """
     check_evaluation(evaluation, dataset.config)
-    side, rows = dataset.config.resolution, pipeline.rows(how)
+    side, rows = dataset.config.resolution, pipeline.rows(sampling)
     prompts = evaluation.prompts(dataset.config.scene_layout, side, side)
     seen: collections.Counter[str] = collections.Counter()
-    seeds = []  # counted anew for each kind, so that the pictures of one do not depend on how many others there are
+    seeds = []  # counted separately for each kind, so that its images do not depend on the number of other prompts
     for p in prompts:
         seeds.append(seen[p.kind])
         seen[p.kind] += 1
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     for start in range(0, len(prompts), rows):
-        part = slice(start, start + rows)
-        pictures += list(pipeline(params, [p.prompt for p in prompts[part]], seeds[part], side, side, how))
+        batch = slice(start, start + rows)
+        images += list(pipeline(params, [p.prompt for p in prompts[batch]], seeds[batch], side, side, sampling))
         beat()
-    scores = score_scenes(prompts, pictures)
+    scores = score_scenes(prompts, images)
     if jax.process_index() == 0:
-        report_scenes(scores, prompts, pictures, workdir)
+        report_scenes(scores, prompts, images, workdir)
     return scores
 
 
 def score_scenes(prompts: Sequence[ScenePrompt], pictures: Sequence[np.ndarray]) -> dict[str, dict[str, Accuracy]]:
-    """Checks pictures against their scenes: {group of prompts or objects: what is right of it}.
+    """Checks images against their scenes and computes accuracies by group.
 
-    Groups are "all scenes" (but for held-out pairs), those of a kind ("four objects"), of a kind in a language
-    ("four objects, Chinese"), the objects named at a place in the prompt ("four objects, named 1st"), and of scenes
-    with a held-out pair that pair alone ("the held-out pair itself"). What is right is as in `accuracies`.
+    Groups are "all scenes" (without those of held-out pairs), the scenes of a kind ("four objects"), of a kind in a
+    language ("four objects, Chinese"), the objects at a position in the prompt ("four objects, named 1st"), and the
+    held-out pairs alone ("the held-out pair itself").
 
-    All prompts must have the same number of images. Each place of four objects is then the mean of `mean_by_quarter`,
-    which is taken within a prompt's segment first.
+    Every prompt must occur with the same number of images. For four objects, the accuracy at a position then equals
+    that of `mean_by_quarter`, which averages within each prompt segment first.
 
-    Args: pictures: uint8 [H, W, 3] each, one a prompt.
+    Args:
+      prompts: the prompt of each image.
+      pictures: uint8 [H, W, 3] each.
+
+    Returns:
+      {group: accuracies}; see `accuracies` for the names of the accuracies.
     """
     checks = [check(picture, p.scene, p.sizes_asked) for picture, p in zip(pictures, prompts, strict=True)]
     scenes: dict[str, list[SceneCheck]] = collections.defaultdict(list)
@@ -217,18 +246,22 @@ def score_scenes(prompts: Sequence[ScenePrompt], pictures: Sequence[np.ndarray])
             continue
         scenes["all scenes"].append(result)
         scenes[f"{p.kind}, {LANGUAGES[p.language]}"].append(result)
-        for place, item in enumerate(result.objects):
-            objects[named_at(p.kind, place)].append(item)
+        for position, item in enumerate(result.objects):
+            objects[named_at(p.kind, position)].append(item)
     found = {group: accuracies(results) for group, results in scenes.items()}
     found |= {group: object_accuracies(items) for group, items in objects.items()}
     order = ["all scenes", *COUNTS.values(), OVERLAP, HELD_OUT]
-    rank = lambda group: (order.index(group.partition(",")[0]) if group.partition(",")[0] in order else 99, group)  # noqa: E731
+
+    def rank(group: str) -> tuple[int, str]:
+        kind = group.partition(",")[0]
+        return order.index(kind) if kind in order else len(order), group
+
     return {group: found[group] for group in sorted(found, key=rank)}
 
 
-def named_at(kind: str, place: int) -> str:
-    """Names the group of the objects of such scenes that prompts name at this place, from 0."""
-    return f"{kind}, named {('1st', '2nd', '3rd', '4th', '5th', '6th')[place]}"
+def named_at(kind: str, position: int) -> str:
+    """Returns the name of the group of objects at a position, from 0, in the prompts of a kind."""
+    return f"{kind}, named {('1st', '2nd', '3rd', '4th', '5th', '6th')[position]}"
 
 
 def report_scenes(
@@ -237,10 +270,17 @@ def report_scenes(
     pictures: Sequence[np.ndarray],
     folder: epath.Path,
 ) -> None:
-    """Prints the scores and writes them to `scores.json`; some pictures of each kind to `grid.png`."""
+    """Logs the scores and writes them to `scores.json`; writes some images of each kind to `grid.png`.
+
+    Args:
+      scores: see `score_scenes`.
+      prompts: the prompt of each image.
+      pictures: uint8 [H, W, 3] each.
+      folder: folder for the files.
+    """
     columns = [column for column in COLUMNS if any(column in accuracy for accuracy in scores.values())]
     width = 2 + max(26, *map(len, scores))
-    lines = [f"{'right, in %':{width}}" + "".join(f"{column:>10}" for column in columns)]
+    lines = [f"{'accuracy, in %':{width}}" + "".join(f"{column:>10}" for column in columns)]
     for group, accuracy in scores.items():
         found = [accuracy.get(column) for column in columns]
         cells = [f"{100 * cell.value:.1f}" if cell and cell.total else "" for cell in found]
@@ -253,7 +293,7 @@ def report_scenes(
     shown = [i for indices in by_kind.values() for i in indices[: GRID_PICTURES // len(by_kind)]]
     if shown:
         save_png(grid([pictures[i] for i in shown], [prompts[i].prompt for i in shown]), folder / "grid.png")
-        logger.info("pictures for prompts that training never saw: %s", folder / "grid.png")
+        logger.info("images of unseen prompts: %s", folder / "grid.png")
     table = {
         group: {name: {"correct": a.correct, "total": a.total, "interval": a.interval} for name, a in accuracy.items()}
         for group, accuracy in scores.items()

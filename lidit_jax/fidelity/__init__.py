@@ -1,1 +1,1 @@
-"""`python -m lidit_jax.fidelity`: FID and CLIP score of generated images."""
+"""`python -m lidit_jax.fidelity`: computes FID and CLIP score of generated images."""

@@ -1,9 +1,9 @@
-"""FID and CLIP score: `python -m lidit_jax.fidelity --pictures=DIR --inception=FILE --clip=DIR --out=DIR …`.
+"""Computes FID and CLIP score: `python -m lidit_jax.fidelity --pictures=DIR --inception=FILE --clip=DIR --out=DIR …`.
 
-DIR of --pictures is what `evaluate` or `sample` drew, or any folder of pictures. FID compares it with those of
---reference=DIR or, with --config=configs/X.py, with the pictures that a training on that config's data sees; FILE has
-the weights of FID's Inception as safetensors. The CLIP score needs the prompts: where the folder does not say them,
---prompts_file=FILE does. Either score alone will do. OUT gets fidelity.json.
+--pictures is the output folder of `evaluate` or `sample`, or any folder of images. FID compares its images with those
+of --reference=DIR or, given --config=configs/X.py, with the training images of that config. --inception is a
+safetensors file with the weights of FID's Inception network. The CLIP score needs the prompts, from the folder itself
+or from --prompts_file=FILE. Each score can be computed alone. The scores are written to fidelity.json in --out.
 """
 
 from absl import flags
@@ -14,18 +14,22 @@ from lidit_jax.errors import UserError
 from lidit_jax.fidelity.reference import config_reference, folder_reference
 from lidit_jax.fidelity.scores import FidelityRequest, Reference, score_fidelity
 
-CONFIG_REFERENCE = 10_000  # pictures: a data set may be endless
+CONFIG_REFERENCE = 10_000  # default number of reference images of a config, whose data may be endless
 
 _CONFIG = cli.define_config()
-_PICTURES = flags.DEFINE_string("pictures", None, "folder of the pictures to score")
-_REFERENCE = flags.DEFINE_string("reference", None, "folder of the pictures that FID compares with")
+_PICTURES = flags.DEFINE_string("pictures", None, "folder of the images to score")
+_REFERENCE = flags.DEFINE_string("reference", None, "folder of the reference images of FID")
 _NUM_REFERENCE = flags.DEFINE_integer(
-    "num_reference", None, f"of them at most (default: all of a folder, {CONFIG_REFERENCE:,} of a config's data)"
+    "num_reference",
+    None,
+    f"largest number of reference images (default: all of a folder, {CONFIG_REFERENCE:,} of a config's data)",
 )
 _INCEPTION = flags.DEFINE_string("inception", None, "FID's Inception weights, a .safetensors file")
 _CLIP = flags.DEFINE_string("clip", None, "a CLIP model's folder, or its name on the hub")
-_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "what was drawn, as evaluate's --file or sample's")
-_OUT = flags.DEFINE_string("out", None, "folder for the scores")
+_PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file", None, "prompts of the images: --file of evaluate or --prompts_file of sample"
+)
+_OUT = flags.DEFINE_string("out", None, "output folder for the scores")
 
 
 def main() -> None:
@@ -45,7 +49,7 @@ def _reference() -> Reference | None:
     if _NUM_REFERENCE.value is not None and _NUM_REFERENCE.value < 2:
         raise UserError(f"--num_reference={_NUM_REFERENCE.value} must be at least 2")
     if _REFERENCE.value and _CONFIG.value is not None:
-        raise UserError("give either --reference=DIR or --config=FILE: FID compares with one of them")
+        raise UserError("--reference and --config are both given: FID needs only one of them")
     if _REFERENCE.value:
         return folder_reference(epath.Path(_REFERENCE.value), _NUM_REFERENCE.value)
     if _CONFIG.value is not None:

@@ -1,9 +1,9 @@
-"""The pictures of a folder with their prompts, as `lidit_jax.evaluate`, `lidit_jax.sample` or anybody else left them.
+"""Finds generated images and their prompts in folders of `lidit_jax.evaluate`, `lidit_jax.sample` and other programs.
 
-geneval, t2i_compbench    the folder says the prompts itself, whoever drew it
-dpg_bench, prompts        drawn by `lidit_jax.evaluate`; the prompts' file says the prompts
-sample                    00000.png, …, and the prompts' file
-anything else             PNG, JPEG or WebP files at any depth; without prompts
+geneval, t2i_compbench    prompts are stored in the folder itself, whichever program generated the images
+dpg_bench, prompts        output of `lidit_jax.evaluate`; prompts come from the prompts file
+sample                    00000.png, …; prompts come from the prompts file
+anything else             PNG, JPEG or WebP files at any depth, without prompts
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclasses.dataclass(frozen=True)
 class DrawnFile:
-    """A file that was drawn.
+    """File of one generated image, or of a 2x2 grid of four.
 
     Attributes:
-      file: of a picture, or of a sheet of four, two by two.
-      prompt: None where nothing says it.
-      pictures: 1 or 4.
+      file: the file.
+      prompt: the prompt; None if unknown.
+      pictures: number of images in the file, 1 or 4.
     """
 
     file: epath.Path
@@ -37,62 +37,73 @@ class DrawnFile:
     pictures: int = 1
 
     def read(self) -> Iterator[np.ndarray]:
-        """uint8 [H, W, 3] each. Raises UserError for a damaged file, or a sheet that can't be cut into four."""
+        """Yields the images of the file, uint8 [H, W, 3] each.
+
+        Raises:
+          UserError: the file is damaged, or cannot be split into four images.
+        """
         yield from cut(read_picture(self.file), self.pictures, self.file)
 
 
 def picture_files(folder: epath.Path, flag: str) -> list[epath.Path]:
-    """All picture files at any depth.
+    """Lists all image files in a folder, at any depth, in the order of their names.
 
-    Args: flag: which named the folder.
+    Args:
+      folder: the folder.
+      flag: name of the flag that gave the folder, for error messages.
 
     Raises:
-      UserError: there is no such folder, or no picture in it.
+      UserError: the folder does not exist or contains no image.
     """
     if not is_there(folder) or not folder.is_dir():
-        raise UserError(f"--{flag}={folder}: no such folder; name one of pictures")
-    found = [place / name for place, _, names in folder.walk() for name in names]
-    files = [file for file in found if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+        raise UserError(f"--{flag}={folder}: no such folder; name a folder of images")
+    paths = [parent_folder / name for parent_folder, _, names in folder.walk() for name in names]
+    files = [file for file in paths if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
     if not files:
-        raise UserError(f"--{flag}={folder}: no picture in it ({', '.join(SUFFIXES)}); name a folder of pictures")
+        raise UserError(f"--{flag}={folder} has no image in it ({', '.join(SUFFIXES)}): name a folder of images")
     return sorted(files, key=str)
 
 
 def drawn_files(folder: epath.Path, prompts_file: epath.Path | None) -> list[DrawnFile]:
-    """What was drawn, in the order of names.
+    """Lists the generated images of a folder with their prompts.
 
-    Args: prompts_file: of what was drawn, for folders that do not say it.
+    Args:
+      folder: the folder.
+      prompts_file: file of the prompts, for folders that do not store them.
 
     Raises:
-      UserError: there is no picture; pictures of the prompts are missing, or are not as many for each; a file that says
-        prompts is damaged.
+      UserError: the folder has no image, images of some prompts are missing, the number of images is not a multiple of
+        the number of prompts, or a metadata file is damaged.
     """
     files = picture_files(folder, "pictures")
-    benchmark, num_images = _drawn_with(folder)
+    benchmark, num_images = _read_facts(folder)
     if benchmark in ("geneval", "positional_bias", "t2i_compbench"):
         files = [file for file in files if file.parent.name == "samples"]
         if not files:
-            raise UserError(f"--pictures={folder}: no picture in a folder `samples`, where {benchmark} has them")
-        prompt_of = _prompt_in_name if benchmark == "t2i_compbench" else _prompt_beside
+            raise UserError(
+                f"--pictures={folder} has no image in a folder `samples`, where {benchmark} expects them: name the "
+                "output folder of python -m lidit_jax.evaluate"
+            )
+        prompt_of = _prompt_from_name if benchmark == "t2i_compbench" else _prompt_from_metadata
         return [DrawnFile(file, prompt_of(file)) for file in files]
     if benchmark == "dpg_bench" and prompts_file is None:
         return [DrawnFile(file, pictures=num_images) for file in files]
     if benchmark == "dpg_bench":
-        asked = open_benchmark(benchmark, prompts_file, num_images)
-        names = [(asked.last_file(i), prompt) for i, prompt in enumerate(asked.prompts)]
-        return [DrawnFile(file, prompt, num_images) for file, prompt in _all_there(folder, names)]
+        dpg_bench = open_benchmark(benchmark, prompts_file, num_images)
+        names = [(dpg_bench.last_file(i), prompt) for i, prompt in enumerate(dpg_bench.prompts)]
+        return [DrawnFile(file, prompt, num_images) for file, prompt in _require_files(folder, names)]
     if benchmark == "prompts" and prompts_file is not None:
         prompts = open_benchmark(benchmark, prompts_file, num_images).prompts
         names = [(f"{i:05}_{j}.png", prompt) for i, prompt in enumerate(prompts) for j in range(num_images)]
-        return [DrawnFile(file, prompt) for file, prompt in _all_there(folder, names)]
-    sampled = [file for file in files if re.fullmatch(r"\d{5,}\.png", file.name)]  # leaves `sample`'s grid.png out
+        return [DrawnFile(file, prompt) for file, prompt in _require_files(folder, names)]
+    sampled = [file for file in files if re.fullmatch(r"\d{5,}\.png", file.name)]  # excludes `sample`'s grid.png
     if sampled and prompts_file is not None:
-        return _of_prompts(folder, sampled, prompts_file)
+        return _assign_prompts(folder, sampled, prompts_file)
     return [DrawnFile(file) for file in sampled or files]
 
 
-def _drawn_with(folder: epath.Path) -> tuple[str, int]:
-    """(benchmark, pictures a prompt), as `lidit_jax.evaluate` noted them or as the folder looks; ("", 1) for others."""
+def _read_facts(folder: epath.Path) -> tuple[str, int]:
+    """Returns (benchmark, images per prompt) from `lidit_jax.evaluate`'s facts or the folder's layout, else ("", 1)."""
     file = folder / FACTS_FILE
     if not file.exists():
         if any(folder.glob("*/metadata.jsonl")):
@@ -102,43 +113,47 @@ def _drawn_with(folder: epath.Path) -> tuple[str, int]:
         facts = json.loads(file.read_text())
         return str(facts["benchmark"]), int(facts["num_images"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged: draw the benchmark again") from None
+        raise UserError(f"{file} is damaged: generate the benchmark again") from None
 
 
-def _of_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: epath.Path) -> list[DrawnFile]:
-    """`sample`'s pictures: as many a prompt, all of a prompt together."""
+def _assign_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: epath.Path) -> list[DrawnFile]:
+    """Assigns prompts to the images of `sample`, which has equally many consecutive images per prompt."""
     prompts = open_benchmark("prompts", prompts_file, 1).prompts
     if len(files) % len(prompts):
         raise UserError(
-            f"--pictures={folder} has {len(files)} pictures, which is no multiple of the {len(prompts)} prompts in "
-            f"{prompts_file}: name the file that they were drawn from"
+            f"--pictures={folder} has {len(files)} images, which is not a multiple of the {len(prompts)} prompts in "
+            f"{prompts_file}: name the file that they were generated from"
         )
-    each = len(files) // len(prompts)
-    return [DrawnFile(file, prompts[i // each]) for i, file in enumerate(files)]
+    per_prompt = len(files) // len(prompts)
+    return [DrawnFile(file, prompts[i // per_prompt]) for i, file in enumerate(files)]
 
 
-def _prompt_in_name(file: epath.Path) -> str:
-    """T2I-CompBench's pictures are PROMPT_000000.png."""
+def _prompt_from_name(file: epath.Path) -> str:
+    """Returns the prompt in the name of a T2I-CompBench image, PROMPT_000000.png."""
     return file.stem.rpartition("_")[0]
 
 
-def _prompt_beside(file: epath.Path) -> str:
-    """These folders have a prompt's pictures in `samples`, beside its metadata."""
+def _prompt_from_metadata(file: epath.Path) -> str:
+    """Returns the prompt from metadata.jsonl, which lies beside the folder `samples` with the prompt's images."""
     metadata = file.parent.parent / "metadata.jsonl"
     try:
         return str(json.loads(metadata.read_text())["prompt"])
     except FileNotFoundError:
-        raise UserError(f"{metadata} is missing: let python -m lidit_jax.evaluate draw the rest") from None
+        raise UserError(f"{metadata} is missing: generate the rest with python -m lidit_jax.evaluate") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{metadata} is damaged: draw the prompt again") from None
+        raise UserError(f"{metadata} is damaged: generate the images of the prompt again") from None
 
 
-def _all_there(folder: epath.Path, names: list[tuple[str, str]]) -> list[tuple[epath.Path, str]]:
-    """Raises UserError if a picture is missing: a part of the prompts has another score than all."""
+def _require_files(folder: epath.Path, names: list[tuple[str, str]]) -> list[tuple[epath.Path, str]]:
+    """Returns the files of (name, prompt) pairs.
+
+    Raises:
+      UserError: a file is missing; the score of a subset of the prompts would not be comparable.
+    """
     missing = [name for name, _ in names if not (folder / name).exists()]
     if missing:
         raise UserError(
-            f"--pictures={folder}: {len(missing)} of {len(names)} files are missing, as {missing[0]}: name the prompts "
-            "that were drawn, or let python -m lidit_jax.evaluate draw the rest"
+            f"--pictures={folder}: {len(missing)} of {len(names)} files are missing, such as {missing[0]}: name the "
+            "prompts file that was used, or generate the rest with python -m lidit_jax.evaluate"
         )
     return [(folder / name, prompt) for name, prompt in names]

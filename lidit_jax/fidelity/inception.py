@@ -1,8 +1,8 @@
-"""The Inception-v3 whose features FID is defined by, in PyTorch, and how pictures are made ready for it.
+"""The Inception-v3 network that defines FID, in PyTorch, with its image preprocessing.
 
-It is TensorFlow's network of December 2015 (Szegedy et al. 2016; Heusel et al. 2017), of which the `pytorch-fid` and
-`torch-fidelity` packages offer the weights, and differs from torchvision's: average pools leave the padding out, the
-last block's pool takes the maximum, and there are 1008 classes. Pictures are resized as TensorFlow 1 did.
+It is TensorFlow's network of December 2015 (Szegedy et al. 2016; Heusel et al. 2017), whose weights the `pytorch-fid`
+and `torch-fidelity` packages distribute. It differs from torchvision's: average pools exclude the padding, the pool of
+the last block is a max pool, and there are 1008 classes. Images are resized like in TensorFlow 1.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,13 @@ from torch import nn
 from lidit_jax.errors import UserError
 from lidit_jax.weights.safetensors_file import SafetensorsFile
 
-SIDE = 299  # pixels
+SIDE = 299  # height and width of the network's input in pixels
 NUM_CLASSES = 1008
 BATCH_NORM_EPSILON = 1e-3
 
 
 class Layer(NamedTuple):
-    """A convolution by the name of its weights. With stride 1 it is padded, so that pictures keep their size."""
+    """Convolution, named after its weights. With stride 1 it is padded to keep the size of its input."""
 
     name: str
     channels: int
@@ -33,11 +33,11 @@ def _layer(name: str, channels: int, *kernel: int, stride: int = 1) -> Layer:
     return Layer(name, channels, kernel if len(kernel) == 2 else kernel * 2, stride)
 
 
-# A branch is layers one after the other; those in a list see the same input, and their outputs are joined.
+# Each branch is a sequence of layers. Layers in an inner list share their input; their outputs are concatenated.
 Branches = list[list[Layer | list[Layer]]]
 
 
-def _of_35_pixels() -> Branches:
+def _block_35x35() -> Branches:
     return [
         [_layer("branch1x1", 64, 1)],
         [_layer("branch5x5_1", 48, 1), _layer("branch5x5_2", 64, 5)],
@@ -45,14 +45,14 @@ def _of_35_pixels() -> Branches:
     ]
 
 
-def _from_35_to_17_pixels() -> Branches:
+def _reduction_35_to_17() -> Branches:
     return [
         [_layer("branch3x3", 384, 3, stride=2)],
         [_layer("branch3x3dbl_1", 64, 1), _layer("branch3x3dbl_2", 96, 3), _layer("branch3x3dbl_3", 96, 3, stride=2)],
     ]
 
 
-def _of_17_pixels(width: int) -> Branches:
+def _block_17x17(width: int) -> Branches:
     return [
         [_layer("branch1x1", 192, 1)],
         [_layer("branch7x7_1", width, 1), _layer("branch7x7_2", width, 1, 7), _layer("branch7x7_3", 192, 7, 1)],
@@ -66,7 +66,7 @@ def _of_17_pixels(width: int) -> Branches:
     ]
 
 
-def _from_17_to_8_pixels() -> Branches:
+def _reduction_17_to_8() -> Branches:
     return [
         [_layer("branch3x3_1", 192, 1), _layer("branch3x3_2", 320, 3, stride=2)],
         [
@@ -78,7 +78,7 @@ def _from_17_to_8_pixels() -> Branches:
     ]
 
 
-def _of_8_pixels() -> Branches:
+def _block_8x8() -> Branches:
     return [
         [_layer("branch1x1", 320, 1)],
         [_layer("branch3x3_1", 384, 1), [_layer("branch3x3_2a", 384, 1, 3), _layer("branch3x3_2b", 384, 3, 1)]],
@@ -91,7 +91,7 @@ def _of_8_pixels() -> Branches:
 
 
 class Convolution(nn.Module):
-    """Convolution, normalisation by stored statistics, ReLU."""
+    """Convolution, batch normalisation with stored statistics, and ReLU."""
 
     def __init__(self, in_channels: int, channels: int, kernel: tuple[int, int], stride: int, padding: tuple[int, int]):
         super().__init__()
@@ -103,14 +103,21 @@ class Convolution(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, the last one a pool, their outputs joined.
+    """Inception block: parallel branches, the last one a pool, with concatenated outputs.
 
     Attributes:
-      out_channels: of all together.
+      out_channels: number of channels of the output.
     """
 
     def __init__(self, in_channels: int, branches: Branches, pool: nn.Module, pool_channels: int = 0):
-        """Args: pool_channels: of the convolution after the pool; 0 is none."""
+        """Creates the layers.
+
+        Args:
+          in_channels: number of channels of the input.
+          branches: layers of all branches but the pool.
+          pool: the pool.
+          pool_channels: number of channels of the convolution after the pool; 0 for no convolution.
+        """
         super().__init__()
         self._branches, self._pool = branches, pool
         self.out_channels = sum(self._add(branch, in_channels) for branch in branches)
@@ -142,10 +149,10 @@ class Mixed(nn.Module):
 
 
 class FIDInception(nn.Module):
-    """Pictures to the features that FID compares: float32 [B, 3, 299, 299] in [-1, 1] -> [B, 2048].
+    """Inception network that computes the features of FID: float32 [B, 3, 299, 299] in [-1, 1] -> [B, 2048].
 
     Attributes:
-      num_features: 2048.
+      num_features: size of the features, 2048.
     """
 
     num_features = 2048
@@ -158,45 +165,46 @@ class FIDInception(nn.Module):
         self.Conv2d_2b_3x3 = Convolution(32, 64, (3, 3), 1, (1, 1))
         self.Conv2d_3b_1x1 = Convolution(64, 80, (1, 1), 1, (0, 0))
         self.Conv2d_4a_3x3 = Convolution(80, 192, (3, 3), 1, (0, 0))
-        self._halve = nn.MaxPool2d(3, stride=2)
-        self.Mixed_5b = Mixed(192, _of_35_pixels(), average, 32)
-        self.Mixed_5c = Mixed(256, _of_35_pixels(), average, 64)
-        self.Mixed_5d = Mixed(288, _of_35_pixels(), average, 64)
-        self.Mixed_6a = Mixed(288, _from_35_to_17_pixels(), self._halve)
-        self.Mixed_6b = Mixed(768, _of_17_pixels(128), average, 192)
-        self.Mixed_6c = Mixed(768, _of_17_pixels(160), average, 192)
-        self.Mixed_6d = Mixed(768, _of_17_pixels(160), average, 192)
-        self.Mixed_6e = Mixed(768, _of_17_pixels(192), average, 192)
-        self.Mixed_7a = Mixed(768, _from_17_to_8_pixels(), self._halve)
-        self.Mixed_7b = Mixed(1280, _of_8_pixels(), average, 192)
-        self.Mixed_7c = Mixed(2048, _of_8_pixels(), nn.MaxPool2d(3, stride=1, padding=1), 192)
+        self._max_pool = nn.MaxPool2d(3, stride=2)
+        self.Mixed_5b = Mixed(192, _block_35x35(), average, 32)
+        self.Mixed_5c = Mixed(256, _block_35x35(), average, 64)
+        self.Mixed_5d = Mixed(288, _block_35x35(), average, 64)
+        self.Mixed_6a = Mixed(288, _reduction_35_to_17(), self._max_pool)
+        self.Mixed_6b = Mixed(768, _block_17x17(128), average, 192)
+        self.Mixed_6c = Mixed(768, _block_17x17(160), average, 192)
+        self.Mixed_6d = Mixed(768, _block_17x17(160), average, 192)
+        self.Mixed_6e = Mixed(768, _block_17x17(192), average, 192)
+        self.Mixed_7a = Mixed(768, _reduction_17_to_8(), self._max_pool)
+        self.Mixed_7b = Mixed(1280, _block_8x8(), average, 192)
+        self.Mixed_7c = Mixed(2048, _block_8x8(), nn.MaxPool2d(3, stride=1, padding=1), 192)
         self.eval().requires_grad_(False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # [B, 64, 147, 147]
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self._halve(x)))  # [B, 192, 71, 71]
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self._halve(x))))  # [B, 288, 35, 35]
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self._max_pool(x)))  # [B, 192, 71, 71]
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self._max_pool(x))))  # [B, 288, 35, 35]
         x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))  # [B, 768, 17, 17]
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # [B, 2048, 8, 8]
         return x.mean(dim=(2, 3))
 
     @staticmethod
-    def prepare(picture: np.ndarray) -> torch.Tensor:
-        """uint8 [H, W, 3] -> float32 [3, 299, 299] in [-1, 1], resized as TensorFlow 1's `resize_bilinear` did.
+    def prepare(image: np.ndarray) -> torch.Tensor:
+        """Resizes and scales an image: uint8 [H, W, 3] -> float32 [3, 299, 299] in [-1, 1].
 
-        That takes output pixel i from input place i H / 299 between its two neighbours: corners are not aligned, pixels
-        have no half, and nothing is averaged when pictures get smaller. Scores that were published rest on it.
+        Resizes like TensorFlow 1's `resize_bilinear`, on which published scores are based: output pixel i interpolates
+        between the two neighbours of input position i H / 299, without aligned corners, half-pixel centres or
+        anti-aliasing.
         """
-        x = torch.from_numpy(np.array(picture, np.float32, order="C"))
-        x = torch.einsum("ih,hwc->ciw", _bilinear(picture.shape[0]), x)
-        return (torch.einsum("jw,ciw->cij", _bilinear(picture.shape[1]), x) - 128) / 128
+        x = torch.from_numpy(np.array(image, np.float32, order="C"))
+        x = torch.einsum("ih,hwc->ciw", _bilinear(image.shape[0]), x)
+        return (torch.einsum("jw,ciw->cij", _bilinear(image.shape[1]), x) - 128) / 128
 
 
 def _bilinear(side: int) -> torch.Tensor:
-    """[299, side], the weight of each input pixel in each output pixel."""
-    places = torch.arange(SIDE) * (side / SIDE)
-    lower = places.floor().long()
-    upper_weight = places - lower
+    """Returns the interpolation matrix [299, side]: the weight of each input pixel in each output pixel."""
+    positions = torch.arange(SIDE) * (side / SIDE)
+    lower = positions.floor().long()
+    upper_weight = positions - lower
     weights = torch.zeros(SIDE, side)
     rows = torch.arange(SIDE)
     weights[rows, lower] += 1 - upper_weight
@@ -205,20 +213,21 @@ def _bilinear(side: int) -> torch.Tensor:
 
 
 def load_inception(file: epath.Path) -> FIDInception:
-    """Its weights from a safetensors file with the names that `pytorch-fid` and `torch-fidelity` give them.
+    """Loads FID's Inception from a safetensors file with the tensor names of `pytorch-fid` and `torch-fidelity`.
 
     Raises:
-      UserError: the file is missing, no safetensors file (pickles are never read), or not of this network.
+      UserError: the file is missing, is not a safetensors file (pickles are never read), or has weights of another
+        network.
     """
     if file.suffix != ".safetensors":
         raise UserError(
-            f"--inception={file} is no .safetensors file, and pickles are not read here: convert it once by "
+            f"--inception={file} is not a .safetensors file, and pickles are never read: convert it once with "
             f'python -c "import torch, safetensors.torch as s; s.save_file({{k: v.contiguous() for k, v in '
             f"torch.load('{file.name}', weights_only=True).items()}}, '{file.stem}.safetensors')\""
         )
     model, weights = FIDInception(), SafetensorsFile(file)
     try:
-        # The last layer has no part in FID, but tells this network from torchvision's, which has the same names.
+        # FID does not use the last layer, but its shape tells this network from torchvision's, with the same names.
         _read(weights, "fc.weight", (NUM_CLASSES, FIDInception.num_features))
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
@@ -232,11 +241,11 @@ def load_inception(file: epath.Path) -> FIDInception:
 def _read(weights: SafetensorsFile, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if name not in weights.names:
         raise UserError(
-            f"{weights.file}: tensor {name} is missing: these are not the weights that FID is defined by "
-            "(pt_inception-2015-12-05 of pytorch-fid, weights-inception-2015-12-05 of torch-fidelity)"
+            f"{weights.file}: tensor {name} is missing: these are not the weights that define FID; use "
+            "pt_inception-2015-12-05 of pytorch-fid or weights-inception-2015-12-05 of torch-fidelity"
         )
     weights.check(name, shape, "FID's Inception")
     value = weights.read(name).astype(np.float32)
     if not np.isfinite(value).all():
-        raise UserError(f"{weights.file}: tensor {name} holds values that are not finite; copy it again")
+        raise UserError(f"{weights.file}: tensor {name} has values that are not finite; copy the file again")
     return value

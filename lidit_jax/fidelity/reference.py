@@ -1,4 +1,4 @@
-"""The pictures that FID compares with: a folder's, or those of a config's data set as the model sees them."""
+"""Reference images of FID: those of a folder, or the training images of a config."""
 
 import itertools
 from collections.abc import Iterator
@@ -15,14 +15,18 @@ from lidit_jax.experiment import Experiment
 from lidit_jax.fidelity.drawn_folder import picture_files
 from lidit_jax.fidelity.scores import Reference
 
-BATCH = 32  # pictures that the loader makes at once
+BATCH = 32  # batch size of the loader
 
 
 def folder_reference(folder: epath.Path, count: int | None) -> Reference:
-    """Up to `count` pictures, evenly spread over the names; None: all.
+    """Returns the images of a folder as reference.
+
+    Args:
+      folder: the folder.
+      count: largest number of images, chosen at even intervals from the sorted names; None uses all.
 
     Raises:
-      UserError: there is none.
+      UserError: the folder does not exist or contains no image.
     """
     files = picture_files(folder, "reference")
     if count is not None:
@@ -31,20 +35,23 @@ def folder_reference(folder: epath.Path, count: int | None) -> Reference:
 
 
 def config_reference(config: ConfigDict, name: str, count: int) -> Reference:
-    """The first `count` pictures that a training on these data gets: cropped and resized, shuffled by its seed.
+    """Returns the first `count` images of a training run with this config: resized, cropped and shuffled by its seed.
 
-    Of a smaller data set some come again, each equally often but for one time.
+    Images of a smaller data set repeat; the numbers of repetitions differ by at most one.
 
-    Args: name: of the config, for the report.
+    Args:
+      config: config of the training run.
+      name: name of the config, for the report.
+      count: number of images.
 
     Raises:
-      UserError: for a config or data that can't be used.
+      UserError: the config or its data cannot be used.
     """
     experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
     dataset = open_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     if dataset.holds_latents:
         raise UserError(
-            "data.source='precomputed' holds latents, no pictures to compare with: name the pictures' source"
+            "data.source='precomputed' holds latents, no images to compare with: name the source of the images"
         )
 
     def pictures() -> Iterator[np.ndarray]:

@@ -1,7 +1,7 @@
-"""FID of pictures against others, and the CLIP score of pictures and their prompts.
+"""FID of generated images against reference images, and the CLIP score of images and their prompts.
 
-The statistics of FID (Heusel et al. 2017) are `torchmetrics`', CLIP is transformers'; both are PyTorch's, which is
-imported when a score is asked for.
+The statistics of FID (Heusel et al. 2017) come from `torchmetrics`, CLIP from `transformers`. Both need PyTorch, which
+is imported only when a score is computed.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from lidit_jax.weights.digest import file_digest, folder_digest
 logger = logging.getLogger(__name__)
 
 SCORES_FILE = "fidelity.json"
-BATCH = 32  # pictures at once
+BATCH = 32  # images per batch
 FACTS = ("pictures", "reference", "num_reference", "inception", "clip", "prompts_file")
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What FID compares with.
+    """Reference images of FID.
 
     Attributes:
-      name: of the folder or data set, for the report.
-      count: how many pictures there are.
+      name: name of the folder or data set, for the report.
+      count: number of images.
       pictures: uint8 [H, W, 3] each.
     """
 
@@ -45,15 +45,15 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FidelityRequest:
-    """What to score, and by what.
+    """Images to score, and the models to score them with.
 
     Attributes:
-      pictures: folder; see `drawn_folder.py`.
+      pictures: folder of images; see `drawn_folder.py`.
       out: folder for fidelity.json.
-      reference: for FID; None: no FID.
-      inception: safetensors file of FID's network; goes with `reference`.
-      clip: a CLIP model's folder, as transformers saves it, or its name on the hub; None: no CLIP score.
-      prompts_file: of the pictures, where their folder does not say the prompts.
+      reference: reference images of FID; None for no FID.
+      inception: safetensors file of FID's network; required with `reference`.
+      clip: folder of a CLIP model in the format of transformers, or its name on the hub; None for no CLIP score.
+      prompts_file: file of the prompts, if the folder of images does not store them.
     """
 
     pictures: epath.Path
@@ -65,11 +65,15 @@ class FidelityRequest:
 
 
 def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
-    """Writes the scores to OUT/fidelity.json and says them; returns them, with what they are of.
+    """Computes the scores, logs them and writes them to fidelity.json in the output folder.
+
+    Only scores of the same images by the same models are overwritten.
+
+    Returns:
+      The content of fidelity.json: the scores, and the images and models that they belong to.
 
     Raises:
-      UserError: for what does not fit, before any picture is scored; or for a damaged picture. Nothing is overwritten
-        but scores of the same pictures by the same models.
+      UserError: the request is invalid, which is found before any image is scored; or an image is damaged.
     """
     require_extra("fidelity", "torch", "torchmetrics", "transformers")
     if request.inception is None and request.clip is None:
@@ -80,49 +84,56 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
     count = sum(file.pictures for file in drawn)
     if request.clip is not None and any(file.prompt is None for file in drawn):
         raise UserError(
-            f"--pictures={request.pictures} does not say the prompts, which --clip needs: give --prompts_file=FILE"
+            f"--pictures={request.pictures} does not store the prompts, which --clip needs: give --prompts_file=FILE"
         )
     if request.reference is not None and min(count, request.reference.count) < 2:
-        raise UserError(f"FID needs 2 pictures at least: there are {count}, and {request.reference.count} to compare")
+        raise UserError(
+            f"FID needs at least 2 images and 2 reference images: there are {count} and {request.reference.count}"
+        )
     scores = _facts(request) | {"num_pictures": count}
     if (found := read_claim(request.out, SCORES_FILE)) is not None:
         check_claim(request.out, "scores", found, scores, FACTS)
     fid = None if request.inception is None else FrechetDistance(load_network(request.inception))
     clip = None if request.clip is None else ClipScore(request.clip)
 
-    _add_drawn(drawn, count, fid, clip)
+    _add_images(drawn, count, fid, clip)
     if fid is not None:
         fid.add(_bar(request.reference.pictures, request.reference.count, "reading the reference"), real=True)
-        _warn_of_few(min(count, request.reference.count), fid.num_features)
+        _warn_if_few(min(count, request.reference.count), fid.num_features)
         scores["fid"] = fid.compute()
     if clip is not None:
-        scores |= {"clip_score": clip.compute(), "cut_prompts": clip.cut}
-        if clip.cut:
-            logger.warning("%d of %d prompts are longer than CLIP reads: it saw their beginnings", clip.cut, count)
+        scores |= {"clip_score": clip.compute(), "cut_prompts": clip.num_truncated}
+        if clip.num_truncated:
+            logger.warning(
+                "%d of %d prompts exceed CLIP's maximum length: their ends are truncated", clip.num_truncated, count
+            )
     _write(request.out, scores)
-    said = {"FID": scores.get("fid"), "CLIP score": scores.get("clip_score")}
-    said = ", ".join(f"{name} {score:.3f}" for name, score in said.items() if score is not None)
-    logger.info("%s of %d pictures; %s", said, count, request.out / SCORES_FILE)
+    summary = {"FID": scores.get("fid"), "CLIP score": scores.get("clip_score")}
+    summary = ", ".join(f"{name} {score:.3f}" for name, score in summary.items() if score is not None)
+    logger.info("%s of %d images; %s", summary, count, request.out / SCORES_FILE)
     return scores
 
 
 def load_network(file: epath.Path) -> Any:
-    """FID's Inception; see `inception.py`, which imports PyTorch."""
+    """Loads FID's Inception; see `inception.py`, which imports PyTorch."""
     from lidit_jax.fidelity.inception import load_inception
 
     return load_inception(file)
 
 
 class FrechetDistance:
-    """FID of two sets of pictures by any network.
+    """FID between two sets of images, with the features of any network.
 
     Attributes:
-      num_features: F, of the network; fewer pictures leave their covariance singular.
+      num_features: F, the size of the features. The covariance of F or fewer images is singular.
     """
 
     def __init__(self, network: Any):
-        """Args: network: a torch.nn.Module, [B, …] -> [B, F]; `network.prepare` makes a picture, uint8 [H, W, 3], ready
-        for a batch, and `network.num_features` is F.
+        """Creates empty statistics.
+
+        Args:
+          network: torch.nn.Module, [B, …] -> [B, F]. `network.prepare` converts an image, uint8 [H, W, 3], to an input,
+            and `network.num_features` is F.
         """
         from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -130,7 +141,12 @@ class FrechetDistance:
         self._metric = FrechetInceptionDistance(network).to(device())
 
     def add(self, pictures: Iterable[np.ndarray], *, real: bool) -> None:
-        """Args: real: whether they are of the reference."""
+        """Adds images to the statistics.
+
+        Args:
+          pictures: uint8 [H, W, 3] each.
+          real: whether they belong to the reference.
+        """
         import torch
 
         for batch in _batches(pictures):
@@ -138,52 +154,60 @@ class FrechetDistance:
                 self._metric.update(torch.stack([self._prepare(picture) for picture in batch]).to(device()), real=real)
 
     def compute(self) -> float:
-        """Of all pictures so far; at least two of each kind."""
+        """Returns the FID of all images added so far, at least two of each set."""
         return float(self._metric.compute())
 
 
 class ClipScore:
-    """The mean of max(100 cos(picture, prompt), 0) by CLIP's embeddings (Hessel et al. 2021, with 100 for their 2.5).
+    """Mean of max(100 cos(image, prompt), 0) of CLIP's embeddings (Hessel et al. 2021, with 100 in place of 2.5).
 
     Attributes:
-      cut: prompts so far that are longer than the model's text encoder reads.
+      num_truncated: number of prompts so far that exceed the maximum length of the text encoder and were truncated.
     """
 
     def __init__(self, name: str):
-        """Args: name: a folder as transformers saves it, or a name of the hub.
+        """Loads the model.
+
+        Args:
+          name: folder of a CLIP model in the format of transformers, or its name on the hub.
 
         Raises:
-          UserError: there is no such model, or it is no CLIP.
+          UserError: the model does not exist or is not a CLIP model.
         """
         self._model = load_model("CLIPModel", "clip", name)
         self._processor = load_processor("AutoImageProcessor", "clip", name, backend="pil")
         self._tokenizer = load_processor("AutoTokenizer", "clip", name)
         self._max_length = self._model.config.text_config.max_position_embeddings
         self._scores: list[float] = []
-        self.cut = 0
+        self.num_truncated = 0
 
     def add(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> None:
-        """Args: pictures: uint8 [H, W, 3] each."""
+        """Scores a batch of images.
+
+        Args:
+          pictures: uint8 [H, W, 3] each.
+          prompts: the prompt of each image.
+        """
         import torch
 
         pixels = self._processor(images=list(pictures), return_tensors="pt")["pixel_values"]
         tokens = self._tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self._max_length, return_tensors="pt"
         )
-        whole = self._tokenizer(list(prompts), verbose=False)["input_ids"]
-        self.cut += sum(len(ids) > self._max_length for ids in whole)
+        untruncated = self._tokenizer(list(prompts), verbose=False)["input_ids"]
+        self.num_truncated += sum(len(ids) > self._max_length for ids in untruncated)
         with torch.inference_mode():
             found = self._model(pixel_values=pixels.to(device()), **tokens.to(device()))
             cosine = torch.nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
         self._scores += (100 * cosine).clamp(min=0).tolist()
 
     def compute(self) -> float:
-        """Over all pictures so far."""
+        """Returns the mean score of all images so far."""
         return float(np.mean(self._scores))
 
 
-def _add_drawn(drawn: Sequence[DrawnFile], count: int, fid: FrechetDistance | None, clip: ClipScore | None) -> None:
-    """Each picture is read once, for both scores."""
+def _add_images(drawn: Sequence[DrawnFile], count: int, fid: FrechetDistance | None, clip: ClipScore | None) -> None:
+    """Reads each image once and adds it to the scores that are computed."""
     found = ((picture, file.prompt) for file in drawn for picture in file.read())
     for batch in _batches(_bar(found, count, "scoring")):
         pictures, prompts = zip(*batch, strict=True)
@@ -204,15 +228,15 @@ def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
-def _bar(items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
-    return tqdm.tqdm(items, total=total, unit="picture", desc=what, mininterval=1)
+def _bar(items: Iterable[Any], total: int, description: str) -> Iterable[Any]:
+    return tqdm.tqdm(items, total=total, unit="image", desc=description, mininterval=1)
 
 
-def _warn_of_few(count: int, num_features: int) -> None:
+def _warn_if_few(count: int, num_features: int) -> None:
     if count <= num_features:
         logger.warning(
-            "FID of %d pictures is biased upwards, and with no more than the %d features of a picture their covariance "
-            "is singular: compare it with FIDs of as many pictures alone; papers take 10,000 or more",
+            "FID of %d images is biased upwards, and its covariance is singular with %d features or fewer images: "
+            "compare it only with FIDs of equally many images; papers use 10,000 or more",
             *(count, num_features),
         )
 
@@ -221,7 +245,7 @@ def _warn_of_few(count: int, num_features: int) -> None:
 
 
 def _facts(request: FidelityRequest) -> dict[str, Any]:
-    """What the scores are of, JSON-able."""
+    """Returns the images and models of the scores as JSON values."""
     return {
         "pictures": str(request.pictures),
         "reference": request.reference and request.reference.name,
@@ -243,4 +267,4 @@ def _write(out: epath.Path, scores: Mapping[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / SCORES_FILE, finite(scores))
     except OSError as error:
-        raise UserError(f"--out={out} can't be written ({error.strerror or error}); name another") from error
+        raise UserError(f"--out={out} can't be written ({error.strerror or error}): name another folder") from error

@@ -1,1 +1,1 @@
-"""`python -m lidit_jax.precompute`: computes latents and prompt features ahead of training."""
+"""`python -m lidit_jax.precompute`: computes VAE latents and encoder features of prompts ahead of training."""

@@ -1,7 +1,7 @@
 """Computes latents ahead of training: `python -m lidit_jax.precompute --config=configs/X.py --out=DIR`.
 
-With --features the captions' features by the LLMs are kept too. Train on both with the same config and
---config.data.source=precomputed --config.data.path=DIR. Run the same command again and it goes on where it stopped.
+--features also stores the features of the captions by every text encoder. Train on the folder with the same config and
+--config.data.source=precomputed --config.data.path=DIR. The same command resumes an interrupted run.
 """
 
 from absl import flags
@@ -13,11 +13,11 @@ from lidit_jax.parallel.hosts import join_hosts
 from lidit_jax.precompute.latents import precompute
 
 _CONFIG = cli.define_config()
-_OUT = flags.DEFINE_string("out", None, "folder to write")
-_BATCH = flags.DEFINE_integer("batch", 32, "pictures that a process encodes at once", lower_bound=1)
+_OUT = flags.DEFINE_string("out", None, "output folder")
+_BATCH = flags.DEFINE_integer("batch", 32, "images per batch of a process", lower_bound=1)
 _DISTRIBUTED = cli.define_distributed()
-_FEATURES = flags.DEFINE_bool("features", False, "also keep the captions' features by every encoder")
-_DTYPE = flags.DEFINE_enum("dtype", "float16", DTYPES, "of the moments")
+_FEATURES = flags.DEFINE_bool("features", False, "also store the features of the captions by every text encoder")
+_DTYPE = flags.DEFINE_enum("dtype", "float16", DTYPES, "dtype of the stored moments")
 
 
 def main() -> None:

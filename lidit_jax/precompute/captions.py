@@ -1,4 +1,4 @@
-"""Captions to features, host to host: for features that are kept."""
+"""Encoding of captions to features on the host, for features that are stored."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -14,29 +14,38 @@ from lidit_jax.text.encoders import PromptEncoder, tokenize
 
 
 class CaptionFeatures(NamedTuple):
-    """Of one caption by one encoder: [lead + n, D], and whether the caption was cut to `max_length`."""
+    """Features of one caption by one encoder.
+
+    Attributes:
+      features: [lead + n, D], the `lead` prefix rows (see `StoredEncoder`) and the caption's n tokens, without padding.
+      truncated: whether the caption was truncated to `max_length`.
+    """
 
     features: np.ndarray
     truncated: bool
 
 
 class CaptionEncoder:
-    """All encoders on a mesh, for batches of any number of captions."""
+    """Runs all encoders on a mesh for any number of captions."""
 
     def __init__(
         self,
         encoders: Mapping[str, PromptEncoder],
         frozen: Mapping,
-        facts: Mapping[str, StoredEncoder],
+        fingerprints: Mapping[str, StoredEncoder],
         mesh: Mesh,
         batch_size: int,
     ):
-        """Args:
-        frozen: of each encoder, what its `freeze` gave.
-        facts: what is said of the features that are kept.
-        batch_size: captions encoded at once; rounded up to a multiple of the devices.
+        """Creates a jitted encode function for each encoder.
+
+        Args:
+          encoders: encoders by name.
+          frozen: frozen weights of each encoder, from its `freeze`.
+          fingerprints: fingerprint of each encoder, with the dtype, the width and the prefix rows of its features.
+          mesh: devices to run on.
+          batch_size: captions per batch, rounded up to a multiple of the number of devices.
         """
-        self._encoders, self._frozen, self._facts, self._mesh = encoders, frozen, facts, mesh
+        self._encoders, self._frozen, self._fingerprints, self._mesh = encoders, frozen, fingerprints, mesh
         devices = mesh.devices.size
         self._rows = -(-batch_size // devices) * devices
         self._sharding = batch_sharding(mesh, ShardingRules())
@@ -45,34 +54,38 @@ class CaptionEncoder:
         }
 
     def __call__(self, captions: Sequence[str]) -> list[dict[str, CaptionFeatures]]:
-        """Of each caption, by encoder."""
-        found: list[dict[str, CaptionFeatures]] = []
+        """Returns the features of each caption by encoder name."""
+        results: list[dict[str, CaptionFeatures]] = []
         for start in range(0, len(captions), self._rows):
-            found += self._batch(captions[start : start + self._rows])
-        return found
+            results += self._batch(captions[start : start + self._rows])
+        return results
 
     def constant(self) -> ConstantFeatures:
+        """Returns the features that do not depend on a caption: those of the shared prefix and of the empty prompt."""
         [empty] = self._batch([""])
         prefix = {}
         for name, encoder in self._encoders.items():
-            of, shared = self._facts[name], encoder.shared_prefix(self._frozen[name])
-            prefix[name] = np.zeros((0, of.hidden_size)) if shared is None else np.asarray(shared)
-            prefix[name] = prefix[name].astype(of.numpy_dtype)
+            fingerprint, shared = self._fingerprints[name], encoder.shared_prefix(self._frozen[name])
+            prefix[name] = np.zeros((0, fingerprint.hidden_size)) if shared is None else np.asarray(shared)
+            prefix[name] = prefix[name].astype(fingerprint.numpy_dtype)
         return ConstantFeatures(prefix, {name: one.features for name, one in empty.items()})
 
     def _batch(self, captions: Sequence[str]) -> list[dict[str, CaptionFeatures]]:
         padded = [*captions, *[""] * (self._rows - len(captions))]
         batch = tokenize(self._encoders, padded)
-        found: list[dict[str, CaptionFeatures]] = [{} for _ in captions]
+        results: list[dict[str, CaptionFeatures]] = [{} for _ in captions]
         for name in self._encoders:
             tokens, mask = (jax.device_put(batch[f"{name}/{key}"], self._sharding) for key in ("tokens", "mask"))
             with jax.set_mesh(self._mesh):
                 encoded = np.asarray(self._encode[name](self._frozen[name], tokens, mask))
-            of = self._facts[name]
-            for row, features in enumerate(found):
-                length = of.lead + int(batch[f"{name}/mask"][row].sum())
-                kept = encoded[row, :length].astype(of.numpy_dtype)
+            fingerprint = self._fingerprints[name]
+            for row, features in enumerate(results):
+                length = fingerprint.lead + int(batch[f"{name}/mask"][row].sum())
+                kept = encoded[row, :length].astype(fingerprint.numpy_dtype)
                 if not np.isfinite(kept).all():
-                    raise UserError(f"encoders.{name} gives features that are not finite: use another dtype")
+                    raise UserError(
+                        f"encoders.{name} gives features that are not finite in {fingerprint.dtype}: use another "
+                        f"encoders.{name}.dtype"
+                    )
                 features[name] = CaptionFeatures(kept, bool(batch[f"{name}/truncated"][row]))
-        return found
+        return results

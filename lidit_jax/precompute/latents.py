@@ -1,4 +1,4 @@
-"""Computes the latents of a data set once, so that training neither decodes pictures nor runs the VAE's encoder."""
+"""Computes the latents of a data set once, so that training neither decodes images nor runs the VAE encoder."""
 
 import dataclasses
 import logging
@@ -41,33 +41,40 @@ EXAMPLES_A_FILE = 1024
 
 
 def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str, with_features: bool = False) -> None:
-    """Writes the folder `out`, or goes on with one that is not finished; see `data/precomputed.py`.
+    """Writes a folder of precomputed latents, or resumes an unfinished one; see `data/precomputed.py` for its format.
 
-    Each process of a pod makes its share of the files, with its own devices.
+    Each process of a pod writes its own files, using its own devices.
 
     Args:
-      batch_size: pictures that a process encodes at once.
-      dtype: of the moments, "float16" or "float32".
-      with_features: also keep the features of every caption by every encoder, in the encoder's dtype.
+      config: config of the training run.
+      out: folder to write.
+      batch_size: images per batch of a process.
+      dtype: dtype of the moments, "float16" or "float32".
+      with_features: whether to store the features of every caption by every encoder, in the encoder's dtype.
 
     Raises:
-      UserError: the config names no VAE (or not all encoders), is a mixture, or its data cannot be used; `out` belongs
-        to something else.
+      UserError: the config has no VAE weights, is a mixture, lacks an encoder that `with_features` needs, or has data
+        that cannot be used; or `out` belongs to other data or another model.
     """
     experiment = Experiment(config, out)
     if not experiment.vae.weights:
-        raise UserError("latents need a VAE that is finished: give --config.vae.weights=FOLDER")
+        raise UserError("latents need a trained VAE: give --config.vae.weights=FOLDER")
     if experiment.data.mixture or experiment.data.source == "precomputed":
-        raise UserError("precompute each source of a mixture alone, then mix the folders (data.source='precomputed')")
+        raise UserError(
+            "latents are computed from one source of images: precompute each source of a mixture by itself, then mix "
+            "the folders (data.source='precomputed')"
+        )
     if experiment.data.sequential:
-        raise UserError("latents are computed by the data's index: give --config.data.sequential=False")
+        raise UserError("latents need random access to the data: give --config.data.sequential=False")
     if "://" in os.fspath(out):
-        raise UserError(f"--out={out}: ArrayRecord files are written to a disk alone; copy them from there")
+        raise UserError(
+            f"--out={out}: ArrayRecord files can only be written to a local disk; name a local folder and copy it"
+        )
     vae_config, params = load_vae(experiment.vae_folder())
     dataset = open_indexed_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     logger.info("%s", dataset.summary())
     if with_features and not experiment.has_lidit:
-        raise UserError("--features: the config has no encoders, it is of a VAE alone")
+        raise UserError("--features: the config trains a VAE alone and has no text encoders; leave --features out")
     encoders = experiment.stored_encoders() if with_features else {}
     plan = Manifest(
         data=dataset.fingerprint,
@@ -78,9 +85,9 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
         buckets=dataset.buckets,
         encoders=encoders,
     )
-    parts = _claim(out, plan, dataset)
-    if parts is None:
-        logger.info("%s: finished before", out)
+    outputs = _claim(out, plan, dataset)
+    if outputs is None:
+        logger.info("%s: already complete", out)
         return
     mesh = make_mesh({"fsdp": -1}, jax.local_devices())
     encode = _Encoder(experiment.autoencoder(vae_config), params, mesh, batch_size, dtype)
@@ -89,65 +96,79 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
         encode_captions = CaptionEncoder(*experiment.load_encoders(mesh, ShardingRules()), encoders, mesh, batch_size)
     if encode_captions and jax.process_index() == 0:
         encode_captions.constant().write(out / FEATURES)
-    mine = parts[jax.process_index() :: jax.process_count()]
-    broken = BrokenCount(experiment.data.max_broken, "it is left out")
-    with tqdm.tqdm(total=sum(len(part.indices) for part in mine), unit="pictures", desc="latents") as bar:
-        for part in mine:
-            if not (out / part.name).exists():
-                _write_part(out / part.name, part, dataset, encode, encode_captions, broken, bar)
+    own_outputs = outputs[jax.process_index() :: jax.process_count()]
+    broken = BrokenCount(experiment.data.max_broken, "left out")
+    with tqdm.tqdm(total=sum(len(output.indices) for output in own_outputs), unit="image", desc="latents") as bar:
+        for output in own_outputs:
+            if not (out / output.name).exists():
+                _write_output(out / output.name, output, dataset, encode, encode_captions, broken, bar)
             else:
-                bar.update(len(part.indices))
+                bar.update(len(output.indices))
     multihost_utils.sync_global_devices("wrote latents")
     if jax.process_index() == 0:
-        _finish(out, plan, parts)
+        _finish(out, plan, outputs)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """One file: its name, its group, and the examples in it."""
+class _OutputFile:
+    """One output file.
+
+    Attributes:
+      name: name of the file.
+      bucket: index of the aspect-ratio bucket of its examples.
+      indices: indices of its examples in the data set.
+    """
 
     name: str
     bucket: int
     indices: np.ndarray
 
 
-def _parts(dataset: IndexedDataset) -> list[_Part]:
-    parts = []
+def _plan_outputs(dataset: IndexedDataset) -> list[_OutputFile]:
+    """Splits a data set into output files of one bucket and up to `EXAMPLES_A_FILE` examples each."""
+    outputs = []
     for bucket in range(len(dataset.buckets)):
         indices = np.flatnonzero(dataset.bucket_of_example == bucket)
         for first in range(0, len(indices), EXAMPLES_A_FILE):
             name = f"{bucket:03}-{first // EXAMPLES_A_FILE:06}.array_record"
-            parts.append(_Part(name, bucket, indices[first : first + EXAMPLES_A_FILE]))
-    return parts
+            outputs.append(_OutputFile(name, bucket, indices[first : first + EXAMPLES_A_FILE]))
+    return outputs
 
 
-def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Part] | None:
-    """The files to make; None where all is done. Nothing is written into a folder of something else."""
+def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_OutputFile] | None:
+    """Creates the output folder with its plan, or checks that an existing folder has the same plan.
+
+    Returns:
+      The files to write; None if the folder is finished.
+
+    Raises:
+      UserError: the folder has other content, which is left unchanged, or cannot be written.
+    """
     for name in (MANIFEST, PLAN):
         if (out / name).exists():
             found = dataclasses.replace(Manifest.read(out / name), files=(), left_out=0)
             for field in dataclasses.fields(Manifest):
                 before, now = getattr(found, field.name), getattr(plan, field.name)
                 if before != now:
-                    raise UserError(f"{out} holds latents with {field.name} = {before}, now {now}; use another --out")
+                    raise UserError(f"{out} holds latents with {field.name}={before}, now {now}: use another --out")
             if name == MANIFEST:
                 return None
-            return _parts(dataset)
+            return _plan_outputs(dataset)
     if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: is not empty and holds no latents; use another --out")
-    multihost_utils.sync_global_devices("looked at the folder")
+        raise UserError(f"{out} is not empty and holds no latents: use another --out")
+    multihost_utils.sync_global_devices("checked the folder")
     if jax.process_index() == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / PLAN, plan.to_json())
         except OSError as error:
-            raise UserError(f"{out}: can't be written ({error.strerror or error}); choose another --out") from error
+            raise UserError(f"{out} can't be written ({error.strerror or error}): use another --out") from error
     multihost_utils.sync_global_devices("claimed the folder")
-    return _parts(dataset)
+    return _plan_outputs(dataset)
 
 
 class _Encoder:
-    """Pictures of one size to moments, on this process's devices."""
+    """Encodes images of one size to moments of the posterior on the devices of this process."""
 
     def __init__(self, model: AutoencoderKL, params: Any, mesh: Mesh, batch_size: int, dtype: str):
         devices = mesh.devices.size
@@ -162,7 +183,7 @@ class _Encoder:
         self._moments = jax.jit(moments, out_shardings=self._sharding)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [N, H, W, 3], N up to `rows` -> moments [N, h, w, 2C]."""
+        """Encodes up to `rows` images: uint8 [N, H, W, 3] -> moments [N, h, w, 2C]."""
         padded = np.concatenate([images, np.repeat(images[:1], self.rows - len(images), axis=0)])
         moments = self._moments(self._params, jax.device_put(padded, self._sharding))
         values = np.asarray(moments)[: len(images)].astype(self._dtype)
@@ -171,45 +192,69 @@ class _Encoder:
         return values
 
 
-def _write_part(
+def _write_output(
     file: epath.Path,
-    part: _Part,
+    output: _OutputFile,
     dataset: IndexedDataset,
     encode: _Encoder,
     encode_captions: CaptionEncoder | None,
     broken: BrokenCount,
     bar: tqdm.tqdm,
 ) -> None:
+    """Encodes the examples of one output file and writes it under its final name once it is complete.
+
+    Args:
+      file: path of the output file.
+      output: the examples to write.
+      dataset: the data set.
+      encode: encoder of the images.
+      encode_captions: encoder of the captions; None stores no features.
+      broken: counter of the examples left out.
+      bar: progress bar to advance.
+
+    Raises:
+      UserError: too many examples are broken, or moments or features are not finite.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     chooser = dataset.config.chooser(0.0)
-    beside = file.parent / f".{file.name}.new"
-    writer = ArrayRecordWriter(os.fspath(beside), "group_size:1")
-    for examples in _examples(dataset, part, encode.rows):
+    temporary = file.parent / f".{file.name}.new"
+    writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
+    for examples in _examples(dataset, output, encode.rows):
         good = [example for example in examples if not isinstance(example, BrokenExample)]
         bad = [(e.key, e.reason) for e in examples if isinstance(e, BrokenExample)]
         broken.add(len(examples), bad)
         if good:
             moments = encode(np.stack([example["image"] for example in good]))
             captions = [chooser.filled(example["captions"]) for example in good]
-            features = _features(captions, encode_captions) if encode_captions else [({}, [])] * len(good)
-            for example, texts, of_one, of_texts in zip(good, captions, moments, features, strict=True):
-                writer.write(to_record(example["key"], texts, of_one, *of_texts))
+            features = _caption_features(captions, encode_captions) if encode_captions else [({}, [])] * len(good)
+            for example, texts, example_moments, example_features in zip(
+                good, captions, moments, features, strict=True
+            ):
+                writer.write(to_record(example["key"], texts, example_moments, *example_features))
         bar.update(len(examples))
     writer.close()
-    beside.replace(file)
+    temporary.replace(file)
 
 
-def _features(
+def _caption_features(
     captions: Sequence[Mapping[str, str]], encode: CaptionEncoder
 ) -> list[tuple[dict[tuple[str, str], np.ndarray], list[tuple[str, str]]]]:
-    """Of each example's captions: (encoder, field) -> features; and those of them that were cut."""
-    found = iter(encode([text for of_one in captions for text in of_one.values()]))
+    """Encodes the captions of a batch of examples.
+
+    Args:
+      captions: {field: caption} of each example.
+      encode: the encoders.
+
+    Returns:
+      For each example, the features by (encoder, field), and the (encoder, field) of each truncated caption.
+    """
+    encoded = iter(encode([text for texts in captions for text in texts.values()]))
     examples = []
-    for of_one in captions:
+    for texts in captions:
         features, truncated = {}, []
-        for field in of_one:
-            for name, caption in next(found).items():
+        for field in texts:
+            for name, caption in next(encoded).items():
                 features[name, field] = caption.features
                 if caption.truncated:
                     truncated.append((name, field))
@@ -217,24 +262,28 @@ def _features(
     return examples
 
 
-def _examples(dataset: IndexedDataset, part: _Part, rows: int) -> Iterator[list]:
-    """Batches of examples, read ahead by threads."""
-    bucket: Bucket = dataset.buckets[part.bucket]
-    count = -(-len(part.indices) // rows)
-    load = lambda i: dataset.source.load(part.indices[i * rows : (i + 1) * rows].tolist(), bucket)  # noqa: E731
-    threads, ahead = dataset.config.num_threads, dataset.config.prefetch
-    options = grain.ReadOptions(min(threads, ahead), ahead)
+def _examples(dataset: IndexedDataset, output: _OutputFile, rows: int) -> Iterator[list]:
+    """Iterates over batches of the file's examples, prefetched by threads."""
+    bucket: Bucket = dataset.buckets[output.bucket]
+    count = -(-len(output.indices) // rows)
+
+    def load(i: int) -> list:
+        return dataset.source.load(output.indices[i * rows : (i + 1) * rows].tolist(), bucket)
+
+    threads, buffer_size = dataset.config.num_threads, dataset.config.prefetch
+    options = grain.ReadOptions(min(threads, buffer_size), buffer_size)
     return iter(grain.MapDataset.range(count).map(load).to_iter_dataset(options))
 
 
-def _finish(out: epath.Path, plan: Manifest, parts: list[_Part]) -> None:
-    readers = RecordReaders([os.fspath(out / part.name) for part in parts])
-    files = tuple((part.name, part.bucket, readers.count(i)) for i, part in enumerate(parts))
+def _finish(out: epath.Path, plan: Manifest, outputs: list[_OutputFile]) -> None:
+    """Replaces the plan by a manifest with the number of records in each file."""
+    readers = RecordReaders([os.fspath(out / output.name) for output in outputs])
+    files = tuple((output.name, output.bucket, readers.count(i)) for i, output in enumerate(outputs))
     count = sum(count for _, _, count in files)
-    left_out = sum(len(part.indices) for part in parts) - count
+    left_out = sum(len(output.indices) for output in outputs) - count
     if not count:
-        raise UserError(f"{out}: every picture is broken; check the data's files")
+        raise UserError(f"{out}: no image of the data set can be decoded; check its files")
     manifest = dataclasses.replace(plan, files=files, left_out=left_out)
     write_json(out / MANIFEST, manifest.to_json())
     (out / PLAN).unlink()
-    logger.info("%s: latents of %d pictures%s", out, count, f", {left_out} broken ones left out" if left_out else "")
+    logger.info("%s: latents of %d images%s", out, count, f", {left_out} broken ones left out" if left_out else "")

@@ -1,7 +1,7 @@
-"""What the model will see: `python -m lidit_jax.preview --config=configs/emoji.py --out=sheet.png`.
+"""Shows training batches: `python -m lidit_jax.preview --config=configs/emoji.py --out=sheet.png`.
 
-A contact sheet of training batches (pictures after resize and crop, captions as drawn, group sizes), and on the log
-each group's share, what was left out and why, and the loader's speed.
+Writes a contact sheet of training batches: images after resizing and cropping, the sampled captions, and the bucket
+sizes. Logs the fraction of each bucket, the examples left out with the reasons, and the speed of the loader.
 """
 
 from absl import flags
@@ -11,8 +11,8 @@ from lidit_jax import cli
 from lidit_jax.preview.contact_sheet import draw_contact_sheet
 
 _CONFIG = cli.define_config()
-_OUT = flags.DEFINE_string("out", None, "PNG to write")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 40, "pictures on the sheet")
+_OUT = flags.DEFINE_string("out", None, "PNG file to write")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 40, "images on the sheet")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A sheet of training batches, as the model gets them."""
+"""Contact sheet of training batches, as the model receives them."""
 
 import itertools
 import logging
@@ -15,23 +15,29 @@ from lidit_jax.pictures import grid, save_png
 logger = logging.getLogger(__name__)
 
 TIMED_BATCHES = 8
-PER_BATCH = 8  # pictures of a batch on the sheet: several batches show several groups
+PER_BATCH = 8  # images shown per batch: several batches show several buckets
 
 
 def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> None:
-    """Writes `out` and logs groups, filters and speed.
+    """Writes a contact sheet and logs buckets, filters and loader speed.
+
+    Args:
+      config: config of a training run.
+      out: PNG file to write.
+      num_images: number of images on the sheet.
 
     Raises:
-      UserError: for a config or data that can't be used, or an `out` that is no .png in a folder that can be written.
+      UserError: the config or its data cannot be used, `num_images` is less than 1, or `out` does not end in .png or
+        cannot be written.
     """
     if out.suffix != ".png":
-        raise UserError(f"--out={out}: name a .png file")
+        raise UserError(f"--out={out} does not end in .png: name a .png file")
     if num_images < 1:
         raise UserError(f"--num_images={num_images} must be at least 1")
     experiment = Experiment(config, out.parent)
     dataset = open_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
     if dataset.holds_latents:
-        raise UserError("data.source='precomputed' holds latents, no pictures to look at: name the pictures' source")
+        raise UserError("data.source='precomputed' holds latents, no images to show: name the source of the images")
     batch_size = experiment.batch_size() or PER_BATCH
     batches = dataset.batches(
         batch_size,
@@ -40,24 +46,24 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
         caption_dropout=experiment.data.caption_dropout,
         with_captions=experiment.has_lidit,
     )
-    pictures, labels = [], []
+    images, labels = [], []
     per_batch = min(PER_BATCH, batch_size)
     for batch in itertools.islice(batches, -(-num_images // per_batch)):
         height, width = batch["image"].shape[1:3]
         captions = [caption or "(dropped)" for caption in batch.get("caption", [" "] * batch_size)]
-        pictures += list(batch["image"][:per_batch])
+        images += list(batch["image"][:per_batch])
         labels += [f"[{width}x{height}] {caption}" for caption in captions[:per_batch]]
     logger.info("%s", dataset.summary())
     try:
-        save_png(grid(pictures[:num_images], labels[:num_images], columns=PER_BATCH), out)
+        save_png(grid(images[:num_images], labels[:num_images], columns=PER_BATCH), out)
     except OSError as error:
-        raise UserError(f"--out={out}: can't be written ({error.strerror or error}); choose another place") from error
+        raise UserError(f"--out={out} can't be written ({error.strerror or error}): name another file") from error
 
     started = time.monotonic()
     count = sum(len(batch["image"]) for batch in itertools.islice(batches, TIMED_BATCHES))
     logger.info("loader: %.0f samples/s", count / (time.monotonic() - started))
-    for what, reasons in (("broken", batches.broken), ("left out by filters", batches.dropped)):
+    for kind, reasons in (("broken", batches.broken), ("left out by filters", batches.dropped)):
         if reasons:
-            logger.info("while reading: %s %s", what, ", ".join(f"{r}: {n}" for r, n in sorted(reasons.items())))
+            logger.info("while reading: %s %s", kind, ", ".join(f"{r}: {n}" for r, n in sorted(reasons.items())))
     batches.close()
-    logger.info("%s", out)
+    logger.info("contact sheet: %s", out)

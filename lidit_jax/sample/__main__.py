@@ -1,7 +1,7 @@
-"""Draws: `python -m lidit_jax.sample --workdir=DIR --prompt="a red circle left of a blue square" --out=DIR`.
+"""Samples images: `python -m lidit_jax.sample --workdir=DIR --prompt="a red circle left of a blue square" --out=DIR`.
 
-Writes one PNG an image and `grid.png`. The workdir of a training run is all it needs. All devices draw; on a pod, run
-it with --distributed on every host.
+Writes a PNG per image and `grid.png`. Needs only the workdir of a training run. All devices are used; on a pod, run the
+command with --distributed on every host.
 """
 
 from absl import flags
@@ -11,14 +11,14 @@ from lidit_jax import cli
 from lidit_jax.parallel.hosts import join_hosts
 from lidit_jax.sample.draw import Request, draw_to_folder
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
-_FROM_TORCH = flags.DEFINE_string("from_torch", None, "or: a folder that `export` wrote")
+_WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a training run")
+_FROM_TORCH = flags.DEFINE_string("from_torch", None, "folder that `export` wrote, in place of --workdir")
 _DISTRIBUTED = cli.define_distributed()
-_PROMPT = flags.DEFINE_string("prompt", None, "what to draw")
-_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "or: a UTF-8 text file, one prompt a line")
-_OUT = flags.DEFINE_string("out", None, "folder for the pictures")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "pictures a prompt")
-_SEED = flags.DEFINE_integer("seed", 0, "of the first picture; the next ones count up")
+_PROMPT = flags.DEFINE_string("prompt", None, "prompt to generate images for")
+_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "UTF-8 text file, one prompt per line, in place of --prompt")
+_OUT = flags.DEFINE_string("out", None, "output folder for the images")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "images per prompt")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the first image; further images use consecutive seeds")
 _DRAWING = cli.define_drawing()
 
 

@@ -1,6 +1,6 @@
-"""Which tokens look at which: the attention weights of a model's call, from its own queries and keys.
+"""Attention maps of a module: which tokens attend to which, recomputed from the module's own queries and keys.
 
-Attention's kernels compute weights and values in one piece and hand out their product alone.
+Fused attention kernels return only the product of weights and values, so the weights are computed again here.
 """
 
 import functools
@@ -18,15 +18,17 @@ from lidit_jax.models.rotary import RotaryTables
 
 @functools.partial(jax.jit, static_argnums=0)
 def attention_maps(module: nn.Module, params: Any, *inputs: Any) -> dict[str, jax.Array]:
-    """The weights of every `Attention` that `module.apply({"params": params}, *inputs)` goes through; jitted.
+    """Computes the weights of every `Attention` called in `module.apply({"params": params}, *inputs)`; jitted.
 
     Args:
-      module: of the refiners, or `TextCondition`, which holds them all. Nothing leaves the loop over DiT's blocks
-        (`nn.scan`), so `DiT` and `LIDiT` will not do.
+      module: a refiner, or `TextCondition`, which contains all refiners. `DiT` and `LIDiT` are not supported, because
+        intermediates cannot leave their `nn.scan` over the blocks.
+      params: parameters of the module.
+      *inputs: inputs of the module's call.
 
     Returns:
-      {path of the attention in the module, as "token_refiner_0/block_1/attention": float32 [B, H, Lq, Lk]}. The weights
-      of a query, [b, h, q], sum to 1; those of padding are 0.
+      float32 [B, H, Lq, Lk] by the path of the attention in the module, such as "token_refiner_0/block_1/attention".
+      The weights [b, h, q] of a query sum to 1; those of padded keys are 0.
     """
     outputs: dict[tuple[str, ...], jax.Array] = {}
     maps: dict[str, jax.Array] = {}
@@ -36,7 +38,7 @@ def attention_maps(module: nn.Module, params: Any, *inputs: Any) -> dict[str, ja
         called = context.module
         if isinstance(called, Attention):
             maps["/".join(called.path)] = _weights(called, outputs, *args, **kwargs)
-        elif isinstance(called.parent, Attention):  # its projections and norms, which end before it does
+        elif isinstance(called.parent, Attention):  # projections and norms, which return before their attention does
             outputs[called.path] = output
         return output
 
@@ -54,7 +56,17 @@ def _weights(
     rotary: RotaryTables | None = None,
     context_rotary: RotaryTables | None = None,
 ) -> jax.Array:
-    """What `Attention` does between its projections and the values; the last arguments are those of its call."""
+    """Computes the softmax weights of one attention, float32 [B, H, Lq, Lk].
+
+    Args:
+      attention: the module.
+      outputs: outputs of its projections and norms by module path.
+      x: see `Attention`; the same for the remaining arguments.
+      context: see `x`.
+      key_mask: see `x`.
+      rotary: see `x`.
+      context_rotary: see `x`.
+    """
 
     def heads(name: str) -> jax.Array:
         projected = outputs[(*attention.path, f"{name}_norm" if attention.layers.qk_norm else name)]

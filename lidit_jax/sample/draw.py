@@ -1,4 +1,4 @@
-"""What the `sample` command does: prompts and a workdir in, a folder of pictures out."""
+"""Implementation of the `sample` command: generates a folder of images from prompts and a workdir."""
 
 import dataclasses
 import logging
@@ -22,7 +22,17 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """How to draw, with None for what the config says. Sides in pixels; weights are "ema" or "params"."""
+    """Sampling options from the command line; None uses the value of the run's config.
+
+    Attributes:
+      height: height of the images in pixels.
+      width: width of the images in pixels.
+      steps: number of sampling steps.
+      guidance_scale: scale of classifier-free guidance.
+      sampler: name of the sampler.
+      decode_pixels: see `SampleConfig`.
+      weights: "ema" for the averaged weights or "params" for the current ones.
+    """
 
     height: int | None = None
     width: int | None = None
@@ -36,25 +46,42 @@ class Drawing:
         if self.weights not in ("ema", "params"):
             raise UserError(f"--weights={self.weights}: use ema or params")
 
-    def settled(self, run: Experiment, pipeline: Pipeline) -> tuple[SampleConfig, int, int]:
-        """-> how, height, width.
+    def resolve_options(self, run: Experiment, pipeline: Pipeline) -> tuple[SampleConfig, int, int]:
+        """Resolves the options with the run's config.
+
+        Args:
+          run: the training run.
+          pipeline: its sampling pipeline.
+
+        Returns:
+          The sampling options, and height and width of the images in pixels.
 
         Raises:
-          UserError: for what does not fit the model.
+          UserError: the sampler, the number of steps or the size does not go with the model.
         """
-        given = {name: getattr(self, name) for name in ("sampler", "steps", "guidance_scale", "decode_pixels")}
-        how = dataclasses.replace(run.sample, **{name: value for name, value in given.items() if value is not None})
-        step_table(how.sampler, pipeline.schedule, how.steps)  # raises for a sampler that does not fit
+        overrides = {name: getattr(self, name) for name in ("sampler", "steps", "guidance_scale", "decode_pixels")}
+        sampling = dataclasses.replace(
+            run.sample, **{name: value for name, value in overrides.items() if value is not None}
+        )
+        # Raises if the sampler and the schedule do not go together.
+        step_table(sampling.sampler, pipeline.schedule, sampling.steps)
         height, width = self.height or run.data.resolution, self.width or run.data.resolution
         pipeline.check_size(height, width)
-        return how, height, width
+        return sampling, height, width
 
 
 @dataclasses.dataclass(frozen=True)
 class Request(Drawing):
-    """What to draw.
+    """Prompts to sample images for, and the model to sample from: either `workdir` or `from_torch`.
 
-    Either `workdir`, of a run, or `from_torch`, a folder that `export` wrote.
+    Attributes:
+      workdir: workdir of a training run.
+      out: folder for the images.
+      from_torch: folder that `export` wrote.
+      prompt: a prompt; or give `prompts_file`.
+      prompts_file: UTF-8 text file with one prompt per line.
+      num_images: images per prompt.
+      seed: seed of the first image; further images use consecutive seeds.
     """
 
     workdir: epath.Path | None
@@ -67,10 +94,10 @@ class Request(Drawing):
 
 
 def draw_to_folder(request: Request) -> None:
-    """Writes out/00000.png, … in the order of the prompts (all pictures of a prompt together) and out/grid.png.
+    """Writes out/00000.png, … and out/grid.png, in the order of the prompts, with all images of a prompt together.
 
     Raises:
-      UserError: for anything in the request that does not fit; before anything is drawn or written.
+      UserError: the request is invalid; raised before any image is sampled or written.
     """
     prompts = read_prompts(request)
     if request.num_images < 1:
@@ -81,48 +108,48 @@ def draw_to_folder(request: Request) -> None:
         raise UserError(f"--out={request.out} is a file: name a folder")
 
     if (request.workdir is None) == (request.from_torch is None):
-        raise UserError("give either --workdir=DIR of a run or --from_torch=DIR of an export")
+        raise UserError("give either --workdir=DIR of a training run or --from_torch=DIR of an export")
     if request.from_torch is not None:
         run, pipeline, params = load_exported(request.from_torch, jax.devices())
         origin = str(request.from_torch)
     else:
         run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
         origin = f"step {step}"
-    how, height, width = request.settled(run, pipeline)
+    sampling, height, width = request.resolve_options(run, pipeline)
     warn_of_truncated(run, pipeline, prompts)
 
     seeds = [(request.seed + i) % 2**32 for i in range(len(prompts) * request.num_images)]
-    how = dataclasses.replace(how, batch_size=min(how.batch_size, len(seeds)))
+    sampling = dataclasses.replace(sampling, batch_size=min(sampling.batch_size, len(seeds)))
     logger.info(
-        "drawing %d pictures of %dx%d with %s, %d steps, guidance %g, from %s",
-        *(len(seeds), width, height, how.sampler, how.steps, how.guidance_scale, origin),
+        "sampling %d images of %dx%d with %s, %d steps, guidance %g, from %s",
+        *(len(seeds), width, height, sampling.sampler, sampling.steps, sampling.guidance_scale, origin),
     )
-    pictures = pipeline(params, prompts, seeds, height, width, how, request.num_images)
-    if jax.process_index():  # all hosts have drawn; one writes
+    images = pipeline(params, prompts, seeds, height, width, sampling, request.num_images)
+    if jax.process_index():  # all hosts sample, only the first one writes
         return
     request.out.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pictures):
-        save_png(picture, request.out / f"{i:05d}.png")
+    for i, image in enumerate(images):
+        save_png(image, request.out / f"{i:05d}.png")
     captions = [prompt for prompt in prompts for _ in range(request.num_images)]
-    save_png(grid(list(pictures), captions), request.out / "grid.png")
+    save_png(grid(list(images), captions), request.out / "grid.png")
     logger.info("%s", request.out / "grid.png")
 
 
 def warn_of_truncated(run: Experiment, pipeline: Pipeline, prompts: Sequence[str]) -> None:
-    """Says how many prompts an encoder does not read to their end."""
+    """Logs a warning with the number of truncated prompts for each encoder that has any."""
     for name, count in truncated_prompts(pipeline.encoders, prompts).items():
         if count:
             logger.warning(
-                "%d of %d prompts are longer than the %d tokens of text.max_length for %s: they are cut at their end",
+                "%d of %d prompts are longer than text.max_length=%d tokens for %s: their ends are truncated",
                 *(count, len(prompts), run.text.max_length, name),
             )
 
 
 def read_prompts(request: Request) -> list[str]:
-    """From `prompt` or from the lines of `prompts_file` (blank lines left out).
+    """Returns the prompts of a request: `prompt`, or the lines of `prompts_file` that are not blank.
 
     Raises:
-      UserError: if there is none or are both, or the file is missing, too large, empty or not UTF-8.
+      UserError: neither or both are given, or the file is missing, too large, empty or not UTF-8.
     """
     if (request.prompt is None) == (request.prompts_file is None):
         raise UserError('give either --prompt="…" or --prompts_file=FILE')
@@ -130,9 +157,9 @@ def read_prompts(request: Request) -> list[str]:
         return [request.prompt]
     file = epath.Path(request.prompts_file)
     if not file.exists() or file.is_dir():
-        raise UserError(f"--prompts_file={file}: no such file")
+        raise UserError(f"--prompts_file={file}: no such file; name a text file of prompts")
     text = read_text(file, f"--prompts_file={file}", "a list of prompts")
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
-        raise UserError(f"--prompts_file={file}: no prompt in it; write one a line")
+        raise UserError(f"--prompts_file={file} has no prompt in it: write one per line")
     return prompts

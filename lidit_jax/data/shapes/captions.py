@@ -1,4 +1,4 @@
-"""Captions of scenes in English and Chinese: every object is named once, with what tells where it is."""
+"""Captions of scenes in English and Chinese; each names every object once, with its relation or place."""
 
 import dataclasses
 from typing import Literal
@@ -12,7 +12,7 @@ LANGUAGES = ("en", "zh")
 Language = Literal["en", "zh"]
 
 # Share of captions in layout "free" that state the objects' sizes.
-_SIZES_STATED = 0.25
+_SIZES_PROBABILITY = 0.25
 
 _CHINESE_COLORS = {"red": "红", "yellow": "黄", "green": "绿", "blue": "蓝", "purple": "紫", "black": "黑"}
 _CHINESE_SHAPES = {"circle": "圆圈", "square": "方块", "triangle": "三角", "star": "星星", "cross": "十字"}
@@ -33,28 +33,32 @@ _CHINESE_PLACES = {
 
 
 def caption(scene: Scene, language: Language, rng: np.random.Generator) -> str:
-    """Describes the scene in a template chosen by `rng`: every object's colour and shape and all that the scene states.
+    """Describes a scene with a randomly chosen template.
 
-    Some captions state the sizes, of layout "quadrants" those of one or two objects only. "itself" and "它" (it) refer
-    to the object named last, so captions of many objects stay short and unambiguous. In layout "quadrants", some
-    captions of two objects state the half where each one is, in place of how they relate (they are in opposite
-    halves: the same facts).
+    A caption gives the colour and shape of every object and all relations and places that the scene states. Some
+    captions also give the sizes; in layout "quadrants", only those of one or two objects do. "itself" and "它" (it)
+    refer to the object named last, which keeps captions of many objects short and unambiguous. In layout "quadrants",
+    some captions of two objects give the half of the image in which each object lies instead of their relation. The
+    facts are the same, because the two are in opposite halves.
 
     Args:
-      scene: what to describe. In layout "quadrants", consecutive objects must be related.
+      scene: the scene to describe. In layout "quadrants", consecutive objects must be related.
       language: "en" or "zh" (simplified Chinese).
-      rng: where the choice of template comes from.
+      rng: random generator that chooses the template.
+
+    Returns:
+      The caption.
 
     Raises:
-      UserError: the language is neither of the two.
+      UserError: the language is neither "en" nor "zh".
     """
     if language not in LANGUAGES:
-        raise UserError(f'the language is {language!r}: captions of shapes exist in "en" and "zh"')
+        raise UserError(f'language={language!r} is unknown: use "en" or "zh"')
     return (_free_caption if scene.layout == "free" else _quadrants_caption)(scene, language, rng)
 
 
 def states_sizes(text: str) -> bool:
-    """True if a caption states the sizes of its objects."""
+    """Returns True if a caption states the sizes of its objects."""
     return any(word in text for word in (*_CHINESE_SIZES, *_CHINESE_SIZES.values()))
 
 
@@ -63,11 +67,18 @@ def states_sizes(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Template:
-    """How a caption is put together: `single` alone, or `first` and then `further` for each more relation.
+    """Format strings of a caption in layout "quadrants".
 
-    Where there is a `placed`, it takes the place of `first` if two objects are all there are. In them, {a} and {b}
-    are the two objects' names, {the_a} and {the_b} those with "the", {bare_a} and {bare_b} without article,
-    {relation} the relation, {place_a} and {place_b} the halves of the image that it puts the two into.
+    Placeholders: {a} and {b} are the names of the two objects with an indefinite article, {the_a} and {the_b} with
+    "the", {bare_a} and {bare_b} without an article; {relation} is the relation of a to b; {place_a} and {place_b} are
+    the halves of the image that follow from that relation.
+
+    Attributes:
+      single: the caption of a scene of one object.
+      first: the first relation of a scene of several objects.
+      further: each further relation, appended to `first`.
+      placed: replaces `first` in scenes of exactly two objects; empty for templates without such a form.
+      with_sizes: whether names include sizes in scenes of one or two objects.
     """
 
     single: str
@@ -125,17 +136,23 @@ def _quadrants_caption(scene: Scene, language: Language, rng: np.random.Generato
 
 @dataclasses.dataclass(frozen=True)
 class _FreeTemplate:
-    """How a clause is put together, for each object that no relation names or each chain of related ones.
+    """Format strings of a clause in layout "free": one clause per unrelated object or per chain of related objects.
 
-    An object without a place is named as in `single`, one with a place as in `placed`; a chain begins with `related`
-    and has `further` for each more relation. Fields are as in `_Template`; {place} is one of `PLACES`.
+    Placeholders are those of `_Template`; {place} is one of `PLACES`.
+
+    Attributes:
+      single: an unrelated object without a place.
+      placed: an unrelated object with a place.
+      related: the first relation of a chain.
+      further: each further relation of a chain, appended to `related`.
+      side: suffix of Chinese spatial relations: "边" or "方".
     """
 
     single: str
     placed: str
     related: str
     further: str
-    side: str = ""  # of Chinese relations in space: "边" or "方"
+    side: str = ""
 
 
 _FREE_TEMPLATES: dict[str, tuple[_FreeTemplate, ...]] = {
@@ -157,7 +174,7 @@ _FREE_TEMPLATES: dict[str, tuple[_FreeTemplate, ...]] = {
 
 def _free_caption(scene: Scene, language: Language, rng: np.random.Generator) -> str:
     template = _FREE_TEMPLATES[language][rng.integers(len(_FREE_TEMPLATES[language]))]
-    names = _names(scene, language, bool(rng.random() < _SIZES_STATED))
+    names = _names(scene, language, bool(rng.random() < _SIZES_PROBABILITY))
     relations, places = {i: relation for i, relation, _ in scene.relations}, dict(scene.places)
     text = ""
     for k, name in enumerate(names):
@@ -199,12 +216,12 @@ def _english_name(item: SceneObject, with_size: bool) -> str:
 
 
 def _chinese_name(item: SceneObject, with_size: bool) -> str:
-    # The size stands before the shape: "大红" would be scarlet.
+    # The size goes before the shape, because "大红" (large + red) means scarlet.
     between = "色" + _CHINESE_SIZES[item.size] if with_size else ""
     return _CHINESE_COLORS[item.color] + between + _CHINESE_SHAPES[item.shape]
 
 
 def _forms(name: str, language: Language, letter: str) -> dict[str, str]:
-    """Returns the fields of a template that name an object: {"a": …, "bare_a": …, "the_a": …} for letter "a"."""
+    """Returns the values of an object's name placeholders: {"a": …, "bare_a": …, "the_a": …} for letter "a"."""
     indefinite = f"{'an' if name[0] in 'aeiou' else 'a'} {name}" if language == "en" else name
     return {letter: indefinite, f"bare_{letter}": name, f"the_{letter}": f"the {name}"}

@@ -1,7 +1,7 @@
-"""The exact judge of the built-in data set: which objects, colours, shapes, sizes and relations an image has right.
+"""Exact checker of the built-in data set: tells which objects, colours, shapes, sizes and relations are correct.
 
-It reads the image's components and assigns them to the scene's objects. Where the objects are does not matter, only how
-they relate and whether they are at the places that captions state.
+It finds the connected components of the image and assigns them to the objects of the scene. Absolute positions do not
+matter, only relations between objects and the places that captions state.
 """
 
 import math
@@ -16,13 +16,16 @@ from lidit_jax.data.shapes.scores import ObjectCheck, SceneCheck
 
 
 def check(image: np.ndarray, scene: Scene, sizes_asked: bool = True) -> SceneCheck:
-    """Judges an image against its scene.
+    """Checks an image against its scene.
 
     Args:
       image: uint8 [H, W, 3].
-      scene: what the image should show. Its positions only settle which of two equally fitting components is which
-        object. In layout "quadrants" objects that touch are one component, like nothing; in "free" they may overlap.
-      sizes_asked: False leaves the sizes open.
+      scene: the expected scene. Its positions only break ties between equally good assignments. In layout
+        "quadrants", objects that touch form one component, which matches no object; in "free", objects may overlap.
+      sizes_asked: whether sizes are checked.
+
+    Returns:
+      The verdict on each object and the number of components assigned to no object.
 
     Raises:
       ValueError: the image is not uint8 [H, W, 3].
@@ -36,7 +39,7 @@ def check(image: np.ndarray, scene: Scene, sizes_asked: bool = True) -> SceneChe
         held = _relation_holds(relation, i, j, components, assigned)
         (in_depth if relation in DEPTH_RELATIONS else in_space).append((i, j, held))
     for i, place in scene.places:
-        places[i] = i in assigned and _is_at(components[assigned[i]], place, scene, height, width)
+        places[i] = i in assigned and _is_at_place(components[assigned[i]], place, scene, height, width)
     objects = []
     for index, item in enumerate(scene.objects):
         component = components[assigned[index]] if index in assigned else None
@@ -45,22 +48,26 @@ def check(image: np.ndarray, scene: Scene, sizes_asked: bool = True) -> SceneChe
                 color=component is not None and component.color == item.color,
                 shape=component is not None and component.shape == item.shape,
                 size=(component is not None and component.size == item.size) if sizes_asked else None,
-                relation=_all_of(in_space, index),
-                depth=_all_of(in_depth, index),
+                relation=_all_hold(in_space, index),
+                depth=_all_hold(in_depth, index),
                 place=places.get(index),
             )
         )
     return SceneCheck(tuple(objects), extra=len(components) - len(assigned))
 
 
-def _all_of(relations: list[tuple[int, int, bool]], index: int) -> bool | None:
-    """Returns if all relations of an object hold; None if it has none."""
+def _all_hold(relations: list[tuple[int, int, bool]], index: int) -> bool | None:
+    """Returns whether all relations of an object hold; None if it has none."""
     held = [is_held for i, j, is_held in relations if index in (i, j)]
     return all(held) if held else None
 
 
 def _assign(components: list[Component], scene: Scene, height: int, width: int) -> dict[int, int]:
-    """Returns the index of the component of each object that is there: the fewest colours and shapes are wrong."""
+    """Assigns components to objects with the fewest wrong colours and shapes.
+
+    Returns:
+      {object index: component index}. Objects missing from the image are left out.
+    """
     if not components:
         return {}
     scale, left, top = scene.canvas.in_pixels(height, width)
@@ -68,7 +75,7 @@ def _assign(components: list[Component], scene: Scene, height: int, width: int) 
     for i, item in enumerate(scene.objects):
         for k, component in enumerate(components):
             distance = math.hypot((component.x - left) / scale - item.x, (component.y - top) / scale - item.y)
-            # Colour weighs a little more than shape, then size, and position only settles ties.
+            # Colour weighs slightly more than shape, shape more than size; position only breaks ties.
             costs[i, k] = _mismatch(component, item) + 0.01 * distance
     pairs = zip(*optimize.linear_sum_assignment(costs), strict=True)
     return {int(i): int(k) for i, k in pairs if _is_candidate(components[k], scene.objects[i])}
@@ -93,7 +100,7 @@ def _relation_holds(relation: str, i: int, j: int, components: list[Component], 
     return holds(relation, first.x - second.x, first.y - second.y)
 
 
-def _is_at(component: Component, place: str, scene: Scene, height: int, width: int) -> bool:
+def _is_at_place(component: Component, place: str, scene: Scene, height: int, width: int) -> bool:
     scale, left, top = scene.canvas.in_pixels(height, width)
     x, y = (component.x - left) / (scale * scene.canvas.width), (component.y - top) / (scale * scene.canvas.height)
     return place_holds(place, x, y)

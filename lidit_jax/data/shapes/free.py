@@ -19,32 +19,34 @@ from lidit_jax.data.shapes.scene import (
 )
 
 MAX_OBJECTS = 6
-# In pixels; a smaller shape is lost in an 8x VAE.
+# Smallest radius in pixels: a VAE with 8x down-sampling loses smaller shapes.
 MIN_RADIUS = 4.5
 
-# All in units of the canvas, whose area is 1, and multiplied by the scale. At 64x64 px and scale 1: radii of 5.6 to
-# 6.3 px (small) and 8.3 to 9 px (large), gaps of at least 3 px.
+# Lengths in units of the canvas, whose area is 1, before multiplication by the layout's scale. At 64x64 px and scale 1,
+# radii are 5.6 to 6.3 px (small) and 8.3 to 9 px (large), and gaps are at least 3 px.
 _SMALL = (0.088, 0.098)
 _LARGE = (0.13, 0.14)
 _GAP = 0.047
 _BORDER = 0.03
-# Largest share of the canvas that small objects and the gaps around them may take up: 0.56 is where squares placed at
-# random jam; from 0.4 on they seldom find room.
+# Largest fraction of the canvas that small objects and the gaps around them may cover. Squares placed at random jam at
+# 0.56; above 0.4 random placement rarely succeeds.
 _DENSITY = 0.4
 
-# A stated relation is clear: so much farther apart along its axis than across it, and at least so far.
+# A relation is stated only if it is clear: the least ratio of the distance along its axis to the distance across it,
+# and the least distance along its axis.
 _CLEAR_RATIO = 2.0
 _CLEAR_DISTANCE = 0.12
 _PLACE_MARGIN = 0.07
-# Objects related to one another in one sentence.
+# Most objects in one chain of relations.
 _MAX_CHAIN = 4
-_STATE_NOTHING = 0.3  # of scenes of one object
+_NO_PLACE_PROBABILITY = 0.3  # fraction of one-object scenes that state no place
 
 _ATTEMPTS = 200
-_POSITIONS = 24  # tried for each object
-_STATEMENTS = 8  # tried for each arrangement
+_POSITIONS = 24  # positions tried for each object
+_STATEMENTS = 8  # sets of statements tried for each arrangement
 
-# Overlap as a share of the smaller object's area: 0.25 to 0.45 for any radii within the ranges of the sizes.
+# Range of the overlap at the measured radii, as a fraction of the smaller object's area. For any radii within the
+# ranges of the sizes, the overlap then stays within 0.25 to 0.45.
 _OVERLAP = (0.29, 0.385)
 # Radii in pixels at which overlaps are measured.
 _MEASURED_RADIUS = {"small": 22, "large": 32}
@@ -52,9 +54,9 @@ _MEASURED_STEP = 4
 
 
 def canvas_of(height: int, width: int, scale: float) -> Canvas:
-    """Returns the canvas of area 1 with the aspect ratio of height x width, and radii multiplied by `scale`.
+    """Returns a canvas of area 1 with the aspect ratio of height x width and radii multiplied by `scale`.
 
-    So images of the same area, whatever their aspect ratio, show objects of the same size in pixels.
+    Images of equal area therefore show objects of equal size in pixels, whatever their aspect ratio.
     """
     unit = math.sqrt(height * width)
     small, large = ((scale * low, scale * high) for low, high in (_SMALL, _LARGE))
@@ -62,7 +64,7 @@ def canvas_of(height: int, width: int, scale: float) -> Canvas:
 
 
 def max_objects(canvas: Canvas) -> int:
-    """Returns how many objects fit on the canvas with room to spare, 0 to `MAX_OBJECTS`."""
+    """Returns the number of objects that fit on the canvas with room to spare, 0 to `MAX_OBJECTS`."""
     scale = canvas.small[1] / _SMALL[1]
     inner = [extent + scale * (_GAP - 2 * _BORDER) for extent in (canvas.width, canvas.height)]
     if min(inner) < 2 * canvas.large[1] + scale * _GAP:
@@ -73,25 +75,28 @@ def max_objects(canvas: Canvas) -> int:
 def sample_free(
     rng: np.random.Generator, appearances: list[tuple[str, str]], canvas: Canvas, with_overlap: bool
 ) -> Scene:
-    """Samples sizes, positions and what captions state of 1 to `max_objects(canvas)` objects.
+    """Samples a scene in layout "free": sizes, positions, and the relations and places that captions state.
 
-    Objects are fully inside and apart by a visible gap, but for at most one pair: two of different colours of which
-    one hides a part of the other, as large as 25 to 45 % of the smaller one's area. Every object is named once, in a
-    chain of clear relations or with a clear place. Where many large ones have no room, there are more small ones.
+    Objects lie fully inside the canvas, separated by a visible gap. The only exception is one optional pair of objects
+    of different colours that overlap by 25 to 45 % of the smaller one's area. Every object is named once, either in a
+    chain of clear relations or with a clear place. If large objects do not fit, more objects are small.
 
     Args:
-      rng: where the randomness comes from.
-      appearances: (colour, shape) of each object.
-      canvas: from `canvas_of`.
-      with_overlap: two objects overlap; there must be two colours.
+      rng: random generator.
+      appearances: (colour, shape) of each of the 1 to `max_objects(canvas)` objects.
+      canvas: the canvas, from `canvas_of`.
+      with_overlap: whether two objects overlap; requires at least two different colours.
+
+    Returns:
+      The scene, with its objects in the order in which captions name them.
 
     Raises:
-      ValueError: no arrangement was found; never for at most `max_objects(canvas)` objects.
+      ValueError: no arrangement was found. Does not occur for up to `max_objects(canvas)` objects.
     """
     colors = [color for color, _ in appearances]
     pair = _sample_pair(rng, colors) if with_overlap else None
     for attempt in range(_ATTEMPTS):
-        # If it does not work out, all small ones do.
+        # After half of the attempts, fall back to small objects only, which always fit.
         choice = rng.integers(len(SIZES), size=len(colors)) if attempt < _ATTEMPTS // 2 else [0] * len(colors)
         sizes = [SIZES[i] for i in choice]
         radii = [float(rng.uniform(*canvas.radii(size))) for size in sizes]
@@ -103,8 +108,8 @@ def sample_free(
                 continue
             x, y = offsets[rng.integers(len(offsets))].tolist()
             offset = (radii[front] + radii[back]) * x, (radii[front] + radii[back]) * y
-        centers = _place(rng, radii, canvas, pair, offset)
-        chains = centers and _state(rng, centers, canvas, pair)
+        centers = _sample_centers(rng, radii, canvas, pair, offset)
+        chains = centers and _choose_statements(rng, centers, canvas, pair)
         if chains:
             depths = [int(pair is not None and k == pair[1]) for k in range(len(colors))]
             objects = [
@@ -114,11 +119,11 @@ def sample_free(
                 )
             ]
             return _scene(objects, chains, canvas)
-    raise ValueError(f"no room for {len(colors)} objects on {canvas}")
+    raise ValueError(f"no arrangement of {len(colors)} objects found on {canvas} in {_ATTEMPTS} attempts")
 
 
 def _sample_pair(rng: np.random.Generator, colors: list[str]) -> tuple[int, int]:
-    """Returns the indices of the object in front and of the one behind, which have different colours."""
+    """Samples the indices (front, back) of an overlapping pair of objects of different colours."""
     pairs = [(i, j) for i, first in enumerate(colors) for j, second in enumerate(colors) if first != second]
     return pairs[rng.integers(len(pairs))]
 
@@ -126,19 +131,24 @@ def _sample_pair(rng: np.random.Generator, colors: list[str]) -> tuple[int, int]
 # --- positions --------------------------------------------------------------------------------------------------
 
 
-def _place(
+def _sample_centers(
     rng: np.random.Generator,
     radii: list[float],
     canvas: Canvas,
     pair: tuple[int, int] | None,
     offset: tuple[float, float] | None,
 ) -> list[tuple[float, float]] | None:
-    """Returns centres, or None where one found no room.
+    """Places all objects at random without further overlaps.
 
     Args:
-      radii: of each object.
-      pair: the object in front and the one behind of an overlapping pair.
-      offset: x and y from the former to the latter.
+      rng: random generator.
+      radii: radius of each object.
+      canvas: the canvas.
+      pair: indices (front, back) of the overlapping pair, if any.
+      offset: (x, y) from the front object's centre to the back object's, if there is a pair.
+
+    Returns:
+      The centre of each object; None if an object found no room.
     """
     scale = canvas.small[1] / _SMALL[1]
     border, gap = scale * _BORDER, scale * _GAP
@@ -164,37 +174,51 @@ def _place(
 
 
 def _is_clear(x: float, y: float, radius: float, obstacles: list[tuple[float, float, float]]) -> bool:
-    """True if an object is farther from each obstacle, along one axis, than their radii and the gap add up to."""
-    for other_x, other_y, reach in obstacles:  # a loop, because this is most of a scene's cost
+    """Returns True if an object is separated from every obstacle along at least one axis.
+
+    Args:
+      x: centre of the object.
+      y: centre of the object.
+      radius: radius of the object.
+      obstacles: (x, y, radius + gap) of each object placed before.
+    """
+    for other_x, other_y, reach in obstacles:  # a plain loop is fastest, and this check dominates a scene's cost
         if abs(x - other_x) <= radius + reach and abs(y - other_y) <= radius + reach:
             return False
     return True
 
 
 def _largest_first(radii: list[float], pair: tuple[int, int] | None) -> list[tuple[int, ...]]:
-    """Returns what is placed as one, the overlapping pair first: the largest find room as long as there is some."""
+    """Returns the order of placement as tuples of objects placed together: the overlapping pair, then by size.
+
+    Large objects go first, while there is still room for them.
+    """
     single = sorted(set(range(len(radii))) - set(pair or ()), key=lambda k: -radii[k])
     return ([pair] if pair else []) + [(k,) for k in single]
 
 
 @functools.cache
 def overlap_offsets(front: str, front_size: str, back: str, back_size: str) -> np.ndarray:
-    """Measures at which offsets from a front to a back object they overlap as they should.
+    """Computes the offsets from a front to a back object at which their overlap is in the accepted range.
 
-    The overlap is 25 to 45 % of the smaller one's area, and what is seen of the back object is in one piece.
+    The overlap is 25 to 45 % of the smaller object's area, and the visible area of the back object is connected.
 
     Args:
-      front, back: one of `SHAPES` each.
-      front_size, back_size: one of `SIZES` each.
+      front: shape of the front object, one of `SHAPES`.
+      front_size: size of the front object, one of `SIZES`.
+      back: shape of the back object.
+      back_size: size of the back object.
 
     Returns:
-      float64 [N, 2], x and y, divided by the sum of the two radii.
+      float64 [N, 2], (x, y) offsets divided by the sum of the two radii.
     """
     radii = [_MEASURED_RADIUS[front_size], _MEASURED_RADIUS[back_size]]
     reach = sum(radii) + 1
     grid = np.arange(-reach, reach + 1.0)
-    hiding, hidden = (coverage(shape, grid, grid, radius) > 0.5 for shape, radius in zip((front, back), radii))  # noqa: B905
-    # Cross-correlation: the number of pixels in both, where the back one is moved by [y, x] (modulo the size).
+    hiding, hidden = (
+        coverage(shape, grid, grid, radius) > 0.5 for shape, radius in zip((front, back), radii, strict=True)
+    )
+    # Cross-correlation: entry [y, x] counts the common pixels after moving the back mask by (y, x), modulo the size.
     size = (2 * len(grid), 2 * len(grid))
     spectrum = np.fft.rfft2(hiding, size) * np.conj(np.fft.rfft2(hidden, size))
     common = np.rint(np.fft.irfft2(spectrum, size)).astype(int)
@@ -215,21 +239,21 @@ def _in_one_piece(mask: np.ndarray) -> bool:
 
 # --- what captions state ----------------------------------------------------------------------------------------
 
-# Objects in the order in which they are named; consecutive ones are related, and a single one has a place or None.
+# (object indices in caption order, relations between consecutive objects, place of a single object or None).
 _Chain = tuple[list[int], list[str], str | None]
 
 
-def _state(
+def _choose_statements(
     rng: np.random.Generator, centers: list[tuple[float, float]], canvas: Canvas, pair: tuple[int, int] | None
 ) -> list[_Chain] | None:
-    """Chooses at random which clear relations and places tell where the objects are.
+    """Chooses at random which clear relations and places the caption states.
 
     Returns:
-      Chains that name every object once, or None if none were found.
+      Chains that name every object once; None if none were found.
     """
     if len(centers) == 1:
         place = _clear_place(centers[0], canvas)
-        return [([0], [], None if rng.random() < _STATE_NOTHING else place)]
+        return [([0], [], None if rng.random() < _NO_PLACE_PROBABILITY else place)]
     places = [_clear_place(center, canvas) for center in centers]
     for _ in range(_STATEMENTS):
         chains = _try_chains(rng, centers, places, pair)
@@ -269,7 +293,10 @@ def _try_chains(
 
 
 def _depth_link(last: int, left: list[int], pair: tuple[int, int] | None) -> tuple[int, str | None]:
-    """Returns what overlaps with object `last`, if it has yet to be named, and the relation of `last` to it."""
+    """Returns the object that overlaps with object `last` and the relation of `last` to it.
+
+    The relation is None if `last` overlaps with no object, or with one that has been named already.
+    """
     if pair and last in pair:
         is_back = pair.index(last)
         if pair[1 - is_back] in left:
@@ -278,7 +305,7 @@ def _depth_link(last: int, left: list[int], pair: tuple[int, int] | None) -> tup
 
 
 def _clear_link(last: int, left: list[int], centers: list[tuple[float, float]]) -> tuple[int, str | None]:
-    """Returns the first object of `left` to which object `last` has a clear relation, and that relation."""
+    """Returns the first object of `left` to which object `last` has a clear relation, and that relation or None."""
     x, y = centers[last]
     for k in left:
         dx, dy = x - centers[k][0], y - centers[k][1]
@@ -298,7 +325,7 @@ def _clear_side(at: float) -> int | None:
 
 
 def _place_of_sides() -> dict[tuple[int | None, int | None], str]:
-    """Returns the first place of `PLACES` for each column and row; None is between two of them."""
+    """Returns the first matching place of `PLACES` for each (column, row); None stands for between two of them."""
     places = {}
     for sides in itertools.product((-1, 0, 1, None), repeat=2):
         for place, wanted in PLACES.items():
@@ -312,7 +339,7 @@ _PLACE_OF_SIDES = _place_of_sides()
 
 
 def _scene(objects: list[SceneObject], chains: list[_Chain], canvas: Canvas) -> Scene:
-    """Returns the scene with its objects in the order of the chains."""
+    """Builds the scene, with its objects in the order of the chains."""
     ordered: list[SceneObject] = []
     relations, places = [], []
     for chain, links, place in chains:

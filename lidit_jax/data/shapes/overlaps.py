@@ -1,4 +1,4 @@
-"""Components of an image where objects may overlap: told apart by colour, with what is in front of what."""
+"""Components of an image whose objects may overlap, separated by colour, with their depth order."""
 
 import dataclasses
 import functools
@@ -31,30 +31,34 @@ from lidit_jax.data.shapes.reading import (
 from lidit_jax.data.shapes.rendering import coverage
 from lidit_jax.data.shapes.scene import SHAPES, SIZES, Canvas
 
-# Two regions touch where so many pixels of one are next to the other.
-_CONTACT = 3
-# Pixels that belong to no region are a region's edge up to this distance in pixels.
-_EDGE = 2.5
-# Least part of the smaller object's area that one hides of another; scenes have 0.25.
-_HIDDEN = 0.08
-# Radii that are tried for a partly hidden object, relative to those of the canvas's sizes, and steps in pixels by which
-# the best are refined.
+# Least number of adjacent pixel pairs for two regions to be in contact.
+_MIN_CONTACT = 3
+# Largest distance in pixels at which an unassigned pixel counts as the edge of a region.
+_MAX_EDGE_DISTANCE = 2.5
+# Least overlap, as a fraction of the smaller object's area, that counts as hiding; scenes have at least 0.25.
+_MIN_HIDDEN = 0.08
+# Radii tried for a partly hidden object, relative to the mean radius of each size, and the steps in pixels by which the
+# best fits are refined.
 _TRIED_RADII = (0.93, 1.07)
 _STEPS = (0.7, 0.35, 0.18)
-# Shapes that fit worse by this than the best one at whole pixels are not refined.
-_WORTH_REFINING = 0.12
-_PADDING = 16
+# Shapes whose score at whole-pixel positions is this much below the best one's are not refined.
+_REFINING_MARGIN = 0.12
+# FFT sizes are rounded up to a multiple of this.
+_SIZE_MULTIPLE = 16
 
 
 def find_overlapping_components(image: np.ndarray, canvas: Canvas) -> list[Component]:
-    """Reads everything in the image that is neither background nor a speck; each region of one colour is a component.
+    """Finds all components except the background and specks; each connected region of one colour is a component.
 
-    A component that touches none is read as it is. Of two that touch, the one in front is a shape by itself, and the
-    other one the rest of a shape: the order under which both fit best is taken.
+    An isolated region is matched with whole shapes. Of two regions in contact, the one in front is a whole shape and
+    the other the visible rest of one; the order that fits both regions best is chosen.
 
     Args:
       image: uint8 [H, W, 3].
-      canvas: of the scene that the image should show, whose sizes of objects are expected.
+      canvas: canvas of the expected scene, which gives the sizes of objects.
+
+    Returns:
+      The components, with `in_front_of` set.
 
     Raises:
       ValueError: the image is not uint8 [H, W, 3].
@@ -78,10 +82,17 @@ def find_overlapping_components(image: np.ndarray, canvas: Canvas) -> list[Compo
 
 
 def _segment(pixels: np.ndarray, least_area: float) -> np.ndarray:
-    """Numbers the regions of one colour from 1; int [H, W], 0 elsewhere.
+    """Labels connected regions of one colour.
 
-    Where two colours meet, the mixed pixels may look like a third. Such seams are thin: a region is one that has a
-    pixel with all four neighbours in it. What is left goes to the nearest region.
+    Where two colours meet, mixed pixels may look like a third colour. Such seams are thin, so a region must contain a
+    pixel with all four neighbours. Pixels of seams and edges are assigned to the nearest region.
+
+    Args:
+      pixels: float32 [H, W, 3].
+      least_area: smallest area of a region in pixels.
+
+    Returns:
+      int [H, W], the number of the region from 1; 0 outside all regions.
     """
     is_foreground = foreground(pixels)
     colors = np.where(is_foreground, unmix(pixels)[1].argmin(axis=-1), -1)
@@ -98,35 +109,39 @@ def _segment(pixels: np.ndarray, least_area: float) -> np.ndarray:
                 labels[found == label] = count
     if count:
         distances, nearest = ndimage.distance_transform_edt(labels == 0, return_indices=True)
-        edge = is_foreground & (labels == 0) & (distances <= _EDGE)
+        edge = is_foreground & (labels == 0) & (distances <= _MAX_EDGE_DISTANCE)
         labels[edge] = labels[tuple(nearest)][edge]
     return labels
 
 
 def _contacts(labels: np.ndarray) -> list[tuple[int, int]]:
-    """Returns the pairs of regions that touch, the smaller number first."""
+    """Returns the pairs of labels whose regions are in contact, the smaller label first."""
     pairs: list[np.ndarray] = []
     for first, second in ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1])):
         meet = (first != second) & (first > 0) & (second > 0)
         pairs.append(np.sort(np.stack([first[meet], second[meet]], axis=-1), axis=-1))
     found, numbers = np.unique(np.concatenate(pairs), axis=0, return_counts=True)
-    return [tuple(pair) for pair, number in zip(found.tolist(), numbers, strict=True) if number >= _CONTACT]
+    return [tuple(pair) for pair, number in zip(found.tolist(), numbers, strict=True) if number >= _MIN_CONTACT]
 
 
-# --- regions that touch -----------------------------------------------------------------------------------------
+# --- regions in contact -----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _Region:
-    """One of several regions that touch: its colour, its share of each pixel [h, w], and itself as a shape of its own.
+    """One of several regions in contact. All coordinates are in pixels of a common window.
 
-    All are in pixels of the same window.
+    Attributes:
+      color: index of the colour that explains the region best.
+      has_color: whether that colour explains it well.
+      alpha: [h, w], coverage of each pixel by the region.
+      whole_fit: the best fit of a whole shape.
     """
 
     color: int
     has_color: bool
     alpha: np.ndarray
-    alone: Fit
+    whole_fit: Fit
 
 
 def _read_touching(
@@ -137,7 +152,7 @@ def _read_touching(
     pixels, labels = pixels[window], labels[window]
     regions = {label: _read_region(pixels, labels, label) for label in touching}
     hidden_by: dict[int, list[int]] = {label: [] for label in touching}
-    fits = {label: region.alone for label, region in regions.items()}
+    fits = {label: region.whole_fit for label, region in regions.items()}
     for first, second in contacts:
         if order := _choose_front(regions, first, second, canvas, scale):
             front, back, fit = order
@@ -145,13 +160,13 @@ def _read_touching(
             hidden_by[back].append(front)
     for label, fronts in hidden_by.items():
         if len(fronts) > 1:
-            visible = _visible([regions[front].alone for front in fronts], labels.shape)
+            visible = _visible([regions[front].whole_fit for front in fronts], labels.shape)
             fits[label] = _fit_visible(regions[label].alpha, visible, canvas, scale)
     hides: dict[int, set[int]] = {label: set() for label in touching}
     for back, fronts in hidden_by.items():
         for front in fronts:
-            if _hidden_share(fits[front], fits[back], labels.shape) >= _HIDDEN:
-                hides[front].add(back - 1)  # as an index
+            if _overlap_fraction(fits[front], fits[back], labels.shape) >= _MIN_HIDDEN:
+                hides[front].add(back - 1)  # labels count from 1, indices from 0
     return {
         label: dataclasses.replace(
             as_component(fits[label], region.color if region.has_color else None, window, canvas, scale),
@@ -172,34 +187,37 @@ def _read_region(pixels: np.ndarray, labels: np.ndarray, label: int) -> _Region:
         nearest = ndimage.distance_transform_edt(~others, return_distances=False, return_indices=True)
         other_colors = _region_colors(pixels, labels)[labels[tuple(nearest)]]
         near = ndimage.binary_dilation(others, iterations=3)
-        alpha = np.where(near, _share_of_two(pixels, PALETTE[color], PALETTE[other_colors]), alpha)
+        alpha = np.where(near, _fraction_of_first(pixels, PALETTE[color], PALETTE[other_colors]), alpha)
     alpha[~ndimage.binary_dilation(own, iterations=3)] = 0
     drop_faint(alpha, own)
     return _Region(color, has_color, alpha, read_shape(alpha))
 
 
 def _region_colors(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns the colour of each region by its number."""
+    """Returns the colour index of each region, int [labels], indexed by label."""
     colors = np.zeros(labels.max() + 1, int)
     for label in np.unique(labels[labels > 0]).tolist():
         colors[label] = read_color(*unmix(pixels[labels == label]))[0]
     return colors
 
 
-def _share_of_two(pixels: np.ndarray, color: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Explains each pixel as a mixture of the background, one colour and another, and returns the first one's share.
+def _fraction_of_first(pixels: np.ndarray, color: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Fits each pixel as a mixture of the background and two colours and returns the fraction of the first colour.
 
     Args:
       pixels: [h, w, 3].
-      color: [3].
-      others: [h, w, 3].
+      color: [3], the first colour.
+      others: [h, w, 3], the second colour of each pixel.
+
+    Returns:
+      [h, w], the fraction of the first colour, 0 to 1.
     """
     a, b, p = color - BACKGROUND_PIXEL, others - BACKGROUND_PIXEL, pixels - BACKGROUND_PIXEL
     aa, ab, bb = a @ a, b @ a, (b * b).sum(axis=-1)
     pa, pb = p @ a, (p * b).sum(axis=-1)
     determinant = np.maximum(aa * bb - ab * ab, 1e-3 * aa * bb)
     first, second = (pa * bb - pb * ab) / determinant, (pb * aa - pa * ab) / determinant
-    # A negative share is none; then the other colour explains what there is.
+    # Clamp negative fractions to 0 and refit the pixel with the other colour alone.
     first = np.where(second < 0, pa / aa, first)
     second = np.where(first < 0, pb / bb, np.maximum(second, 0))
     first = np.maximum(first, 0)
@@ -209,14 +227,14 @@ def _share_of_two(pixels: np.ndarray, color: np.ndarray, others: np.ndarray) -> 
 def _choose_front(
     regions: dict[int, _Region], first: int, second: int, canvas: Canvas, scale: float
 ) -> tuple[int, int, Fit] | None:
-    """Returns which of two regions is in front, which behind, and the latter's fit; None if neither is a shape."""
+    """Returns (front label, back label, fit of the back region); None if neither region is a whole shape."""
     orders = []
     for front, back in ((first, second), (second, first)):
-        alone = regions[front].alone
-        if alone.score >= SHAPE_SCORE and has_object_size(alone.radius / scale, canvas):
+        whole_fit = regions[front].whole_fit
+        if whole_fit.score >= SHAPE_SCORE and has_object_size(whole_fit.radius / scale, canvas):
             alpha = regions[back].alpha
-            orders.append((front, back, _fit_visible(alpha, _visible([alone], alpha.shape), canvas, scale)))
-    return max(orders, key=lambda order: regions[order[0]].alone.score + order[2].score, default=None)
+            orders.append((front, back, _fit_visible(alpha, _visible([whole_fit], alpha.shape), canvas, scale)))
+    return max(orders, key=lambda order: regions[order[0]].whole_fit.score + order[2].score, default=None)
 
 
 def _mask(fit: Fit, shape: tuple[int, int]) -> np.ndarray:
@@ -224,51 +242,61 @@ def _mask(fit: Fit, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _visible(fronts: list[Fit], shape: tuple[int, int]) -> np.ndarray:
-    """Returns the share of each pixel that these shapes leave to be seen."""
+    """Returns the fraction of each pixel that the given shapes do not cover."""
     return np.prod([1 - _mask(front, shape) for front in fronts], axis=0)
 
 
-def _hidden_share(front: Fit, back: Fit, shape: tuple[int, int]) -> float:
-    """Returns the area that two shapes share, as a share of the smaller one's."""
+def _overlap_fraction(front: Fit, back: Fit, shape: tuple[int, int]) -> float:
+    """Returns the intersection of two shapes as a fraction of the smaller one's area."""
     first, second = _mask(front, shape), _mask(back, shape)
     return float((first * second).sum() / min(first.sum(), second.sum()))
 
 
 def _fit_visible(alpha: np.ndarray, visible: np.ndarray, canvas: Canvas, scale: float) -> Fit:
-    """Fits a shape, of which only some is visible, to what is seen of it.
+    """Fits a partly hidden shape to its visible area.
 
     Args:
-      alpha: [h, w], what is seen.
-      visible: [h, w], what could be seen.
+      alpha: [h, w], coverage by the region.
+      visible: [h, w], fraction of each pixel that is not hidden.
+      canvas: canvas of the scene, which gives the radii to try.
+      scale: pixels per unit of the canvas.
+
+    Returns:
+      The best fit.
     """
     radii = [scale * factor * sum(canvas.radii(size)) / 2 for size in SIZES for factor in _TRIED_RADII]
-    # Few different sizes, so that spectra are found in the cache, with room for a shape that reaches out of the window.
-    padded = tuple(_PADDING * math.ceil((length + max(radii)) / _PADDING) for length in alpha.shape)
-    seen, area = np.fft.rfft2(np.stack([alpha, visible]), padded), float(alpha.sum())
-    coarse = [_best_at_whole_pixels(seen, area, shape, radii, alpha.shape, padded) for shape in SHAPES]
+    # Rounded up to few distinct sizes, so that cached spectra are reused, with room for shapes that leave the window.
+    padded = tuple(_SIZE_MULTIPLE * math.ceil((length + max(radii)) / _SIZE_MULTIPLE) for length in alpha.shape)
+    spectra, area = np.fft.rfft2(np.stack([alpha, visible]), padded), float(alpha.sum())
+    coarse = [_best_at_whole_pixels(spectra, area, shape, radii, alpha.shape, padded) for shape in SHAPES]
     best = max(fit.score for fit in coarse)
-    refined = [_refine(alpha, visible, fit) for fit in coarse if fit.score > best - _WORTH_REFINING]
+    refined = [_refine(alpha, visible, fit) for fit in coarse if fit.score > best - _REFINING_MARGIN]
     return max(refined, key=lambda fit: fit.score)
 
 
 def _best_at_whole_pixels(
-    seen: np.ndarray,
+    spectra: np.ndarray,
     alpha_area: float,
     shape: str,
     radii: Sequence[float],
     window: tuple[int, int],
     padded: tuple[int, int],
 ) -> Fit:
-    """Returns the best fit of a shape with its centre at the middle of a pixel of the window.
+    """Returns the best fit of a shape whose centre is the centre of a pixel of the window.
 
     Args:
-      seen: [2, …], spectra of what is seen and of what could be seen, padded.
-      alpha_area: of what is seen.
+      spectra: complex [2, …], spectra of the padded coverage and visibility.
+      alpha_area: sum of the coverage.
+      shape: one of `SHAPES`.
+      radii: radii in pixels to try.
+      window: height and width of the window.
+      padded: height and width of the padded arrays.
     """
     fits = []
     for radius in radii:
-        # Cross-correlation with the shape around the pixel (0, 0): what is seen, and could be, of it at each pixel.
-        products = seen * _conjugate_spectrum(shape, radius, padded)
+        # Cross-correlation with the shape centred on pixel (0, 0): for each position, the shape's overlap with the
+        # coverage, and its visible area.
+        products = spectra * _conjugate_spectrum(shape, radius, padded)
         common, area = np.fft.irfft2(products, padded)[:, : window[0], : window[1]]
         scores = common / (alpha_area + area - common)
         y, x = np.unravel_index(scores.argmax(), scores.shape)
@@ -283,17 +311,17 @@ def _conjugate_spectrum(shape: str, radius: float, size: tuple[int, int]) -> np.
 
 
 def _refine(alpha: np.ndarray, visible: np.ndarray, fit: Fit) -> Fit:
-    """Moves and scales a shape by smaller and smaller steps as long as it fits better."""
+    """Improves a fit by coordinate descent over position and radius, with decreasing steps."""
 
-    def scored(x: float, y: float, radius: float) -> Fit:
+    def fit_at(x: float, y: float, radius: float) -> Fit:
         moved = Fit(0.0, fit.shape, x, y, radius)
         mask = _mask(moved, alpha.shape) * visible
         return dataclasses.replace(moved, score=float(np.minimum(alpha, mask).sum() / np.maximum(alpha, mask).sum()))
 
-    best = scored(fit.x, fit.y, fit.radius)
+    best = fit_at(fit.x, fit.y, fit.radius)
     for step in _STEPS:
         for (dx, dy, dr), sign in itertools.product(((1, 0, 0), (0, 1, 0), (0, 0, 1)), (step, -step)):
-            while (moved := scored(best.x + sign * dx, best.y + sign * dy, best.radius + sign * dr)).score > best.score:
+            while (moved := fit_at(best.x + sign * dx, best.y + sign * dy, best.radius + sign * dr)).score > best.score:
                 best = moved
     mask = _mask(best, alpha.shape) * visible
     return dataclasses.replace(best, score=overlap_score(alpha, mask))

@@ -1,6 +1,6 @@
-"""Components of an image of a scene: what stands apart from the background, with its colour, shape and size.
+"""Connected components of an image of a scene, with their colours, shapes and sizes.
 
-Blur and slight noise, as a VAE leaves them, do not matter.
+Tolerates the blur and the slight noise that a VAE leaves.
 """
 
 import dataclasses
@@ -13,22 +13,25 @@ from scipy import ndimage
 from lidit_jax.data.shapes.rendering import coverage
 from lidit_jax.data.shapes.scene import BACKGROUND, COLORS, SHAPES, Canvas
 
-# A pixel belongs to an object when it differs from the background by more than this (Euclidean, of 0..255 RGB):
-# less than half of what the palest colour differs by.
+# Least distance of a foreground pixel from the background (Euclidean, RGB in 0..255), less than half the distance of
+# the palest colour.
 _FOREGROUND_DISTANCE = 60.0
-# A component has a colour when this share of its pixels is within this distance of a mixture of that colour and the
-# background, and its strongest pixels are at least so much of it. No colour is closer than 66 to a mixture of another.
+# A component has a colour if at least _MIXTURE_SHARE of its pixels lie within _MIXTURE_DISTANCE of a mixture of that
+# colour and the background, and its strongest pixels contain at least _MIXTURE_STRENGTH of the colour. No colour is
+# closer than 66 to a mixture of another one and the background.
 _MIXTURE_DISTANCE = 45.0
 _MIXTURE_SHARE = 0.7
 _MIXTURE_STRENGTH = 0.6
-_FAINT = 0.08
-# Components of less area are specks, as a share of the smallest radius squared: a quarter of the smallest shape's area.
+# Smaller fractions of a colour are background noise.
+_MIN_COVERAGE = 0.08
+# Components of a smaller area are specks. In units of the smallest radius squared: a quarter of the smallest shape.
 _SPECK_AREA = 0.355
-# Soft intersection over union with a shape's mask, from which on a component is that shape.
+# Least soft intersection over union with the mask of a shape for a component to count as that shape.
 SHAPE_SCORE = 0.75
-# Masks are compared as drawn and with this blur (standard deviation in pixels), as a VAE's decoder blurs.
+# Blurs (standard deviation in pixels) with which masks are compared: none, and about that of a VAE's decoder.
 MASK_BLURS = (0.0, 0.8)
-# Far smaller than small or larger than large, it is no object: an image all red is not a red square.
+# Factors on the smallest and largest radius outside of which a component is no object. An all-red image is not a red
+# square.
 _SIZE_MARGIN = (0.75, 1.25)
 
 _COLOR_NAMES = tuple(COLORS)
@@ -38,12 +41,16 @@ BACKGROUND_PIXEL = np.array(BACKGROUND, np.float32)
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """Appearance of one component of an image; None stands for "like nothing that the data set has".
+    """Appearance of one component of an image.
 
     Attributes:
-      color, shape, size: as of a `SceneObject`.
-      x, y, radius: centre, from the left and the top, and radius of the best fitting shape, in pixels.
-      in_front_of: indices of the components that it hides a part of, in the list where it is found.
+      color: the colour, as in `SceneObject`; None if it matches no colour of the data set.
+      shape: the shape, as in `SceneObject`; None if it matches none.
+      size: the size, as in `SceneObject`; None if it is far too small or too large.
+      x: centre of the best-fitting shape in pixels from the left.
+      y: centre of the best-fitting shape in pixels from the top.
+      radius: radius of the best-fitting shape in pixels.
+      in_front_of: indices, in the same list of components, of those that this one partly hides.
     """
 
     color: str | None
@@ -57,7 +64,7 @@ class Component:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """Best fitting shape, its soft intersection over union with a mask, and its centre and radius in pixels."""
+    """Best-fitting shape, its soft intersection over union with a mask, and its centre and radius in pixels."""
 
     score: float
     shape: str
@@ -67,11 +74,14 @@ class Fit:
 
 
 def find_components(image: np.ndarray, canvas: Canvas) -> list[Component]:
-    """Reads everything in the image that is neither background nor a speck; what touches is one component.
+    """Finds all components except the background and specks; objects that touch form one component.
 
     Args:
       image: uint8 [H, W, 3].
-      canvas: of the scene that the image should show, whose sizes of objects are expected.
+      canvas: canvas of the expected scene, which gives the sizes of objects.
+
+    Returns:
+      The components.
 
     Raises:
       ValueError: the image is not uint8 [H, W, 3].
@@ -84,29 +94,33 @@ def find_components(image: np.ndarray, canvas: Canvas) -> list[Component]:
 
 
 def as_pixels(image: np.ndarray) -> np.ndarray:
-    """Returns the image as float32. Raises ValueError if it is not uint8 [H, W, 3]."""
+    """Converts an image to float32.
+
+    Raises:
+      ValueError: the image is not uint8 [H, W, 3].
+    """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"the image is {image.dtype} {list(image.shape)}: expected uint8 [H, W, 3]")
     return image.astype(np.float32)
 
 
 def foreground(pixels: np.ndarray) -> np.ndarray:
-    """Returns where pixels [H, W, 3] differ from the background: bool [H, W]."""
+    """Returns a mask, bool [H, W], of the pixels [H, W, 3] that differ from the background."""
     return np.linalg.norm(pixels - BACKGROUND_PIXEL, axis=-1) > _FOREGROUND_DISTANCE
 
 
 def speck_area(image: np.ndarray, canvas: Canvas) -> float:
-    """Returns the area in pixels below which a component is a speck."""
+    """Returns the area in pixels below which a component counts as a speck."""
     return _SPECK_AREA * (canvas.small[0] * canvas.in_pixels(*image.shape[:2])[0]) ** 2
 
 
 def read_component(pixels: np.ndarray, labels: np.ndarray, label: int, canvas: Canvas) -> Component:
-    """Reads a component that stands alone.
+    """Classifies an isolated component.
 
     Args:
       pixels: float32 [H, W, 3].
-      labels: int [H, W], which component each pixel belongs to; 0: none.
-      label: the one to read.
+      labels: int [H, W], the label of each pixel's component; 0 for the background.
+      label: label of the component.
       canvas: see `find_components`.
     """
     scale, _, _ = canvas.in_pixels(*labels.shape)
@@ -122,7 +136,7 @@ def read_component(pixels: np.ndarray, labels: np.ndarray, label: int, canvas: C
 
 
 def window_around(labels: np.ndarray, label: int, margin: int) -> tuple[slice, slice]:
-    """Returns the rows and columns of a component and so many pixels around it, as far as the image goes."""
+    """Returns the rows and columns of a component's bounding box, enlarged by `margin` pixels within the image."""
     rows, columns = ndimage.find_objects(labels, label)[label - 1]
     return (
         slice(max(rows.start - margin, 0), rows.stop + margin),
@@ -131,24 +145,24 @@ def window_around(labels: np.ndarray, label: int, margin: int) -> tuple[slice, s
 
 
 def drop_faint(alpha: np.ndarray, own: np.ndarray) -> None:
-    """Sets shares of a colour that are the background's noise to 0, in place: they add up around a small shape.
+    """Sets coverage that is background noise to 0, in place; its sum around a small shape would be significant.
 
     Args:
-      alpha: [h, w].
-      own: bool [h, w], the component's own pixels. They may be that little of any colour (a pale cyan, say), and still
-        have a place.
+      alpha: [h, w], coverage.
+      own: bool [h, w], pixels of the component. Their coverage is kept at the noise threshold at least, because a
+        component may contain hardly any palette colour (pale cyan, for example) and still needs a position.
     """
-    alpha[alpha < _FAINT] = 0
-    alpha[own] = np.maximum(alpha[own], _FAINT)
+    alpha[alpha < _MIN_COVERAGE] = 0
+    alpha[own] = np.maximum(alpha[own], _MIN_COVERAGE)
 
 
 def as_component(fit: Fit, color: int | None, window: tuple[slice, slice], canvas: Canvas, scale: float) -> Component:
-    """Says what is recognised of a fit.
+    """Converts a fit to a component in image coordinates.
 
     Args:
-      fit: in pixels of the window.
-      color: index of the colour; None: like no colour.
-      window: rows and columns of the image.
+      fit: the best fit, in pixels of the window.
+      color: index of the colour; None if it matches none.
+      window: rows and columns of the window in the image.
       canvas: see `find_components`.
       scale: pixels per unit of the canvas.
     """
@@ -164,18 +178,18 @@ def as_component(fit: Fit, color: int | None, window: tuple[slice, slice], canva
 
 
 def has_object_size(radius: float, canvas: Canvas) -> bool:
-    """True if a radius, in units of the canvas, is near those of its objects."""
+    """Returns True if a radius, in units of the canvas, is in or near the range of its objects' radii."""
     return _SIZE_MARGIN[0] * canvas.small[0] <= radius <= _SIZE_MARGIN[1] * canvas.large[1]
 
 
 def unmix(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Explains each pixel as a mixture of the background and one palette colour, for each colour.
+    """Fits each pixel as a mixture of the background and one palette colour, for every colour.
 
     Args:
       pixels: float32 [H, W, 3].
 
     Returns:
-      The share of the colour, 0 to 1, and the distance of the pixel from the mixture: float32 [H, W, colors] each.
+      The fraction of the colour, 0 to 1, and the distance of the pixel from the mixture, float32 [H, W, colors] each.
     """
     directions = PALETTE - BACKGROUND_PIXEL
     strengths = np.clip((pixels - BACKGROUND_PIXEL) @ (directions / (directions**2).sum(axis=1, keepdims=True)).T, 0, 1)
@@ -184,8 +198,16 @@ def unmix(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_color(strengths: np.ndarray, distances: np.ndarray) -> tuple[int, bool]:
-    """Returns the index of the colour that explains pixels (see `unmix`; [N, colors]) best, and if it does so well."""
-    # Pixels at the edge are pale, so that every colour explains them, and weigh little.
+    """Chooses the colour of a set of pixels.
+
+    Args:
+      strengths: [N, colors], see `unmix`.
+      distances: [N, colors], see `unmix`.
+
+    Returns:
+      The index of the best-fitting colour, and whether it fits well.
+    """
+    # Edge pixels are pale: every colour fits them about equally well, so they hardly affect the sum.
     color = int(distances.sum(axis=0).argmin())
     share = (distances[:, color] <= _MIXTURE_DISTANCE).mean()
     strength = np.quantile(strengths[:, color], 0.9)
@@ -193,9 +215,9 @@ def read_color(strengths: np.ndarray, distances: np.ndarray) -> tuple[int, bool]
 
 
 def read_shape(alpha: np.ndarray) -> Fit:
-    """Fits a shape to `alpha` [H, W].
+    """Returns the shape that fits the coverage `alpha` [H, W] best.
 
-    Each shape is rendered with the area and the centre of gravity of `alpha`, which blur does not change.
+    Each shape is rendered with the area and centroid of `alpha`, neither of which blur changes.
     """
     columns, rows = np.arange(alpha.shape[1]) + 0.5, np.arange(alpha.shape[0]) + 0.5
     area = alpha.sum()
@@ -211,7 +233,7 @@ def read_shape(alpha: np.ndarray) -> Fit:
 
 
 def overlap_score(alpha: np.ndarray, mask: np.ndarray) -> float:
-    """Returns the soft intersection over union of two masks [H, W], the second as it is or blurred."""
+    """Returns the soft intersection over union of two masks [H, W], the best over blurs of the second."""
     return max(
         float(np.minimum(alpha, blurred).sum() / np.maximum(alpha, blurred).sum())
         for blurred in (ndimage.gaussian_filter(mask, blur) if blur else mask for blur in MASK_BLURS)
@@ -220,7 +242,7 @@ def overlap_score(alpha: np.ndarray, mask: np.ndarray) -> float:
 
 @functools.cache
 def _unit_moments(shape: str) -> tuple[float, float]:
-    """Returns the area of a shape of radius 1 and how far below its centre its centre of gravity lies."""
+    """Returns the area of a shape of radius 1 and the distance of its centroid below its centre."""
     resolution = 256
     grid = np.arange(-resolution, resolution) + 0.5
     mask = coverage(shape, grid, grid, resolution)

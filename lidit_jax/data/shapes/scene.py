@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes: what is in one, and which statements about it hold."""
+"""Scenes of coloured shapes: their objects, and tests of whether a relation or a place holds."""
 
 import dataclasses
 import math
@@ -26,7 +26,8 @@ OPPOSITES = {
     "in front of": "behind",
     "behind": "in front of",
 }
-# Column and row of the canvas (-1, 0 or 1 from the left and the top); None: any. Corners and the middle come first.
+# Column and row on the canvas, -1, 0 or 1 from the left and the top; None matches any. Corners and the middle come
+# first.
 PLACES: dict[str, tuple[int | None, int | None]] = {
     "at the top left": (-1, -1),
     "at the top right": (1, -1),
@@ -38,7 +39,7 @@ PLACES: dict[str, tuple[int | None, int | None]] = {
     "at the top": (None, -1),
     "at the bottom": (None, 1),
 }
-# (colour, shape) pairs that never occur in training scenes; each colour and shape occurs in other pairs.
+# (colour, shape) pairs that never occur in training scenes. Each colour and each shape occurs in other pairs.
 HELD_OUT_PAIRS = (
     ("red", "star"),
     ("green", "circle"),
@@ -53,32 +54,37 @@ LayoutName = Literal["quadrants", "free"]
 
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-    """Extent of a scene and its objects' radii, in units of the scene; a square canvas has a side of 1.
+    """Extent of a scene and radii of its objects, in scene units. A square canvas has sides of length 1.
 
     Attributes:
-      width, height: of the area that the scene fills.
-      small, large: range of the radii of each size.
+      width: width of the scene.
+      height: height of the scene.
+      small: smallest and largest radius of small objects.
+      large: smallest and largest radius of large objects.
     """
 
     width: float = 1.0
     height: float = 1.0
-    # At 32 px, small is 8.3 to 9 px wide and large 11.5 to 12.2 px.
+    # At 32 px, small objects are 8.3 to 9 px wide and large ones 11.5 to 12.2 px.
     small: tuple[float, float] = (0.13, 0.14)
     large: tuple[float, float] = (0.18, 0.19)
 
     def radii(self, size: str) -> tuple[float, float]:
-        """Least and greatest radius of a size, "small" or "large"."""
+        """Returns the smallest and largest radius of a size, "small" or "large"."""
         return self.small if size == "small" else self.large
 
     @property
     def size_boundary(self) -> float:
-        """Radius from which on an object is large."""
+        """Radius from which an object counts as large."""
         return math.sqrt(self.small[1] * self.large[0])
 
     def in_pixels(self, height: int, width: int) -> tuple[float, float, float]:
-        """Returns pixels per unit, and x and y in pixels of the canvas's corner in an image of height x width px.
+        """Returns the scale and position of the canvas in an image of height x width pixels.
 
         If the aspect ratios differ, the canvas is centred along the longer side, so that nothing is distorted.
+
+        Returns:
+          Pixels per unit, and x and y of the canvas's top left corner in pixels.
         """
         scale = min(height / self.height, width / self.width)
         return scale, (width - scale * self.width) / 2, (height - scale * self.height) / 2
@@ -86,9 +92,18 @@ class Canvas:
 
 @dataclasses.dataclass(frozen=True)
 class SceneObject:
-    """One shape: x (to the right) and y (down) of its centre and its radius, in units of its canvas.
+    """One coloured shape.
 
-    The shape lies within the square of half-side `radius` around its centre. Objects of less `depth` are in front.
+    The shape lies within a square of half-side `radius` around its centre.
+
+    Attributes:
+      shape: one of `SHAPES`.
+      color: one of `COLORS`.
+      size: one of `SIZES`.
+      x: centre, to the right, in units of the canvas.
+      y: centre, downwards, in units of the canvas.
+      radius: radius in units of the canvas.
+      depth: objects of smaller depth are in front.
     """
 
     shape: str
@@ -102,15 +117,15 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Shapes in the order in which captions name them, and what captions state about them.
+    """Objects in the order in which captions name them, and the relations and places that captions state.
 
     Attributes:
       objects: the shapes.
-      relations: (i, relation, j) each, which reads "objects[i] is <relation> objects[j]". A sampled scene of layout
-        "quadrants" states one for each two consecutive objects; of "free", for some of them. Always j = i + 1.
-      places: (i, place) each, which reads "objects[i] is <place>".
-      canvas: extent and radii.
-      layout: name of the layout that the scene is of.
+      relations: (i, relation, j) tuples, each meaning "objects[i] is <relation> objects[j]". Sampled scenes have
+        j = i + 1: layout "quadrants" states a relation for every two consecutive objects, "free" for some.
+      places: (i, place) tuples, each meaning "objects[i] is <place>".
+      canvas: extent of the scene and radii of its objects.
+      layout: name of the scene's layout.
     """
 
     objects: tuple[SceneObject, ...]
@@ -121,30 +136,37 @@ class Scene:
 
 
 def holds(relation: str, dx: float, dy: float) -> bool:
-    """True if an object at (dx, dy) from another is `relation` it: on that side, and more so than sideways."""
+    """Returns True if a relation holds for an object at offset (dx, dy) from another.
+
+    The offset in the direction of the relation must exceed the offset across it.
+    """
     along, across = along_and_across(relation, dx, dy)
     return along > across
 
 
 def along_and_across(relation: str, dx: float, dy: float) -> tuple[float, float]:
-    """Splits (dx, dy) into the distance in the direction of a relation and the absolute distance across it."""
+    """Splits an offset into its signed length in the direction of a relation and its absolute length across it."""
     right, down = RELATIONS[relation]
     return right * dx + down * dy, abs(down * dx) + abs(right * dy)
 
 
 def place_holds(place: str, x: float, y: float) -> bool:
-    """True if a centre is at a place of the canvas.
+    """Returns True if a centre is at a place of the canvas.
 
     Args:
       place: one of `PLACES`.
-      x, y: as fractions of the canvas's width and height.
+      x: fraction of the canvas's width.
+      y: fraction of the canvas's height.
     """
     return all(side is None or is_on_side(at, side) for side, at in zip(PLACES[place], (x, y), strict=True))
 
 
 def is_on_side(at: float, side: int, margin: float = 0.0) -> bool:
-    """True if a fraction of the canvas's width or height is near its start (-1), its middle (0) or its end (1).
+    """Returns True if a coordinate lies near the start (-1), the middle (0) or the end (1) of the canvas.
 
-    Args: margin: how far within that range it must be.
+    Args:
+      at: fraction of the canvas's width or height.
+      side: -1, 0 or 1.
+      margin: least distance from the boundary of the accepted range.
     """
     return side * (at - 0.5) > 0.1 + margin if side else abs(at - 0.5) < 0.2 - margin

@@ -1,26 +1,27 @@
-"""Verdicts on images of scenes, and their sums."""
+"""Verdicts of the checker on images of scenes, and the accuracies computed from them."""
 
 import dataclasses
 import math
 from collections.abc import Iterable
 
-_OPTIONAL_PARTS = ("depth", "place")
-_PARTS = ("color", "shape", "size", "relation", *_OPTIONAL_PARTS)
+_OPTIONAL_CHECKS = ("depth", "place")
+_CHECKS = ("color", "shape", "size", "relation", *_OPTIONAL_CHECKS)
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectCheck:
-    """Verdict on one object of a scene.
+    """Verdict on one object of a scene, based on the component of the image assigned to it.
 
-    The object is judged by the component assigned to it: one that has its colour or its shape, or else the object
-    is missing and all is False.
+    An assigned component has the object's colour or shape. Without one the object is missing and all checks fail.
 
     Attributes:
-      color, shape, size: the component has the object's; `size` is None where it is not asked.
-      relation: all stated relations in space that name the object hold, which needs the other objects to be there too;
-        None if no such relation names it.
-      depth: the same of "in front of" and "behind".
-      place: the stated place holds; None if none is stated.
+      color: whether the component has the object's colour.
+      shape: whether the component has the object's shape.
+      size: whether the component has the object's size; None if sizes are not checked.
+      relation: whether all stated spatial relations of the object hold, for which the other objects must be present
+        too; None if it has none.
+      depth: whether all stated "in front of" and "behind" relations of the object hold; None if it has none.
+      place: whether the object is at the stated place; None if none is stated.
     """
 
     color: bool
@@ -32,41 +33,48 @@ class ObjectCheck:
 
     @property
     def pair(self) -> bool:
-        """The component that is taken for it has its colour and its shape."""
+        """True if both colour and shape are correct."""
         return self.color and self.shape
 
     @property
     def right(self) -> bool:
-        """An object of this colour and shape is there and all that is stated of where it is holds (not the size)."""
+        """True if colour, shape, and all stated relations and places are correct; the size does not count."""
         return self.pair and False not in (self.relation, self.depth, self.place)
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneCheck:
-    """Verdicts on the objects of a scene, in its order, and the number of components that are none of them."""
+    """Verdicts on all objects of a scene.
+
+    Attributes:
+      objects: verdicts in the order of the scene's objects.
+      extra: number of components assigned to no object.
+    """
 
     objects: tuple[ObjectCheck, ...]
     extra: int
 
     @property
     def all_right(self) -> bool:
+        """True if every object is right and the image has no other component."""
         return self.extra == 0 and all(item.right for item in self.objects)
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """`correct` of `total`, as a share, with its 95 % Wilson interval; with none, NaN within 0 to 1."""
+    """Accuracy `correct / total` with its 95 % Wilson interval; for a total of 0, NaN and the interval 0 to 1."""
 
     correct: int
     total: int
 
     @property
     def value(self) -> float:
+        """Fraction of correct ones; NaN for a total of 0."""
         return self.correct / self.total if self.total else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's score interval (Wilson, 1927) at 95 %."""
+        """Wilson score interval (Wilson, 1927) at 95 %."""
         if not self.total:
             return 0.0, 1.0
         z = 1.959963984540054
@@ -81,10 +89,12 @@ class Accuracy:
 
 
 def accuracies(checks: Iterable[SceneCheck]) -> dict[str, Accuracy]:
-    """Sums up verdicts: "objects" (those all right), "pair", "color", "shape", "size", "relation" and "scenes".
+    """Aggregates the verdicts on scenes.
 
-    All but "scenes" count objects; "size" and "relation" count only those for which they are asked, and so do "depth"
-    and "place", which are there only if they are asked for any.
+    Returns:
+      Accuracies by name: "objects" (`ObjectCheck.right`), "pair", "color", "shape", "size", "relation", "depth",
+      "place" and "scenes" (`SceneCheck.all_right`). All but "scenes" count objects; "size", "relation", "depth" and
+      "place" count only objects for which they were checked. "depth" and "place" are left out if no object was.
     """
     checks = list(checks)
     found = object_accuracies(item for result in checks for item in result.objects)
@@ -92,14 +102,16 @@ def accuracies(checks: Iterable[SceneCheck]) -> dict[str, Accuracy]:
 
 
 def object_accuracies(objects: Iterable[ObjectCheck]) -> dict[str, Accuracy]:
-    """Sums up as `accuracies`, but for objects alone: without "scenes"."""
+    """Aggregates the verdicts on objects; returns the accuracies of `accuracies` without "scenes"."""
     objects = list(objects)
     verdicts = {
         "objects": [item.right for item in objects],
         "pair": [item.pair for item in objects],
-        **{name: [getattr(item, name) for item in objects] for name in _PARTS},
+        **{name: [getattr(item, name) for item in objects] for name in _CHECKS},
     }
-    asked = {name: [verdict for verdict in found if verdict is not None] for name, found in verdicts.items()}
+    checked = {name: [verdict for verdict in found if verdict is not None] for name, found in verdicts.items()}
     return {
-        name: Accuracy(sum(found), len(found)) for name, found in asked.items() if found or name not in _OPTIONAL_PARTS
+        name: Accuracy(sum(found), len(found))
+        for name, found in checked.items()
+        if found or name not in _OPTIONAL_CHECKS
     }

@@ -1,8 +1,8 @@
-"""The built-in data set: scenes of coloured shapes, rendered from a seed and captioned in English and Chinese.
+"""Built-in data set: scenes of coloured shapes, rendered from a seed and captioned in English and Chinese.
 
-A scene is a few shapes with colours, sizes and spatial relations, so a generated image can be judged exactly
-(`checker.py`), and some (colour, shape) pairs never occur in training, so binding can be told from memory. Nothing is
-stored: example i of a source is a pure function of (seed, i).
+A scene is a few shapes with colours, sizes and spatial relations, so generated images can be checked exactly
+(`checker.py`). Some (colour, shape) pairs never occur in training, so attribute binding can be told from memorisation.
+Nothing is stored: example i of a source is a pure function of (seed, i).
 """
 
 import operator
@@ -18,13 +18,14 @@ from lidit_jax.data.shapes.scene import Pairs, Scene
 from lidit_jax.data.sources import Source
 from lidit_jax.errors import UserError
 
-# No training scene has this seed, whatever the run's own seed: images and prompts are new even where pairs are not.
+# Seed of evaluation and validation scenes. Training never uses it, so their images and prompts are new even where their
+# pairs are not.
 HELD_OUT_SEED = 1_000_003
 _FORMAT_VERSION = 3
 
 
 class ShapesSource(Source):
-    """Random access to scenes with images and captions; nothing is stored, example i is computed from (seed, i)."""
+    """Random-access source of scenes with images and captions; example i is computed from (seed, i)."""
 
     def __init__(
         self,
@@ -36,7 +37,16 @@ class ShapesSource(Source):
         num_objects: int | None = None,
         layout: SceneLayout = QUADRANTS,
     ):
-        """See `sample_scene` for `pairs`, `num_objects` and `layout`; height and width are the images', in pixels.
+        """Creates the source.
+
+        Args:
+          num_examples: number of examples.
+          height: height of the images in pixels.
+          width: width of the images in pixels.
+          seed: seed of all examples.
+          pairs: see `sample_scene`.
+          num_objects: see `sample_scene`.
+          layout: see `sample_scene`.
 
         Raises:
           UserError: a value is out of range.
@@ -44,9 +54,9 @@ class ShapesSource(Source):
         check_arguments(layout, num_objects, pairs)
         layout.check_canvas(height, width, num_objects)
         if num_examples < 1:
-            raise UserError(f"num_examples is {num_examples}: a source of shapes needs at least 1")
+            raise UserError(f"num_examples={num_examples} is out of range: use 1 or more")
         if seed < 0:
-            raise UserError(f"seed is {seed}: use 0 or more")
+            raise UserError(f"seed={seed} is out of range: use 0 or more")
         self.num_examples = num_examples
         self.height = height
         self.width = width
@@ -57,7 +67,7 @@ class ShapesSource(Source):
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the content: equal fingerprints mean equal examples."""
+        """Identifier of the content; sources with equal fingerprints have equal examples."""
         return (
             f"ShapesSource(version={_FORMAT_VERSION}, num_examples={self.num_examples}, height={self.height}, "
             f"width={self.width}, seed={self.seed}, pairs={self.pairs}, num_objects={self.num_objects}"
@@ -71,22 +81,29 @@ class ShapesSource(Source):
         return self.num_examples
 
     def sizes(self) -> np.ndarray:
-        """int32 [N, 2]: the height and width of every example (a read-only view, of no size in memory)."""
+        """Returns height and width of every example, int32 [N, 2], as a read-only view that takes no memory."""
         return np.broadcast_to(np.array([self.height, self.width], np.int32), (self.num_examples, 2))
 
     def scene(self, index: int) -> Scene:
-        """The scene of example `index`.
+        """Returns the scene of example `index`.
 
         Raises:
-          IndexError: the index is not within 0 to len - 1.
+          IndexError: the index is not in 0..len - 1.
         """
         return self._sample(self._rng(index))
 
     def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[dict]:
-        """{"key": str, "image": uint8 [H, W, 3], "captions": {"en": str, "zh": str}, "metadata": {}} each.
+        """Renders examples.
+
+        Args:
+          indices: indices of the examples.
+          bucket: aspect-ratio bucket to resize and crop the images to; None keeps the size of the source.
+
+        Returns:
+          {"key": str, "image": uint8 [H, W, 3], "captions": {"en": str, "zh": str}, "metadata": {}} for each example.
 
         Raises:
-          IndexError: an index is not within 0 to len - 1.
+          IndexError: an index is not in 0..len - 1.
         """
         examples = []
         for index in indices:
@@ -96,7 +113,7 @@ class ShapesSource(Source):
         return examples
 
     def describe(self, indices: Sequence[int]) -> list[dict]:
-        """As `load`, without rendering the images."""
+        """Returns the same as `load` without the images, which are not rendered."""
         return [self._scene_and_text(index)[1] for index in indices]
 
     def _scene_and_text(self, index: int) -> tuple[Scene, dict]:
@@ -114,5 +131,5 @@ class ShapesSource(Source):
     def _rng(self, index: int) -> np.random.Generator:
         index = operator.index(index)
         if not 0 <= index < self.num_examples:
-            raise IndexError(f"example {index} of a source of {self.num_examples}")
+            raise IndexError(f"example {index} is out of range: the source has {self.num_examples} examples")
         return np.random.default_rng((self.seed, index))
