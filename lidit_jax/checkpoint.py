@@ -1,7 +1,8 @@
 """Orbax checkpoints: asynchronous, atomic, and readable without the code that wrote them.
 
-A checkpoint has four items: `state` (step, parameters, EMA, optimiser), `facts` (JSON: the data's fingerprint, the
-digests of frozen parts), `config` (JSON), and `data`, where in the data each process was (JSON, a file a process).
+A checkpoint has four items: `state` (step, parameters, EMA, optimiser), `facts` (JSON: the fingerprint of the data, the
+digests of the frozen networks), `config` (JSON), and `data`, the position of each process in the data (JSON, one file
+for each process).
 """
 
 import contextlib
@@ -22,17 +23,17 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 
-# What goes on happening until somebody does something; a connection that broke is another matter.
+# Errors that retrying cannot fix: disk full, quota, permissions. A broken connection is not one of them.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _OF_A_DISK = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC", re.I)
-# Of a part of an array that is written in one piece, and read in one piece again: bytes from which on a stack over
-# blocks is cut into blocks. Without it a 10B model's stack of 14 GB would take twice that to read a single block.
+# Shard size in bytes above which an array that stacks the transformer blocks is written as one chunk for each block. In
+# a single chunk, the 14 GB stack of a 10B model would take twice that memory to read one block.
 CUT_FROM = 64 << 20
-READ_BYTES = 256 << 20  # of a stack, at once, where its pieces let it
+READ_BYTES = 256 << 20  # read at a time from a stacked array, if its chunks are no larger
 
 
 class DataPositionHandler(ocp.CheckpointHandler):
-    """Each process writes its part; a restore reads the parts of all, so that the number of processes may change."""
+    """Writes the data position of this process, and restores those of all: the number of processes may change."""
 
     def save(self, directory: epath.Path, args: "SaveDataPosition") -> None:
         (directory / f"process_{jax.process_index():05}.json").write_text(json.dumps(args.position))
@@ -45,7 +46,11 @@ class DataPositionHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(DataPositionHandler, for_save=True)
 @dataclasses.dataclass
 class SaveDataPosition(ocp.args.CheckpointArgs):
-    """Attributes: position: JSON-able, this process's."""
+    """Arguments of a save.
+
+    Attributes:
+      position: the data position of this process, JSON-serialisable.
+    """
 
     position: Mapping[str, Any]
 
@@ -53,11 +58,11 @@ class SaveDataPosition(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(DataPositionHandler, for_restore=True)
 @dataclasses.dataclass
 class RestoreDataPositions(ocp.args.CheckpointArgs):
-    """Of all processes that saved."""
+    """Restores the data positions of all processes that saved."""
 
 
 class Checkpoints:
-    """The checkpoints of one trained part, in `folder`."""
+    """The checkpoints of one trained component, in `folder`."""
 
     def __init__(self, folder: str | epath.Path, config: Mapping[str, Any], keep: int = 2):
         self.folder = epath.Path(folder).resolve()
@@ -73,9 +78,16 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any], position: Mapping[str, Any]) -> None:
-        """Starts writing; the arrays are copied before this returns, so that the state may be donated.
+        """Starts writing a checkpoint; the arrays are copied before this returns, so the state may be donated.
 
-        Args: position: of this process in the data, JSON-able.
+        Args:
+          step: number of steps taken.
+          state: tree of arrays.
+          facts: JSON-serialisable facts that a resumed run must agree with.
+          position: position of this process in the data, JSON-serialisable.
+
+        Raises:
+          UserError: if the disk is full or not writable.
         """
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_save_args, state)),
@@ -84,12 +96,19 @@ class Checkpoints:
             data=SaveDataPosition(position),
         )
         with self._writing():
-            # Unforced, Orbax asks for notices of preemption itself, with other numbers than `preemption.py`.
+            # Without force, Orbax polls for preemption notices itself, with other step numbers than `preemption.py`.
             self._manager.save(step, args=items, force=True)
 
     def restore(self, abstract_state: Any, facts: Mapping[str, Any]) -> tuple[Any, Sequence[Mapping[str, Any]]] | None:
-        """The newest state, sharded as `abstract_state` says, and the positions in the data of all processes that saved
-        it; None where there is no checkpoint.
+        """Restores the newest checkpoint.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings of the state.
+          facts: the facts of this run; each must equal the checkpoint's.
+
+        Returns:
+          The state, sharded like `abstract_state`, and the data positions of all processes that saved it; None if there
+          is no checkpoint.
 
         Raises:
           UserError: if the checkpoint was made with other facts (other data, other frozen weights), or does not fit.
@@ -122,17 +141,21 @@ class Checkpoints:
         return restored.state, restored.data
 
     def wait(self) -> None:
-        """Until everything is on disk. Raises UserError where it cannot be."""
+        """Waits until everything is on disk.
+
+        Raises:
+          UserError: if the disk is full or not writable.
+        """
         with self._writing():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """What goes wrong while writing is said in one line; what was saved before is kept."""
+        """Turns the disk's errors while writing into a one-line UserError; earlier checkpoints are kept."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            # A full disk is said by whichever library met it; what a device or a bug says is not the disk's.
+            # Each library reports a full disk in its own way; errors of devices, and bugs, are raised unchanged.
             if getattr(error, "errno", None) not in _DISK_ERRORS and not _OF_A_DISK.search(str(error)):
                 raise
             raise UserError(
@@ -163,24 +186,24 @@ def check_same_model(given: Any, wanted: Any) -> None:
 
 
 def steps_taken(folder: str | epath.Path) -> int:
-    """Of the newest finished checkpoint in the folder; 0 where there is none. Opens and creates nothing."""
+    """Returns the step of the newest finished checkpoint in the folder, or 0; opens and creates nothing."""
     return max((int(step.name) for step in epath.Path(folder).glob("*") if step.name.isdecimal()), default=0)
 
 
 def load_weights(folder: str | epath.Path, weights: str, into: Any = None) -> tuple[Any, int]:
-    """One tree of the newest checkpoint, without its optimiser.
+    """Loads one weight tree of the newest checkpoint, without the optimiser state.
 
     Args:
-      folder: what `Checkpoints` was given.
+      folder: folder of the `Checkpoints`.
       weights: "params" or "ema".
-      into: the tree that is wanted, of `jax.ShapeDtypeStruct` with shardings (default: what is there, on the first
-        device).
+      into: tree of `jax.ShapeDtypeStruct` with shardings to load into; None loads the stored tree onto the first
+        device.
 
     Returns:
-      (the tree as nested dicts of arrays, step).
+      The tree as nested dicts of arrays, and the step.
 
     Raises:
-      UserError: if there is no checkpoint, none of these weights in it, or they are not what is wanted.
+      UserError: if there is no checkpoint, it has no such weights, or their names or shapes differ from `into`.
     """
     with _newest(folder, weights) as (manager, step, tree):
         alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -199,7 +222,18 @@ def load_weights(folder: str | epath.Path, weights: str, into: Any = None) -> tu
 
 @contextlib.contextmanager
 def open_weights(folder: str | epath.Path, weights: str) -> Iterator["StoredWeights"]:
-    """One tree of the newest checkpoint, to be read array by array; arguments and errors as of `load_weights`."""
+    """Opens one weight tree of the newest checkpoint, to be read array by array.
+
+    Args:
+      folder: folder of the `Checkpoints`.
+      weights: "params" or "ema".
+
+    Yields:
+      The arrays by path; nothing is read before an array is asked for.
+
+    Raises:
+      UserError: if there is no checkpoint, or it has no such weights.
+    """
     with _newest(folder, weights) as (_, step, tree):
         flat, context = flax.traverse_util.flatten_dict(tree), ocp.type_handlers.get_ts_context()
         yield StoredWeights({path: StoredArray(leaf, context) for path, leaf in flat.items()}, step)
@@ -207,7 +241,12 @@ def open_weights(folder: str | epath.Path, weights: str) -> Iterator["StoredWeig
 
 @dataclasses.dataclass(frozen=True)
 class StoredWeights(Mapping):
-    """Path -> `StoredArray`. Attributes: step: of training."""
+    """Arrays of a checkpoint by path.
+
+    Attributes:
+      arrays: path in the tree -> array.
+      step: training step of the checkpoint.
+    """
 
     arrays: Mapping[tuple[str, ...], "StoredArray"]
     step: int
@@ -227,26 +266,40 @@ class StoredWeights(Mapping):
 
 
 class StoredArray:
-    """An array of a checkpoint, in host memory as far as it is asked for: `np.asarray` reads all of it, iteration one
-    entry of the first axis after the other.
+    """An array of a checkpoint, read on demand into host memory.
+
+    `np.asarray` reads all of it; iteration yields one entry of the first axis after the other.
     """
 
     def __init__(self, metadata: Any, context: tensorstore.Context):
-        """Args: metadata: as Orbax has it of the array; context: one for all arrays of a checkpoint."""
+        """Reads nothing yet.
+
+        Args:
+          metadata: Orbax's metadata of the array.
+          context: TensorStore context shared by all arrays of a checkpoint.
+        """
         self.shape, self.dtype = tuple(metadata.shape), np.dtype(metadata.dtype)
         self._metadata, self._context = metadata, context
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Raises UserError if it can't be read."""
+        """Reads the array.
+
+        Raises:
+          UserError: if it can't be read.
+        """
         array = self._read(self._open())
         return array if dtype is None else array.astype(dtype, copy=False)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Raises UserError if it can't be read."""
+        """Yields the entries of the first axis, reading up to `READ_BYTES` at a time.
+
+        Raises:
+          UserError: if the array can't be read.
+        """
         store = self._open()
         entry_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         at_once = max(1, READ_BYTES // max(1, entry_bytes))
-        # Whatever is read of a piece, all of it is decompressed: once if it can be, and a large one not again.
+        # Reading a part of a chunk decompresses all of it: read along chunk borders, and an oversized chunk at once.
         piece = store.chunk_layout.read_chunk.shape
         if piece[0] <= at_once:
             at_once -= at_once % piece[0]
@@ -279,15 +332,15 @@ class StoredArray:
 
 @contextlib.contextmanager
 def _newest(folder: str | epath.Path, weights: str) -> Iterator[tuple[ocp.CheckpointManager, int, Mapping[str, Any]]]:
-    """-> (Orbax's manager, the newest step, Orbax's metadata of each of the weights' arrays in nested dicts)."""
+    """Opens the newest checkpoint: yields Orbax's manager, the step, and the arrays' metadata as nested dicts."""
     folder = epath.Path(folder).resolve()
     require_checkpoint(folder)
     handlers = {"state": ocp.PyTreeCheckpointHandler()}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in ("facts", "config")}
-    handlers["data"] = DataPositionHandler()  # or Orbax warns of unknown items
+    handlers["data"] = DataPositionHandler()  # without it, Orbax warns about unknown items
     with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
         step = manager.latest_step()
-        if step is None:  # in a bucket, a folder may be there before its checkpoint is finished
+        if step is None:  # in an object store, the folder may exist before its checkpoint is finished
             raise _no_checkpoint(folder)
         tree = manager.item_metadata(step)["state"].tree
         if tree.get(weights) is None:
@@ -297,7 +350,7 @@ def _newest(folder: str | epath.Path, weights: str) -> Iterator[tuple[ocp.Checkp
 
 
 def _save_args(array: jax.Array) -> ocp.SaveArgs:
-    """Where the blocks of a large stack are a file's pieces each, one can be read without the others."""
+    """Returns options that write a large stack with one chunk for each block, readable without the others."""
     part = array.sharding.shard_shape(array.shape)
     is_large_stack = array.ndim > 2 and math.prod(part) * array.dtype.itemsize > CUT_FROM
     return ocp.SaveArgs(shard_axes=(0,)) if is_large_stack else ocp.SaveArgs()

@@ -1,7 +1,7 @@
 """Trains: `python -m lidit_jax.main --config=configs/shapes.py --workdir=DIR [--config.path.to.key=value …]`.
 
-Run the same command again and it goes on where it stopped; also after SIGTERM, at which training saves and ends. On a
-pod, run it on every host.
+Run the same command again to resume from the last checkpoint, also after SIGTERM, on which training saves and exits. On
+a pod, run it on every host.
 """
 
 from absl import flags

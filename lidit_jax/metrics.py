@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress line, TensorBoard scalars and pictures (clu), and a JSON line per log step."""
+"""Training logs: a progress line, TensorBoard scalars and images (clu), and one JSON line for each logged step."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ from lidit_jax.pictures import save_png
 
 
 class Metrics:
-    """Writes scalars and pictures of one part into its folder; only the first process writes.
+    """Writes scalars and images of one trained component into its folder; only the first process writes.
 
-    `metrics.jsonl` has one object a logged step; when a run resumes, lines of steps that are taken again are repeated.
-    Values that are not finite are null there. Names that nothing was measured for are left out: the loss where every
-    step of the interval was skipped, a quarter of the schedule that no sample fell into.
+    `metrics.jsonl` has one object for each logged step. When a run resumes, steps that are taken again have a second
+    line. Values that are not finite are null. Names without a measurement are left out: the loss if every step of the
+    interval was skipped, the loss of a quarter of the noise schedule that no sample fell into.
     """
 
     def __init__(self, folder: str | epath.Path):
@@ -28,8 +28,8 @@ class Metrics:
         self._writer = None
         if jax.process_index() == 0:
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-            os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it prints a note about rounding at every start
-            # Imports TensorFlow, which takes seconds: only a process that writes pays for it.
+            os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a message about rounding at every start
+            # Imports TensorFlow, which takes seconds: only the process that writes should pay for it.
             from clu import metric_writers
 
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -37,13 +37,14 @@ class Metrics:
             self._lines = (self.folder / "metrics.jsonl").open("a")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes named scalars to TensorBoard and to `metrics.jsonl`."""
         if self._writer:
             self._writer.write_scalars(step, dict(values))
             self._lines.write(json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n")
             self._lines.flush()
 
     def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Named pictures, uint8 [H, W, 3]: to TensorBoard, and as samples/NAME_STEP.png."""
+        """Writes named images, uint8 [H, W, 3], to TensorBoard and to samples/NAME_STEP.png."""
         if self._writer:
             self._writer.write_images(step, {name: picture[None] for name, picture in pictures.items()})
             for name, picture in pictures.items():
@@ -57,10 +58,18 @@ class Metrics:
 
 
 class Progress:
-    """The progress line: loss, speed, utilisation, time spent waiting for data, time left."""
+    """Prints the progress line: loss, speed, MFU, share of time spent waiting for data, time left."""
 
     def __init__(self, name: str, step: int, steps: int, batch_size: int, peak: float | None = None):
-        """Args: peak: operations a second that all devices can do at best, where that is known."""
+        """Starts the first interval.
+
+        Args:
+          name: name of the trained component.
+          step: steps taken so far.
+          steps: steps in total.
+          batch_size: samples in a step, over all devices.
+          peak: peak FLOP/s of all devices together; None if unknown.
+        """
         self._peak, self._flops = peak, 0.0
         self.name, self.steps, self.batch_size = name, steps, batch_size
         self._step, self._started = step, time.monotonic()
@@ -68,23 +77,26 @@ class Progress:
         self._speed: dict[str, float] = {}
 
     def waited(self, seconds: float) -> None:
-        """Time that the last step spent waiting for its batch."""
+        """Adds the time that the last step spent waiting for its batch."""
         self._waiting += seconds
 
     def worked(self, flops: float) -> None:
-        """Operations that the models needed for the last step."""
+        """Adds the model FLOPs of the last step."""
         self._flops += flops
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is neither a step's nor the data's: pictures, checkpoints."""
+        """Excludes the time spent in the context, for samples and checkpoints, from the speed."""
         started = time.monotonic()
         yield
         self._paused += time.monotonic() - started
 
     def speed(self, step: int) -> dict[str, float]:
-        """Since the last call: samples_per_second, data_wait (share of the time) and, where operations are counted,
-        tflops_per_second and mfu (share of the devices' peak); starts a new interval.
+        """Returns the speed since the last call, and starts a new interval.
+
+        Returns:
+          "samples_per_second", "data_wait" (share of the time) and, if FLOPs are counted, "tflops_per_second" (all
+          devices together) and, if the peak is known, "mfu" (share of the peak).
         """
         now = time.monotonic()
         elapsed = max(1e-9, now - self._started - self._paused)
@@ -101,7 +113,7 @@ class Progress:
         return self._speed
 
     def print(self, step: int, values: Mapping[str, float]) -> None:
-        """Prints the line; a dash stands for what no step of the interval measured."""
+        """Prints the progress line, with a dash for values that no step of the interval measured."""
         if jax.process_index():
             return
         speed = self._speed["samples_per_second"]
@@ -120,7 +132,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """3725 -> "1h02m"; 65 -> "1m05s"."""
+    """Formats seconds: 3725 as "1h02m", 65 as "1m05s"."""
     seconds = int(seconds)
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

@@ -1,4 +1,4 @@
-"""Prompts to pictures: the one path for previews while training, for `sample` and for evaluation."""
+"""Samples images from prompts: the one path for previews during training, for the `sample` command and evaluation."""
 
 import contextlib
 import dataclasses
@@ -27,16 +27,16 @@ from lidit_jax.text.shared_prompts import SharedPrompts
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How pictures are drawn, under `sample` in the config.
+    """How images are sampled: section `sample` of the config.
 
     Attributes:
-      sampler: one of `diffusion.samplers.SAMPLERS` that goes with the schedule.
-      steps: of the sampler.
-      guidance_scale: classifier-free guidance; 1 switches it off and halves the work.
-      batch_size: pictures drawn at once; on a mesh rounded up, so that every device has as many.
-      decode_pixels: what the VAE decodes at once on a device: of more pictures, some after the others; a larger picture
-        in tiles.
-      decode_tile: side of a tile in pixels; smaller ones take less memory and, for their overlap, more time.
+      sampler: one of `diffusion.samplers.SAMPLERS` that fits the schedule.
+      steps: sampling steps.
+      guidance_scale: scale of classifier-free guidance; 1 switches it off and halves the work.
+      batch_size: images sampled at once; on a mesh, rounded up to a multiple of the batch shards.
+      decode_pixels: pixels that the VAE decodes at once on a device. Batches with more pixels are decoded in slices,
+        and images with more pixels in tiles.
+      decode_tile: side of a tile in pixels; smaller tiles take less memory and, because they overlap, more time.
     """
 
     sampler: str
@@ -53,18 +53,25 @@ class SampleConfig:
 
     @property
     def is_guided(self) -> bool:
-        """Whether the empty prompt has a part in every evaluation of the model."""
+        """Whether each evaluation of the model also predicts for the empty prompt."""
         return self.guidance_scale != 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """Everything but LI-DiT's own parameters, which are passed in: a training run draws with its live EMA weights.
+    """The model with its frozen encoders and VAE.
+
+    LI-DiT's parameters are passed to each call, so that a training run samples with its current EMA weights.
 
     Attributes:
-      frozen: {"vae": parameters, "encoders": {name: what the encoder's `freeze` gave}}.
-      mesh, rules: over which pictures are spread; None: the first device draws. Every process must call, with the same
-        arguments, and gets all pictures.
+      model: LI-DiT.
+      schedule: noise schedule that the model is trained with.
+      encoders: prompt encoders by name, in the order of the model's branches.
+      vae: the autoencoder.
+      frozen: {"vae": parameters, "encoders": {name: output of the encoder's `freeze`}}.
+      mesh: devices over which the images of a batch are sharded; every process must make the same calls, and gets all
+        images. None samples on the first device.
+      rules: sharding rules; None without a mesh.
     """
 
     model: LIDiT
@@ -85,15 +92,26 @@ class Pipeline:
         how: SampleConfig,
         images_per_prompt: int = 1,
     ) -> np.ndarray:
-        """As many pictures a prompt, all of a prompt together: uint8 [N, height, width, 3].
+        """Samples `images_per_prompt` images for each prompt.
 
-        A picture is a function of its prompt and its seed (and of `how`), not of its neighbours in the batch.
+        An image depends on its prompt, its seed and `how`, not on the rest of its batch.
 
-        Args: seeds: [N], one a picture.
+        Args:
+          params: LI-DiT's parameters.
+          prompts: the prompts.
+          seeds: [N], one for each image; N = len(prompts) * images_per_prompt.
+          height: in pixels.
+          width: in pixels.
+          how: sampler, steps, guidance and batch size.
+          images_per_prompt: images for each prompt.
+
+        Returns:
+          uint8 [N, height, width, 3]; the images of one prompt are adjacent.
 
         Raises:
-          UserError: if the VAE and the patch size do not divide the height or width, or the sampler does not fit.
-          ValueError: if there are not `images_per_prompt` seeds a prompt.
+          UserError: if the height or width is not a multiple of the latent cell times the patch size, or the sampler
+            does not fit the schedule.
+          ValueError: if the number of seeds is not N.
         """
         if len(seeds) != len(prompts) * images_per_prompt:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts with {images_per_prompt} pictures each")
@@ -104,7 +122,7 @@ class Pipeline:
         for start in range(0, len(seeds), rows):
             part = [*seeds[start : start + rows]]
             count = len(part)
-            part += [0] * (rows - count)  # one shape, one compilation
+            part += [0] * (rows - count)  # one shape, so one compilation
             to_encode, places = shared.batch(prompts, start)
             given = tokenize(self.encoders, to_encode), places, np.asarray(part, np.uint32)
             with self._in_force():
@@ -113,7 +131,7 @@ class Pipeline:
         return np.concatenate(pictures)
 
     def abstract_params(self) -> Any:
-        """Shapes and places of LI-DiT's parameters, to load into."""
+        """Returns shapes, dtypes and shardings of LI-DiT's parameters, to load into."""
         widths = [encoder.hidden_size for encoder in self.encoders.values()]
         boxed = jax.eval_shape(functools.partial(self.model.init_params, widths), jax.random.key(0))
         if self.mesh is None:
@@ -125,7 +143,7 @@ class Pipeline:
         return jax.tree.map(abstract, nn.unbox(boxed), places)
 
     def flops(self, height: int, width: int, how: SampleConfig, images_per_prompt: int = 1) -> int:
-        """Operations that drawing a batch needs; as of a step's, see `models/flops.py`. The VAE's are not counted."""
+        """Returns the model FLOPs of sampling one batch, counted as in `models/flops.py`, without the VAE's."""
         rows = self.rows(how) * (2 if how.is_guided else 1)
         tokens = {name: encoder.tokenizer.max_length for name, encoder in self.encoders.items()}
         encoded = self._shared_prompts(how, images_per_prompt).encoded
@@ -138,7 +156,7 @@ class Pipeline:
     def lower(
         self, params: Any, height: int, width: int, how: SampleConfig, images_per_prompt: int = 1
     ) -> jax.stages.Lowered:
-        """The program that draws a batch, for shapes in place of arrays; see `compile/compile_step.py`."""
+        """Lowers the program that samples one batch, from shapes instead of arrays; see `compile/compile_step.py`."""
         to_encode, places = self._shared_prompts(how, images_per_prompt).batch([], 0)
         given = tokenize(self.encoders, to_encode), places, np.zeros(self.rows(how), np.uint32)
         place = None if self.mesh is None else batch_sharding(self.mesh, self.rules)
@@ -147,7 +165,7 @@ class Pipeline:
             return self._draw.lower(params, self.frozen, *given, np.float32(1), **_static(how, height, width))
 
     def rows(self, how: SampleConfig) -> int:
-        """Pictures at once."""
+        """Returns the images sampled at once: the batch size, rounded up to a multiple of the batch shards."""
         return math.ceil(how.batch_size / self._shards()) * self._shards()
 
     def _shards(self) -> int:
@@ -157,7 +175,7 @@ class Pipeline:
         return SharedPrompts(self.rows(how), images_per_prompt, how.is_guided, self._shards())
 
     def _put(self, arrays: Any) -> Any:
-        """Rows, of which every process has all, over the mesh."""
+        """Shards the rows of host arrays, the same on every process, over the mesh."""
         if self.mesh is None:
             return arrays
         rows = batch_sharding(self.mesh, self.rules)
@@ -167,7 +185,7 @@ class Pipeline:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises UserError unless the VAE's cells and the patches divide both sides."""
+        """Raises UserError unless both sides are multiples of the latent cell times the patch size."""
         cell = self.vae.config.downsampling_factor * self.model.config.patch_size
         for name, side in (("height", height), ("width", width)):
             if side < cell or side % cell:
@@ -176,7 +194,7 @@ class Pipeline:
 
     @functools.cached_property
     def _draw(self):
-        # Whole on every device: only of what it has itself can a process make a NumPy array.
+        # Replicate the output: only fully addressable arrays convert to NumPy.
         place = None if self.mesh is None else replicated(self.mesh)
         return jax.jit(self._draw_by_rules, static_argnames=_STATIC, out_shardings=place)
 
@@ -217,11 +235,11 @@ class Pipeline:
         decode = lambda latents, params: decode_within(  # noqa: E731
             self.vae, params, latents, pixels_at_once=decode_pixels, tile=decode_tile
         )
-        # Slices and tiles are each device's own: taken of the whole batch they would be decoded by all devices.
+        # Each device slices and tiles its own rows: slices of the global batch would be decoded by every device.
         return to_pictures(self._on_own_rows(decode, latents, frozen["vae"]))
 
     def _on_own_rows(self, function: Callable[..., Any], rows: Any, *whole: Any) -> Any:
-        """`function(rows, *whole)`, where each device has its own of the rows and all of the rest; gives rows."""
+        """Calls `function(rows, *whole)` on each device with its shard of the rows and all of `whole`; returns rows."""
         if self.mesh is None:
             return function(rows, *whole)
         own = PartitionSpec(self.rules.batch)
@@ -233,6 +251,6 @@ _STATIC = ("height", "width", "steps", "sampler", "is_guided", "decode_pixels", 
 
 
 def _static(how: SampleConfig, height: int, width: int) -> dict[str, Any]:
-    """What a program is compiled for."""
+    """Returns the static arguments, for whose values the program is compiled."""
     values = {"height": height, "width": width}
     return values | {name: getattr(how, name) for name in _STATIC if name not in values}
