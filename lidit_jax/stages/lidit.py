@@ -42,15 +42,20 @@ def lidit_task(
     *,
     encode_in_step: bool = True,
 ) -> Task:
-    """The diffusion objective on latents, with the LLMs and the VAE's encoder frozen.
+    """Returns the task of the diffusion objective on latents, with the LLMs and the VAE's encoder frozen.
 
-    A batch has {"image": uint8 [B, H, W, 3]}, or {"moments": [B, h, w, 2C]} that the VAE made of it ahead of time, and
-    every encoder's tokens and mask.
+    A batch has {"image": uint8 [B, H, W, 3]}, or {"moments": [B, h, w, 2C]} that the VAE computed from it in advance,
+    and the tokens and mask of every encoder.
 
     Args:
-      frozen: {"vae": parameters, "encoders": {name: what the encoder's `freeze` gave}}.
-      encode_in_step: the LLMs run inside the train step; else as a program of their own before it, whose features are
-        kept in memory from the one to the other. Both compute the same.
+      model: LI-DiT.
+      schedule: noise schedule.
+      encoders: prompt encoders by name, in the order of the model's branches.
+      vae: the autoencoder.
+      frozen: {"vae": parameters, "encoders": {name: output of the encoder's `freeze`}}.
+      evaluate: computes what is logged every `sample_every` steps; or None.
+      encode_in_step: True runs the LLMs inside the train step; False runs them in a separate program before it, and
+        keeps their features in device memory in between. The results are the same.
     """
 
     def loss(params, frozen, batch, key, phase):
@@ -86,7 +91,7 @@ def lidit_task(
 def _lidit_flops(
     model: LIDiT, vae: AutoencoderKL, encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], batch: Batch
 ) -> int:
-    """Operations that a step needs: encoding what is not encoded yet, and LI-DiT forward and backward."""
+    """Returns the model FLOPs of a step: encoding images and prompts, unless precomputed, and LI-DiT's two passes."""
     content = "moments" if "moments" in batch else "image"
     count, height, width = batch[content].shape[:3]
     total = 0
@@ -101,10 +106,11 @@ def _lidit_flops(
 def train_lidit(
     experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules
 ) -> tuple[Pipeline, TrainState]:
+    """Trains LI-DiT, and returns the pipeline to sample with and the final state."""
     config, how = experiment.train, experiment.sample
     stored = dataset.stored_prompts()
     draws = config.sample_every > 0 or "evaluate" in experiment.config
-    # With stored features the encoders are there to draw alone.
+    # With stored features, the encoders are needed for sampling only.
     with watched(config.stalled_after, "loading the encoders"):
         pipeline = experiment.pipeline(mesh, rules, with_encoders=draws or not stored)
     prompts = dataset.captions(how.batch_size, experiment.config.seed)
@@ -146,7 +152,7 @@ def train_lidit(
 
 
 def _initial_params(experiment: Experiment, mesh: Mesh, rules: ShardingRules) -> Callable[[Any], Any] | None:
-    """For fine-tuning: LI-DiT's averaged weights from the workdir, or exported folder, that `start_from` names."""
+    """Returns a loader of LI-DiT's EMA weights from the workdir or exported folder `start_from`; None without one."""
     if not experiment.config.get("start_from"):
         return None
     other = epath.Path(experiment.config.start_from)

@@ -1,4 +1,4 @@
-"""How well an autoencoder gives pictures back, and what its latents are like: numbers, and a sheet to look at."""
+"""Evaluates an autoencoder: reconstruction quality, statistics of its latents, and a sheet of reconstructions."""
 
 import collections
 import dataclasses
@@ -31,12 +31,12 @@ SCORES_FILE, SHEET_FILE = "reconstruction.json", "reconstruction.png"
 
 @flax.struct.dataclass
 class LatentMoments:
-    """Of the latents that a picture's Gaussians give, as training draws from them: float32, one row `[C]` a picture.
+    """Moments of each image's latents, as sampled from the posterior for training.
 
     Attributes:
-      mean: over the picture's positions.
-      second: mean of the squares, the Gaussians' variance included.
-      positions: how many.
+      mean: float32 [B, C], mean over the image's latent positions.
+      second: float32 [B, C], mean of the squares, including the posterior's variance.
+      positions: float32 [B], number of latent positions.
     """
 
     mean: Any
@@ -46,14 +46,23 @@ class LatentMoments:
 
 @dataclasses.dataclass(frozen=True)
 class LatentStatistics:
-    """Of each channel over many pictures: float64 `[C]`."""
+    """Mean and standard deviation of each latent channel over many images.
+
+    Attributes:
+      mean: float64 [C].
+      deviation: float64 [C].
+    """
 
     mean: np.ndarray
     deviation: np.ndarray
 
     @classmethod
     def of(cls, sums: Sequence[LatentMoments]) -> "LatentStatistics":
-        """Args: sums: of batches, each with leaves `[B, …]`."""
+        """Combines the moments of several batches.
+
+        Args:
+          sums: moments of each batch, with leaves [B, …].
+        """
         weights = np.concatenate([s.positions for s in sums]).astype(np.float64)  # [N]
         weights /= weights.sum()
         mean = weights @ np.concatenate([s.mean for s in sums]).astype(np.float64)
@@ -62,15 +71,15 @@ class LatentStatistics:
 
     @property
     def shift_factor(self) -> float:
-        """What makes the mean over all channels 0 when it is subtracted."""
+        """Mean over all channels: subtracting it centres the latents."""
         return float(self.mean.mean())
 
     @property
     def scaling_factor(self) -> float:
-        """What makes the deviation over all channels 1 when latents are multiplied by it.
+        """Factor that scales the standard deviation over all channels to 1.
 
         Raises:
-          UserError: the latents are all alike, or not finite.
+          UserError: if the latents are constant or not finite.
         """
         variance = float(np.mean(self.deviation**2 + self.mean**2) - self.mean.mean() ** 2)
         if not 0 < variance < np.inf:
@@ -79,7 +88,7 @@ class LatentStatistics:
 
 
 class Autoencoding:
-    """An autoencoder's compiled functions on a mesh."""
+    """Jitted functions of an autoencoder on a mesh."""
 
     def __init__(self, model: AutoencoderKL, mesh: Mesh, rules: ShardingRules):
         self._model, self._mesh = model, mesh
@@ -89,7 +98,7 @@ class Autoencoding:
         self._reconstruct = jax.jit(self._measure_and_reconstruct, out_shardings=replicated(mesh))
 
     def latent_statistics(self, params: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> LatentStatistics:
-        """Of batches as `train` gets them: each process has its own rows."""
+        """Returns the statistics of the latents of training batches, of which each process has its own rows."""
         sums = []
         with jax.set_mesh(self._mesh):
             for batch in batches:
@@ -100,12 +109,17 @@ class Autoencoding:
     def reconstruct(
         self, params: Any, pictures: Sequence[np.ndarray], batch_size: int
     ) -> tuple[dict[str, np.ndarray], list[np.ndarray], LatentStatistics]:
-        """Encodes to the mode and decodes: ({"psnr": [N], "ssim": [N]}, N pictures uint8, the latents' statistics).
+        """Encodes images to the mode of the posterior and decodes it.
 
         Args:
-          pictures: uint8 [H, W, 3] each, the same on every process. Those of one size go together.
+          params: parameters of the autoencoder.
+          pictures: N images, uint8 [H, W, 3] each, the same on every process. Batches have images of one size.
+          batch_size: images in a batch; rounded up to a multiple of the batch shards.
+
+        Returns:
+          {"psnr": [N], "ssim": [N]}, the N reconstructions (uint8), and the statistics of the latents.
         """
-        rows = -(-batch_size // self._shards) * self._shards  # every device gets as many
+        rows = -(-batch_size // self._shards) * self._shards  # the same number on every device
         of_size = collections.defaultdict(list)
         for index, picture in enumerate(pictures):
             of_size[picture.shape].append(index)
@@ -159,10 +173,18 @@ def _latent_moments(posterior) -> LatentMoments:
 def evaluate_reconstruction(
     autoencoding: Autoencoding, params: Any, pictures: Sequence[np.ndarray], evaluation: ReconstructionEvaluation
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """(scores, a sheet of originals over their reconstructions, uint8 [H, W, 3]).
+    """Scores the reconstructions of an autoencoder.
 
-    The scores, JSON-able: "images", and means of "psnr" in decibels and "ssim" over them; "latent_mean" and
-    "latent_deviation", a list of one number a channel each.
+    Args:
+      autoencoding: jitted functions of the autoencoder.
+      params: its parameters.
+      pictures: images, uint8 [H, W, 3] each, the same on every process.
+      evaluation: batch size and size of the sheet.
+
+    Returns:
+      The JSON-serialisable scores, and a sheet of originals above their reconstructions, uint8 [H, W, 3]. Scores are
+      "images" (their number), the means of "psnr" (decibels) and "ssim" over them, and "latent_mean" and
+      "latent_deviation", lists with one number for each channel.
     """
     scores, given_back, latents = autoencoding.reconstruct(params, pictures, evaluation.batch_size)
     chosen = np.linspace(0, len(pictures) - 1, min(evaluation.sheet, len(pictures))).astype(int)
@@ -177,7 +199,7 @@ def evaluate_reconstruction(
 
 
 def scalars(scores: Mapping[str, Any]) -> dict[str, float]:
-    """The scores as numbers with names of their own, for a log."""
+    """Flattens the scores to named numbers, for the log."""
     flat = {}
     for name, value in scores.items():
         if isinstance(value, list):
@@ -188,7 +210,7 @@ def scalars(scores: Mapping[str, Any]) -> dict[str, float]:
 
 
 def is_judged(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
-    """Whether the workdir's `reconstruction.json` is that of these facts."""
+    """Returns True if the workdir's `reconstruction.json` was written for the same facts."""
     file = workdir / SCORES_FILE
     if not file.exists():
         return False
@@ -202,10 +224,14 @@ def is_judged(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
 def report(
     scores: Mapping[str, Any], sheet: np.ndarray, config: VAEConfig, facts: Mapping[str, Any], workdir: epath.Path
 ) -> None:
-    """On the log, and to `reconstruction.json` and `reconstruction.png` in the workdir.
+    """Logs the scores, and writes `reconstruction.json` and `reconstruction.png` into the workdir.
 
     Args:
-      facts: JSON-able; what was judged, and how.
+      scores: scores of `evaluate_reconstruction`.
+      sheet: its sheet, uint8 [H, W, 3].
+      config: the VAE's config, whose scaling and shift are written too.
+      facts: JSON-serialisable: what was evaluated, and how.
+      workdir: folder of the run.
     """
     if jax.process_index():
         return

@@ -1,4 +1,4 @@
-"""The VAE: its task, and the stage that trains and judges it."""
+"""The VAE: its task, and the stage that trains and evaluates it."""
 
 import dataclasses
 import functools
@@ -43,19 +43,19 @@ from lidit_jax.weights.digest import file_digest, folder_digest
 from lidit_jax.weights.lpips import load_lpips
 
 logger = logging.getLogger(__name__)
-STATISTICS_BATCHES = 16  # batches that the latents' mean and deviation are measured on
+STATISTICS_BATCHES = 16  # batches on which the latents' mean and deviation are measured
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEObjective:
-    """What the autoencoder's training weighs, per value of a picture; see `models/vae_loss.py`.
+    """Terms of the autoencoder's loss and their weights, per value of an image; see `models/vae_loss.py`.
 
     Attributes:
-      reconstruction: error per pixel, "l1" or "l2".
-      kl_weight: of the latents' divergence from the standard normal.
-      perceptual_weight: of LPIPS, where its weights are given.
-      adversarial_weight: of the discriminator's opinion, times the adaptive weight, where there is a discriminator.
-      adversarial_start: step at which the discriminator begins to learn and to be heard.
+      reconstruction: pixel error, "l1" or "l2".
+      kl_weight: weight of the posterior's KL divergence from the standard normal.
+      perceptual_weight: weight of LPIPS, if its parameters are given.
+      adversarial_weight: weight of the adversarial term, times the adaptive weight, if there is a discriminator.
+      adversarial_start: step from which the discriminator is trained and the adversarial term counts.
     """
 
     reconstruction: str = "l1"
@@ -73,13 +73,17 @@ def vae_task(
     discriminator: PatchDiscriminator | None = None,
     evaluate: Evaluate | None = None,
 ) -> Task:
-    """Latent diffusion's autoencoder: similarity to the picture, KL and, on demand, a discriminator's opinion.
+    """Returns latent diffusion's autoencoder task: reconstruction, KL and, optionally, LPIPS and adversarial terms.
 
     A batch has {"image": uint8 [B, H, W, 3]}. The parameters are {"vae": …} and, with a discriminator,
-    {"discriminator": …}: both networks take their step on the same reconstructions.
+    {"discriminator": …}; both networks are updated on the same reconstructions.
 
     Args:
-      lpips: parameters of `LPIPS`, or None for no perceptual term.
+      model: the autoencoder.
+      objective: terms of the loss and their weights.
+      lpips: parameters of `LPIPS`; None for no perceptual term.
+      discriminator: None for no adversarial term.
+      evaluate: computes what is logged every `sample_every` steps; or None.
     """
 
     def init(key):
@@ -141,16 +145,19 @@ def vae_task(
 def _over_images(
     images: jax.Array, loss: jax.Array, metrics: Mapping[str, jax.Array]
 ) -> tuple[WeightedMean, dict[str, WeightedMean]]:
-    """Weighs scalars that are means over a batch's images [B, H, W, C] by their number."""
+    """Weights scalars that are means over a batch of images [B, H, W, C] by the number of images."""
     weigh = lambda mean: WeightedMean(mean, jnp.float32(images.shape[0]))  # noqa: E731
     return weigh(loss), {name: weigh(mean) for name, mean in metrics.items()}
 
 
 def _gradient_in_last_kernel(model: AutoencoderKL, params: Any, features: jax.Array, gradient: jax.Array) -> jax.Array:
-    """In the last convolution's kernel, of a loss whose gradient in the reconstruction is given.
+    """Returns the gradient of a loss with respect to the kernel of the decoder's last convolution.
 
     Args:
-      features: what that convolution takes; they are not differentiated.
+      model: the autoencoder.
+      params: its parameters.
+      features: input of that convolution; treated as constant.
+      gradient: gradient of the loss with respect to the reconstruction.
     """
     last = params["decoder"]["conv_out"]
 
@@ -162,13 +169,13 @@ def _gradient_in_last_kernel(model: AutoencoderKL, params: Any, features: jax.Ar
 
 
 class VAEStage:
-    """The VAE's part of a run: trained unless it is there, judged where the config asks for it."""
+    """The VAE stage of a run: trains the VAE unless it exists, and evaluates it if the config asks for it."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset):
-        """Reads what the stage needs, before anything is written.
+        """Loads what the stage needs, before anything is written.
 
         Raises:
-          UserError: held-out pictures, or the perceptual loss's weights, cannot be used.
+          UserError: if the held-out images, or the weights of the perceptual loss, cannot be used.
         """
         self.experiment, self.dataset, self.part = experiment, dataset, experiment.vae
         self.model = experiment.autoencoder(experiment.vae_config())
@@ -190,6 +197,7 @@ class VAEStage:
             self.pictures = self.judged_on.pictures(self.evaluation.num_images)
 
     def run(self, mesh: Mesh, rules: ShardingRules) -> None:
+        """Trains and evaluates the VAE, as far as that is still to be done."""
         autoencoding = Autoencoding(self.model, mesh, rules)
         if self.to_train:
             self._train(autoencoding, mesh, rules)
@@ -197,14 +205,14 @@ class VAEStage:
             self._judge(autoencoding, mesh)
 
     def _is_finished(self) -> bool:
-        """Whether the VAE is there, and of as many steps as the config now asks for."""
+        """Returns True if the VAE exists and, in a run of a VAE alone, was trained for the steps in the config."""
         if not self.experiment.vae_folder().exists():
             return False
         taken = steps_taken(self.experiment.training_folder("vae") / "checkpoints")
         return self.experiment.has_lidit or taken >= self.experiment.vae_training().steps
 
     def _facts(self) -> dict[str, Any]:
-        """What a judgement is of."""
+        """Returns what an evaluation depends on: VAE, data and settings."""
         return {
             "vae": folder_digest(self.experiment.vae_folder()),
             "data": self.judged_on.fingerprint,
@@ -213,7 +221,7 @@ class VAEStage:
         }
 
     def _lpips(self) -> Any:
-        """The perceptual loss's parameters; None where it is off, which the log says."""
+        """Loads the parameters of the perceptual loss; logs that it is off, and returns None, without weights."""
         file = self.part.perceptual_config().weights
         if not file:
             logger.info("vae: trained without the perceptual loss (vae.perceptual.weights names no file)")
@@ -257,13 +265,13 @@ class VAEStage:
         params = on_host(state.averaged["vae"], mesh, training.stalled_after)
         if jax.process_index() == 0:
             folder = experiment.vae_folder()
-            if folder.exists():  # of fewer steps; should this be cut short here, the checkpoint has the new one
+            if folder.exists():  # from fewer steps; if interrupted here, the new one is in the checkpoint
                 folder.rmtree()
             save_vae(folder, dataclasses.replace(self.model.config, **factors), params)
         multihost_utils.sync_global_devices("saved vae")
 
     def _judge(self, autoencoding: Autoencoding, mesh: Mesh) -> None:
-        """Writes how well the finished VAE, trained here or elsewhere, gives pictures back."""
+        """Evaluates the reconstructions of the finished VAE, trained here or elsewhere, and writes the report."""
         config, params = load_vae(self.experiment.vae_folder())
         params = jax.device_put(params, replicated(mesh))
         scores, sheet = evaluate_reconstruction(autoencoding, params, self.pictures, self.evaluation)
