@@ -1,9 +1,9 @@
-"""Compiles the train step for TPUs that are not there: `python -m lidit_jax.compile --config=… --topology=v5p:8x8x4`.
+"""Compiles the train step for a TPU slice without one: `python -m lidit_jax.compile --config=… --topology=v5p:8x8x4`.
 
-Compiles the square bucket and an extreme one, and reports the one that needs more memory; `--bucket=640x384` compiles
-that one alone. With `--program=sample` the sampling of images in its place; `--weights` lists where each weight goes.
-Says what a chip holds, whether that fits, and how long a step takes at the least. Needs no TPU, but its compiler:
-`pip install -e ".[tpu]"`. Exit code 1 where it does not fit.
+Compiles the step for the square bucket and for the most extreme one, and reports the one that needs more memory;
+`--bucket=640x384` compiles that one alone. `--program=sample` compiles the sampling of images instead; `--weights`
+lists the sharding of each weight. Reports the memory that a chip needs, whether it fits, and a lower bound on the time
+of a step. Needs no TPU, but the TPU compiler: `pip install -e ".[tpu]"`. Exit code 1 if the program does not fit.
 """
 
 import sys
@@ -34,7 +34,7 @@ _JSON = flags.DEFINE_string("json", None, "file for all numbers")
 
 
 def main() -> None:
-    jax.config.update("jax_platforms", "cpu")  # a libtpu that finds no platform named tries to start a TPU
+    jax.config.update("jax_platforms", "cpu")  # otherwise libtpu tries to start a TPU
     if _JSON.value and not epath.Path(_JSON.value).parent.is_dir():
         raise UserError(f"--json={_JSON.value}: there is no such folder")
     config, topology = cli.read_config(_CONFIG), cli.require(_TOPOLOGY.name)

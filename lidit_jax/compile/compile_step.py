@@ -1,7 +1,7 @@
-"""The real train step compiled for a TPU slice, on a machine without one: does it fit, and what does it do?
+"""Compiles the real train step for a TPU slice on a host without TPUs, to see whether it fits and what it costs.
 
-The TPU's own compiler comes with libtpu (`pip install -e ".[tpu]"`); a topology's name stands for its chips. Nothing is
-loaded: parameters, frozen encoders and batches are shapes with their places on the mesh.
+The TPU compiler comes with libtpu (`pip install -e ".[tpu]"`) and compiles for the chips of a named topology. Nothing
+is loaded: parameters, frozen encoders and batches are shapes with shardings.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ TOPOLOGY = re.compile(r"(v\d+[a-z]*):\d+(x\d+)*")
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A run's parts with shapes in place of arrays."""
+    """The networks of a run, with shapes in place of arrays."""
 
     experiment: Experiment
     chip: Chip
@@ -62,7 +62,7 @@ class _Run:
         return Trainer(task, config, self.mesh, self.rules)
 
     def state(self) -> TrainState:
-        """What a run holds, whatever its batches are."""
+        """Returns the abstract train state, which does not depend on the batch size."""
         rows = num_batch_shards(self.mesh, self.rules)
         return self.trainer(dataclasses.replace(self.experiment.train, batch_size=rows, accumulate=1)).abstract_state()
 
@@ -77,18 +77,23 @@ def compile_step(
 ) -> Report:
     """Compiles the train step of a config (frozen encoders, VAE's encoder, LI-DiT, AdamW, EMA), or its sampling.
 
-    The train step is compiled for the square bucket and for the one of the most extreme aspect: with about as many
-    tokens, it may pad them otherwise or take another attention kernel. The report is of the one that needs more memory.
+    The train step is compiled for the square bucket and for the bucket of the most extreme aspect ratio, which has
+    about as many tokens but may pad them differently or use another attention kernel.
 
     Args:
-      program: "train", or "sample": prompts to pictures, a batch as a run draws it for its log.
-      topology: e.g. "v5p:8x8x4".
-      num_slices: of that topology, joined by the data centre's network.
-      prefix_tokens: of system prompt and instruction, where no tokenizer is at hand.
-      bucket: the only one to compile, as "640x384" (height, width); "": the square and, of training, an extreme one.
+      config: the config of a run.
+      topology: TPU generation and slice shape, e.g. "v5p:8x8x4".
+      num_slices: number of such slices, connected by the data centre's network.
+      prefix_tokens: tokens of system prompt and instruction, assumed for encoders without weights.
+      program: "train", or "sample" for the sampling of one batch of images, as a run samples for its log.
+      bucket: the only bucket to compile, as "640x384" (height, width); "" compiles the square one and, for training,
+        the most extreme one.
+
+    Returns:
+      The report on the bucket that needs the most memory.
 
     Raises:
-      UserError: the config or the mesh cannot work, there is no such bucket, or the TPU's compiler is not installed.
+      UserError: if the config does not fit the mesh, there is no such bucket, or the TPU compiler is not installed.
     """
     run = _run(config, topology, num_slices, prefix_tokens)
     buckets = _buckets(run.experiment, bucket)
@@ -104,7 +109,7 @@ def compile_step(
 
 
 def _buckets(experiment: Experiment, only: str) -> list[Bucket]:
-    """The square bucket and the widest, or the only one that is asked for; see `compile_step`."""
+    """Returns the square bucket and the last, which is the most extreme, or only the requested one."""
     buckets = experiment.data.buckets(experiment.cell())
     if only:
         found = [bucket for bucket in buckets if str(bucket) == only]
@@ -118,7 +123,7 @@ def _buckets(experiment: Experiment, only: str) -> list[Bucket]:
 
 
 def where_weights_go(config: ConfigDict, topology: str, num_slices: int = 1) -> list[str]:
-    """A line for every weight: shape, cut along which axes of the mesh, and bytes on a chip. Nothing is compiled."""
+    """Lists the weights, one a line: shape, mesh axes that shard it, and size on a chip. Compiles nothing."""
     rows = [("weight", "shape", "cut", "MB a chip")]
     for name, leaf in _weights(_run(config, topology, num_slices, 1)).items():
         spec = tuple(leaf.sharding.spec) + (None,) * (len(leaf.shape) - len(leaf.sharding.spec))
@@ -129,7 +134,7 @@ def where_weights_go(config: ConfigDict, topology: str, num_slices: int = 1) -> 
 
 
 def _weights(run: _Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of LI-DiT, the encoders and the VAE, by name."""
+    """Returns the abstract weights of LI-DiT, the encoders and the VAE, by path."""
     trees = {"lidit": run.state().params, "vae": run.frozen["vae"]}
     trees |= {name: of.params for name, of in run.frozen["encoders"].items()}
     return flax.traverse_util.flatten_dict(trees, sep="/")
@@ -171,7 +176,7 @@ def _compile_sampling(run: _Run, topology: str, bucket: Bucket) -> Report:
     pipeline.check_size(*bucket)
     state = run.state()
     lower = lambda: pipeline.lower(state.averaged, *bucket, how)  # noqa: E731
-    # A run draws with one copy of the weights; what else it trains with stays where it is.
+    # Sampling reads one copy of the weights; the rest of the train state stays in memory.
     beside = state.opt_state if state.ema is None else (state.params, state.opt_state)
     parts = {"weights": state.averaged, "frozen": run.frozen, "beside": beside}
     rows, flops = pipeline.rows(how), pipeline.flops(*bucket, how)
@@ -217,7 +222,7 @@ def _report(
 
 
 def _needed(message: str) -> int:
-    """Bytes that the compiler asked for in vain; raises what it said of anything else."""
+    """Returns the bytes requested by XLA when compilation ran out of memory; raises UserError for other messages."""
     found = re.search(r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)", message)
     found = found or re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
     if not found:
@@ -226,26 +231,30 @@ def _needed(message: str) -> int:
 
 
 def topology_devices(name: str, num_slices: int = 1) -> tuple[list[jax.Device], Chip]:
-    """The chips of a slice that is not there.
+    """Returns compile-only devices of a TPU topology, and the kind of chip.
+
+    Args:
+      name: TPU generation and slice shape, e.g. "v5p:8x8x4".
+      num_slices: number of such slices.
 
     Raises:
-      UserError: there is no such topology, or no libtpu.
+      UserError: if there is no such topology, or libtpu is not installed.
     """
     generation = name.partition(":")[0]
     if not TOPOLOGY.fullmatch(name) or generation not in TPUS:
         raise UserError(f"--topology={name}: name one of {', '.join(TPUS)} and its shape, as v5p:8x8x4 or v5e:16x16")
     from jax.experimental import topologies
 
-    # Chips whose two cores work as one show themselves as one device.
+    # Megacore: the two cores of a chip appear as one device.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if generation in ("v4", "v5p") else {}
     if num_slices > 1:
         options["num_slices"] = num_slices
-    # libtpu otherwise asks the cloud who it is.
+    # Otherwise libtpu queries the metadata server of Google Cloud.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except Exception as error:  # jaxlib raises its own kinds, and plain RuntimeErrors, for all that can be wrong
+    except Exception as error:  # jaxlib raises types of its own and plain RuntimeErrors
         raise UserError(
             f"--topology={name}: {' '.join(str(error).split())[:200]} (the TPU's compiler is needed: "
             'pip install -e ".[tpu]"; one process at a time can use it)'
@@ -255,7 +264,13 @@ def topology_devices(name: str, num_slices: int = 1) -> tuple[list[jax.Device], 
 
 @dataclasses.dataclass(frozen=True)
 class AssumedTokenizer:
-    """As long as a tokenizer would be, in place of one that is not there."""
+    """Stands in for a tokenizer that is not available: gives sequences of the right length.
+
+    Attributes:
+      prefix_tokens: tokens of system prompt and instruction.
+      max_length: tokens of a padded prompt.
+      largest_token: largest token id.
+    """
 
     prefix_tokens: int
     max_length: int
@@ -273,9 +288,9 @@ class AssumedTokenizer:
 def abstract_frozen(
     experiment: Experiment, mesh: Mesh, rules: ShardingRules, prefix_tokens: int
 ) -> tuple[dict[str, PromptEncoder], dict[str, Any]]:
-    """The encoders, and shapes of all that is frozen, as `Experiment.pipeline` would load it.
+    """Returns the encoders, and the shapes of the frozen arrays that `Experiment.pipeline` would load.
 
-    Encoders whose `weights` are given are those of their folders' config.json, others those that `model` describes.
+    Encoders with `weights` are read from the config.json of that folder, others from their `model` section.
     """
     encoders, frozen = {}, {}
     for name, part in experiment.encoders.items():
@@ -302,7 +317,7 @@ def abstract_frozen(
 def abstract_batch(
     experiment: Experiment, encoders: Mapping[str, PromptEncoder], mesh: Mesh, rules: ShardingRules, bucket: Bucket
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of images of one bucket with their tokens."""
+    """Returns the shapes of a batch of images of one bucket and their tokens."""
     rows, length = experiment.train.batch_size, experiment.text.max_length
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((rows, *bucket, 3), jnp.uint8)}
     for name in encoders:

@@ -1,6 +1,6 @@
-"""What a compiled program does, read from its HLO text: operations, memory traffic, messages; loops by their trips.
+"""Cost of a compiled program from its HLO text: FLOPs, memory traffic and communication, with loops' trip counts.
 
-XLA's own cost analysis counts the body of a loop once, which for blocks under a scan says nothing.
+XLA's own cost analysis counts a loop's body once, which is meaningless for blocks under a scan.
 """
 
 import collections
@@ -18,10 +18,10 @@ _BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf
           "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}  # fmt: skip
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _REDUCTIONS = ("all-reduce", "reduce-scatter")
-# Custom calls of the TPU's compiler that compute nothing.
+# Custom calls of the TPU compiler that compute nothing.
 _NO_KERNELS = frozenset(("AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast",
                          "AssumeGatherIndicesInBound"))  # fmt: skip
-# Names for what is elsewhere already.
+# Instructions that only name existing data, without memory traffic.
 _FREE = frozenset(("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id"))
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 _NAME = re.compile(r"%?([\w.\-]+)")
@@ -29,16 +29,17 @@ _NAME = re.compile(r"%?([\w.\-]+)")
 
 @dataclasses.dataclass
 class Cost:
-    """Of one run of a program on one device.
+    """Cost of one run of a program on one device.
 
     Attributes:
-      flops: of matrix products and convolutions, two a multiplication.
-      bytes: read and written by whatever is not fused into something else; slices of larger arrays count as slices.
-      messages: bytes that a chip takes part in sending, by kind: of a gather its result, of a scatter its operand, of a
-        reduction twice its size.
-      gradient_reductions: of the messages, those that reduce the gradients of weights and biases, by dtype ("f32").
-      kernels: custom calls whose operations nobody can read here (the attention kernel's are counted), by target.
-      unknown_loops: loops whose trips could not be read; their bodies are counted once.
+      flops: FLOPs of matrix products and convolutions, two for each multiply-add.
+      bytes: bytes read and written by instructions that are not fused into others; for slices of larger arrays, those
+        of the slice.
+      messages: bytes communicated by a chip, by collective: the result of an all-gather, the operand of a
+        reduce-scatter, twice the size of an all-reduce.
+      gradient_reductions: bytes of `messages` that reduce gradients of weights and biases, by dtype ("f32").
+      kernels: custom calls whose FLOPs can't be read from the text, by target (those of the attention kernel can).
+      unknown_loops: number of loops with an unknown trip count; their bodies are counted once.
     """
 
     flops: float = 0.0
@@ -49,6 +50,7 @@ class Cost:
     unknown_loops: int = 0
 
     def add(self, other: "Cost", times: int = 1) -> None:
+        """Adds another cost in place, multiplied by `times`."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         for field in ("messages", "gradient_reductions", "kernels"):
@@ -60,7 +62,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `name = shape opcode(operands), attributes`."""
+    """An instruction of the HLO text: `name = shape opcode(operands), attributes`."""
 
     name: str
     shape: str
@@ -70,12 +72,17 @@ class Instruction:
     is_root: bool = False
 
     def called(self, key: str) -> str | None:
+        """Returns the name that attribute `key` refers to, such as a computation."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
 
 def cost_of(text: str) -> Cost:
-    """Of a module as `Compiled.as_text()` gives it."""
+    """Returns the cost of a module.
+
+    Args:
+      text: HLO text, as from `Compiled.as_text()`.
+    """
     return _Module(text).cost()
 
 
@@ -105,7 +112,7 @@ class _Module:
         return self._known[name, fused]
 
     def _cost_of(self, one: Instruction, among: dict[str, Instruction], fused: bool) -> tuple[Cost, int]:
-        """(cost, how often)."""
+        """Returns the cost of an instruction and how often it counts."""
         if one.opcode == "while":
             trips = self._trips(one, among)
             cost = dataclasses.replace(Cost(), unknown_loops=int(trips is None))
@@ -124,7 +131,7 @@ class _Module:
         if one.opcode == "fusion":
             name = one.called("calls") or ""
             cost.add(self._cost(name, True))
-            if "all-reduce-scatter" in name:  # XLA's name for one in place of the other
+            if "all-reduce-scatter" in name:  # XLA fused an all-reduce and a slice into a reduce-scatter
                 cost.messages = collections.Counter({"reduce-scatter": cost.messages["all-reduce"] // 2})
                 halves = {kind: count // 2 for kind, count in cost.gradient_reductions.items()}
                 cost.gradient_reductions = collections.Counter(halves)
@@ -156,14 +163,14 @@ class _Module:
         return cost, 1
 
     def _only_goes_on(self, name: str) -> bool:
-        """Whether a fusion carries on, or ends, a message that an earlier one began; each holds a copy of it."""
+        """Returns True if a fusion continues or ends an asynchronous collective, which each of its fusions repeats."""
         targets = {_target(one) for one in self._computations.get(name, {}).values() if one.opcode == "custom-call"}
         return "AsyncCollectiveDone" in targets or (
             name.startswith("async_collective_fusion") and "AsyncCollectiveStart" not in targets
         )
 
     def _trips(self, loop: Instruction, among: dict[str, Instruction]) -> int | None:
-        """Of a loop that counts up to a constant; None for any other."""
+        """Returns the trip count of a loop that counts up to a constant; None for other loops."""
         if found := re.search(r"known_trip_count[^0-9]*(\d+)", loop.attributes):
             return int(found[1])
         condition = self._computations.get(loop.called("condition") or "", {})
@@ -184,11 +191,11 @@ class _Module:
         ]
         start = among.get(loop.operands[0])
         first = _constant(among.get(start.operands[index])) if start and start.opcode == "tuple" else None
-        step = steps[0] if len(steps) == 1 else 1  # by 1, unless it is seen to be otherwise
+        step = steps[0] if len(steps) == 1 else 1  # 1 unless the body shows another step
         return max(0, math.ceil((end - (first or 0)) / step)) if step and step > 0 else None
 
     def _traffic(self, one: Instruction, among: dict[str, Instruction]) -> int:
-        """Bytes that an instruction reads and writes."""
+        """Returns the bytes that an instruction reads and writes."""
         if one.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * _bytes(one.shape)
         if one.opcode in ("copy-start", "slice-start"):
@@ -202,16 +209,16 @@ class _Module:
             size = _bytes(among[name].shape) if name in among else 0
             sliced = _sliced_parameter(inside, number) if inside else None
             read += size if sliced is None else min(size, sliced)
-        if inside:  # what only passes through is neither read nor written
+        if inside:  # parameters passed through are neither read nor written
             written -= sum(_bytes(inside[name].shape) for name in _passed_through(inside))
         updates = [i for i in inside.values() if i.opcode == "dynamic-update-slice" and _bytes(i.shape) == written]
-        if updates:  # in place: what is written is the update
+        if updates:  # in place: only the update is written
             written = _bytes(inside[updates[0].operands[1]].shape) if updates[0].operands[1] in inside else written
         return read + written
 
 
 def _parse(line: str) -> Instruction | None:
-    line = re.sub(r"/\*.*?\*/", "", line).strip()  # operands are numbered in comments
+    line = re.sub(r"/\*.*?\*/", "", line).strip()  # comments number the operands
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
     end = _matching(rest) if rest.startswith("(") else rest.find(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
@@ -228,7 +235,7 @@ def _parse(line: str) -> Instruction | None:
 
 
 def _matching(text: str) -> int:
-    """Behind the parenthesis that closes the first one."""
+    """Returns the position after the parenthesis that closes the first one."""
     depth = 0
     for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -259,7 +266,7 @@ def _bytes_by_dtype(shapes: Sequence[str]) -> collections.Counter:
 
 
 def _result(one: Instruction) -> str:
-    """A collective's own result: a "-start" gives its operand too, first; but for that of a reduction."""
+    """Returns the shape of a collective's result; a "-start", except an all-reduce's, also lists its operand."""
     arrays = list(_arrays(one.shape))
     if one.opcode.endswith("-start") and one.opcode != "all-reduce-start" and len(arrays) > 1:
         kind, sizes = max(arrays, key=lambda array: _BYTES.get(array[0], 0) * math.prod(array[1]))
@@ -273,7 +280,7 @@ def _target(one: Instruction) -> str:
 
 
 def _sliced_parameter(inside: dict[str, Instruction], number: int) -> int | None:
-    """Bytes that a fusion takes of its parameter, where it takes slices alone; else None."""
+    """Returns the bytes that a fusion reads of a parameter that it only slices; None if it reads all of it."""
     [name] = [i.name for i in inside.values() if i.opcode == "parameter" and i.operands == (str(number),)] or [None]
     users = [i for i in inside.values() if name in i.operands and i.opcode != "parameter"]
     total = 0
@@ -290,13 +297,13 @@ def _sliced_parameter(inside: dict[str, Instruction], number: int) -> int | None
 
 
 def _passed_through(inside: dict[str, Instruction]) -> list[str]:
-    """Parameters that a fusion gives back as they are."""
+    """Returns the names of the parameters that a fusion returns unchanged."""
     roots = [one for one in inside.values() if one.is_root and one.opcode == "tuple"]
     return [name for one in roots for name in one.operands if name in inside and inside[name].opcode == "parameter"]
 
 
 def _index(one: Instruction | None) -> int | None:
-    """Of an element of a tuple."""
+    """Returns the index of a get-tuple-element; None for other instructions."""
     found = re.search(r"\bindex=(\d+)", one.attributes) if one and one.opcode == "get-tuple-element" else None
     return int(found[1]) if found else None
 
@@ -315,24 +322,26 @@ def _dot_flops(one: Instruction, among: dict[str, Instruction]) -> float:
 
 
 def _attention_flops(one: Instruction, among: dict[str, Instruction]) -> float:
-    """Of the TPU's attention kernel (`models/splash_attention.py`), known by its name; 0 for any other custom call.
+    """Returns the FLOPs of the TPU attention kernel (`models/splash_attention.py`), 0 for any other custom call.
 
-    Of a causal mask too the whole square is counted, as of XLA's attention.
+    The kernel is recognised by its name. All of the query-key matrix counts, also under a causal mask, as for XLA's
+    attention.
     """
     kernel = re.match(r"splash_mha_(fwd|dkv|dq)_", one.name)
     if not kernel:
         return 0.0
     tokens = [dims for name in one.operands if name in among for dims in [_dims(among[name].shape)] if len(dims) == 4]
     query, key = tokens[:2]  # [B, H, Lq, D], [B, K, Lk, D]
-    # Forward: logits and output. Backward: logits again, and the gradients of weights, values and keys; and of queries,
-    # which a kernel that does all at once gives for every block of keys, as [B, blocks, H, Lq, D].
+    # Forward: logits and output. Backward: logits again, and the gradients of weights, values and keys. The gradient of
+    # the queries has a kernel of its own ("dq"), or is an output of the fused one for every block of keys, as
+    # [B, blocks, H, Lq, D].
     does_all = any(len(sizes) == len(query) + 1 for _, sizes in _arrays(one.shape))
     products = {"fwd": 2, "dkv": 5 if does_all else 4, "dq": 3}[kernel[1]]
     return 2.0 * products * math.prod(query) * key[2]
 
 
 def _convolution_flops(one: Instruction, among: dict[str, Instruction]) -> float:
-    """Multiplications with padding and with the holes of a dilation are not counted, as in XLA."""
+    """Returns the FLOPs of a convolution, without products with padding or dilation holes, like XLA."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
     image, kernel, out = (dict(zip(label, dims, strict=True)) for label, dims in zip(
         labels.groups(), (_dims(among[one.operands[0]].shape), _dims(among[one.operands[1]].shape), _dims(one.shape)),
@@ -367,7 +376,7 @@ def _window(attributes: str, rank: int) -> dict[str, list]:
 def _valid_positions(
     image: int, kernel: int, out: int, stride: int, pad: int, image_dilation: int, dilation: int
 ) -> int:
-    """Pairs of an output's place and a kernel's, along one axis, that meet a value of the image."""
+    """Returns, for one axis, the number of (output, kernel) position pairs that meet a value of the image."""
     outputs = np.arange(out, dtype=np.int64) * stride - pad
     count = 0
     for place in range(kernel):
