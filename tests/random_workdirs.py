@@ -1,4 +1,4 @@
-"""Workdirs of runs that never trained: every part has random weights, so that every weight shows in the pictures."""
+"""Workdirs of untrained runs, in which all networks have random weights, so that every weight affects the images."""
 
 import flax.linen as nn
 import jax
@@ -21,12 +21,12 @@ from lidit_jax.weights.diffusers_vae import save_vae
 from lidit_jax.weights.huggingface_llm import save_llm
 
 CAPTIONS = ["a red circle above a blue square", "Describe the objects:", "红色圆形"]
-SCALES = ("scale", "weight")  # of norms
-VAE_CONTRAST = 0.3  # standard deviation of what it decodes
+SCALES = ("scale", "weight")  # parameter names of norms
+VAE_CONTRAST = 0.3  # standard deviation of the decoded images
 
 
 def random_config(diffusion: dict | None = None, sampler: str = "euler") -> ConfigDict:
-    """The tiny demo's with patches of two cells, 25 steps and guidance."""
+    """Returns the tiny demo's config with patches of two cells, 25 sampling steps and guidance."""
     config = tiny_config()
     config.model.update(patch_size=2)
     config.diffusion = diffusion or {"name": "rectified_flow", "shift": 3.0}
@@ -36,7 +36,7 @@ def random_config(diffusion: dict | None = None, sampler: str = "euler") -> Conf
 
 
 def make_workdir(folder, config: ConfigDict) -> epath.Path:
-    """-> the workdir of a run with this config, its parts without `weights` random."""
+    """Creates the workdir of a run with this config; networks without `weights` are random."""
     workdir = epath.Path(folder)
     claim_workdir(workdir, config)
     run = Experiment(config, workdir)
@@ -57,8 +57,9 @@ def make_workdir(folder, config: ConfigDict) -> epath.Path:
 
 
 def random_like(shapes, seed: int, gain: float):
-    """Normal numbers in place of each array: kernels that scale what they are given by about `gain`, and scales of
-    about one (all ones would hide mistakes).
+    """Returns a tree of normal numbers with the given shapes.
+
+    Kernels scale their input by about `gain`; scales of norms are near one, because exact ones would hide mistakes.
     """
     rng = np.random.default_rng(seed)
     values = {}
@@ -88,7 +89,7 @@ def random_vae(run: Experiment):
     side = config.downsampling_factor
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
     params = random_like(shapes, 3, 1.4)
-    # So that most of what it decodes is neither black nor white.
+    # Rescales the output, so that most decoded pixels are neither black nor white.
     latents = jax.random.normal(jax.random.key(0), (1, 4, 4, config.latent_channels))
     decoded = model.apply({"params": params}, latents, method=type(model).decode)
     end = params["decoder"]["conv_out"]
@@ -98,7 +99,7 @@ def random_vae(run: Experiment):
 
 
 def starting_noise(seeds, height: int, width: int, config) -> np.ndarray:
-    """What `Pipeline` starts a picture of each seed from, in PyTorch's order: [B, C, h, w]."""
+    """Returns the initial noise of `Pipeline` for each seed, in PyTorch's layout [B, C, h, w]."""
     keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
     factor = config.downsampling_factor
     noise = initial_noise(keys, (height // factor, width // factor, config.latent_channels))
@@ -106,7 +107,7 @@ def starting_noise(seeds, height: int, width: int, config) -> np.ndarray:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two uint8 pictures, in dB; infinite for equal ones."""
+    """Returns the PSNR of two uint8 images in dB; infinite if they are equal."""
     error = np.mean((a.astype(np.float64) - b) ** 2)
     return float("inf") if not error else 10 * np.log10(255**2 / error)
 

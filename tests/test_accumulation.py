@@ -1,4 +1,4 @@
-"""A step of micro-batches is the step of the whole batch, whatever each of them weighs."""
+"""A step of accumulated micro-batches equals the step of the full batch, whatever their weights."""
 
 import functools
 import types
@@ -18,7 +18,7 @@ from lidit_jax.stages.language_model import language_model_task
 from lidit_jax.train import Task
 
 MICRO_BATCHES = 4
-LENGTH = 256  # tokens of a caption in configs/1b.py and 10b.py
+LENGTH = 256  # caption length in configs/1b.py and 10b.py
 
 
 def test_accumulated_micro_batches_equal_the_whole_batch(tmp_path):
@@ -36,7 +36,7 @@ def lm_task():
 
 
 def captions(lengths):
-    """Row r is of micro-batch r % 4; the longer a caption, the more of its tokens are all the same."""
+    """A batch whose row r belongs to micro-batch r % 4; longer captions have more tokens of equal value."""
     lengths = np.resize(lengths, 8)
     tokens = np.random.default_rng(0).integers(0, 60, (8, LENGTH)).astype(np.int32)
     tokens[:, 2:200] = 7
@@ -44,7 +44,7 @@ def captions(lengths):
 
 
 def take_step(trainer, batch):
-    """(gradient, metrics) of a first step; Adam's first moment is (1 - b1) of the gradient, which is not clipped."""
+    """Returns gradient and metrics of a first step; Adam's first moment is (1 - b1) times the unclipped gradient."""
     state = jax.device_put(start(trainer), trainer.state_shardings)
     with jax.set_mesh(trainer.mesh):
         after, metrics = trainer.step(state, None, trainer.put(batch), jax.random.key(1), 0)
@@ -53,7 +53,7 @@ def take_step(trainer, batch):
 
 @functools.cache
 def start(trainer):
-    """Away from random weights, by which all tokens are about equally likely: the loss would say little of how many."""
+    """Scales up the embeddings: at random weights all tokens are equally likely, and the loss ignores their number."""
     state = jax.device_get(trainer.init(0))
     scale = lambda path, leaf: 3.0 * leaf if "embed_tokens" in jax.tree_util.keystr(path) else leaf  # noqa: E731
     return state.replace(params=jax.tree_util.tree_map_with_path(scale, state.params))
@@ -109,7 +109,7 @@ class Denoiser(nn.Module):
 
 
 def test_micro_batches_of_the_diffusion_loss_are_the_whole_batch_with_the_same_noise():
-    """A grid of 32x32; the 4 samples of a micro-batch leave quarters of the schedule empty."""
+    """Latents are 32x32; the 4 samples of a micro-batch leave some quarters of the schedule empty."""
     model, schedule = Denoiser(), DDPM()
 
     def init(key):

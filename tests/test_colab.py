@@ -1,4 +1,4 @@
-"""The Colab notebook, run from top to bottom at toy size, and the attention maps that it shows."""
+"""The Colab notebook, run from top to bottom at toy size, and its attention maps."""
 
 import ast
 import base64
@@ -29,14 +29,14 @@ def normal(seed, shape):
 
 
 def random_params(module, *inputs):
-    """Of the module's shapes; nothing is zero, so that every gate is open."""
+    """Returns random parameters of a module, none of them zero, so that every gate is open."""
     shapes = nn.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs))["params"]
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: jnp.asarray(0.5 * rng.normal(size=leaf.shape), leaf.dtype), shapes)
 
 
 def text_features(seed, prefix):
-    """Of two prompts, the second with two tokens of padding."""
+    """Returns features of two prompts, the second with two tokens of padding."""
     mask = jnp.asarray([[True] * 5, [True] * 3 + [False] * 2])
     return TextFeatures(normal(seed, (prefix, 12)), normal(seed + 1, (2, 5, 12)), mask)
 
@@ -47,7 +47,7 @@ def text_condition(**changes):
 
 
 def assert_maps_make_the_outputs(module, params, inputs, maps):
-    """The maps times the values, through the output projection, are what the attentions gave."""
+    """Asserts that the maps times the values, after the output projection, equal the attention outputs."""
     _, captured = module.apply({"params": params}, *inputs, capture_intermediates=True)
     captured, params = flatten_dict(captured["intermediates"], sep="/"), flatten_dict(params, sep="/")
     queries = (name.removesuffix("query/kernel") for name in params if name.endswith("query/kernel"))
@@ -115,10 +115,10 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     injected = "\n".join(f"{name} = {value!r}" for name, value in changes.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(injected))
 
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # away from the user's own start-up files
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # ignores the user's own start-up files
     nbclient.NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()  # raises where a cell does
+    ).execute()  # raises if a cell does
 
     shown = {cell.id: pictures(cell) for cell in notebook.cells if cell.cell_type == "code"}
     assert {name: len(found) for name, found in shown.items() if found} == {
@@ -134,6 +134,6 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
 
 def pictures(cell):
-    """What a cell shows."""
+    """Returns the images that a cell shows."""
     found = (output.get("data", {}).get("image/png") for output in cell.outputs)
     return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found if data]

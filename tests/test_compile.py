@@ -1,4 +1,4 @@
-"""The train step of shapes alone, compiled here for the CPU's devices in place of a TPU's."""
+"""The train step compiled from shapes alone, for CPU devices in place of TPU devices."""
 
 import dataclasses
 import importlib.util
@@ -46,7 +46,7 @@ def described(tree):
 
 @pytest.mark.parametrize("weights", [True, False])
 def test_what_is_assumed_is_what_a_run_loads(with_weights, weights):
-    """Shapes, types and places of everything frozen: by the folders' configs, or by the sizes in the config."""
+    """Shapes, dtypes and shardings of all frozen arrays, from the folders' configs or the sizes in the run's config."""
     mesh = make_mesh(MESH)
     loaded = Experiment(with_weights, epath.Path("unused")).pipeline(mesh, RULES)
     config = with_weights if weights else tiny_config()
@@ -81,7 +81,7 @@ def test_the_report_says_what_a_chip_holds_and_does(report):
     for name, tree in (("weights", state.params), ("ema", state.ema), ("optimiser", state.opt_state)):
         assert report.parts[name] == on_one(tree)
     assert report.fits and report.peak >= report.parts["weights"]
-    # Width 16: what is no matrix product weighs as much as the products, but only those are counted.
+    # At width 16, other operations cost as much as the matrix products, but only the products are counted.
     assert 0.8 < report.flops_ratio < 2
     assert report.cost.messages["all-gather"] > 0 and report.cost.unknown_loops == 0
     assert 0 < report.mfu_bound() < 1
@@ -102,9 +102,9 @@ def test_the_report_says_what_a_chip_holds_and_does(report):
 
 @pytest.fixture
 def of_buckets(with_weights, report, monkeypatch):
-    """The tiny config at 10b.py's resolution, grid and buckets, and the batches that are compiled; none really is.
+    """The tiny config with 10b.py's resolution, grid and buckets, and a list of the batches to compile.
 
-    The extreme bucket needs a byte more than the square one.
+    `_compile` is replaced: it compiles nothing, and reports one byte more for the extreme bucket than for the square.
     """
     monkeypatch.setattr(compile_step, "topology_devices", lambda *_: (jax.devices(), V5E))
     config, batches = with_weights.copy_and_resolve_references(), []
@@ -213,7 +213,7 @@ def test_paper_configs_describe_their_encoders_without_weights(name):
     mesh = make_mesh({"fsdp": -1})
     encoders, frozen = abstract_frozen(part, mesh, RULES, 64)
     billions = sum(leaf.size for leaf in jax.tree.leaves(frozen["encoders"])) / 1e9
-    assert 13 < billions < 14.5  # of 8.03 and 7.72, without the last two blocks and the heads
+    assert 13 < billions < 14.5  # 8.03 and 7.72 billion, without the last two blocks and the heads
     with pytest.raises(UserError, match="encoders.llama3.weights is empty: give|vae.weights is empty: give"):
         Experiment(config, epath.Path("unused"))
 
@@ -222,7 +222,7 @@ def test_paper_configs_describe_their_encoders_without_weights(name):
 def test_no_large_weight_lies_whole_on_every_device(name):
     config = load_config(name)
     config.data.path = "unused"
-    config.mesh.data = 1  # 10b.py's own takes more than these eight devices
+    config.mesh.data = 1  # 10b.py's value needs more than these eight devices
     part = Experiment(config, epath.Path("unused"), only_shapes=True)
     run = compile_step._on_devices(part, jax.devices(), V5E, 64)
     assert run.mesh.shape["fsdp"] == 8
@@ -250,18 +250,18 @@ def test_drawing_is_compiled_too(with_weights, monkeypatch):
     config.mesh.update(MESH)
     config.sample.update(batch_size=5, steps=3)
     report = compile_step.compile_step(config, "v5e:2x4", program="sample")
-    assert report.fits and report.batch_size == 8  # each of the devices along data and fsdp draws one
+    assert report.fits and report.batch_size == 8  # one image for each device along data and fsdp
     assert list(report.parts) == ["weights", "frozen", "beside"]
     assert report.parts["beside"] > 2.9 * report.parts["weights"] and report.peak > report.parts["beside"]
     assert not dataclasses.replace(report, peak=17_000_000_000).fits
-    # Three evaluations with guidance; tiny as it is, the VAE's decoder takes more than the model.
+    # Three evaluations with guidance; at this size, the VAE's decoder costs more than the model.
     assert report.flops_ratio > 1 and report.cost.unknown_loops == 0
     assert "a batch of pictures takes at least" in "\n".join(report.lines())
 
 
 @pytest.mark.slow
 def test_buckets_of_the_same_area_need_about_the_same_memory(monkeypatch):
-    """The tiny model on the grid of 10b.py (32x32 tokens, and 24x40), both really compiled."""
+    """Compiles the tiny model on the grids of 10b.py, 32x32 and 24x40 tokens."""
     monkeypatch.setattr(compile_step, "topology_devices", lambda *_: (jax.devices(), V5E))
     config = tiny_config()
     config.mesh.update(MESH)

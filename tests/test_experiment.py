@@ -1,4 +1,4 @@
-"""Whole runs of the tiny demo: training, resume, sampling, fine-tuning, and what users get wrong."""
+"""Complete runs of the tiny demo: training, resuming, sampling, fine-tuning, and users' mistakes."""
 
 import dataclasses
 import json
@@ -112,7 +112,7 @@ def test_sampling_needs_only_the_workdir_and_repeats_itself(trained_workdir, tmp
     assert files == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png"]
     for name in files:
         np.testing.assert_array_equal(Image.open(tmp_path / "a" / name), Image.open(tmp_path / "b" / name))
-    # A picture depends on its prompt and seed, not on what is drawn beside it.
+    # An image depends on its prompt and seed, not on the rest of its batch.
     draw_to_folder(Request(trained_workdir, epath.Path(tmp_path / "c"), prompt="红色圆形", seed=2))
     alone = np.asarray(Image.open(tmp_path / "c" / "00000.png"), np.int32)
     together = np.asarray(Image.open(tmp_path / "a" / "00002.png"), np.int32)
@@ -187,7 +187,7 @@ def test_a_workdir_of_another_config_is_refused_and_kept(trained_workdir):
 
 
 def without_position(workdir, copy):
-    """A copy of a run's config.json as it was before there was `model.position`."""
+    """Copies a run's config.json as earlier versions wrote it, without `model.position`."""
     values = json.loads((workdir / "config.json").read_text())
     for field in ("position", "position_grid", "refiner_qk_norm"):
         del values["model"][field]
@@ -375,7 +375,7 @@ def test_a_users_mistake_ends_in_one_line_and_exit_code_2(arguments, message):
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_as_one_that_was_never_stopped(trained_workdir, tmp_path):
-    """SIGKILL at several moments of the run: while small parts train, and in the middle of LI-DiT's steps."""
+    """SIGKILL at several points of the run: while the small networks train, and between LI-DiT's steps."""
     workdir = tmp_path / "killed"
     config_file = tmp_path / "tiny.py"
     config_file.write_text(

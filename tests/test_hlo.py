@@ -1,4 +1,4 @@
-"""The reader of compiled programs against XLA's own count, and against loops that XLA counts once."""
+"""Costs read from HLO text, compared with XLA's own count, and with loops that XLA counts once."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_loops_count_as_often_as_they_run():
     cost = cost_of(compiled(run, x, weights).as_text())
     assert cost.unknown_loops == 0
     assert cost.flops == pytest.approx(7 * 5 * 2 * 32 * 64 * 64, rel=0.01)
-    # Each turn reads one of the seven weights, not all of them.
+    # Each iteration reads one of the seven weights, not all of them.
     assert cost.bytes < 7 * 5 * 4 * (64 * 64 + 8 * 32 * 64) + 40 * weights.nbytes
 
 
@@ -93,7 +93,7 @@ def test_operands_behind_comments_are_operands():
 
 
 def test_a_message_that_several_fusions_carry_is_counted_once():
-    """As the TPU's compiler writes a gather that goes on behind other work."""
+    """Text of the TPU compiler for an all-gather that overlaps with other work."""
     names = ("async-collective-start.1", "async_collective_fusion.2", "async-collective-done.3")
     marks = ("AsyncCollectiveStart", None, "AsyncCollectiveDone")
     text = ""
@@ -115,12 +115,12 @@ def test_messages_are_counted_by_kind():
     gathered = cost_of(compiled(lambda x: x * 2, x, out_shardings=whole).as_text())
     assert gathered.messages == {"all-gather": 64 * 32 * 4}
     summed = cost_of(compiled(lambda x: x.sum(0), x, out_shardings=whole).as_text())
-    assert summed.messages == {"all-reduce": 2 * 32 * 4}  # there and back
+    assert summed.messages == {"all-reduce": 2 * 32 * 4}  # an all-reduce counts twice its size
     assert gathered.flops == summed.flops == 0
 
 
 def test_reductions_of_gradients_are_read_with_their_types():
-    """As the TPU's compiler writes them: several arrays at once, asynchronous, or as one fusion with their slice."""
+    """Text of the TPU compiler: several arrays at once, asynchronous, or fused with a slice."""
     named = 'metadata={op_name="jit(step)/blocks/query/gradient_reduction/dot_general"}'
     text = f"""
 %all-reduce-scatter.3 (p: f32[64,32]) -> f32[8,32] {{

@@ -1,4 +1,4 @@
-"""The one training loop: steps, guard, accumulation, sharding, checkpoints and exact resume, on a toy part."""
+"""The training loop on a toy task: steps, skipping, accumulation, sharding, checkpoints and exact resuming."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def toy_task(noise=0.1, dtype=jnp.float32):
 
 
 def still_task():
-    """A loss without a gradient, NaN if the batch has one: weight decay alone moves the parameters."""
+    """A loss without a gradient, NaN if the batch has a NaN: only weight decay changes the parameters."""
     loss = lambda params, frozen, batch, key, phase: (  # noqa: E731
         WeightedMean.over(0.0 * jnp.sum(params["in"]["kernel"]) * batch["x"]),
         {},
@@ -66,7 +66,7 @@ def still_task():
 
 
 class Numbers(BatchStream):
-    """Batch k is random numbers of the seed k; some may have a NaN."""
+    """Stream whose batch k has random numbers of seed k; chosen batches have a NaN."""
 
     def __init__(self, first, bad=range(0)):
         super().__init__("numbers", first, 1.0)
@@ -300,7 +300,7 @@ def test_utilisation_is_needed_operations_over_what_the_chips_could_do(monkeypat
     progress.print(4, {"loss": 1, "grad_norm": 1, "learning_rate": 1, "skipped": 0, "skipped_in_interval": 0})
     assert "1.2 TFLOP/s (MFU 60%)" in capsys.readouterr().err
     now[0] += 10
-    assert "mfu" not in progress.speed(8)  # nothing was counted
+    assert "mfu" not in progress.speed(8)  # no FLOPs were counted
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_a_connection_that_broke_while_saving_is_no_mistake_of_the_users(tmp_pat
         raise ConnectionResetError(104, "Connection reset by peer")
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", broken)
-    with pytest.raises(ConnectionResetError):  # exit code 1, after which a run is started again
+    with pytest.raises(ConnectionResetError):  # exit code 1, after which launch scripts restart a run
         run(tmp_path, make_trainer())
 
 
@@ -379,7 +379,7 @@ def test_a_run_killed_while_it_saves_keeps_the_checkpoint_before(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = [path.name for path in (tmp_path / "killed/checkpoints").iterdir()]
-    assert "5" in left and "10" not in left and len(left) > 1  # what was begun lies beside it
+    assert "5" in left and "10" not in left and len(left) > 1  # the unfinished checkpoint is beside it
     assert steps_taken(tmp_path / "killed/checkpoints") == 5
     assert_equal_trees(run(tmp_path / "whole", make_trainer()), run(tmp_path / "killed", make_trainer()))
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")

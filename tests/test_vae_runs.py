@@ -1,4 +1,4 @@
-"""How the autoencoder is judged, and whole runs of configs/vae.py."""
+"""Evaluation of the autoencoder, and complete runs of configs/vae.py."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def test_psnr_is_per_picture_over_a_range_of_two_and_clips():
 
 
 def numpy_ssim(first, second):
-    """Wang et al. 2004, equation 13: of one channel with values in [0, 1]."""
+    """SSIM by equation 13 of Wang et al. 2004, of one channel with values in [0, 1]."""
     offsets = np.arange(11) - 5
     window = np.exp(-(offsets**2) / (2 * 1.5**2))
     window = np.outer(window, window) / window.sum() ** 2
@@ -111,7 +111,7 @@ def test_reconstructions_of_any_number_and_size_are_judged_alike_on_one_device_a
     np.testing.assert_allclose(results[0][2].mean, results[1][2].mean, atol=1e-5)
 
 
-# --- whole runs of configs/vae.py -------------------------------------------------------------------------------
+# --- complete runs of configs/vae.py ----------------------------------------------------------------------------
 
 
 def tiny_vae_config(**changes):
@@ -150,7 +150,7 @@ def test_a_vae_alone_is_trained_judged_and_used_by_diffusers(tmp_path, caplog):
     assert DiffusersAutoencoderKL.from_pretrained(workdir / "vae").config.scaling_factor == config.scaling_factor
 
     before = Path(workdir / "reconstruction.json").stat().st_mtime_ns
-    run_stages(tiny_vae_config(), workdir)  # nothing is left to do
+    run_stages(tiny_vae_config(), workdir)  # everything is already done
     assert Path(workdir / "reconstruction.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="is the run of a VAE alone: there is no model in it that draws"):
         draw_to_folder(Request(workdir, epath.Path(tmp_path / "out"), prompt="x"))
@@ -161,7 +161,7 @@ def test_a_vae_alone_is_trained_judged_and_used_by_diffusers(tmp_path, caplog):
     assert judged["psnr"] == pytest.approx(scores["psnr"], rel=1e-3)
     assert not (tmp_path / "judged/vae").exists()
 
-    # Other pictures, or another VAE in its place, are judged anew.
+    # Other images, or another VAE, are evaluated again.
     given.vae.evaluate.num_images = 5
     run_stages(given, epath.Path(tmp_path / "judged"))
     assert json.loads((tmp_path / "judged/reconstruction.json").read_text())["images"] == 5

@@ -1,4 +1,4 @@
-"""The step compiled for every bucket ahead of the first step: nothing is left to compile at any later one."""
+"""Compiling the step for every bucket before the first step leaves nothing to compile at later steps."""
 
 import contextlib
 import itertools
@@ -27,7 +27,7 @@ NO_EMA = {"ema_decay": 0.0, "checkpoint_every": 50}
 
 
 class Images(BatchStream):
-    """Batch k is random images of bucket k, over and over; it notes how many programs were compiled before it."""
+    """Stream that cycles through the buckets; it records how many programs were compiled before each batch."""
 
     def __init__(self, first, buckets=BUCKETS, compiled=(), seen=None):
         super().__init__("images", first, 1.0)
@@ -51,7 +51,7 @@ class Images(BatchStream):
 
 
 def image_task(phases=(), prepared=False):
-    """Colours to a label, weighted by the phase; with `prepared`, a program of its own computes the colours."""
+    """A task that fits colours to a label, weighted by the phase; `prepared` computes the colours in `Task.prepare`."""
     colors = lambda batch: jnp.mean(batch["image"], axis=(1, 2))  # noqa: E731
 
     def loss(params, frozen, batch, key, phase):
@@ -69,13 +69,13 @@ def trainer_of(mesh=ONE_DEVICE, phases=(), prepared=False, steps=5, **changes):
 
 @pytest.fixture(scope="module")
 def trainer():
-    """A trainer of five steps in two phases, which keeps its compiled programs."""
+    """A trainer of five steps in two phases, shared so that its compiled programs are."""
     return trainer_of(phases=(2,))
 
 
 @contextlib.contextmanager
 def compilations():
-    """The names of the functions that XLA compiles meanwhile."""
+    """Records the names of the functions that XLA compiles within the context."""
     found = []
 
     def listen(event, duration, **facts):
@@ -90,7 +90,7 @@ def compilations():
 
 
 def compiled_by(folder, trainer, buckets=BUCKETS):
-    """(programs compiled before each batch is asked for, those of the step and of preparing it in all)."""
+    """Returns the number of programs compiled before each batch, and the totals of `_take_step` and `_prepare`."""
     seen = []
     with compilations() as compiled:
         run(folder, trainer, lambda first: Images(first, buckets, compiled, seen))
@@ -104,7 +104,7 @@ def test_nothing_is_compiled_after_the_first_step_in_any_bucket_phase_or_resumed
     assert found == [2 * buckets, prepared * buckets]  # the third phase is not reached
     assert seen[0] < seen[1] and seen[1:] == [seen[1]] * 4
     seen, found = compiled_by(tmp_path, trainer_of(mesh, phases, prepared, steps=8))
-    assert found == [buckets, prepared * buckets]  # the third alone is left
+    assert found == [buckets, prepared * buckets]  # only the third is left
     assert seen[0] < seen[1] and seen[1:] == [seen[1]] * 2
 
 
@@ -186,7 +186,7 @@ def test_the_warm_up_allocates_no_arrays_on_the_devices():
         before = {id(array) for array in jax.live_arrays()}
         trainer.compile({"image": shape, "label": label}, 0)
         made = [array.nbytes for array in jax.live_arrays() if id(array) not in before]
-    assert sum(made) < 1e4  # constants of the program at most
+    assert sum(made) < 1e4  # at most constants of the program
 
 
 def test_batches_of_another_type_are_not_given_to_what_was_compiled_ahead(trainer):

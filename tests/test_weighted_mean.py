@@ -1,4 +1,4 @@
-"""Means with weights: merging parts is averaging all values, and what a log gets of several steps."""
+"""Weighted means: merging partial means equals averaging all values, and the means over steps for the log."""
 
 import functools
 
