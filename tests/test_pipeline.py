@@ -116,5 +116,5 @@ def test_what_is_counted_and_compiled_shares_prompts_too(loaded):
 
 def test_seeds_that_are_not_one_a_picture_are_refused(loaded):
     run, pipeline, params = loaded
-    with pytest.raises(ValueError, match="3 seeds for 3 prompts with 4 pictures each"):
+    with pytest.raises(ValueError, match="3 seeds for 3 prompts with 4 images each"):
         pipeline(params, PROMPTS, range(3), 32, 32, run.sample, images_per_prompt=4)
