@@ -25,10 +25,10 @@ from lidit_jax.errors import UserError
 
 # Errors that retrying cannot fix: disk full, quota, permissions. A broken connection is not one of them.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-_OF_A_DISK = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC", re.I)
+_DISK_ERROR_TEXT = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC", re.I)
 # Shard size in bytes above which an array that stacks the transformer blocks is written as one chunk for each block. In
 # a single chunk, the 14 GB stack of a 10B model would take twice that memory to read one block.
-CUT_FROM = 64 << 20
+LARGE_STACK_BYTES = 64 << 20
 READ_BYTES = 256 << 20  # read at a time from a stacked array, if its chunks are no larger
 
 
@@ -126,17 +126,17 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=args)
             if not restored.data:
-                raise ValueError("it has no position in the data")
+                raise ValueError("it has no data position")
         except (ValueError, KeyError, RecursionError) as error:
             raise UserError(
-                f"{self.folder}: the checkpoint of step {step} is of another model, or of another version of this "
+                f"{self.folder}: the checkpoint of step {step} belongs to another model or another version of this "
                 f"program ({' '.join(str(error).split())[:200]}); use another --workdir"
             ) from error
         for name, value in facts.items():
             if restored.facts.get(name) != value:
                 raise UserError(
                     f"{self.folder}: the checkpoint of step {step} was trained with {name} = "
-                    f"{restored.facts.get(name)!r}, now it is {value!r}; restore that or use another --workdir"
+                    f"{restored.facts.get(name)!r}, now it is {value!r}: change it back or use another --workdir"
                 )
         return restored.state, restored.data
 
@@ -156,11 +156,11 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             # Each library reports a full disk in its own way; errors of devices, and bugs, are raised unchanged.
-            if getattr(error, "errno", None) not in _DISK_ERRORS and not _OF_A_DISK.search(str(error)):
+            if getattr(error, "errno", None) not in _DISK_ERRORS and not _DISK_ERROR_TEXT.search(str(error)):
                 raise
             raise UserError(
-                f"{self.folder}: a checkpoint can't be written ({' '.join(str(error).split())[:200]}); the last whole "
-                f"one, of step {self.latest_step()}, is kept: make room, then run the same command again"
+                f"{self.folder}: a checkpoint can't be written ({' '.join(str(error).split())[:200]}); the last "
+                f"complete one, of step {self.latest_step()}, is kept: free disk space, then run the same command again"
             ) from error
 
     def close(self) -> None:
@@ -175,14 +175,16 @@ def require_checkpoint(folder: str | epath.Path) -> None:
 
 
 def _no_checkpoint(folder: str | epath.Path) -> UserError:
-    return UserError(f"{folder}: no finished checkpoint there; train first, or name the --workdir of a run")
+    return UserError(f"{folder}: no finished checkpoint there: train first, or give the --workdir of a run")
 
 
 def check_same_model(given: Any, wanted: Any) -> None:
     """Raises UserError unless the weights of two trees have the same names and shapes."""
     shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (given, wanted)]
     if shapes[0] != shapes[1]:
-        raise UserError("the weights to start from belong to a model of another size: compare the two configs' model")
+        raise UserError(
+            "the weights to start from have other names or shapes than this model's: compare the two configs' `model`"
+        )
 
 
 def steps_taken(folder: str | epath.Path) -> int:
@@ -205,9 +207,9 @@ def load_weights(folder: str | epath.Path, weights: str, into: Any = None) -> tu
     Raises:
       UserError: if there is no checkpoint, it has no such weights, or their names or shapes differ from `into`.
     """
-    with _newest(folder, weights) as (manager, step, tree):
-        alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=alone), tree)
+    with _open_newest(folder, weights) as (manager, step, tree):
+        first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=first_device), tree)
         if into is not None:
             check_same_model(abstract, into)
             abstract = into
@@ -234,7 +236,7 @@ def open_weights(folder: str | epath.Path, weights: str) -> Iterator["StoredWeig
     Raises:
       UserError: if there is no checkpoint, or it has no such weights.
     """
-    with _newest(folder, weights) as (_, step, tree):
+    with _open_newest(folder, weights) as (_, step, tree):
         flat, context = flax.traverse_util.flatten_dict(tree), ocp.type_handlers.get_ts_context()
         yield StoredWeights({path: StoredArray(leaf, context) for path, leaf in flat.items()}, step)
 
@@ -298,15 +300,15 @@ class StoredArray:
         """
         store = self._open()
         entry_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        at_once = max(1, READ_BYTES // max(1, entry_bytes))
+        entries_per_read = max(1, READ_BYTES // max(1, entry_bytes))
         # Reading a part of a chunk decompresses all of it: read along chunk borders, and an oversized chunk at once.
-        piece = store.chunk_layout.read_chunk.shape
-        if piece[0] <= at_once:
-            at_once -= at_once % piece[0]
-        elif math.prod(piece) * self.dtype.itemsize > READ_BYTES:
-            at_once = piece[0]
-        for begin in range(0, self.shape[0], at_once):
-            yield from self._read(store[begin : min(begin + at_once, self.shape[0])])
+        chunk = store.chunk_layout.read_chunk.shape
+        if chunk[0] <= entries_per_read:
+            entries_per_read -= entries_per_read % chunk[0]
+        elif math.prod(chunk) * self.dtype.itemsize > READ_BYTES:
+            entries_per_read = chunk[0]
+        for begin in range(0, self.shape[0], entries_per_read):
+            yield from self._read(store[begin : min(begin + entries_per_read, self.shape[0])])
 
     def _open(self) -> tensorstore.TensorStore:
         directory = epath.Path(self._metadata.directory)
@@ -331,7 +333,9 @@ class StoredArray:
 
 
 @contextlib.contextmanager
-def _newest(folder: str | epath.Path, weights: str) -> Iterator[tuple[ocp.CheckpointManager, int, Mapping[str, Any]]]:
+def _open_newest(
+    folder: str | epath.Path, weights: str
+) -> Iterator[tuple[ocp.CheckpointManager, int, Mapping[str, Any]]]:
     """Opens the newest checkpoint: yields Orbax's manager, the step, and the arrays' metadata as nested dicts."""
     folder = epath.Path(folder).resolve()
     require_checkpoint(folder)
@@ -344,13 +348,13 @@ def _newest(folder: str | epath.Path, weights: str) -> Iterator[tuple[ocp.Checkp
             raise _no_checkpoint(folder)
         tree = manager.item_metadata(step)["state"].tree
         if tree.get(weights) is None:
-            kept = ", ".join(name for name in ("params", "ema") if tree.get(name) is not None)
-            raise UserError(f"{folder}: the checkpoint has no {weights!r} weights; it has {kept}")
+            available = ", ".join(name for name in ("params", "ema") if tree.get(name) is not None)
+            raise UserError(f"{folder}: the checkpoint has no {weights!r} weights; it has {available}")
         yield manager, step, tree[weights]
 
 
 def _save_args(array: jax.Array) -> ocp.SaveArgs:
     """Returns options that write a large stack with one chunk for each block, readable without the others."""
-    part = array.sharding.shard_shape(array.shape)
-    is_large_stack = array.ndim > 2 and math.prod(part) * array.dtype.itemsize > CUT_FROM
+    shard = array.sharding.shard_shape(array.shape)
+    is_large_stack = array.ndim > 2 and math.prod(shard) * array.dtype.itemsize > LARGE_STACK_BYTES
     return ocp.SaveArgs(shard_axes=(0,)) if is_large_stack else ocp.SaveArgs()

@@ -32,7 +32,7 @@ def run(main: Callable[[], None]) -> None:
     """
 
     def guarded(argv: Sequence[str]) -> None:
-        _quieten()
+        _set_up_logging()
         keep_freed_memory()
         try:
             if len(argv) > 1:
@@ -59,7 +59,9 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     """
     if default and not Path(default).exists():
         default = str(Path(__file__).resolve().parents[1] / default)
-    return config_flags.DEFINE_config_file("config", default, "a file of configs/, with its argument after a colon")
+    return config_flags.DEFINE_config_file(
+        "config", default, "config file, such as configs/shapes.py, with its argument after a colon"
+    )
 
 
 def define_drawing() -> Callable[[], dict[str, Any]]:
@@ -69,7 +71,7 @@ def define_drawing() -> Callable[[], dict[str, Any]]:
       A function that returns the flags' values as keyword arguments of `sample.draw.Drawing`.
     """
     sides = "pixels (default: the training resolution)"
-    found = {
+    holders = {
         "height": flags.DEFINE_integer("height", None, sides),
         "width": flags.DEFINE_integer("width", None, sides),
         "steps": flags.DEFINE_integer("steps", None, "sampling steps (default: the config's)"),
@@ -78,16 +80,16 @@ def define_drawing() -> Callable[[], dict[str, Any]]:
         ),
         "sampler": flags.DEFINE_string("sampler", None, "ddpm, ddim, dpmpp_2m; euler, heun (default: the config's)"),
         "decode_pixels": flags.DEFINE_integer(
-            "decode_pixels", None, "decode larger pictures in tiles, for less memory (default: the config's)"
+            "decode_pixels", None, "pixels decoded at once; larger images are decoded in tiles (default: the config's)"
         ),
-        "weights": flags.DEFINE_string("weights", "ema", "ema, or params for the raw ones"),
+        "weights": flags.DEFINE_string("weights", "ema", "ema, or params for the weights without averaging"),
     }
-    return lambda: {name: flag.value for name, flag in found.items()}
+    return lambda: {name: flag.value for name, flag in holders.items()}
 
 
 def define_distributed() -> flags.FlagHolder:
     """Defines --distributed, the argument of `hosts.join_hosts`."""
-    return flags.DEFINE_bool("distributed", None, "by several hosts; unset: where the environment names some")
+    return flags.DEFINE_bool("distributed", None, "run on several hosts (default: if the environment names several)")
 
 
 def read_config(holder: flags.FlagHolder) -> ConfigDict:
@@ -97,7 +99,7 @@ def read_config(holder: flags.FlagHolder) -> ConfigDict:
       UserError: if --config is missing, or its file does not exist.
     """
     if holder.value is None:
-        raise UserError("name a config: --config=configs/shapes.py")
+        raise UserError("--config is required, for example --config=configs/shapes.py")
     try:
         holder.value.keys()  # ml_collections raises for a missing file only on first use
     except OSError:
@@ -133,16 +135,16 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        _exit(_last_words(str(error)))
+        _exit(_exception_line(str(error)))
     except (KeyError, AttributeError) as error:
         if "config" not in flags.FLAGS:
             raise
-        _exit(_unknown_key(str(error)))
+        _exit(_unknown_key_message(str(error)))
     except OSError:  # the config file does not exist, and one of its values is overridden
-        _exit("the file that --config names is not there: name one of configs/")
+        _exit("the file of --config does not exist: give one of configs/")
 
 
-def _unknown_key(message: str) -> str:
+def _unknown_key_message(message: str) -> str:
     """Rewords ml_collections' message about a key that the config does not have."""
     suggestion = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', message)
     if suggestion:
@@ -150,7 +152,7 @@ def _unknown_key(message: str) -> str:
     return f"config key {message} is unknown"
 
 
-def _last_words(message: str) -> str:
+def _exception_line(message: str) -> str:
     """Returns the last line of a message that includes a config file's stack trace: the exception raised there."""
     if "Traceback" not in message:
         return message
@@ -164,12 +166,12 @@ def _exit(message: str) -> None:
     sys.exit(USER_MISTAKE)
 
 
-def _quieten() -> None:
+def _set_up_logging() -> None:
     """Shows warnings only from libraries, whose routine messages would bury the progress line."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.use_absl_handler()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    ours = logging.getLogger("lidit_jax")
-    ours.setLevel(logging.INFO)
-    ours.handlers, ours.propagate = [handler], False
+    logger = logging.getLogger("lidit_jax")
+    logger.setLevel(logging.INFO)
+    logger.handlers, logger.propagate = [handler], False

@@ -35,9 +35,9 @@ def write_json(file: epath.Path, value: Any, indent: int | None = 2) -> None:
     Raises:
       OSError: if the file cannot be written; an existing one is kept.
     """
-    beside = file.parent / f".{file.name}.new"
-    beside.write_text(json.dumps(value, indent=indent) + "\n")
-    beside.replace(file)
+    temporary = file.parent / f".{file.name}.new"
+    temporary.write_text(json.dumps(value, indent=indent) + "\n")
+    temporary.replace(file)
 
 
 def read_text(file: epath.Path, named: str, what: str) -> str:
@@ -52,8 +52,8 @@ def read_text(file: epath.Path, named: str, what: str) -> str:
       UserError: if it is larger than `MAX_BYTES`, or not UTF-8.
     """
     if file.stat().length > MAX_BYTES:
-        raise UserError(f"{named}: larger than {MAX_BYTES >> 20} MiB; is it {what}?")
+        raise UserError(f"{named} is larger than {MAX_BYTES >> 20} MiB: check that it is {what}")
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{named}: not UTF-8 (byte {error.start}); if it is {what}, save it as UTF-8") from None
+        raise UserError(f"{named} is not UTF-8 (byte {error.start}): if it is {what}, save it as UTF-8") from None

@@ -43,12 +43,12 @@ class Metrics:
             self._lines.write(json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n")
             self._lines.flush()
 
-    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes named images, uint8 [H, W, 3], to TensorBoard and to samples/NAME_STEP.png."""
         if self._writer:
-            self._writer.write_images(step, {name: picture[None] for name, picture in pictures.items()})
-            for name, picture in pictures.items():
-                save_png(picture, self.folder / "samples" / f"{name}_{step:07d}.png")
+            self._writer.write_images(step, {name: image[None] for name, image in images.items()})
+            for name, image in images.items():
+                save_png(image, self.folder / "samples" / f"{name}_{step:07d}.png")
 
     def close(self) -> None:
         if self._writer:
@@ -100,9 +100,9 @@ class Progress:
         """
         now = time.monotonic()
         elapsed = max(1e-9, now - self._started - self._paused)
-        taken = step - self._step
+        steps = step - self._step
         self._speed = {
-            "samples_per_second": taken * self.batch_size / elapsed,
+            "samples_per_second": steps * self.batch_size / elapsed,
             "data_wait": min(1.0, self._waiting / elapsed),
         }
         if self._flops:
@@ -117,15 +117,18 @@ class Progress:
         if jax.process_index():
             return
         speed = self._speed["samples_per_second"]
-        left = (self.steps - step) * self.batch_size / max(speed, 1e-9)
-        work = f"  {self._speed['tflops_per_second']:.3g} TFLOP/s" if "tflops_per_second" in self._speed else ""
-        work += f" (MFU {100 * self._speed['mfu']:.0f}%)" if "mfu" in self._speed else ""
+        seconds_left = (self.steps - step) * self.batch_size / max(speed, 1e-9)
+        flops = f"  {self._speed['tflops_per_second']:.3g} TFLOP/s" if "tflops_per_second" in self._speed else ""
+        flops += f" (MFU {100 * self._speed['mfu']:.0f}%)" if "mfu" in self._speed else ""
         skipped = f"  skipped {values['skipped_in_interval']} ({values['skipped']} in all)" if values["skipped"] else ""
-        measured = lambda name, form: format(values[name], form) if name in values else "-"  # noqa: E731
+
+        def show(name: str, form: str) -> str:
+            return format(values[name], form) if name in values else "-"
+
         print(
-            f"{self.name} {step}/{self.steps} ({100 * step // self.steps}%)  loss {measured('loss', '.4f')}  "
-            f"grad {measured('grad_norm', '.3f')}  lr {measured('learning_rate', '.2e')}  {speed:.1f} samples/s{work}  "
-            f"data wait {100 * self._speed['data_wait']:.0f}%{skipped}  eta {duration(left)}",
+            f"{self.name} {step}/{self.steps} ({100 * step // self.steps}%)  loss {show('loss', '.4f')}  "
+            f"grad {show('grad_norm', '.3f')}  lr {show('learning_rate', '.2e')}  {speed:.1f} samples/s{flops}  "
+            f"data wait {100 * self._speed['data_wait']:.0f}%{skipped}  eta {duration(seconds_left)}",
             file=sys.stderr,
             flush=True,
         )

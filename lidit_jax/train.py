@@ -167,7 +167,8 @@ class TrainConfig:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 1")
         if self.batch_size % self.accumulate:
             raise UserError(
-                f"train.batch_size={self.batch_size} is not divisible by train.accumulate={self.accumulate}"
+                f"train.batch_size={self.batch_size} is not divisible by train.accumulate={self.accumulate}: "
+                "make it a multiple"
             )
 
 
@@ -187,7 +188,7 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Returns AdamW with decoupled weight decay on matrices only: norms, biases and vectors do not decay."""
     return optax.adamw(
-        learning_rate(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix
+        learning_rate(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_matrices
     )
 
 
@@ -197,10 +198,15 @@ def _updates_made(opt_state: Any) -> jax.Array:
     return schedule.count
 
 
-def _is_matrix(params: Any) -> Any:
+def _matrices(params: Any) -> Any:
+    """Returns a tree of bools, True for the matrices in `params`."""
+
     # The paths of boxed leaves (at initialisation) end in one more entry, the box's attribute.
-    named = lambda path: any(getattr(entry, "key", None) in ("kernel", "embed_tokens") for entry in path[-2:])  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, _: named(path), params)
+    def is_matrix(path: Sequence[Any], leaf: Any) -> bool:
+        del leaf
+        return any(getattr(entry, "key", None) in ("kernel", "embed_tokens") for entry in path[-2:])
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def check_batch_size(config: TrainConfig, mesh: Mesh) -> None:
@@ -245,8 +251,11 @@ class Trainer:
 
     def abstract_state(self) -> TrainState:
         """Returns shapes, dtypes and shardings of the state, to restore into."""
-        abstract = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-        return jax.tree.map(abstract, nn.unbox(self._boxed), self.state_shardings)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            nn.unbox(self._boxed),
+            self.state_shardings,
+        )
 
     def abstract_key(self) -> jax.ShapeDtypeStruct:
         """Returns shape, dtype and sharding of the random key that steps take."""
@@ -279,8 +288,9 @@ class Trainer:
         """
         if self.prepare:
             prepared = self.prepare.compile(self.task.frozen, batch)
-            abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding)  # noqa: E731
-            batch = jax.tree.map(abstract, prepared)
+            batch = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding), prepared
+            )
         self._step.compile(self.abstract_state(), self.task.frozen, batch, self.abstract_key(), phase)
 
     def lower(self, state: TrainState, frozen: Any, batch: Batch) -> jax.stages.Lowered:
@@ -361,8 +371,7 @@ class Trainer:
             grads, (loss, metrics) = grad(params, frozen, batch, key)
             return loss, metrics, grads
         # A micro-batch takes every count-th row, so that it is sharded over all devices.
-        split = lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)  # noqa: E731
-        micro_batches = jax.tree.map(split, batch)
+        micro_batches = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
 
         def merge(so_far, i_and_micro_batch):
             i, micro_batch = i_and_micro_batch
@@ -418,11 +427,11 @@ def train(
     if step >= config.steps:
         return state
     if step:
-        logger.info("%s: going on from step %d", task.name, step)
+        logger.info("%s: resuming from step %d", task.name, step)
 
     # Created by a program on all devices: a process cannot put an array on another's devices.
     key = jax.jit(lambda: jax.random.key(seed + 1), out_shardings=replicated(trainer.mesh))()
-    progress = Progress(task.name, step, config.steps, config.batch_size, _peak(trainer.mesh))
+    progress = Progress(task.name, step, config.steps, config.batch_size, _peak_flops(trainer.mesh))
     pending = []
     with (
         contextlib.closing(batches(step)) as stream,
@@ -455,10 +464,10 @@ def train(
                 watchdog.beat()
             if config.sample_every and task.evaluate and not preempted and (step % config.sample_every == 0 or last):
                 with progress.paused():
-                    values, pictures = task.evaluate(state, step)
+                    values, images = task.evaluate(state, step)
                     if values:
                         metrics.scalars(step, values)
-                    metrics.images(step, pictures)
+                    metrics.images(step, images)
                 watchdog.beat()
             if step % config.checkpoint_every == 0 or last or preempted:
                 with progress.paused():
@@ -467,11 +476,13 @@ def train(
             if preempted:
                 checkpoints.wait()
                 raise Preempted(
-                    f"{task.name}: stopped by SIGTERM after step {step}, which is saved; run it again to go on"
+                    f"{task.name}: stopped by SIGTERM after step {step}, which is saved; run it again to resume"
                 )
         checkpoints.wait()
         if notice.came:  # while the last step was being evaluated or saved
-            raise Preempted(f"{task.name}: stopped by SIGTERM after its last step, saved; run it again to go on")
+            raise Preempted(
+                f"{task.name}: stopped by SIGTERM after its last step, which is saved; run it again to resume"
+            )
     return state
 
 
@@ -513,7 +524,7 @@ def _warm_up(
     warm_up(trainer, name, batch, stream.bucket, stream.buckets, steps, compiled)
 
 
-def _peak(mesh: Mesh) -> float | None:
+def _peak_flops(mesh: Mesh) -> float | None:
     """Returns the peak bf16 FLOP/s of the mesh; None for unknown chips."""
     chip = chip_of(mesh.devices.flat[0])
     return chip and chip.flops * mesh.devices.size
@@ -547,6 +558,6 @@ def _log(
     progress.print(step, values)
     if in_row >= config.max_skipped_in_row:
         raise UserError(
-            f"{in_row} steps in a row had a loss or gradient that is not finite (step {step}): the weights are those "
-            "from before them; lower train.learning_rate or look at the data"
+            f"{in_row} steps in a row (up to step {step}) had a loss or gradient that is not finite, and left the "
+            "weights unchanged: lower train.learning_rate or check the data"
         )

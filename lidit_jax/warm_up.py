@@ -114,20 +114,20 @@ def warm_up(
     planned = _plan(trainer, batch, bucket, buckets, steps)
     if len(planned) < 2:
         return
-    phases = sorted({of.phase for of in planned})
+    phases = sorted({program.phase for program in planned})
     _print(
         f"{name}: compiling the step for {len(buckets)} bucket{'s' * (len(buckets) > 1)}"
         f"{f' in {len(phases)} phases' if len(phases) > 1 else ''} before step {steps.start + 1} "
-        "(train.compile_ahead=False: each when it first comes)"
+        "(train.compile_ahead=False compiles each on first use)"
     )
     started = time.monotonic()
-    for done, of in enumerate(planned, 1):
+    for done, program in enumerate(planned, 1):
         begun = time.monotonic()
-        trainer.compile(of.batch, of.phase)
+        trainer.compile(program.batch, program.phase)
         now = time.monotonic()
-        phase = f", phase {phases.index(of.phase) + 1} of {len(phases)}" if len(phases) > 1 else ""
+        phase = f", phase {phases.index(program.phase) + 1} of {len(phases)}" if len(phases) > 1 else ""
         _print(
-            f"{name}: compiling the step for bucket {of.number} of {len(buckets)} ({of.bucket}){phase}: "
+            f"{name}: compiling the step for bucket {program.number} of {len(buckets)} ({program.bucket}){phase}: "
             f"{now - begun:.0f} s, eta {duration((now - started) / done * (len(planned) - done))}"
         )
         compiled()

@@ -71,7 +71,7 @@ PLAYED_MAIN = """#!/usr/bin/env bash
 echo "$WORKER $* $LIBTPU_INIT_ARGS" >>"$PLAY/runs"
 ending=$(head -n 1 "$PLAY/plays-$WORKER")
 if [ "$(wc -l <"$PLAY/plays-$WORKER")" -gt 1 ]; then sed -i 1d "$PLAY/plays-$WORKER"; fi
-trap 'echo "lidit: stopped by SIGTERM after step 7, which is saved; run it again to go on" >&2; exit 0' TERM
+trap 'echo "lidit: stopped by SIGTERM after step 7, which is saved; run it again to resume" >&2; exit 0' TERM
 echo "$WORKER" >>"$PLAY/listening"
 if [ "$ending" = hang ]; then trap "" TERM; fi
 if [ "$ending" = train ] || [ "$ending" = hang ]; then for _ in {1..600}; do sleep 0.02; done; fi
@@ -377,8 +377,8 @@ def test_a_worker_that_does_not_answer_is_missed(play):
     ("last_words", "ending", "status"),
     [
         ("lidit 9/9", 0, 0),
-        ("lidit: stopped by SIGTERM after step 7, which is saved; run it again to go on", 0, 143),
-        ("lidit: stopped by SIGTERM after its last step, saved; run it again to go on", 0, 143),
+        ("lidit: stopped by SIGTERM after step 7, which is saved; run it again to resume", 0, 143),
+        ("lidit: stopped by SIGTERM after its last step, which is saved; run it again to resume", 0, 143),
         ("error: config key 'x' is unknown", 2, 2),
         ("error: the run's other hosts were not found (DEADLINE_EXCEEDED): set", 2, 75),
         ("Traceback", 1, 1),
@@ -415,7 +415,7 @@ def test_run_tells_how_main_itself_ended(tmp_path):
     finished = start(step + 2)
     error = finished.communicate(timeout=600)[1]
     assert finished.returncode == 0, error
-    assert f"going on from step {step}" in error
+    assert f"resuming from step {step}" in error
     mistaken = start("many")
     error = mistaken.communicate(timeout=600)[1]
     assert mistaken.returncode == 2, error

@@ -321,7 +321,7 @@ def test_sigterm_saves_the_step_and_the_next_start_goes_on_bit_for_bit(tmp_path)
             return super()._next()
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match="toy: stopped by SIGTERM after step 7, which is saved; run it again to go on"):
+    with pytest.raises(Preempted, match="toy: stopped by SIGTERM after step 7, which is saved; run it again to resume"):
         run(tmp_path / "stopped", make_trainer(), Preempting)
     assert signal.getsignal(signal.SIGTERM) is before
     assert steps_taken(tmp_path / "stopped/checkpoints") == 7
@@ -347,7 +347,9 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_is_kept(tmp_path, monkeypat
         return save(self, step, **options)
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-    with pytest.raises(UserError, match="can't be written .*No space left on device.* of step 5, is kept: make room"):
+    with pytest.raises(
+        UserError, match="can't be written .*No space left on device.* of step 5, is kept: free disk space"
+    ):
         run(tmp_path, make_trainer())
     monkeypatch.undo()
     assert steps_taken(tmp_path / "checkpoints") == 5
