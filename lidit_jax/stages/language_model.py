@@ -31,7 +31,7 @@ def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer
       tokenizer: has the system prompt and instruction as its prefix.
     """
     model = CausalLM(config)
-    prefix = tokenizer.prefix()
+    instruction = tokenizer.prefix()
 
     def init(key):
         return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
@@ -39,11 +39,10 @@ def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer
     def loss(params, frozen, batch, key, phase):
         del frozen, key, phase
         tokens, mask = batch[f"{name}/tokens"], batch[f"{name}/mask"]
-        before = jnp.broadcast_to(jnp.asarray(prefix), (tokens.shape[0], len(prefix)))
-        sequence = jnp.concatenate([before, tokens], axis=1)  # [B, P + L]
-        logits = model.apply({"params": params}, sequence)[
-            :, len(prefix) - 1 : -1
-        ]  # [B, L, V]: position i predicts token i
+        prefix = jnp.broadcast_to(jnp.asarray(instruction), (tokens.shape[0], len(instruction)))
+        sequence = jnp.concatenate([prefix, tokens], axis=1)  # [B, P + L]
+        logits = model.apply({"params": params}, sequence)
+        logits = logits[:, len(instruction) - 1 : -1]  # [B, L, V]: position i predicts token i
         return token_loss(logits, tokens, mask)
 
     return Task(name=name, init=init, loss=loss)

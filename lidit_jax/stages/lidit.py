@@ -69,7 +69,10 @@ def lidit_task(
         latents = to_model_latents(posterior.sample(posterior_key), vae.config)
         latents = jax.lax.stop_gradient(latents)
         text = encode(encoders, frozen["encoders"], batch)
-        predict = lambda x, timesteps: model.apply({"params": params}, x, timesteps, text)  # noqa: E731
+
+        def predict(x, timesteps):
+            return model.apply({"params": params}, x, timesteps, text)
+
         loss, metrics = diffusion_loss(schedule, predict, latents, diffusion_key)
         truncated = jnp.stack([batch[f"{name}/truncated"] for name in encoders])  # [encoders, B]
         return loss, metrics | {"truncated_prompts": WeightedMean.over(truncated)}
@@ -107,22 +110,24 @@ def train_lidit(
     experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules
 ) -> tuple[Pipeline, TrainState]:
     """Trains LI-DiT, and returns the pipeline to sample with and the final state."""
-    config, how = experiment.train, experiment.sample
+    config, sampling = experiment.train, experiment.sample
     stored = dataset.stored_prompts()
-    draws = config.sample_every > 0 or "evaluate" in experiment.config
+    samples_images = config.sample_every > 0 or "evaluate" in experiment.config
     # With stored features, the encoders are needed for sampling only.
     with watched(config.stalled_after, "loading the encoders"):
-        pipeline = experiment.pipeline(mesh, rules, with_encoders=draws or not stored)
-    prompts = dataset.captions(how.batch_size, experiment.config.seed)
+        pipeline = experiment.pipeline(mesh, rules, with_encoders=samples_images or not stored)
+    prompts = dataset.captions(sampling.batch_size, experiment.config.seed)
     bucket = dataset.largest_bucket()
 
     def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        pictures = pipeline(state.averaged, prompts, range(len(prompts)), bucket.height, bucket.width, how)
-        return {}, {"sample": np.asarray(grid(list(pictures), prompts))}
+        images = pipeline(state.averaged, prompts, range(len(prompts)), bucket.height, bucket.width, sampling)
+        return {}, {"sample": np.asarray(grid(list(images), prompts))}
 
     encoders, frozen = pipeline.encoders, pipeline.frozen
     if stored:
-        encoders = {name: StoredEncoding(of.hidden_size, of.lead) for name, of in stored.encoders.items()}
+        encoders = {
+            name: StoredEncoding(encoder.hidden_size, encoder.lead) for name, encoder in stored.encoders.items()
+        }
         prefixes = {name: jax.device_put(stored.prefix[name], replicated(mesh)) for name in encoders}
         frozen = {**frozen, "encoders": prefixes}
     task = lidit_task(
@@ -155,14 +160,14 @@ def _initial_params(experiment: Experiment, mesh: Mesh, rules: ShardingRules) ->
     """Returns a loader of LI-DiT's EMA weights from the workdir or exported folder `start_from`; None without one."""
     if not experiment.config.get("start_from"):
         return None
-    other = epath.Path(experiment.config.start_from)
+    source = epath.Path(experiment.config.start_from)
 
     def load(into: Any) -> Any:
-        if is_exported(other):
-            logger.info("starting from %s", other)
-            return load_params(other, into, mesh, rules)
-        params, step = load_weights(other / "training" / LIDIT / "checkpoints", "ema", into)
-        logger.info("starting from %s, step %d", other, step)
+        if is_exported(source):
+            logger.info("starting from %s", source)
+            return load_params(source, into, mesh, rules)
+        params, step = load_weights(source / "training" / LIDIT / "checkpoints", "ema", into)
+        logger.info("starting from %s, step %d", source, step)
         return params
 
     return load

@@ -71,5 +71,5 @@ def on_host(params: Any, mesh: Mesh, stalled_after: float) -> Any:
     """Gathers a sharded tree, and returns it as NumPy arrays on every host."""
     # One program gathers all leaves: leaf by leaf, hosts could gather in different orders and deadlock.
     gather = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
-    with watched(stalled_after, "gathering what was trained"):
+    with watched(stalled_after, "gathering the trained weights"):
         return jax.device_get(gather(params))

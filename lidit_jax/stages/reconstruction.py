@@ -120,26 +120,26 @@ class Autoencoding:
           {"psnr": [N], "ssim": [N]}, the N reconstructions (uint8), and the statistics of the latents.
         """
         rows = -(-batch_size // self._shards) * self._shards  # the same number on every device
-        of_size = collections.defaultdict(list)
-        for index, picture in enumerate(pictures):
-            of_size[picture.shape].append(index)
+        indices_by_size = collections.defaultdict(list)
+        for index, image in enumerate(pictures):
+            indices_by_size[image.shape].append(index)
         scores = {name: np.zeros(len(pictures)) for name in ("psnr", "ssim")}
-        given_back: list[Any] = [None] * len(pictures)
+        reconstructions: list[Any] = [None] * len(pictures)
         sums = []
         with jax.set_mesh(self._mesh):
-            for indices in of_size.values():
+            for indices in indices_by_size.values():
                 for start in range(0, len(indices), rows):
-                    part = indices[start : start + rows]
-                    padded = np.stack([pictures[i] for i in part + part[:1] * (rows - len(part))])
+                    batch = indices[start : start + rows]
+                    padded = np.stack([pictures[i] for i in batch + batch[:1] * (rows - len(batch))])
                     images = jax.make_array_from_callback(padded.shape, self._batch_sharding, padded.__getitem__)
                     result = jax.device_get(self._reconstruct(params, images))
-                    result = _rows(result, len(part))
+                    result = _first_rows(result, len(batch))
                     for name, values in scores.items():
-                        values[part] = result[name]
-                    for index, picture in zip(part, result["picture"], strict=True):
-                        given_back[index] = picture
+                        values[batch] = result[name]
+                    for index, image in zip(batch, result["image"], strict=True):
+                        reconstructions[index] = image
                     sums.append(result["latents"])
-        return scores, given_back, LatentStatistics.of(sums)
+        return scores, reconstructions, LatentStatistics.of(sums)
 
     def _encode(self, params, images):
         return self._model.apply({"params": params}, images, method=AutoencoderKL.encode)
@@ -154,12 +154,12 @@ class Autoencoding:
         return {
             "psnr": psnr(decoded, images),
             "ssim": ssim(decoded, images),
-            "picture": to_pictures(decoded),
+            "image": to_pictures(decoded),
             "latents": _latent_moments(posterior),
         }
 
 
-def _rows(tree: Any, count: int) -> Any:
+def _first_rows(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[:count], tree)
 
 
@@ -186,9 +186,9 @@ def evaluate_reconstruction(
       "images" (their number), the means of "psnr" (decibels) and "ssim" over them, and "latent_mean" and
       "latent_deviation", lists with one number for each channel.
     """
-    scores, given_back, latents = autoencoding.reconstruct(params, pictures, evaluation.batch_size)
+    scores, reconstructions, latents = autoencoding.reconstruct(params, pictures, evaluation.batch_size)
     chosen = np.linspace(0, len(pictures) - 1, min(evaluation.sheet, len(pictures))).astype(int)
-    pairs = [_one_over_the_other(pictures[i], given_back[i]) for i in chosen]
+    pairs = [_stack_vertically(pictures[i], reconstructions[i]) for i in chosen]
     sheet = grid(pairs, [f"{scores['psnr'][i]:.1f} dB" for i in chosen], columns=8)
     return {
         "images": len(pictures),
@@ -209,7 +209,7 @@ def scalars(scores: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def is_judged(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
+def is_evaluated(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
     """Returns True if the workdir's `reconstruction.json` was written for the same facts."""
     file = workdir / SCORES_FILE
     if not file.exists():
@@ -239,13 +239,13 @@ def report(
     for channel, (mean, deviation) in enumerate(zip(scores["latent_mean"], scores["latent_deviation"], strict=True)):
         rows.append(f"{channel:14d}{mean:10.3f}{deviation:11.3f}")
     logger.info("\n%s", "\n".join(rows))
-    logger.info("vae: %d pictures given back with %.2f dB PSNR, %.4f SSIM; %s",
+    logger.info("vae: %d images reconstructed with %.2f dB PSNR, %.4f SSIM; %s",
                 scores["images"], scores["psnr"], scores["ssim"], workdir / SHEET_FILE)  # fmt: skip
     save_png(sheet, workdir / SHEET_FILE)
     factors = {"shift_factor": config.shift_factor, "scaling_factor": config.scaling_factor}
     write_json(workdir / SCORES_FILE, finite({**scores, **factors}) | facts)
 
 
-def _one_over_the_other(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
+def _stack_vertically(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
     gap = np.full((1, original.shape[1], 3), 255, np.uint8)
     return np.concatenate([original, gap, reconstruction])

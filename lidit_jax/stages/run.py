@@ -46,7 +46,7 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
     evaluation = build(SceneEvaluation, config.evaluate, "evaluate") if "evaluate" in config else None
     mesh, rules = make_mesh(config.mesh), ShardingRules()
     for where, training in experiment.trainings().items():
-        with _said_of(where):
+        with _prefix_errors(where):
             check_batch_size(training, mesh)
     if experiment.has_lidit:
         check_model(mesh, experiment.model.config.hidden_size, experiment.model.config.num_heads)
@@ -55,11 +55,11 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
     if evaluation:
         check_evaluation(evaluation, experiment.data)
     for where, training in experiment.trainings().items():
-        with _said_of(where):
+        with _prefix_errors(where):
             dataset.check_batch_size(training.batch_size)
     if dataset.holds_latents:
         if not experiment.vae.weights:
-            raise UserError("latents go with the VAE that made them: give --config.vae.weights=FOLDER")
+            raise UserError("data of latents needs the VAE that encoded them: give --config.vae.weights=FOLDER")
         dataset.check_latents(folder_digest(experiment.vae_folder()))
         if experiment.has_lidit and dataset.stored_prompts():
             dataset.check_features(experiment.stored_encoders())
@@ -85,19 +85,19 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
 
 def _check_start(experiment: Experiment) -> None:
     """Raises UserError if a new run starts from weights that do not exist, or that belong to a different model."""
-    other = epath.Path(experiment.config.get("start_from") or "")
-    begun = experiment.has_lidit and steps_taken(experiment.training_folder(LIDIT) / "checkpoints")
-    if not experiment.config.get("start_from") or begun:
+    source = epath.Path(experiment.config.get("start_from") or "")
+    has_begun = experiment.has_lidit and steps_taken(experiment.training_folder(LIDIT) / "checkpoints")
+    if not experiment.config.get("start_from") or has_begun:
         return
-    if is_exported(other):
-        check_start(experiment.config, read_folder(other), other)
+    if is_exported(source):
+        check_start(experiment.config, read_folder(source), source)
         return
-    require_checkpoint(other / "training" / LIDIT / "checkpoints")
-    check_start(experiment.config, read_workdir(other), other)
+    require_checkpoint(source / "training" / LIDIT / "checkpoints")
+    check_start(experiment.config, read_workdir(source), source)
 
 
 @contextlib.contextmanager
-def _said_of(where: str) -> Iterator[None]:
+def _prefix_errors(where: str) -> Iterator[None]:
     """Prefixes user errors with the path of the config section that they are about."""
     try:
         yield
