@@ -95,7 +95,7 @@ def test_the_report_says_what_a_chip_holds_and_does(report):
         assert words in text
     reductions = report.cost.gradient_reductions
     assert list(reductions) == ["f32"] and 0.9 < reductions["f32"] / report.cost.messages["all-reduce"] <= 1
-    assert f"of which gradients' reductions: {reductions['f32'] / 1e9:.2f} GB in float32" in text
+    assert f"of which gradient reductions: {reductions['f32'] / 1e9:.2f} GB in float32" in text
     found = json.loads(json.dumps(report.to_json()))["cost"]
     assert found["flops"] == report.cost.flops and found["gradient_reductions"] == reductions
 
@@ -129,7 +129,7 @@ def test_the_square_and_the_extreme_bucket_are_compiled_and_the_larger_one_decid
     assert report.bytes_by_bucket == {"512x512": 1000, "384x640": 1001}
     text = "\n".join(report.lines())
     assert "batch 8 of 384x640, compiled in 4 s\n\npeak memory by bucket\n  512x512 " in text
-    assert "all that follows is of 384x640, which needs the most" in text
+    assert "the rest is for 384x640, which needs the most" in text
     assert json.loads(json.dumps(report.to_json()))["bytes_by_bucket"]["384x640"] == 1001
 
 
@@ -138,7 +138,7 @@ def test_one_bucket_can_be_compiled_alone(of_buckets):
     report = compile_step.compile_step(config, "v5e:2x4", bucket="576x448")
     assert batches == [(8, 576, 448, 3)] and "peak memory by bucket" not in "\n".join(report.lines())
     with pytest.raises(
-        UserError, match="--bucket=500x500: the config has no such bucket, use one of 640x384, 576x448,"
+        UserError, match="--bucket=500x500: the config has no such bucket: use one of 640x384, 576x448,"
     ):
         compile_step.compile_step(config, "v5e:2x4", bucket="500x500")
     config.data.max_aspect = 1.0
@@ -170,9 +170,9 @@ def test_the_compilers_refusal_is_read():
     said = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (54.37G) exceeds"
     )
-    assert compile_step._needed(said) == int(54.37 * 1024**3)
-    with pytest.raises(UserError, match="the TPU's compiler refuses: something else"):
-        compile_step._needed("something\n else")
+    assert compile_step._requested_bytes(said) == int(54.37 * 1024**3)
+    with pytest.raises(UserError, match="the TPU compiler failed: something else"):
+        compile_step._requested_bytes("something\n else")
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_slices_lie_along_data():
 
 @pytest.mark.parametrize("name", ["v5p", "v7:2x2", "v5p:2x", "tpu:4x4", "v5p:4x4;rm"])
 def test_topologies_that_are_none_are_said(name):
-    with pytest.raises(UserError, match="name one of v4, v5e, v5p, v6e and its shape, as v5p:8x8x4"):
+    with pytest.raises(UserError, match="give one of v4, v5e, v5p, v6e and a shape, such as v5p:8x8x4"):
         topology_devices(name)
 
 
@@ -238,7 +238,7 @@ def test_where_weights_go_is_listed(with_weights, monkeypatch):
     monkeypatch.setattr(compile_step, "topology_devices", lambda *_: (jax.devices(), V5E))
     with_weights.mesh.update(MESH)
     lines = compile_step.where_weights_go(with_weights, "v5e:2x4")
-    assert lines[0].split() == ["weight", "shape", "cut", "MB", "a", "chip"]
+    assert lines[0].split() == ["weight", "shape", "sharded", "over", "MB", "a", "chip"]
     [line] = [line for line in lines if line.startswith("lidit/dit/blocks/feed_forward/in/kernel")]
     assert line.split()[1:] == ["2", "x", "16", "x", "64", "-,", "fsdp,", "tensor", "0.002"]
     assert any(line.startswith("llama/embed_tokens") for line in lines)
@@ -256,7 +256,7 @@ def test_drawing_is_compiled_too(with_weights, monkeypatch):
     assert not dataclasses.replace(report, peak=17_000_000_000).fits
     # Three evaluations with guidance; at this size, the VAE's decoder costs more than the model.
     assert report.flops_ratio > 1 and report.cost.unknown_loops == 0
-    assert "a batch of pictures takes at least" in "\n".join(report.lines())
+    assert "a batch of images takes at least" in "\n".join(report.lines())
 
 
 @pytest.mark.slow

@@ -18,25 +18,27 @@ from lidit_jax.errors import UserError
 from lidit_jax.files import write_json
 
 _CONFIG = cli.define_config()
-_TOPOLOGY = flags.DEFINE_string("topology", None, "generation and shape of a slice: v5p:8x8x4, v5e:16x16, v4:2x2x2 …")
-_SLICES = flags.DEFINE_integer("slices", 1, "how many of them", lower_bound=1)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU generation and slice shape: v5p:8x8x4, v5e:16x16, v4:2x2x2 …")
+_SLICES = flags.DEFINE_integer("slices", 1, "number of such slices", lower_bound=1)
 _PREFIX = flags.DEFINE_integer(
-    "prefix_tokens", 64, "of system prompt and instruction, where encoders have no weights", lower_bound=0
+    "prefix_tokens", 64, "tokens of system prompt and instruction, for encoders without weights", lower_bound=0
 )
-_PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "the train step, or prompts to pictures")
+_PROGRAM = flags.DEFINE_enum(
+    "program", "train", ["train", "sample"], "compile the train step, or the sampling of images"
+)
 _BUCKET = flags.DEFINE_string(
     "bucket",
     "",
-    "the bucket to compile, as 640x384 (height, width); unset: the square and, of training, an extreme one",
+    "bucket to compile, as 640x384 (height, width); default: the square one and, for training, the most extreme one",
 )
-_WEIGHTS = flags.DEFINE_bool("weights", False, "list where each weight goes, and compile nothing")
-_JSON = flags.DEFINE_string("json", None, "file for all numbers")
+_WEIGHTS = flags.DEFINE_bool("weights", False, "list the sharding of each weight, and compile nothing")
+_JSON = flags.DEFINE_string("json", None, "JSON file to write all numbers to")
 
 
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # otherwise libtpu tries to start a TPU
     if _JSON.value and not epath.Path(_JSON.value).parent.is_dir():
-        raise UserError(f"--json={_JSON.value}: there is no such folder")
+        raise UserError(f"--json={_JSON.value}: its folder does not exist, create it first")
     config, topology = cli.read_config(_CONFIG), cli.require(_TOPOLOGY.name)
     if _WEIGHTS.value:
         print("\n".join(where_weights_go(config, topology, _SLICES.value)))

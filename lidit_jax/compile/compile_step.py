@@ -5,6 +5,7 @@ is loaded: parameters, frozen encoders and batches are shapes with shardings.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -95,16 +96,16 @@ def compile_step(
     Raises:
       UserError: if the config does not fit the mesh, there is no such bucket, or the TPU compiler is not installed.
     """
-    run = _run(config, topology, num_slices, prefix_tokens)
+    run = _abstract_run(config, topology, num_slices, prefix_tokens)
     buckets = _buckets(run.experiment, bucket)
     if program == "sample":
         return _compile_sampling(run, topology, buckets[0])
     check_batch_size(run.experiment.train, run.mesh)
     trainer, reports = run.trainer(run.experiment.train), []
-    for of in buckets:
-        logger.info("compiling the step for bucket %s", of)
-        batch = abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, of)
-        reports.append(_compile(trainer, run.frozen, batch, topology, run.chip, of))
+    for each in buckets:
+        logger.info("compiling the step for bucket %s", each)
+        batch = abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, each)
+        reports.append(_compile(trainer, run.frozen, batch, topology, run.chip, each))
     return worst(reports)
 
 
@@ -115,7 +116,7 @@ def _buckets(experiment: Experiment, only: str) -> list[Bucket]:
         found = [bucket for bucket in buckets if str(bucket) == only]
         if not found:
             raise UserError(
-                f"--bucket={only}: the config has no such bucket, use one of {', '.join(map(str, buckets))}"
+                f"--bucket={only}: the config has no such bucket: use one of {', '.join(map(str, buckets))}"
             )
         return found
     square = Bucket(experiment.data.resolution, experiment.data.resolution)
@@ -124,11 +125,11 @@ def _buckets(experiment: Experiment, only: str) -> list[Bucket]:
 
 def where_weights_go(config: ConfigDict, topology: str, num_slices: int = 1) -> list[str]:
     """Lists the weights, one a line: shape, mesh axes that shard it, and size on a chip. Compiles nothing."""
-    rows = [("weight", "shape", "cut", "MB a chip")]
-    for name, leaf in _weights(_run(config, topology, num_slices, 1)).items():
+    rows = [("weight", "shape", "sharded over", "MB a chip")]
+    for name, leaf in _weights(_abstract_run(config, topology, num_slices, 1)).items():
         spec = tuple(leaf.sharding.spec) + (None,) * (len(leaf.shape) - len(leaf.sharding.spec))
-        cut = ", ".join(str(axes or "-") for axes in spec) if any(spec) else "whole"
-        rows.append((name, " x ".join(map(str, leaf.shape)), cut, f"{_bytes_a_chip(leaf) / 1e6:.3f}"))
+        sharded = ", ".join(str(axes or "-") for axes in spec) if any(spec) else "replicated"
+        rows.append((name, " x ".join(map(str, leaf.shape)), sharded, f"{_bytes_a_chip(leaf) / 1e6:.3f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -136,19 +137,19 @@ def where_weights_go(config: ConfigDict, topology: str, num_slices: int = 1) -> 
 def _weights(run: _Run) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the abstract weights of LI-DiT, the encoders and the VAE, by path."""
     trees = {"lidit": run.state().params, "vae": run.frozen["vae"]}
-    trees |= {name: of.params for name, of in run.frozen["encoders"].items()}
+    trees |= {name: encoder.params for name, encoder in run.frozen["encoders"].items()}
     return flax.traverse_util.flatten_dict(trees, sep="/")
 
 
-def _run(config: ConfigDict, topology: str, num_slices: int, prefix_tokens: int) -> _Run:
+def _abstract_run(config: ConfigDict, topology: str, num_slices: int, prefix_tokens: int) -> _Run:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.data.path = config.data.get("path") or "unused"
     experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
     if not experiment.has_lidit:
-        raise UserError("compile: the config is of a VAE alone; name one with a model")
+        raise UserError("compile: the config trains a VAE alone: give one with a model")
     if experiment.text.encode != "in_step":
-        raise UserError("compile: only a step with the encoders in it is compiled: give --config.text.encode=in_step")
+        raise UserError("compile: the encoders must run inside the step: give --config.text.encode=in_step")
     devices, chip = topology_devices(topology, num_slices)
     return _on_devices(experiment, devices, chip, prefix_tokens)
 
@@ -165,21 +166,21 @@ def _compile(
 ) -> Report:
     state, mesh = trainer.abstract_state(), trainer.mesh
     parts = {"weights": state.params, "ema": state.ema, "optimiser": state.opt_state, "frozen": frozen, "batch": batch}
-    lower = lambda: trainer.lower(state, frozen, batch)  # noqa: E731
+    lower = functools.partial(trainer.lower, state, frozen, batch)
     rows = trainer.config.batch_size
     return _report(lower, mesh, parts, topology, chip, "train", rows, bucket, trainer.task.flops(batch))
 
 
 def _compile_sampling(run: _Run, topology: str, bucket: Bucket) -> Report:
-    experiment, how = run.experiment, run.experiment.sample
+    experiment, sampling = run.experiment, run.experiment.sample
     pipeline = Pipeline(experiment.model, experiment.schedule, run.encoders, run.vae, run.frozen, run.mesh, run.rules)
     pipeline.check_size(*bucket)
     state = run.state()
-    lower = lambda: pipeline.lower(state.averaged, *bucket, how)  # noqa: E731
+    lower = functools.partial(pipeline.lower, state.averaged, *bucket, sampling)
     # Sampling reads one copy of the weights; the rest of the train state stays in memory.
     beside = state.opt_state if state.ema is None else (state.params, state.opt_state)
     parts = {"weights": state.averaged, "frozen": run.frozen, "beside": beside}
-    rows, flops = pipeline.rows(how), pipeline.flops(*bucket, how)
+    rows, flops = pipeline.rows(sampling), pipeline.flops(*bucket, sampling)
     return _report(lower, run.mesh, parts, topology, run.chip, "sample", rows, bucket, flops)
 
 
@@ -200,7 +201,7 @@ def _report(
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            needed = _needed(str(error))
+            needed = _requested_bytes(str(error))
     memory = compiled and compiled.memory_analysis()
     return Report(
         topology=topology,
@@ -221,12 +222,12 @@ def _report(
     )
 
 
-def _needed(message: str) -> int:
+def _requested_bytes(message: str) -> int:
     """Returns the bytes requested by XLA when compilation ran out of memory; raises UserError for other messages."""
     found = re.search(r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)", message)
     found = found or re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
     if not found:
-        raise UserError(f"the TPU's compiler refuses: {' '.join(message.split())[:400]}")
+        raise UserError(f"the TPU compiler failed: {' '.join(message.split())[:400]}")
     return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
 
 
@@ -242,7 +243,7 @@ def topology_devices(name: str, num_slices: int = 1) -> tuple[list[jax.Device], 
     """
     generation = name.partition(":")[0]
     if not TOPOLOGY.fullmatch(name) or generation not in TPUS:
-        raise UserError(f"--topology={name}: name one of {', '.join(TPUS)} and its shape, as v5p:8x8x4 or v5e:16x16")
+        raise UserError(f"--topology={name}: give one of {', '.join(TPUS)} and a shape, such as v5p:8x8x4 or v5e:16x16")
     from jax.experimental import topologies
 
     # Megacore: the two cores of a chip appear as one device.
@@ -256,7 +257,7 @@ def topology_devices(name: str, num_slices: int = 1) -> tuple[list[jax.Device], 
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # jaxlib raises types of its own and plain RuntimeErrors
         raise UserError(
-            f"--topology={name}: {' '.join(str(error).split())[:200]} (the TPU's compiler is needed: "
+            f"--topology={name}: {' '.join(str(error).split())[:200]} (this needs the TPU compiler: "
             'pip install -e ".[tpu]"; one process at a time can use it)'
         ) from error
     return list(description.devices), TPUS[generation]
@@ -293,24 +294,27 @@ def abstract_frozen(
     Encoders with `weights` are read from the config.json of that folder, others from their `model` section.
     """
     encoders, frozen = {}, {}
-    for name, part in experiment.encoders.items():
-        if part.weights:
-            encoder = open_encoder(part.weights, experiment.prompt_tokenizer, dtype=part.dtype)
+    for name, config in experiment.encoders.items():
+        if config.weights:
+            encoder = open_encoder(config.weights, experiment.prompt_tokenizer, dtype=config.dtype)
         else:
             tokenizer = AssumedTokenizer(prefix_tokens, experiment.text.max_length)
             encoder = LLMTextEncoder(experiment.language_model_config(name), tokenizer)
         if not isinstance(encoder, LLMTextEncoder):
-            raise UserError(f"encoders.{name}: only decoder-only LLMs can be compiled without their weights")
+            raise UserError(f"encoders.{name}: only decoder-only LLMs can be compiled from their config.json alone")
         encoders[name] = encoder
-        params = abstract_encoder(encoder.config, dtype=part.dtype, mesh=mesh, rules=rules)
-        apply = lambda p, t, model=encoder.model: model.apply({"params": p}, t, method=LLM.prefix)  # noqa: E731
-        features, cache = jax.eval_shape(apply, params, encoder.tokenizer.prefix())
-        frozen[name] = FrozenLLM(params, *_everywhere((features, cache), mesh))
+        params = abstract_encoder(encoder.config, dtype=config.dtype, mesh=mesh, rules=rules)
+        encode_prefix = functools.partial(encoder.model.apply, method=LLM.prefix)
+        features, cache = jax.eval_shape(encode_prefix, {"params": params}, encoder.tokenizer.prefix())
+        frozen[name] = FrozenLLM(params, *_replicated((features, cache), mesh))
     vae = experiment.autoencoder(experiment.vae_config())
     side = 2 * vae.config.downsampling_factor
     params = jax.eval_shape(lambda: nn.unbox(vae.init(jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]))
-    places = stored_shardings(params, mesh, rules)
-    params = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), params, places)
+    params = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        params,
+        stored_shardings(params, mesh, rules),
+    )
     return encoders, {"vae": params, "encoders": frozen}
 
 
@@ -324,11 +328,11 @@ def abstract_batch(
         shapes[f"{name}/tokens"] = (rows, length), jnp.int32
         shapes[f"{name}/mask"] = (rows, length), jnp.bool_
         shapes[f"{name}/truncated"] = (rows,), jnp.bool_
-    place = batch_sharding(mesh, rules)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in shapes.items()}
+    sharding = batch_sharding(mesh, rules)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
 
 
-def _everywhere(tree: Any, mesh: Mesh) -> Any:
+def _replicated(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
 
 

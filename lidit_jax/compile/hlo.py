@@ -111,70 +111,76 @@ class _Module:
             self._known[name, fused] = total
         return self._known[name, fused]
 
-    def _cost_of(self, one: Instruction, among: dict[str, Instruction], fused: bool) -> tuple[Cost, int]:
+    def _cost_of(self, instruction: Instruction, computation: dict[str, Instruction], fused: bool) -> tuple[Cost, int]:
         """Returns the cost of an instruction and how often it counts."""
-        if one.opcode == "while":
-            trips = self._trips(one, among)
+        if instruction.opcode == "while":
+            trips = self._trips(instruction, computation)
             cost = dataclasses.replace(Cost(), unknown_loops=int(trips is None))
-            cost.add(self._cost(one.called("body"), fused), 1 if trips is None else trips)
+            cost.add(self._cost(instruction.called("body"), fused), 1 if trips is None else trips)
             return cost, 1
-        if one.opcode == "conditional":
-            branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
+        if instruction.opcode == "conditional":
+            branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
             names = (
-                _NAME.findall(branches[1]) if branches else [one.called(f"{b}_computation") for b in ("true", "false")]
+                _NAME.findall(branches[1])
+                if branches
+                else [instruction.called(f"{b}_computation") for b in ("true", "false")]
             )
             return max((self._cost(name, fused) for name in names), key=lambda cost: (cost.flops, cost.bytes)), 1
         cost = Cost()
-        if one.opcode in ("call", "async-start"):
-            cost.add(self._cost(one.called("to_apply") or one.called("calls"), fused))
+        if instruction.opcode in ("call", "async-start"):
+            cost.add(self._cost(instruction.called("to_apply") or instruction.called("calls"), fused))
             return cost, 1
-        if one.opcode == "fusion":
-            name = one.called("calls") or ""
+        if instruction.opcode == "fusion":
+            name = instruction.called("calls") or ""
             cost.add(self._cost(name, True))
             if "all-reduce-scatter" in name:  # XLA fused an all-reduce and a slice into a reduce-scatter
                 cost.messages = collections.Counter({"reduce-scatter": cost.messages["all-reduce"] // 2})
                 halves = {kind: count // 2 for kind, count in cost.gradient_reductions.items()}
                 cost.gradient_reductions = collections.Counter(halves)
-            elif self._only_goes_on(name):
+            elif self._continues_collective(name):
                 cost.messages, cost.gradient_reductions = collections.Counter(), collections.Counter()
-        if one.opcode == "dot":
-            cost.flops = _dot_flops(one, among)
-        if one.opcode == "convolution":
-            cost.flops = _convolution_flops(one, among)
-        if one.opcode == "custom-call":
-            target = _target(one)
+        if instruction.opcode == "dot":
+            cost.flops = _dot_flops(instruction, computation)
+        if instruction.opcode == "convolution":
+            cost.flops = _convolution_flops(instruction, computation)
+        if instruction.opcode == "custom-call":
+            target = _target(instruction)
             if target in _NO_KERNELS:
                 return cost, 1
-            cost.flops = _attention_flops(one, among)
+            cost.flops = _attention_flops(instruction, computation)
             if not cost.flops:
                 cost.kernels[target] += 1
-        kind = one.opcode.removesuffix("-start")
+        kind = instruction.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
-            shapes = [_result(one)]
+            shapes = [_result_shape(instruction)]
             if kind == "reduce-scatter":
-                shapes = [among[name].shape for name in one.operands if name in among]
+                shapes = [computation[name].shape for name in instruction.operands if name in computation]
             for dtype, size in _bytes_by_dtype(shapes).items():
                 size *= 2 if kind == "all-reduce" else 1
                 cost.messages[kind] += size
-                if kind in _REDUCTIONS and f"/{GRADIENT_SCOPE}/" in one.attributes:
+                if kind in _REDUCTIONS and f"/{GRADIENT_SCOPE}/" in instruction.attributes:
                     cost.gradient_reductions[dtype] += size
-        if not fused and one.opcode not in _FREE and not one.opcode.endswith("-done"):
-            cost.bytes += self._traffic(one, among)
+        if not fused and instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+            cost.bytes += self._traffic(instruction, computation)
         return cost, 1
 
-    def _only_goes_on(self, name: str) -> bool:
+    def _continues_collective(self, name: str) -> bool:
         """Returns True if a fusion continues or ends an asynchronous collective, which each of its fusions repeats."""
-        targets = {_target(one) for one in self._computations.get(name, {}).values() if one.opcode == "custom-call"}
+        targets = {
+            _target(instruction)
+            for instruction in self._computations.get(name, {}).values()
+            if instruction.opcode == "custom-call"
+        }
         return "AsyncCollectiveDone" in targets or (
             name.startswith("async_collective_fusion") and "AsyncCollectiveStart" not in targets
         )
 
-    def _trips(self, loop: Instruction, among: dict[str, Instruction]) -> int | None:
+    def _trips(self, loop: Instruction, computation: dict[str, Instruction]) -> int | None:
         """Returns the trip count of a loop that counts up to a constant; None for other loops."""
         if found := re.search(r"known_trip_count[^0-9]*(\d+)", loop.attributes):
             return int(found[1])
         condition = self._computations.get(loop.called("condition") or "", {})
-        compares = [one for one in condition.values() if one.opcode == "compare"]
+        compares = [instruction for instruction in condition.values() if instruction.opcode == "compare"]
         if len(compares) != 1 or compares[0].called("direction") != "LT":
             return None
         counter, bound = (condition.get(name) for name in compares[0].operands)
@@ -184,33 +190,35 @@ class _Module:
         body = self._computations.get(loop.called("body") or "", {})
         steps = [
             _constant(body.get(other))
-            for one in body.values()
-            if one.opcode == "add" and one.shape.startswith("s32[]") and len(one.operands) == 2
-            for name, other in (one.operands, reversed(one.operands))
+            for instruction in body.values()
+            if instruction.opcode == "add" and instruction.shape.startswith("s32[]") and len(instruction.operands) == 2
+            for name, other in (instruction.operands, reversed(instruction.operands))
             if _index(body.get(name)) == index and _constant(body.get(other)) is not None
         ]
-        start = among.get(loop.operands[0])
-        first = _constant(among.get(start.operands[index])) if start and start.opcode == "tuple" else None
+        start = computation.get(loop.operands[0])
+        first = _constant(computation.get(start.operands[index])) if start and start.opcode == "tuple" else None
         step = steps[0] if len(steps) == 1 else 1  # 1 unless the body shows another step
         return max(0, math.ceil((end - (first or 0)) / step)) if step and step > 0 else None
 
-    def _traffic(self, one: Instruction, among: dict[str, Instruction]) -> int:
+    def _traffic(self, instruction: Instruction, computation: dict[str, Instruction]) -> int:
         """Returns the bytes that an instruction reads and writes."""
-        if one.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * _bytes(one.shape)
-        if one.opcode in ("copy-start", "slice-start"):
-            return 2 * min(_BYTES.get(kind, 0) * math.prod(sizes) for kind, sizes in list(_arrays(one.shape))[:2])
-        if one.opcode == "dynamic-update-slice":
-            return 2 * _bytes(among[one.operands[1]].shape)
-        written = _bytes(one.shape)
-        inside = self._computations.get(one.called("calls") or "", {}) if one.opcode == "fusion" else {}
+        if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * _bytes(instruction.shape)
+        if instruction.opcode in ("copy-start", "slice-start"):
+            return 2 * min(
+                _BYTES.get(kind, 0) * math.prod(sizes) for kind, sizes in list(_arrays(instruction.shape))[:2]
+            )
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * _bytes(computation[instruction.operands[1]].shape)
+        written = _bytes(instruction.shape)
+        inside = self._computations.get(instruction.called("calls") or "", {}) if instruction.opcode == "fusion" else {}
         read = 0
-        for number, name in enumerate(one.operands):
-            size = _bytes(among[name].shape) if name in among else 0
-            sliced = _sliced_parameter(inside, number) if inside else None
+        for number, name in enumerate(instruction.operands):
+            size = _bytes(computation[name].shape) if name in computation else 0
+            sliced = _sliced_bytes(inside, number) if inside else None
             read += size if sliced is None else min(size, sliced)
         if inside:  # parameters passed through are neither read nor written
-            written -= sum(_bytes(inside[name].shape) for name in _passed_through(inside))
+            written -= sum(_bytes(inside[name].shape) for name in _returned_parameters(inside))
         updates = [i for i in inside.values() if i.opcode == "dynamic-update-slice" and _bytes(i.shape) == written]
         if updates:  # in place: only the update is written
             written = _bytes(inside[updates[0].operands[1]].shape) if updates[0].operands[1] in inside else written
@@ -220,12 +228,12 @@ class _Module:
 def _parse(line: str) -> Instruction | None:
     line = re.sub(r"/\*.*?\*/", "", line).strip()  # comments number the operands
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
-    end = _matching(rest) if rest.startswith("(") else rest.find(" ")
+    end = _closing(rest) if rest.startswith("(") else rest.find(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, parenthesis, rest = rest.partition("(")
     if not parenthesis or not re.fullmatch(r"[\w\-]+", opcode):
         return None
-    end = _matching("(" + rest) - 1
+    end = _closing("(" + rest) - 1
     inside = rest[: max(end - 1, 0)]
     if opcode == "constant":
         operands: Sequence[str] = (inside,)
@@ -234,7 +242,7 @@ def _parse(line: str) -> Instruction | None:
     return Instruction(name.lstrip("%"), shape, opcode, tuple(operands), rest[end:], line.startswith("ROOT "))
 
 
-def _matching(text: str) -> int:
+def _closing(text: str) -> int:
     """Returns the position after the parenthesis that closes the first one."""
     depth = 0
     for position, character in enumerate(text):
@@ -265,21 +273,21 @@ def _bytes_by_dtype(shapes: Sequence[str]) -> collections.Counter:
     return found
 
 
-def _result(one: Instruction) -> str:
+def _result_shape(instruction: Instruction) -> str:
     """Returns the shape of a collective's result; a "-start", except an all-reduce's, also lists its operand."""
-    arrays = list(_arrays(one.shape))
-    if one.opcode.endswith("-start") and one.opcode != "all-reduce-start" and len(arrays) > 1:
+    arrays = list(_arrays(instruction.shape))
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start" and len(arrays) > 1:
         kind, sizes = max(arrays, key=lambda array: _BYTES.get(array[0], 0) * math.prod(array[1]))
         return f"{kind}[{','.join(map(str, sizes))}]"
-    return one.shape
+    return instruction.shape
 
 
-def _target(one: Instruction) -> str:
-    found = re.search(r'custom_call_target="([^"]*)"', one.attributes)
+def _target(instruction: Instruction) -> str:
+    found = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
     return found[1] if found else "?"
 
 
-def _sliced_parameter(inside: dict[str, Instruction], number: int) -> int | None:
+def _sliced_bytes(inside: dict[str, Instruction], number: int) -> int | None:
     """Returns the bytes that a fusion reads of a parameter that it only slices; None if it reads all of it."""
     [name] = [i.name for i in inside.values() if i.opcode == "parameter" and i.operands == (str(number),)] or [None]
     users = [i for i in inside.values() if name in i.operands and i.opcode != "parameter"]
@@ -296,64 +304,80 @@ def _sliced_parameter(inside: dict[str, Instruction], number: int) -> int | None
     return total if users else None
 
 
-def _passed_through(inside: dict[str, Instruction]) -> list[str]:
+def _returned_parameters(inside: dict[str, Instruction]) -> list[str]:
     """Returns the names of the parameters that a fusion returns unchanged."""
-    roots = [one for one in inside.values() if one.is_root and one.opcode == "tuple"]
-    return [name for one in roots for name in one.operands if name in inside and inside[name].opcode == "parameter"]
+    roots = [instruction for instruction in inside.values() if instruction.is_root and instruction.opcode == "tuple"]
+    return [
+        name
+        for instruction in roots
+        for name in instruction.operands
+        if name in inside and inside[name].opcode == "parameter"
+    ]
 
 
-def _index(one: Instruction | None) -> int | None:
+def _index(instruction: Instruction | None) -> int | None:
     """Returns the index of a get-tuple-element; None for other instructions."""
-    found = re.search(r"\bindex=(\d+)", one.attributes) if one and one.opcode == "get-tuple-element" else None
+    found = (
+        re.search(r"\bindex=(\d+)", instruction.attributes)
+        if instruction and instruction.opcode == "get-tuple-element"
+        else None
+    )
     return int(found[1]) if found else None
 
 
-def _constant(one: Instruction | None) -> int | None:
-    if one is None or one.opcode != "constant" or not one.shape.startswith("s32[]"):
+def _constant(instruction: Instruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "constant" or not instruction.shape.startswith("s32[]"):
         return None
-    return int(one.operands[0]) if re.fullmatch(r"-?\d+", one.operands[0]) else None
+    return int(instruction.operands[0]) if re.fullmatch(r"-?\d+", instruction.operands[0]) else None
 
 
-def _dot_flops(one: Instruction, among: dict[str, Instruction]) -> float:
-    left = _dims(among[one.operands[0]].shape)
-    contracted = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", one.attributes)
+def _dot_flops(instruction: Instruction, computation: dict[str, Instruction]) -> float:
+    left = _dims(computation[instruction.operands[0]].shape)
+    contracted = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", instruction.attributes)
     axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
-    return 2.0 * math.prod(_dims(one.shape)) * math.prod(left[axis] for axis in axes)
+    return 2.0 * math.prod(_dims(instruction.shape)) * math.prod(left[axis] for axis in axes)
 
 
-def _attention_flops(one: Instruction, among: dict[str, Instruction]) -> float:
+def _attention_flops(instruction: Instruction, computation: dict[str, Instruction]) -> float:
     """Returns the FLOPs of the TPU attention kernel (`models/splash_attention.py`), 0 for any other custom call.
 
     The kernel is recognised by its name. All of the query-key matrix counts, also under a causal mask, as for XLA's
     attention.
     """
-    kernel = re.match(r"splash_mha_(fwd|dkv|dq)_", one.name)
+    kernel = re.match(r"splash_mha_(fwd|dkv|dq)_", instruction.name)
     if not kernel:
         return 0.0
-    tokens = [dims for name in one.operands if name in among for dims in [_dims(among[name].shape)] if len(dims) == 4]
+    tokens = [
+        dims
+        for name in instruction.operands
+        if name in computation
+        for dims in [_dims(computation[name].shape)]
+        if len(dims) == 4
+    ]
     query, key = tokens[:2]  # [B, H, Lq, D], [B, K, Lk, D]
     # Forward: logits and output. Backward: logits again, and the gradients of weights, values and keys. The gradient of
     # the queries has a kernel of its own ("dq"), or is an output of the fused one for every block of keys, as
     # [B, blocks, H, Lq, D].
-    does_all = any(len(sizes) == len(query) + 1 for _, sizes in _arrays(one.shape))
-    products = {"fwd": 2, "dkv": 5 if does_all else 4, "dq": 3}[kernel[1]]
+    is_fused = any(len(sizes) == len(query) + 1 for _, sizes in _arrays(instruction.shape))
+    products = {"fwd": 2, "dkv": 5 if is_fused else 4, "dq": 3}[kernel[1]]
     return 2.0 * products * math.prod(query) * key[2]
 
 
-def _convolution_flops(one: Instruction, among: dict[str, Instruction]) -> float:
+def _convolution_flops(instruction: Instruction, computation: dict[str, Instruction]) -> float:
     """Returns the FLOPs of a convolution, without products with padding or dilation holes, like XLA."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
-    image, kernel, out = (dict(zip(label, dims, strict=True)) for label, dims in zip(
-        labels.groups(), (_dims(among[one.operands[0]].shape), _dims(among[one.operands[1]].shape), _dims(one.shape)),
-        strict=True))  # fmt: skip
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    shapes = *(computation[name].shape for name in instruction.operands[:2]), instruction.shape
+    image, kernel, out = (
+        dict(zip(label, _dims(shape), strict=True)) for label, shape in zip(labels.groups(), shapes, strict=True)
+    )
     spatial = [label for label in labels[2] if label.isdigit()]
-    window = _window(one.attributes, len(spatial))
+    window = _window(instruction.attributes, len(spatial))
     positions = 1
     for axis, label in enumerate(spatial):
         positions *= _valid_positions(
             image[label], kernel[label], out[label], *(window[name][axis] for name in _WINDOW)
         )
-    groups = re.search(r"batch_group_count=(\d+)", one.attributes)
+    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     batch = image["b"] // (int(groups[1]) if groups else 1)
     return 2.0 * batch * positions * kernel["i"] * kernel["o"]
 
@@ -379,8 +403,8 @@ def _valid_positions(
     """Returns, for one axis, the number of (output, kernel) position pairs that meet a value of the image."""
     outputs = np.arange(out, dtype=np.int64) * stride - pad
     count = 0
-    for place in range(kernel):
-        at = outputs + place * dilation
-        inside = (at >= 0) & (at < (image - 1) * image_dilation + 1)
-        count += int((inside & (at % image_dilation == 0)).sum())
+    for tap in range(kernel):
+        positions = outputs + tap * dilation
+        inside = (positions >= 0) & (positions < (image - 1) * image_dilation + 1)
+        count += int((inside & (positions % image_dilation == 0)).sum())
     return count

@@ -101,7 +101,10 @@ class Report:
 
     def lines(self) -> list[str]:
         """Returns the report as lines of text."""
-        gb = lambda count: f"{count / 1e9:8.2f} GB"  # noqa: E731
+
+        def gb(count: float) -> str:
+            return f"{count / 1e9:8.2f} GB"
+
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items())
         rows = [
             f"{self.topology}: {self.devices} chips ({mesh}), batch {self.batch_size} of {self.bucket}, compiled in "
@@ -110,7 +113,7 @@ class Report:
         if len(self.bytes_by_bucket) > 1:
             rows += ["", "peak memory by bucket"]
             rows += [f"  {bucket:14}{gb(count)}" for bucket, count in self.bytes_by_bucket.items()]
-            rows.append(f"  all that follows is of {self.bucket}, which needs the most")
+            rows.append(f"  the rest is for {self.bucket}, which needs the most")
         rows += ["", "a chip's memory"] + [f"  {name:14}{gb(count)}" for name, count in self.parts.items()]
         if self.peak is None:
             rows.append(f"  {'temporaries':14}{gb(self.needed)}")
@@ -122,21 +125,26 @@ class Report:
         if self.cost is None:
             return rows
         per_chip = self.model_flops / self.devices
-        rows += ["", "operations of a chip"]
+        rows += ["", "FLOPs of a chip"]
         rows += [f"  the model's   {per_chip / 1e12:9.2f} T", f"  compiled      {self.cost.flops / 1e12:9.2f} T"]
         rows[-1] += f", {self.flops_ratio:.2f} times the model's"
         if self.cost.messages:
-            rows += ["", "messages"] + [f"  {kind:18}{gb(count)}" for kind, count in sorted(self.cost.messages.items())]
+            rows += ["", "communication of a chip"] + [
+                f"  {kind:18}{gb(count)}" for kind, count in sorted(self.cost.messages.items())
+            ]
         if self.cost.gradient_reductions:
             reduced = sorted(self.cost.gradient_reductions.items())
             reduced = ", ".join(f"{count / 1e9:.2f} GB in {_DTYPES.get(name, name)}" for name, count in reduced)
-            rows.append(f"  of which gradients' reductions: {reduced}")
-        rows += ["", f"{'a step' if self.what == 'train' else 'a batch of pictures'} takes at least"]
+            rows.append(f"  of which gradient reductions: {reduced}")
+        rows += ["", f"{'a step' if self.what == 'train' else 'a batch of images'} takes at least"]
         rows += [f"  {seconds:7.3f} s for {name}" for name, seconds in self.bounds().items()]
         rows.append(f"  so the MFU is at most {100 * self.mfu_bound():.0f} %")
         if self.cost.kernels or self.cost.unknown_loops:
             kernels = ", ".join(f"{name}: {count}" for name, count in self.cost.kernels.items())
-            rows.append(f"not counted: custom calls ({kernels or 'none'}), {self.cost.unknown_loops} loops taken once")
+            rows.append(
+                f"not counted: custom calls ({kernels or 'none'}), iterations of {self.cost.unknown_loops} loops "
+                "after the first"
+            )
         return rows
 
     def advice(self) -> str:
