@@ -20,7 +20,7 @@ ALONE="the run's other hosts were not found"
 
 generation=${1:-}
 if [ -z "$generation" ] || [ ! -f "launch/env/$generation.sh" ]; then
-  echo "error: name the TPU's generation first, one of $(cd launch/env && echo *.sh | sed 's/\.sh//g')" >&2
+  echo "error: give the TPU generation first, one of $(cd launch/env && echo *.sh | sed 's/\.sh//g')" >&2
   exit 2
 fi
 shift

@@ -92,14 +92,14 @@ number() { # FLAG VALUE
 check() {
   [ -n "$name" ] || mistake "--name is required"
   [ -n "$zone" ] || mistake "--zone is required"
-  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || mistake "--name=$name: lower-case letters, digits and dashes only"
+  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || mistake "--name=$name: use lower-case letters, digits and dashes only"
   number slices "$slices"
   number lines "$lines"
   number failures "$failures"
   [ -z "$hosts" ] || number hosts "$hosts"
-  [[ $poll =~ ^[0-9]*\.?[0-9]+$ ]] || mistake "--poll=$poll must be seconds"
-  [[ $worker =~ ^(all|[0-9,-]+)$ ]] || mistake "--worker=$worker: all, or numbers as 3 or 0,4-7"
-  [[ $slice =~ ^(all|[0-9,-]+)$ ]] || mistake "--slice=$slice: all, or numbers as 1 or 0,2-3"
+  [[ $poll =~ ^[0-9]*\.?[0-9]+$ ]] || mistake "--poll=$poll must be a number of seconds"
+  [[ $worker =~ ^(all|[0-9,-]+)$ ]] || mistake "--worker=$worker: give all, or numbers such as 3 or 0,4-7"
+  [[ $slice =~ ^(all|[0-9,-]+)$ ]] || mistake "--slice=$slice: give all, or numbers such as 1 or 0,2-3"
   [ -z "$ref" ] || [ -n "$git" ] || mistake "--ref goes with --git=URL"
   local pair
   for pair in ${environment[@]+"${environment[@]}"}; do
@@ -109,7 +109,7 @@ check() {
 
 # Derives from the type: the generation (a file of env/), the version of the image, and the number of workers.
 check_type() {
-  [ -n "$type" ] || mistake "--type is required, as v5p-512, v5litepod-256, v4-512 or v6e-256"
+  [ -n "$type" ] || mistake "--type is required: for example v5p-512, v5litepod-256, v4-512 or v6e-256"
   [[ $type =~ ^(v4|v5p|v5litepod|v6e)-([1-9][0-9]*)$ ]] ||
     mistake "--type=$type is unknown: give v4-N, v5p-N (N cores, two a chip), v5litepod-N or v6e-N (N chips)"
   local chips=${BASH_REMATCH[2]} image
@@ -121,14 +121,14 @@ check_type() {
   esac
   version=${version:-$image}
   if [ "$generation" = v4 ] || [ "$generation" = v5p ]; then
-    [ $((chips % 8)) = 0 ] || mistake "--type=$type: slices have whole hosts, which are 8 cores: $generation-8, -16 ..."
+    [ $((chips % 8)) = 0 ] || mistake "--type=$type: slices have full hosts of 8 cores: $generation-8, -16 ..."
     chips=$((chips / 2))
   fi
   local workers=$((chips / 4))
   if [ "$chips" -le 8 ] && [ "$generation" != v4 ] && [ "$generation" != v5p ]; then
     workers=1 # the smallest slices of v5e and v6e are one host of 1, 4 or 8 chips; larger ones have hosts of 4
   elif [ $((chips % 4)) != 0 ]; then
-    mistake "--type=$type: slices have whole hosts, which are 4 chips"
+    mistake "--type=$type: slices have full hosts of 4 chips"
   fi
   hosts=${hosts:-$((workers * slices))}
 }
@@ -142,11 +142,11 @@ check_main_flags() {
       --config.mesh.data=*) data=${flag#*=} ;;
     esac
   done
-  [ -n "$config" ] || mistake "name a config after --, as: -- --config=configs/10b.py --workdir=gs://BUCKET/10b"
+  [ -n "$config" ] || mistake "give a config after --, as: -- --config=configs/10b.py --workdir=gs://BUCKET/10b"
   [[ $workdir == gs://* || $workdir == /* ]] ||
-    mistake "give --workdir=gs://... after --: a place that all workers reach, and that is there after a preemption"
+    mistake "give --workdir=gs://... after --: storage that all workers share and that survives a preemption"
   if [ "$slices" -gt 1 ] && [ -z "$data" ]; then
-    say "$slices slices: adding --config.mesh.data=$slices, so that gradients alone cross the data centre's network"
+    say "$slices slices: adding --config.mesh.data=$slices, so that only gradients cross the data centre's network"
     main_flags+=("--config.mesh.data=$slices")
   fi
 }
@@ -185,7 +185,7 @@ everywhere() { # ANSWER COMMAND
   local came
   came=$(count "$1")
   [ "$came" = "$hosts" ] || {
-    say "$came of $hosts workers answered '$1' (if there are not $hosts of them, say --hosts=N)"
+    say "$came of $hosts workers answered '$1' (if $hosts is wrong, give --hosts=N)"
     return 1
   }
 }
@@ -234,8 +234,8 @@ await() {
     case $state in
       ACTIVE) return 0 ;;
       NONE) mistake "there is no queued resource $name in $zone: create it first" ;;
-      UNKNOWN) broken "gcloud does not tell the state of $name" ;;
-      FAILED | SUSPENDING | SUSPENDED | DELETING) broken "$name is $state: delete it and create it anew" ;;
+      UNKNOWN) broken "gcloud does not report the state of $name" ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING) broken "$name is $state: delete it and create it again" ;;
     esac
     sleep "$poll"
   done
@@ -278,7 +278,7 @@ ask() { # asks the workers for their state; fills `answers`
 
 idle() { # exits if a run is alive: a second one would compete for the TPU
   ask || broken "not all workers of $name can be reached"
-  [ "$(count running)" = 0 ] || mistake "a run is going on: follow it with logs, or stop it first"
+  [ "$(count running)" = 0 ] || mistake "a run is active: follow it with logs, or stop it first"
 }
 
 stop() {
@@ -320,19 +320,19 @@ ours=''   # yes once the run was seen alive: the exit code of an earlier run mus
 
 give_up_after() { # WHAT
   failed=$((failed + 1))
-  [ "$failed" -lt "$failures" ] || broken "$1, $failed times in a row: see logs, and status"
+  [ "$failed" -lt "$failures" ] || broken "$1, $failed times in a row: see logs and status"
   say "$1 (failure $failed of $failures)"
 }
 
 keep() {
-  [ -z "$dry_run" ] || echo "# what is still to be done"
+  [ -z "$dry_run" ] || echo "# the steps that are still needed"
   # Packed now: after a preemption the run must resume with the code that it started with.
   [ -n "$git" ] || pack "lidit-$name-keep.tar.gz" || broken "this checkout could not be packed"
   if [ -n "$dry_run" ]; then
     create && await && install && run
-    echo "# every $poll seconds; run again where it ended and is not finished"
+    echo "# every $poll seconds, and run again if it ended unfinished"
     status
-    echo "# where the slices were taken away, then all again"
+    echo "# if the slices were preempted, and then everything again"
     delete
     return
   fi
@@ -342,10 +342,10 @@ keep() {
     [ "$state" = "$before" ] || say "$name is $state"
     before=$state
     case $state in
-      ACTIVE) tend ;;
+      ACTIVE) check_run ;;
       NONE) create || give_up_after "$name could not be created" ;;
       SUSPENDED)
-        say "$name was preempted: making it anew"
+        say "$name was preempted: creating it again"
         delete || true
         ;;
       FAILED)
@@ -358,33 +358,33 @@ keep() {
   done
 }
 
-# Evaluates the answers after a run has ended; returns if it should be restarted.
-judge() {
+# After a run has ended: exits, or returns if the answers say that it should be restarted.
+exit_if_done() {
   local finished
   if [ "$(count stopped)" -gt 0 ]; then
-    say "the run was stopped by hand: ending here, $name is still there"
+    say "the run was stopped by the user: exiting, $name is kept"
     exit 0
   fi
-  [ "$(count 'exited 2')" = 0 ] || mistake "the run ended with a mistake in its command: see logs; $name is still there"
+  [ "$(count 'exited 2')" = 0 ] || mistake "the run ended with a mistake in its command (see logs); $name is kept"
   finished=$(count 'exited 0')
   if [ "$finished" = "$hosts" ]; then
     say "training is finished"
-    if [ -n "$delete_when_done" ]; then delete; else say "$name is still there: $0 delete"; fi
+    if [ -n "$delete_when_done" ]; then delete; else say "$name is kept: run $0 delete"; fi
     exit 0
   fi
   # Fresh hosts, and runs stopped by SIGTERM or by a reboot, do not count as failures.
   if [ "$(count 'none|installed|lost|exited 143')" -lt "$((hosts - finished))" ]; then
     [ $((SECONDS - started)) -lt 3600 ] || failed=0
-    give_up_after "the run broke off"
+    give_up_after "the run failed"
   fi
 }
 
 # Checks a run on slices that are ready, and starts it if necessary.
-tend() {
+check_run() {
   if ! ask || [ "$(count '.*')" -lt "$hosts" ]; then
     say "not all of the $hosts workers answer"
     if lost_slice; then
-      say "a slice of $name was preempted: making all anew"
+      say "a slice of $name was preempted: creating all slices again"
       delete || true
     fi
     return
@@ -393,7 +393,7 @@ tend() {
     ours=yes
     return
   fi
-  [ -z "$ours" ] || judge
+  [ -z "$ours" ] || exit_if_done
   started=$SECONDS ours=yes
   if [ "$(count none)" -gt 0 ]; then
     say "installing"
@@ -415,7 +415,7 @@ case $command in
     sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
     exit 0
     ;;
-  *) mistake "name a command: create, wait, install, run, keep, logs, status, stop or delete (see $0 --help)" ;;
+  *) mistake "give a command: create, wait, install, run, keep, logs, status, stop or delete (see $0 --help)" ;;
 esac
 parse "$@"
 check

@@ -22,7 +22,7 @@ fail() {
 running() { ! flock -n "$home/lock" true; }
 
 install() {
-  if running; then fail "a run is going on: stop it first"; fi
+  if running; then fail "a run is active: stop it first"; fi
   rm -f "$home/installed" "$home/status" "$home/stopped" "$home/pids"
   # The VM images' own Python may be older. On 3.11, which uv installs, pip finds the versions that the tests were run
   # with (newer Pythons get newer JAX and libtpu).
@@ -40,7 +40,7 @@ install() {
 start() {
   [ -e "$home/installed" ] || fail "nothing is installed here: install first"
   exec 9>"$home/lock"
-  flock -n 9 || fail "a run is going on already: stop it first"
+  flock -n 9 || fail "a run is already active: stop it first"
   rm -f "$home/status" "$home/stopped" "$home/pids"
   # Without huge pages, starting and stopping a TPU is slow (JAX warns from v5e on). Every boot resets the setting.
   echo always | sudo -n tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null 2>&1 || true
@@ -91,5 +91,5 @@ log() {
 command=${1:-}
 case $command in
   install | start | status | stop | log) "$@" ;;
-  *) fail "worker.sh does install, start, status, stop and log, not '$command'" ;;
+  *) fail "unknown command '$command': give install, start, status, stop or log" ;;
 esac

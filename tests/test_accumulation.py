@@ -55,7 +55,10 @@ def take_step(trainer, batch):
 def start(trainer):
     """Scales up the embeddings: at random weights all tokens are equally likely, and the loss ignores their number."""
     state = jax.device_get(trainer.init(0))
-    scale = lambda path, leaf: 3.0 * leaf if "embed_tokens" in jax.tree_util.keystr(path) else leaf  # noqa: E731
+
+    def scale(path, leaf):
+        return 3.0 * leaf if "embed_tokens" in jax.tree_util.keystr(path) else leaf
+
     return state.replace(params=jax.tree_util.tree_map_with_path(scale, state.params))
 
 

@@ -40,8 +40,7 @@ def with_weights(trained_workdir):
 
 
 def described(tree):
-    leaf = lambda x: (x.shape, str(x.dtype), x.sharding)  # noqa: E731
-    return jax.tree.map(leaf, tree, is_leaf=lambda x: hasattr(x, "sharding"))
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype), x.sharding), tree, is_leaf=lambda x: hasattr(x, "sharding"))
 
 
 @pytest.mark.parametrize("weights", [True, False])
@@ -72,14 +71,17 @@ def report(with_weights):
 def test_the_report_says_what_a_chip_holds_and_does(report):
     report, trainer = report
     state = trainer.init(0)
-    on_one = lambda tree: sum(  # noqa: E731
-        shard.data.nbytes
-        for leaf in jax.tree.leaves(tree)
-        for shard in leaf.addressable_shards
-        if shard.device == jax.devices()[0]
-    )
+
+    def bytes_on_first_device(tree):
+        return sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(tree)
+            for shard in leaf.addressable_shards
+            if shard.device == jax.devices()[0]
+        )
+
     for name, tree in (("weights", state.params), ("ema", state.ema), ("optimiser", state.opt_state)):
-        assert report.parts[name] == on_one(tree)
+        assert report.parts[name] == bytes_on_first_device(tree)
     assert report.fits and report.peak >= report.parts["weights"]
     # At width 16, other operations cost as much as the matrix products, but only the products are counted.
     assert 0.8 < report.flops_ratio < 2
@@ -227,11 +229,11 @@ def test_no_large_weight_lies_whole_on_every_device(name):
     run = compile_step._on_devices(part, jax.devices(), V5E, 64)
     assert run.mesh.shape["fsdp"] == 8
     weights = compile_step._weights(run).items()
-    whole = {name: leaf.size * leaf.dtype.itemsize for name, leaf in weights if leaf.sharding.is_fully_replicated}
-    assert whole and max(whole.values()) < 1e6, whole
+    replicated = {name: leaf.size * leaf.dtype.itemsize for name, leaf in weights if leaf.sharding.is_fully_replicated}
+    assert replicated and max(replicated.values()) < 1e6, replicated
     stacked = sum(leaf.size * leaf.dtype.itemsize for leaf in compile_step._weights(run).values() if leaf.ndim > 2)
-    cut = sum(compile_step._bytes_a_chip(leaf) for leaf in compile_step._weights(run).values() if leaf.ndim > 2)
-    assert cut < stacked / 7
+    sharded = sum(compile_step._bytes_a_chip(leaf) for leaf in compile_step._weights(run).values() if leaf.ndim > 2)
+    assert sharded < stacked / 7
 
 
 def test_where_weights_go_is_listed(with_weights, monkeypatch):

@@ -78,8 +78,10 @@ def test_a_loop_whose_end_the_data_decide_is_said():
 @pytest.mark.parametrize(("first", "last", "step"), [(0, 20, 1), (5, 10, 1), (0, 20, 2), (3, 20, 4)])
 def test_loops_may_begin_and_step_otherwise(first, last, step):
     def run(x):
-        turn = lambda carry: (carry[0] + step, carry[1] @ carry[1])  # noqa: E731
-        return jax.lax.while_loop(lambda carry: carry[0] < last, turn, (first, x))[1]
+        def iteration(carry):
+            return carry[0] + step, carry[1] @ carry[1]
+
+        return jax.lax.while_loop(lambda carry: carry[0] < last, iteration, (first, x))[1]
 
     cost = cost_of(compiled(run, jnp.ones((16, 16))).as_text())
     assert cost.flops == pytest.approx(len(range(first, last, step)) * 2 * 16**3, rel=0.01)
@@ -110,11 +112,11 @@ def test_a_message_that_several_fusions_carry_is_counted_once():
 
 def test_messages_are_counted_by_kind():
     mesh = Mesh(jax.devices(), ("x",))
-    cut, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("x",), ()))
-    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=cut)
-    gathered = cost_of(compiled(lambda x: x * 2, x, out_shardings=whole).as_text())
+    sharded, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("x",), ()))
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=sharded)
+    gathered = cost_of(compiled(lambda x: x * 2, x, out_shardings=replicated).as_text())
     assert gathered.messages == {"all-gather": 64 * 32 * 4}
-    summed = cost_of(compiled(lambda x: x.sum(0), x, out_shardings=whole).as_text())
+    summed = cost_of(compiled(lambda x: x.sum(0), x, out_shardings=replicated).as_text())
     assert summed.messages == {"all-reduce": 2 * 32 * 4}  # an all-reduce counts twice its size
     assert gathered.flops == summed.flops == 0
 

@@ -239,20 +239,20 @@ def test_the_dry_run_of_keep_shows_its_parts():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a command"),
-        (["start"], "name a command"),
+        ([], "give a command"),
+        (["start"], "give a command"),
         (["create", "--zone=z", "--type=v5p-8"], "--name is required"),
         (["create", "--name=Dit", "--zone=z", "--type=v5p-8"], "lower-case"),
         (["create", *WHERE], "--type is required"),
         (["create", *WHERE, "--type=v5e-256"], "v5litepod-N"),
-        (["create", *WHERE, "--type=v5p-12"], "whole hosts, which are 8 cores"),
-        (["create", *WHERE, "--type=v6e-18"], "whole hosts, which are 4 chips"),
+        (["create", *WHERE, "--type=v5p-12"], "full hosts of 8 cores"),
+        (["create", *WHERE, "--type=v6e-18"], "full hosts of 4 chips"),
         (["create", *WHERE, "--type=v6e-8", "--slices=0"], "--slices=0 must be a positive number"),
         (["create", *WHERE, "--type=v6e-8", "--pots"], "unknown argument '--pots'"),
         (["create", *WHERE, "--type=v6e-8", "--", *MAIN], "takes no flags of main"),
         (["install", *WHERE, "--type=v6e-8", "--ref=v1"], "--ref goes with --git"),
         (["run", *WHERE, "--type=v6e-8", *MAIN], "come after --"),
-        (["run", *WHERE, "--type=v6e-8", "--", MAIN[1]], "name a config"),
+        (["run", *WHERE, "--type=v6e-8", "--", MAIN[1]], "give a config"),
         (["run", *WHERE, "--type=v6e-8", "--", MAIN[0], "--workdir=runs/10b"], "give --workdir=gs://"),
         (["run", *WHERE, "--type=v6e-8", "--env=1=2", "--", *MAIN], "give NAME=VALUE"),
         (["logs", *WHERE, "--worker=first"], "--worker=first"),
@@ -282,13 +282,13 @@ def test_create_wait_install_run_stop(play):
     done = play("run")
     assert done.returncode == 0, done.stderr
     again = play("run")
-    assert again.returncode == 2 and "error: a run is going on: follow it with logs, or stop it first" in again.stderr
+    assert again.returncode == 2 and "error: a run is active: follow it with logs, or stop it first" in again.stderr
     assert play("install", main=None).returncode == 2
     # A worker itself does not start a second run either.
     environment = {**os.environ, "WORKER": "worker-0-0", "HOME": str(play.folder / "worker-0-0")}
     script = play.folder / "worker-0-0/lidit/code/launch/worker.sh"
     refused = subprocess.run(["bash", script, "start", "v5p"], env=environment, capture_output=True, text=True)
-    assert refused.returncode == 1 and "a run is going on already" in refused.stderr
+    assert refused.returncode == 1 and "a run is already active" in refused.stderr
 
     play.wait_for_runs(4)
     worker, *arguments = play.lines("runs")[0].split()
@@ -351,13 +351,13 @@ def test_keep_ends_where_starting_again_would_not_help(play):
     assert done.returncode == 2 and "a mistake in its command" in done.stderr
     play.set(["ACTIVE"], ["1"])  # an earlier run's exit code does not prevent a start
     done = play("keep", "--failures=2")
-    assert done.returncode == 1 and "error: the run broke off, 2 times in a row" in done.stderr
+    assert done.returncode == 1 and "error: the run failed, 2 times in a row" in done.stderr
     play.set(["ACTIVE"], ["train"])
     with concurrent.futures.ThreadPoolExecutor() as pool:
         keeping = pool.submit(play, "keep")
         play.wait_for_runs(8)
         assert play("stop", main=None).returncode == 0
-    assert keeping.result().returncode == 0 and "stopped by hand" in keeping.result().stderr
+    assert keeping.result().returncode == 0 and "stopped by the user" in keeping.result().stderr
 
 
 def test_a_worker_that_does_not_answer_is_missed(play):

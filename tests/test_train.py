@@ -58,10 +58,10 @@ def toy_task(noise=0.1, dtype=jnp.float32):
 
 def still_task():
     """A loss without a gradient, NaN if the batch has a NaN: only weight decay changes the parameters."""
-    loss = lambda params, frozen, batch, key, phase: (  # noqa: E731
-        WeightedMean.over(0.0 * jnp.sum(params["in"]["kernel"]) * batch["x"]),
-        {},
-    )
+
+    def loss(params, frozen, batch, key, phase):
+        return WeightedMean.over(0.0 * jnp.sum(params["in"]["kernel"]) * batch["x"]), {}
+
     return Task("still", toy_task().init, loss)
 
 

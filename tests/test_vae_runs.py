@@ -49,7 +49,10 @@ def numpy_ssim(first, second):
     offsets = np.arange(11) - 5
     window = np.exp(-(offsets**2) / (2 * 1.5**2))
     window = np.outer(window, window) / window.sum() ** 2
-    filtered = lambda x: np.sum(np.lib.stride_tricks.sliding_window_view(x, (11, 11)) * window, axis=(2, 3))  # noqa: E731
+
+    def filtered(x):
+        return np.sum(np.lib.stride_tricks.sliding_window_view(x, (11, 11)) * window, axis=(2, 3))
+
     mean = filtered(first), filtered(second)
     variance = filtered(first**2) - mean[0] ** 2, filtered(second**2) - mean[1] ** 2
     covariance = filtered(first * second) - mean[0] * mean[1]

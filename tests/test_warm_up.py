@@ -52,14 +52,20 @@ class Images(BatchStream):
 
 def image_task(phases=(), prepared=False):
     """A task that fits colours to a label, weighted by the phase; `prepared` computes the colours in `Task.prepare`."""
-    colors = lambda batch: jnp.mean(batch["image"], axis=(1, 2))  # noqa: E731
+
+    def colors(batch):
+        return jnp.mean(batch["image"], axis=(1, 2))
 
     def loss(params, frozen, batch, key, phase):
         found = (batch["colors"] if prepared else colors(batch)) @ params["kernel"]
         return WeightedMean.over((1 + phase) * jnp.square(found[:, 0] - batch["label"])), {}
 
-    prepare = lambda frozen, batch: {**batch, "colors": colors(batch)}  # noqa: E731
-    init = lambda key: {"kernel": jax.random.normal(key, (3, 1))}  # noqa: E731
+    def prepare(frozen, batch):
+        return {**batch, "colors": colors(batch)}
+
+    def init(key):
+        return {"kernel": jax.random.normal(key, (3, 1))}
+
     return Task("toy", init, loss, prepare=prepare if prepared else None, phases=phases)
 
 
@@ -131,7 +137,10 @@ def test_batches_without_images_are_of_one_shape_whatever_their_bucket(tmp_path,
             return {"words": elements.pop("image")[:, :8, :8], **elements}
 
     task = image_task()
-    loss = lambda params, frozen, batch, *more: task.loss(params, frozen, {**batch, "image": batch["words"]}, *more)  # noqa: E731
+
+    def loss(params, frozen, batch, *more):
+        return task.loss(params, frozen, {**batch, "image": batch["words"]}, *more)
+
     trainer = make_trainer(ONE_DEVICE, Task("toy", task.init, loss), steps=3, batch_size=8, **NO_EMA)
     with compilations() as compiled:
         run(tmp_path, trainer, Words)
