@@ -21,7 +21,7 @@ MICRO_BATCHES = 4
 LENGTH = 256  # caption length in configs/1b.py and 10b.py
 
 
-def test_accumulated_micro_batches_equal_the_whole_batch(tmp_path):
+def test_accumulated_micro_batches_equal_the_full_batch(tmp_path):
     whole = run(tmp_path / "whole", make_trainer(task=toy_task(noise=0.0)))
     parts = run(tmp_path / "parts", make_trainer(task=toy_task(noise=0.0), accumulate=4))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole.params, parts.params)
@@ -73,7 +73,7 @@ def parts_trainer(request):
 
 
 @pytest.mark.parametrize("lengths", [(256, 2, 9, 3), (1, 0, 0, 256)], ids=["uneven", "some without a token"])
-def test_micro_batches_of_uneven_captions_are_the_whole_batch(whole_trainer, parts_trainer, lengths):
+def test_micro_batches_of_uneven_captions_equal_the_full_batch(whole_trainer, parts_trainer, lengths):
     batch = captions(lengths)
     (expected, whole), (found, parts) = take_step(whole_trainer, batch), take_step(parts_trainer, batch)
     assert parts["loss"].weight == whole["loss"].weight == batch["lm/mask"].sum()
@@ -111,7 +111,7 @@ class Denoiser(nn.Module):
         return Dense(4, ("mlp", "embed"), name="out")(x)
 
 
-def test_micro_batches_of_the_diffusion_loss_are_the_whole_batch_with_the_same_noise():
+def test_micro_batches_of_the_diffusion_loss_equal_the_full_batch_with_the_same_noise():
     """Latents are 32x32; the 4 samples of a micro-batch leave some quarters of the schedule empty."""
     model, schedule = Denoiser(), DDPM()
 

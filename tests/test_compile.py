@@ -44,7 +44,7 @@ def described(tree):
 
 
 @pytest.mark.parametrize("weights", [True, False])
-def test_what_is_assumed_is_what_a_run_loads(with_weights, weights):
+def test_abstract_frozen_arrays_match_those_that_a_run_loads(with_weights, weights):
     """Shapes, dtypes and shardings of all frozen arrays, from the folders' configs or the sizes in the run's config."""
     mesh = make_mesh(MESH)
     loaded = Experiment(with_weights, epath.Path("unused")).pipeline(mesh, RULES)
@@ -68,7 +68,7 @@ def report(with_weights):
     return compile_step._compile(trainer, frozen, batch, "v5e:2x4", V5E, SQUARE), trainer
 
 
-def test_the_report_says_what_a_chip_holds_and_does(report):
+def test_the_report_gives_memory_and_cost_of_a_chip(report):
     report, trainer = report
     state = trainer.init(0)
 
@@ -158,7 +158,7 @@ def test_a_bucket_that_does_not_fit_decides_whatever_the_others_need(report):
     assert found.bytes_by_bucket["32x32"] == square.peak
 
 
-def test_what_does_not_fit_is_said_with_what_would(report):
+def test_a_program_that_does_not_fit_is_reported_with_advice(report):
     report, _ = report
     lacking = dataclasses.replace(report, peak=None, temporaries=None, program=None, cost=None, needed=60 * 1024**3)
     assert not lacking.fits and lacking.mfu_bound() is None
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_said_with_what_would(report):
     assert "weights and optimiser alone take 20.0 GB" in heavy.advice()
 
 
-def test_the_compilers_refusal_is_read():
+def test_the_memory_requested_is_read_from_the_compilers_message():
     said = (
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (54.37G) exceeds"
     )
@@ -189,20 +189,20 @@ def test_the_compilers_refusal_is_read():
         ({"tensor": 8}, 2816, 44, "mesh tensor=8 does not divide model.num_heads=44: tensor may be 1, 2, 4, and"),
     ],
 )
-def test_a_mesh_that_does_not_divide_the_model_is_said(sizes, hidden, heads, message):
+def test_a_mesh_that_does_not_divide_the_model_is_reported(sizes, hidden, heads, message):
     with pytest.raises(UserError, match=message):
         check_model(make_mesh(sizes), hidden, heads)
     check_model(make_mesh({"fsdp": 2, "tensor": 4}), 2816, 44)
 
 
-def test_slices_lie_along_data():
+def test_slices_are_split_along_data():
     devices = [types.SimpleNamespace(slice_index=i // 4) for i in range(8)]
     with pytest.raises(UserError, match="mesh data=1 is no multiple of the 2 slices: give --config.mesh.data=2"):
         make_mesh({"fsdp": -1}, devices)
 
 
 @pytest.mark.parametrize("name", ["v5p", "v7:2x2", "v5p:2x", "tpu:4x4", "v5p:4x4;rm"])
-def test_topologies_that_are_none_are_said(name):
+def test_unknown_topologies_are_reported(name):
     with pytest.raises(UserError, match="give one of v4, v5e, v5p, v6e and a shape, such as v5p:8x8x4"):
         topology_devices(name)
 
@@ -221,7 +221,7 @@ def test_paper_configs_describe_their_encoders_without_weights(name):
 
 
 @pytest.mark.parametrize("name", ["1b", "10b"])
-def test_no_large_weight_lies_whole_on_every_device(name):
+def test_no_large_weight_is_replicated(name):
     config = load_config(name)
     config.data.path = "unused"
     config.mesh.data = 1  # 10b.py's value needs more than these eight devices
@@ -236,7 +236,7 @@ def test_no_large_weight_lies_whole_on_every_device(name):
     assert sharded < stacked / 7
 
 
-def test_where_weights_go_is_listed(with_weights, monkeypatch):
+def test_the_sharding_of_weights_is_listed(with_weights, monkeypatch):
     monkeypatch.setattr(compile_step, "topology_devices", lambda *_: (jax.devices(), V5E))
     with_weights.mesh.update(MESH)
     lines = compile_step.where_weights_go(with_weights, "v5e:2x4")
@@ -246,7 +246,7 @@ def test_where_weights_go_is_listed(with_weights, monkeypatch):
     assert any(line.startswith("llama/embed_tokens") for line in lines)
 
 
-def test_drawing_is_compiled_too(with_weights, monkeypatch):
+def test_sampling_is_compiled_too(with_weights, monkeypatch):
     monkeypatch.setattr(compile_step, "topology_devices", lambda *_: (jax.devices(), V5E))
     config = with_weights.copy_and_resolve_references()
     config.mesh.update(MESH)
@@ -278,7 +278,7 @@ def test_buckets_of_the_same_area_need_about_the_same_memory(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install -e .[tpu]")
-def test_the_tpu_compiler_takes_the_demo(tmp_path):
+def test_the_tpu_compiler_compiles_the_demo(tmp_path):
     command = [sys.executable, "-m", "lidit_jax.compile", "--config=configs/shapes.py", "--topology=v5e:2x2"]
     command += [f"--json={tmp_path}/report.json", "--config.encoders.llama.weights=", "--config.train.batch_size=32"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True)

@@ -264,7 +264,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message):
     assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", done.stderr)
 
 
-def test_without_gcloud_it_is_said(tmp_path):
+def test_missing_gcloud_is_reported(tmp_path):
     for tool in ("bash", "dirname", "date", "mktemp", "rm"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     done = tpu_vm("status", *WHERE, environment={"PATH": str(tmp_path)})
@@ -318,7 +318,7 @@ def test_what_hangs_is_said_and_can_be_killed(play):
     assert play("stop", "--kill", main=None).returncode == 0
 
 
-def test_keep_makes_preempted_slices_anew_until_training_is_finished(play):
+def test_keep_creates_preempted_slices_again_until_training_is_finished(play):
     states = ["NONE", "PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED", "NONE", "ACTIVE"]
     play.set(states, ["train", "1", "0"])
     done = play("keep", "--spot", "--delete_when_done")
@@ -345,7 +345,7 @@ def test_keep_runs_again_what_sigterm_stopped(play):
     assert "exited 0" in (play.folder / "worker-0-0/lidit/status").read_text()
 
 
-def test_keep_ends_where_starting_again_would_not_help(play):
+def test_keep_exits_if_restarting_would_not_help(play):
     play.set(["ACTIVE"], ["2"])
     done = play("keep")
     assert done.returncode == 2 and "a mistake in its command" in done.stderr
@@ -360,7 +360,7 @@ def test_keep_ends_where_starting_again_would_not_help(play):
     assert keeping.result().returncode == 0 and "stopped by the user" in keeping.result().stderr
 
 
-def test_a_worker_that_does_not_answer_is_missed(play):
+def test_a_worker_that_does_not_answer_is_noticed(play):
     play.set(["ACTIVE"], ["0"])
     (play.folder / "silent").write_text("worker-0-1")
     done = play("install", main=None)
@@ -528,7 +528,7 @@ def test_every_row_of_the_jobsets_table_is_256_chips():
         ("Job has reached the specified backoff limit", None),
     ],
 )
-def test_the_jobset_starts_again_what_can_go_on(message, action):
+def test_the_jobset_restarts_runs_that_can_resume(message, action):
     """Applies the first rule with a pattern in a failed Job's message, like the JobSet controller."""
     jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
     rules = jobset["spec"]["failurePolicy"]["rules"]

@@ -57,7 +57,7 @@ def test_skipped_steps_are_left_out_of_an_intervals_means_and_counted(logged):
         assert line["grad_norm"] == pytest.approx(np.mean([rows[step]["grad_norm"] for step in taken]), rel=1e-6)
 
 
-def test_an_interval_of_skipped_steps_alone_has_no_loss_and_still_a_progress_line(logged):
+def test_an_interval_of_only_skipped_steps_has_no_loss_but_a_progress_line(logged):
     lines, printed, _, _ = logged
     assert not lines[1].keys() & {"loss", "first", "grad_norm", "learning_rate"}
     assert lines[1]["samples_per_second"] > 0
@@ -78,7 +78,7 @@ def test_skipped_steps_compile_nothing_and_the_state_stays_donated(logged):
     assert int(metrics["skipped"]) == 1
 
 
-def test_the_learning_rate_logged_is_the_one_that_the_update_was_scaled_by(tmp_path):
+def test_the_logged_learning_rate_is_the_one_of_the_update(tmp_path):
     """Only weight decay changes the kernel, by the factor 1 - rate * decay."""
     changes = {"weight_decay": 0.5, "warmup_steps": 3, "schedule": "cosine", "learning_rate": 0.1}
     trainer = make_trainer(task=still_task(), log_every=1, **changes)

@@ -144,7 +144,7 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_a_mesh_gives_one_devices_losses_and_weights(tmp_path, sizes):
+def test_a_mesh_computes_the_losses_and_weights_of_one_device(tmp_path, sizes):
     one = run(tmp_path / "one", make_trainer())
     many = run(tmp_path / "many", make_trainer(sizes))
     jax.tree.map(
@@ -187,7 +187,7 @@ def test_gradients_of_bfloat16_layers_are_reduced_as_the_config_says(reduction, 
     assert make_trainer(task=task).config.gradient_reduction == "float32"
 
 
-def test_weight_decay_pulls_matrices_alone():
+def test_weight_decay_applies_to_matrices_only():
     trainer = make_trainer(task=still_task(), weight_decay=0.5, ema_decay=0.0)
     state = trainer.init(0)
     state = state.replace(params=jax.tree.map(lambda x: x + 1.0, state.params))
@@ -219,7 +219,7 @@ def test_the_learning_rate_warms_up_to_its_value_and_never_exceeds_it(warmup, st
     assert (rates[-1] < 0.1) == cosine
 
 
-def test_other_data_than_the_checkpoints_are_refused(tmp_path):
+def test_other_data_than_the_checkpoints_is_rejected(tmp_path):
     run(tmp_path, make_trainer(steps=5))
     with pytest.raises(UserError, match="data = 'random numbers', now it is 'others'"):
         run(tmp_path, make_trainer(), facts={"data": "others"})
@@ -233,7 +233,7 @@ def test_weights_are_read_without_the_optimiser(tmp_path):
         assert_equal_trees(weights, getattr(state, name))
 
 
-def test_missing_checkpoints_and_weights_are_said(tmp_path):
+def test_missing_checkpoints_and_weights_are_reported(tmp_path):
     with pytest.raises(UserError, match="no finished checkpoint there"):
         load_weights(tmp_path / "nothing", "ema")
     (tmp_path / "empty").mkdir()
@@ -256,19 +256,19 @@ def test_missing_checkpoints_and_weights_are_said(tmp_path):
         ),
     ],
 )
-def test_impossible_training_numbers_are_refused(changes, message):
+def test_invalid_training_values_are_rejected(changes, message):
     with pytest.raises(UserError, match=message):
         make_trainer(**changes)
 
 
-def test_a_batch_that_the_devices_do_not_divide_is_refused():
+def test_a_batch_that_the_devices_do_not_divide_is_rejected():
     with pytest.raises(UserError, match="multiple of 8"):
         make_trainer({"data": 8, "fsdp": 1, "tensor": 1}, batch_size=12)
 
 
 @settings(max_examples=100)
 @given(data=st.integers(1, 6), fsdp=st.integers(1, 6), tensor=st.integers(1, 6), hole=st.integers(0, 2))
-def test_a_missing_mesh_size_is_filled_in(data, fsdp, tensor, hole):
+def test_a_missing_mesh_size_is_inferred(data, fsdp, tensor, hole):
     shape = (data, fsdp, tensor)
     sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
     sizes[("data", "fsdp", "tensor")[hole]] = -1
@@ -276,16 +276,16 @@ def test_a_missing_mesh_size_is_filled_in(data, fsdp, tensor, hole):
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3, "fsdp": -1}, {"data": 16}, {"data": -1, "fsdp": -1}, {"data": 0}])
-def test_meshes_that_do_not_fit_are_refused(sizes):
+def test_meshes_that_do_not_fit_are_rejected(sizes):
     with pytest.raises(UserError, match="mesh"):
         fill_in(sizes, 8)
 
 
-def test_durations_read_well():
+def test_durations_are_formatted_for_reading():
     assert [duration(s) for s in (5, 65, 3725)] == ["0m05s", "1m05s", "1h02m"]
 
 
-def test_utilisation_is_needed_operations_over_what_the_chips_could_do(monkeypatch, capsys):
+def test_mfu_is_model_flops_over_the_peak_of_the_chips(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr("lidit_jax.metrics.time.monotonic", lambda: now[0])
     progress = Progress("lidit", 0, 10, 4, peak=2e12)
@@ -311,7 +311,7 @@ def test_chips_are_known_by_their_kind(kind, name):
     assert chip_of(jax.devices()[0]) is None
 
 
-def test_sigterm_saves_the_step_and_the_next_start_goes_on_bit_for_bit(tmp_path):
+def test_sigterm_saves_the_step_and_the_next_start_resumes_bit_for_bit(tmp_path):
     whole = run(tmp_path / "whole", make_trainer())
 
     class Preempting(Numbers):
@@ -329,7 +329,7 @@ def test_sigterm_saves_the_step_and_the_next_start_goes_on_bit_for_bit(tmp_path)
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
 
 
-def test_a_connection_that_broke_while_saving_is_no_mistake_of_the_users(tmp_path, monkeypatch):
+def test_a_broken_connection_while_saving_is_not_a_user_error(tmp_path, monkeypatch):
     def broken(self, step, **options):
         raise ConnectionResetError(104, "Connection reset by peer")
 
@@ -338,7 +338,7 @@ def test_a_connection_that_broke_while_saving_is_no_mistake_of_the_users(tmp_pat
         run(tmp_path, make_trainer())
 
 
-def test_a_full_disk_is_said_and_the_last_checkpoint_is_kept(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_the_last_checkpoint_is_kept(tmp_path, monkeypatch):
     save = ocp.CheckpointManager.save
 
     def full(self, step, **options):

@@ -38,7 +38,7 @@ def pictures(height=32, width=32, batch=2, seed=0):
 # --- metrics ----------------------------------------------------------------------------------------------------
 
 
-def test_psnr_is_per_picture_over_a_range_of_two_and_clips():
+def test_psnr_is_per_image_over_a_range_of_two_and_clips():
     images = jnp.ones((3, 4, 4, 3))
     reconstruction = jnp.stack([images[0] - 0.2, images[1] + 5.0, images[2] - 2.0])
     np.testing.assert_allclose(psnr(reconstruction, images), [20.0, 10 * np.log10(4 / 1e-10), 0.0], atol=1e-3)
@@ -61,7 +61,7 @@ def numpy_ssim(first, second):
     return np.mean(similarity / ((mean[0] ** 2 + mean[1] ** 2 + c1) * (variance[0] + variance[1] + c2)))
 
 
-def test_ssim_is_that_of_its_definition():
+def test_ssim_follows_its_definition():
     first = pictures(20, 24)
     second = np.clip(first + 0.3 * pictures(20, 24, seed=1), -1, 1)
     got = ssim(second, first)
@@ -72,7 +72,7 @@ def test_ssim_is_that_of_its_definition():
     np.testing.assert_allclose(ssim(pictures(8, 4), pictures(8, 4)), [1, 1], atol=1e-5)  # smaller than the window
 
 
-def test_latent_statistics_are_numpys_over_batches_of_other_sizes():
+def test_latent_statistics_equal_numpys_over_batches_of_several_sizes():
     rng = np.random.default_rng(0)
     values = [rng.normal(2.0, 3.0, (4, size, size, 5)) for size in (3, 7)]
     sums = [
@@ -90,7 +90,7 @@ def test_latent_statistics_are_numpys_over_batches_of_other_sizes():
         _ = LatentStatistics(np.zeros(3), np.zeros(3)).scaling_factor
 
 
-def test_reconstructions_of_any_number_and_size_are_judged_alike_on_one_device_and_eight():
+def test_reconstructions_of_any_number_and_size_have_the_same_scores_on_one_device_and_eight():
     model = AutoencoderKL(CONFIG)
     params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"])
     rng = np.random.default_rng(0)
@@ -127,7 +127,7 @@ def tiny_vae_config(**changes):
     return config
 
 
-def test_a_vae_alone_is_trained_judged_and_used_by_diffusers(tmp_path, caplog):
+def test_a_vae_alone_is_trained_evaluated_and_used_by_diffusers(tmp_path, caplog):
     from diffusers import AutoencoderKL as DiffusersAutoencoderKL
 
     workdir = epath.Path(tmp_path / "run")
@@ -218,7 +218,7 @@ def test_a_run_with_every_loss_resumes_to_the_same_weights(tmp_path, lpips_file)
         (lambda c: c.update(sample={"sampler": "euler"}), "config key text is missing"),
     ],
 )
-def test_a_vae_config_that_can_not_work_is_refused_before_anything_is_written(tmp_path, change, message):
+def test_an_invalid_vae_config_is_rejected_before_anything_is_written(tmp_path, change, message):
     config = tiny_vae_config()
     with config.unlocked(), config.ignore_type():
         change(config)
@@ -227,7 +227,7 @@ def test_a_vae_config_that_can_not_work_is_refused_before_anything_is_written(tm
     assert not (tmp_path / "run").exists()
 
 
-def test_a_vae_without_weights_or_a_recipe_is_refused(tmp_path):
+def test_a_vae_without_weights_or_training_config_is_rejected(tmp_path):
     config = tiny_vae_config()
     with config.unlocked():
         del config.vae.model
@@ -257,7 +257,7 @@ def test_the_last_shard_is_kept_from_training_and_previewed_config_is_the_vaes(t
     assert Image.open(tmp_path / "sheet.png").size[0] > 8 * 64
 
 
-def test_a_folder_that_is_no_autoencoder_is_refused(tmp_path):
+def test_a_folder_without_an_autoencoder_is_rejected(tmp_path):
     config = tiny_vae_config(weights=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"config\.json is missing"):
         run_stages(config, epath.Path(tmp_path / "run"))

@@ -114,7 +114,7 @@ def test_nothing_is_compiled_after_the_first_step_in_any_bucket_phase_or_resumed
     assert seen[0] < seen[1] and seen[1:] == [seen[1]] * 2
 
 
-def test_without_a_warm_up_each_program_is_compiled_when_it_comes_and_computes_the_same(tmp_path, trainer):
+def test_without_a_warm_up_each_program_is_compiled_on_first_use_and_computes_the_same(tmp_path, trainer):
     seen = []
     with compilations() as compiled:
         lazy = trainer_of(phases=(2,), compile_ahead=False)
@@ -130,7 +130,7 @@ def test_one_bucket_is_compiled_once_and_at_its_first_step(tmp_path, capsys):
     assert "compiling" not in capsys.readouterr().err
 
 
-def test_batches_without_images_are_of_one_shape_whatever_their_bucket(tmp_path, capsys):
+def test_batches_without_images_have_one_shape_for_all_buckets(tmp_path, capsys):
     class Words(Images):
         def _next(self):
             elements = super()._next()
@@ -148,7 +148,7 @@ def test_batches_without_images_are_of_one_shape_whatever_their_bucket(tmp_path,
     assert "compiling" not in capsys.readouterr().err
 
 
-def test_the_progress_lines_say_bucket_size_seconds_and_time_left(tmp_path, trainer, capsys):
+def test_the_progress_lines_show_bucket_size_seconds_and_time_left(tmp_path, trainer, capsys):
     run(tmp_path, trainer, Images)
     lines = [line for line in capsys.readouterr().err.splitlines() if "compiling" in line]
     assert lines[0].startswith("toy: compiling the step for 2 buckets in 2 phases before step 1 (train.compile_ahead=")
@@ -198,7 +198,7 @@ def test_the_warm_up_allocates_no_arrays_on_the_devices():
     assert sum(made) < 1e4  # at most constants of the program
 
 
-def test_batches_of_another_type_are_not_given_to_what_was_compiled_ahead(trainer):
+def test_batches_of_another_dtype_do_not_use_the_precompiled_program(trainer):
     batch = trainer.put({key: value for key, value in Images(0)._next().items() if key != NEWS})
     state = trainer.init(0)
     with jax.set_mesh(trainer.mesh), compilations() as compiled:
