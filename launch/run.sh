@@ -50,7 +50,7 @@ mkfifo "$scratch/pipe"
 # A host that shuts down sends SIGTERM to every process. tee must survive it, or main fails at its next message.
 (
   trap '' TERM
-  exec tee "$scratch/said" <"$scratch/pipe" >&2 9>&-
+  exec tee "$scratch/messages" <"$scratch/pipe" >&2 9>&-
 ) &
 copier=$!
 # In a process group of its own, so that SIGTERM reaches main but not its data workers, and leftovers can be killed.
@@ -71,9 +71,9 @@ for _ in {1..100}; do # until the last messages are copied
   sleep 0.05
 done
 
-if [ "$status" = 0 ] && grep -qF "$STOPPED" "$scratch/said"; then
+if [ "$status" = 0 ] && grep -qF "$STOPPED" "$scratch/messages"; then
   status=143
-elif [ "$status" = 2 ] && grep -qF "$ALONE" "$scratch/said"; then
+elif [ "$status" = 2 ] && grep -qF "$ALONE" "$scratch/messages"; then
   status=75
 fi
 [ -z "${LIDIT_STATE:-}" ] || echo "exited $status" >"$LIDIT_STATE/status"

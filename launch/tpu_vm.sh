@@ -192,12 +192,12 @@ everywhere() { # ANSWER COMMAND
 
 state_of() { # prints gcloud's state of the slices, NONE if there are none, or UNKNOWN
   local found
-  if found=$(queued describe "$name" --format='value(state.state)' 2>"$scratch/said"); then
+  if found=$(queued describe "$name" --format='value(state.state)' 2>"$scratch/errors"); then
     echo "${found:-UNKNOWN}"
-  elif grep -qiE 'not_found|not found' "$scratch/said"; then
+  elif grep -qiE 'not_found|not found' "$scratch/errors"; then
     echo NONE
   else
-    cat "$scratch/said" >&2
+    cat "$scratch/errors" >&2
     echo UNKNOWN
   fi
 }

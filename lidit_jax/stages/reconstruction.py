@@ -107,13 +107,13 @@ class Autoencoding:
         return LatentStatistics.of(sums)
 
     def reconstruct(
-        self, params: Any, pictures: Sequence[np.ndarray], batch_size: int
+        self, params: Any, images: Sequence[np.ndarray], batch_size: int
     ) -> tuple[dict[str, np.ndarray], list[np.ndarray], LatentStatistics]:
         """Encodes images to the mode of the posterior and decodes it.
 
         Args:
           params: parameters of the autoencoder.
-          pictures: N images, uint8 [H, W, 3] each, the same on every process. Batches have images of one size.
+          images: N images, uint8 [H, W, 3] each, the same on every process. Batches have images of one size.
           batch_size: images in a batch; rounded up to a multiple of the batch shards.
 
         Returns:
@@ -121,18 +121,18 @@ class Autoencoding:
         """
         rows = -(-batch_size // self._shards) * self._shards  # the same number on every device
         indices_by_size = collections.defaultdict(list)
-        for index, image in enumerate(pictures):
+        for index, image in enumerate(images):
             indices_by_size[image.shape].append(index)
-        scores = {name: np.zeros(len(pictures)) for name in ("psnr", "ssim")}
-        reconstructions: list[Any] = [None] * len(pictures)
+        scores = {name: np.zeros(len(images)) for name in ("psnr", "ssim")}
+        reconstructions: list[Any] = [None] * len(images)
         sums = []
         with jax.set_mesh(self._mesh):
             for indices in indices_by_size.values():
                 for start in range(0, len(indices), rows):
                     batch = indices[start : start + rows]
-                    padded = np.stack([pictures[i] for i in batch + batch[:1] * (rows - len(batch))])
-                    images = jax.make_array_from_callback(padded.shape, self._batch_sharding, padded.__getitem__)
-                    result = jax.device_get(self._reconstruct(params, images))
+                    padded = np.stack([images[i] for i in batch + batch[:1] * (rows - len(batch))])
+                    sharded = jax.make_array_from_callback(padded.shape, self._batch_sharding, padded.__getitem__)
+                    result = jax.device_get(self._reconstruct(params, sharded))
                     result = _first_rows(result, len(batch))
                     for name, values in scores.items():
                         values[batch] = result[name]
@@ -171,14 +171,14 @@ def _latent_moments(posterior) -> LatentMoments:
 
 
 def evaluate_reconstruction(
-    autoencoding: Autoencoding, params: Any, pictures: Sequence[np.ndarray], evaluation: ReconstructionEvaluation
+    autoencoding: Autoencoding, params: Any, images: Sequence[np.ndarray], evaluation: ReconstructionEvaluation
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Scores the reconstructions of an autoencoder.
 
     Args:
       autoencoding: jitted functions of the autoencoder.
       params: its parameters.
-      pictures: images, uint8 [H, W, 3] each, the same on every process.
+      images: uint8 [H, W, 3] each, the same on every process.
       evaluation: batch size and size of the sheet.
 
     Returns:
@@ -186,12 +186,12 @@ def evaluate_reconstruction(
       "images" (their number), the means of "psnr" (decibels) and "ssim" over them, and "latent_mean" and
       "latent_deviation", lists with one number for each channel.
     """
-    scores, reconstructions, latents = autoencoding.reconstruct(params, pictures, evaluation.batch_size)
-    chosen = np.linspace(0, len(pictures) - 1, min(evaluation.sheet, len(pictures))).astype(int)
-    pairs = [_stack_vertically(pictures[i], reconstructions[i]) for i in chosen]
+    scores, reconstructions, latents = autoencoding.reconstruct(params, images, evaluation.batch_size)
+    chosen = np.linspace(0, len(images) - 1, min(evaluation.sheet, len(images))).astype(int)
+    pairs = [_stack_vertically(images[i], reconstructions[i]) for i in chosen]
     sheet = grid(pairs, [f"{scores['psnr'][i]:.1f} dB" for i in chosen], columns=8)
     return {
-        "images": len(pictures),
+        "images": len(images),
         **{name: float(values.mean()) for name, values in scores.items()},
         "latent_mean": latents.mean.tolist(),
         "latent_deviation": latents.deviation.tolist(),
