@@ -1,4 +1,4 @@
-"""Lower bounds are the versions that the tests were run with; nothing older was tried."""
+"""Package metadata; lower bounds are the versions that the tests were run with, and nothing older was tried."""
 
 import re
 from pathlib import Path
@@ -44,7 +44,7 @@ setup(
         "grain>=0.2.18",
         "huggingface_hub>=2.4",
         "jax>=0.10.2",
-        "jinja2>=3.1.6",  # of chat templates; transformers has it in an extra only
+        "jinja2>=3.1.6",  # renders chat templates; transformers lists it in an extra only
         "ml-collections>=1.1",
         "numpy>=2.4",
         "optax>=0.2.8",
@@ -54,12 +54,12 @@ setup(
         "safetensors>=0.8",
         "scipy>=1.17",
         "simplejpeg>=1.9",
-        # clu's TensorBoard writer; the plain wheel carries CUDA on Linux.
+        # For clu's TensorBoard writer; on Linux the plain wheel includes CUDA.
         "tensorboard>=2.21",
         "tensorflow-cpu>=2.21; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "tensorflow>=2.21; sys_platform != 'linux' or platform_machine != 'x86_64'",
         "tensorflow-datasets>=4.9.10",
-        "tensorstore>=0.1.86",  # of slices of checkpoints; Orbax brings it
+        "tensorstore>=0.1.86",  # reads slices of checkpoints; a dependency of Orbax
         "tokenizers>=0.23",
         "tqdm>=4.70",
         "transformers>=5.23",
@@ -82,7 +82,7 @@ setup(
             "webdataset>=1.0.2",
         ],
         "eval": ["matplotlib>=3.11.2", "torch>=2.13", "torchmetrics>=1.9"],
-        "gcs": ["gcsfs>=2026.9"],  # shards in gs:// buckets; fsspec names the packages of other protocols
+        "gcs": ["gcsfs>=2026.9"],  # shards in gs:// buckets; fsspec lists the packages for other protocols
         "torch": ["diffusers>=0.42.1", "torch>=2.13"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda13]>=0.10.2"],

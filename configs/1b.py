@@ -4,7 +4,7 @@
         --config.data.path="gs://BUCKET/shards/{00000..02999}.tar" \
         --config.encoders.llama3.weights=FOLDER --config.encoders.qwen.weights=FOLDER --config.vae.weights=FOLDER
 
-The paper's LLMs are multi-modal fine-tunes, and its VAE was trained by its authors; both are named by folder.
+The paper's LLMs are multi-modal fine-tunes, and its VAE was trained by its authors; give the folders of yours.
 """
 
 from ml_collections import ConfigDict
@@ -19,14 +19,14 @@ def get_config() -> ConfigDict:
     config.data = {
         "source": "tar",
         "path": "",  # to fill in; the paper: 30M pairs
-        "index_dir": "",  # beside the data
-        "sequential": False,  # True: no indexes, shards are read from end to end
-        "streams": 0,  # of sequential reading: as many as go
-        "shuffle_buffer": 0,  # likewise: four batches of every group
-        "features": True,  # of precomputed: use the LLMs' features, where they are kept
+        "index_dir": "",  # "": indexes are written beside the data
+        "sequential": False,  # True reads shards from end to end, without indexes
+        "streams": 0,  # of sequential reading; 0: the most that divide the batch, up to 256
+        "shuffle_buffer": 0,  # of sequential reading; 0: four batches of every bucket
+        "features": True,  # of precomputed: use stored encoder features, if there are any
         "resolution": 256,  # paper
-        "max_aspect": 2.0,  # ours; the paper groups by aspect ratio and names no limit
-        "bucket_multiple": 64,  # ours: 3 buckets; 0, which is the cell of 16 px, gives 9
+        "max_aspect": 2.0,  # ours; the paper buckets by aspect ratio and states no limit
+        "bucket_multiple": 64,  # ours: 3 buckets; 0 means 16 px (latent cell times patch) and gives 9
         "captions": {"txt": 0.5, "synthetic": 0.5},  # paper: original and synthetic mixed; the shares are ours
         "caption_dropout": 0.1,  # ours
         "min_aesthetic": 4.7,  # paper
@@ -44,10 +44,10 @@ def get_config() -> ConfigDict:
             "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial "
             "relationships of the objects:"
         ),
-        "chat_template": True,  # ours: the tokenizer's, where it has one
+        "chat_template": True,  # ours: the tokenizer's template, if it has one
         "encode": "in_step",  # ours
     }
-    # The sizes are for `compile`, which needs no weights; where weights are given, their folders say them.
+    # `model` is for `lidit_jax.compile` without weights; encoders with weights take their sizes from the folder.
     config.encoders = {
         "llama3": {  # paper: LLaMA3-8B, multi-modally tuned
             "weights": "",
@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
     config.vae = {
         "weights": "",  # paper: 8x, 16 channels, the authors' own
         "dtype": "bfloat16",
-        "model": {  # likewise; ours: the widths of SD 3's
+        "model": {  # for `compile`, as above; ours: the widths of SD 3's VAE
             "block_out_channels": (128, 256, 512, 512),
             "layers_per_block": 2,
             "latent_channels": 16,
@@ -96,14 +96,14 @@ def get_config() -> ConfigDict:
         "num_heads": 16,  # paper
         "patch_size": 2,  # paper
         "position": "conv+sincos+rope",  # ours; the paper: "conv"
-        "position_grid": 16,  # ours: tokens a side at 256 px
+        "position_grid": 16,  # ours: tokens along a side at 256 px
         "latent_channels": 16,  # paper
-        "mlp_ratio": 4.0,  # ours: gives the 0.93B of the name
+        "mlp_ratio": 4.0,  # ours: gives blocks of 0.93B parameters, the 1B of the name
         "refiner_blocks": 2,  # paper
         "refiner_gated": True,  # paper
         "refiner_causal": False,  # paper
         "refiner_rotary": True,  # ours
-        "refiner_qk_norm": True,  # ours: in bfloat16 their logits are unbounded without it
+        "refiner_qk_norm": True,  # ours: attention logits are unbounded without it in bfloat16
         "refiner_mlp_ratio": 4.0,  # ours
         "fusion": "collaborative",  # paper
         "collaborative_blocks": 1,  # paper
@@ -132,11 +132,11 @@ def get_config() -> ConfigDict:
         "weight_decay": 0.01,
         "clip_norm": 1.0,
         "accumulate": 1,
-        "gradient_reduction": "float32",  # over devices; "bfloat16" halves its bytes
+        "gradient_reduction": "float32",  # dtype of the reduction over devices; "bfloat16" halves its bytes
         "ema_decay": 0.9999,
         "max_skipped_in_row": 20,
         "stalled_after": 1800.0,
-        "compile_ahead": True,  # the step of every bucket before the first step
+        "compile_ahead": True,  # compile the step of every bucket before the first step
         "log_every": 100,
         "checkpoint_every": 2500,
         "sample_every": 5000,
@@ -147,7 +147,7 @@ def get_config() -> ConfigDict:
         "steps": 25,
         "guidance_scale": 6.0,
         "batch_size": 16,
-        # More pixels are decoded in parts: pictures one after the other, a larger picture in tiles of this side.
+        # Batches with more pixels are decoded in slices, larger images in tiles with sides of `decode_tile` pixels.
         "decode_pixels": 1024 * 1024,
         "decode_tile": 256,
     }

@@ -10,8 +10,8 @@ All rows train LI-DiT-1B at 256 px with batches of 256 for 300k steps at a learn
 
 The data is ImageNet, captioned "a photo of {class}", and 1.3M image-text pairs of CC12M; original captions are mixed
 with synthetic ones by CogVLM (5.1, which we read as covering both sets; the shares are ours). A sample of either set
-has one original caption, `txt` or `class`, and may have a `synthetic` one: then each is drawn half of the time, else
-the original always. Without any synthetic captions, give --config.data.captions.synthetic=0.
+has one original caption, `txt` or `class`, and may have a `synthetic` one: then each is used half of the time, and
+otherwise the original always. Without any synthetic captions, give --config.data.captions.synthetic=0.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +20,7 @@ from lidit_jax.ablate.rows import BASE_LLMS, ROWS
 from lidit_jax.errors import UserError
 from lidit_jax.text.prompts import INSTRUCTION
 
-# Ours: the paper's full model with the paper's position embedding alone, beside the default of all other rows.
+# Ours: the paper's full model with the paper's position embedding alone; all other rows have the default.
 POSITION_CONV = "position_conv"
 
 
@@ -38,15 +38,15 @@ def get_config(row: str = "") -> ConfigDict:
     config.data = {
         "source": "tar",
         "path": "",  # to fill in; paper: ImageNet and 1.3M pairs of CC12M
-        "class_names": "",  # to fill in where ImageNet's classes are numbers: a file with one name a line
-        "index_dir": "",  # beside the data
-        "sequential": False,  # True: no indexes, shards are read from end to end
-        "streams": 0,  # of sequential reading: as many as go
-        "shuffle_buffer": 0,  # likewise: four batches of every group
-        "features": True,  # of precomputed: use the LLMs' features, where they are kept
+        "class_names": "",  # to fill in if ImageNet's classes are numbers: a file with one name per line
+        "index_dir": "",  # "": indexes are written beside the data
+        "sequential": False,  # True reads shards from end to end, without indexes
+        "streams": 0,  # of sequential reading; 0: the most that divide the batch, up to 256
+        "shuffle_buffer": 0,  # of sequential reading; 0: four batches of every bucket
+        "features": True,  # of precomputed: use stored encoder features, if there are any
         "resolution": 256,  # paper
         "max_aspect": 2.0,  # ours
-        "bucket_multiple": 64,  # ours: 3 buckets; 0, which is the cell of 16 px, gives 9
+        "bucket_multiple": 64,  # ours: 3 buckets; 0 means 16 px (latent cell times patch) and gives 9
         # paper: original (CC12M's, ImageNet's class) and synthetic mixed; the shares are ours
         "captions": {"txt": 0.5, "class": 0.5, "synthetic": 0.5},
         "class_template": "a photo of {}",  # paper
@@ -69,17 +69,17 @@ def get_config(row: str = "") -> ConfigDict:
         "num_heads": 16,  # paper
         "patch_size": 2,  # paper
         "position": "conv" if row == POSITION_CONV else "conv+sincos+rope",  # paper: "conv"; ours
-        "position_grid": 16,  # ours: tokens a side at 256 px
+        "position_grid": 16,  # ours: tokens along a side at 256 px
         "latent_channels": 16,  # paper
         "mlp_ratio": 4.0,
         "refiner_rotary": True,  # ours
-        "refiner_qk_norm": True,  # ours: in bfloat16 their logits are unbounded without it
+        "refiner_qk_norm": True,  # ours: attention logits are unbounded without it in bfloat16
         "refiner_mlp_ratio": 4.0,
         "collaborative_blocks": 1,  # paper
         "remat": "full",
         "attention": "auto",
         "dtype": "bfloat16",  # paper
-        **rows[row].model(),  # what the row is about
+        **rows[row].model(),  # what the row changes
     }
     config.diffusion = {"name": "ddpm", "prediction": "epsilon", "beta_schedule": "scaled_linear"}
     config.train = {
@@ -92,7 +92,7 @@ def get_config(row: str = "") -> ConfigDict:
         "weight_decay": 0.01,
         "clip_norm": 1.0,
         "ema_decay": 0.9999,
-        "compile_ahead": True,  # the step of every bucket before the first step
+        "compile_ahead": True,  # compile the step of every bucket before the first step
         "checkpoint_every": 5000,
         "sample_every": 10_000,
     }
@@ -101,7 +101,7 @@ def get_config(row: str = "") -> ConfigDict:
         "steps": 25,
         "guidance_scale": 6.0,
         "batch_size": 16,
-        # More pixels than this are decoded image by image, and a larger image in tiles of this side.
+        # Batches with more pixels are decoded in slices, larger images in tiles with sides of `decode_tile` pixels.
         "decode_pixels": 1024 * 1024,
         "decode_tile": 256,
     }

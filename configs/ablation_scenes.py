@@ -17,21 +17,21 @@ def get_config() -> ConfigDict:
     config.data.object_shares = (0.0, 1.0, 1.0, 1.0)
     config.text = {
         "max_length": 28,
-        "instruction": "",  # the rows' own
+        "instruction": "",  # each row sets its own
         "chat_template": False,
         "encode": "in_step",
     }
-    del config.encoders  # the rows' own
+    del config.encoders  # each row sets its own
     config.language_models = {
         "instruction": INSTRUCTION,  # paper
-        "instructed_share": 0.5,  # of a tuned model's documents; a base model's have no instruction
+        "instructed_share": 0.5,  # share of a tuned model's documents; a base model's have no instruction
         "corpus_seed": 7,
         "length": 88,  # tokens of instruction, caption and answer
         "model": {
             "vocab_size": 512,
             "hidden_size": 128,
             "intermediate_size": 256,
-            "num_hidden_layers": 5,  # features come from the third: as many blocks as T5's encoder has
+            "num_hidden_layers": 5,  # features come from the third block: as many blocks as T5's encoder has
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "tie_word_embeddings": True,

@@ -1,4 +1,4 @@
-"""A real data set of image-text pairs, from tar shards: small enough for a CPU or Colab, any folder of shards will do.
+"""Image-text pairs from any folder of tar shards, with networks small enough for a CPU or Colab.
 
     python -m lidit_jax.main --config=configs/emoji.py --workdir=runs/emoji --config.data.path=FOLDER_OF_TAR_SHARDS
 
@@ -20,18 +20,18 @@ def get_config() -> ConfigDict:
         "source": "tar",  # or array_record, tfds, folder
         "path": "",  # to fill in
         "split": "train",  # of tfds
-        "data_dir": "",  # of tfds: where prepared data sets lie
-        "image_key": "",  # of tfds and array_record: the picture, where there are several
-        "class_names": "",  # file with a class's name a line, where classes are numbers
-        "index_dir": "",  # beside the data
-        "sequential": False,  # of tar: True makes no indexes and reads the shards from end to end
-        "streams": 0,  # of sequential reading: as many as go
-        "shuffle_buffer": 0,  # likewise: four batches of every group
-        "features": True,  # of precomputed: use the LLMs' features, where they are kept
+        "data_dir": "",  # of tfds: folder of the prepared data sets
+        "image_key": "",  # of tfds and array_record: the image feature, if there are several
+        "class_names": "",  # file with one class name per line, if classes are numbers
+        "index_dir": "",  # "": indexes are written beside the data
+        "sequential": False,  # of tar: True reads shards from end to end, without indexes
+        "streams": 0,  # of sequential reading; 0: the most that divide the batch, up to 256
+        "shuffle_buffer": 0,  # of sequential reading; 0: four batches of every bucket
+        "features": True,  # of precomputed: use stored encoder features, if there are any
         "resolution": 64,
         "max_aspect": 2.0,
-        "bucket_multiple": 0,  # the cell, 8 px: 5 buckets; 16 gives 3
-        "captions": None,  # the usual fields of whatever data it is
+        "bucket_multiple": 0,  # 0 means the latent cell, 8 px, and gives 5 buckets; 16 gives 3
+        "captions": None,  # None: the usual caption fields
         "class_template": "",
         "caption_dropout": 0.1,
         "min_aesthetic": None,
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
         "min_side": 0,
         "drop_aspect_over": None,
         "allow_enlarging": True,
-        "max_broken": 0.2,  # of a thousand samples
+        "max_broken": 0.2,  # share of a thousand samples
         "drop_low_quality_captions": False,
         "num_threads": 2,
         "num_workers": 0,
@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
         "vocab_size": 1024,
         "hidden_size": 128,
         "intermediate_size": 256,
-        # Features come from the first: after few captions, that one says best which word is where.
+        # Features come from the first block: trained on few captions, it encodes best which word is where.
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -75,7 +75,7 @@ def get_config() -> ConfigDict:
             "weights": "",
             "dtype": "float32",
             "family": family,
-            "model": dict(language_model),  # a copy: an override of one must not change the other
+            "model": dict(language_model),  # copied, so that overriding one does not change the other
             "train": dict(language_model_train),
         }
         for name, family in (("llama", "llama"), ("qwen", "qwen2"))
@@ -114,7 +114,7 @@ def get_config() -> ConfigDict:
         "num_heads": 6,
         "patch_size": 1,
         "position": "conv+sincos+rope",  # "conv" is the paper's
-        "position_grid": 8,  # tokens a side
+        "position_grid": 8,  # tokens along a side
         "latent_channels": 16,
         "mlp_ratio": 4.0,
         "refiner_blocks": 2,  # paper
@@ -139,7 +139,7 @@ def get_config() -> ConfigDict:
         "weight_decay": 0.0,
         "clip_norm": 1.0,
         "ema_decay": 0.995,
-        "compile_ahead": True,  # the step of every bucket before the first step
+        "compile_ahead": True,  # compile the step of every bucket before the first step
         "log_every": 50,
         "checkpoint_every": 500,
         "sample_every": 500,
@@ -149,7 +149,7 @@ def get_config() -> ConfigDict:
         "steps": 25,
         "guidance_scale": 3.0,
         "batch_size": 16,
-        # More pixels are decoded in parts: pictures one after the other, a larger picture in tiles of this side.
+        # Batches with more pixels are decoded in slices, larger images in tiles with sides of `decode_tile` pixels.
         "decode_pixels": 1024 * 1024,
         "decode_tile": 256,
     }

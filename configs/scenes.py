@@ -3,8 +3,8 @@
     python -m lidit_jax.main --config=configs/scenes.py --workdir=runs/scenes           # 64 px, 8x8 tokens
     python -m lidit_jax.main --config=configs/scenes.py:128 --workdir=runs/scenes_128   # 128 px, 16x16 tokens
 
-It is the demo of configs/shapes.py with another layout of the scenes and larger networks: the miniature for all that
-needs a grid of tokens. All numbers are ours, and no run has been trained to its end yet.
+It is the demo of configs/shapes.py with another layout of the scenes and larger networks: the miniature for everything
+that needs a grid of tokens. All numbers are ours, and no run has been trained to its end yet.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from lidit_jax.errors import UserError
 
-# Factor on the objects' sizes by side in pixels: more pixels show smaller objects, with more room between them.
+# Side in pixels -> factor on the objects' sizes: larger images have smaller objects, with more room between them.
 OBJECT_SCALES = {64: 1.0, 128: 0.7}
 
 
@@ -27,14 +27,14 @@ def get_config(resolution: str = "64") -> ConfigDict:
     config.data.update(
         resolution=side,
         layout="free",
-        object_shares=(1.0, 2.0, 2.0, 2.0, 1.5, 1.5),  # one is learned soon, and six have the longest captions
+        object_shares=(1.0, 2.0, 2.0, 2.0, 1.5, 1.5),  # single objects are learned early, six have the longest captions
         object_scale=OBJECT_SCALES[side],
         overlaps=0.25,
     )
-    # Six objects with sizes and places are 59 tokens, and the end token.
+    # Captions of six objects with sizes and positions have 59 tokens, and the end token.
     config.text.max_length = 60
     for encoder in config.encoders.values():
-        encoder.model.num_hidden_layers = 4  # features come from the second
+        encoder.model.num_hidden_layers = 4  # features come from the second block
         encoder.train.steps = 800  # captions are longer than the demo's, and say more
     config.vae.model.update(
         # A shape is no larger in pixels than the demo's, but two may share a token.
@@ -47,7 +47,7 @@ def get_config(resolution: str = "64") -> ConfigDict:
         hidden_size=256,
         num_heads=4,  # of 64 channels, as in the demo
         patch_size=1,  # 64 or 256 tokens
-        position_grid=side // 8,  # tokens a side
+        position_grid=side // 8,  # tokens along a side
     )
     config.train.update(
         steps=12_000,  # a guess: no run has been finished yet

@@ -2,8 +2,8 @@
 
     python -m lidit_jax.main --config=configs/shapes.py --workdir=runs/shapes
 
-It has every part of the paper at toy size; all numbers are ours. The instruction is shorter than the paper's, because
-the text path is what costs on a CPU.
+It has every component of the paper at toy size; all numbers are ours. The instruction is shorter than the paper's,
+because on a CPU the text path takes most of the time.
 """
 
 from ml_collections import ConfigDict
@@ -30,12 +30,12 @@ def get_config() -> ConfigDict:
         "chat_template": True,
         "encode": "in_step",
     }
-    # Named so that their order, which is alphabetical, is the order of the model's branches.
+    # The names sort into the order of the model's branches, since a ConfigDict sorts its keys.
     language_model = {
         "vocab_size": 512,
         "hidden_size": 128,
         "intermediate_size": 256,
-        # Features come from the first: after few captions, that one says best which word is where.
+        # Features come from the first block: trained on few captions, it encodes best which word is where.
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
             "weights": "",
             "dtype": "float32",
             "family": family,
-            "model": dict(language_model),  # a copy: an override of one must not change the other
+            "model": dict(language_model),  # copied, so that overriding one does not change the other
             "train": dict(language_model_train),
         }
         for name, family in (("llama", "llama"), ("qwen", "qwen2"))
@@ -93,7 +93,7 @@ def get_config() -> ConfigDict:
         "num_heads": 2,
         "patch_size": 1,
         "position": "conv+sincos+rope",  # "conv" is the paper's
-        "position_grid": 4,  # tokens a side
+        "position_grid": 4,  # tokens along a side
         "latent_channels": 16,
         "mlp_ratio": 4.0,
         "refiner_blocks": 2,  # paper
@@ -109,7 +109,7 @@ def get_config() -> ConfigDict:
         "attention": "auto",
         "dtype": "float32",
     }
-    # Most samples are nearly all noise, where a prompt decides what goes where: that is what takes longest to learn.
+    # Most training samples are nearly pure noise, where the prompt decides the layout: this takes longest to learn.
     config.diffusion = {"name": "rectified_flow", "shift": 10.0}
     config.train = {
         "steps": 1350,
@@ -129,7 +129,7 @@ def get_config() -> ConfigDict:
         "steps": 20,
         "guidance_scale": 1.5,
         "batch_size": 64,
-        # More pixels are decoded in parts: pictures one after the other, a larger picture in tiles of this side.
+        # Batches with more pixels are decoded in slices, larger images in tiles with sides of `decode_tile` pixels.
         "decode_pixels": 1024 * 1024,
         "decode_tile": 256,
     }

@@ -1,11 +1,11 @@
-"""An autoencoder alone: the latent space that a LI-DiT is then trained in (`--config.vae.weights=WORKDIR/vae`).
+"""Trains an autoencoder alone, for a LI-DiT to use afterwards (`--config.vae.weights=WORKDIR/vae`).
 
     python -m lidit_jax.main --config=configs/vae.py --workdir=runs/vae
     python -m lidit_jax.main --config=configs/vae.py:FOLDER_OF_TAR_SHARDS --workdir=runs/vae
 
-Without an argument it trains on the emoji shards beside this checkout, or on the built-in scenes where there are none.
-The last shard is kept from training, and the finished autoencoder is judged on it. The paper's is 8x with 16 channels
-and nothing else is told of it; the widths here are for minutes on a CPU, those of a full one are in the comments.
+Without an argument it trains on the emoji shards beside this checkout or, if there are none, on the built-in scenes.
+The last shard is held out from training, and the finished autoencoder is evaluated on it. The paper's VAE is 8x with 16
+channels, and nothing else is stated; the widths here train in minutes on a CPU, and comments give those of a full one.
 """
 
 from pathlib import Path
@@ -25,20 +25,20 @@ def get_config(path: str = "") -> ConfigDict:
         "source": "tar" if path else "shapes",
         "path": path,
         "held_out_shards": 1 if path else 0,
-        "index_dir": "",  # beside the shards
-        "sequential": False,  # True: no indexes, shards are read from end to end
-        "streams": 0,  # of sequential reading: as many as go
-        "shuffle_buffer": 0,  # likewise: four batches of every group
+        "index_dir": "",  # "": indexes are written beside the shards
+        "sequential": False,  # True reads shards from end to end, without indexes
+        "streams": 0,  # of sequential reading; 0: the most that divide the batch, up to 256
+        "shuffle_buffer": 0,  # of sequential reading; 0: four batches of every bucket
         "resolution": 64,  # ours; 256 is usual
         "max_aspect": 1.0,
-        "bucket_multiple": 0,  # the cell
+        "bucket_multiple": 0,  # 0 means the latent cell, 8 px
         "min_side": 0,
         "num_threads": 2,
         "num_workers": 0,
     }
 
     config.vae = {
-        # A folder in diffusers' format: judged as it is, not trained.
+        # A folder in diffusers' format: its VAE is evaluated as it is, not trained.
         "weights": "",
         "dtype": "float32",
         "model": {
@@ -61,16 +61,16 @@ def get_config(path: str = "") -> ConfigDict:
             "b2": 0.99,
             "clip_norm": 1.0,
             "ema_decay": 0.99,
-            "compile_ahead": True,  # the step of every bucket before the first step
+            "compile_ahead": True,  # compile the step of every bucket before the first step
             "log_every": 100,
             "checkpoint_every": 1000,
             "sample_every": 1000,
         },
         "reconstruction": "l2",
         "kl_weight": 1e-4,
-        # safetensors file with LPIPS on VGG16, see docs/vae.md; off without one.
+        # safetensors file with LPIPS on VGG16, see docs/vae.md; without it, the perceptual loss is off.
         "perceptual": {"weights": "", "weight": 1.0},
-        # Latent diffusion has weight 0.5 and starts at step 50,001; a few thousand steps have no time for it.
+        # Latent diffusion has weight 0.5 and starts at step 50,001; a few thousand steps are too short for it.
         "adversarial": {"weight": 0.0, "start": 0, "width": 64, "layers": 3},
         "evaluate": {"num_images": 512, "batch_size": 32, "sheet": 16},
     }

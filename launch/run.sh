@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Trains on this host, one of those of a TPU slice, and says by its exit status what is to be done next:
+# Trains on this host of a TPU slice; the exit code says what to do next:
 #
 #   launch/run.sh GENERATION --config=configs/10b.py --workdir=gs://BUCKET/10b ...     (GENERATION: v4, v5e, v5p, v6e)
 #
 #     0   training is finished
-#     2   a mistake in the command; another start would make it again
-#    75   the run's other hosts did not come; start again
-#   143   SIGTERM came and the last step is saved; start again
-#   else  something broke; start again, but not for ever
+#     2   mistake in the command; restarting would repeat it
+#    75   the run's other hosts did not appear; restart
+#   143   stopped by SIGTERM, the last step is saved; restart
+#   else  failure; restart, but not for ever
 #
-# main ends with 0 after SIGTERM too, since all went well; whoever keeps a run alive (tpu_vm.sh, Kubernetes) would take
-# that for the end of training. It ends with 2 where hosts are missing, which only looks like a mistake where hosts come
-# and go. Both are told apart by what main says last.
+# lidit_jax.main itself also exits with 0 after SIGTERM, which tpu_vm.sh or Kubernetes would take for the end of
+# training, and with 2 if hosts are missing, which is no mistake where hosts are preempted. This script tells these
+# cases apart by main's last message.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,15 +20,15 @@ ALONE="the run's other hosts were not found"
 
 generation=${1:-}
 if [ -z "$generation" ] || [ ! -f "launch/env/$generation.sh" ]; then
-  echo "error: name the TPU's generation first, one of $(cd launch/env && echo *.sh | sed 's/\.sh//g')" >&2
+  echo "error: give the TPU generation first, one of $(cd launch/env && echo *.sh | sed 's/\.sh//g')" >&2
   exit 2
 fi
 shift
 # shellcheck source=/dev/null
 . "launch/env/$generation.sh"
 
-# Compiling takes minutes, and a preempted run comes back on fresh machines: only a place that all hosts reach keeps the
-# programs (the first host writes them, the others read).
+# Compiling takes minutes, and a preempted run restarts on fresh hosts: compiled programs survive only on storage that
+# all hosts share (the first host writes them, the others read them).
 if [ -z "${JAX_COMPILATION_CACHE_DIR+set}" ]; then
   for argument in "$@"; do
     case $argument in --workdir=*) export JAX_COMPILATION_CACHE_DIR="${argument#--workdir=}/compiled" ;; esac
@@ -47,33 +47,33 @@ trap forward TERM INT
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 mkfifo "$scratch/pipe"
-# A machine that goes down sends SIGTERM to every process; the copier must stay, or main fails at its next word.
+# A host that shuts down sends SIGTERM to every process. tee must survive it, or main fails at its next message.
 (
   trap '' TERM
-  exec tee "$scratch/said" <"$scratch/pipe" >&2 9>&-
+  exec tee "$scratch/messages" <"$scratch/pipe" >&2 9>&-
 ) &
 copier=$!
-# In a group of its own: the signal is for main alone, not for its data workers; and what it leaves behind can be ended.
+# In a process group of its own, so that SIGTERM reaches main but not its data workers, and leftovers can be killed.
 setsid "${PYTHON:-python3}" -m lidit_jax.main --distributed "$@" 2>"$scratch/pipe" &
 main=$!
 [ -z "$interrupted" ] || kill -TERM "$main"
-# worker.sh's: whom to signal, and how it ended.
+# For worker.sh: the processes to signal and, below, the exit code.
 [ -z "${LIDIT_STATE:-}" ] || echo "$$ $main" >"$LIDIT_STATE/pids"
 
 while :; do
   interrupted=
   wait "$main" && status=0 || status=$?
-  [ -n "$interrupted" ] || break # else it was the signal that ended the waiting
+  [ -n "$interrupted" ] || break # otherwise the signal only interrupted the wait
 done
 kill -KILL -- "-$main" 2>/dev/null || true
-for _ in {1..100}; do # until the last words are copied
+for _ in {1..100}; do # until the last messages are copied
   kill -0 "$copier" 2>/dev/null || break
   sleep 0.05
 done
 
-if [ "$status" = 0 ] && grep -qF "$STOPPED" "$scratch/said"; then
+if [ "$status" = 0 ] && grep -qF "$STOPPED" "$scratch/messages"; then
   status=143
-elif [ "$status" = 2 ] && grep -qF "$ALONE" "$scratch/said"; then
+elif [ "$status" = 2 ] && grep -qF "$ALONE" "$scratch/messages"; then
   status=75
 fi
 [ -z "${LIDIT_STATE:-}" ] || echo "exited $status" >"$LIDIT_STATE/status"

@@ -1,42 +1,42 @@
 #!/usr/bin/env bash
-# Training on TPU VMs through queued resources, on one slice or several.
+# Trains on TPU VMs through queued resources, on one slice or several.
 #
 #   launch/tpu_vm.sh COMMAND --name=NAME --zone=ZONE --type=TYPE [FLAGS] [-- FLAGS OF lidit_jax.main]
 #
 # commands
-#   create    asks for the slices                       wait      until they are there
-#   install   puts this checkout on every worker (or --git=URL [--ref=REF])
+#   create    requests the slices                       wait      waits until they are ready
+#   install   installs this checkout (or --git=URL [--ref=REF]) on every worker
 #   run       starts training, detached, on all workers:  run ... -- --config=configs/10b.py --workdir=gs://BUCKET/10b
-#   keep      all of that, as far as it is still to be done, and again after every preemption until training is finished
-#   logs      follows a worker's log                    status    of the slices and of every worker's run
-#   stop      SIGTERM: the step is saved, the run ends; --kill where it hangs
-#   delete    gives the slices back
+#   keep      all of the above, as far as still needed, and again after every preemption until training is finished
+#   logs      follows a worker's log                    status    shows the state of the slices and every worker's run
+#   stop      sends SIGTERM: the run saves the step and exits; --kill if it hangs
+#   delete    releases the slices
 #
 # flags
-#   --name --zone --type    also from LIDIT_NAME, LIDIT_ZONE, LIDIT_TYPE. TYPE is gcloud's accelerator type: v4-512 and
-#                           v5p-512 are 256 chips (they count cores, two a chip), v5litepod-256 and v6e-256 as well
-#   --project               also from LIDIT_PROJECT; unset: gcloud's
-#   --spot                  may be preempted
-#   --slices=N              also from LIDIT_SLICES; adds --config.mesh.data=N to main's flags where they don't say it
-#   --version=VERSION       of the TPU VM's image; unset: the generation's
-#   --git=URL --ref=REF     installs from there, not from this checkout
-#   --env=NAME=VALUE        for the run, as HF_TOKEN or more LIBTPU_INIT_ARGS; may come several times
-#   --worker=W --slice=S --lines=N   of logs: all, or numbers; 0, 0 and 100
-#   --poll=SECONDS          between two looks of wait and keep: 30
-#   --failures=N            of keep: ends after so many in a row that were no preemption: 5
-#   --delete_when_done      of keep: gives the slices back when training is finished
-#   --hosts=N               workers in all, where TYPE does not say it rightly
-#   --create_flag=FLAG --ssh_flag=FLAG   more for gcloud, as --create_flag=--reserved or --ssh_flag=--tunnel-through-iap
-#   --dry_run               prints the commands that would be run, ready to be pasted, and runs none
+#   --name --zone --type    default to LIDIT_NAME, LIDIT_ZONE, LIDIT_TYPE. TYPE is gcloud's accelerator type: 256 chips
+#                           are v4-512, v5p-512 (which count cores, two a chip), v5litepod-256 and v6e-256
+#   --project               defaults to LIDIT_PROJECT, then to gcloud's project
+#   --spot                  slices that may be preempted
+#   --slices=N              defaults to LIDIT_SLICES; adds --config.mesh.data=N to main's flags unless they set it
+#   --version=VERSION       image of the TPU VM (default: the one of the TPU's generation)
+#   --git=URL --ref=REF     installs from a git repository, not from this checkout
+#   --env=NAME=VALUE        environment variable of the run, e.g. HF_TOKEN or more LIBTPU_INIT_ARGS; repeatable
+#   --worker=W --slice=S --lines=N   for logs: numbers or all (default: 0, 0 and 100)
+#   --poll=SECONDS          for wait and keep: seconds between two checks (default: 30)
+#   --failures=N            for keep: give up after N failures in a row, preemptions not counted (default: 5)
+#   --delete_when_done      for keep: release the slices when training is finished
+#   --hosts=N               workers in all, if the number derived from TYPE is wrong
+#   --create_flag=FLAG --ssh_flag=FLAG   flag for gcloud: --create_flag=--reserved, --ssh_flag=--tunnel-through-iap
+#   --dry_run               prints the commands, ready to be pasted, without running any
 #
-# keep may be ended (Ctrl-C) and begun again at any time: the run goes on without it. It packs the checkout when it
-# begins; of --git give a --ref, or what a preempted run goes on with may be newer than what it began with.
+# keep can be stopped (Ctrl-C) and started again at any time: the run continues without it. It packs the checkout when
+# it starts. With --git, give a --ref too, or a preempted run may resume with newer code than it started with.
 # gcloud reaches several workers at once only with its key in the agent: ssh-add ~/.ssh/google_compute_engine
-# Checked with shellcheck, as dry runs and with a stand-in for gcloud (tests/test_launch.py); never run against TPUs.
+# Checked with shellcheck, with dry runs and with a fake gcloud (tests/test_launch.py); never run against TPUs.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-exec 3>&1 # dry runs print here from within $(...) too
+exec 3>&1 # dry runs print here, also from inside $(...)
 REMOTE=lidit/code/launch/worker.sh
 
 say() { echo "$(date +%H:%M:%S) $*" >&2; }
@@ -57,7 +57,7 @@ worker=0 slice=0 lines=100 poll=30 failures=5 delete_when_done='' kill='' dry_ru
 generation='' archive='' answers=''
 environment=() create_flags=() ssh_flags=() main_flags=()
 
-# ---------------------------------------------------------------------------------------------- what was asked for
+# -------------------------------------------------------------------------------------------------------- arguments
 
 parse() {
   while [ $# -gt 0 ]; do
@@ -92,14 +92,14 @@ number() { # FLAG VALUE
 check() {
   [ -n "$name" ] || mistake "--name is required"
   [ -n "$zone" ] || mistake "--zone is required"
-  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || mistake "--name=$name: lower-case letters, digits and dashes only"
+  [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || mistake "--name=$name: use lower-case letters, digits and dashes only"
   number slices "$slices"
   number lines "$lines"
   number failures "$failures"
   [ -z "$hosts" ] || number hosts "$hosts"
-  [[ $poll =~ ^[0-9]*\.?[0-9]+$ ]] || mistake "--poll=$poll must be seconds"
-  [[ $worker =~ ^(all|[0-9,-]+)$ ]] || mistake "--worker=$worker: all, or numbers as 3 or 0,4-7"
-  [[ $slice =~ ^(all|[0-9,-]+)$ ]] || mistake "--slice=$slice: all, or numbers as 1 or 0,2-3"
+  [[ $poll =~ ^[0-9]*\.?[0-9]+$ ]] || mistake "--poll=$poll must be a number of seconds"
+  [[ $worker =~ ^(all|[0-9,-]+)$ ]] || mistake "--worker=$worker: give all, or numbers such as 3 or 0,4-7"
+  [[ $slice =~ ^(all|[0-9,-]+)$ ]] || mistake "--slice=$slice: give all, or numbers such as 1 or 0,2-3"
   [ -z "$ref" ] || [ -n "$git" ] || mistake "--ref goes with --git=URL"
   local pair
   for pair in ${environment[@]+"${environment[@]}"}; do
@@ -107,9 +107,9 @@ check() {
   done
 }
 
-# What a type means: its generation (a file of env/), the image's version, the workers of a slice.
+# Derives from the type: the generation (a file of env/), the version of the image, and the number of workers.
 check_type() {
-  [ -n "$type" ] || mistake "--type is required, as v5p-512, v5litepod-256, v4-512 or v6e-256"
+  [ -n "$type" ] || mistake "--type is required: for example v5p-512, v5litepod-256, v4-512 or v6e-256"
   [[ $type =~ ^(v4|v5p|v5litepod|v6e)-([1-9][0-9]*)$ ]] ||
     mistake "--type=$type is unknown: give v4-N, v5p-N (N cores, two a chip), v5litepod-N or v6e-N (N chips)"
   local chips=${BASH_REMATCH[2]} image
@@ -121,14 +121,14 @@ check_type() {
   esac
   version=${version:-$image}
   if [ "$generation" = v4 ] || [ "$generation" = v5p ]; then
-    [ $((chips % 8)) = 0 ] || mistake "--type=$type: slices have whole hosts, which are 8 cores: $generation-8, -16 ..."
+    [ $((chips % 8)) = 0 ] || mistake "--type=$type: slices have full hosts of 8 cores: $generation-8, -16 ..."
     chips=$((chips / 2))
   fi
   local workers=$((chips / 4))
   if [ "$chips" -le 8 ] && [ "$generation" != v4 ] && [ "$generation" != v5p ]; then
-    workers=1 # the smallest slices of v5e and v6e are one host of 1, 4 or 8 chips; larger ones have 4 a host
+    workers=1 # the smallest slices of v5e and v6e are one host of 1, 4 or 8 chips; larger ones have hosts of 4
   elif [ $((chips % 4)) != 0 ]; then
-    mistake "--type=$type: slices have whole hosts, which are 4 chips"
+    mistake "--type=$type: slices have full hosts of 4 chips"
   fi
   hosts=${hosts:-$((workers * slices))}
 }
@@ -142,11 +142,11 @@ check_main_flags() {
       --config.mesh.data=*) data=${flag#*=} ;;
     esac
   done
-  [ -n "$config" ] || mistake "name a config after --, as: -- --config=configs/10b.py --workdir=gs://BUCKET/10b"
+  [ -n "$config" ] || mistake "give a config after --, as: -- --config=configs/10b.py --workdir=gs://BUCKET/10b"
   [[ $workdir == gs://* || $workdir == /* ]] ||
-    mistake "give --workdir=gs://... after --: a place that all workers reach, and that is there after a preemption"
+    mistake "give --workdir=gs://... after --: storage that all workers share and that survives a preemption"
   if [ "$slices" -gt 1 ] && [ -z "$data" ]; then
-    say "$slices slices: adding --config.mesh.data=$slices, so that gradients alone cross the data centre's network"
+    say "$slices slices: adding --config.mesh.data=$slices, so that only gradients cross the data centre's network"
     main_flags+=("--config.mesh.data=$slices")
   fi
 }
@@ -173,36 +173,36 @@ on_workers() { # NODES WORKERS COMMAND
   queued ssh "$name" --node="$1" --worker="$2" ${ssh_flags[@]+"${ssh_flags[@]}"} --command="$3"
 }
 
-# What a worker says that nothing is installed on yet, too.
+# Command for a worker, which also answers if nothing is installed on it yet.
 asking() { echo "if [ -f $REMOTE ]; then bash $REMOTE $*; else echo \"worker \$(hostname) none\"; fi"; }
 
-count() { grep -cE "^worker [^ ]+ ($1)\$" <<<"$answers" || true; } # of the answers, those that are PATTERN
+count() { grep -cE "^worker [^ ]+ ($1)\$" <<<"$answers" || true; } # prints the number of answers that match PATTERN
 
-# Runs it on all workers. gcloud leaves out slices that it can't reach, and ends with 0: each worker must have answered.
+# Runs a command on all workers, each of which must answer: gcloud skips unreachable slices and still exits with 0.
 everywhere() { # ANSWER COMMAND
   answers=$(on_workers all all "$2" | tee >(cat >&2)) || return 1
   [ -z "$dry_run" ] || return 0
   local came
   came=$(count "$1")
   [ "$came" = "$hosts" ] || {
-    say "$came of $hosts workers answered '$1' (if there are not $hosts of them, say --hosts=N)"
+    say "$came of $hosts workers answered '$1' (if $hosts is wrong, give --hosts=N)"
     return 1
   }
 }
 
-state_of() { # of the slices: gcloud's, or NONE where there are none, or UNKNOWN
+state_of() { # prints gcloud's state of the slices, NONE if there are none, or UNKNOWN
   local found
-  if found=$(queued describe "$name" --format='value(state.state)' 2>"$scratch/said"); then
+  if found=$(queued describe "$name" --format='value(state.state)' 2>"$scratch/errors"); then
     echo "${found:-UNKNOWN}"
-  elif grep -qiE 'not_found|not found' "$scratch/said"; then
+  elif grep -qiE 'not_found|not found' "$scratch/errors"; then
     echo NONE
   else
-    cat "$scratch/said" >&2
+    cat "$scratch/errors" >&2
     echo UNKNOWN
   fi
 }
 
-# Whether a slice is lost though the request still says ACTIVE.
+# Succeeds if a slice is lost although the request is still ACTIVE.
 lost_slice() {
   local number node found
   for ((number = 0; number < slices; number++)); do
@@ -219,7 +219,7 @@ lost_slice() {
 
 create() {
   local nodes=(--node-id="$name")
-  [ "$slices" = 1 ] || nodes=(--node-count="$slices" --node-prefix="$name") # the VMs then know of the other slices
+  [ "$slices" = 1 ] || nodes=(--node-count="$slices" --node-prefix="$name") # tells the VMs about the other slices
   queued create "$name" --accelerator-type="$type" --runtime-version="$version" "${nodes[@]}" ${spot:+--spot} \
     ${create_flags[@]+"${create_flags[@]}"}
 }
@@ -234,14 +234,14 @@ await() {
     case $state in
       ACTIVE) return 0 ;;
       NONE) mistake "there is no queued resource $name in $zone: create it first" ;;
-      UNKNOWN) broken "gcloud does not tell the state of $name" ;;
-      FAILED | SUSPENDING | SUSPENDED | DELETING) broken "$name is $state: delete it and create it anew" ;;
+      UNKNOWN) broken "gcloud does not report the state of $name" ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING) broken "$name is $state: delete it and create it again" ;;
     esac
     sleep "$poll"
   done
 }
 
-pack() { # FILE NAME: what of this checkout a run needs
+pack() { # FILE NAME: packs the files of this checkout that a run needs
   archive=${TMPDIR:-/tmp}/$1
   call tar -czf "$archive" -C "$root" --exclude=__pycache__ lidit_jax configs launch setup.py pyproject.toml README.md LICENSE
 }
@@ -272,13 +272,13 @@ run() {
   everywhere started "$command"
 }
 
-ask() { # the workers; fills `answers`
+ask() { # asks the workers for their state; fills `answers`
   answers=$(on_workers all all "$(asking status)")
 }
 
-idle() { # or ends: a second run would only fight for the TPU
+idle() { # exits if a run is alive: a second one would compete for the TPU
   ask || broken "not all workers of $name can be reached"
-  [ "$(count running)" = 0 ] || mistake "a run is going on: follow it with logs, or stop it first"
+  [ "$(count running)" = 0 ] || mistake "a run is active: follow it with logs, or stop it first"
 }
 
 stop() {
@@ -314,25 +314,25 @@ delete() { queued delete "$name" --force --quiet; }
 
 # ------------------------------------------------------------------------------------------------------------ keep
 
-failed=0  # times in a row that it was no preemption
-started=0 # when the run was last started, in seconds of this script
-ours=''   # whether the run was seen alive: how an earlier one ended is no reason not to start this one
+failed=0  # failures in a row, preemptions not counted
+started=0 # when the run was last started, in seconds since the start of this script
+ours=''   # yes once the run was seen alive: the exit code of an earlier run must not prevent starting this one
 
 give_up_after() { # WHAT
   failed=$((failed + 1))
-  [ "$failed" -lt "$failures" ] || broken "$1, $failed times in a row: see logs, and status"
+  [ "$failed" -lt "$failures" ] || broken "$1, $failed times in a row: see logs and status"
   say "$1 (failure $failed of $failures)"
 }
 
 keep() {
-  [ -z "$dry_run" ] || echo "# what is still to be done"
-  # Now: after a preemption the run must go on with the code that it began with.
+  [ -z "$dry_run" ] || echo "# the steps that are still needed"
+  # Packed now: after a preemption the run must resume with the code that it started with.
   [ -n "$git" ] || pack "lidit-$name-keep.tar.gz" || broken "this checkout could not be packed"
   if [ -n "$dry_run" ]; then
     create && await && install && run
-    echo "# every $poll seconds; run again where it ended and is not finished"
+    echo "# every $poll seconds, and run again if it ended unfinished"
     status
-    echo "# where the slices were taken away, then all again"
+    echo "# if the slices were preempted, and then everything again"
     delete
     return
   fi
@@ -342,14 +342,14 @@ keep() {
     [ "$state" = "$before" ] || say "$name is $state"
     before=$state
     case $state in
-      ACTIVE) tend ;;
+      ACTIVE) check_run ;;
       NONE) create || give_up_after "$name could not be created" ;;
       SUSPENDED)
-        say "$name was preempted: making it anew"
+        say "$name was preempted: creating it again"
         delete || true
         ;;
       FAILED)
-        queued describe "$name" --format='yaml(state)' >&2 || true # says why
+        queued describe "$name" --format='yaml(state)' >&2 || true # prints the reason
         give_up_after "the request for $name failed"
         delete || true
         ;;
@@ -358,33 +358,33 @@ keep() {
   done
 }
 
-# What the answers say of a run that has ended; returns where it is to go on.
-judge() {
+# After a run has ended: exits, or returns if the answers say that it should be restarted.
+exit_if_done() {
   local finished
   if [ "$(count stopped)" -gt 0 ]; then
-    say "the run was stopped by hand: ending here, $name is still there"
+    say "the run was stopped by the user: exiting, $name is kept"
     exit 0
   fi
-  [ "$(count 'exited 2')" = 0 ] || mistake "the run ended with a mistake in its command: see logs; $name is still there"
+  [ "$(count 'exited 2')" = 0 ] || mistake "the run ended with a mistake in its command (see logs); $name is kept"
   finished=$(count 'exited 0')
   if [ "$finished" = "$hosts" ]; then
     say "training is finished"
-    if [ -n "$delete_when_done" ]; then delete; else say "$name is still there: $0 delete"; fi
+    if [ -n "$delete_when_done" ]; then delete; else say "$name is kept: run $0 delete"; fi
     exit 0
   fi
-  # Fresh machines, or a run that was stopped by SIGTERM or by a reboot, are no failure.
+  # Fresh hosts, and runs stopped by SIGTERM or by a reboot, do not count as failures.
   if [ "$(count 'none|installed|lost|exited 143')" -lt "$((hosts - finished))" ]; then
     [ $((SECONDS - started)) -lt 3600 ] || failed=0
-    give_up_after "the run broke off"
+    give_up_after "the run failed"
   fi
 }
 
-# One look at slices that are there.
-tend() {
+# Checks a run on slices that are ready, and starts it if necessary.
+check_run() {
   if ! ask || [ "$(count '.*')" -lt "$hosts" ]; then
     say "not all of the $hosts workers answer"
     if lost_slice; then
-      say "a slice of $name was preempted: making all anew"
+      say "a slice of $name was preempted: creating all slices again"
       delete || true
     fi
     return
@@ -393,7 +393,7 @@ tend() {
     ours=yes
     return
   fi
-  [ -z "$ours" ] || judge
+  [ -z "$ours" ] || exit_if_done
   started=$SECONDS ours=yes
   if [ "$(count none)" -gt 0 ]; then
     say "installing"
@@ -415,7 +415,7 @@ case $command in
     sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
     exit 0
     ;;
-  *) mistake "name a command: create, wait, install, run, keep, logs, status, stop or delete (see $0 --help)" ;;
+  *) mistake "give a command: create, wait, install, run, keep, logs, status, stop or delete (see $0 --help)" ;;
 esac
 parse "$@"
 check
@@ -439,6 +439,6 @@ case $command in
     [ "$(count none)" = 0 ] || mistake "nothing is installed on $(count none) workers: install first"
     run || broken "not started on all workers: stop, then run again"
     ;;
-  keep) keep </dev/null ;; # ssh would stop a keep in the background that it can't ask
+  keep) keep </dev/null ;; # without a terminal to ask, ssh would stop a keep in the background
   *) "$command" ;;
 esac

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# What tpu_vm.sh asks of every worker of a slice. Beside the folder with the code lie venv/, the run's log, and what is
-# known of the run: `lock` is held as long as it lives, `pids`, `status` (its exit status), `stopped` (on demand).
+# The commands that tpu_vm.sh runs on every worker of a slice. The folder that contains the code also has venv/, the
+# run's log, and the run's state: `lock` (held while the run lives), `pids`, `status` (its exit code), and `stopped`
+# (the run was stopped by the user).
 #
-#   install          a virtual environment with the package
-#   start GENERATION FLAGS...   launch/run.sh, detached
-#   status           one line: none, installed, running, stopped, exited STATUS, or lost (as after a reboot)
-#   stop [--kill]    SIGTERM (or SIGKILL), and waits for the end
-#   log LINES [each] follows the log; `each`: every line with this worker's name
+#   install          installs the package into a virtual environment
+#   start GENERATION FLAGS...   starts launch/run.sh, detached
+#   status           prints one of none, installed, running, stopped, exited STATUS, lost (e.g. after a reboot)
+#   stop [--kill]    sends SIGTERM (or SIGKILL), and waits for the run to exit
+#   log LINES [each] follows the log; with `each`, every line starts with this worker's name
 set -euo pipefail
 code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 home=$(dirname "$code")
@@ -21,10 +22,10 @@ fail() {
 running() { ! flock -n "$home/lock" true; }
 
 install() {
-  if running; then fail "a run is going on: stop it first"; fi
+  if running; then fail "a run is active: stop it first"; fi
   rm -f "$home/installed" "$home/status" "$home/stopped" "$home/pids"
-  # The images' own Python may be older; uv brings 3.11, for which pip finds the versions that the tests were run with
-  # (for newer Pythons there are newer JAX and libtpu).
+  # The VM images' own Python may be older. On 3.11, which uv installs, pip finds the versions that the tests were run
+  # with (newer Pythons get newer JAX and libtpu).
   PATH="$HOME/.local/bin:$PATH"
   if ! command -v uv >/dev/null; then
     python3 -m pip install --quiet --user uv >&2 || { curl -LsSf https://astral.sh/uv/install.sh | sh >&2; }
@@ -39,9 +40,9 @@ install() {
 start() {
   [ -e "$home/installed" ] || fail "nothing is installed here: install first"
   exec 9>"$home/lock"
-  flock -n 9 || fail "a run is going on already: stop it first"
+  flock -n 9 || fail "a run is already active: stop it first"
   rm -f "$home/status" "$home/stopped" "$home/pids"
-  # From v5e on, JAX warns that starting and stopping the TPU takes long without. Lost at every boot.
+  # Without huge pages, starting and stopping a TPU is slow (JAX warns from v5e on). Every boot resets the setting.
   echo always | sudo -n tee /sys/kernel/mm/transparent_hugepage/enabled >/dev/null 2>&1 || true
   echo "$(date -u +%Y-%m-%dT%H:%M:%SZ) launch/run.sh $*" >>"$home/log"
   PYTHON="$home/venv/bin/python" LIDIT_STATE="$home" \
@@ -90,5 +91,5 @@ log() {
 command=${1:-}
 case $command in
   install | start | status | stop | log) "$@" ;;
-  *) fail "worker.sh does install, start, status, stop and log, not '$command'" ;;
+  *) fail "unknown command '$command': give install, start, status, stop or log" ;;
 esac

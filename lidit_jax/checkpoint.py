@@ -1,7 +1,8 @@
 """Orbax checkpoints: asynchronous, atomic, and readable without the code that wrote them.
 
-A checkpoint has four items: `state` (step, parameters, EMA, optimiser), `facts` (JSON: the data's fingerprint, the
-digests of frozen parts), `config` (JSON), and `data`, where in the data each process was (JSON, a file a process).
+A checkpoint has four items: `state` (step, parameters, EMA, optimiser), `facts` (JSON: the fingerprint of the data, the
+digests of the frozen networks), `config` (JSON), and `data`, the position of each process in the data (JSON, one file
+for each process).
 """
 
 import contextlib
@@ -22,17 +23,17 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 
-# What goes on happening until somebody does something; a connection that broke is another matter.
+# Errors that retrying cannot fix: disk full, quota, permissions. A broken connection is not one of them.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-_OF_A_DISK = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC", re.I)
-# Of a part of an array that is written in one piece, and read in one piece again: bytes from which on a stack over
-# blocks is cut into blocks. Without it a 10B model's stack of 14 GB would take twice that to read a single block.
-CUT_FROM = 64 << 20
-READ_BYTES = 256 << 20  # of a stack, at once, where its pieces let it
+_DISK_ERROR_TEXT = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC", re.I)
+# Shard size in bytes above which an array that stacks the transformer blocks is written as one chunk for each block. In
+# a single chunk, the 14 GB stack of a 10B model would take twice that memory to read one block.
+LARGE_STACK_BYTES = 64 << 20
+READ_BYTES = 256 << 20  # read at a time from a stacked array, if its chunks are no larger
 
 
 class DataPositionHandler(ocp.CheckpointHandler):
-    """Each process writes its part; a restore reads the parts of all, so that the number of processes may change."""
+    """Writes the data position of this process, and restores those of all: the number of processes may change."""
 
     def save(self, directory: epath.Path, args: "SaveDataPosition") -> None:
         (directory / f"process_{jax.process_index():05}.json").write_text(json.dumps(args.position))
@@ -45,7 +46,11 @@ class DataPositionHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(DataPositionHandler, for_save=True)
 @dataclasses.dataclass
 class SaveDataPosition(ocp.args.CheckpointArgs):
-    """Attributes: position: JSON-able, this process's."""
+    """Arguments of a save.
+
+    Attributes:
+      position: the data position of this process, JSON-serialisable.
+    """
 
     position: Mapping[str, Any]
 
@@ -53,11 +58,11 @@ class SaveDataPosition(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(DataPositionHandler, for_restore=True)
 @dataclasses.dataclass
 class RestoreDataPositions(ocp.args.CheckpointArgs):
-    """Of all processes that saved."""
+    """Restores the data positions of all processes that saved."""
 
 
 class Checkpoints:
-    """The checkpoints of one trained part, in `folder`."""
+    """The checkpoints of one trained component, in `folder`."""
 
     def __init__(self, folder: str | epath.Path, config: Mapping[str, Any], keep: int = 2):
         self.folder = epath.Path(folder).resolve()
@@ -73,9 +78,16 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, facts: Mapping[str, Any], position: Mapping[str, Any]) -> None:
-        """Starts writing; the arrays are copied before this returns, so that the state may be donated.
+        """Starts writing a checkpoint; the arrays are copied before this returns, so the state may be donated.
 
-        Args: position: of this process in the data, JSON-able.
+        Args:
+          step: number of steps taken.
+          state: tree of arrays.
+          facts: JSON-serialisable facts that a resumed run must agree with.
+          position: position of this process in the data, JSON-serialisable.
+
+        Raises:
+          UserError: if the disk is full or not writable.
         """
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_save_args, state)),
@@ -84,12 +96,19 @@ class Checkpoints:
             data=SaveDataPosition(position),
         )
         with self._writing():
-            # Unforced, Orbax asks for notices of preemption itself, with other numbers than `preemption.py`.
+            # Without force, Orbax polls for preemption notices itself, with other step numbers than `preemption.py`.
             self._manager.save(step, args=items, force=True)
 
     def restore(self, abstract_state: Any, facts: Mapping[str, Any]) -> tuple[Any, Sequence[Mapping[str, Any]]] | None:
-        """The newest state, sharded as `abstract_state` says, and the positions in the data of all processes that saved
-        it; None where there is no checkpoint.
+        """Restores the newest checkpoint.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings of the state.
+          facts: the facts of this run; each must equal the checkpoint's.
+
+        Returns:
+          The state, sharded like `abstract_state`, and the data positions of all processes that saved it; None if there
+          is no checkpoint.
 
         Raises:
           UserError: if the checkpoint was made with other facts (other data, other frozen weights), or does not fit.
@@ -107,37 +126,41 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=args)
             if not restored.data:
-                raise ValueError("it has no position in the data")
+                raise ValueError("it has no data position")
         except (ValueError, KeyError, RecursionError) as error:
             raise UserError(
-                f"{self.folder}: the checkpoint of step {step} is of another model, or of another version of this "
+                f"{self.folder}: the checkpoint of step {step} belongs to another model or another version of this "
                 f"program ({' '.join(str(error).split())[:200]}); use another --workdir"
             ) from error
         for name, value in facts.items():
             if restored.facts.get(name) != value:
                 raise UserError(
                     f"{self.folder}: the checkpoint of step {step} was trained with {name} = "
-                    f"{restored.facts.get(name)!r}, now it is {value!r}; restore that or use another --workdir"
+                    f"{restored.facts.get(name)!r}, now it is {value!r}: change it back or use another --workdir"
                 )
         return restored.state, restored.data
 
     def wait(self) -> None:
-        """Until everything is on disk. Raises UserError where it cannot be."""
+        """Waits until everything is on disk.
+
+        Raises:
+          UserError: if the disk is full or not writable.
+        """
         with self._writing():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """What goes wrong while writing is said in one line; what was saved before is kept."""
+        """Turns the disk's errors while writing into a one-line UserError; earlier checkpoints are kept."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            # A full disk is said by whichever library met it; what a device or a bug says is not the disk's.
-            if getattr(error, "errno", None) not in _DISK_ERRORS and not _OF_A_DISK.search(str(error)):
+            # Each library reports a full disk in its own way; errors of devices, and bugs, are raised unchanged.
+            if getattr(error, "errno", None) not in _DISK_ERRORS and not _DISK_ERROR_TEXT.search(str(error)):
                 raise
             raise UserError(
-                f"{self.folder}: a checkpoint can't be written ({' '.join(str(error).split())[:200]}); the last whole "
-                f"one, of step {self.latest_step()}, is kept: make room, then run the same command again"
+                f"{self.folder}: a checkpoint can't be written ({' '.join(str(error).split())[:200]}); the last "
+                f"complete one, of step {self.latest_step()}, is kept: free disk space, then run the same command again"
             ) from error
 
     def close(self) -> None:
@@ -152,39 +175,41 @@ def require_checkpoint(folder: str | epath.Path) -> None:
 
 
 def _no_checkpoint(folder: str | epath.Path) -> UserError:
-    return UserError(f"{folder}: no finished checkpoint there; train first, or name the --workdir of a run")
+    return UserError(f"{folder}: no finished checkpoint there: train first, or give the --workdir of a run")
 
 
 def check_same_model(given: Any, wanted: Any) -> None:
     """Raises UserError unless the weights of two trees have the same names and shapes."""
     shapes = [jax.tree.map(lambda x: tuple(x.shape), tree) for tree in (given, wanted)]
     if shapes[0] != shapes[1]:
-        raise UserError("the weights to start from belong to a model of another size: compare the two configs' model")
+        raise UserError(
+            "the weights to start from have other names or shapes than this model's: compare the two configs' `model`"
+        )
 
 
 def steps_taken(folder: str | epath.Path) -> int:
-    """Of the newest finished checkpoint in the folder; 0 where there is none. Opens and creates nothing."""
+    """Returns the step of the newest finished checkpoint in the folder, or 0; opens and creates nothing."""
     return max((int(step.name) for step in epath.Path(folder).glob("*") if step.name.isdecimal()), default=0)
 
 
 def load_weights(folder: str | epath.Path, weights: str, into: Any = None) -> tuple[Any, int]:
-    """One tree of the newest checkpoint, without its optimiser.
+    """Loads one weight tree of the newest checkpoint, without the optimiser state.
 
     Args:
-      folder: what `Checkpoints` was given.
+      folder: folder of the `Checkpoints`.
       weights: "params" or "ema".
-      into: the tree that is wanted, of `jax.ShapeDtypeStruct` with shardings (default: what is there, on the first
-        device).
+      into: tree of `jax.ShapeDtypeStruct` with shardings to load into; None loads the stored tree onto the first
+        device.
 
     Returns:
-      (the tree as nested dicts of arrays, step).
+      The tree as nested dicts of arrays, and the step.
 
     Raises:
-      UserError: if there is no checkpoint, none of these weights in it, or they are not what is wanted.
+      UserError: if there is no checkpoint, it has no such weights, or their names or shapes differ from `into`.
     """
-    with _newest(folder, weights) as (manager, step, tree):
-        alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=alone), tree)
+    with _open_newest(folder, weights) as (manager, step, tree):
+        first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=first_device), tree)
         if into is not None:
             check_same_model(abstract, into)
             abstract = into
@@ -199,15 +224,31 @@ def load_weights(folder: str | epath.Path, weights: str, into: Any = None) -> tu
 
 @contextlib.contextmanager
 def open_weights(folder: str | epath.Path, weights: str) -> Iterator["StoredWeights"]:
-    """One tree of the newest checkpoint, to be read array by array; arguments and errors as of `load_weights`."""
-    with _newest(folder, weights) as (_, step, tree):
+    """Opens one weight tree of the newest checkpoint, to be read array by array.
+
+    Args:
+      folder: folder of the `Checkpoints`.
+      weights: "params" or "ema".
+
+    Yields:
+      The arrays by path; nothing is read before an array is asked for.
+
+    Raises:
+      UserError: if there is no checkpoint, or it has no such weights.
+    """
+    with _open_newest(folder, weights) as (_, step, tree):
         flat, context = flax.traverse_util.flatten_dict(tree), ocp.type_handlers.get_ts_context()
         yield StoredWeights({path: StoredArray(leaf, context) for path, leaf in flat.items()}, step)
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredWeights(Mapping):
-    """Path -> `StoredArray`. Attributes: step: of training."""
+    """Arrays of a checkpoint by path.
+
+    Attributes:
+      arrays: path in the tree -> array.
+      step: training step of the checkpoint.
+    """
 
     arrays: Mapping[tuple[str, ...], "StoredArray"]
     step: int
@@ -227,33 +268,47 @@ class StoredWeights(Mapping):
 
 
 class StoredArray:
-    """An array of a checkpoint, in host memory as far as it is asked for: `np.asarray` reads all of it, iteration one
-    entry of the first axis after the other.
+    """An array of a checkpoint, read on demand into host memory.
+
+    `np.asarray` reads all of it; iteration yields one entry of the first axis after the other.
     """
 
     def __init__(self, metadata: Any, context: tensorstore.Context):
-        """Args: metadata: as Orbax has it of the array; context: one for all arrays of a checkpoint."""
+        """Reads nothing yet.
+
+        Args:
+          metadata: Orbax's metadata of the array.
+          context: TensorStore context shared by all arrays of a checkpoint.
+        """
         self.shape, self.dtype = tuple(metadata.shape), np.dtype(metadata.dtype)
         self._metadata, self._context = metadata, context
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Raises UserError if it can't be read."""
+        """Reads the array.
+
+        Raises:
+          UserError: if it can't be read.
+        """
         array = self._read(self._open())
         return array if dtype is None else array.astype(dtype, copy=False)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Raises UserError if it can't be read."""
+        """Yields the entries of the first axis, reading up to `READ_BYTES` at a time.
+
+        Raises:
+          UserError: if the array can't be read.
+        """
         store = self._open()
         entry_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        at_once = max(1, READ_BYTES // max(1, entry_bytes))
-        # Whatever is read of a piece, all of it is decompressed: once if it can be, and a large one not again.
-        piece = store.chunk_layout.read_chunk.shape
-        if piece[0] <= at_once:
-            at_once -= at_once % piece[0]
-        elif math.prod(piece) * self.dtype.itemsize > READ_BYTES:
-            at_once = piece[0]
-        for begin in range(0, self.shape[0], at_once):
-            yield from self._read(store[begin : min(begin + at_once, self.shape[0])])
+        entries_per_read = max(1, READ_BYTES // max(1, entry_bytes))
+        # Reading a part of a chunk decompresses all of it: read along chunk borders, and an oversized chunk at once.
+        chunk = store.chunk_layout.read_chunk.shape
+        if chunk[0] <= entries_per_read:
+            entries_per_read -= entries_per_read % chunk[0]
+        elif math.prod(chunk) * self.dtype.itemsize > READ_BYTES:
+            entries_per_read = chunk[0]
+        for begin in range(0, self.shape[0], entries_per_read):
+            yield from self._read(store[begin : min(begin + entries_per_read, self.shape[0])])
 
     def _open(self) -> tensorstore.TensorStore:
         directory = epath.Path(self._metadata.directory)
@@ -278,26 +333,28 @@ class StoredArray:
 
 
 @contextlib.contextmanager
-def _newest(folder: str | epath.Path, weights: str) -> Iterator[tuple[ocp.CheckpointManager, int, Mapping[str, Any]]]:
-    """-> (Orbax's manager, the newest step, Orbax's metadata of each of the weights' arrays in nested dicts)."""
+def _open_newest(
+    folder: str | epath.Path, weights: str
+) -> Iterator[tuple[ocp.CheckpointManager, int, Mapping[str, Any]]]:
+    """Opens the newest checkpoint: yields Orbax's manager, the step, and the arrays' metadata as nested dicts."""
     folder = epath.Path(folder).resolve()
     require_checkpoint(folder)
     handlers = {"state": ocp.PyTreeCheckpointHandler()}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in ("facts", "config")}
-    handlers["data"] = DataPositionHandler()  # or Orbax warns of unknown items
+    handlers["data"] = DataPositionHandler()  # without it, Orbax warns about unknown items
     with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
         step = manager.latest_step()
-        if step is None:  # in a bucket, a folder may be there before its checkpoint is finished
+        if step is None:  # in an object store, the folder may exist before its checkpoint is finished
             raise _no_checkpoint(folder)
         tree = manager.item_metadata(step)["state"].tree
         if tree.get(weights) is None:
-            kept = ", ".join(name for name in ("params", "ema") if tree.get(name) is not None)
-            raise UserError(f"{folder}: the checkpoint has no {weights!r} weights; it has {kept}")
+            available = ", ".join(name for name in ("params", "ema") if tree.get(name) is not None)
+            raise UserError(f"{folder}: the checkpoint has no {weights!r} weights; it has {available}")
         yield manager, step, tree[weights]
 
 
 def _save_args(array: jax.Array) -> ocp.SaveArgs:
-    """Where the blocks of a large stack are a file's pieces each, one can be read without the others."""
-    part = array.sharding.shard_shape(array.shape)
-    is_large_stack = array.ndim > 2 and math.prod(part) * array.dtype.itemsize > CUT_FROM
+    """Returns options that write a large stack with one chunk for each block, readable without the others."""
+    shard = array.sharding.shard_shape(array.shape)
+    is_large_stack = array.ndim > 2 and math.prod(shard) * array.dtype.itemsize > LARGE_STACK_BYTES
     return ocp.SaveArgs(shard_axes=(0,)) if is_large_stack else ocp.SaveArgs()

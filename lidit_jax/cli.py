@@ -1,4 +1,4 @@
-"""What the command lines share: flags and user errors end in one line and exit code 2, not in a stack trace."""
+"""Shared code of the command lines: common flags, and user errors as one line and exit code 2."""
 
 import logging
 import re
@@ -20,14 +20,19 @@ from lidit_jax.parallel.preemption import Preempted
 
 USER_MISTAKE = 2
 
-flags.disclaim_key_flags()  # those that are defined here are of the command line that asks for them, and in its --help
+# Flags defined here belong to the command line that asks for them, and appear in its --help.
+flags.disclaim_key_flags()
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main`."""
+    """Parses the flags and calls `main`.
+
+    A UserError ends the process with exit code 2, a preemption with 0. Any other exception is raised or, in a
+    distributed run, printed before the process leaves the run with exit code 1.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
-        _quieten()
+        _set_up_logging()
         keep_freed_memory()
         try:
             if len(argv) > 1:
@@ -47,19 +52,26 @@ def run(main: Callable[[], None]) -> None:
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
-    """--config=FILE.py[:ARGUMENT], with --config.path.to.key=value on top.
+    """Defines --config=FILE.py[:ARGUMENT], whose values --config.path.to.key=value overrides.
 
-    Args: default: a file of the repository; found from other folders too.
+    Args:
+      default: default config, as a path in the repository; it is found from any working directory.
     """
     if default and not Path(default).exists():
         default = str(Path(__file__).resolve().parents[1] / default)
-    return config_flags.DEFINE_config_file("config", default, "a file of configs/, with its argument after a colon")
+    return config_flags.DEFINE_config_file(
+        "config", default, "config file, such as configs/shapes.py, with its argument after a colon"
+    )
 
 
 def define_drawing() -> Callable[[], dict[str, Any]]:
-    """The flags of what draws -> what gives their values, as `sample.draw.Drawing` takes them."""
+    """Defines the flags of commands that sample images.
+
+    Returns:
+      A function that returns the flags' values as keyword arguments of `sample.draw.Drawing`.
+    """
     sides = "pixels (default: the training resolution)"
-    found = {
+    holders = {
         "height": flags.DEFINE_integer("height", None, sides),
         "width": flags.DEFINE_integer("width", None, sides),
         "steps": flags.DEFINE_integer("steps", None, "sampling steps (default: the config's)"),
@@ -68,35 +80,39 @@ def define_drawing() -> Callable[[], dict[str, Any]]:
         ),
         "sampler": flags.DEFINE_string("sampler", None, "ddpm, ddim, dpmpp_2m; euler, heun (default: the config's)"),
         "decode_pixels": flags.DEFINE_integer(
-            "decode_pixels", None, "decode larger pictures in tiles, for less memory (default: the config's)"
+            "decode_pixels", None, "pixels decoded at once; larger images are decoded in tiles (default: the config's)"
         ),
-        "weights": flags.DEFINE_string("weights", "ema", "ema, or params for the raw ones"),
+        "weights": flags.DEFINE_string("weights", "ema", "ema, or params for the weights without averaging"),
     }
-    return lambda: {name: flag.value for name, flag in found.items()}
+    return lambda: {name: flag.value for name, flag in holders.items()}
 
 
 def define_distributed() -> flags.FlagHolder:
-    """--distributed, for `hosts.join_hosts`."""
-    return flags.DEFINE_bool("distributed", None, "by several hosts; unset: where the environment names some")
+    """Defines --distributed, the argument of `hosts.join_hosts`."""
+    return flags.DEFINE_bool("distributed", None, "run on several hosts (default: if the environment names several)")
 
 
 def read_config(holder: flags.FlagHolder) -> ConfigDict:
-    """The parsed config.
+    """Returns the parsed config.
 
     Raises:
-      UserError: if none was named, or its file does not exist.
+      UserError: if --config is missing, or its file does not exist.
     """
     if holder.value is None:
-        raise UserError("name a config: --config=configs/shapes.py")
+        raise UserError("--config is required, for example --config=configs/shapes.py")
     try:
-        holder.value.keys()  # ml_collections tells of a missing file only when the config is used
+        holder.value.keys()  # ml_collections raises for a missing file only on first use
     except OSError:
         raise UserError(f"{flags.FLAGS['config'].config_filename}: no such config file") from None
     return holder.value
 
 
 def require(name: str) -> str:
-    """The value of a string flag that must be given."""
+    """Returns the value of a required string flag.
+
+    Raises:
+      UserError: if it is missing or empty.
+    """
     value = flags.FLAGS[name].value
     if not value:
         raise UserError(f"--{name} is required")
@@ -104,7 +120,11 @@ def require(name: str) -> str:
 
 
 def require_list(name: str) -> list[str]:
-    """The values of a list flag that must be given."""
+    """Returns the values of a required list flag.
+
+    Raises:
+      UserError: if it is missing or empty.
+    """
     values = [value.strip() for value in flags.FLAGS[name].value or () if value.strip()]
     if not values:
         raise UserError(f"--{name} is required")
@@ -115,25 +135,25 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        _exit(_last_words(str(error)))
+        _exit(_exception_line(str(error)))
     except (KeyError, AttributeError) as error:
         if "config" not in flags.FLAGS:
             raise
-        _exit(_unknown_key(str(error)))
-    except OSError:  # of a config that is not there, where one of its values is given too
-        _exit("the file that --config names is not there: name one of configs/")
+        _exit(_unknown_key_message(str(error)))
+    except OSError:  # the config file does not exist, and one of its values is overridden
+        _exit("the file of --config does not exist: give one of configs/")
 
 
-def _unknown_key(message: str) -> str:
-    """ml_collections' words for a key that the config does not have, as a sentence."""
+def _unknown_key_message(message: str) -> str:
+    """Rewords ml_collections' message about a key that the config does not have."""
     suggestion = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', message)
     if suggestion:
         return f"config key {suggestion[2]!r} is unknown; did you mean {suggestion[1]!r}?"
     return f"config key {message} is unknown"
 
 
-def _last_words(message: str) -> str:
-    """Of a message that carries a config file's stack trace, its last line: what was raised."""
+def _exception_line(message: str) -> str:
+    """Returns the last line of a message that includes a config file's stack trace: the exception raised there."""
     if "Traceback" not in message:
         return message
     return message.strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
@@ -146,12 +166,12 @@ def _exit(message: str) -> None:
     sys.exit(USER_MISTAKE)
 
 
-def _quieten() -> None:
-    """Libraries' routine notes would bury the progress line; their warnings stay."""
+def _set_up_logging() -> None:
+    """Shows warnings only from libraries, whose routine messages would bury the progress line."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.use_absl_handler()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    ours = logging.getLogger("lidit_jax")
-    ours.setLevel(logging.INFO)
-    ours.handlers, ours.propagate = [handler], False
+    logger = logging.getLogger("lidit_jax")
+    logger.setLevel(logging.INFO)
+    logger.handlers, logger.propagate = [handler], False

@@ -1,4 +1,4 @@
-"""From a config file's values to the dataclasses that the library takes, with errors that name the key."""
+"""Builds the library's dataclasses from the values of a config file, with errors that name the config key."""
 
 import dataclasses
 import difflib
@@ -21,28 +21,28 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CONFIG_FILE = "config.json"
-MAX_NUMBER = 10**30  # of what is given as a whole number where any number may be
-# Keys that may differ when a run goes on: none changes what a step computes. (`steps` alone may also grow.)
+MAX_NUMBER = 10**30  # largest int accepted for a float field
+# Keys that may differ when a run resumes, because none changes what a step computes. (`steps` may differ too.)
 FREE_KEYS = (
     *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
     *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
 )
-# Keys that workdirs of earlier versions lack, with the value that stands for what those versions did.
+# Keys missing from workdirs of earlier versions, with the value that reproduces what those versions did.
 ABSENT_MEANS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T:
-    """Builds a dataclass from a section of a config, and the dataclasses of its fields from the sections within.
+    """Builds a dataclass from a config section, and the dataclasses of its fields from the sections within.
 
     Args:
       cls: the dataclass.
-      values: the section.
-      where: the section's place in the config, as in "vae.train"; errors name it.
-      **more: fields that the section does not state.
+      values: the config section.
+      where: the section's path in the config, as in "vae.train", for error messages.
+      **more: fields that are not in the section.
 
     Raises:
-      UserError: a key is unknown (the error names the nearest field) or missing, or a value is of the wrong type or
-        rejected by the dataclass.
+      UserError: for an unknown key (with the nearest known one), a missing key, a value of the wrong type, or one that
+        the dataclass rejects.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
@@ -74,10 +74,10 @@ def _dataclass_in(hint: Any) -> type | None:
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
-    """Raises UserError unless the value is of the annotated type; of containers only the outer type is checked."""
+    """Raises UserError unless the value is of the annotated type; the entries of containers are not checked."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = [typing.get_origin(option) or option for option in options]
-    if not all(isinstance(kind, type) for kind in kinds):  # Any, Literal: checked by whoever takes it
+    if not all(isinstance(kind, type) for kind in kinds):  # Any, Literal: checked where the value is used
         return
     if float in kinds:
         kinds.append(int)
@@ -97,20 +97,22 @@ def _type_name(kind: type) -> str:
 
 
 def nearest(name: str, choices: Any) -> str:
-    """ "; did you mean 'x'?" for the nearest choice, or the list of choices."""
+    """Returns "; did you mean 'x'?" with the nearest choice or, if none is near, a list of all choices."""
     matches = difflib.get_close_matches(name, list(choices), n=1)
     return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(choices)}"
 
 
 def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, may_grow: bool = True) -> None:
-    """Writes the config into a new workdir, or checks that an old one belongs to the same config.
+    """Writes the config into a new workdir, or checks that an existing one belongs to the same config.
 
     Args:
-      write: False only checks: where many processes share a workdir, one of them writes.
-      may_grow: the steps of the part that is trained last may differ, and how the run is evaluated.
+      workdir: folder of the run.
+      config: the config of the run.
+      write: whether to write; False only checks, for all but one of the processes that share a workdir.
+      may_grow: whether the steps of the last trained component, and the `evaluate` section, may differ.
 
     Raises:
-      UserError: if the workdir was made with another config, or can't be written. Nothing is overwritten.
+      UserError: if the workdir was made with another config, or can't be written. Nothing is overwritten then.
     """
     file = workdir / CONFIG_FILE
     if not file.exists():
@@ -129,11 +131,11 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, m
         is_free = any(part in FREE_KEYS for part in key.split(".")) and (may_grow or not key.startswith("evaluate."))
         if before.get(key) == now.get(key) or is_free:
             continue
-        if key == "model.position_grid" and now.get("model.position") == "conv":  # which has no use for it
+        if key == "model.position_grid" and now.get("model.position") == "conv":  # which doesn't use it
             continue
         if may_grow and key == (
             "train.steps" if "train" in config else "vae.train.steps"
-        ):  # of the part that is trained last
+        ):  # steps of the last trained component
             continue
         resume = f"give --config.{key}={before.get(key)} or " if _is_one_word(before.get(key)) and key in now else ""
         raise UserError(
@@ -145,15 +147,15 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, m
 
 
 def _is_one_word(value: Any) -> bool:
-    """True if a value can be given on the command line as it is printed."""
+    """Returns True if the printed value can be passed on the command line as it is."""
     return isinstance(value, int | float) or isinstance(value, str) and re.fullmatch(r"[\w./:+-]+", value) is not None
 
 
 def read_workdir(workdir: epath.Path) -> ConfigDict:
-    """The config that a workdir was made with.
+    """Returns the config that a workdir was made with.
 
     Raises:
-      UserError: if there is none, or it is not JSON.
+      UserError: if it has none, or it is not a JSON object.
     """
     file = epath.Path(workdir) / CONFIG_FILE
     if not file.exists():
@@ -172,7 +174,7 @@ def read_workdir(workdir: epath.Path) -> ConfigDict:
 
 
 def _plain(values: Any) -> Any:
-    """ConfigDicts to dicts, lists to tuples: what JSON gives back equals what was put in."""
+    """Converts ConfigDicts to dicts and lists to tuples, so that values equal their own JSON round trip."""
     if isinstance(values, ConfigDict | Mapping):
         return {key: _plain(value) for key, value in values.items()}
     if isinstance(values, list | tuple):

@@ -1,15 +1,15 @@
-"""A config and a workdir: which parts a run has, what is wrong with them, and where they lie.
+"""A run's config and workdir: which networks it has, whether the config is valid, and where their files are.
 
-A workdir describes itself:
+A workdir is self-contained:
 
     config.json            the config of the run
-    encoders/NAME/         an LLM trained by the run, in Hugging Face's format (else: where its `weights` point)
-    vae/                   a VAE trained by the run, in diffusers' format (likewise)
-    training/PART/         checkpoints, metrics.jsonl, TensorBoard events, samples/ of each part that was trained
-    grid.png, scores.json  what the run drew for held-out prompts at its end, where its data can be checked
-    reconstruction.png, reconstruction.json   how well the VAE gives pictures back, where the config asks for it
+    encoders/NAME/         an LLM trained by the run, in Hugging Face's format (others are in their `weights` folder)
+    vae/                   a VAE trained by the run, in diffusers' format (others are in their `weights` folder)
+    training/NAME/         checkpoints, metrics.jsonl, TensorBoard events and samples/ of each trained network
+    grid.png, scores.json  samples for held-out prompts at the end of the run, and their scores, if scenes are evaluated
+    reconstruction.png, reconstruction.json   the VAE's reconstructions and their scores, if the config asks for them
 
-A config without the sections that belong to LI-DiT is of a VAE alone.
+A config without LI-DiT's sections trains or evaluates a VAE alone.
 """
 
 import dataclasses
@@ -53,18 +53,27 @@ from lidit_jax.weights.folders import find_folder
 from lidit_jax.weights.safetensors_folder import read_config
 
 LIDIT = "lidit"
-SECTIONS = ("seed", "mesh", "data", "vae")  # of every config
+SECTIONS = ("seed", "mesh", "data", "vae")  # required in every config
 LIDIT_SECTIONS = ("text", "encoders", "model", "diffusion", "train", "sample")  # all of them or, for a VAE alone, none
 OPTIONAL_SECTIONS = ("start_from", "evaluate")
-# Fields of the model's config that change how it is computed and not what.
+# Fields of the model config that change how the model is computed, not what it computes.
 FREE_FIELDS = ("remat", "scan_unroll", "attention", "dtype")
 
 
 class Experiment:
-    """The parts of one config in one workdir."""
+    """The validated sections of a config, and the networks that they describe, in a workdir."""
 
     def __init__(self, config: ConfigDict, workdir: epath.Path, only_shapes: bool = False):
-        """Args: only_shapes: nothing will be loaded or trained: of parts without weights, their sizes are enough."""
+        """Validates the config.
+
+        Args:
+          config: the config of the run.
+          workdir: folder of the run.
+          only_shapes: True if nothing will be loaded or trained; networks without weights then need no `train` section.
+
+        Raises:
+          UserError: if the config is invalid.
+        """
         self._only_shapes = only_shapes
         known = (*SECTIONS, *LIDIT_SECTIONS, *OPTIONAL_SECTIONS)
         for key in config:
@@ -85,7 +94,7 @@ class Experiment:
             name: build(EncoderConfig, config.encoders[name], f"encoders.{name}") for name in config.encoders
         }
         if "position" not in config.model:
-            # Weights fit several positions, so a workdir must say which it was trained with, whatever the default.
+            # The same weights fit several positions, so a workdir must state its own, whatever the default.
             raise UserError(f"config key model.position is missing: {LIDiTConfig.position!r} is recommended")
         self.model = LIDiT(build(LIDiTConfig, config.model, "model"))
         self.schedule: Schedule = make_schedule(**config.diffusion)
@@ -94,7 +103,7 @@ class Experiment:
         self._check_lidit()
 
     def _check_vae(self) -> None:
-        """Validates the VAE's section, before anything is compiled or written."""
+        """Validates the VAE section, before anything is compiled or written."""
         check_dtype("vae.dtype", self.vae.dtype)
         if not self.vae.weights:
             self._require_recipe("vae", self.vae)
@@ -102,10 +111,10 @@ class Experiment:
             raise UserError("vae.weights names a VAE and vae.evaluate is missing: there is nothing to do")
 
     def _check_lidit(self) -> None:
-        """Validates the sections of LI-DiT, before anything is compiled or written."""
+        """Validates the LI-DiT sections, before anything is compiled or written."""
         if not self.encoders:
             raise UserError("encoders is empty: LI-DiT needs at least one LLM")
-        step_table(self.sample.sampler, self.schedule, self.sample.steps)  # raises for a sampler that does not fit
+        step_table(self.sample.sampler, self.schedule, self.sample.steps)  # raises if the sampler does not fit
         for name, encoder in self.encoders.items():
             if not encoder.weights:
                 self._require_recipe(f"encoders.{name}", encoder)
@@ -116,10 +125,10 @@ class Experiment:
 
     @functools.cached_property
     def vae_config(self) -> VAEConfig:
-        """Sizes of the VAE, of the one that the run trains or of the folder that it is given.
+        """Returns the architecture of the VAE, whether the run trains it or loads it.
 
         Raises:
-          UserError: its images do not have three channels, or it does not go with the rest of the config.
+          UserError: if it does not take images of three channels, or does not fit the rest of the config.
         """
         if self.vae.weights:
             config = VAEConfig.from_dict(read_config(self.vae_folder()))
@@ -146,13 +155,13 @@ class Experiment:
         return config
 
     def batch_size(self) -> int | None:
-        """Of the training of the last part; None where a VAE is only judged."""
+        """Returns the batch size of the last trained network; None if a VAE is only evaluated."""
         if self.has_lidit:
             return self.train.batch_size
         return None if self.vae.weights else self.vae.train.batch_size
 
     def trainings(self) -> dict[str, TrainConfig]:
-        """Of every part that the run trains itself, by where they are in the config."""
+        """Returns the training configs of all networks that the run trains, by their path in the config."""
         found = {} if self.vae.weights else {"vae.train": self.vae.train}
         if self.has_lidit:
             for name, encoder in self.encoders.items():
@@ -162,11 +171,15 @@ class Experiment:
         return found
 
     def cell(self) -> int:
-        """Pixels that both sides of a picture must be multiples of: a latent cell times a patch."""
+        """Returns the pixels that both sides of an image must be multiples of: latent cell times patch size."""
         return self.vae_config.downsampling_factor * (self.model.config.patch_size if self.has_lidit else 1)
 
     def check_picture_sizes(self, side: int) -> None:
-        """Raises UserError if the smallest side of a picture is too small for a term of the VAE's loss."""
+        """Raises UserError if an image is too small for a term of the VAE's loss.
+
+        Args:
+          side: the smallest side of any image, in pixels.
+        """
         if self.vae.weights:
             return
         adversarial = self.vae.adversarial
@@ -201,16 +214,16 @@ class Experiment:
         )
 
     def check_encoders(self) -> None:
-        """Raises UserError for what is wrong with the encoders that come from folders, short of their weights."""
+        """Raises UserError if an encoder's folder can't be used; checks everything but the weights."""
         for encoder in self.encoders.values():
             if encoder.weights:
                 open_encoder(encoder.weights, self.prompt_tokenizer, dtype=encoder.dtype)
 
     def stored_encoders(self) -> dict[str, StoredEncoder]:
-        """What is said of each encoder where its features are kept.
+        """Returns the fingerprint of each encoder that is stored beside its precomputed features.
 
         Raises:
-          UserError: one has no weights yet.
+          UserError: if an encoder has no weights yet.
         """
         found = {}
         for name, config in self.encoders.items():
@@ -230,7 +243,15 @@ class Experiment:
     def load_encoders(
         self, mesh: Mesh | None = None, rules: ShardingRules | None = None
     ) -> tuple[dict[str, PromptEncoder], dict[str, Any]]:
-        """All prompt encoders from their folders, and their frozen arrays, cut over the mesh if there is one."""
+        """Loads all prompt encoders from their folders.
+
+        Args:
+          mesh: mesh to shard the weights over; None puts them on the first device.
+          rules: sharding rules; required with a mesh.
+
+        Returns:
+          The encoders by name, and their frozen arrays by name.
+        """
         encoders, frozen = {}, {}
         for name, encoder in self.encoders.items():
             folder = self.encoder_folder(name)
@@ -242,10 +263,12 @@ class Experiment:
     def pipeline(
         self, mesh: Mesh | None = None, rules: ShardingRules | None = None, with_encoders: bool = True
     ) -> Pipeline:
-        """The frozen parts from their folders, with the model around them.
+        """Loads the frozen encoders and VAE from their folders, and returns them with the model.
 
-        Without encoders it draws nothing. With a mesh all is cut over it by the rules; without one, all is on the first
-        device.
+        Args:
+          mesh: mesh to shard the weights over; None puts everything on the first device.
+          rules: sharding rules; required with a mesh.
+          with_encoders: False leaves out the encoders; the pipeline then can't sample.
         """
         encoders, frozen = self.load_encoders(mesh, rules) if with_encoders else ({}, {})
         vae_config, vae_params = load_vae(self.vae_folder())
@@ -257,27 +280,35 @@ class Experiment:
         return Pipeline(self.model, self.schedule, encoders, vae, frozen, mesh, rules)
 
     def drawing_mesh(self, devices: Sequence[jax.Device]) -> tuple[Mesh, ShardingRules] | tuple[None, None]:
-        """For `pipeline`: weights cut over as many devices as divide the model, pictures spread over all."""
+        """Returns the mesh and rules for sampling with `pipeline`; (None, None) for fewer than two devices.
+
+        Weights are sharded over as many devices as divide the model's width, and images over all devices.
+        """
         if len(devices) < 2:
             return None, None
         fsdp = math.gcd(self.model.config.hidden_size, len(devices))
         return make_mesh({"data": -1, "fsdp": fsdp}, devices), ShardingRules()
 
     def _encoder_digest(self, name: str) -> str:
-        """The same wherever the tokenizer is: an exported folder has it beside the LLM."""
+        """Returns the digest of an LLM and its tokenizer, which may be in a folder of its own (exported folders)."""
         folder = self.encoder_folder(name)
         return folder_digest(*dict.fromkeys((folder, tokenizer_folder(folder))))
 
     def frozen_digests(self) -> dict[str, str]:
-        """What the checkpoint says of the weights that are not in it."""
+        """Returns the digests of the frozen weights, which checkpoints record instead of the weights."""
         digests = {f"encoders.{name}": self._encoder_digest(name) for name in self.encoders}
         return digests | {"vae": folder_digest(self.vae_folder())}
 
 
 def check_start(config: ConfigDict, theirs: ConfigDict, source: epath.Path) -> None:
-    """Raises UserError unless the model of a run computes the same as the one whose weights it starts from.
+    """Raises UserError unless a run's model computes the same function as the model whose weights it starts from.
 
-    Shapes do not tell: weights of one model.position, say, fit others too.
+    Comparing shapes is not enough: the same weights fit several values of `model.position`, for example.
+
+    Args:
+      config: config of the run.
+      theirs: config of the run, or exported folder, to start from.
+      source: its folder, for error messages.
     """
     for field in dataclasses.fields(LIDiTConfig):
         if field.name in FREE_FIELDS:
@@ -293,12 +324,18 @@ def check_start(config: ConfigDict, theirs: ConfigDict, source: epath.Path) -> N
 def load(
     workdir: epath.Path, weights: str = "ema", devices: Sequence[jax.Device] = ()
 ) -> tuple[Experiment, Pipeline, Any, int]:
-    """From a workdir alone: (experiment, pipeline, LI-DiT's parameters, their step).
+    """Loads a trained run from its workdir.
 
-    Args: devices: over which everything is cut, and pictures are spread; () is the first alone.
+    Args:
+      workdir: folder of the run.
+      weights: "ema", or "params" for the weights without averaging.
+      devices: devices to shard weights and images over; empty uses the first device only.
+
+    Returns:
+      The experiment, the pipeline, LI-DiT's parameters, and their training step.
 
     Raises:
-      UserError: if the workdir has no config or no checkpoint, or the checkpoint no such weights.
+      UserError: if the workdir has no config or no checkpoint of LI-DiT, or the checkpoint has no such weights.
     """
     experiment = Experiment(read_workdir(workdir), workdir)
     if not experiment.has_lidit:

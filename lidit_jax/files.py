@@ -1,4 +1,4 @@
-"""Files that are read or written as a whole: JSON that others may read meanwhile, and text that users name."""
+"""Small files: JSON written atomically, and text files named by users."""
 
 import json
 import math
@@ -12,10 +12,10 @@ MAX_BYTES = 64 << 20
 
 
 def finite(value: Any) -> Any:
-    """Replaces NaN and infinities, which JSON does not have, with None; in a copy.
+    """Returns a copy with NaN and infinities, which JSON lacks, replaced by None.
 
     Args:
-      value: of dictionaries, lists, tuples, strings, numbers, booleans and None.
+      value: nested dictionaries, lists and tuples of strings, numbers, booleans and None.
     """
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
@@ -25,31 +25,35 @@ def finite(value: Any) -> Any:
 
 
 def write_json(file: epath.Path, value: Any, indent: int | None = 2) -> None:
-    """Writes `value`, so that nobody ever sees half of it.
+    """Writes `value` atomically: readers never see a partly written file.
 
-    Args: indent: None writes one line.
+    Args:
+      file: the file to write.
+      value: JSON-serialisable.
+      indent: indentation in spaces; None writes one line.
 
     Raises:
-      OSError: the file cannot be written; one that was there is kept.
+      OSError: if the file cannot be written; an existing one is kept.
     """
-    beside = file.parent / f".{file.name}.new"
-    beside.write_text(json.dumps(value, indent=indent) + "\n")
-    beside.replace(file)
+    temporary = file.parent / f".{file.name}.new"
+    temporary.write_text(json.dumps(value, indent=indent) + "\n")
+    temporary.replace(file)
 
 
 def read_text(file: epath.Path, named: str, what: str) -> str:
-    """The whole of it, without a byte-order mark.
+    """Reads a UTF-8 text file, without its byte-order mark.
 
     Args:
-      named: how the user named it, as "--file=x.txt".
-      what: what it should be, as "a list of prompts".
+      file: the file to read.
+      named: how the user named the file, e.g. "--file=x.txt", for error messages.
+      what: what the file should contain, e.g. "a list of prompts", for error messages.
 
     Raises:
-      UserError: it is larger than `MAX_BYTES`, or not UTF-8.
+      UserError: if it is larger than `MAX_BYTES`, or not UTF-8.
     """
     if file.stat().length > MAX_BYTES:
-        raise UserError(f"{named}: larger than {MAX_BYTES >> 20} MiB; is it {what}?")
+        raise UserError(f"{named} is larger than {MAX_BYTES >> 20} MiB: check that it is {what}")
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{named}: not UTF-8 (byte {error.start}); if it is {what}, save it as UTF-8") from None
+        raise UserError(f"{named} is not UTF-8 (byte {error.start}): if it is {what}, save it as UTF-8") from None

@@ -1,7 +1,7 @@
 """Trains: `python -m lidit_jax.main --config=configs/shapes.py --workdir=DIR [--config.path.to.key=value …]`.
 
-Run the same command again and it goes on where it stopped; also after SIGTERM, at which training saves and ends. On a
-pod, run it on every host.
+Run the same command again to resume from the last checkpoint, also after SIGTERM, on which training saves and exits. On
+a pod, run it on every host.
 """
 
 from absl import flags
@@ -15,9 +15,9 @@ from lidit_jax.stages.run import run_stages
 _CONFIG = cli.define_config()
 _DISTRIBUTED = cli.define_distributed()
 _FROM_TORCH = flags.DEFINE_string(
-    "from_torch", None, "start from a folder that `export` wrote: its LI-DiT, and its encoders and VAE"
+    "from_torch", None, "folder written by `export`: start from its LI-DiT, with its encoders and VAE"
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, logs, pictures (local or gs://)")
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, logs, samples (local or gs://)")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress line, TensorBoard scalars and pictures (clu), and a JSON line per log step."""
+"""Training logs: a progress line, TensorBoard scalars and images (clu), and one JSON line for each logged step."""
 
 import contextlib
 import json
@@ -16,11 +16,11 @@ from lidit_jax.pictures import save_png
 
 
 class Metrics:
-    """Writes scalars and pictures of one part into its folder; only the first process writes.
+    """Writes scalars and images of one trained component into its folder; only the first process writes.
 
-    `metrics.jsonl` has one object a logged step; when a run resumes, lines of steps that are taken again are repeated.
-    Values that are not finite are null there. Names that nothing was measured for are left out: the loss where every
-    step of the interval was skipped, a quarter of the schedule that no sample fell into.
+    `metrics.jsonl` has one object for each logged step. When a run resumes, steps that are taken again have a second
+    line. Values that are not finite are null. Names without a measurement are left out: the loss if every step of the
+    interval was skipped, the loss of a quarter of the noise schedule that no sample fell into.
     """
 
     def __init__(self, folder: str | epath.Path):
@@ -28,8 +28,8 @@ class Metrics:
         self._writer = None
         if jax.process_index() == 0:
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-            os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it prints a note about rounding at every start
-            # Imports TensorFlow, which takes seconds: only a process that writes pays for it.
+            os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a message about rounding at every start
+            # Imports TensorFlow, which takes seconds: only the process that writes should pay for it.
             from clu import metric_writers
 
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -37,17 +37,18 @@ class Metrics:
             self._lines = (self.folder / "metrics.jsonl").open("a")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes named scalars to TensorBoard and to `metrics.jsonl`."""
         if self._writer:
             self._writer.write_scalars(step, dict(values))
             self._lines.write(json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n")
             self._lines.flush()
 
-    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Named pictures, uint8 [H, W, 3]: to TensorBoard, and as samples/NAME_STEP.png."""
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes named images, uint8 [H, W, 3], to TensorBoard and to samples/NAME_STEP.png."""
         if self._writer:
-            self._writer.write_images(step, {name: picture[None] for name, picture in pictures.items()})
-            for name, picture in pictures.items():
-                save_png(picture, self.folder / "samples" / f"{name}_{step:07d}.png")
+            self._writer.write_images(step, {name: image[None] for name, image in images.items()})
+            for name, image in images.items():
+                save_png(image, self.folder / "samples" / f"{name}_{step:07d}.png")
 
     def close(self) -> None:
         if self._writer:
@@ -57,10 +58,18 @@ class Metrics:
 
 
 class Progress:
-    """The progress line: loss, speed, utilisation, time spent waiting for data, time left."""
+    """Prints the progress line: loss, speed, MFU, share of time spent waiting for data, time left."""
 
     def __init__(self, name: str, step: int, steps: int, batch_size: int, peak: float | None = None):
-        """Args: peak: operations a second that all devices can do at best, where that is known."""
+        """Starts the first interval.
+
+        Args:
+          name: name of the trained component.
+          step: steps taken so far.
+          steps: steps in total.
+          batch_size: samples in a step, over all devices.
+          peak: peak FLOP/s of all devices together; None if unknown.
+        """
         self._peak, self._flops = peak, 0.0
         self.name, self.steps, self.batch_size = name, steps, batch_size
         self._step, self._started = step, time.monotonic()
@@ -68,29 +77,32 @@ class Progress:
         self._speed: dict[str, float] = {}
 
     def waited(self, seconds: float) -> None:
-        """Time that the last step spent waiting for its batch."""
+        """Adds the time that the last step spent waiting for its batch."""
         self._waiting += seconds
 
     def worked(self, flops: float) -> None:
-        """Operations that the models needed for the last step."""
+        """Adds the model FLOPs of the last step."""
         self._flops += flops
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is neither a step's nor the data's: pictures, checkpoints."""
+        """Excludes the time spent in the context, for samples and checkpoints, from the speed."""
         started = time.monotonic()
         yield
         self._paused += time.monotonic() - started
 
     def speed(self, step: int) -> dict[str, float]:
-        """Since the last call: samples_per_second, data_wait (share of the time) and, where operations are counted,
-        tflops_per_second and mfu (share of the devices' peak); starts a new interval.
+        """Returns the speed since the last call, and starts a new interval.
+
+        Returns:
+          "samples_per_second", "data_wait" (share of the time) and, if FLOPs are counted, "tflops_per_second" (all
+          devices together) and, if the peak is known, "mfu" (share of the peak).
         """
         now = time.monotonic()
         elapsed = max(1e-9, now - self._started - self._paused)
-        taken = step - self._step
+        steps = step - self._step
         self._speed = {
-            "samples_per_second": taken * self.batch_size / elapsed,
+            "samples_per_second": steps * self.batch_size / elapsed,
             "data_wait": min(1.0, self._waiting / elapsed),
         }
         if self._flops:
@@ -101,26 +113,29 @@ class Progress:
         return self._speed
 
     def print(self, step: int, values: Mapping[str, float]) -> None:
-        """Prints the line; a dash stands for what no step of the interval measured."""
+        """Prints the progress line, with a dash for values that no step of the interval measured."""
         if jax.process_index():
             return
         speed = self._speed["samples_per_second"]
-        left = (self.steps - step) * self.batch_size / max(speed, 1e-9)
-        work = f"  {self._speed['tflops_per_second']:.3g} TFLOP/s" if "tflops_per_second" in self._speed else ""
-        work += f" (MFU {100 * self._speed['mfu']:.0f}%)" if "mfu" in self._speed else ""
+        seconds_left = (self.steps - step) * self.batch_size / max(speed, 1e-9)
+        flops = f"  {self._speed['tflops_per_second']:.3g} TFLOP/s" if "tflops_per_second" in self._speed else ""
+        flops += f" (MFU {100 * self._speed['mfu']:.0f}%)" if "mfu" in self._speed else ""
         skipped = f"  skipped {values['skipped_in_interval']} ({values['skipped']} in all)" if values["skipped"] else ""
-        measured = lambda name, form: format(values[name], form) if name in values else "-"  # noqa: E731
+
+        def show(name: str, form: str) -> str:
+            return format(values[name], form) if name in values else "-"
+
         print(
-            f"{self.name} {step}/{self.steps} ({100 * step // self.steps}%)  loss {measured('loss', '.4f')}  "
-            f"grad {measured('grad_norm', '.3f')}  lr {measured('learning_rate', '.2e')}  {speed:.1f} samples/s{work}  "
-            f"data wait {100 * self._speed['data_wait']:.0f}%{skipped}  eta {duration(left)}",
+            f"{self.name} {step}/{self.steps} ({100 * step // self.steps}%)  loss {show('loss', '.4f')}  "
+            f"grad {show('grad_norm', '.3f')}  lr {show('learning_rate', '.2e')}  {speed:.1f} samples/s{flops}  "
+            f"data wait {100 * self._speed['data_wait']:.0f}%{skipped}  eta {duration(seconds_left)}",
             file=sys.stderr,
             flush=True,
         )
 
 
 def duration(seconds: float) -> str:
-    """3725 -> "1h02m"; 65 -> "1m05s"."""
+    """Formats seconds: 3725 as "1h02m", 65 as "1m05s"."""
     seconds = int(seconds)
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

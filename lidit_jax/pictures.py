@@ -248,7 +248,7 @@ def _draw_line(
 
 @functools.cache
 def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
-    """Loads Pillow's built-in font, which has little beyond ASCII, the package's, and the system's for other scripts."""
+    """Loads Pillow's built-in font, which has little beyond ASCII, then the package's and the system's."""
     fonts = [ImageFont.load_default(size), ImageFont.truetype(_OWN_FONT, size)]
     for path, index in _system_font_files():
         try:

@@ -1,4 +1,4 @@
-"""Prompts to pictures: the one path for previews while training, for `sample` and for evaluation."""
+"""Samples images from prompts: the one path for previews during training, for the `sample` command and evaluation."""
 
 import contextlib
 import dataclasses
@@ -27,16 +27,16 @@ from lidit_jax.text.shared_prompts import SharedPrompts
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """How pictures are drawn, under `sample` in the config.
+    """How images are sampled: section `sample` of the config.
 
     Attributes:
-      sampler: one of `diffusion.samplers.SAMPLERS` that goes with the schedule.
-      steps: of the sampler.
-      guidance_scale: classifier-free guidance; 1 switches it off and halves the work.
-      batch_size: pictures drawn at once; on a mesh rounded up, so that every device has as many.
-      decode_pixels: what the VAE decodes at once on a device: of more pictures, some after the others; a larger picture
-        in tiles.
-      decode_tile: side of a tile in pixels; smaller ones take less memory and, for their overlap, more time.
+      sampler: one of `diffusion.samplers.SAMPLERS` that fits the schedule.
+      steps: sampling steps.
+      guidance_scale: scale of classifier-free guidance; 1 switches it off and halves the work.
+      batch_size: images sampled at once; on a mesh, rounded up to a multiple of the batch shards.
+      decode_pixels: pixels that the VAE decodes at once on a device. Batches with more pixels are decoded in slices,
+        and images with more pixels in tiles.
+      decode_tile: side of a tile in pixels; smaller tiles take less memory and, because they overlap, more time.
     """
 
     sampler: str
@@ -53,18 +53,25 @@ class SampleConfig:
 
     @property
     def is_guided(self) -> bool:
-        """Whether the empty prompt has a part in every evaluation of the model."""
+        """Whether each evaluation of the model also predicts for the empty prompt."""
         return self.guidance_scale != 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
-    """Everything but LI-DiT's own parameters, which are passed in: a training run draws with its live EMA weights.
+    """The model with its frozen encoders and VAE.
+
+    LI-DiT's parameters are passed to each call, so that a training run samples with its current EMA weights.
 
     Attributes:
-      frozen: {"vae": parameters, "encoders": {name: what the encoder's `freeze` gave}}.
-      mesh, rules: over which pictures are spread; None: the first device draws. Every process must call, with the same
-        arguments, and gets all pictures.
+      model: LI-DiT.
+      schedule: noise schedule that the model is trained with.
+      encoders: prompt encoders by name, in the order of the model's branches.
+      vae: the autoencoder.
+      frozen: {"vae": parameters, "encoders": {name: output of the encoder's `freeze`}}.
+      mesh: devices over which the images of a batch are sharded; every process must make the same calls, and gets all
+        images. None samples on the first device.
+      rules: sharding rules; None without a mesh.
     """
 
     model: LIDiT
@@ -82,92 +89,110 @@ class Pipeline:
         seeds: Sequence[int],
         height: int,
         width: int,
-        how: SampleConfig,
+        sampling: SampleConfig,
         images_per_prompt: int = 1,
     ) -> np.ndarray:
-        """As many pictures a prompt, all of a prompt together: uint8 [N, height, width, 3].
+        """Samples `images_per_prompt` images for each prompt.
 
-        A picture is a function of its prompt and its seed (and of `how`), not of its neighbours in the batch.
+        An image depends on its prompt, its seed and `sampling`, not on the rest of its batch.
 
-        Args: seeds: [N], one a picture.
+        Args:
+          params: LI-DiT's parameters.
+          prompts: the prompts.
+          seeds: [N], one for each image; N = len(prompts) * images_per_prompt.
+          height: in pixels.
+          width: in pixels.
+          sampling: sampler, steps, guidance and batch size.
+          images_per_prompt: images for each prompt.
+
+        Returns:
+          uint8 [N, height, width, 3]; the images of one prompt are adjacent.
 
         Raises:
-          UserError: if the VAE and the patch size do not divide the height or width, or the sampler does not fit.
-          ValueError: if there are not `images_per_prompt` seeds a prompt.
+          UserError: if the height or width is not a multiple of the latent cell times the patch size, or the sampler
+            does not fit the schedule.
+          ValueError: if the number of seeds is not N.
         """
         if len(seeds) != len(prompts) * images_per_prompt:
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts with {images_per_prompt} pictures each")
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts with {images_per_prompt} images each")
         self.check_size(height, width)
-        rows, scale = self.rows(how), np.float32(how.guidance_scale)
-        shared = self._shared_prompts(how, images_per_prompt)
-        pictures = []
+        rows, scale = self.rows(sampling), np.float32(sampling.guidance_scale)
+        shared = self._shared_prompts(sampling, images_per_prompt)
+        images = []
         for start in range(0, len(seeds), rows):
-            part = [*seeds[start : start + rows]]
-            count = len(part)
-            part += [0] * (rows - count)  # one shape, one compilation
-            to_encode, places = shared.batch(prompts, start)
-            given = tokenize(self.encoders, to_encode), places, np.asarray(part, np.uint32)
-            with self._in_force():
-                drawn = self._draw(params, self.frozen, *self._put(given), scale, **_static(how, height, width))
-            pictures.append(np.asarray(drawn)[:count])
-        return np.concatenate(pictures)
+            batch_seeds = [*seeds[start : start + rows]]
+            count = len(batch_seeds)
+            batch_seeds += [0] * (rows - count)  # one shape, so one compilation
+            to_encode, encoded_rows = shared.batch(prompts, start)
+            inputs = tokenize(self.encoders, to_encode), encoded_rows, np.asarray(batch_seeds, np.uint32)
+            with self._mesh_context():
+                batch = self._sample_program(
+                    params, self.frozen, *self._shard_rows(inputs), scale, **_static(sampling, height, width)
+                )
+            images.append(np.asarray(batch)[:count])
+        return np.concatenate(images)
 
     def abstract_params(self) -> Any:
-        """Shapes and places of LI-DiT's parameters, to load into."""
+        """Returns shapes, dtypes and shardings of LI-DiT's parameters, to load into."""
         widths = [encoder.hidden_size for encoder in self.encoders.values()]
         boxed = jax.eval_shape(functools.partial(self.model.init_params, widths), jax.random.key(0))
         if self.mesh is None:
-            alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            places = jax.tree.map(lambda _: alone, nn.unbox(boxed))
+            first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            param_shardings = jax.tree.map(lambda _: first_device, nn.unbox(boxed))
         else:
-            places = shardings(boxed, self.mesh, self.rules)
-        abstract = lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)  # noqa: E731
-        return jax.tree.map(abstract, nn.unbox(boxed), places)
+            param_shardings = shardings(boxed, self.mesh, self.rules)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            nn.unbox(boxed),
+            param_shardings,
+        )
 
-    def flops(self, height: int, width: int, how: SampleConfig, images_per_prompt: int = 1) -> int:
-        """Operations that drawing a batch needs; as of a step's, see `models/flops.py`. The VAE's are not counted."""
-        rows = self.rows(how) * (2 if how.is_guided else 1)
+    def flops(self, height: int, width: int, sampling: SampleConfig, images_per_prompt: int = 1) -> int:
+        """Returns the model FLOPs of sampling one batch, counted as in `models/flops.py`, without the VAE's."""
+        rows = self.rows(sampling) * (2 if sampling.is_guided else 1)
         tokens = {name: encoder.tokenizer.max_length for name, encoder in self.encoders.items()}
-        encoded = self._shared_prompts(how, images_per_prompt).encoded
+        encoded = self._shared_prompts(sampling, images_per_prompt).encoded
         encoding, lengths = text_work(self.encoders, self.frozen["encoders"], encoded, tokens)
         factor = self.vae.config.downsampling_factor
-        evaluations = len(step_table(how.sampler, self.schedule, how.steps).timesteps)
-        of_one = lidit_forward(self.model.config, rows, height // factor, width // factor, lengths)
-        return encoding + evaluations * of_one
+        evaluations = len(step_table(sampling.sampler, self.schedule, sampling.steps).timesteps)
+        per_evaluation = lidit_forward(self.model.config, rows, height // factor, width // factor, lengths)
+        return encoding + evaluations * per_evaluation
 
     def lower(
-        self, params: Any, height: int, width: int, how: SampleConfig, images_per_prompt: int = 1
+        self, params: Any, height: int, width: int, sampling: SampleConfig, images_per_prompt: int = 1
     ) -> jax.stages.Lowered:
-        """The program that draws a batch, for shapes in place of arrays; see `compile/compile_step.py`."""
-        to_encode, places = self._shared_prompts(how, images_per_prompt).batch([], 0)
-        given = tokenize(self.encoders, to_encode), places, np.zeros(self.rows(how), np.uint32)
-        place = None if self.mesh is None else batch_sharding(self.mesh, self.rules)
-        given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), given)
-        with self._in_force():
-            return self._draw.lower(params, self.frozen, *given, np.float32(1), **_static(how, height, width))
+        """Lowers the program that samples one batch, from shapes instead of arrays; see `compile/compile_step.py`."""
+        to_encode, encoded_rows = self._shared_prompts(sampling, images_per_prompt).batch([], 0)
+        inputs = tokenize(self.encoders, to_encode), encoded_rows, np.zeros(self.rows(sampling), np.uint32)
+        sharding = None if self.mesh is None else batch_sharding(self.mesh, self.rules)
+        inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)
+        with self._mesh_context():
+            return self._sample_program.lower(
+                params, self.frozen, *inputs, np.float32(1), **_static(sampling, height, width)
+            )
 
-    def rows(self, how: SampleConfig) -> int:
-        """Pictures at once."""
-        return math.ceil(how.batch_size / self._shards()) * self._shards()
+    def rows(self, sampling: SampleConfig) -> int:
+        """Returns the images sampled at once: the batch size, rounded up to a multiple of the batch shards."""
+        return math.ceil(sampling.batch_size / self._shards()) * self._shards()
 
     def _shards(self) -> int:
         return 1 if self.mesh is None else num_batch_shards(self.mesh, self.rules)
 
-    def _shared_prompts(self, how: SampleConfig, images_per_prompt: int) -> SharedPrompts:
-        return SharedPrompts(self.rows(how), images_per_prompt, how.is_guided, self._shards())
+    def _shared_prompts(self, sampling: SampleConfig, images_per_prompt: int) -> SharedPrompts:
+        return SharedPrompts(self.rows(sampling), images_per_prompt, sampling.is_guided, self._shards())
 
-    def _put(self, arrays: Any) -> Any:
-        """Rows, of which every process has all, over the mesh."""
+    def _shard_rows(self, arrays: Any) -> Any:
+        """Shards the rows of host arrays, the same on every process, over the mesh."""
         if self.mesh is None:
             return arrays
-        rows = batch_sharding(self.mesh, self.rules)
-        return place(arrays, jax.tree.map(lambda _: rows, arrays))
+        sharding = batch_sharding(self.mesh, self.rules)
+        return place(arrays, jax.tree.map(lambda _: sharding, arrays))
 
-    def _in_force(self) -> contextlib.AbstractContextManager:
+    def _mesh_context(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises UserError unless the VAE's cells and the patches divide both sides."""
+        """Raises UserError unless both sides are multiples of the latent cell times the patch size."""
         cell = self.vae.config.downsampling_factor * self.model.config.patch_size
         for name, side in (("height", height), ("width", width)):
             if side < cell or side % cell:
@@ -175,21 +200,21 @@ class Pipeline:
                 raise UserError(f"{name}={side} is not a multiple of {cell}: use {below} or {below + cell}")
 
     @functools.cached_property
-    def _draw(self):
-        # Whole on every device: only of what it has itself can a process make a NumPy array.
-        place = None if self.mesh is None else replicated(self.mesh)
-        return jax.jit(self._draw_by_rules, static_argnames=_STATIC, out_shardings=place)
+    def _sample_program(self):
+        # Replicate the output: only fully addressable arrays convert to NumPy.
+        sharding = None if self.mesh is None else replicated(self.mesh)
+        return jax.jit(self._sample_under_rules, static_argnames=_STATIC, out_shardings=sharding)
 
-    def _draw_by_rules(self, *arguments, **static):
+    def _sample_under_rules(self, *arguments, **static):
         with nn.logical_axis_rules(() if self.rules is None else self.rules.pairs()):
-            return self._draw_latents_and_decode(*arguments, **static)
+            return self._sample_images(*arguments, **static)
 
-    def _draw_latents_and_decode(
+    def _sample_images(
         self,
         params,
         frozen,
         tokens,
-        places,
+        encoded_rows,
         seeds,
         guidance_scale,
         *,
@@ -202,10 +227,15 @@ class Pipeline:
         decode_tile,
     ):
         encoded = encode_ahead(self.encoders, frozen["encoders"], tokens)
-        repeat = lambda rows: jax.tree.map(lambda x: x[rows["places"]], rows["encoded"])  # noqa: E731
-        encoded = self._on_own_rows(repeat, {"encoded": encoded, "places": places})
+        encoded = self._on_each_device(_repeat_rows, (encoded, encoded_rows))
         text = encode(self.encoders, frozen["encoders"], encoded)
-        predict = lambda x, timesteps: self.model.apply({"params": params}, x, timesteps, text)  # noqa: E731
+
+        def predict(x, timesteps):
+            return self.model.apply({"params": params}, x, timesteps, text)
+
+        def decode(latents, vae_params):
+            return decode_within(self.vae, vae_params, latents, pixels_at_once=decode_pixels, tile=decode_tile)
+
         if is_guided:
             predict = guided(predict, guidance_scale)
 
@@ -214,25 +244,28 @@ class Pipeline:
         noise = initial_noise(keys, (height // factor, width // factor, self.vae.config.latent_channels))
         latents = sample(sampler, self.schedule, predict, noise, steps, keys)
         latents = from_model_latents(latents, self.vae.config)
-        decode = lambda latents, params: decode_within(  # noqa: E731
-            self.vae, params, latents, pixels_at_once=decode_pixels, tile=decode_tile
-        )
-        # Slices and tiles are each device's own: taken of the whole batch they would be decoded by all devices.
-        return to_pictures(self._on_own_rows(decode, latents, frozen["vae"]))
+        # Each device slices and tiles its own rows: slices of the global batch would be decoded by every device.
+        return to_pictures(self._on_each_device(decode, latents, frozen["vae"]))
 
-    def _on_own_rows(self, function: Callable[..., Any], rows: Any, *whole: Any) -> Any:
-        """`function(rows, *whole)`, where each device has its own of the rows and all of the rest; gives rows."""
+    def _on_each_device(self, function: Callable[..., Any], rows: Any, *shared: Any) -> Any:
+        """Calls `function(rows, *shared)` on each device with its shard of the rows, and replicated `shared` arrays."""
         if self.mesh is None:
-            return function(rows, *whole)
-        own = PartitionSpec(self.rules.batch)
-        specs = own, *[PartitionSpec() for _ in whole]
-        return jax.shard_map(function, in_specs=specs, out_specs=own, check_vma=False)(rows, *whole)
+            return function(rows, *shared)
+        sharded = PartitionSpec(self.rules.batch)
+        specs = sharded, *[PartitionSpec() for _ in shared]
+        return jax.shard_map(function, in_specs=specs, out_specs=sharded, check_vma=False)(rows, *shared)
+
+
+def _repeat_rows(rows: tuple[Any, jax.Array]) -> Any:
+    """Returns a device's encoded prompts, one row for each of its images."""
+    encoded, encoded_rows = rows
+    return jax.tree.map(lambda x: x[encoded_rows], encoded)
 
 
 _STATIC = ("height", "width", "steps", "sampler", "is_guided", "decode_pixels", "decode_tile")
 
 
-def _static(how: SampleConfig, height: int, width: int) -> dict[str, Any]:
-    """What a program is compiled for."""
+def _static(sampling: SampleConfig, height: int, width: int) -> dict[str, Any]:
+    """Returns the static arguments, for whose values the program is compiled."""
     values = {"height": height, "width": width}
-    return values | {name: getattr(how, name) for name in _STATIC if name not in values}
+    return values | {name: getattr(sampling, name) for name in _STATIC if name not in values}

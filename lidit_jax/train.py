@@ -1,7 +1,7 @@
-"""The one training loop, for every trainable part: small LMs, VAE, LI-DiT.
+"""The training loop of every trained component: small language models, VAE, LI-DiT.
 
-A part is a `Task`: how to initialise it and what its loss is. All else is here: the jitted step on the mesh, AdamW,
-accumulation, EMA, the guard against non-finite steps, checkpoints and resume.
+A `Task` says how a component is initialised and what its loss is. The rest is here: the jitted step on the mesh, AdamW,
+gradient accumulation, EMA, skipping of non-finite steps, checkpoints and resuming.
 """
 
 import bisect
@@ -41,14 +41,15 @@ Batch = Mapping[str, Any]
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes, and so all that a checkpoint needs.
+    """Everything that a step changes, and therefore everything that a checkpoint needs.
 
     Attributes:
-      step: int32 scalar, steps taken (skipped ones included).
+      step: int32 scalar, steps taken, skipped ones included.
       params: float32 tree.
-      ema: tree like params, or None where no average is kept.
-      opt_state: optax's.
-      skipped, skipped_in_row: int32 scalars, steps left out because their loss or gradient was not finite.
+      ema: tree like `params`, or None if no average is kept.
+      opt_state: state of the optax optimiser.
+      skipped: int32 scalar, steps skipped because their loss or gradient was not finite.
+      skipped_in_row: int32 scalar, consecutive steps skipped up to the last one.
     """
 
     step: jax.Array
@@ -60,33 +61,35 @@ class TrainState:
 
     @property
     def averaged(self) -> Any:
-        """The parameters to use: their average, where one is kept."""
+        """The parameters to sample with: their average if one is kept."""
         return self.params if self.ema is None else self.ema
 
 
-# (state, step) -> named numbers, and named pictures (uint8 [H, W, 3]), to log.
+# (state, step) -> named numbers and named images (uint8 [H, W, 3]) to log.
 Evaluate = Callable[[TrainState, int], tuple[dict[str, float], dict[str, np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One trainable part.
+    """What a component computes when it is trained.
 
     Attributes:
-      name: for the log.
-      init: key -> parameters, boxed with their logical axes (what Flax's `Module.init` gives).
-      loss: (params, frozen, batch, key, phase) -> (the loss, named metrics), means with their weights. Traced, so pure.
-      frozen: arrays that the loss reads and nothing changes (LLMs, VAE).
-      evaluate: what is logged every `sample_every` steps and at the end, or None.
-      prepare: (frozen, batch) -> batch, a program of its own before the step, or None. Traced, so pure; its results
-        keep the batch as their first axis.
-      phases: steps, ascending, at which the loss becomes another: it is given how many of them have come, a plain int.
-        Each phase is a program of its own; a branch inside one would be there in every step (and on a CPU, XLA runs
-        branches many times slower).
-      flops: batch -> operations that the models need for a step on it, rematerialisation not counted; or None. For the
-        utilisation in the log. See `models/flops.py`.
-      networks: where the parameters are those of several networks, each one's key and the phase from which on it
-        learns. Their gradients are clipped apart: the size of one's is not to slow down another. Empty: there is one.
+      name: name in the log and of the component's folder.
+      init: key -> parameters, boxed with their logical axes (the output of Flax's `Module.init`).
+      loss: (params, frozen, batch, key, phase) -> the loss and named metrics, as means with their weights. Traced, so
+        pure.
+      frozen: arrays that the loss reads and no step changes (LLMs, VAE).
+      evaluate: computes what is logged every `sample_every` steps and at the end; or None.
+      prepare: (frozen, batch) -> batch, compiled as a separate program that runs before the step; or None. Traced, so
+        pure; its results keep the batch as their first axis.
+      phases: ascending steps at which the loss changes; the loss gets the number of those reached, a Python int. Each
+        phase is compiled as a program of its own: a branch inside one program would be evaluated in every step, and on
+        a CPU, XLA runs branches many times slower.
+      networks: if the parameters are those of several networks, the key of each and the first phase in which it is
+        updated. Their gradients are clipped separately, so that a large gradient of one does not slow down another.
+        Empty for a single network.
+      flops: batch -> model FLOPs of a step on it, without rematerialisation, for the MFU in the log; or None. See
+        `models/flops.py`.
     """
 
     name: str
@@ -101,39 +104,44 @@ class Task:
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up from 0, then constant or cosine."""
+    """Returns the learning rate's schedule: linear warm-up, then constant or cosine."""
     after = optax.constant_schedule(config.learning_rate)
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(config.learning_rate, max(1, config.steps - config.warmup_steps), 0.01)
     if not config.warmup_steps:
         return after
-    # From 1/warmup_steps, not from 0: the first step should move the weights too.
+    # Starts at learning_rate / warmup_steps, not at 0: the first step should change the weights too.
     start = config.learning_rate / config.warmup_steps
     warmup = optax.linear_schedule(start, config.learning_rate, config.warmup_steps - 1 or 1)
     return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with decoupled decay on matrices alone: norms, biases and vectors are not pulled to zero."""
+    """Returns AdamW with decoupled weight decay on matrices only: norms, biases and vectors do not decay."""
     return optax.adamw(
-        learning_rate(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_is_matrix
+        learning_rate(config), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=_matrices
     )
 
 
 def _updates_made(opt_state: Any) -> jax.Array:
-    """Returns the updates counted by the learning rate's schedule: an int32 scalar, which skipped steps leave alone."""
+    """Returns the number of updates made, an int32 scalar: the schedule's count, which skipped steps don't change."""
     [schedule] = [state for state in opt_state if isinstance(state, optax.ScaleByScheduleState)]
     return schedule.count
 
 
-def _is_matrix(params: Any) -> Any:
-    # Boxed leaves (at initialisation) have one more entry in their path, the box's attribute.
-    named = lambda path: any(getattr(entry, "key", None) in ("kernel", "embed_tokens") for entry in path[-2:])  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, _: named(path), params)
+def _matrices(params: Any) -> Any:
+    """Returns a tree of bools, True for the matrices in `params`."""
+
+    # The paths of boxed leaves (at initialisation) end in one more entry, the box's attribute.
+    def is_matrix(path: Sequence[Any], leaf: Any) -> bool:
+        del leaf
+        return any(getattr(entry, "key", None) in ("kernel", "embed_tokens") for entry in path[-2:])
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def check_batch_size(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises UserError unless the mesh divides a micro-batch; then the hosts divide a batch too."""
+    """Raises UserError unless the batch shards divide a micro-batch; the hosts then divide a batch too."""
     shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
     if (config.batch_size // config.accumulate) % shards:
         raise UserError(
@@ -143,7 +151,7 @@ def check_batch_size(config: TrainConfig, mesh: Mesh) -> None:
 
 
 class Trainer:
-    """The jitted functions of one part on one mesh."""
+    """The jitted functions of a task on a mesh."""
 
     def __init__(self, task: Task, config: TrainConfig, mesh: Mesh, rules: ShardingRules):
         check_batch_size(config, mesh)
@@ -167,59 +175,68 @@ class Trainer:
         )
 
     def init(self, seed: int) -> TrainState:
-        """A fresh state, created sharded: no device ever holds the whole of it."""
+        """Returns a randomly initialised state, created sharded: no device ever holds all of it."""
         init = jax.jit(lambda key: nn.unbox(self._init_boxed(key)), out_shardings=self.state_shardings)
         with jax.set_mesh(self.mesh):
             return init(jax.random.key(seed))
 
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state, to restore into."""
-        abstract = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-        return jax.tree.map(abstract, nn.unbox(self._boxed), self.state_shardings)
+        """Returns shapes, dtypes and shardings of the state, to restore into."""
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            nn.unbox(self._boxed),
+            self.state_shardings,
+        )
 
     def abstract_key(self) -> jax.ShapeDtypeStruct:
-        """Shape, dtype and sharding of the random key that steps take."""
+        """Returns shape, dtype and sharding of the random key that steps take."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated(self.mesh))
 
     def step(
         self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array, number: int
     ) -> tuple[TrainState, dict[str, WeightedMean | jax.Array]]:
-        """(the state after step `number`, metrics); the given state is donated.
+        """Takes step `number`, counted from 0; the given state is donated.
 
-        Metrics are the task's and "loss", as weighted means, and the scalars "grad_norm", "learning_rate" (that of this
-        step's update), "skipped" and "skipped_in_row" (over 0 if this step was skipped).
+        Returns:
+          The new state and the metrics: those of the task and "loss", as weighted means, and the scalars "grad_norm",
+          "learning_rate" (of this step's update), "skipped" and "skipped_in_row" (above 0 if this step was skipped).
         """
         return self._step(state, frozen, batch, key, self.phase(number))
 
     def phase(self, number: int) -> int:
-        """How many of the task's phases have come at step `number`."""
+        """Returns how many of the task's phases have begun at step `number`."""
         return bisect.bisect_right(self.task.phases, number)
 
     def compile(self, batch: Mapping[str, jax.ShapeDtypeStruct], phase: int) -> None:
-        """Compiles what a step does on batches of these shapes (before `prepare`), to be used when one comes.
+        """Compiles the programs of a step for batches of these shapes; later steps on such batches use them.
 
-        To be called under the mesh, as `step`. No step is taken, and no memory of the devices is used for arrays.
+        Must be called under the mesh, like `step`. It takes no step and allocates no arrays on the devices.
+
+        Args:
+          batch: shapes of a batch before `prepare`.
+          phase: phase of the loss.
         """
         if self.prepare:
             prepared = self.prepare.compile(self.task.frozen, batch)
-            abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding)  # noqa: E731
-            batch = jax.tree.map(abstract, prepared)
+            batch = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding), prepared
+            )
         self._step.compile(self.abstract_state(), self.task.frozen, batch, self.abstract_key(), phase)
 
     def lower(self, state: TrainState, frozen: Any, batch: Batch) -> jax.stages.Lowered:
-        """The step of the first phase for shapes in place of arrays; see `compile/compile_step.py`."""
+        """Lowers the step of the first phase, from shapes instead of arrays; see `compile/compile_step.py`."""
         return self._step.lower(state, frozen, batch, self.abstract_key(), 0)
 
     def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
-        """This process's rows of a batch -> global arrays over the mesh."""
+        """Returns global arrays, sharded over the mesh, from this process's rows of a batch."""
         return {
             name: jax.make_array_from_process_local_data(self.batch_sharding, array) for name, array in batch.items()
         }
 
     def _init_boxed(self, key: jax.Array) -> TrainState:
         params = self.task.init(key)
-        # A second tree of its own: donated buffers must not be shared between params and ema.
+        # A copy, because params and ema must not share buffers: they are donated.
         ema = jax.tree.map(jnp.copy, params) if self.config.ema_decay else None
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, params, ema, self.optimizer.init(params), zero, zero)
@@ -230,7 +247,7 @@ class Trainer:
 
     def _take_step(self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array, phase: int):
         config = self.config
-        key = jax.random.fold_in(key, state.step)  # derived, not carried: a resumed run draws the same numbers
+        key = jax.random.fold_in(key, state.step)  # derived from the step: a resumed run draws the same numbers
         with nn.logical_axis_rules(self.rules.pairs()), reduce_gradients_in(config.gradient_reduction):
             loss, metrics, grads = self._gradients(state.params, frozen, batch, key, phase)
 
@@ -245,7 +262,7 @@ class Trainer:
         def update(state, grads):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             for name, start in self.task.networks.items():
-                if phase < start:  # its gradient is 0, but its weights would decay
+                if phase < start:  # its gradient is 0, but its weights would still decay
                     updates[name] = jax.tree.map(jnp.zeros_like, updates[name])
             params = optax.apply_updates(state.params, updates)
             ema = state.ema
@@ -254,7 +271,7 @@ class Trainer:
                 ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
             return state.replace(params=params, ema=ema, opt_state=opt_state)
 
-        # A branch, not a choice element by element: that would read both trees, and copy the donated one.
+        # A branch: selecting element by element would read both trees and copy the donated one.
         finite = jnp.isfinite(loss.mean) & jnp.isfinite(grad_norm)
         state = jax.lax.cond(finite, update, lambda state, grads: state, state, grads)
         state = state.replace(
@@ -273,7 +290,7 @@ class Trainer:
         return jax.tree.map(lambda g: g * scale, grads)
 
     def _gradients(self, params, frozen, batch, key, phase):
-        """(loss, metrics, gradients of the loss's mean)."""
+        """Returns the loss, the metrics, and the gradients of the loss's mean, accumulated over the micro-batches."""
 
         def loss_of_phase(*arguments):
             loss, metrics = self.task.loss(*arguments, phase)
@@ -284,9 +301,8 @@ class Trainer:
         if count == 1:
             grads, (loss, metrics) = grad(params, frozen, batch, key)
             return loss, metrics, grads
-        # Every count-th row, so that each micro-batch is spread over all devices.
-        split = lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1)  # noqa: E731
-        micro_batches = jax.tree.map(split, batch)
+        # A micro-batch takes every count-th row, so that it is sharded over all devices.
+        micro_batches = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, count, *x.shape[1:]), 0, 1), batch)
 
         def merge(so_far, i_and_micro_batch):
             i, micro_batch = i_and_micro_batch
@@ -314,17 +330,25 @@ def train(
     facts: Mapping[str, Any],
     initial_params: Callable[[Any], Any] | None = None,
 ) -> TrainState:
-    """Trains to `config.steps`, going on from the newest checkpoint if there is one.
+    """Trains to `config.steps`, resuming from the newest checkpoint if there is one.
 
     Args:
-      batches: first step -> this process's part of the batches from that step on. Its position is kept in checkpoints.
-      facts: JSON-able facts that the checkpoint records and a resumed run must agree with (data fingerprint, digests
-        of the frozen parts).
-      initial_params: (shapes and places of the parameters) -> parameters to start from instead of random ones; called
-        when there is no checkpoint (fine-tuning).
+      trainer: the task and its jitted functions.
+      batches: first step -> stream of this process's rows of the batches from that step on. Checkpoints keep its
+        position.
+      checkpoints: where the state is restored from and saved to.
+      metrics: where metrics and samples are written.
+      seed: seed of the initialisation and of the random numbers in the steps.
+      facts: JSON-serialisable facts that the checkpoint records and a resumed run must agree with (fingerprint of the
+        data, digests of the frozen networks).
+      initial_params: (shapes, dtypes and shardings of the parameters) -> parameters to start from instead of random
+        ones, for fine-tuning; called if there is no checkpoint.
+
+    Returns:
+      The state after the last step.
 
     Raises:
-      Preempted: SIGTERM came; the last step is saved.
+      Preempted: if SIGTERM came; the last step is saved.
       UserError: after too many non-finite steps in a row, or if the checkpoint's facts differ.
     """
     config, task = trainer.config, trainer.task
@@ -334,11 +358,11 @@ def train(
     if step >= config.steps:
         return state
     if step:
-        logger.info("%s: going on from step %d", task.name, step)
+        logger.info("%s: resuming from step %d", task.name, step)
 
-    # Made where it is used: no process may put an array on another's devices.
+    # Created by a program on all devices: a process cannot put an array on another's devices.
     key = jax.jit(lambda: jax.random.key(seed + 1), out_shardings=replicated(trainer.mesh))()
-    progress = Progress(task.name, step, config.steps, config.batch_size, _peak(trainer.mesh))
+    progress = Progress(task.name, step, config.steps, config.batch_size, _peak_flops(trainer.mesh))
     pending = []
     with (
         contextlib.closing(batches(step)) as stream,
@@ -362,7 +386,7 @@ def train(
                 batch = trainer.prepare(task.frozen, batch)
             state, step_metrics = trainer.step(state, task.frozen, batch, key, step)
             step += 1
-            pending.append(step_metrics)  # stays on the device until it is logged: no step waits for the host
+            pending.append(step_metrics)  # stay on the devices until they are logged: no step waits for the host
             preempted = notice.reached()
             last = step == config.steps
             if step % config.log_every == 0 or last:
@@ -371,10 +395,10 @@ def train(
                 watchdog.beat()
             if config.sample_every and task.evaluate and not preempted and (step % config.sample_every == 0 or last):
                 with progress.paused():
-                    values, pictures = task.evaluate(state, step)
+                    values, images = task.evaluate(state, step)
                     if values:
                         metrics.scalars(step, values)
-                    metrics.images(step, pictures)
+                    metrics.images(step, images)
                 watchdog.beat()
             if step % config.checkpoint_every == 0 or last or preempted:
                 with progress.paused():
@@ -383,18 +407,20 @@ def train(
             if preempted:
                 checkpoints.wait()
                 raise Preempted(
-                    f"{task.name}: stopped by SIGTERM after step {step}, which is saved; run it again to go on"
+                    f"{task.name}: stopped by SIGTERM after step {step}, which is saved; run it again to resume"
                 )
         checkpoints.wait()
-        if notice.came:  # while the last step was being judged or saved
-            raise Preempted(f"{task.name}: stopped by SIGTERM after its last step, saved; run it again to go on")
+        if notice.came:  # while the last step was being evaluated or saved
+            raise Preempted(
+                f"{task.name}: stopped by SIGTERM after its last step, which is saved; run it again to resume"
+            )
     return state
 
 
 def _first_state(
     trainer: Trainer, checkpoints: Checkpoints, seed: int, facts: Mapping[str, Any], initial_params: Callable | None
 ) -> tuple[TrainState, Sequence[Mapping[str, Any]]]:
-    """(the newest checkpoint's state or a fresh one, the positions in the data that go with it)."""
+    """Returns the newest checkpoint's state, or an initial one, and the data positions that belong to it."""
     found = checkpoints.restore(trainer.abstract_state(), facts)
     if found is not None:
         return found
@@ -409,19 +435,28 @@ def _first_state(
 def _warm_up(
     trainer: Trainer, stream: BatchStream, batch: Batch, step: int, watchdog: Watchdog, notice: Notice
 ) -> None:
-    """Args: batch: the first one, which came from the stream last."""
+    """Compiles the step for every bucket and phase before step `step`.
+
+    Args:
+      trainer: the task and its jitted functions.
+      stream: stream of the batches.
+      batch: the first batch, the last one taken from the stream.
+      step: number of the next step.
+      watchdog: told of each compiled program.
+      notice: raises Preempted, between programs, if SIGTERM came.
+    """
 
     def compiled() -> None:
         watchdog.beat()
-        if notice.reached():  # all is saved: no step was taken since the start
+        if notice.reached():  # nothing to save: no step was taken since the start
             raise Preempted(f"{name}: stopped by SIGTERM before step {step + 1}; run it again to resume")
 
     name, steps = trainer.task.name, range(step, trainer.config.steps)
     warm_up(trainer, name, batch, stream.bucket, stream.buckets, steps, compiled)
 
 
-def _peak(mesh: Mesh) -> float | None:
-    """Half-precision operations a second that all devices can do at best; None where nobody says."""
+def _peak_flops(mesh: Mesh) -> float | None:
+    """Returns the peak bf16 FLOP/s of the mesh; None for unknown chips."""
     chip = chip_of(mesh.devices.flat[0])
     return chip and chip.flops * mesh.devices.size
 
@@ -429,9 +464,18 @@ def _peak(mesh: Mesh) -> float | None:
 def _log(
     metrics: Metrics, progress: Progress, step: int, pending: list, report: Mapping[str, float], config: TrainConfig
 ) -> None:
-    """Logs the means over an interval's steps that were not skipped, and the learning rate of its last update.
+    """Logs the means over the steps of an interval that were not skipped, and the learning rate of the last update.
 
-    Args: pending: metrics of each step of the interval, on the device.
+    Args:
+      metrics: where scalars are written.
+      progress: prints the progress line.
+      step: steps taken so far.
+      pending: metrics of each step of the interval, on the devices.
+      report: scalars of the data pipeline.
+      config: training config.
+
+    Raises:
+      UserError: if too many steps in a row were skipped.
     """
     rows = jax.device_get(pending)
     taken = [row for row in rows if not row["skipped_in_row"]]
@@ -445,6 +489,6 @@ def _log(
     progress.print(step, values)
     if in_row >= config.max_skipped_in_row:
         raise UserError(
-            f"{in_row} steps in a row had a loss or gradient that is not finite (step {step}): the weights are those "
-            "from before them; lower train.learning_rate or look at the data"
+            f"{in_row} steps in a row (up to step {step}) had a loss or gradient that is not finite, and left the "
+            "weights unchanged: lower train.learning_rate or check the data"
         )

@@ -10,24 +10,35 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Numbers of one part's training, under `train` in the config.
+    """How a component is trained: section `train` of the config, and of each encoder and VAE trained by the run.
 
     Attributes:
-      schedule: learning rate after warm-up: "constant", or "cosine" down to a hundredth at the last step. Skipped steps
-        do not advance it.
-      accumulate: micro-batches a step; the mean of their gradients, weighted as their losses are, equals the whole
-        batch's, but for losses that look at a batch as a whole (a discriminator's batch normalisation and adaptive
-        weight).
-      gradient_reduction: dtype that the gradients of bfloat16 layers are reduced over the devices in, "float32" or, for
-        half the bytes, "bfloat16". Gradients of float32 layers, biases and norms are reduced in float32 in any case.
-      ema_decay: 0 keeps no average. The decay is ramped up over the first updates: min(decay, (1 + t) / (10 + t)) after
-        t updates.
-      max_skipped_in_row: non-finite steps in a row after which the run stops.
-      stalled_after: seconds without a step after which a run on several hosts ends, as one of them must be waiting for
-        ever; 0: it waits. Compiling, judging and saving must each be done within.
-      compile_ahead: compile the step for every bucket of the data, and every phase, before the first step; False: each
-        when it first comes, so that the first steps come sooner and later ones have to wait.
-      log_every, checkpoint_every, sample_every, keep: steps, and checkpoints kept; sample_every=0: none.
+      steps: steps in total.
+      batch_size: samples in a step, over all devices and micro-batches.
+      learning_rate: peak learning rate.
+      warmup_steps: steps of linear warm-up.
+      schedule: learning rate after the warm-up: "constant", or "cosine" down to a hundredth at the last step. Skipped
+        steps do not advance it.
+      b1: AdamW's decay of the first moment.
+      b2: AdamW's decay of the second moment.
+      weight_decay: decoupled weight decay, of matrices only.
+      clip_norm: largest global norm of the gradient; 0 does not clip.
+      accumulate: micro-batches in a step. The mean of their gradients, weighted like their losses, equals the gradient
+        of the full batch, except for losses that depend on batch statistics (a discriminator's batch normalisation and
+        adaptive weight).
+      gradient_reduction: dtype in which the gradients of bfloat16 layers are reduced over the devices: "float32" or,
+        for half the bytes, "bfloat16". Gradients of float32 layers, biases and norms are always reduced in float32.
+      ema_decay: decay of the parameters' moving average; 0 keeps none. It is ramped up over the first updates:
+        min(decay, (1 + t) / (10 + t)) after t updates.
+      max_skipped_in_row: number of consecutive non-finite steps after which the run stops.
+      stalled_after: seconds without a step after which a run on several hosts exits, because one of them must be
+        waiting for ever; 0 never exits. Compiling a program, evaluating and saving must each take less.
+      compile_ahead: True compiles the step for every bucket of the data and every phase before the first step; False
+        compiles each on first use, so that the first step comes sooner and later ones have to wait.
+      log_every: steps between log lines.
+      checkpoint_every: steps between checkpoints.
+      sample_every: steps between evaluations by `Task.evaluate`; 0 for none.
+      keep: number of checkpoints kept.
     """
 
     steps: int
@@ -61,5 +72,6 @@ class TrainConfig:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 1")
         if self.batch_size % self.accumulate:
             raise UserError(
-                f"train.batch_size={self.batch_size} is not divisible by train.accumulate={self.accumulate}"
+                f"train.batch_size={self.batch_size} is not divisible by train.accumulate={self.accumulate}: "
+                "make it a multiple"
             )

@@ -1,4 +1,4 @@
-"""Compiles the train step for every bucket before the first step, instead of when the bucket first comes."""
+"""Compiles the train step for every bucket before the first step, instead of on a bucket's first batch."""
 
 import sys
 import time
@@ -13,31 +13,49 @@ from lidit_jax.metrics import duration
 
 
 class Program:
-    """A jitted function of a batch that also runs executables compiled before their batches come.
+    """A jitted function of a batch, with executables compiled ahead of time.
 
-    Calls of a jitted function do not find what `lower(…).compile()` made, so the executables are kept here, by the
-    shapes of the batch. Unlike JAX's compilation cache on disk, this needs no folder and traces nothing twice; where
-    there is such a cache, the executables come from it.
+    Calls of a jitted function do not use the executables of `lower(…).compile()`, so they are kept here, by the shapes
+    of the batch. Unlike JAX's persistent compilation cache, this needs no folder and traces nothing twice; if that
+    cache is on, the executables come from it.
     """
 
     def __init__(self, jitted: Any, batch_argnum: int, static_argnums: tuple[int, ...] = ()):
-        """Args: static_argnums: as `jax.jit` was given."""
+        """Wraps a jitted function.
+
+        Args:
+          jitted: result of `jax.jit`.
+          batch_argnum: position of the batch among the arguments.
+          static_argnums: as passed to `jax.jit`.
+        """
         self._jitted, self._batch, self._static = jitted, batch_argnum, static_argnums
         self._executables: dict[Hashable, jax.stages.Compiled] = {}
         self._results: dict[Hashable, Any] = {}  # shapes and dtypes
 
     def __call__(self, *arguments: Any) -> Any:
+        """Runs the executable compiled for the batch's shapes, or the jitted function if there is none."""
         executable = self._executables.get(self._key(arguments))
         if executable is None:
             return self._jitted(*arguments)
         return executable(*(argument for i, argument in enumerate(arguments) if i not in self._static))
 
     def lower(self, *arguments: Any) -> jax.stages.Lowered:
-        """Args: arguments: arrays, or `jax.ShapeDtypeStruct` with shardings in their place."""
+        """Lowers the function.
+
+        Args:
+          *arguments: arrays, or `jax.ShapeDtypeStruct` with shardings in their place.
+        """
         return self._jitted.lower(*arguments)
 
     def compile(self, *arguments: Any) -> Any:
-        """Compiles for arguments as of `lower`, without running; returns the shapes and dtypes of the results."""
+        """Compiles the function without running it.
+
+        Args:
+          *arguments: arrays, or `jax.ShapeDtypeStruct` with shardings in their place.
+
+        Returns:
+          Shapes and dtypes of the results.
+        """
         key = self._key(arguments)
         if key not in self._executables:
             lowered = self.lower(*arguments)
@@ -49,12 +67,12 @@ class Program:
 
 
 def batch_key(batch: Mapping[str, Any]) -> Hashable:
-    """Names, shapes and dtypes of a batch's arrays."""
+    """Returns a hashable key of the names, shapes and dtypes of a batch's arrays."""
     return tuple(sorted((name, array.shape, str(array.dtype)) for name, array in batch.items()))
 
 
 class Trains(Protocol):
-    """The part of `train.Trainer` that a warm-up needs."""
+    """The methods of `train.Trainer` that the warm-up calls."""
 
     def phase(self, number: int) -> int: ...
 
@@ -62,7 +80,7 @@ class Trains(Protocol):
 
 
 class _Planned(NamedTuple):
-    """A program to compile: its bucket, counted from 1, and what it is compiled for."""
+    """A program to compile: the number of its bucket, counted from 1, and what it is compiled for."""
 
     number: int
     bucket: Bucket
@@ -79,35 +97,37 @@ def warm_up(
     steps: range,
     compiled: Callable[[], None],
 ) -> None:
-    """Compiles the step for each of the buckets, in their order, and for each phase that the steps pass through.
+    """Compiles the step for each bucket, in order, and for each phase that the remaining steps pass through.
 
-    Nothing runs, and no arrays are made. A run that needs one program alone is left to compile it at its first step.
-    On several hosts, all compile the same programs in the same order.
+    Nothing runs and no arrays are allocated. If the run needs a single program, the first step compiles it. On several
+    hosts, all compile the same programs in the same order.
 
     Args:
-      name: of the trained component, for the progress lines.
-      batch: any batch, as the step takes it: it says all shapes but those that depend on the bucket.
-      bucket: the batch's.
-      steps: those that are left to take.
+      trainer: compiles the step.
+      name: name of the trained component, for the progress lines.
+      batch: any batch, as passed to the step; shapes that do not depend on the bucket are taken from it.
+      bucket: bucket of that batch.
+      buckets: all buckets of the data.
+      steps: the remaining steps.
       compiled: called after each program.
     """
     planned = _plan(trainer, batch, bucket, buckets, steps)
     if len(planned) < 2:
         return
-    phases = sorted({of.phase for of in planned})
+    phases = sorted({program.phase for program in planned})
     _print(
         f"{name}: compiling the step for {len(buckets)} bucket{'s' * (len(buckets) > 1)}"
         f"{f' in {len(phases)} phases' if len(phases) > 1 else ''} before step {steps.start + 1} "
-        "(train.compile_ahead=False: each when it first comes)"
+        "(train.compile_ahead=False compiles each on first use)"
     )
     started = time.monotonic()
-    for done, of in enumerate(planned, 1):
+    for done, program in enumerate(planned, 1):
         begun = time.monotonic()
-        trainer.compile(of.batch, of.phase)
+        trainer.compile(program.batch, program.phase)
         now = time.monotonic()
-        phase = f", phase {phases.index(of.phase) + 1} of {len(phases)}" if len(phases) > 1 else ""
+        phase = f", phase {phases.index(program.phase) + 1} of {len(phases)}" if len(phases) > 1 else ""
         _print(
-            f"{name}: compiling the step for bucket {of.number} of {len(buckets)} ({of.bucket}){phase}: "
+            f"{name}: compiling the step for bucket {program.number} of {len(buckets)} ({program.bucket}){phase}: "
             f"{now - begun:.0f} s, eta {duration((now - started) / done * (len(planned) - done))}"
         )
         compiled()
@@ -116,7 +136,7 @@ def warm_up(
 def _plan(
     trainer: Trains, batch: Mapping[str, jax.Array], bucket: Bucket, buckets: Sequence[Bucket], steps: range
 ) -> list[_Planned]:
-    """Phases in their order, the buckets of each; one program alone for buckets whose batches have the same shapes."""
+    """Returns the programs by phase, then bucket; buckets whose batches have the same shapes share one."""
     planned = {}
     for phase in range(trainer.phase(steps.start), trainer.phase(steps.stop - 1) + 1):
         for number, other in enumerate(buckets, 1):

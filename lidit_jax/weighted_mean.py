@@ -1,4 +1,4 @@
-"""Means that carry their weight, so that means of micro-batches and of steps combine into the mean of all values."""
+"""Means with their weight, so that means of micro-batches and of steps combine into the mean of all values."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,11 +11,11 @@ import numpy as np
 
 @flax.struct.dataclass
 class WeightedMean:
-    """Mean of some values, and the weight of that mean beside other means of the same quantity.
+    """Mean of some values, and its weight relative to other means of the same quantity.
 
     Attributes:
-      mean: float32 scalar; 0 where the weight is 0.
-      weight: float32 scalar, not negative: the number of samples, tokens … averaged over. No gradient passes it.
+      mean: float32 scalar; 0 if the weight is 0.
+      weight: float32 scalar, not negative: the number of samples, tokens … averaged over. No gradient flows through it.
     """
 
     mean: jax.Array
@@ -23,11 +23,11 @@ class WeightedMean:
 
     @classmethod
     def over(cls, values: jax.Array, counted: jax.Array | None = None) -> "WeightedMean":
-        """Averages in float32.
+        """Averages values in float32.
 
         Args:
           values: [...], of any shape.
-          counted: bool [...], the values to average; None: all of them.
+          counted: bool [...], True for the values to average; None averages all of them.
         """
         values = values.astype(jnp.float32)
         if counted is None:
@@ -40,18 +40,18 @@ class WeightedMean:
         return self.mean
 
     def share_of(self, total: "WeightedMean") -> jax.Array:
-        """Returns the part of the weight of `total` that this mean has; 0 where nothing has any weight."""
+        """Returns this mean's share of the weight of `total`; 0 if that is 0."""
         return self.weight / jnp.where(total.weight > 0, total.weight, 1.0)
 
     def merge(self, other: "WeightedMean") -> "WeightedMean":
-        """Returns the mean of the values of both."""
+        """Returns the mean over the values of both."""
         total = self.replace(weight=self.weight + other.weight)
         return total.replace(mean=self.mean + other.share_of(total) * (other.mean - self.mean))
 
 
 @flax.struct.dataclass
 class Perplexity(WeightedMean):
-    """Mean negative log-likelihood of tokens, in nats, that is logged as its exponential."""
+    """Mean negative log-likelihood of tokens, in nats, logged as its exponential."""
 
     def value(self) -> Any:
         return np.exp(self.mean)
@@ -61,10 +61,10 @@ def mean_of_steps(rows: Sequence[Mapping[str, WeightedMean | np.ndarray]]) -> di
     """Averages the metrics of several steps on the host, in float64.
 
     Args:
-      rows: metrics of each step by name, as NumPy scalars. A plain number has the weight 1. Steps may lack some names.
+      rows: metrics of each step by name, as NumPy scalars. A plain number has weight 1. Steps may lack some names.
 
     Returns:
-      The averages; names that have no weight in any step are left out.
+      The averages, without the names that have no weight in any step.
     """
     averages = {}
     for name in dict.fromkeys(name for row in rows for name in row):
@@ -72,7 +72,7 @@ def mean_of_steps(rows: Sequence[Mapping[str, WeightedMean | np.ndarray]]) -> di
         means = [entry if isinstance(entry, WeightedMean) else WeightedMean(entry, 1.0) for entry in entries]
         weights = np.array([mean.weight for mean in means], np.float64)
         if weights.any():
-            # Without those of no weight: 0 times a number that is not finite would not be 0.
+            # Entries without weight are dropped, because 0 times a non-finite number is not 0.
             values = np.array([mean.mean for mean in means], np.float64)[weights > 0]
             weights = weights[weights > 0]
             averages[name] = float(means[0].replace(mean=values @ weights / weights.sum(), weight=None).value())

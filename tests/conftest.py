@@ -1,4 +1,4 @@
-"""Set before JAX is imported: tests run on the CPU, which shows itself as eight devices for the sharding tests."""
+"""Shared fixtures; JAX is set up before its import to run on the CPU, as eight devices for the sharding tests."""
 
 import importlib.util
 import json
@@ -7,8 +7,8 @@ from pathlib import Path
 from types import ModuleType
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Nearly all the time of a test of a tiny model is its compilation, and most of that is optimising: without it the fast
-# tests take two thirds of the time. What is computed stays the same but for rounding.
+# Tests of tiny models spend nearly all their time on compilation, most of it on optimisation: without optimisation the
+# fast tests take two thirds of the time. Results are the same up to rounding.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from lidit_jax.data.shapes.layout import sample_scene
 from lidit_jax.data.shapes.scene import Scene
 
-# A slow or busy machine is no failure: no example has a deadline.
+# Examples have no deadline, so that tests do not fail on a slow or busy machine.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_module(name: str) -> ModuleType:
-    """configs/NAME.py, whose name need not be a Python name."""
+    """Imports configs/NAME.py, whose name need not be a Python identifier."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -37,12 +37,12 @@ def load_module(name: str) -> ModuleType:
 
 
 def load_config(name: str, *argument: str) -> ConfigDict:
-    """A config as `--config=configs/NAME.py` gives it."""
+    """Returns the config of `--config=configs/NAME.py`."""
     return load_module(name).get_config(*argument)
 
 
 def tiny_config() -> ConfigDict:
-    """The demo's config with everything as small as it gets: trains in seconds, draws noise."""
+    """Returns the demo's config at minimal size: it trains in seconds, and its samples are noise."""
     config = load_config("shapes")
     config.data.num_examples = 1000
     config.text.max_length = 12
@@ -67,7 +67,7 @@ DELETED = object()
 
 
 def change_config(folder: Path, **changes) -> None:
-    """Sets keys of a folder's config.json; `DELETED` takes one out."""
+    """Sets keys of a folder's config.json; the value `DELETED` removes a key."""
     values = json.loads((folder / "config.json").read_text()) | changes
     values = {key: value for key, value in values.items() if value is not DELETED}
     (folder / "config.json").write_text(json.dumps(values))
@@ -75,7 +75,7 @@ def change_config(folder: Path, **changes) -> None:
 
 @pytest.fixture(scope="session")
 def t5_folder(tmp_path_factory):
-    """A tiny T5 encoder and its tokenizer, as transformers saves them. Not to be changed."""
+    """Folder of a tiny T5 encoder and its tokenizer, saved by transformers; shared, so tests must not modify it."""
     import torch
     import transformers
 
@@ -91,7 +91,7 @@ def t5_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained_workdir(tmp_path_factory):
-    """A workdir in which the tiny demo has run to its end, once for all tests. Not to be changed."""
+    """Workdir of a finished run of the tiny demo; shared by all tests, which must not modify it."""
     from etils import epath
 
     from lidit_jax.stages.run import run_stages
@@ -103,7 +103,7 @@ def trained_workdir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vgg_tensors():
-    """What `lpips.LPIPS(net="vgg").state_dict()` holds, with random weights."""
+    """The tensors of `lpips.LPIPS(net="vgg").state_dict()`, with random values."""
     from lidit_jax.models.lpips import VGG16_LAYERS
 
     rng, tensors, channels = np.random.default_rng(0), {}, 3
@@ -130,7 +130,7 @@ def lpips_file(vgg_tensors, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def stored(tmp_path_factory):
-    """The pictures in every format."""
+    """Data configs of the same images in every storage format."""
     from stored_data import data_of, write_array_records, write_folder, write_tars, write_tfds
 
     folder = tmp_path_factory.mktemp("stored")

@@ -1,4 +1,4 @@
-"""A step of micro-batches is the step of the whole batch, whatever each of them weighs."""
+"""A step of accumulated micro-batches equals the step of the full batch, whatever their weights."""
 
 import functools
 import types
@@ -18,10 +18,10 @@ from lidit_jax.stages.language_model import language_model_task
 from lidit_jax.train import Task
 
 MICRO_BATCHES = 4
-LENGTH = 256  # tokens of a caption in configs/1b.py and 10b.py
+LENGTH = 256  # caption length in configs/1b.py and 10b.py
 
 
-def test_accumulated_micro_batches_equal_the_whole_batch(tmp_path):
+def test_accumulated_micro_batches_equal_the_full_batch(tmp_path):
     whole = run(tmp_path / "whole", make_trainer(task=toy_task(noise=0.0)))
     parts = run(tmp_path / "parts", make_trainer(task=toy_task(noise=0.0), accumulate=4))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole.params, parts.params)
@@ -36,7 +36,7 @@ def lm_task():
 
 
 def captions(lengths):
-    """Row r is of micro-batch r % 4; the longer a caption, the more of its tokens are all the same."""
+    """A batch whose row r belongs to micro-batch r % 4; longer captions have more tokens of equal value."""
     lengths = np.resize(lengths, 8)
     tokens = np.random.default_rng(0).integers(0, 60, (8, LENGTH)).astype(np.int32)
     tokens[:, 2:200] = 7
@@ -44,7 +44,7 @@ def captions(lengths):
 
 
 def take_step(trainer, batch):
-    """(gradient, metrics) of a first step; Adam's first moment is (1 - b1) of the gradient, which is not clipped."""
+    """Returns gradient and metrics of a first step; Adam's first moment is (1 - b1) times the unclipped gradient."""
     state = jax.device_put(start(trainer), trainer.state_shardings)
     with jax.set_mesh(trainer.mesh):
         after, metrics = trainer.step(state, None, trainer.put(batch), jax.random.key(1), 0)
@@ -53,9 +53,12 @@ def take_step(trainer, batch):
 
 @functools.cache
 def start(trainer):
-    """Away from random weights, by which all tokens are about equally likely: the loss would say little of how many."""
+    """Scales up the embeddings: at random weights all tokens are equally likely, and the loss ignores their number."""
     state = jax.device_get(trainer.init(0))
-    scale = lambda path, leaf: 3.0 * leaf if "embed_tokens" in jax.tree_util.keystr(path) else leaf  # noqa: E731
+
+    def scale(path, leaf):
+        return 3.0 * leaf if "embed_tokens" in jax.tree_util.keystr(path) else leaf
+
     return state.replace(params=jax.tree_util.tree_map_with_path(scale, state.params))
 
 
@@ -70,7 +73,7 @@ def parts_trainer(request):
 
 
 @pytest.mark.parametrize("lengths", [(256, 2, 9, 3), (1, 0, 0, 256)], ids=["uneven", "some without a token"])
-def test_micro_batches_of_uneven_captions_are_the_whole_batch(whole_trainer, parts_trainer, lengths):
+def test_micro_batches_of_uneven_captions_equal_the_full_batch(whole_trainer, parts_trainer, lengths):
     batch = captions(lengths)
     (expected, whole), (found, parts) = take_step(whole_trainer, batch), take_step(parts_trainer, batch)
     assert parts["loss"].weight == whole["loss"].weight == batch["lm/mask"].sum()
@@ -108,8 +111,8 @@ class Denoiser(nn.Module):
         return Dense(4, ("mlp", "embed"), name="out")(x)
 
 
-def test_micro_batches_of_the_diffusion_loss_are_the_whole_batch_with_the_same_noise():
-    """A grid of 32x32; the 4 samples of a micro-batch leave quarters of the schedule empty."""
+def test_micro_batches_of_the_diffusion_loss_equal_the_full_batch_with_the_same_noise():
+    """Latents are 32x32; the 4 samples of a micro-batch leave some quarters of the schedule empty."""
     model, schedule = Denoiser(), DDPM()
 
     def init(key):

@@ -73,7 +73,7 @@ def test_all_batches_are_drawn_by_one_compilation(trained_workdir, geneval, tmp_
     draw_benchmark(request(trained_workdir, "geneval", geneval, tmp_path / "out", num_images=4))
     assert batches == [2, 1]  # eight images per batch
     [pipeline] = pipelines
-    assert pipeline._draw._cache_size() == 1
+    assert pipeline._sample_program._cache_size() == 1
 
 
 def test_more_pictures_of_a_prompt_than_are_drawn_at_once(trained_workdir, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Whole runs of the tiny demo: training, resume, sampling, fine-tuning, and what users get wrong."""
+"""Complete runs of the tiny demo: training, resuming, sampling, fine-tuning, and users' mistakes."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ from lidit_jax.weights.huggingface_llm import load_llm_encoder
 CHECKPOINTS = "training/lidit/checkpoints"
 
 
-def test_a_run_leaves_a_workdir_that_describes_itself(trained_workdir):
+def test_a_run_leaves_a_self_contained_workdir(trained_workdir):
     names = {path.name for path in trained_workdir.iterdir()}
     assert {"config.json", "encoders", "vae", "training", "grid.png", "scores.json"} <= names
     assert json.loads((trained_workdir / "scores.json").read_text())["two objects"]["objects"]["total"] == 16
@@ -94,7 +94,7 @@ def test_a_t5_takes_an_llms_place_in_a_run(trained_workdir, t5_folder, tmp_path,
     assert Image.open(tmp_path / "out/00000.png").size == (32, 32)
 
 
-def test_an_encoder_that_does_not_fit_is_refused_before_anything_is_trained(trained_workdir, tmp_path):
+def test_an_encoder_that_does_not_fit_is_rejected_before_anything_is_trained(trained_workdir, tmp_path):
     config = tiny_config()
     config.encoders.qwen.weights = str(trained_workdir / "encoders" / "qwen")
     config.text.max_length = 5000
@@ -112,21 +112,21 @@ def test_sampling_needs_only_the_workdir_and_repeats_itself(trained_workdir, tmp
     assert files == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png"]
     for name in files:
         np.testing.assert_array_equal(Image.open(tmp_path / "a" / name), Image.open(tmp_path / "b" / name))
-    # A picture depends on its prompt and seed, not on what is drawn beside it.
+    # An image depends on its prompt and seed, not on the rest of its batch.
     draw_to_folder(Request(trained_workdir, epath.Path(tmp_path / "c"), prompt="红色圆形", seed=2))
     alone = np.asarray(Image.open(tmp_path / "c" / "00000.png"), np.int32)
     together = np.asarray(Image.open(tmp_path / "a" / "00002.png"), np.int32)
     assert np.abs(alone - together).max() <= 1
 
 
-def test_sampling_draws_sizes_that_training_never_saw(trained_workdir, tmp_path):
+def test_sampling_generates_sizes_that_training_never_saw(trained_workdir, tmp_path):
     request = Request(trained_workdir, epath.Path(tmp_path / "a"), prompt="", height=24, width=40, guidance_scale=1.0)
     draw_to_folder(request)
     assert Image.open(tmp_path / "a" / "00000.png").size == (40, 24)
 
 
 @pytest.mark.parametrize("decode_pixels", [500, pytest.param(6000, marks=pytest.mark.slow)])
-def test_pictures_decoded_in_slices_or_tiles_are_those_decoded_at_once(
+def test_images_decoded_in_slices_or_tiles_equal_those_decoded_at_once(
     trained_workdir, tmp_path, monkeypatch, decode_pixels
 ):
     tiles = []
@@ -162,14 +162,14 @@ def test_pictures_decoded_in_slices_or_tiles_are_those_decoded_at_once(
         ({"prompt": "x", "weights": "best"}, "ema or params"),
     ],
 )
-def test_what_can_not_be_drawn_is_said_and_nothing_is_written(trained_workdir, tmp_path, changes, message):
+def test_invalid_sampling_requests_are_reported_and_nothing_is_written(trained_workdir, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         draw_to_folder(Request(trained_workdir, epath.Path(tmp_path / "out"), **changes))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00bad", b"", b"\n \n"])
-def test_prompt_files_that_are_no_prompts_are_refused(trained_workdir, tmp_path, content):
+def test_files_without_prompts_are_rejected(trained_workdir, tmp_path, content):
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"prompts\.txt"):
         draw_to_folder(
@@ -177,7 +177,7 @@ def test_prompt_files_that_are_no_prompts_are_refused(trained_workdir, tmp_path,
         )
 
 
-def test_a_workdir_of_another_config_is_refused_and_kept(trained_workdir):
+def test_a_workdir_of_another_config_is_rejected_and_kept(trained_workdir):
     config = tiny_config()
     config.model.depth = 3
     before = (trained_workdir / "config.json").read_bytes()
@@ -187,7 +187,7 @@ def test_a_workdir_of_another_config_is_refused_and_kept(trained_workdir):
 
 
 def without_position(workdir, copy):
-    """A copy of a run's config.json as it was before there was `model.position`."""
+    """Copies a run's config.json as earlier versions wrote it, without `model.position`."""
     values = json.loads((workdir / "config.json").read_text())
     for field in ("position", "position_grid", "refiner_qk_norm"):
         del values["model"][field]
@@ -231,12 +231,12 @@ def test_fine_tuning_does_not_start_from_a_model_that_computes_something_else(tr
     assert not (tmp_path / "tuned").exists()
 
 
-def test_a_workdir_without_a_run_is_said(tmp_path):
+def test_a_workdir_without_a_run_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         draw_to_folder(Request(epath.Path(tmp_path), epath.Path(tmp_path / "out"), prompt="x"))
 
 
-def test_changed_frozen_weights_are_refused(trained_workdir, tmp_path):
+def test_changed_frozen_weights_are_rejected(trained_workdir, tmp_path):
     import shutil
 
     workdir = epath.Path(tmp_path / "copy")
@@ -265,7 +265,7 @@ def test_fine_tuning_starts_from_the_averaged_weights_of_another_run(trained_wor
 
 
 @pytest.mark.parametrize("name", ["shapes", "scenes", "1b", "10b", "10b_1024", "emoji"])
-def test_configs_are_complete_but_for_paths(name, tmp_path):
+def test_configs_are_complete_except_for_paths(name, tmp_path):
     config = load_config(name)
     config.data.path = config.data.get("path", "") or "shards"
     for encoder in config.encoders.values():
@@ -326,7 +326,7 @@ def test_every_ablation_row_is_a_config(tmp_path):
         (lambda c: (c.vae.model.update(layers_per_block=8), c.sample.update(decode_tile=32)), "use 44 or more"),
     ],
 )
-def test_a_config_that_can_not_work_is_refused_before_anything_is_written(tmp_path, change, message):
+def test_an_invalid_config_is_rejected_before_anything_is_written(tmp_path, change, message):
     config = tiny_config()
     with config.unlocked():
         change(config)
@@ -374,8 +374,8 @@ def test_a_users_mistake_ends_in_one_line_and_exit_code_2(arguments, message):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_as_one_that_was_never_stopped(trained_workdir, tmp_path):
-    """SIGKILL at several moments of the run: while small parts train, and in the middle of LI-DiT's steps."""
+def test_a_run_killed_at_any_moment_ends_like_an_uninterrupted_one(trained_workdir, tmp_path):
+    """SIGKILL at several points of the run: while the small networks train, and between LI-DiT's steps."""
     workdir = tmp_path / "killed"
     config_file = tmp_path / "tiny.py"
     config_file.write_text(
@@ -413,7 +413,7 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_never_stopped(trained_w
 
 @pytest.mark.skipif(not (ROOT.parent / "shared/data/fxemoji").is_dir(), reason="needs ../shared/data/fxemoji")
 @pytest.mark.slow
-def test_the_emoji_config_trains_on_tar_shards_in_several_groups(tmp_path):
+def test_the_emoji_config_trains_on_tar_shards_in_several_buckets(tmp_path):
     config, tiny = load_config("emoji"), tiny_config()
     config.data.update(path=str(ROOT.parent / "shared/data/fxemoji"), index_dir=str(tmp_path / "indexes"))
     for name in config.encoders:

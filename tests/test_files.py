@@ -1,4 +1,4 @@
-"""JSON as every parser reads it: no NaN, no infinities."""
+"""Written JSON is valid for every parser: no NaN, no infinities."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from lidit_jax.score.report import Report, write_report
 
 
 def strict_json(text):
-    """Parses JSON as other languages do: NaN and Infinity are errors."""
+    """Parses JSON like other languages do: NaN and Infinity are errors."""
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON: {text}"))
 
 

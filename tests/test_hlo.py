@@ -1,4 +1,4 @@
-"""The reader of compiled programs against XLA's own count, and against loops that XLA counts once."""
+"""Costs read from HLO text, compared with XLA's own count, and with loops that XLA counts once."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def ours_and_xlas(function, *arguments):
 
 
 @pytest.mark.parametrize("equation", ["bik,bkj->bij", "ik,kj->ij", "bhqd,bhkd->bhqk", "ijk,jkl->il"])
-def test_products_are_counted_as_xla_does(equation):
+def test_matrix_products_are_counted_like_xla_does(equation):
     sizes = {"b": 3, "h": 5, "i": 64, "j": 96, "k": 128, "l": 48, "q": 32, "d": 64}
     left, right = (jnp.ones([sizes[axis] for axis in part]) for part in equation.split("->")[0].split(","))
     ours, theirs = ours_and_xlas(lambda a, b: jnp.einsum(equation, a, b), left, right)
@@ -37,7 +37,7 @@ def test_products_are_counted_as_xla_does(equation):
         ("SAME", (1, 1), (1, 1), (1, 1), 4),
     ],
 )
-def test_convolutions_are_counted_as_xla_does(padding, strides, dilation, image_dilation, groups):
+def test_convolutions_are_counted_like_xla_does(padding, strides, dilation, image_dilation, groups):
     x, kernel = jnp.ones((2, 24, 32, 16)), jnp.ones((3, 3, 16 // groups, 8))
 
     def run(x, kernel):
@@ -62,11 +62,11 @@ def test_loops_count_as_often_as_they_run():
     cost = cost_of(compiled(run, x, weights).as_text())
     assert cost.unknown_loops == 0
     assert cost.flops == pytest.approx(7 * 5 * 2 * 32 * 64 * 64, rel=0.01)
-    # Each turn reads one of the seven weights, not all of them.
+    # Each iteration reads one of the seven weights, not all of them.
     assert cost.bytes < 7 * 5 * 4 * (64 * 64 + 8 * 32 * 64) + 40 * weights.nbytes
 
 
-def test_a_loop_whose_end_the_data_decide_is_said():
+def test_a_loop_with_a_data_dependent_end_is_reported():
     def run(x):
         return jax.lax.while_loop(lambda x: jnp.sum(x) < 1e6, lambda x: x @ x + 1, x)
 
@@ -76,24 +76,26 @@ def test_a_loop_whose_end_the_data_decide_is_said():
 
 
 @pytest.mark.parametrize(("first", "last", "step"), [(0, 20, 1), (5, 10, 1), (0, 20, 2), (3, 20, 4)])
-def test_loops_may_begin_and_step_otherwise(first, last, step):
+def test_loops_may_have_any_start_and_step(first, last, step):
     def run(x):
-        turn = lambda carry: (carry[0] + step, carry[1] @ carry[1])  # noqa: E731
-        return jax.lax.while_loop(lambda carry: carry[0] < last, turn, (first, x))[1]
+        def iteration(carry):
+            return carry[0] + step, carry[1] @ carry[1]
+
+        return jax.lax.while_loop(lambda carry: carry[0] < last, iteration, (first, x))[1]
 
     cost = cost_of(compiled(run, jnp.ones((16, 16))).as_text())
     assert cost.flops == pytest.approx(len(range(first, last, step)) * 2 * 16**3, rel=0.01)
 
 
-def test_operands_behind_comments_are_operands():
+def test_operands_after_comments_are_read():
     line = "  ROOT %f = (f32[8]{0}, /*index=1*/f32[4]{0}) fusion(%a, %b, /*index=2*/%c, %d), kind=kLoop, calls=%x.1"
     parsed = hlo._parse(line)
     assert parsed.operands == ("a", "b", "c", "d")
     assert (parsed.shape, parsed.is_root, parsed.called("calls")) == ("(f32[8]{0}, f32[4]{0})", True, "x.1")
 
 
-def test_a_message_that_several_fusions_carry_is_counted_once():
-    """As the TPU's compiler writes a gather that goes on behind other work."""
+def test_a_collective_spread_over_several_fusions_is_counted_once():
+    """Text of the TPU compiler for an all-gather that overlaps with other work."""
     names = ("async-collective-start.1", "async_collective_fusion.2", "async-collective-done.3")
     marks = ("AsyncCollectiveStart", None, "AsyncCollectiveDone")
     text = ""
@@ -108,19 +110,19 @@ def test_a_message_that_several_fusions_carry_is_counted_once():
     assert not cost.kernels
 
 
-def test_messages_are_counted_by_kind():
+def test_communication_is_counted_by_collective():
     mesh = Mesh(jax.devices(), ("x",))
-    cut, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("x",), ()))
-    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=cut)
-    gathered = cost_of(compiled(lambda x: x * 2, x, out_shardings=whole).as_text())
+    sharded, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("x",), ()))
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=sharded)
+    gathered = cost_of(compiled(lambda x: x * 2, x, out_shardings=replicated).as_text())
     assert gathered.messages == {"all-gather": 64 * 32 * 4}
-    summed = cost_of(compiled(lambda x: x.sum(0), x, out_shardings=whole).as_text())
-    assert summed.messages == {"all-reduce": 2 * 32 * 4}  # there and back
+    summed = cost_of(compiled(lambda x: x.sum(0), x, out_shardings=replicated).as_text())
+    assert summed.messages == {"all-reduce": 2 * 32 * 4}  # an all-reduce counts twice its size
     assert gathered.flops == summed.flops == 0
 
 
-def test_reductions_of_gradients_are_read_with_their_types():
-    """As the TPU's compiler writes them: several arrays at once, asynchronous, or as one fusion with their slice."""
+def test_gradient_reductions_are_read_with_their_dtypes():
+    """Text of the TPU compiler: several arrays at once, asynchronous, or fused with a slice."""
     named = 'metadata={op_name="jit(step)/blocks/query/gradient_reduction/dot_general"}'
     text = f"""
 %all-reduce-scatter.3 (p: f32[64,32]) -> f32[8,32] {{

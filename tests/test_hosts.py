@@ -101,7 +101,7 @@ def test_sigterm_at_one_host_saves_on_both_and_one_host_resumes(tmp_path):
     alone = start(tmp_path, tmp_path / "run", 4, None, None, f"--config.vae.train.steps={stopped + 2}")
     error = alone.communicate(timeout=600)[1]
     assert alone.returncode == 0, error
-    assert f"going on from step {stopped}" in error
+    assert f"resuming from step {stopped}" in error
 
 
 AT_STEP_3 = """

@@ -1,4 +1,4 @@
-"""The scripts of launch/: their dry runs, and whole runs with stand-ins for gcloud, for the workers and for main."""
+"""The scripts of launch/: dry runs, and complete runs with fakes of gcloud, the workers and lidit_jax.main."""
 
 import concurrent.futures
 import importlib.util
@@ -29,7 +29,7 @@ SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os
 
 pytestmark = pytest.mark.skipif(not shutil.which("flock"), reason="the workers are Linux machines")
 
-# Says what it is asked; lists of states are played from their first line to the last, which stays.
+# Records its calls. Lists of states are played line by line; the last line is repeated.
 GCLOUD = """#!/usr/bin/env bash
 set -eu
 cd "$PLAY"
@@ -63,7 +63,7 @@ case "$3 $4" in
   "tpu-vm describe") play node_states ;;
 esac
 """
-# uv's environment has a Python that plays main: its first runs end as `plays` says.
+# The environment of the fake uv has a fake Python that acts as main; `plays` lists how its runs end.
 UV = """#!/usr/bin/env bash
 if [ "$1" = venv ]; then mkdir -p "${!#}/bin" && cp "$PLAY/main" "${!#}/bin/python"; fi
 """
@@ -71,7 +71,7 @@ PLAYED_MAIN = """#!/usr/bin/env bash
 echo "$WORKER $* $LIBTPU_INIT_ARGS" >>"$PLAY/runs"
 ending=$(head -n 1 "$PLAY/plays-$WORKER")
 if [ "$(wc -l <"$PLAY/plays-$WORKER")" -gt 1 ]; then sed -i 1d "$PLAY/plays-$WORKER"; fi
-trap 'echo "lidit: stopped by SIGTERM after step 7, which is saved; run it again to go on" >&2; exit 0' TERM
+trap 'echo "lidit: stopped by SIGTERM after step 7, which is saved; run it again to resume" >&2; exit 0' TERM
 echo "$WORKER" >>"$PLAY/listening"
 if [ "$ending" = hang ]; then trap "" TERM; fi
 if [ "$ending" = train ] || [ "$ending" = hang ]; then for _ in {1..600}; do sleep 0.02; done; fi
@@ -93,7 +93,7 @@ def tpu_vm(*arguments, environment=None, timeout=20):
 
 
 def dry(*arguments):
-    """The commands that would be run, as a shell reads them."""
+    """Returns the printed commands, split like a shell does."""
     done = tpu_vm(arguments[0], "--dry_run", *arguments[1:])
     assert done.returncode == 0, done.stderr
     return [" ".join(shlex.split(line)) for line in done.stdout.splitlines()]
@@ -101,7 +101,7 @@ def dry(*arguments):
 
 @pytest.fixture
 def play(tmp_path):
-    """A folder with the stand-ins; two hosts a slice."""
+    """A folder with the fakes; slices have two hosts."""
     tools = tmp_path / "bin"
     tools.mkdir()
     executable(tools / "gcloud", GCLOUD)
@@ -118,13 +118,13 @@ def play(tmp_path):
 
 
 class Play:
-    patience = "10"  # seconds that a worker waits for the end of a run that it stops
+    patience = "10"  # seconds that a worker waits for a stopped run to exit
 
     def __init__(self, folder):
         self.folder = folder
 
     def set(self, states, plays, slices=1):
-        """States of the queued resource; how main's runs end, on all workers or on each."""
+        """Sets the states of the queued resource, and how main's runs end, on all workers or on each."""
         self.slices = slices
         (self.folder / "states").write_text("\n".join(states) + "\n")
         self.workers = [f"worker-{slice_}-{host}" for slice_ in range(slices) for host in range(2)]
@@ -141,7 +141,7 @@ class Play:
         return tpu_vm(command, *flags, *(("--", *main) if main else ()), environment=environment)
 
     def wait_for_runs(self, number):
-        """Until main has been started so often in all, and listens for signals."""
+        """Waits until main has been started `number` times in all, and listens for signals."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             if (self.folder / "listening").exists() and len(self.lines("listening")) == number:
@@ -150,7 +150,7 @@ class Play:
         raise TimeoutError
 
     def calls(self):
-        """What gcloud was asked to do, in short, without its looks at states."""
+        """Returns the verbs of the calls to gcloud, without queries of states."""
         short = []
         for line in self.lines("calls"):
             verb = line.split()[3]
@@ -239,20 +239,20 @@ def test_the_dry_run_of_keep_shows_its_parts():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a command"),
-        (["start"], "name a command"),
+        ([], "give a command"),
+        (["start"], "give a command"),
         (["create", "--zone=z", "--type=v5p-8"], "--name is required"),
         (["create", "--name=Dit", "--zone=z", "--type=v5p-8"], "lower-case"),
         (["create", *WHERE], "--type is required"),
         (["create", *WHERE, "--type=v5e-256"], "v5litepod-N"),
-        (["create", *WHERE, "--type=v5p-12"], "whole hosts, which are 8 cores"),
-        (["create", *WHERE, "--type=v6e-18"], "whole hosts, which are 4 chips"),
+        (["create", *WHERE, "--type=v5p-12"], "full hosts of 8 cores"),
+        (["create", *WHERE, "--type=v6e-18"], "full hosts of 4 chips"),
         (["create", *WHERE, "--type=v6e-8", "--slices=0"], "--slices=0 must be a positive number"),
         (["create", *WHERE, "--type=v6e-8", "--pots"], "unknown argument '--pots'"),
         (["create", *WHERE, "--type=v6e-8", "--", *MAIN], "takes no flags of main"),
         (["install", *WHERE, "--type=v6e-8", "--ref=v1"], "--ref goes with --git"),
         (["run", *WHERE, "--type=v6e-8", *MAIN], "come after --"),
-        (["run", *WHERE, "--type=v6e-8", "--", MAIN[1]], "name a config"),
+        (["run", *WHERE, "--type=v6e-8", "--", MAIN[1]], "give a config"),
         (["run", *WHERE, "--type=v6e-8", "--", MAIN[0], "--workdir=runs/10b"], "give --workdir=gs://"),
         (["run", *WHERE, "--type=v6e-8", "--env=1=2", "--", *MAIN], "give NAME=VALUE"),
         (["logs", *WHERE, "--worker=first"], "--worker=first"),
@@ -264,7 +264,7 @@ def test_mistakes_end_in_one_line_and_exit_code_2(arguments, message):
     assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", done.stderr)
 
 
-def test_without_gcloud_it_is_said(tmp_path):
+def test_missing_gcloud_is_reported(tmp_path):
     for tool in ("bash", "dirname", "date", "mktemp", "rm"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     done = tpu_vm("status", *WHERE, environment={"PATH": str(tmp_path)})
@@ -282,13 +282,13 @@ def test_create_wait_install_run_stop(play):
     done = play("run")
     assert done.returncode == 0, done.stderr
     again = play("run")
-    assert again.returncode == 2 and "error: a run is going on: follow it with logs, or stop it first" in again.stderr
+    assert again.returncode == 2 and "error: a run is active: follow it with logs, or stop it first" in again.stderr
     assert play("install", main=None).returncode == 2
-    # Nor does a worker start a second run by itself.
+    # A worker itself does not start a second run either.
     environment = {**os.environ, "WORKER": "worker-0-0", "HOME": str(play.folder / "worker-0-0")}
     script = play.folder / "worker-0-0/lidit/code/launch/worker.sh"
     refused = subprocess.run(["bash", script, "start", "v5p"], env=environment, capture_output=True, text=True)
-    assert refused.returncode == 1 and "a run is going on already" in refused.stderr
+    assert refused.returncode == 1 and "a run is already active" in refused.stderr
 
     play.wait_for_runs(4)
     worker, *arguments = play.lines("runs")[0].split()
@@ -318,7 +318,7 @@ def test_what_hangs_is_said_and_can_be_killed(play):
     assert play("stop", "--kill", main=None).returncode == 0
 
 
-def test_keep_makes_preempted_slices_anew_until_training_is_finished(play):
+def test_keep_creates_preempted_slices_again_until_training_is_finished(play):
     states = ["NONE", "PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING", "SUSPENDED", "NONE", "ACTIVE"]
     play.set(states, ["train", "1", "0"])
     done = play("keep", "--spot", "--delete_when_done")
@@ -336,8 +336,8 @@ def test_keep_runs_again_what_sigterm_stopped(play):
     play.wait_for_runs(2)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         keeping = pool.submit(play, "keep", "--failures=1")
-        time.sleep(0.5)  # it has seen the run
-        for worker in play.workers:  # as a machine that goes down does, not as `stop`
+        time.sleep(0.5)  # keep has seen the run
+        for worker in play.workers:  # like a host that shuts down, unlike `stop`
             os.kill(int(play.lines(f"{worker}/lidit/pids")[0].split()[0]), signal.SIGTERM)
     done = keeping.result()
     assert done.returncode == 0, done.stderr
@@ -345,28 +345,28 @@ def test_keep_runs_again_what_sigterm_stopped(play):
     assert "exited 0" in (play.folder / "worker-0-0/lidit/status").read_text()
 
 
-def test_keep_ends_where_starting_again_would_not_help(play):
+def test_keep_exits_if_restarting_would_not_help(play):
     play.set(["ACTIVE"], ["2"])
     done = play("keep")
     assert done.returncode == 2 and "a mistake in its command" in done.stderr
-    play.set(["ACTIVE"], ["1"])  # how the last one ended is no reason not to start
+    play.set(["ACTIVE"], ["1"])  # an earlier run's exit code does not prevent a start
     done = play("keep", "--failures=2")
-    assert done.returncode == 1 and "error: the run broke off, 2 times in a row" in done.stderr
+    assert done.returncode == 1 and "error: the run failed, 2 times in a row" in done.stderr
     play.set(["ACTIVE"], ["train"])
     with concurrent.futures.ThreadPoolExecutor() as pool:
         keeping = pool.submit(play, "keep")
         play.wait_for_runs(8)
         assert play("stop", main=None).returncode == 0
-    assert keeping.result().returncode == 0 and "stopped by hand" in keeping.result().stderr
+    assert keeping.result().returncode == 0 and "stopped by the user" in keeping.result().stderr
 
 
-def test_a_worker_that_does_not_answer_is_missed(play):
+def test_a_worker_that_does_not_answer_is_noticed(play):
     play.set(["ACTIVE"], ["0"])
     (play.folder / "silent").write_text("worker-0-1")
     done = play("install", main=None)
     assert done.returncode == 1
     assert "1 of 2 workers answered 'installed'" in done.stderr
-    # To keep, it may be a slice that is gone before its queued resource says so.
+    # For keep, a slice may be lost before its queued resource reports it.
     (play.folder / "node_states").write_text("READY\nPREEMPTED\n")
     play.set(["ACTIVE", "ACTIVE", "SUSPENDED", "FAILED"], ["0"])
     done = play("keep", "--failures=1")
@@ -377,8 +377,8 @@ def test_a_worker_that_does_not_answer_is_missed(play):
     ("last_words", "ending", "status"),
     [
         ("lidit 9/9", 0, 0),
-        ("lidit: stopped by SIGTERM after step 7, which is saved; run it again to go on", 0, 143),
-        ("lidit: stopped by SIGTERM after its last step, saved; run it again to go on", 0, 143),
+        ("lidit: stopped by SIGTERM after step 7, which is saved; run it again to resume", 0, 143),
+        ("lidit: stopped by SIGTERM after its last step, which is saved; run it again to resume", 0, 143),
         ("error: config key 'x' is unknown", 2, 2),
         ("error: the run's other hosts were not found (DEADLINE_EXCEEDED): set", 2, 75),
         ("Traceback", 1, 1),
@@ -415,7 +415,7 @@ def test_run_tells_how_main_itself_ended(tmp_path):
     finished = start(step + 2)
     error = finished.communicate(timeout=600)[1]
     assert finished.returncode == 0, error
-    assert f"going on from step {step}" in error
+    assert f"resuming from step {step}" in error
     mistaken = start("many")
     error = mistaken.communicate(timeout=600)[1]
     assert mistaken.returncode == 2, error
@@ -444,7 +444,7 @@ def test_run_wants_a_generation():
 
 
 def flags_of(generation, **environment):
-    """LIBTPU_INIT_ARGS, as the generation's file sets it."""
+    """Returns LIBTPU_INIT_ARGS as set by the generation's file."""
     source = f'set -eu; . {LAUNCH}/env/{generation}.sh; echo "$LIBTPU_INIT_ARGS"'
     clean = {"PATH": os.environ["PATH"], **environment}
     done = subprocess.run(["bash", "-c", source], env=clean, capture_output=True, text=True, check=True)
@@ -460,14 +460,14 @@ def test_environment_files_set_flags_once_and_leave_the_last_word_to_the_user(ge
     across = {flag for flag in several if "data_parallel" in flag}
     assert set(several) - set(alone) == across
     assert bool(across) == (generation != "v4")
-    assert flags_of(generation, MEGASCALE_NUM_SLICES="2") == several  # Kubernetes' name for it
+    assert flags_of(generation, MEGASCALE_NUM_SLICES="2") == several  # the variable set in Kubernetes
     assert flags_of(generation, LIBTPU_INIT_ARGS="--xla_mine=1") == [*alone, "--xla_mine=1"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu: pip install -e .[tpu]")
 def test_libtpu_has_the_flags():
-    """By the symbols in its file, which need not be loaded."""
+    """Searches the symbols in the library's file, without loading it."""
     names = {flag[2:].split("=")[0] for each in GENERATIONS for flag in flags_of(each, LIDIT_SLICES="2")}
     library = Path(importlib.util.find_spec("libtpu").origin).parent / "libtpu.so"
     with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
@@ -490,7 +490,7 @@ def test_the_jobset_is_consistent():
     flags = dict(flag.split("=", 1) for flag in flags)
     assert int(flags["--config.mesh.data"]) % slices["replicas"] == 0
     assert (ROOT / flags["--config"]).exists()
-    # The row of the comment's table, and XPK's command.
+    # The row in the table of the comment, and the XPK command.
     row = re.search(rf"^#   {generation}-(\d+) +{generation} +(\S+) +(\S+) +\S+ +(\d+)$", text, re.MULTILINE)
     assert row.groups()[1:] == (*selector.values(), str(job["parallelism"]))
     assert int(row[1]) == 2 * chips  # cores
@@ -528,8 +528,8 @@ def test_every_row_of_the_jobsets_table_is_256_chips():
         ("Job has reached the specified backoff limit", None),
     ],
 )
-def test_the_jobset_starts_again_what_can_go_on(message, action):
-    """As the JobSet controller reads a failed Job's message: the first rule with a pattern in it."""
+def test_the_jobset_restarts_runs_that_can_resume(message, action):
+    """Applies the first rule with a pattern in a failed Job's message, like the JobSet controller."""
     jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
     rules = jobset["spec"]["failurePolicy"]["rules"]
     matching = [rule for rule in rules if any(re.search(p, message) for p in rule["onJobFailureMessagePatterns"])]

@@ -1,4 +1,4 @@
-"""Pictures of a prompt share its encoding; nothing else changes."""
+"""Images of one prompt share its encoding, and are otherwise unchanged."""
 
 import dataclasses
 
@@ -20,13 +20,13 @@ PROMPTS = ["a red circle", "红色圆形", "a blue square above a green circle"]
 
 @pytest.fixture(scope="module")
 def loaded(trained_workdir):
-    """(experiment, pipeline, parameters)."""
+    """Experiment, pipeline and parameters."""
     return load(epath.Path(trained_workdir))[:3]
 
 
 @pytest.fixture(scope="module")
 def expected(loaded):
-    """Four pictures a prompt, each with a prompt of its own."""
+    """Four images for each prompt, each with its own copy of the prompt."""
     run, pipeline, params = loaded
     repeated = [prompt for prompt in PROMPTS for _ in range(4)]
     return pipeline(params, repeated, range(12), 32, 32, dataclasses.replace(run.sample, batch_size=12))
@@ -66,7 +66,7 @@ def test_every_row_finds_its_prompt_among_those_of_its_device(
         (16, 16, True, 1, 1 + 1),
         (16, 64, True, 1, 1 + 1),
         (4, 3, False, 1, 2),
-        (16, 4, True, 8, 8),  # a device has four rows: of one prompt, or without any
+        (16, 4, True, 8, 8),  # a device has four rows, of one prompt or of none
         (16, 1, True, 8, 8 * 4),
     ],
 )
@@ -74,9 +74,9 @@ def test_a_prompt_is_encoded_once_on_a_device(pictures, images_per_prompt, is_gu
     assert SharedPrompts(pictures, images_per_prompt, is_guided, shards).encoded == encoded
 
 
-# Whole prompts in a batch; prompts that a batch's end divides; more pictures of a prompt than a batch has.
+# All images of a prompt in one batch; prompts split between batches; more images of a prompt than a batch has.
 @pytest.mark.parametrize("batch_size", [12, 6, 3])
-def test_pictures_that_share_a_prompt_are_those_that_do_not(loaded, expected, batch_size, monkeypatch):
+def test_images_that_share_an_encoded_prompt_equal_those_that_do_not(loaded, expected, batch_size, monkeypatch):
     run, pipeline, params = loaded
     pipeline = dataclasses.replace(pipeline)  # nothing is compiled yet
     encode_prompts, rows = LLMTextEncoder.encode_prompts, []
@@ -92,7 +92,7 @@ def test_pictures_that_share_a_prompt_are_those_that_do_not(loaded, expected, ba
     assert rows == [prompts_at_once + 1] * len(pipeline.encoders)  # traced once
 
 
-def test_a_mesh_draws_the_pictures_of_a_prompt_that_one_device_draws(loaded, expected):
+def test_a_mesh_samples_the_same_images_of_a_prompt_as_one_device(loaded, expected):
     run, _, params = loaded
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     spread = run.pipeline(mesh, ShardingRules())
@@ -101,7 +101,7 @@ def test_a_mesh_draws_the_pictures_of_a_prompt_that_one_device_draws(loaded, exp
     assert np.abs(got.astype(int) - expected).max() <= 1
 
 
-def test_what_is_counted_and_compiled_shares_prompts_too(loaded):
+def test_flops_and_the_lowered_program_share_prompts_too(loaded):
     run, pipeline, params = loaded
     how = dataclasses.replace(run.sample, batch_size=8)
     one, four = (pipeline.flops(32, 32, how, images_per_prompt) for images_per_prompt in (1, 4))
@@ -114,7 +114,7 @@ def test_what_is_counted_and_compiled_shares_prompts_too(loaded):
     assert {shape.shape[0] for shape in jax.tree.leaves(tokens)} == {3}
 
 
-def test_seeds_that_are_not_one_a_picture_are_refused(loaded):
+def test_a_number_of_seeds_other_than_one_per_image_is_rejected(loaded):
     run, pipeline, params = loaded
-    with pytest.raises(ValueError, match="3 seeds for 3 prompts with 4 pictures each"):
+    with pytest.raises(ValueError, match="3 seeds for 3 prompts with 4 images each"):
         pipeline(params, PROMPTS, range(3), 32, 32, run.sample, images_per_prompt=4)

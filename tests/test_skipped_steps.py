@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: what they leave alone, and what the log makes of them."""
+"""Steps whose loss or gradient is not finite: what they leave unchanged, and how they are logged."""
 
 import re
 
@@ -11,7 +11,7 @@ from test_train import Numbers, assert_equal_trees, make_trainer, run, still_tas
 from lidit_jax.errors import UserError
 from lidit_jax.train import learning_rate
 
-BAD = (1, 3, 4, 5)  # of steps 0 to 11, which are logged by threes: one of the first three, all of the next
+BAD = (1, 3, 4, 5)  # of steps 0 to 11, logged every three steps: one of the first interval, all of the second
 
 
 def test_non_finite_steps_are_skipped_and_counted(tmp_path):
@@ -30,7 +30,7 @@ def test_too_many_non_finite_steps_in_a_row_stop_the_run(tmp_path):
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
-    """(lines of metrics.jsonl, what was printed, the metrics of each step, trainer) of a run with bad batches."""
+    """Lines of metrics.jsonl, the printed text, the metrics of each step, and the trainer of a run with bad batches."""
     folder, trainer = tmp_path_factory.mktemp("skipped"), make_trainer(log_every=3, warmup_steps=10)
     with pytest.MonkeyPatch.context() as patch:
         printed = []
@@ -57,7 +57,7 @@ def test_skipped_steps_are_left_out_of_an_intervals_means_and_counted(logged):
         assert line["grad_norm"] == pytest.approx(np.mean([rows[step]["grad_norm"] for step in taken]), rel=1e-6)
 
 
-def test_an_interval_of_skipped_steps_alone_has_no_loss_and_still_a_progress_line(logged):
+def test_an_interval_of_only_skipped_steps_has_no_loss_but_a_progress_line(logged):
     lines, printed, _, _ = logged
     assert not lines[1].keys() & {"loss", "first", "grad_norm", "learning_rate"}
     assert lines[1]["samples_per_second"] > 0
@@ -78,8 +78,8 @@ def test_skipped_steps_compile_nothing_and_the_state_stays_donated(logged):
     assert int(metrics["skipped"]) == 1
 
 
-def test_the_learning_rate_logged_is_the_one_that_the_update_was_scaled_by(tmp_path):
-    """Weight decay alone moves the kernel: by the factor 1 - rate * decay."""
+def test_the_logged_learning_rate_is_the_one_of_the_update(tmp_path):
+    """Only weight decay changes the kernel, by the factor 1 - rate * decay."""
     changes = {"weight_decay": 0.5, "warmup_steps": 3, "schedule": "cosine", "learning_rate": 0.1}
     trainer = make_trainer(task=still_task(), log_every=1, **changes)
     run(tmp_path, trainer, lambda first: Numbers(first, BAD))

@@ -343,7 +343,7 @@ def save_checkpoint(folder, leaves, **trees):
 @pytest.mark.parametrize("cut_from", [0, 1 << 40])
 @pytest.mark.parametrize("read_bytes", [1, 9000, 1 << 30])
 def test_a_checkpoint_is_read_array_by_array(leaves, tmp_path, monkeypatch, cut_from, read_bytes):
-    monkeypatch.setattr(checkpoint, "CUT_FROM", cut_from)
+    monkeypatch.setattr(checkpoint, "LARGE_STACK_BYTES", cut_from)
     monkeypatch.setattr(checkpoint, "READ_BYTES", read_bytes)
     save_checkpoint(tmp_path / "checkpoints", leaves)
     with open_weights(tmp_path / "checkpoints", "params") as weights:
@@ -362,7 +362,7 @@ def test_a_checkpoint_is_read_array_by_array(leaves, tmp_path, monkeypatch, cut_
 
 
 def test_a_stack_over_many_devices_is_read_entry_by_entry(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "CUT_FROM", 0)
+    monkeypatch.setattr(checkpoint, "LARGE_STACK_BYTES", 0)
     mesh = Mesh(np.array(jax.devices()), ("fsdp",))
     values = np.random.default_rng(0).standard_normal((6, 16, 5), np.float32)
     sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "fsdp"))

@@ -1,4 +1,4 @@
-"""The one training loop: steps, guard, accumulation, sharding, checkpoints and exact resume, on a toy part."""
+"""The training loop on a toy task: steps, skipping, accumulation, sharding, checkpoints and exact resuming."""
 
 import json
 import os
@@ -58,16 +58,16 @@ def toy_task(noise=0.1, dtype=jnp.float32):
 
 
 def still_task():
-    """A loss without a gradient, NaN if the batch has one: weight decay alone moves the parameters."""
-    loss = lambda params, frozen, batch, key, phase: (  # noqa: E731
-        WeightedMean.over(0.0 * jnp.sum(params["in"]["kernel"]) * batch["x"]),
-        {},
-    )
+    """A loss without a gradient, NaN if the batch has a NaN: only weight decay changes the parameters."""
+
+    def loss(params, frozen, batch, key, phase):
+        return WeightedMean.over(0.0 * jnp.sum(params["in"]["kernel"]) * batch["x"]), {}
+
     return Task("still", toy_task().init, loss)
 
 
 class Numbers(BatchStream):
-    """Batch k is random numbers of the seed k; some may have a NaN."""
+    """Stream whose batch k has random numbers of seed k; chosen batches have a NaN."""
 
     def __init__(self, first, bad=range(0)):
         super().__init__("numbers", first, 1.0)
@@ -145,7 +145,7 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_a_mesh_gives_one_devices_losses_and_weights(tmp_path, sizes):
+def test_a_mesh_computes_the_losses_and_weights_of_one_device(tmp_path, sizes):
     one = run(tmp_path / "one", make_trainer())
     many = run(tmp_path / "many", make_trainer(sizes))
     jax.tree.map(
@@ -188,7 +188,7 @@ def test_gradients_of_bfloat16_layers_are_reduced_as_the_config_says(reduction, 
     assert make_trainer(task=task).config.gradient_reduction == "float32"
 
 
-def test_weight_decay_pulls_matrices_alone():
+def test_weight_decay_applies_to_matrices_only():
     trainer = make_trainer(task=still_task(), weight_decay=0.5, ema_decay=0.0)
     state = trainer.init(0)
     state = state.replace(params=jax.tree.map(lambda x: x + 1.0, state.params))
@@ -220,7 +220,7 @@ def test_the_learning_rate_warms_up_to_its_value_and_never_exceeds_it(warmup, st
     assert (rates[-1] < 0.1) == cosine
 
 
-def test_other_data_than_the_checkpoints_are_refused(tmp_path):
+def test_other_data_than_the_checkpoints_is_rejected(tmp_path):
     run(tmp_path, make_trainer(steps=5))
     with pytest.raises(UserError, match="data = 'random numbers', now it is 'others'"):
         run(tmp_path, make_trainer(), facts={"data": "others"})
@@ -234,7 +234,7 @@ def test_weights_are_read_without_the_optimiser(tmp_path):
         assert_equal_trees(weights, getattr(state, name))
 
 
-def test_missing_checkpoints_and_weights_are_said(tmp_path):
+def test_missing_checkpoints_and_weights_are_reported(tmp_path):
     with pytest.raises(UserError, match="no finished checkpoint there"):
         load_weights(tmp_path / "nothing", "ema")
     (tmp_path / "empty").mkdir()
@@ -257,19 +257,19 @@ def test_missing_checkpoints_and_weights_are_said(tmp_path):
         ),
     ],
 )
-def test_impossible_training_numbers_are_refused(changes, message):
+def test_invalid_training_values_are_rejected(changes, message):
     with pytest.raises(UserError, match=message):
         make_trainer(**changes)
 
 
-def test_a_batch_that_the_devices_do_not_divide_is_refused():
+def test_a_batch_that_the_devices_do_not_divide_is_rejected():
     with pytest.raises(UserError, match="multiple of 8"):
         make_trainer({"data": 8, "fsdp": 1, "tensor": 1}, batch_size=12)
 
 
 @settings(max_examples=100)
 @given(data=st.integers(1, 6), fsdp=st.integers(1, 6), tensor=st.integers(1, 6), hole=st.integers(0, 2))
-def test_a_missing_mesh_size_is_filled_in(data, fsdp, tensor, hole):
+def test_a_missing_mesh_size_is_inferred(data, fsdp, tensor, hole):
     shape = (data, fsdp, tensor)
     sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
     sizes[("data", "fsdp", "tensor")[hole]] = -1
@@ -277,16 +277,16 @@ def test_a_missing_mesh_size_is_filled_in(data, fsdp, tensor, hole):
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3, "fsdp": -1}, {"data": 16}, {"data": -1, "fsdp": -1}, {"data": 0}])
-def test_meshes_that_do_not_fit_are_refused(sizes):
+def test_meshes_that_do_not_fit_are_rejected(sizes):
     with pytest.raises(UserError, match="mesh"):
         fill_in(sizes, 8)
 
 
-def test_durations_read_well():
+def test_durations_are_formatted_for_reading():
     assert [duration(s) for s in (5, 65, 3725)] == ["0m05s", "1m05s", "1h02m"]
 
 
-def test_utilisation_is_needed_operations_over_what_the_chips_could_do(monkeypatch, capsys):
+def test_mfu_is_model_flops_over_the_peak_of_the_chips(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr("lidit_jax.metrics.time.monotonic", lambda: now[0])
     progress = Progress("lidit", 0, 10, 4, peak=2e12)
@@ -301,7 +301,7 @@ def test_utilisation_is_needed_operations_over_what_the_chips_could_do(monkeypat
     progress.print(4, {"loss": 1, "grad_norm": 1, "learning_rate": 1, "skipped": 0, "skipped_in_interval": 0})
     assert "1.2 TFLOP/s (MFU 60%)" in capsys.readouterr().err
     now[0] += 10
-    assert "mfu" not in progress.speed(8)  # nothing was counted
+    assert "mfu" not in progress.speed(8)  # no FLOPs were counted
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_chips_are_known_by_their_kind(kind, name):
     assert chip_of(jax.devices()[0]) is None
 
 
-def test_sigterm_saves_the_step_and_the_next_start_goes_on_bit_for_bit(tmp_path):
+def test_sigterm_saves_the_step_and_the_next_start_resumes_bit_for_bit(tmp_path):
     whole = run(tmp_path / "whole", make_trainer())
 
     class Preempting(Numbers):
@@ -322,7 +322,7 @@ def test_sigterm_saves_the_step_and_the_next_start_goes_on_bit_for_bit(tmp_path)
             return super()._next()
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Preempted, match="toy: stopped by SIGTERM after step 7, which is saved; run it again to go on"):
+    with pytest.raises(Preempted, match="toy: stopped by SIGTERM after step 7, which is saved; run it again to resume"):
         run(tmp_path / "stopped", make_trainer(), Preempting)
     assert signal.getsignal(signal.SIGTERM) is before
     assert steps_taken(tmp_path / "stopped/checkpoints") == 7
@@ -330,16 +330,16 @@ def test_sigterm_saves_the_step_and_the_next_start_goes_on_bit_for_bit(tmp_path)
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
 
 
-def test_a_connection_that_broke_while_saving_is_no_mistake_of_the_users(tmp_path, monkeypatch):
+def test_a_broken_connection_while_saving_is_not_a_user_error(tmp_path, monkeypatch):
     def broken(self, step, **options):
         raise ConnectionResetError(104, "Connection reset by peer")
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", broken)
-    with pytest.raises(ConnectionResetError):  # exit code 1, after which a run is started again
+    with pytest.raises(ConnectionResetError):  # exit code 1, after which launch scripts restart a run
         run(tmp_path, make_trainer())
 
 
-def test_a_full_disk_is_said_and_the_last_checkpoint_is_kept(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_the_last_checkpoint_is_kept(tmp_path, monkeypatch):
     save = ocp.CheckpointManager.save
 
     def full(self, step, **options):
@@ -348,7 +348,9 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_is_kept(tmp_path, monkeypat
         return save(self, step, **options)
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-    with pytest.raises(UserError, match="can't be written .*No space left on device.* of step 5, is kept: make room"):
+    with pytest.raises(
+        UserError, match="can't be written .*No space left on device.* of step 5, is kept: free disk space"
+    ):
         run(tmp_path, make_trainer())
     monkeypatch.undo()
     assert steps_taken(tmp_path / "checkpoints") == 5
@@ -380,7 +382,7 @@ def test_a_run_killed_while_it_saves_keeps_the_checkpoint_before(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = [path.name for path in (tmp_path / "killed/checkpoints").iterdir()]
-    assert "5" in left and "10" not in left and len(left) > 1  # what was begun lies beside it
+    assert "5" in left and "10" not in left and len(left) > 1  # the unfinished checkpoint is beside it
     assert steps_taken(tmp_path / "killed/checkpoints") == 5
     assert_equal_trees(run(tmp_path / "whole", make_trainer()), run(tmp_path / "killed", make_trainer()))
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")

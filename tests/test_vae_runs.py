@@ -133,7 +133,7 @@ def test_a_vae_run_trains_evaluates_and_exports_a_vae_that_diffusers_loads(tmp_p
     workdir = epath.Path(tmp_path / "run")
     caplog.set_level("INFO", logger="lidit_jax")
     run_stages(tiny_vae_config(), workdir)
-    assert "without the perceptual loss (vae.perceptual.weights names no file)" in caplog.text
+    assert "without the perceptual loss (vae.perceptual.weights is empty)" in caplog.text
     scores = json.loads((workdir / "reconstruction.json").read_text())
     assert scores["images"] == 9
     assert 5 < scores["psnr"] < 40

@@ -1,4 +1,4 @@
-"""The step compiled for every bucket ahead of the first step: nothing is left to compile at any later one."""
+"""Compiling the step for every bucket before the first step leaves nothing to compile at later steps."""
 
 import contextlib
 import itertools
@@ -27,7 +27,7 @@ NO_EMA = {"ema_decay": 0.0, "checkpoint_every": 50}
 
 
 class Images(BatchStream):
-    """Batch k is random images of bucket k, over and over; it notes how many programs were compiled before it."""
+    """Stream that cycles through the buckets; it records how many programs were compiled before each batch."""
 
     def __init__(self, first, buckets=BUCKETS, compiled=(), seen=None):
         super().__init__("images", first, 1.0)
@@ -51,15 +51,21 @@ class Images(BatchStream):
 
 
 def image_task(phases=(), prepared=False):
-    """Colours to a label, weighted by the phase; with `prepared`, a program of its own computes the colours."""
-    colors = lambda batch: jnp.mean(batch["image"], axis=(1, 2))  # noqa: E731
+    """A task that fits colours to a label, weighted by the phase; `prepared` computes the colours in `Task.prepare`."""
+
+    def colors(batch):
+        return jnp.mean(batch["image"], axis=(1, 2))
 
     def loss(params, frozen, batch, key, phase):
         found = (batch["colors"] if prepared else colors(batch)) @ params["kernel"]
         return WeightedMean.over((1 + phase) * jnp.square(found[:, 0] - batch["label"])), {}
 
-    prepare = lambda frozen, batch: {**batch, "colors": colors(batch)}  # noqa: E731
-    init = lambda key: {"kernel": jax.random.normal(key, (3, 1))}  # noqa: E731
+    def prepare(frozen, batch):
+        return {**batch, "colors": colors(batch)}
+
+    def init(key):
+        return {"kernel": jax.random.normal(key, (3, 1))}
+
     return Task("toy", init, loss, prepare=prepare if prepared else None, phases=phases)
 
 
@@ -69,13 +75,13 @@ def trainer_of(mesh=ONE_DEVICE, phases=(), prepared=False, steps=5, **changes):
 
 @pytest.fixture(scope="module")
 def trainer():
-    """A trainer of five steps in two phases, which keeps its compiled programs."""
+    """A trainer of five steps in two phases, shared so that its compiled programs are."""
     return trainer_of(phases=(2,))
 
 
 @contextlib.contextmanager
 def compilations():
-    """The names of the functions that XLA compiles meanwhile."""
+    """Records the names of the functions that XLA compiles within the context."""
     found = []
 
     def listen(event, duration, **facts):
@@ -90,7 +96,7 @@ def compilations():
 
 
 def compiled_by(folder, trainer, buckets=BUCKETS):
-    """(programs compiled before each batch is asked for, those of the step and of preparing it in all)."""
+    """Returns the number of programs compiled before each batch, and the totals of `_take_step` and `_prepare`."""
     seen = []
     with compilations() as compiled:
         run(folder, trainer, lambda first: Images(first, buckets, compiled, seen))
@@ -104,11 +110,11 @@ def test_nothing_is_compiled_after_the_first_step_in_any_bucket_phase_or_resumed
     assert found == [2 * buckets, prepared * buckets]  # the third phase is not reached
     assert seen[0] < seen[1] and seen[1:] == [seen[1]] * 4
     seen, found = compiled_by(tmp_path, trainer_of(mesh, phases, prepared, steps=8))
-    assert found == [buckets, prepared * buckets]  # the third alone is left
+    assert found == [buckets, prepared * buckets]  # only the third is left
     assert seen[0] < seen[1] and seen[1:] == [seen[1]] * 2
 
 
-def test_without_a_warm_up_each_program_is_compiled_when_it_comes_and_computes_the_same(tmp_path, trainer):
+def test_without_a_warm_up_each_program_is_compiled_on_first_use_and_computes_the_same(tmp_path, trainer):
     seen = []
     with compilations() as compiled:
         lazy = trainer_of(phases=(2,), compile_ahead=False)
@@ -124,14 +130,17 @@ def test_one_bucket_is_compiled_once_and_at_its_first_step(tmp_path, capsys):
     assert "compiling" not in capsys.readouterr().err
 
 
-def test_batches_without_images_are_of_one_shape_whatever_their_bucket(tmp_path, capsys):
+def test_batches_without_images_have_one_shape_for_all_buckets(tmp_path, capsys):
     class Words(Images):
         def _next(self):
             elements = super()._next()
             return {"words": elements.pop("image")[:, :8, :8], **elements}
 
     task = image_task()
-    loss = lambda params, frozen, batch, *more: task.loss(params, frozen, {**batch, "image": batch["words"]}, *more)  # noqa: E731
+
+    def loss(params, frozen, batch, *more):
+        return task.loss(params, frozen, {**batch, "image": batch["words"]}, *more)
+
     trainer = make_trainer(ONE_DEVICE, Task("toy", task.init, loss), steps=3, batch_size=8, **NO_EMA)
     with compilations() as compiled:
         run(tmp_path, trainer, Words)
@@ -139,7 +148,7 @@ def test_batches_without_images_are_of_one_shape_whatever_their_bucket(tmp_path,
     assert "compiling" not in capsys.readouterr().err
 
 
-def test_the_progress_lines_say_bucket_size_seconds_and_time_left(tmp_path, trainer, capsys):
+def test_the_progress_lines_show_bucket_size_seconds_and_time_left(tmp_path, trainer, capsys):
     run(tmp_path, trainer, Images)
     lines = [line for line in capsys.readouterr().err.splitlines() if "compiling" in line]
     assert lines[0].startswith("toy: compiling the step for 2 buckets in 2 phases before step 1 (train.compile_ahead=")
@@ -186,10 +195,10 @@ def test_the_warm_up_allocates_no_arrays_on_the_devices():
         before = {id(array) for array in jax.live_arrays()}
         trainer.compile({"image": shape, "label": label}, 0)
         made = [array.nbytes for array in jax.live_arrays() if id(array) not in before]
-    assert sum(made) < 1e4  # constants of the program at most
+    assert sum(made) < 1e4  # at most constants of the program
 
 
-def test_batches_of_another_type_are_not_given_to_what_was_compiled_ahead(trainer):
+def test_batches_of_another_dtype_do_not_use_the_precompiled_program(trainer):
     batch = trainer.put({key: value for key, value in Images(0)._next().items() if key != NEWS})
     state = trainer.init(0)
     with jax.set_mesh(trainer.mesh), compilations() as compiled:

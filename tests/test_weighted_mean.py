@@ -1,4 +1,4 @@
-"""Means with weights: merging parts is averaging all values, and what a log gets of several steps."""
+"""Weighted means: merging partial means equals averaging all values, and the means over steps for the log."""
 
 import functools
 
@@ -14,7 +14,7 @@ from lidit_jax.weighted_mean import Perplexity, WeightedMean, mean_of_steps
 
 @settings(max_examples=50)
 @given(parts=st.lists(st.lists(st.tuples(st.floats(-1e3, 1e3, width=32), st.booleans()), max_size=5), min_size=1))
-def test_merging_parts_is_averaging_the_counted_values_of_all(parts):
+def test_merging_means_equals_averaging_all_counted_values(parts):
     def over(part):
         values, counted = np.array([v for v, _ in part], np.float32), np.array([c for _, c in part], bool)
         return WeightedMean(*map(np.float32, (values[counted].mean() if counted.any() else 0.0, counted.sum())))
@@ -25,7 +25,7 @@ def test_merging_parts_is_averaging_the_counted_values_of_all(parts):
     assert merged.mean == pytest.approx(counted.mean() if len(counted) else 0.0, rel=1e-4, abs=1e-2)
 
 
-def test_a_mean_is_over_the_counted_values_alone():
+def test_a_mean_is_over_the_counted_values_only():
     values = jnp.array([[1.0, 2.0], [jnp.nan, 6.0]])
     some = WeightedMean.over(values, jnp.array([[True, True], [False, True]]))
     assert (some.mean, some.weight) == (3.0, 3.0)
@@ -36,7 +36,7 @@ def test_a_mean_is_over_the_counted_values_alone():
     assert {leaf.dtype for leaf in jax.tree.leaves((some, none, everything))} == {jnp.dtype(jnp.float32)}
 
 
-def test_steps_are_averaged_by_weight_and_what_has_none_is_left_out():
+def test_steps_are_averaged_by_weight_and_those_without_are_left_out():
     rows = [
         {"loss": WeightedMean(1.0, 1.0), "quarter": WeightedMean(0.0, 0.0), "grad_norm": np.float32(2.0)},
         {"loss": WeightedMean(5.0, 3.0), "quarter": WeightedMean(0.0, 0.0), "grad_norm": np.float32(4.0)},
@@ -46,6 +46,6 @@ def test_steps_are_averaged_by_weight_and_what_has_none_is_left_out():
     assert mean_of_steps([]) == {}
 
 
-def test_a_perplexity_is_that_of_all_tokens_not_the_mean_of_perplexities():
+def test_the_perplexity_is_over_all_tokens_not_the_mean_of_perplexities():
     rows = [{"perplexity": Perplexity(np.log(2.0), 300.0)}, {"perplexity": Perplexity(np.log(32.0), 100.0)}]
     assert mean_of_steps(rows) == {"perplexity": pytest.approx(4.0)}

@@ -1,1 +1,1 @@
-"""`python -m lidit_jax.compile`: compiles a train step for TPUs that are not there, and reports its cost."""
+"""`python -m lidit_jax.compile`: compiles a train step for TPUs without having any, and reports its cost."""

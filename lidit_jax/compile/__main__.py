@@ -1,9 +1,9 @@
-"""Compiles the train step for TPUs that are not there: `python -m lidit_jax.compile --config=… --topology=v5p:8x8x4`.
+"""Compiles the train step for a TPU slice without one: `python -m lidit_jax.compile --config=… --topology=v5p:8x8x4`.
 
-Compiles the square bucket and an extreme one, and reports the one that needs more memory; `--bucket=640x384` compiles
-that one alone. With `--program=sample` the sampling of images in its place; `--weights` lists where each weight goes.
-Says what a chip holds, whether that fits, and how long a step takes at the least. Needs no TPU, but its compiler:
-`pip install -e ".[tpu]"`. Exit code 1 where it does not fit.
+Compiles the step for the square bucket and for the most extreme one, and reports the one that needs more memory;
+`--bucket=640x384` compiles that one alone. `--program=sample` compiles the sampling of images instead; `--weights`
+lists the sharding of each weight. Reports the memory that a chip needs, whether it fits, and a lower bound on the time
+of a step. Needs no TPU, but the TPU compiler: `pip install -e ".[tpu]"`. Exit code 1 if the program does not fit.
 """
 
 import sys
@@ -18,25 +18,27 @@ from lidit_jax.errors import UserError
 from lidit_jax.files import write_json
 
 _CONFIG = cli.define_config()
-_TOPOLOGY = flags.DEFINE_string("topology", None, "generation and shape of a slice: v5p:8x8x4, v5e:16x16, v4:2x2x2 …")
-_SLICES = flags.DEFINE_integer("slices", 1, "how many of them", lower_bound=1)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "TPU generation and slice shape: v5p:8x8x4, v5e:16x16, v4:2x2x2 …")
+_SLICES = flags.DEFINE_integer("slices", 1, "number of such slices", lower_bound=1)
 _PREFIX = flags.DEFINE_integer(
-    "prefix_tokens", 64, "of system prompt and instruction, where encoders have no weights", lower_bound=0
+    "prefix_tokens", 64, "tokens of system prompt and instruction, for encoders without weights", lower_bound=0
 )
-_PROGRAM = flags.DEFINE_enum("program", "train", ["train", "sample"], "the train step, or prompts to pictures")
+_PROGRAM = flags.DEFINE_enum(
+    "program", "train", ["train", "sample"], "compile the train step, or the sampling of images"
+)
 _BUCKET = flags.DEFINE_string(
     "bucket",
     "",
-    "the bucket to compile, as 640x384 (height, width); unset: the square and, of training, an extreme one",
+    "bucket to compile, as 640x384 (height, width); default: the square one and, for training, the most extreme one",
 )
-_WEIGHTS = flags.DEFINE_bool("weights", False, "list where each weight goes, and compile nothing")
-_JSON = flags.DEFINE_string("json", None, "file for all numbers")
+_WEIGHTS = flags.DEFINE_bool("weights", False, "list the sharding of each weight, and compile nothing")
+_JSON = flags.DEFINE_string("json", None, "JSON file to write all numbers to")
 
 
 def main() -> None:
-    jax.config.update("jax_platforms", "cpu")  # a libtpu that finds no platform named tries to start a TPU
+    jax.config.update("jax_platforms", "cpu")  # otherwise libtpu tries to start a TPU
     if _JSON.value and not epath.Path(_JSON.value).parent.is_dir():
-        raise UserError(f"--json={_JSON.value}: there is no such folder")
+        raise UserError(f"--json={_JSON.value}: its folder does not exist, create it first")
     config, topology = cli.read_config(_CONFIG), cli.require(_TOPOLOGY.name)
     if _WEIGHTS.value:
         print("\n".join(where_weights_go(config, topology, _SLICES.value)))

@@ -1,10 +1,11 @@
-"""The real train step compiled for a TPU slice, on a machine without one: does it fit, and what does it do?
+"""Compiles the real train step for a TPU slice on a host without TPUs, to see whether it fits and what it costs.
 
-The TPU's own compiler comes with libtpu (`pip install -e ".[tpu]"`); a topology's name stands for its chips. Nothing is
-loaded: parameters, frozen encoders and batches are shapes with their places on the mesh.
+The TPU compiler comes with libtpu (`pip install -e ".[tpu]"`) and compiles for the chips of a named topology. Nothing
+is loaded: parameters, frozen encoders and batches are shapes with shardings.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -47,7 +48,7 @@ TOPOLOGY = re.compile(r"(v\d+[a-z]*):\d+(x\d+)*")
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A run's parts with shapes in place of arrays."""
+    """The networks of a run, with shapes in place of arrays."""
 
     experiment: Experiment
     chip: Chip
@@ -63,7 +64,7 @@ class _Run:
         return Trainer(task, config, self.mesh, self.rules)
 
     def state(self) -> TrainState:
-        """What a run holds, whatever its batches are."""
+        """Returns the abstract train state, which does not depend on the batch size."""
         rows = num_batch_shards(self.mesh, self.rules)
         return self.trainer(dataclasses.replace(self.experiment.train, batch_size=rows, accumulate=1)).abstract_state()
 
@@ -78,40 +79,45 @@ def compile_step(
 ) -> Report:
     """Compiles the train step of a config (frozen encoders, VAE's encoder, LI-DiT, AdamW, EMA), or its sampling.
 
-    The train step is compiled for the square bucket and for the one of the most extreme aspect: with about as many
-    tokens, it may pad them otherwise or take another attention kernel. The report is of the one that needs more memory.
+    The train step is compiled for the square bucket and for the bucket of the most extreme aspect ratio, which has
+    about as many tokens but may pad them differently or use another attention kernel.
 
     Args:
-      program: "train", or "sample": prompts to pictures, a batch as a run draws it for its log.
-      topology: e.g. "v5p:8x8x4".
-      num_slices: of that topology, joined by the data centre's network.
-      prefix_tokens: of system prompt and instruction, where no tokenizer is at hand.
-      bucket: the only one to compile, as "640x384" (height, width); "": the square and, of training, an extreme one.
+      config: the config of a run.
+      topology: TPU generation and slice shape, e.g. "v5p:8x8x4".
+      num_slices: number of such slices, connected by the data centre's network.
+      prefix_tokens: tokens of system prompt and instruction, assumed for encoders without weights.
+      program: "train", or "sample" for the sampling of one batch of images, as a run samples for its log.
+      bucket: the only bucket to compile, as "640x384" (height, width); "" compiles the square one and, for training,
+        the most extreme one.
+
+    Returns:
+      The report on the bucket that needs the most memory.
 
     Raises:
-      UserError: the config or the mesh cannot work, there is no such bucket, or the TPU's compiler is not installed.
+      UserError: if the config does not fit the mesh, there is no such bucket, or the TPU compiler is not installed.
     """
-    run = _run(config, topology, num_slices, prefix_tokens)
+    run = _abstract_run(config, topology, num_slices, prefix_tokens)
     buckets = _buckets(run.experiment, bucket)
     if program == "sample":
         return _compile_sampling(run, topology, buckets[0])
     check_batch_size(run.experiment.train, run.mesh)
     trainer, reports = run.trainer(run.experiment.train), []
-    for of in buckets:
-        logger.info("compiling the step for bucket %s", of)
-        batch = abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, of)
-        reports.append(_compile(trainer, run.frozen, batch, topology, run.chip, of))
+    for each in buckets:
+        logger.info("compiling the step for bucket %s", each)
+        batch = abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, each)
+        reports.append(_compile(trainer, run.frozen, batch, topology, run.chip, each))
     return worst(reports)
 
 
 def _buckets(experiment: Experiment, only: str) -> list[Bucket]:
-    """The square bucket and the widest, or the only one that is asked for; see `compile_step`."""
+    """Returns the square bucket and the last, which is the most extreme, or only the requested one."""
     buckets = experiment.data.buckets(experiment.cell())
     if only:
         found = [bucket for bucket in buckets if str(bucket) == only]
         if not found:
             raise UserError(
-                f"--bucket={only}: the config has no such bucket, use one of {', '.join(map(str, buckets))}"
+                f"--bucket={only}: the config has no such bucket: use one of {', '.join(map(str, buckets))}"
             )
         return found
     square = Bucket(experiment.data.resolution, experiment.data.resolution)
@@ -119,32 +125,32 @@ def _buckets(experiment: Experiment, only: str) -> list[Bucket]:
 
 
 def where_weights_go(config: ConfigDict, topology: str, num_slices: int = 1) -> list[str]:
-    """A line for every weight: shape, cut along which axes of the mesh, and bytes on a chip. Nothing is compiled."""
-    rows = [("weight", "shape", "cut", "MB a chip")]
-    for name, leaf in _weights(_run(config, topology, num_slices, 1)).items():
+    """Lists the weights, one a line: shape, mesh axes that shard it, and size on a chip. Compiles nothing."""
+    rows = [("weight", "shape", "sharded over", "MB a chip")]
+    for name, leaf in _weights(_abstract_run(config, topology, num_slices, 1)).items():
         spec = tuple(leaf.sharding.spec) + (None,) * (len(leaf.shape) - len(leaf.sharding.spec))
-        cut = ", ".join(str(axes or "-") for axes in spec) if any(spec) else "whole"
-        rows.append((name, " x ".join(map(str, leaf.shape)), cut, f"{_bytes_a_chip(leaf) / 1e6:.3f}"))
+        sharded = ", ".join(str(axes or "-") for axes in spec) if any(spec) else "replicated"
+        rows.append((name, " x ".join(map(str, leaf.shape)), sharded, f"{_bytes_a_chip(leaf) / 1e6:.3f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _weights(run: _Run) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of LI-DiT, the encoders and the VAE, by name."""
+    """Returns the abstract weights of LI-DiT, the encoders and the VAE, by path."""
     trees = {"lidit": run.state().params, "vae": run.frozen["vae"]}
-    trees |= {name: of.params for name, of in run.frozen["encoders"].items()}
+    trees |= {name: encoder.params for name, encoder in run.frozen["encoders"].items()}
     return flax.traverse_util.flatten_dict(trees, sep="/")
 
 
-def _run(config: ConfigDict, topology: str, num_slices: int, prefix_tokens: int) -> _Run:
+def _abstract_run(config: ConfigDict, topology: str, num_slices: int, prefix_tokens: int) -> _Run:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.data.path = config.data.get("path") or "unused"
     experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
     if not experiment.has_lidit:
-        raise UserError("compile: the config is of a VAE alone; name one with a model")
+        raise UserError("compile: the config trains a VAE alone: give one with a model")
     if experiment.text.encode != "in_step":
-        raise UserError("compile: only a step with the encoders in it is compiled: give --config.text.encode=in_step")
+        raise UserError("compile: the encoders must run inside the step: give --config.text.encode=in_step")
     devices, chip = topology_devices(topology, num_slices)
     return _on_devices(experiment, devices, chip, prefix_tokens)
 
@@ -161,21 +167,21 @@ def _compile(
 ) -> Report:
     state, mesh = trainer.abstract_state(), trainer.mesh
     parts = {"weights": state.params, "ema": state.ema, "optimiser": state.opt_state, "frozen": frozen, "batch": batch}
-    lower = lambda: trainer.lower(state, frozen, batch)  # noqa: E731
+    lower = functools.partial(trainer.lower, state, frozen, batch)
     rows = trainer.config.batch_size
     return _report(lower, mesh, parts, topology, chip, "train", rows, bucket, trainer.task.flops(batch))
 
 
 def _compile_sampling(run: _Run, topology: str, bucket: Bucket) -> Report:
-    experiment, how = run.experiment, run.experiment.sample
+    experiment, sampling = run.experiment, run.experiment.sample
     pipeline = Pipeline(experiment.model, experiment.schedule, run.encoders, run.vae, run.frozen, run.mesh, run.rules)
     pipeline.check_size(*bucket)
     state = run.state()
-    lower = lambda: pipeline.lower(state.averaged, *bucket, how)  # noqa: E731
-    # A run draws with one copy of the weights; what else it trains with stays where it is.
+    lower = functools.partial(pipeline.lower, state.averaged, *bucket, sampling)
+    # Sampling reads one copy of the weights; the rest of the train state stays in memory.
     beside = state.opt_state if state.ema is None else (state.params, state.opt_state)
     parts = {"weights": state.averaged, "frozen": run.frozen, "beside": beside}
-    rows, flops = pipeline.rows(how), pipeline.flops(*bucket, how)
+    rows, flops = pipeline.rows(sampling), pipeline.flops(*bucket, sampling)
     return _report(lower, run.mesh, parts, topology, run.chip, "sample", rows, bucket, flops)
 
 
@@ -196,7 +202,7 @@ def _report(
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            needed = _needed(str(error))
+            needed = _requested_bytes(str(error))
     memory = compiled and compiled.memory_analysis()
     return Report(
         topology=topology,
@@ -217,38 +223,42 @@ def _report(
     )
 
 
-def _needed(message: str) -> int:
-    """Bytes that the compiler asked for in vain; raises what it said of anything else."""
+def _requested_bytes(message: str) -> int:
+    """Returns the bytes requested by XLA when compilation ran out of memory; raises UserError for other messages."""
     found = re.search(r"total memory required for HLO temporaries \(([\d.]+)([KMGT])\)", message)
     found = found or re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
     if not found:
-        raise UserError(f"the TPU's compiler refuses: {' '.join(message.split())[:400]}")
+        raise UserError(f"the TPU compiler failed: {' '.join(message.split())[:400]}")
     return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
 
 
 def topology_devices(name: str, num_slices: int = 1) -> tuple[list[jax.Device], Chip]:
-    """The chips of a slice that is not there.
+    """Returns compile-only devices of a TPU topology, and the kind of chip.
+
+    Args:
+      name: TPU generation and slice shape, e.g. "v5p:8x8x4".
+      num_slices: number of such slices.
 
     Raises:
-      UserError: there is no such topology, or no libtpu.
+      UserError: if there is no such topology, or libtpu is not installed.
     """
     generation = name.partition(":")[0]
     if not TOPOLOGY.fullmatch(name) or generation not in TPUS:
-        raise UserError(f"--topology={name}: name one of {', '.join(TPUS)} and its shape, as v5p:8x8x4 or v5e:16x16")
+        raise UserError(f"--topology={name}: give one of {', '.join(TPUS)} and a shape, such as v5p:8x8x4 or v5e:16x16")
     from jax.experimental import topologies
 
-    # Chips whose two cores work as one show themselves as one device.
+    # Megacore: the two cores of a chip appear as one device.
     options: dict[str, Any] = {"chip_config_name": "megacore"} if generation in ("v4", "v5p") else {}
     if num_slices > 1:
         options["num_slices"] = num_slices
-    # libtpu otherwise asks the cloud who it is.
+    # Otherwise libtpu queries the metadata server of Google Cloud.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except Exception as error:  # jaxlib raises its own kinds, and plain RuntimeErrors, for all that can be wrong
+    except Exception as error:  # jaxlib raises types of its own and plain RuntimeErrors
         raise UserError(
-            f"--topology={name}: {' '.join(str(error).split())[:200]} (the TPU's compiler is needed: "
+            f"--topology={name}: {' '.join(str(error).split())[:200]} (this needs the TPU compiler: "
             'pip install -e ".[tpu]"; one process at a time can use it)'
         ) from error
     return list(description.devices), TPUS[generation]
@@ -256,7 +266,13 @@ def topology_devices(name: str, num_slices: int = 1) -> tuple[list[jax.Device], 
 
 @dataclasses.dataclass(frozen=True)
 class AssumedTokenizer:
-    """As long as a tokenizer would be, in place of one that is not there."""
+    """Stands in for a tokenizer that is not available: gives sequences of the right length.
+
+    Attributes:
+      prefix_tokens: tokens of system prompt and instruction.
+      max_length: tokens of a padded prompt.
+      largest_token: largest token id.
+    """
 
     prefix_tokens: int
     max_length: int
@@ -274,47 +290,50 @@ class AssumedTokenizer:
 def abstract_frozen(
     experiment: Experiment, mesh: Mesh, rules: ShardingRules, prefix_tokens: int
 ) -> tuple[dict[str, PromptEncoder], dict[str, Any]]:
-    """The encoders, and shapes of all that is frozen, as `Experiment.pipeline` would load it.
+    """Returns the encoders, and the shapes of the frozen arrays that `Experiment.pipeline` would load.
 
-    Encoders whose `weights` are given are those of their folders' config.json, others those that `model` describes.
+    Encoders with `weights` are read from the config.json of that folder, others from their `model` section.
     """
     encoders, frozen = {}, {}
-    for name, part in experiment.encoders.items():
-        if part.weights:
-            encoder = open_encoder(part.weights, experiment.prompt_tokenizer, dtype=part.dtype)
+    for name, config in experiment.encoders.items():
+        if config.weights:
+            encoder = open_encoder(config.weights, experiment.prompt_tokenizer, dtype=config.dtype)
         else:
             tokenizer = AssumedTokenizer(prefix_tokens, experiment.text.max_length)
-            encoder = LLMTextEncoder(experiment.encoders[name].language_model, tokenizer)
+            encoder = LLMTextEncoder(config.language_model, tokenizer)
         if not isinstance(encoder, LLMTextEncoder):
-            raise UserError(f"encoders.{name}: only decoder-only LLMs can be compiled without their weights")
+            raise UserError(f"encoders.{name}: only decoder-only LLMs can be compiled from their config.json alone")
         encoders[name] = encoder
-        params = abstract_encoder(encoder.config, dtype=part.dtype, mesh=mesh, rules=rules)
-        apply = lambda p, t, model=encoder.model: model.apply({"params": p}, t, method=LLM.prefix)  # noqa: E731
-        features, cache = jax.eval_shape(apply, params, encoder.tokenizer.prefix())
-        frozen[name] = FrozenLLM(params, *_everywhere((features, cache), mesh))
+        params = abstract_encoder(encoder.config, dtype=config.dtype, mesh=mesh, rules=rules)
+        encode_prefix = functools.partial(encoder.model.apply, method=LLM.prefix)
+        features, cache = jax.eval_shape(encode_prefix, {"params": params}, encoder.tokenizer.prefix())
+        frozen[name] = FrozenLLM(params, *_replicated((features, cache), mesh))
     vae = experiment.autoencoder(experiment.vae_config)
     side = 2 * vae.config.downsampling_factor
     params = jax.eval_shape(lambda: nn.unbox(vae.init(jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]))
-    places = stored_shardings(params, mesh, rules)
-    params = jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), params, places)
+    params = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        params,
+        stored_shardings(params, mesh, rules),
+    )
     return encoders, {"vae": params, "encoders": frozen}
 
 
 def abstract_batch(
     experiment: Experiment, encoders: Mapping[str, PromptEncoder], mesh: Mesh, rules: ShardingRules, bucket: Bucket
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of images of one bucket with their tokens."""
+    """Returns the shapes of a batch of images of one bucket and their tokens."""
     rows, length = experiment.train.batch_size, experiment.text.max_length
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((rows, *bucket, 3), jnp.uint8)}
     for name in encoders:
         shapes[f"{name}/tokens"] = (rows, length), jnp.int32
         shapes[f"{name}/mask"] = (rows, length), jnp.bool_
         shapes[f"{name}/truncated"] = (rows,), jnp.bool_
-    place = batch_sharding(mesh, rules)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, (shape, dtype) in shapes.items()}
+    sharding = batch_sharding(mesh, rules)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
 
 
-def _everywhere(tree: Any, mesh: Mesh) -> Any:
+def _replicated(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), tree)
 
 

@@ -1,6 +1,6 @@
-"""What a compiled program does, read from its HLO text: operations, memory traffic, messages; loops by their trips.
+"""Cost of a compiled program from its HLO text: FLOPs, memory traffic and communication, with loops' trip counts.
 
-XLA's own cost analysis counts the body of a loop once, which for blocks under a scan says nothing.
+XLA's own cost analysis counts a loop's body once, which is meaningless for blocks under a scan.
 """
 
 import collections
@@ -18,10 +18,10 @@ _BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf
           "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}  # fmt: skip
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _REDUCTIONS = ("all-reduce", "reduce-scatter")
-# Custom calls of the TPU's compiler that compute nothing.
+# Custom calls of the TPU compiler that compute nothing.
 _NO_KERNELS = frozenset(("AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast",
                          "AssumeGatherIndicesInBound"))  # fmt: skip
-# Names for what is elsewhere already.
+# Instructions that only name existing data, without memory traffic.
 _FREE = frozenset(("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id"))
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 _NAME = re.compile(r"%?([\w.\-]+)")
@@ -29,16 +29,17 @@ _NAME = re.compile(r"%?([\w.\-]+)")
 
 @dataclasses.dataclass
 class Cost:
-    """Of one run of a program on one device.
+    """Cost of one run of a program on one device.
 
     Attributes:
-      flops: of matrix products and convolutions, two a multiplication.
-      bytes: read and written by whatever is not fused into something else; slices of larger arrays count as slices.
-      messages: bytes that a chip takes part in sending, by kind: of a gather its result, of a scatter its operand, of a
-        reduction twice its size.
-      gradient_reductions: of the messages, those that reduce the gradients of weights and biases, by dtype ("f32").
-      kernels: custom calls whose operations nobody can read here (the attention kernel's are counted), by target.
-      unknown_loops: loops whose trips could not be read; their bodies are counted once.
+      flops: FLOPs of matrix products and convolutions, two for each multiply-add.
+      bytes: bytes read and written by instructions that are not fused into others; for slices of larger arrays, those
+        of the slice.
+      messages: bytes communicated by a chip, by collective: the result of an all-gather, the operand of a
+        reduce-scatter, twice the size of an all-reduce.
+      gradient_reductions: bytes of `messages` that reduce gradients of weights and biases, by dtype ("f32").
+      kernels: custom calls whose FLOPs can't be read from the text, by target (those of the attention kernel can).
+      unknown_loops: number of loops with an unknown trip count; their bodies are counted once.
     """
 
     flops: float = 0.0
@@ -49,6 +50,7 @@ class Cost:
     unknown_loops: int = 0
 
     def add(self, other: "Cost", times: int = 1) -> None:
+        """Adds another cost in place, multiplied by `times`."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         for field in ("messages", "gradient_reductions", "kernels"):
@@ -60,7 +62,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line: `name = shape opcode(operands), attributes`."""
+    """An instruction of the HLO text: `name = shape opcode(operands), attributes`."""
 
     name: str
     shape: str
@@ -70,12 +72,17 @@ class Instruction:
     is_root: bool = False
 
     def called(self, key: str) -> str | None:
+        """Returns the name that attribute `key` refers to, such as a computation."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
 
 def cost_of(text: str) -> Cost:
-    """Of a module as `Compiled.as_text()` gives it."""
+    """Returns the cost of a module.
+
+    Args:
+      text: HLO text, as from `Compiled.as_text()`.
+    """
     return _Module(text).cost()
 
 
@@ -104,70 +111,76 @@ class _Module:
             self._known[name, fused] = total
         return self._known[name, fused]
 
-    def _cost_of(self, one: Instruction, among: dict[str, Instruction], fused: bool) -> tuple[Cost, int]:
-        """(cost, how often)."""
-        if one.opcode == "while":
-            trips = self._trips(one, among)
+    def _cost_of(self, instruction: Instruction, computation: dict[str, Instruction], fused: bool) -> tuple[Cost, int]:
+        """Returns the cost of an instruction and how often it counts."""
+        if instruction.opcode == "while":
+            trips = self._trips(instruction, computation)
             cost = dataclasses.replace(Cost(), unknown_loops=int(trips is None))
-            cost.add(self._cost(one.called("body"), fused), 1 if trips is None else trips)
+            cost.add(self._cost(instruction.called("body"), fused), 1 if trips is None else trips)
             return cost, 1
-        if one.opcode == "conditional":
-            branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
+        if instruction.opcode == "conditional":
+            branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
             names = (
-                _NAME.findall(branches[1]) if branches else [one.called(f"{b}_computation") for b in ("true", "false")]
+                _NAME.findall(branches[1])
+                if branches
+                else [instruction.called(f"{b}_computation") for b in ("true", "false")]
             )
             return max((self._cost(name, fused) for name in names), key=lambda cost: (cost.flops, cost.bytes)), 1
         cost = Cost()
-        if one.opcode in ("call", "async-start"):
-            cost.add(self._cost(one.called("to_apply") or one.called("calls"), fused))
+        if instruction.opcode in ("call", "async-start"):
+            cost.add(self._cost(instruction.called("to_apply") or instruction.called("calls"), fused))
             return cost, 1
-        if one.opcode == "fusion":
-            name = one.called("calls") or ""
+        if instruction.opcode == "fusion":
+            name = instruction.called("calls") or ""
             cost.add(self._cost(name, True))
-            if "all-reduce-scatter" in name:  # XLA's name for one in place of the other
+            if "all-reduce-scatter" in name:  # XLA fused an all-reduce and a slice into a reduce-scatter
                 cost.messages = collections.Counter({"reduce-scatter": cost.messages["all-reduce"] // 2})
                 halves = {kind: count // 2 for kind, count in cost.gradient_reductions.items()}
                 cost.gradient_reductions = collections.Counter(halves)
-            elif self._only_goes_on(name):
+            elif self._continues_collective(name):
                 cost.messages, cost.gradient_reductions = collections.Counter(), collections.Counter()
-        if one.opcode == "dot":
-            cost.flops = _dot_flops(one, among)
-        if one.opcode == "convolution":
-            cost.flops = _convolution_flops(one, among)
-        if one.opcode == "custom-call":
-            target = _target(one)
+        if instruction.opcode == "dot":
+            cost.flops = _dot_flops(instruction, computation)
+        if instruction.opcode == "convolution":
+            cost.flops = _convolution_flops(instruction, computation)
+        if instruction.opcode == "custom-call":
+            target = _target(instruction)
             if target in _NO_KERNELS:
                 return cost, 1
-            cost.flops = _attention_flops(one, among)
+            cost.flops = _attention_flops(instruction, computation)
             if not cost.flops:
                 cost.kernels[target] += 1
-        kind = one.opcode.removesuffix("-start")
+        kind = instruction.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
-            shapes = [_result(one)]
+            shapes = [_result_shape(instruction)]
             if kind == "reduce-scatter":
-                shapes = [among[name].shape for name in one.operands if name in among]
+                shapes = [computation[name].shape for name in instruction.operands if name in computation]
             for dtype, size in _bytes_by_dtype(shapes).items():
                 size *= 2 if kind == "all-reduce" else 1
                 cost.messages[kind] += size
-                if kind in _REDUCTIONS and f"/{GRADIENT_SCOPE}/" in one.attributes:
+                if kind in _REDUCTIONS and f"/{GRADIENT_SCOPE}/" in instruction.attributes:
                     cost.gradient_reductions[dtype] += size
-        if not fused and one.opcode not in _FREE and not one.opcode.endswith("-done"):
-            cost.bytes += self._traffic(one, among)
+        if not fused and instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
+            cost.bytes += self._traffic(instruction, computation)
         return cost, 1
 
-    def _only_goes_on(self, name: str) -> bool:
-        """Whether a fusion carries on, or ends, a message that an earlier one began; each holds a copy of it."""
-        targets = {_target(one) for one in self._computations.get(name, {}).values() if one.opcode == "custom-call"}
+    def _continues_collective(self, name: str) -> bool:
+        """Returns True if a fusion continues or ends an asynchronous collective, which each of its fusions repeats."""
+        targets = {
+            _target(instruction)
+            for instruction in self._computations.get(name, {}).values()
+            if instruction.opcode == "custom-call"
+        }
         return "AsyncCollectiveDone" in targets or (
             name.startswith("async_collective_fusion") and "AsyncCollectiveStart" not in targets
         )
 
-    def _trips(self, loop: Instruction, among: dict[str, Instruction]) -> int | None:
-        """Of a loop that counts up to a constant; None for any other."""
+    def _trips(self, loop: Instruction, computation: dict[str, Instruction]) -> int | None:
+        """Returns the trip count of a loop that counts up to a constant; None for other loops."""
         if found := re.search(r"known_trip_count[^0-9]*(\d+)", loop.attributes):
             return int(found[1])
         condition = self._computations.get(loop.called("condition") or "", {})
-        compares = [one for one in condition.values() if one.opcode == "compare"]
+        compares = [instruction for instruction in condition.values() if instruction.opcode == "compare"]
         if len(compares) != 1 or compares[0].called("direction") != "LT":
             return None
         counter, bound = (condition.get(name) for name in compares[0].operands)
@@ -177,48 +190,50 @@ class _Module:
         body = self._computations.get(loop.called("body") or "", {})
         steps = [
             _constant(body.get(other))
-            for one in body.values()
-            if one.opcode == "add" and one.shape.startswith("s32[]") and len(one.operands) == 2
-            for name, other in (one.operands, reversed(one.operands))
+            for instruction in body.values()
+            if instruction.opcode == "add" and instruction.shape.startswith("s32[]") and len(instruction.operands) == 2
+            for name, other in (instruction.operands, reversed(instruction.operands))
             if _index(body.get(name)) == index and _constant(body.get(other)) is not None
         ]
-        start = among.get(loop.operands[0])
-        first = _constant(among.get(start.operands[index])) if start and start.opcode == "tuple" else None
-        step = steps[0] if len(steps) == 1 else 1  # by 1, unless it is seen to be otherwise
+        start = computation.get(loop.operands[0])
+        first = _constant(computation.get(start.operands[index])) if start and start.opcode == "tuple" else None
+        step = steps[0] if len(steps) == 1 else 1  # 1 unless the body shows another step
         return max(0, math.ceil((end - (first or 0)) / step)) if step and step > 0 else None
 
-    def _traffic(self, one: Instruction, among: dict[str, Instruction]) -> int:
-        """Bytes that an instruction reads and writes."""
-        if one.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * _bytes(one.shape)
-        if one.opcode in ("copy-start", "slice-start"):
-            return 2 * min(_BYTES.get(kind, 0) * math.prod(sizes) for kind, sizes in list(_arrays(one.shape))[:2])
-        if one.opcode == "dynamic-update-slice":
-            return 2 * _bytes(among[one.operands[1]].shape)
-        written = _bytes(one.shape)
-        inside = self._computations.get(one.called("calls") or "", {}) if one.opcode == "fusion" else {}
+    def _traffic(self, instruction: Instruction, computation: dict[str, Instruction]) -> int:
+        """Returns the bytes that an instruction reads and writes."""
+        if instruction.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * _bytes(instruction.shape)
+        if instruction.opcode in ("copy-start", "slice-start"):
+            return 2 * min(
+                _BYTES.get(kind, 0) * math.prod(sizes) for kind, sizes in list(_arrays(instruction.shape))[:2]
+            )
+        if instruction.opcode == "dynamic-update-slice":
+            return 2 * _bytes(computation[instruction.operands[1]].shape)
+        written = _bytes(instruction.shape)
+        inside = self._computations.get(instruction.called("calls") or "", {}) if instruction.opcode == "fusion" else {}
         read = 0
-        for number, name in enumerate(one.operands):
-            size = _bytes(among[name].shape) if name in among else 0
-            sliced = _sliced_parameter(inside, number) if inside else None
+        for number, name in enumerate(instruction.operands):
+            size = _bytes(computation[name].shape) if name in computation else 0
+            sliced = _sliced_bytes(inside, number) if inside else None
             read += size if sliced is None else min(size, sliced)
-        if inside:  # what only passes through is neither read nor written
-            written -= sum(_bytes(inside[name].shape) for name in _passed_through(inside))
+        if inside:  # parameters passed through are neither read nor written
+            written -= sum(_bytes(inside[name].shape) for name in _returned_parameters(inside))
         updates = [i for i in inside.values() if i.opcode == "dynamic-update-slice" and _bytes(i.shape) == written]
-        if updates:  # in place: what is written is the update
+        if updates:  # in place: only the update is written
             written = _bytes(inside[updates[0].operands[1]].shape) if updates[0].operands[1] in inside else written
         return read + written
 
 
 def _parse(line: str) -> Instruction | None:
-    line = re.sub(r"/\*.*?\*/", "", line).strip()  # operands are numbered in comments
+    line = re.sub(r"/\*.*?\*/", "", line).strip()  # comments number the operands
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
-    end = _matching(rest) if rest.startswith("(") else rest.find(" ")
+    end = _closing(rest) if rest.startswith("(") else rest.find(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     opcode, parenthesis, rest = rest.partition("(")
     if not parenthesis or not re.fullmatch(r"[\w\-]+", opcode):
         return None
-    end = _matching("(" + rest) - 1
+    end = _closing("(" + rest) - 1
     inside = rest[: max(end - 1, 0)]
     if opcode == "constant":
         operands: Sequence[str] = (inside,)
@@ -227,8 +242,8 @@ def _parse(line: str) -> Instruction | None:
     return Instruction(name.lstrip("%"), shape, opcode, tuple(operands), rest[end:], line.startswith("ROOT "))
 
 
-def _matching(text: str) -> int:
-    """Behind the parenthesis that closes the first one."""
+def _closing(text: str) -> int:
+    """Returns the position after the parenthesis that closes the first one."""
     depth = 0
     for position, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -258,22 +273,22 @@ def _bytes_by_dtype(shapes: Sequence[str]) -> collections.Counter:
     return found
 
 
-def _result(one: Instruction) -> str:
-    """A collective's own result: a "-start" gives its operand too, first; but for that of a reduction."""
-    arrays = list(_arrays(one.shape))
-    if one.opcode.endswith("-start") and one.opcode != "all-reduce-start" and len(arrays) > 1:
+def _result_shape(instruction: Instruction) -> str:
+    """Returns the shape of a collective's result; a "-start", except an all-reduce's, also lists its operand."""
+    arrays = list(_arrays(instruction.shape))
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start" and len(arrays) > 1:
         kind, sizes = max(arrays, key=lambda array: _BYTES.get(array[0], 0) * math.prod(array[1]))
         return f"{kind}[{','.join(map(str, sizes))}]"
-    return one.shape
+    return instruction.shape
 
 
-def _target(one: Instruction) -> str:
-    found = re.search(r'custom_call_target="([^"]*)"', one.attributes)
+def _target(instruction: Instruction) -> str:
+    found = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
     return found[1] if found else "?"
 
 
-def _sliced_parameter(inside: dict[str, Instruction], number: int) -> int | None:
-    """Bytes that a fusion takes of its parameter, where it takes slices alone; else None."""
+def _sliced_bytes(inside: dict[str, Instruction], number: int) -> int | None:
+    """Returns the bytes that a fusion reads of a parameter that it only slices; None if it reads all of it."""
     [name] = [i.name for i in inside.values() if i.opcode == "parameter" and i.operands == (str(number),)] or [None]
     users = [i for i in inside.values() if name in i.operands and i.opcode != "parameter"]
     total = 0
@@ -289,62 +304,80 @@ def _sliced_parameter(inside: dict[str, Instruction], number: int) -> int | None
     return total if users else None
 
 
-def _passed_through(inside: dict[str, Instruction]) -> list[str]:
-    """Parameters that a fusion gives back as they are."""
-    roots = [one for one in inside.values() if one.is_root and one.opcode == "tuple"]
-    return [name for one in roots for name in one.operands if name in inside and inside[name].opcode == "parameter"]
+def _returned_parameters(inside: dict[str, Instruction]) -> list[str]:
+    """Returns the names of the parameters that a fusion returns unchanged."""
+    roots = [instruction for instruction in inside.values() if instruction.is_root and instruction.opcode == "tuple"]
+    return [
+        name
+        for instruction in roots
+        for name in instruction.operands
+        if name in inside and inside[name].opcode == "parameter"
+    ]
 
 
-def _index(one: Instruction | None) -> int | None:
-    """Of an element of a tuple."""
-    found = re.search(r"\bindex=(\d+)", one.attributes) if one and one.opcode == "get-tuple-element" else None
+def _index(instruction: Instruction | None) -> int | None:
+    """Returns the index of a get-tuple-element; None for other instructions."""
+    found = (
+        re.search(r"\bindex=(\d+)", instruction.attributes)
+        if instruction and instruction.opcode == "get-tuple-element"
+        else None
+    )
     return int(found[1]) if found else None
 
 
-def _constant(one: Instruction | None) -> int | None:
-    if one is None or one.opcode != "constant" or not one.shape.startswith("s32[]"):
+def _constant(instruction: Instruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "constant" or not instruction.shape.startswith("s32[]"):
         return None
-    return int(one.operands[0]) if re.fullmatch(r"-?\d+", one.operands[0]) else None
+    return int(instruction.operands[0]) if re.fullmatch(r"-?\d+", instruction.operands[0]) else None
 
 
-def _dot_flops(one: Instruction, among: dict[str, Instruction]) -> float:
-    left = _dims(among[one.operands[0]].shape)
-    contracted = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", one.attributes)
+def _dot_flops(instruction: Instruction, computation: dict[str, Instruction]) -> float:
+    left = _dims(computation[instruction.operands[0]].shape)
+    contracted = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", instruction.attributes)
     axes = [int(axis) for axis in contracted[1].split(",") if axis] if contracted else []
-    return 2.0 * math.prod(_dims(one.shape)) * math.prod(left[axis] for axis in axes)
+    return 2.0 * math.prod(_dims(instruction.shape)) * math.prod(left[axis] for axis in axes)
 
 
-def _attention_flops(one: Instruction, among: dict[str, Instruction]) -> float:
-    """Of the TPU's attention kernel (`models/splash_attention.py`), known by its name; 0 for any other custom call.
+def _attention_flops(instruction: Instruction, computation: dict[str, Instruction]) -> float:
+    """Returns the FLOPs of the TPU attention kernel (`models/splash_attention.py`), 0 for any other custom call.
 
-    Of a causal mask too the whole square is counted, as of XLA's attention.
+    The kernel is recognised by its name. All of the query-key matrix counts, also under a causal mask, as for XLA's
+    attention.
     """
-    kernel = re.match(r"splash_mha_(fwd|dkv|dq)_", one.name)
+    kernel = re.match(r"splash_mha_(fwd|dkv|dq)_", instruction.name)
     if not kernel:
         return 0.0
-    tokens = [dims for name in one.operands if name in among for dims in [_dims(among[name].shape)] if len(dims) == 4]
+    tokens = [
+        dims
+        for name in instruction.operands
+        if name in computation
+        for dims in [_dims(computation[name].shape)]
+        if len(dims) == 4
+    ]
     query, key = tokens[:2]  # [B, H, Lq, D], [B, K, Lk, D]
-    # Forward: logits and output. Backward: logits again, and the gradients of weights, values and keys; and of queries,
-    # which a kernel that does all at once gives for every block of keys, as [B, blocks, H, Lq, D].
-    does_all = any(len(sizes) == len(query) + 1 for _, sizes in _arrays(one.shape))
-    products = {"fwd": 2, "dkv": 5 if does_all else 4, "dq": 3}[kernel[1]]
+    # Forward: logits and output. Backward: logits again, and the gradients of weights, values and keys. The gradient of
+    # the queries has a kernel of its own ("dq"), or is an output of the fused one for every block of keys, as
+    # [B, blocks, H, Lq, D].
+    is_fused = any(len(sizes) == len(query) + 1 for _, sizes in _arrays(instruction.shape))
+    products = {"fwd": 2, "dkv": 5 if is_fused else 4, "dq": 3}[kernel[1]]
     return 2.0 * products * math.prod(query) * key[2]
 
 
-def _convolution_flops(one: Instruction, among: dict[str, Instruction]) -> float:
-    """Multiplications with padding and with the holes of a dilation are not counted, as in XLA."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
-    image, kernel, out = (dict(zip(label, dims, strict=True)) for label, dims in zip(
-        labels.groups(), (_dims(among[one.operands[0]].shape), _dims(among[one.operands[1]].shape), _dims(one.shape)),
-        strict=True))  # fmt: skip
+def _convolution_flops(instruction: Instruction, computation: dict[str, Instruction]) -> float:
+    """Returns the FLOPs of a convolution, without products with padding or dilation holes, like XLA."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    shapes = *(computation[name].shape for name in instruction.operands[:2]), instruction.shape
+    image, kernel, out = (
+        dict(zip(label, _dims(shape), strict=True)) for label, shape in zip(labels.groups(), shapes, strict=True)
+    )
     spatial = [label for label in labels[2] if label.isdigit()]
-    window = _window(one.attributes, len(spatial))
+    window = _window(instruction.attributes, len(spatial))
     positions = 1
     for axis, label in enumerate(spatial):
         positions *= _valid_positions(
             image[label], kernel[label], out[label], *(window[name][axis] for name in _WINDOW)
         )
-    groups = re.search(r"batch_group_count=(\d+)", one.attributes)
+    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
     batch = image["b"] // (int(groups[1]) if groups else 1)
     return 2.0 * batch * positions * kernel["i"] * kernel["o"]
 
@@ -367,11 +400,11 @@ def _window(attributes: str, rank: int) -> dict[str, list]:
 def _valid_positions(
     image: int, kernel: int, out: int, stride: int, pad: int, image_dilation: int, dilation: int
 ) -> int:
-    """Pairs of an output's place and a kernel's, along one axis, that meet a value of the image."""
+    """Returns, for one axis, the number of (output, kernel) position pairs that meet a value of the image."""
     outputs = np.arange(out, dtype=np.int64) * stride - pad
     count = 0
-    for place in range(kernel):
-        at = outputs + place * dilation
-        inside = (at >= 0) & (at < (image - 1) * image_dilation + 1)
-        count += int((inside & (at % image_dilation == 0)).sum())
+    for tap in range(kernel):
+        positions = outputs + tap * dilation
+        inside = (positions >= 0) & (positions < (image - 1) * image_dilation + 1)
+        count += int((inside & (positions % image_dilation == 0)).sum())
     return count

@@ -1,4 +1,4 @@
-"""What compiling found, in numbers and in words."""
+"""The report of the compile command, as numbers and as text."""
 
 import dataclasses
 import math
@@ -9,28 +9,31 @@ from lidit_jax.compile.hlo import Cost
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.parallel.chips import Chip
 
-_DTYPES = {"f32": "float32", "bf16": "bfloat16"}  # names of XLA's types
+_DTYPES = {"f32": "float32", "bf16": "bfloat16"}  # names of XLA types
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What compiling found, of one chip and one step.
+    """Memory and cost of one compiled program on one chip.
 
     Attributes:
-      what: "train" (a step) or "sample" (a batch of pictures).
-      chip: its peaks.
-      devices, batch_size: in all.
-      bucket: size of the images.
+      topology: TPU generation and slice shape, e.g. "v5p:8x8x4".
+      what: "train" (one step) or "sample" (one batch of images).
+      chip: memory and peak rates of the chip.
+      devices: chips in all.
       mesh: axis -> size.
-      parts: bytes of what lies in memory through the step: "weights", "ema", "optimiser", "frozen", "batch"; where a
-        run draws, "beside": what it trains with and does not draw with.
-      temporaries, peak, program: bytes; None where the compiler ran out of memory, which `needed` then says.
-      needed: bytes of temporaries that the compiler asked for, where it ran out.
-      model_flops: that the models need, rematerialisation not counted, all chips together.
-      cost: of the compiled program, one chip; None where there is none.
-      seconds: that lowering and compiling took.
-      bytes_by_bucket: peak memory of every bucket that was compiled, this one included (where the compiler ran out of
-        memory: what it would have needed).
+      batch_size: samples on all chips together.
+      bucket: size of the images.
+      parts: bytes on a chip of the arrays that stay in memory during the step: "weights", "ema", "optimiser", "frozen"
+        and "batch"; for sampling also "beside", the train state that sampling does not read.
+      temporaries: bytes; None if the compiler ran out of memory.
+      peak: peak memory in bytes; None if the compiler ran out of memory.
+      program: bytes of the code; None if the compiler ran out of memory.
+      needed: bytes of temporaries requested by XLA when compilation ran out of memory; None if it did not.
+      model_flops: model FLOPs of all chips together, without rematerialisation.
+      cost: cost of the compiled program on one chip; None if the compiler ran out of memory.
+      seconds: time of lowering and compiling.
+      bytes_by_bucket: bucket -> `bytes` of its report, for every compiled bucket.
     """
 
     topology: str
@@ -52,21 +55,25 @@ class Report:
 
     @property
     def bytes(self) -> int:
-        """Peak memory or, where the compiler ran out of it, the memory that the program would have needed."""
+        """Peak memory or, if the compiler ran out of memory, what the program would have needed."""
         return sum(self.parts.values()) + self.needed if self.peak is None else self.peak
 
     @property
     def fits(self) -> bool:
-        # The compiler knows what a chip has to the byte, and refuses more; but not of what lies beside its program.
+        """Whether the program fits into a chip's memory."""
+        # The compiler knows the exact memory of a chip and fails above it, but does not know of the arrays "beside".
         return self.peak is not None and (not self.parts.get("beside") or self.peak <= self.chip.memory)
 
     @property
     def flops_ratio(self) -> float | None:
-        """Compiled operations over those that the models need; of custom calls the attention kernel's alone count."""
+        """Compiled FLOPs over model FLOPs; of custom calls, only the attention kernel counts."""
         return self.cost and self.cost.flops * self.devices / self.model_flops
 
     def bounds(self) -> dict[str, float]:
-        """Seconds that a step takes at the least by each of the chip's limits; of the memory's traffic an estimate."""
+        """Returns lower bounds on the seconds of a step, by the resource of the chip that sets them.
+
+        The memory traffic is an estimate.
+        """
         if self.cost is None:
             return {}
         chip, cost = self.chip, self.cost
@@ -77,12 +84,13 @@ class Report:
         }
 
     def mfu_bound(self) -> float | None:
-        """The model's operations at the slowest bound's speed, over the chips' peak."""
+        """Returns an upper bound on the MFU: the model FLOPs at the speed of the slowest resource, over the peak."""
         if not self.bounds():
             return None
         return self.model_flops / self.devices / self.chip.flops / max(self.bounds().values())
 
     def to_json(self) -> dict[str, Any]:
+        """Returns all numbers as JSON-serialisable values."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["chip"] = dataclasses.asdict(self.chip)
         values["cost"] = self.cost and {
@@ -92,8 +100,11 @@ class Report:
         return values | {"mfu_bound": self.mfu_bound()}
 
     def lines(self) -> list[str]:
-        """For people."""
-        gb = lambda count: f"{count / 1e9:8.2f} GB"  # noqa: E731
+        """Returns the report as lines of text."""
+
+        def gb(count: float) -> str:
+            return f"{count / 1e9:8.2f} GB"
+
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items())
         rows = [
             f"{self.topology}: {self.devices} chips ({mesh}), batch {self.batch_size} of {self.bucket}, compiled in "
@@ -102,7 +113,7 @@ class Report:
         if len(self.bytes_by_bucket) > 1:
             rows += ["", "peak memory by bucket"]
             rows += [f"  {bucket:14}{gb(count)}" for bucket, count in self.bytes_by_bucket.items()]
-            rows.append(f"  all that follows is of {self.bucket}, which needs the most")
+            rows.append(f"  the rest is for {self.bucket}, which needs the most")
         rows += ["", "a chip's memory"] + [f"  {name:14}{gb(count)}" for name, count in self.parts.items()]
         if self.peak is None:
             rows.append(f"  {'temporaries':14}{gb(self.needed)}")
@@ -114,25 +125,30 @@ class Report:
         if self.cost is None:
             return rows
         per_chip = self.model_flops / self.devices
-        rows += ["", "operations of a chip"]
+        rows += ["", "FLOPs of a chip"]
         rows += [f"  the model's   {per_chip / 1e12:9.2f} T", f"  compiled      {self.cost.flops / 1e12:9.2f} T"]
         rows[-1] += f", {self.flops_ratio:.2f} times the model's"
         if self.cost.messages:
-            rows += ["", "messages"] + [f"  {kind:18}{gb(count)}" for kind, count in sorted(self.cost.messages.items())]
+            rows += ["", "communication of a chip"] + [
+                f"  {kind:18}{gb(count)}" for kind, count in sorted(self.cost.messages.items())
+            ]
         if self.cost.gradient_reductions:
             reduced = sorted(self.cost.gradient_reductions.items())
             reduced = ", ".join(f"{count / 1e9:.2f} GB in {_DTYPES.get(name, name)}" for name, count in reduced)
-            rows.append(f"  of which gradients' reductions: {reduced}")
-        rows += ["", f"{'a step' if self.what == 'train' else 'a batch of pictures'} takes at least"]
+            rows.append(f"  of which gradient reductions: {reduced}")
+        rows += ["", f"{'a step' if self.what == 'train' else 'a batch of images'} takes at least"]
         rows += [f"  {seconds:7.3f} s for {name}" for name, seconds in self.bounds().items()]
         rows.append(f"  so the MFU is at most {100 * self.mfu_bound():.0f} %")
         if self.cost.kernels or self.cost.unknown_loops:
             kernels = ", ".join(f"{name}: {count}" for name, count in self.cost.kernels.items())
-            rows.append(f"not counted: custom calls ({kernels or 'none'}), {self.cost.unknown_loops} loops taken once")
+            rows.append(
+                f"not counted: custom calls ({kernels or 'none'}), iterations of {self.cost.unknown_loops} loops "
+                "after the first"
+            )
         return rows
 
     def advice(self) -> str:
-        """What would fit, as far as can be said without compiling again."""
+        """Returns a suggestion of what would fit, as far as that is known without compiling again."""
         kept = sum(self.parts.values())
         room = self.chip.memory - kept
         temporaries = self.temporaries if self.needed is None else self.needed
@@ -150,7 +166,7 @@ class Report:
 
 
 def worst(reports: Sequence[Report]) -> Report:
-    """The report of the bucket that needs the most memory, with that of the others and the time of all."""
+    """Returns the report of the bucket that needs the most memory, with every bucket's memory and the total time."""
     largest = max(reports, key=lambda report: (not report.fits, report.bytes))
     return dataclasses.replace(
         largest,

@@ -1,1 +1,1 @@
-"""The stages of a run: one file for each network that is trained, its task and its stage together."""
+"""The stages of a run: one file for each trained network, with its task and the stage that trains it."""

@@ -1,4 +1,4 @@
-"""A small language model, to be a prompt encoder: its task, and the stage that trains it on the captions."""
+"""A small language model that becomes a prompt encoder: its task, and the stage that trains it on the captions."""
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +16,22 @@ from lidit_jax.train import Task
 from lidit_jax.weighted_mean import Perplexity, WeightedMean
 from lidit_jax.weights.huggingface_llm import save_llm
 
-TOKENIZER_CAPTIONS = 20_000  # captions a tokenizer is trained on
+TOKENIZER_CAPTIONS = 20_000  # captions that the tokenizer is trained on
 
 
 def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer) -> Task:
-    """Next-token prediction on captions that follow the instruction, as the LLM will meet them when it encodes.
+    """Returns the task of next-token prediction on captions after the instruction, the LLM's input when it encodes.
 
     A batch has {"<name>/tokens": int32 [B, L], "<name>/mask": bool [B, L]}. The loss is the mean over the caption's
     tokens, its end token included; the instruction is context, not a target.
+
+    Args:
+      name: name of the encoder in the config.
+      config: architecture of the LLM.
+      tokenizer: has the system prompt and instruction as its prefix.
     """
     model = CausalLM(config)
-    prefix = tokenizer.prefix()
+    instruction = tokenizer.prefix()
 
     def init(key):
         return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
@@ -34,11 +39,10 @@ def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer
     def loss(params, frozen, batch, key, phase):
         del frozen, key, phase
         tokens, mask = batch[f"{name}/tokens"], batch[f"{name}/mask"]
-        before = jnp.broadcast_to(jnp.asarray(prefix), (tokens.shape[0], len(prefix)))
-        sequence = jnp.concatenate([before, tokens], axis=1)  # [B, P + L]
-        logits = model.apply({"params": params}, sequence)[
-            :, len(prefix) - 1 : -1
-        ]  # [B, L, V]: each sees what is before
+        prefix = jnp.broadcast_to(jnp.asarray(instruction), (tokens.shape[0], len(instruction)))
+        sequence = jnp.concatenate([prefix, tokens], axis=1)  # [B, P + L]
+        logits = model.apply({"params": params}, sequence)
+        logits = logits[:, len(instruction) - 1 : -1]  # [B, L, V]: position i predicts token i
         return token_loss(logits, tokens, mask)
 
     return Task(name=name, init=init, loss=loss)
@@ -52,7 +56,7 @@ def token_loss(
     Args:
       logits: float32 [B, L, V].
       tokens: int32 [B, L].
-      counted: bool [B, L].
+      counted: bool [B, L], True for the tokens to average over.
 
     Returns:
       The mean, weighted by the number of counted tokens, and {"perplexity": its exponential}.
@@ -63,13 +67,14 @@ def token_loss(
 
 
 def train_language_model(experiment: Experiment, name: str, dataset: Dataset, mesh: Mesh, rules: ShardingRules) -> None:
+    """Trains a tokenizer and the LLM on the captions, and saves both in Hugging Face's format, unless they exist."""
     folder = experiment.encoder_folder(name)
     if folder.exists():
         return
     config = experiment.encoders[name].language_model
     texts = [experiment.text.instruction, *dataset.captions(TOKENIZER_CAPTIONS, experiment.config.seed)]
     tokenizer = train_tokenizer(texts, config.vocab_size)
-    # Vocabularies of small data sets run out of merges; the model keeps the size that its config states.
+    # On small data sets the tokenizer runs out of merges; the model keeps the vocabulary size of its config.
     prompts = experiment.prompt_tokenizer(tokenizer)
     training = experiment.encoders[name].train
     task = language_model_task(name, config, prompts)

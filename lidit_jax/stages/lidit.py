@@ -42,15 +42,20 @@ def lidit_task(
     *,
     encode_in_step: bool = True,
 ) -> Task:
-    """The diffusion objective on latents, with the LLMs and the VAE's encoder frozen.
+    """Returns the task of the diffusion objective on latents, with the LLMs and the VAE's encoder frozen.
 
-    A batch has {"image": uint8 [B, H, W, 3]}, or {"moments": [B, h, w, 2C]} that the VAE made of it ahead of time, and
-    every encoder's tokens and mask.
+    A batch has {"image": uint8 [B, H, W, 3]}, or {"moments": [B, h, w, 2C]} that the VAE computed from it in advance,
+    and the tokens and mask of every encoder.
 
     Args:
-      frozen: {"vae": parameters, "encoders": {name: what the encoder's `freeze` gave}}.
-      encode_in_step: the LLMs run inside the train step; else as a program of their own before it, whose features are
-        kept in memory from the one to the other. Both compute the same.
+      model: LI-DiT.
+      schedule: noise schedule.
+      encoders: prompt encoders by name, in the order of the model's branches.
+      vae: the autoencoder.
+      frozen: {"vae": parameters, "encoders": {name: output of the encoder's `freeze`}}.
+      evaluate: computes what is logged every `sample_every` steps; or None.
+      encode_in_step: True runs the LLMs inside the train step; False runs them in a separate program before it, and
+        keeps their features in device memory in between. The results are the same.
     """
 
     def loss(params, frozen, batch, key, phase):
@@ -64,7 +69,10 @@ def lidit_task(
         latents = to_model_latents(posterior.sample(posterior_key), vae.config)
         latents = jax.lax.stop_gradient(latents)
         text = encode(encoders, frozen["encoders"], batch)
-        predict = lambda x, timesteps: model.apply({"params": params}, x, timesteps, text)  # noqa: E731
+
+        def predict(x, timesteps):
+            return model.apply({"params": params}, x, timesteps, text)
+
         loss, metrics = diffusion_loss(schedule, predict, latents, diffusion_key)
         truncated = jnp.stack([batch[f"{name}/truncated"] for name in encoders])  # [encoders, B]
         return loss, metrics | {"truncated_prompts": WeightedMean.over(truncated)}
@@ -86,7 +94,7 @@ def lidit_task(
 def _lidit_flops(
     model: LIDiT, vae: AutoencoderKL, encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], batch: Batch
 ) -> int:
-    """Operations that a step needs: encoding what is not encoded yet, and LI-DiT forward and backward."""
+    """Returns the model FLOPs of a step: encoding images and prompts, unless precomputed, and LI-DiT's two passes."""
     content = "moments" if "moments" in batch else "image"
     count, height, width = batch[content].shape[:3]
     total = 0
@@ -101,22 +109,25 @@ def _lidit_flops(
 def train_lidit(
     experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules
 ) -> tuple[Pipeline, TrainState]:
-    config, how = experiment.train, experiment.sample
+    """Trains LI-DiT, and returns the pipeline to sample with and the final state."""
+    config, sampling = experiment.train, experiment.sample
     stored = dataset.stored_prompts()
-    draws = config.sample_every > 0 or "evaluate" in experiment.config
-    # With stored features the encoders are there to draw alone.
+    samples_images = config.sample_every > 0 or "evaluate" in experiment.config
+    # With stored features, the encoders are needed for sampling only.
     with watched(config.stalled_after, "loading the encoders"):
-        pipeline = experiment.pipeline(mesh, rules, with_encoders=draws or not stored)
-    prompts = dataset.captions(how.batch_size, experiment.config.seed)
+        pipeline = experiment.pipeline(mesh, rules, with_encoders=samples_images or not stored)
+    prompts = dataset.captions(sampling.batch_size, experiment.config.seed)
     bucket = dataset.largest_bucket()
 
     def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        pictures = pipeline(state.averaged, prompts, range(len(prompts)), bucket.height, bucket.width, how)
-        return {}, {"sample": np.asarray(grid(list(pictures), prompts))}
+        images = pipeline(state.averaged, prompts, range(len(prompts)), bucket.height, bucket.width, sampling)
+        return {}, {"sample": np.asarray(grid(list(images), prompts))}
 
     encoders, frozen = pipeline.encoders, pipeline.frozen
     if stored:
-        encoders = {name: PrecomputedEncoder(of.hidden_size, of.lead) for name, of in stored.encoders.items()}
+        encoders = {
+            name: PrecomputedEncoder(encoder.hidden_size, encoder.lead) for name, encoder in stored.encoders.items()
+        }
         prefixes = {name: jax.device_put(stored.prefix[name], replicated(mesh)) for name in encoders}
         frozen = {**frozen, "encoders": prefixes}
     task = lidit_task(
@@ -146,17 +157,17 @@ def train_lidit(
 
 
 def _initial_params(experiment: Experiment, mesh: Mesh, rules: ShardingRules) -> Callable[[Any], Any] | None:
-    """For fine-tuning: LI-DiT's averaged weights from the workdir, or exported folder, that `start_from` names."""
+    """Returns a loader of LI-DiT's EMA weights from the workdir or exported folder `start_from`; None without one."""
     if not experiment.config.get("start_from"):
         return None
-    other = epath.Path(experiment.config.start_from)
+    source = epath.Path(experiment.config.start_from)
 
     def load(into: Any) -> Any:
-        if is_exported(other):
-            logger.info("starting from %s", other)
-            return load_params(other, into, mesh, rules)
-        params, step = load_weights(other / "training" / LIDIT / "checkpoints", "ema", into)
-        logger.info("starting from %s, step %d", other, step)
+        if is_exported(source):
+            logger.info("starting from %s", source)
+            return load_params(source, into, mesh, rules)
+        params, step = load_weights(source / "training" / LIDIT / "checkpoints", "ema", into)
+        logger.info("starting from %s, step %d", source, step)
         return params
 
     return load

@@ -1,4 +1,4 @@
-"""What the stages of all networks share: a part through the one training loop, and its weights on the host."""
+"""Shared code of the stages: running one network through the training loop, and copying its weights to the host."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -29,7 +29,21 @@ def run_part(
     facts: Mapping[str, Any],
     initial_params: Callable[[Any], Any] | None = None,
 ) -> TrainState:
-    """One part through the one loop, in its folder of the workdir."""
+    """Trains one network with `train.train`, in its folder of the workdir.
+
+    Args:
+      experiment: the run.
+      task: what to train; its name is the folder's.
+      config: training config of the network.
+      batches: first step -> stream of batches from that step on.
+      mesh: devices to train on.
+      rules: sharding rules.
+      facts: JSON-serialisable facts that a resumed run must agree with.
+      initial_params: (shapes, dtypes and shardings of the parameters) -> parameters to start from, for fine-tuning.
+
+    Returns:
+      The state after the last step.
+    """
     folder = experiment.training_folder(task.name)
     trainer = Trainer(task, config, mesh, rules)
     params = trainer.abstract_state().params
@@ -55,8 +69,8 @@ def run_part(
 
 
 def on_host(params: Any, mesh: Mesh, stalled_after: float) -> Any:
-    """The whole of a tree that is cut over the mesh, on every host."""
-    # One program: leaf by leaf, hosts may gather in different orders, and wait for each other for ever.
+    """Gathers a sharded tree, and returns it as NumPy arrays on every host."""
+    # One program gathers all leaves: leaf by leaf, hosts could gather in different orders and deadlock.
     gather = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
-    with watched(stalled_after, "gathering what was trained"):
+    with watched(stalled_after, "gathering the trained weights"):
         return jax.device_get(gather(params))

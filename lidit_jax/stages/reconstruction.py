@@ -1,4 +1,4 @@
-"""How well an autoencoder gives pictures back, and what its latents are like: numbers, and a sheet to look at."""
+"""Evaluates an autoencoder: reconstruction quality, statistics of its latents, and a sheet of reconstructions."""
 
 import collections
 import dataclasses
@@ -31,12 +31,12 @@ SCORES_FILE, SHEET_FILE = "reconstruction.json", "reconstruction.png"
 
 @flax.struct.dataclass
 class LatentMoments:
-    """Of the latents that a picture's Gaussians give, as training draws from them: float32, one row `[C]` a picture.
+    """Moments of each image's latents, as sampled from the posterior for training.
 
     Attributes:
-      mean: over the picture's positions.
-      second: mean of the squares, the Gaussians' variance included.
-      positions: how many.
+      mean: float32 [B, C], mean over the image's latent positions.
+      second: float32 [B, C], mean of the squares, including the posterior's variance.
+      positions: float32 [B], number of latent positions.
     """
 
     mean: Any
@@ -46,14 +46,23 @@ class LatentMoments:
 
 @dataclasses.dataclass(frozen=True)
 class LatentStatistics:
-    """Of each channel over many pictures: float64 `[C]`."""
+    """Mean and standard deviation of each latent channel over many images.
+
+    Attributes:
+      mean: float64 [C].
+      deviation: float64 [C].
+    """
 
     mean: np.ndarray
     deviation: np.ndarray
 
     @classmethod
     def of(cls, sums: Sequence[LatentMoments]) -> "LatentStatistics":
-        """Args: sums: of batches, each with leaves `[B, …]`."""
+        """Combines the moments of several batches.
+
+        Args:
+          sums: moments of each batch, with leaves [B, …].
+        """
         weights = np.concatenate([s.positions for s in sums]).astype(np.float64)  # [N]
         weights /= weights.sum()
         mean = weights @ np.concatenate([s.mean for s in sums]).astype(np.float64)
@@ -62,15 +71,15 @@ class LatentStatistics:
 
     @property
     def shift_factor(self) -> float:
-        """What makes the mean over all channels 0 when it is subtracted."""
+        """Mean over all channels: subtracting it centres the latents."""
         return float(self.mean.mean())
 
     @property
     def scaling_factor(self) -> float:
-        """What makes the deviation over all channels 1 when latents are multiplied by it.
+        """Factor that scales the standard deviation over all channels to 1.
 
         Raises:
-          UserError: the latents are all alike, or not finite.
+          UserError: if the latents are constant or not finite.
         """
         variance = float(np.mean(self.deviation**2 + self.mean**2) - self.mean.mean() ** 2)
         if not 0 < variance < np.inf:
@@ -79,7 +88,7 @@ class LatentStatistics:
 
 
 class Autoencoding:
-    """An autoencoder's compiled functions on a mesh."""
+    """Jitted functions of an autoencoder on a mesh."""
 
     def __init__(self, model: AutoencoderKL, mesh: Mesh, rules: ShardingRules):
         self._model, self._mesh = model, mesh
@@ -89,7 +98,7 @@ class Autoencoding:
         self._reconstruct = jax.jit(self._measure_and_reconstruct, out_shardings=replicated(mesh))
 
     def latent_statistics(self, params: Any, batches: Iterable[Mapping[str, np.ndarray]]) -> LatentStatistics:
-        """Of batches as `train` gets them: each process has its own rows."""
+        """Returns the statistics of the latents of training batches, of which each process has its own rows."""
         sums = []
         with jax.set_mesh(self._mesh):
             for batch in batches:
@@ -98,34 +107,39 @@ class Autoencoding:
         return LatentStatistics.of(sums)
 
     def reconstruct(
-        self, params: Any, pictures: Sequence[np.ndarray], batch_size: int
+        self, params: Any, images: Sequence[np.ndarray], batch_size: int
     ) -> tuple[dict[str, np.ndarray], list[np.ndarray], LatentStatistics]:
-        """Encodes to the mode and decodes: ({"psnr": [N], "ssim": [N]}, N pictures uint8, the latents' statistics).
+        """Encodes images to the mode of the posterior and decodes it.
 
         Args:
-          pictures: uint8 [H, W, 3] each, the same on every process. Those of one size go together.
+          params: parameters of the autoencoder.
+          images: N images, uint8 [H, W, 3] each, the same on every process. Batches have images of one size.
+          batch_size: images in a batch; rounded up to a multiple of the batch shards.
+
+        Returns:
+          {"psnr": [N], "ssim": [N]}, the N reconstructions (uint8), and the statistics of the latents.
         """
-        rows = -(-batch_size // self._shards) * self._shards  # every device gets as many
-        of_size = collections.defaultdict(list)
-        for index, picture in enumerate(pictures):
-            of_size[picture.shape].append(index)
-        scores = {name: np.zeros(len(pictures)) for name in ("psnr", "ssim")}
-        given_back: list[Any] = [None] * len(pictures)
+        rows = -(-batch_size // self._shards) * self._shards  # the same number on every device
+        indices_by_size = collections.defaultdict(list)
+        for index, image in enumerate(images):
+            indices_by_size[image.shape].append(index)
+        scores = {name: np.zeros(len(images)) for name in ("psnr", "ssim")}
+        reconstructions: list[Any] = [None] * len(images)
         sums = []
         with jax.set_mesh(self._mesh):
-            for indices in of_size.values():
+            for indices in indices_by_size.values():
                 for start in range(0, len(indices), rows):
-                    part = indices[start : start + rows]
-                    padded = np.stack([pictures[i] for i in part + part[:1] * (rows - len(part))])
-                    images = jax.make_array_from_callback(padded.shape, self._batch_sharding, padded.__getitem__)
-                    result = jax.device_get(self._reconstruct(params, images))
-                    result = _rows(result, len(part))
+                    batch = indices[start : start + rows]
+                    padded = np.stack([images[i] for i in batch + batch[:1] * (rows - len(batch))])
+                    sharded = jax.make_array_from_callback(padded.shape, self._batch_sharding, padded.__getitem__)
+                    result = jax.device_get(self._reconstruct(params, sharded))
+                    result = _first_rows(result, len(batch))
                     for name, values in scores.items():
-                        values[part] = result[name]
-                    for index, picture in zip(part, result["picture"], strict=True):
-                        given_back[index] = picture
+                        values[batch] = result[name]
+                    for index, image in zip(batch, result["image"], strict=True):
+                        reconstructions[index] = image
                     sums.append(result["latents"])
-        return scores, given_back, LatentStatistics.of(sums)
+        return scores, reconstructions, LatentStatistics.of(sums)
 
     def _encode(self, params, images):
         return self._model.apply({"params": params}, images, method=AutoencoderKL.encode)
@@ -140,12 +154,12 @@ class Autoencoding:
         return {
             "psnr": psnr(decoded, images),
             "ssim": ssim(decoded, images),
-            "picture": to_pictures(decoded),
+            "image": to_pictures(decoded),
             "latents": _latent_moments(posterior),
         }
 
 
-def _rows(tree: Any, count: int) -> Any:
+def _first_rows(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[:count], tree)
 
 
@@ -157,19 +171,27 @@ def _latent_moments(posterior) -> LatentMoments:
 
 
 def evaluate_reconstruction(
-    autoencoding: Autoencoding, params: Any, pictures: Sequence[np.ndarray], evaluation: ReconstructionEvaluation
+    autoencoding: Autoencoding, params: Any, images: Sequence[np.ndarray], evaluation: ReconstructionEvaluation
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """(scores, a sheet of originals over their reconstructions, uint8 [H, W, 3]).
+    """Scores the reconstructions of an autoencoder.
 
-    The scores, JSON-able: "images", and means of "psnr" in decibels and "ssim" over them; "latent_mean" and
-    "latent_deviation", a list of one number a channel each.
+    Args:
+      autoencoding: jitted functions of the autoencoder.
+      params: its parameters.
+      images: uint8 [H, W, 3] each, the same on every process.
+      evaluation: batch size and size of the sheet.
+
+    Returns:
+      The JSON-serialisable scores, and a sheet of originals above their reconstructions, uint8 [H, W, 3]. Scores are
+      "images" (their number), the means of "psnr" (decibels) and "ssim" over them, and "latent_mean" and
+      "latent_deviation", lists with one number for each channel.
     """
-    scores, given_back, latents = autoencoding.reconstruct(params, pictures, evaluation.batch_size)
-    chosen = np.linspace(0, len(pictures) - 1, min(evaluation.sheet, len(pictures))).astype(int)
-    pairs = [_one_over_the_other(pictures[i], given_back[i]) for i in chosen]
+    scores, reconstructions, latents = autoencoding.reconstruct(params, images, evaluation.batch_size)
+    chosen = np.linspace(0, len(images) - 1, min(evaluation.sheet, len(images))).astype(int)
+    pairs = [_stack_vertically(images[i], reconstructions[i]) for i in chosen]
     sheet = grid(pairs, [f"{scores['psnr'][i]:.1f} dB" for i in chosen], columns=8)
     return {
-        "images": len(pictures),
+        "images": len(images),
         **{name: float(values.mean()) for name, values in scores.items()},
         "latent_mean": latents.mean.tolist(),
         "latent_deviation": latents.deviation.tolist(),
@@ -177,7 +199,7 @@ def evaluate_reconstruction(
 
 
 def scalars(scores: Mapping[str, Any]) -> dict[str, float]:
-    """The scores as numbers with names of their own, for a log."""
+    """Flattens the scores to named numbers, for the log."""
     flat = {}
     for name, value in scores.items():
         if isinstance(value, list):
@@ -187,8 +209,8 @@ def scalars(scores: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def is_judged(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
-    """Whether the workdir's `reconstruction.json` is that of these facts."""
+def is_evaluated(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
+    """Returns True if the workdir's `reconstruction.json` was written for the same facts."""
     file = workdir / SCORES_FILE
     if not file.exists():
         return False
@@ -202,10 +224,14 @@ def is_judged(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
 def report(
     scores: Mapping[str, Any], sheet: np.ndarray, config: VAEConfig, facts: Mapping[str, Any], workdir: epath.Path
 ) -> None:
-    """On the log, and to `reconstruction.json` and `reconstruction.png` in the workdir.
+    """Logs the scores, and writes `reconstruction.json` and `reconstruction.png` into the workdir.
 
     Args:
-      facts: JSON-able; what was judged, and how.
+      scores: scores of `evaluate_reconstruction`.
+      sheet: its sheet, uint8 [H, W, 3].
+      config: the VAE's config, whose scaling and shift are written too.
+      facts: JSON-serialisable: what was evaluated, and how.
+      workdir: folder of the run.
     """
     if jax.process_index():
         return
@@ -213,13 +239,13 @@ def report(
     for channel, (mean, deviation) in enumerate(zip(scores["latent_mean"], scores["latent_deviation"], strict=True)):
         rows.append(f"{channel:14d}{mean:10.3f}{deviation:11.3f}")
     logger.info("\n%s", "\n".join(rows))
-    logger.info("vae: %d pictures given back with %.2f dB PSNR, %.4f SSIM; %s",
+    logger.info("vae: %d images reconstructed with %.2f dB PSNR, %.4f SSIM; %s",
                 scores["images"], scores["psnr"], scores["ssim"], workdir / SHEET_FILE)  # fmt: skip
     save_png(sheet, workdir / SHEET_FILE)
     factors = {"shift_factor": config.shift_factor, "scaling_factor": config.scaling_factor}
     write_json(workdir / SCORES_FILE, finite({**scores, **factors}) | facts)
 
 
-def _one_over_the_other(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
+def _stack_vertically(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
     gap = np.full((1, original.shape[1], 3), 255, np.uint8)
     return np.concatenate([original, gap, reconstruction])

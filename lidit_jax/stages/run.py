@@ -1,4 +1,4 @@
-"""The stages of a run: what has no weights yet is trained, LI-DiT last; then it is judged."""
+"""Runs the stages: trains every network that has no weights yet, LI-DiT last, then evaluates it."""
 
 import contextlib
 import logging
@@ -30,12 +30,23 @@ logger = logging.getLogger(__name__)
 
 
 def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
-    """Trains every part that has no weights yet, LI-DiT last; then evaluates, where the data can be checked."""
+    """Trains every network that has no weights yet, LI-DiT last, and evaluates the result if the config asks for it.
+
+    Everything that can be checked is checked before anything is written or trained.
+
+    Args:
+      config: the config of the run.
+      workdir: folder of the run.
+
+    Raises:
+      UserError: if the config, the data or the weights are invalid or do not fit each other.
+      Preempted: if SIGTERM came; the last step is saved.
+    """
     experiment = Experiment(config, workdir)
     evaluation = build(SceneEvaluation, config.evaluate, "evaluate") if "evaluate" in config else None
     mesh, rules = make_mesh(config.mesh), ShardingRules()
     for where, training in experiment.trainings().items():
-        with _said_of(where):
+        with _prefix_errors(where):
             check_batch_size(training, mesh)
     if experiment.has_lidit:
         check_model(mesh, experiment.model.config.hidden_size, experiment.model.config.num_heads)
@@ -44,11 +55,11 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
     if evaluation:
         check_evaluation(evaluation, experiment.data)
     for where, training in experiment.trainings().items():
-        with _said_of(where):
+        with _prefix_errors(where):
             dataset.check_batch_size(training.batch_size)
     if dataset.holds_latents:
         if not experiment.vae.weights:
-            raise UserError("latents go with the VAE that made them: give --config.vae.weights=FOLDER")
+            raise UserError("data of latents needs the VAE that encoded them: give --config.vae.weights=FOLDER")
         dataset.check_latents(folder_digest(experiment.vae_folder()))
         if experiment.has_lidit and dataset.stored_prompts():
             dataset.check_features(experiment.stored_encoders())
@@ -63,7 +74,7 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
         if not encoder.weights:
             train_language_model(experiment, name, dataset, mesh, rules)
     vae_stage.run(mesh, rules)
-    del vae_stage  # its pictures and its frozen network have done their work
+    del vae_stage  # frees its images and its frozen network
     if not experiment.has_lidit:
         return
     pipeline, state = train_lidit(experiment, dataset, mesh, rules)
@@ -73,21 +84,21 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def _check_start(experiment: Experiment) -> None:
-    """Raises UserError if a new run is to start from weights that are not there, or are of a model that differs."""
-    other = epath.Path(experiment.config.get("start_from") or "")
-    begun = experiment.has_lidit and steps_taken(experiment.training_folder(LIDIT) / "checkpoints")
-    if not experiment.config.get("start_from") or begun:
+    """Raises UserError if a new run starts from weights that do not exist, or that belong to a different model."""
+    source = epath.Path(experiment.config.get("start_from") or "")
+    has_begun = experiment.has_lidit and steps_taken(experiment.training_folder(LIDIT) / "checkpoints")
+    if not experiment.config.get("start_from") or has_begun:
         return
-    if is_exported(other):
-        check_start(experiment.config, read_folder(other), other)
+    if is_exported(source):
+        check_start(experiment.config, read_folder(source), source)
         return
-    require_checkpoint(other / "training" / LIDIT / "checkpoints")
-    check_start(experiment.config, read_workdir(other), other)
+    require_checkpoint(source / "training" / LIDIT / "checkpoints")
+    check_start(experiment.config, read_workdir(source), source)
 
 
 @contextlib.contextmanager
-def _said_of(where: str) -> Iterator[None]:
-    """Errors say which part of the config they are about."""
+def _prefix_errors(where: str) -> Iterator[None]:
+    """Prefixes user errors with the path of the config section that they are about."""
     try:
         yield
     except UserError as error:

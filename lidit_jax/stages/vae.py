@@ -1,4 +1,4 @@
-"""The VAE: its task, and the stage that trains and judges it."""
+"""The VAE: its task, and the stage that trains and evaluates it."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.pictures import to_pixels
 from lidit_jax.stages import reconstruction
 from lidit_jax.stages.part import on_host, run_part
-from lidit_jax.stages.reconstruction import Autoencoding, evaluate_reconstruction, is_judged
+from lidit_jax.stages.reconstruction import Autoencoding, evaluate_reconstruction, is_evaluated
 from lidit_jax.train import Evaluate, Task, TrainState
 from lidit_jax.weighted_mean import WeightedMean
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
@@ -43,19 +43,19 @@ from lidit_jax.weights.digest import file_digest, folder_digest
 from lidit_jax.weights.lpips import load_lpips
 
 logger = logging.getLogger(__name__)
-STATISTICS_BATCHES = 16  # batches that the latents' mean and deviation are measured on
+STATISTICS_BATCHES = 16  # batches on which the latents' mean and deviation are measured
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEObjective:
-    """What the autoencoder's training weighs, per value of a picture; see `models/vae_loss.py`.
+    """Terms of the autoencoder's loss and their weights, per value of an image; see `models/vae_loss.py`.
 
     Attributes:
-      reconstruction: error per pixel, "l1" or "l2".
-      kl_weight: of the latents' divergence from the standard normal.
-      perceptual_weight: of LPIPS, where its weights are given.
-      adversarial_weight: of the discriminator's opinion, times the adaptive weight, where there is a discriminator.
-      adversarial_start: step at which the discriminator begins to learn and to be heard.
+      reconstruction: pixel error, "l1" or "l2".
+      kl_weight: weight of the posterior's KL divergence from the standard normal.
+      perceptual_weight: weight of LPIPS, if its parameters are given.
+      adversarial_weight: weight of the adversarial term, times the adaptive weight, if there is a discriminator.
+      adversarial_start: step from which the discriminator is trained and the adversarial term counts.
     """
 
     reconstruction: str = "l1"
@@ -73,13 +73,17 @@ def vae_task(
     discriminator: PatchDiscriminator | None = None,
     evaluate: Evaluate | None = None,
 ) -> Task:
-    """Latent diffusion's autoencoder: similarity to the picture, KL and, on demand, a discriminator's opinion.
+    """Returns latent diffusion's autoencoder task: reconstruction, KL and, optionally, LPIPS and adversarial terms.
 
     A batch has {"image": uint8 [B, H, W, 3]}. The parameters are {"vae": …} and, with a discriminator,
-    {"discriminator": …}: both networks take their step on the same reconstructions.
+    {"discriminator": …}; both networks are updated on the same reconstructions.
 
     Args:
-      lpips: parameters of `LPIPS`, or None for no perceptual term.
+      model: the autoencoder.
+      objective: terms of the loss and their weights.
+      lpips: parameters of `LPIPS`; None for no perceptual term.
+      discriminator: None for no adversarial term.
+      evaluate: computes what is logged every `sample_every` steps; or None.
     """
 
     def init(key):
@@ -88,8 +92,8 @@ def vae_task(
         params = {"vae": model.init(keys[0], jnp.zeros((1, side, side, model.config.in_channels)))["params"]}
         if discriminator:
             side = smallest_side(discriminator.layers)
-            pictures = jnp.zeros((1, side, side, model.config.out_channels))
-            params["discriminator"] = discriminator.init(keys[1], pictures)["params"]
+            images = jnp.zeros((1, side, side, model.config.out_channels))
+            params["discriminator"] = discriminator.init(keys[1], images)["params"]
         return params
 
     def loss(params, frozen, batch, key, phase):
@@ -102,26 +106,30 @@ def vae_task(
         metrics = {"kl": kl, "psnr": jnp.mean(psnr(decoded, images))}
 
         def dissimilarity(decoded):
-            parts = {"reconstruction": reconstruction_loss(decoded, images, objective.reconstruction)}
-            total = parts["reconstruction"]
+            terms = {"reconstruction": reconstruction_loss(decoded, images, objective.reconstruction)}
+            total = terms["reconstruction"]
             if lpips is not None:
                 perceive = functools.partial(LPIPS(model.dtype).apply, {"params": frozen["lpips"]})
-                parts["perceptual"] = jnp.mean(perceive(decoded, images))
-                total += objective.perceptual_weight * parts["perceptual"]
-            return total, parts
+                terms["perceptual"] = jnp.mean(perceive(decoded, images))
+                total += objective.perceptual_weight * terms["perceptual"]
+            return total, terms
 
-        value, gradient, parts = value_and_gradient_at(dissimilarity, decoded)
-        metrics |= parts
+        value, gradient, terms = value_and_gradient_at(dissimilarity, decoded)
+        metrics |= terms
         if not phase:
             return _over_images(images, with_gradient(value, decoded, gradient) + objective.kl_weight * kl, metrics)
 
+        def score(images):
+            return discriminator.apply({"params": params["discriminator"]}, images)
+
+        def adversarial_term(decoded):
+            return adversarial_loss(score(decoded)), {}
+
         in_kernel = functools.partial(_gradient_in_last_kernel, model, params["vae"], features)
-        score = lambda pictures: discriminator.apply({"params": params["discriminator"]}, pictures)  # noqa: E731
-        opinion = lambda decoded: (adversarial_loss(score(decoded)), {})  # noqa: E731
-        adversarial, slope, _ = value_and_gradient_at(opinion, decoded)
-        adaptive = adaptive_weight(in_kernel(gradient), in_kernel(slope), values_per_image(images))
+        adversarial, adversarial_gradient, _ = value_and_gradient_at(adversarial_term, decoded)
+        adaptive = adaptive_weight(in_kernel(gradient), in_kernel(adversarial_gradient), values_per_image(images))
         weight = objective.adversarial_weight * jax.lax.stop_gradient(adaptive)
-        value, gradient = value + weight * adversarial, gradient + weight * slope
+        value, gradient = value + weight * adversarial, gradient + weight * adversarial_gradient
         hinge = hinge_loss(score(images), score(jax.lax.stop_gradient(decoded)))
         metrics |= {"hinge": hinge, "adaptive_weight": adaptive}
         total = with_gradient(value, decoded, gradient) + objective.kl_weight * kl + hinge
@@ -141,16 +149,19 @@ def vae_task(
 def _over_images(
     images: jax.Array, loss: jax.Array, metrics: Mapping[str, jax.Array]
 ) -> tuple[WeightedMean, dict[str, WeightedMean]]:
-    """Weighs scalars that are means over a batch's images [B, H, W, C] by their number."""
-    weigh = lambda mean: WeightedMean(mean, jnp.float32(images.shape[0]))  # noqa: E731
-    return weigh(loss), {name: weigh(mean) for name, mean in metrics.items()}
+    """Weights scalars that are means over a batch of images [B, H, W, C] by the number of images."""
+    count = jnp.float32(images.shape[0])
+    return WeightedMean(loss, count), {name: WeightedMean(mean, count) for name, mean in metrics.items()}
 
 
 def _gradient_in_last_kernel(model: AutoencoderKL, params: Any, features: jax.Array, gradient: jax.Array) -> jax.Array:
-    """In the last convolution's kernel, of a loss whose gradient in the reconstruction is given.
+    """Returns the gradient of a loss with respect to the kernel of the decoder's last convolution.
 
     Args:
-      features: what that convolution takes; they are not differentiated.
+      model: the autoencoder.
+      params: its parameters.
+      features: input of that convolution; treated as constant.
+      gradient: gradient of the loss with respect to the reconstruction.
     """
     last = params["decoder"]["conv_out"]
 
@@ -162,85 +173,86 @@ def _gradient_in_last_kernel(model: AutoencoderKL, params: Any, features: jax.Ar
 
 
 class VAEStage:
-    """The VAE's part of a run: trained unless it is there, judged where the config asks for it."""
+    """The VAE stage of a run: trains the VAE unless it exists, and evaluates it if the config asks for it."""
 
     def __init__(self, experiment: Experiment, dataset: Dataset):
-        """Reads what the stage needs, before anything is written.
+        """Loads what the stage needs, before anything is written.
 
         Raises:
-          UserError: held-out pictures, or the perceptual loss's weights, cannot be used.
+          UserError: if the held-out images, or the weights of the perceptual loss, cannot be used.
         """
-        self.experiment, self.dataset, self.part = experiment, dataset, experiment.vae
+        self.experiment, self.dataset, self.config = experiment, dataset, experiment.vae
         self.model = experiment.autoencoder(experiment.vae_config)
-        self.evaluation = self.part.evaluate
-        self.to_train = not self.part.weights and not self._is_finished()
+        self.evaluation = self.config.evaluate
+        self.to_train = not self.config.weights and not self._is_finished()
         self.lpips = self._lpips() if self.to_train else None
-        self.pictures: list[np.ndarray] = []
+        self.images: list[np.ndarray] = []
         if self.evaluation is None:
             return
         if experiment.data.holds_out:
-            self.judged_on = open_dataset(
+            self.evaluation_data = open_dataset(
                 experiment.data, experiment.cell(), held_out=True, with_captions=experiment.has_lidit
             )
         else:
-            self.judged_on = dataset
-        if self.to_train or not is_judged(experiment.workdir, self._facts()):
+            self.evaluation_data = dataset
+        if self.to_train or not is_evaluated(experiment.workdir, self._facts()):
             if not experiment.data.holds_out:
-                logger.info("vae: judged on pictures of the training: none are held out (data.held_out_shards=0)")
-            self.pictures = self.judged_on.pictures(self.evaluation.num_images)
+                logger.info("vae: evaluated on training images, because none are held out (data.held_out_shards=0)")
+            self.images = self.evaluation_data.pictures(self.evaluation.num_images)
 
     def run(self, mesh: Mesh, rules: ShardingRules) -> None:
+        """Trains and evaluates the VAE, as far as that is still to be done."""
         autoencoding = Autoencoding(self.model, mesh, rules)
         if self.to_train:
             self._train(autoencoding, mesh, rules)
-        if self.pictures:
-            self._judge(autoencoding, mesh)
+        if self.images:
+            self._evaluate(autoencoding, mesh)
 
     def _is_finished(self) -> bool:
-        """Whether the VAE is there, and of as many steps as the config now asks for."""
+        """Returns True if the VAE exists and, in a run of a VAE alone, was trained for the steps in the config."""
         if not self.experiment.vae_folder().exists():
             return False
         taken = steps_taken(self.experiment.training_folder("vae") / "checkpoints")
         return self.experiment.has_lidit or taken >= self.experiment.vae.train.steps
 
     def _facts(self) -> dict[str, Any]:
-        """What a judgement is of."""
+        """Returns what an evaluation depends on: VAE, data and settings."""
         return {
             "vae": folder_digest(self.experiment.vae_folder()),
-            "data": self.judged_on.fingerprint,
+            "data": self.evaluation_data.fingerprint,
             "held_out": self.experiment.data.holds_out,
             "evaluation": dataclasses.asdict(self.evaluation),
         }
 
     def _lpips(self) -> Any:
-        """The perceptual loss's parameters; None where it is off, which the log says."""
-        file = self.part.perceptual.weights
+        """Loads the parameters of the perceptual loss; logs that it is off, and returns None, without weights."""
+        file = self.config.perceptual.weights
         if not file:
-            logger.info("vae: trained without the perceptual loss (vae.perceptual.weights names no file)")
+            logger.info("vae: trains without the perceptual loss (vae.perceptual.weights is empty)")
             return None
         return load_lpips(file)
 
     def _train(self, autoencoding: Autoencoding, mesh: Mesh, rules: ShardingRules) -> None:
         experiment, training = self.experiment, self.experiment.vae.train
-        perceptual, adversarial = self.part.perceptual, self.part.adversarial
+        perceptual, adversarial = self.config.perceptual, self.config.adversarial
 
         def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-            scores, sheet = evaluate_reconstruction(autoencoding, state.averaged["vae"], self.pictures, self.evaluation)
+            scores, sheet = evaluate_reconstruction(autoencoding, state.averaged["vae"], self.images, self.evaluation)
             return reconstruction.scalars(scores), {"reconstruction": sheet}
 
-        critic = PatchDiscriminator(adversarial.width, adversarial.layers, self.model.dtype)
+        discriminator = PatchDiscriminator(adversarial.width, adversarial.layers, self.model.dtype)
         task = vae_task(
             self.model,
             VAEObjective(
-                self.part.reconstruction,
-                self.part.kl_weight,
+                self.config.reconstruction,
+                self.config.kl_weight,
                 perceptual.weight,
                 adversarial.weight,
                 adversarial.start,
             ),
             lpips=None if self.lpips is None else jax.device_put(self.lpips, replicated(mesh)),
-            discriminator=critic if adversarial.weight else None,
-            evaluate=evaluate if self.pictures else None,
+            discriminator=discriminator if adversarial.weight else None,
+            evaluate=evaluate if self.images else None,
         )
 
         def batches(first: int):
@@ -257,14 +269,14 @@ class VAEStage:
         params = on_host(state.averaged["vae"], mesh, training.stalled_after)
         if jax.process_index() == 0:
             folder = experiment.vae_folder()
-            if folder.exists():  # of fewer steps; should this be cut short here, the checkpoint has the new one
+            if folder.exists():  # from fewer steps; if interrupted here, the new one is in the checkpoint
                 folder.rmtree()
             save_vae(folder, dataclasses.replace(self.model.config, **factors), params)
         multihost_utils.sync_global_devices("saved vae")
 
-    def _judge(self, autoencoding: Autoencoding, mesh: Mesh) -> None:
-        """Writes how well the finished VAE, trained here or elsewhere, gives pictures back."""
+    def _evaluate(self, autoencoding: Autoencoding, mesh: Mesh) -> None:
+        """Evaluates the reconstructions of the finished VAE, trained here or elsewhere, and writes the report."""
         config, params = load_vae(self.experiment.vae_folder())
         params = jax.device_put(params, replicated(mesh))
-        scores, sheet = evaluate_reconstruction(autoencoding, params, self.pictures, self.evaluation)
+        scores, sheet = evaluate_reconstruction(autoencoding, params, self.images, self.evaluation)
         reconstruction.report(scores, sheet, config, self._facts(), self.experiment.workdir)
