@@ -1,13 +1,13 @@
 """Latents computed ahead of training: a folder of ArrayRecord files with the moments of the VAE's posterior.
 
-    manifest.json             what made them, the groups, the files in order; written last, when all else is there
-    plan.json                 the same facts while the folder is being made
-    features.safetensors      where prompts' features are kept too: what all prompts share
-    GROUP-PART.array_record   records of one group, in the order of the data set
+    manifest.json               how they were computed, the buckets, the files in order; written last
+    plan.json                   the same facts while the folder is incomplete
+    features.safetensors        only if prompts' features are stored too: the features that all prompts share
+    BUCKET-NUMBER.array_record  records of one bucket, in the order of the data set
 
 A record is a safetensors file: "moments" [h, w, 2C] (mean and log-variance); "features/ENCODER/FIELD" of every caption,
-where they are kept (see `stored_features.py`); and "text", JSON in UTF-8 with the example's key, its captions, and
-which of them an encoder cut.
+if features are stored (see `stored_features.py`); and "text", JSON in UTF-8 with the key of the example, its captions,
+and the captions that an encoder truncated.
 """
 
 import dataclasses
@@ -29,25 +29,25 @@ from lidit_jax.data.sources import BrokenExample, Example, Source
 from lidit_jax.data.stored_features import FEATURES, ConstantFeatures, StoredEncoder, tensors_of
 from lidit_jax.errors import UserError
 
-FORMAT = 2  # 1 had no features
+FORMAT = 2  # format 1 has no features
 MANIFEST, PLAN = "manifest.json", "plan.json"
 DTYPES = ("float16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of latents is.
+    """Describes a folder of latents.
 
     Attributes:
-      data: fingerprint of the data set that they were computed from.
+      data: fingerprint of the data set that the latents were computed from.
       vae: digest of the VAE's folder.
-      dtype: of the moments.
-      cell: pixels a latent cell.
-      channels: C, of the latents.
-      buckets: the groups' sizes in pixels.
-      encoders: by name, those whose features are kept.
-      files: [name, index of its group, records] each; none in a plan.
-      left_out: examples whose pictures were broken.
+      dtype: dtype of the moments.
+      cell: side of a latent cell in pixels (the VAE's down-sampling).
+      channels: number of latent channels, C.
+      buckets: the buckets' sizes in pixels.
+      encoders: encoders whose features are stored, by name.
+      files: (file name, index of its bucket, number of records) of each file; empty in a plan.
+      left_out: number of examples left out because their image was broken.
     """
 
     data: str
@@ -65,7 +65,11 @@ class Manifest:
 
     @classmethod
     def read(cls, file: epath.Path) -> "Manifest":
-        """Raises UserError where it is none, or of a newer format."""
+        """Reads a manifest.
+
+        Raises:
+          UserError: the file does not exist, is not a valid manifest, or has an unknown format.
+        """
         try:
             values = json.loads(file.read_text())
             version = values.pop("format")
@@ -94,20 +98,24 @@ class Manifest:
 
 
 class PrecomputedSource(Source):
-    """The examples of a folder of latents; "moments", float [h, w, 2C], take the picture's place."""
+    """Examples of a folder of latents, with "moments", float [h, w, 2C], instead of "image"."""
 
     content = "moments"
 
     def __init__(
         self, folder: str, buckets: Sequence[Bucket], filters: Sequence[Filter] = (), with_features: bool = True
     ):
-        """Args:
-          buckets: of the run, which must be those that the latents were computed for.
+        """Opens a folder of latents.
+
+        Args:
+          folder: path of the folder.
+          buckets: buckets of the run; they must equal those that the latents were computed for.
           filters: examples that they drop count as broken.
-          with_features: also give the prompts' features, where the folder has them: {(encoder, field): [lead + n, D]}.
+          with_features: also return "features", {(encoder, field): [lead + n, D]}, if the folder has them.
 
         Raises:
-          UserError: the folder is not finished or no such folder, a file is missing, or the groups differ.
+          UserError: the folder is missing, incomplete or empty, a file is missing or has lost records, or the buckets
+            differ.
         """
         path = epath.Path(folder)
         if not (path / MANIFEST).exists() and (path / PLAN).exists():
@@ -188,10 +196,14 @@ def to_record(
     features: Mapping[tuple[str, str], np.ndarray],
     truncated: Sequence[tuple[str, str]],
 ) -> bytes:
-    """Args:
-    moments: [h, w, 2C], of the folder's dtype.
-    features: (encoder, field of a caption) -> [lead + n, D].
-    truncated: those of them whose caption was cut.
+    """Encodes a record.
+
+    Args:
+      key: key of the example.
+      captions: {field: text}.
+      moments: [h, w, 2C], in the dtype of the folder.
+      features: {(encoder, caption field): [lead + n, D]}.
+      truncated: (encoder, caption field) of each caption that the encoder truncated.
     """
     text = json.dumps({"key": key, "captions": captions, "truncated": truncated}).encode()
     tensors = {"moments": moments, "text": np.frombuffer(text, np.uint8)}

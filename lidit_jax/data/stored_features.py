@@ -1,8 +1,9 @@
-"""Features of prompts computed ahead of training, in place of tokens.
+"""Prompt features computed ahead of training, which replace tokens.
 
-Of every caption that can be drawn, each encoder's features are kept without padding: [lead + n, D], where n counts the
-prompt's tokens, its end token included, and `lead` rows before them are the instruction's where an encoder gives every
-prompt its own (T5). An LLM's instruction is the same for all: it is kept once, with the features of the empty prompt.
+Each encoder's features of every caption that can be sampled are stored without padding: [lead + n, D], where n counts
+the tokens of the prompt including its end token. `lead` rows of instruction features come first if the encoder computes
+them per prompt (T5). The instruction features of an LLM are the same for all prompts: they are stored once, with the
+features of the empty prompt.
 """
 
 import dataclasses
@@ -26,15 +27,15 @@ _STORED = {"U8": np.uint8, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32":
 
 @dataclasses.dataclass(frozen=True)
 class StoredEncoder:
-    """Whose features they are.
+    """Identifies the encoder and the text settings that produced stored features.
 
     Attributes:
-      digest: of the encoder's folder.
-      text: of what stands before a prompt and how long one may be; `PromptTokenizer.digest`.
-      dtype: of the features.
-      hidden_size: D.
-      max_length: L, tokens that a prompt may have.
-      lead: rows before the prompt's.
+      digest: digest of the encoder's folder.
+      text: digest of the text before a prompt and of the maximum length; `PromptTokenizer.digest`.
+      dtype: dtype of the features.
+      hidden_size: width of the features, D.
+      max_length: maximum number of tokens of a prompt, L.
+      lead: number of instruction rows before those of the prompt (T5); 0 if all prompts share them.
     """
 
     digest: str
@@ -45,7 +46,7 @@ class StoredEncoder:
     lead: int
 
     def __post_init__(self):
-        """Raises ValueError for facts that no file that is read may have."""
+        """Raises ValueError if a value is out of bounds, as in a damaged or forged file."""
         sizes = ((self.hidden_size, 1), (self.max_length, 1), (self.lead, 0))
         if not all(type(size) is int and least <= size <= _MAX_SIZE for size, least in sizes) or (
             self.dtype not in DTYPES
@@ -57,7 +58,7 @@ class StoredEncoder:
         return np.dtype(DTYPES[self.dtype])
 
     def check(self, features: np.ndarray) -> np.ndarray:
-        """Raises ValueError for what cannot be a prompt's features."""
+        """Returns `features` unchanged; raises ValueError if their shape or dtype cannot be that of a prompt."""
         length = len(features) - self.lead if features.ndim == 2 else 0
         if not 1 <= length <= self.max_length or features.shape[1] != self.hidden_size:
             raise ValueError(f"features of shape {features.shape}")
@@ -68,11 +69,11 @@ class StoredEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class ConstantFeatures:
-    """What all prompts share.
+    """Features that all prompts share.
 
     Attributes:
-      prefix: encoder -> [P, D], the instruction's; of encoders with a `lead`, [0, D].
-      empty: encoder -> [lead + 1, D], the empty prompt's.
+      prefix: instruction features of each encoder, [P, D]; [0, D] for encoders with a `lead`.
+      empty: features of the empty prompt of each encoder, [lead + 1, D].
     """
 
     prefix: Mapping[str, np.ndarray]
@@ -87,7 +88,11 @@ class ConstantFeatures:
 
     @classmethod
     def read(cls, file: epath.Path, encoders: Mapping[str, StoredEncoder]) -> "ConstantFeatures":
-        """Raises UserError where the file is missing, or not of these encoders."""
+        """Reads the features of these encoders.
+
+        Raises:
+          UserError: the file is missing or damaged, or does not fit the encoders.
+        """
         try:
             tensors = tensors_of(file.read_bytes())
             prefix = {name: tensors[f"{name}/prefix"] for name in encoders}
@@ -102,9 +107,11 @@ class ConstantFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class StoredPrompts:
-    """Examples with "features" -> what the encoders would have made of their captions, padded to one length. Picklable.
+    """Looks up the stored features of captions and pads them to the length that the encoders return. Picklable.
 
-    It gives {"NAME/encoded": [B, lead + L, D], "NAME/mask": bool [B, L], "NAME/truncated": bool [B]}.
+    Attributes:
+      encoders: the encoders, by name.
+      constant: features that all prompts share.
     """
 
     encoders: Mapping[str, StoredEncoder]
@@ -115,7 +122,15 @@ class StoredPrompts:
         return self.constant.prefix
 
     def __call__(self, examples: Sequence[Example], fields: Sequence[str | None]) -> dict[str, np.ndarray]:
-        """Args: fields: each example's caption; None: the empty prompt."""
+        """Returns the encoded prompts of a batch.
+
+        Args:
+          examples: B examples with "features" and "truncated".
+          fields: caption field of each example; None: the empty prompt.
+
+        Returns:
+          For each encoder, {"NAME/encoded": [B, lead + L, D], "NAME/mask": bool [B, L], "NAME/truncated": bool [B]}.
+        """
         batch: dict[str, Any] = {}
         for name, encoder in self.encoders.items():
             shape = (len(examples), encoder.lead + encoder.max_length, encoder.hidden_size)
@@ -132,10 +147,11 @@ class StoredPrompts:
 
 
 def tensors_of(data: bytes) -> dict[str, np.ndarray]:
-    """Of a safetensors file in memory; like `safetensors.numpy.load`, which does not know bfloat16.
+    """Decodes a safetensors file, as `safetensors.numpy.load` does, which does not support bfloat16.
 
     Raises:
-      SafetensorError, KeyError: it is none, or holds other types.
+      SafetensorError: the data are not a safetensors file.
+      KeyError: a tensor has an unsupported dtype.
     """
     return {
         name: np.frombuffer(tensor["data"], _STORED[tensor["dtype"]]).reshape(tensor["shape"])
