@@ -1,4 +1,4 @@
-"""Samples in records: ArrayRecord files of tf.train.Example, and data sets of TensorFlow Datasets (TFDS)."""
+"""Samples stored as records: ArrayRecord files of tf.train.Example, and TensorFlow Datasets (TFDS)."""
 
 import functools
 import io
@@ -26,21 +26,27 @@ from lidit_jax.errors import UserError
 
 ARRAY_RECORD = re.compile(r"\.array_?record(-\d+-of-\d+)?$")
 _LABELS = ("class", "label")
-_MAX_VALUES = 64  # of one feature, e.g. several captions
+_MAX_VALUES = 64  # per feature, e.g. several captions
 
 
 class ArrayRecordShards:
     """ArrayRecord files of tf.train.Example; see `Shards`.
 
-    An encoded picture is in the feature `image_key`; every other feature of bytes is a caption, one of several values
-    "name/0", "name/1", …; numbers are metadata. A number in "class" or "label" is a class where names are given.
+    The feature `image_key` holds the encoded image. Every other bytes feature is a caption, or captions "name/0",
+    "name/1", … if it has several values; numbers are metadata. If class names are given, a number in "class" or "label"
+    is a class.
     """
 
     def __init__(self, path: str | os.PathLike, image_key: str = "image", class_names: Sequence[str] = ()):
-        """Args: path: a folder of .array_record files, one file, a glob pattern or a brace range; see `find_files`.
+        """Finds the files; they are opened when first read.
+
+        Args:
+          path: a folder of .array_record files, one file, a glob pattern or a brace range; see `find_files`.
+          image_key: feature with the encoded image.
+          class_names: names of the classes, by number.
 
         Raises:
-          UserError: there is none.
+          UserError: there is no such file, or the path is remote.
         """
         if is_remote(os.fspath(path)):
             raise UserError(f"{path}: ArrayRecord files are read from a disk alone: copy or mount them")
@@ -62,7 +68,7 @@ class ArrayRecordShards:
 
     def _parse(self, shard: int, number: int) -> Sample | Unusable:
         from google.protobuf.message import DecodeError
-        from tensorflow_datasets.proto import tf_example_pb2  # a second to import
+        from tensorflow_datasets.proto import tf_example_pb2  # takes a second to import
 
         try:
             features = tf_example_pb2.Example.FromString(self._readers.read(shard, number)).features.feature
@@ -81,7 +87,7 @@ def _values(feature) -> list[Any]:
 
 
 class RecordReaders:
-    """Reads single records of ArrayRecord files. Picklable; files are opened when first read, each once a process."""
+    """Reads single records of ArrayRecord files. Picklable; each process opens a file once, when first read."""
 
     def __init__(self, paths: Sequence[str]):
         self.paths = tuple(paths)
@@ -92,10 +98,10 @@ class RecordReaders:
         return RecordReaders, (self.paths,)
 
     def count(self, shard: int) -> int:
-        """Records of a file.
+        """Returns the number of records in a file.
 
         Raises:
-          UserError: it is no ArrayRecord file, or cannot be read.
+          UserError: the file is not an ArrayRecord file, or cannot be read.
         """
         try:
             return self._reader(shard).num_records()
@@ -103,12 +109,20 @@ class RecordReaders:
             raise UserError(f"cannot read {self.paths[shard]!r}: {str(error).splitlines()[0][:150]}") from error
 
     def is_whole(self, shard: int) -> bool:
-        """Whether the reader finds the file in order; what it cannot read at all has no records. Raises as `count`."""
+        """Returns True if the reader reports no damage; a file that it cannot read at all has no records.
+
+        Raises:
+          UserError: as for `count`.
+        """
         self.count(shard)
         return self._reader(shard).ok()
 
     def read(self, shard: int, number: int) -> bytes:
-        """A record. Raises Unusable."""
+        """Returns a record.
+
+        Raises:
+          Unusable: the record is damaged.
+        """
         try:
             [record] = self._reader(shard).read([number])
         except (RuntimeError, OSError, ValueError, IndexError) as error:
@@ -120,27 +134,29 @@ class RecordReaders:
 
         with self._lock:
             if shard not in self._opened:
-                if not os.path.isfile(self.paths[shard]):  # the reader itself would end the process
+                if not os.path.isfile(self.paths[shard]):  # the reader would abort the process
                     raise OSError("no such file")
                 self._opened[shard] = ArrayRecordReader(self.paths[shard])
             return self._opened[shard]
 
 
 class TfdsShards:
-    """One split of a TFDS data set, prepared as ArrayRecord; see `Shards`.
+    """One split of a TFDS data set, prepared as ArrayRecord files; see `Shards`.
 
-    Texts are captions, the names of a class label are captions too (field "class"), numbers are metadata.
+    Texts are captions, and so is the name of a class label (field "class"); numbers are metadata.
     """
 
     def __init__(self, name: str, split: str, data_dir: str = "", image_key: str = ""):
-        """Args:
-          name: as TFDS knows it ("imagenet2012:5.1.0"), or the folder of a prepared data set.
-          split: "train", or a part of one ("train[:90%]").
-          data_dir: where prepared data sets lie; "": where TFDS puts them.
-          image_key: of the picture, where there are several.
+        """Opens a prepared data set.
+
+        Args:
+          name: name in TFDS ("imagenet2012:5.1.0"), or the folder of a prepared data set.
+          split: a split ("train"), or a slice of one ("train[:90%]").
+          data_dir: folder of prepared data sets; "": the default of TFDS.
+          image_key: feature with the image; required if there are several images.
 
         Raises:
-          UserError: it is unknown, not prepared, in another format, or has no picture or no such split.
+          UserError: the data set is unknown, not prepared or in another format, or lacks the image or the split.
         """
         self._name, self._split, self._data_dir = name, split, data_dir
         builder, info = self._builder
@@ -154,7 +170,7 @@ class TfdsShards:
         self._labels = labels
         self.settings = self._image_key
         self.paths = (str(builder.data_path / re.sub(r"[^\w.+-]", "_", split)),)
-        _ = self._records  # says what is wrong with the split or its format
+        _ = self._records  # raises if the split or its format is wrong
 
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name not in ("_records", "_builder")}
@@ -167,7 +183,7 @@ class TfdsShards:
                 builder = tfds.builder_from_directory(self._name)
             else:
                 builder = tfds.builder(self._name, data_dir=self._data_dir or None)
-        except Exception as error:  # TFDS raises its own kinds for names, versions and metadata that it cannot read
+        except Exception as error:  # TFDS has its own exceptions for unreadable names, versions and metadata
             raise UserError(f"TFDS data set {self._name!r}: {' '.join(str(error).split())[:200]}") from error
         return builder, builder.info
 
@@ -178,7 +194,7 @@ class TfdsShards:
         decoders = _nested(self._image_key, tfds.decode.SkipDecoding())
         try:
             return builder.as_data_source(self._split, decoders=decoders)
-        except Exception as error:  # as above: not prepared, no such split, another format
+        except Exception as error:  # as above: not prepared, no such split, another file format
             raise UserError(
                 f"TFDS data set {self._name!r}, split {self._split!r}: {' '.join(str(error).split())[:200]} "
                 "(prepare it with file_format='array_record')"
@@ -199,7 +215,7 @@ class TfdsShards:
             record = self._records[number]
         except MemoryError:
             raise
-        except Exception:  # TFDS' decoders raise all kinds, protobuf's among them
+        except Exception:  # TFDS decoders raise many types, protobuf's among them
             return Unusable("damaged record")
         values = flatten(record)
         try:
@@ -214,13 +230,13 @@ class TfdsShards:
 
 
 def _import_tfds():
-    import tensorflow_datasets as tfds  # a second to import
+    import tensorflow_datasets as tfds  # takes a second to import
 
     return tfds
 
 
 def _kinds(info) -> tuple[set[str], dict[str, tuple[str, ...]]]:
-    """The names of pictures, and of class labels with their classes' names."""
+    """Returns the names of the image features, and {name: class names} of the class labels."""
     tfds = _import_tfds()
     pictures, labels = set(), {}
 
@@ -244,7 +260,10 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts, lists and arrays to "a/b" and "a/0", "a/1", …; a list of one is that one."""
+    """Flattens nested dicts, lists and arrays to keys "a/b" and "a/0", "a/1", ….
+
+    A list of one value is replaced by the value.
+    """
     if hasattr(values, "tolist"):  # numpy's scalars and arrays
         values = values.tolist()
     if isinstance(values, Mapping):
@@ -262,10 +281,16 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def sample_of(key: str, values: Mapping[str, Any], image_key: str, class_names: Sequence[str]) -> Sample:
-    """From flat values: bytes and texts are captions, but for the picture; the rest is metadata.
+    """Returns the sample of a record.
+
+    Args:
+      key: key of the sample.
+      values: flat values; bytes and texts other than the image are captions, the rest is metadata.
+      image_key: key of the image.
+      class_names: names of the classes, by number.
 
     Raises:
-      Unusable: there is no picture, or a text that is none.
+      Unusable: there is no image, a text is not UTF-8, or a class has no name.
     """
     values = dict(values)
     picture = values.pop(image_key, None)
@@ -279,7 +304,7 @@ def sample_of(key: str, values: Mapping[str, Any], image_key: str, class_names: 
             texts[CLASS_FIELD] = class_name(value, class_names)
         elif isinstance(value, bytes):
             if len(value) > MAX_TEXT_BYTES:
-                continue  # another picture, or a mask
+                continue  # another image, or a mask
             texts[name] = decode_text(value)
         elif isinstance(value, str):
             texts[name] = value
