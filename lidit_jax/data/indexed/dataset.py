@@ -1,4 +1,4 @@
-"""Data sets with random access: shuffled as a whole, batch k a function of k alone."""
+"""Data sets with random access: globally shuffled; batch k is a function of k alone."""
 
 import collections
 import logging
@@ -23,10 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class IndexedDataset(Dataset):
-    """See `Dataset`.
+    """A `Dataset` with random access.
 
     Attributes:
-      source: random access to the pictures.
+      source: random access to the examples.
+      bucket_of_example: int32 [N], index of each example's bucket.
     """
 
     def __init__(
@@ -38,7 +39,19 @@ class IndexedDataset(Dataset):
         held_out: bool,
         with_captions: bool,
     ):
-        """As `Dataset`. Args: sources: one for each of `parts`."""
+        """Checks the sources and assigns their examples to buckets.
+
+        Args:
+          config: as for `Dataset`.
+          buckets: as for `Dataset`.
+          parts: as for `Dataset`.
+          sources: one source for each of `parts`.
+          held_out: as for `Dataset`.
+          with_captions: as for `Dataset`.
+
+        Raises:
+          UserError: too many samples are broken, or no sample has a caption field that the config names.
+        """
         super().__init__(config, buckets, parts, held_out, with_captions)
         fields: collections.Counter[str] = collections.Counter()
         self._sources, looked_at = [], 0
@@ -79,7 +92,7 @@ class IndexedDataset(Dataset):
         return self.source.content == "moments"
 
     def check_latents(self, vae_digest: str) -> None:
-        """Raises UserError for latents that another VAE made than the one with this digest."""
+        """Raises UserError if latents were computed by a VAE with another digest."""
         for part, source in zip(self._parts.values(), self._sources, strict=True):
             if isinstance(source, PrecomputedSource) and source.manifest.vae != vae_digest:
                 raise UserError(
@@ -88,7 +101,11 @@ class IndexedDataset(Dataset):
                 )
 
     def stored_prompts(self) -> StoredPrompts | None:
-        """Raises UserError where the sources of a mixture hold features of different encoders."""
+        """Returns the precomputed features of the prompts; None if the data hold none.
+
+        Raises:
+          UserError: the sources of a mixture hold features of different encoders.
+        """
         made_by = [getattr(source, "encoders", {}) for source in self._sources]
         if any(encoders != made_by[0] for encoders in made_by):
             raise UserError(
@@ -98,7 +115,7 @@ class IndexedDataset(Dataset):
         return StoredPrompts(made_by[0], self._sources[0].constant) if made_by[0] else None
 
     def check_features(self, encoders: Mapping[str, StoredEncoder]) -> None:
-        """Raises UserError for stored features of other encoders than these."""
+        """Raises UserError if stored features were computed by other encoders than these."""
         for part, source in zip(self._parts.values(), self._sources, strict=True):
             stored = getattr(source, "encoders", {})
             if stored and stored != encoders:

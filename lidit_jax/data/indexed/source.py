@@ -1,4 +1,4 @@
-"""A source of stored samples of any format, by its index."""
+"""Source of the samples of shards in any storage format, read through their indexes."""
 
 import collections
 import hashlib
@@ -14,15 +14,16 @@ from lidit_jax.data.sources import BrokenExample, Example, Source, described, no
 
 
 class IndexedSource(Source):
-    """The samples of shards that can be used and that the filters keep; nothing of them is in memory but their places.
+    """Usable samples of shards that pass the filters. Only their places and sizes are kept in memory.
 
     Attributes:
-      broken, dropped: number of samples left out, by reason: what could not be used (for "… tar": shards, whose
-        readable part is used), and what the filters dropped.
-      looked_at: number of samples before that.
-      fields, keys: number of samples that have each caption field, and each key of the metadata, before filters;
-        counted where there are filters.
-      fingerprint: digest of keys, captions, metadata and the pictures' places and sizes, not of their pixels.
+      broken: number of samples that could not be used, by reason; a damaged shard, whose readable samples are used,
+        counts once.
+      dropped: number of samples that filters dropped, by reason.
+      looked_at: number of all samples, including those.
+      fields: number of samples with each caption field, before filtering; counted only if there are filters.
+      keys: number of samples with each metadata key, before filtering; counted only if there are filters.
+      fingerprint: digest of keys, captions, metadata and the images' places and sizes, but not of their pixels.
     """
 
     def __init__(
@@ -31,10 +32,15 @@ class IndexedSource(Source):
         examined: Sequence[Examined],
         max_pixels: int = MAX_PIXELS,
     ):
-        """Args: examined: of each shard, what `examine` found.
+        """Collects the samples of all shards.
+
+        Args:
+          shards: the shards.
+          examined: the results of `examine`, one per shard.
+          max_pixels: larger images are broken.
 
         Raises:
-          UserError: nothing is left.
+          UserError: no sample is left.
         """
         self._shards, self._max_pixels = shards, max_pixels
         self.broken = sum((one.broken for one in examined), collections.Counter())
