@@ -1,7 +1,7 @@
 """Data sets whose shards are read from end to end, without an index.
 
-What an index would tell beforehand is measured on the first samples of some shards: each group's share, for the order
-of the groups, and what is broken or dropped.
+The facts that an index would provide are estimated from the first samples of some shards: the share of each bucket,
+which determines the order of the buckets, and what is broken or dropped.
 """
 
 import collections
@@ -30,14 +30,15 @@ from lidit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_SHARDS = 32  # that are looked at beforehand, at the most
-_KEPT, _LOOKED_AT = 2048, 16384  # samples of all of them, likewise
+# Limits of the estimate: number of shards; samples kept and samples read, over all these shards.
+_SHARDS = 32
+_KEPT, _LOOKED_AT = 2048, 16384
 _MAX_STREAMS = 256
-_BATCHES_OF_A_GROUP = 4  # that wait
+_BATCHES_OF_A_GROUP = 4  # default size of the shuffle buffers, in batches per bucket
 
 
 class StreamedDataset(Dataset):
-    """See `Dataset`. `broken` and `dropped` are of what was looked at beforehand; batches report the rest."""
+    """A `Dataset` read sequentially. `broken` and `dropped` count the first samples; the loader counts the rest."""
 
     def __init__(
         self,
@@ -48,7 +49,20 @@ class StreamedDataset(Dataset):
         held_out: bool,
         with_captions: bool,
     ):
-        """As `Dataset`. Args: readings: one for each of `parts`."""
+        """Reads the first samples of each source.
+
+        Args:
+          config: as for `Dataset`.
+          buckets: as for `Dataset`.
+          parts: as for `Dataset`.
+          readings: how to read each of `parts`.
+          held_out: as for `Dataset`.
+          with_captions: as for `Dataset`.
+
+        Raises:
+          UserError: a mixture has no weights, too many samples are broken, the filters drop all of them, or no sample
+            has a caption field that the config names.
+        """
         super().__init__(config, buckets, parts, held_out, with_captions)
         if len(self._parts) > 1 and config.weights() is None:
             raise UserError(
@@ -70,13 +84,13 @@ class StreamedDataset(Dataset):
             [np.bincount([e.group for e in samples], minlength=len(self.buckets)) for samples in self._samples]
         )
         weights = np.array(self._weights or [1.0] * len(counts))
-        # [sources, groups], of all rows.
+        # [sources, buckets], share of all rows.
         self._shares = counts / counts.sum(1, keepdims=True) * (weights / weights.sum())[:, None]
         self._looked_at = looked_at
 
     @property
     def fingerprint(self) -> str:
-        """Of the shards' names (and sizes, where asking costs nothing), and of how they are read."""
+        """Text that identifies the shards (names, and sizes of local files) and how they are read."""
         digest = hashlib.sha256()
         for reading in self._readings:
             digest.update(reading.shards.settings.encode())
@@ -130,16 +144,20 @@ class StreamedDataset(Dataset):
         return pictures
 
     def _spread(self, count: int) -> list[tuple[int, Entry]]:
-        """Of what was looked at."""
+        """Returns (source, entry) of up to `count` of the first samples, evenly spaced."""
         found = [(source, entry) for source, samples in enumerate(self._samples) for entry in samples]
         return [found[i] for i in spread(len(found), count)]
 
     def _streams_of_process(self, batch_size: int, process_index: int, process_count: int) -> tuple[int, range]:
-        """(streams in all, the numbers of this process's)."""
+        """Returns (number of streams, numbers of the streams of a process).
+
+        Raises:
+          UserError: `data.streams` does not fit the shards, the batch size and the number of processes.
+        """
         shards = min(len(reading.shards.paths) for reading in self._readings)
         streams = self.config.streams
         if not streams:
-            # Not by the number of hosts: batches do not depend on it.
+            # Independent of the number of hosts, so that batches are, too.
             streams = max(n for n in range(1, min(shards, _MAX_STREAMS) + 1) if batch_size % n == 0)
         choices = [n for n in range(1, shards + 1) if math.gcd(n, batch_size) == n and n % process_count == 0]
         if streams > shards or batch_size % streams or streams % process_count:
@@ -157,7 +175,7 @@ class StreamedDataset(Dataset):
     ) -> StreamLoader:
         self.check_batch_size(batch_size)
         streams, numbers = self._streams_of_process(batch_size, process_index, process_count)
-        # Groups that were not met do not come: what belongs there goes to the nearest.
+        # Buckets not met among the first samples never occur: their samples go to the nearest bucket that does.
         [met] = np.nonzero(self._shares.sum(0))
         buckets = tuple(self.buckets[i] for i in met)
         waiting = self.config.shuffle_buffer or _BATCHES_OF_A_GROUP * len(buckets) * batch_size
@@ -184,10 +202,13 @@ class StreamedDataset(Dataset):
 
 
 def _look(reading: Reading) -> tuple[list[Entry], Seen]:
-    """The first samples of some shards, without their pictures.
+    """Reads the first samples of some shards, without their images.
+
+    Returns:
+      The usable samples, and statistics of all samples read.
 
     Raises:
-      UserError: none can be used.
+      UserError: no sample can be used.
     """
     entries, total = [], Seen()
     fields: collections.Counter[str] = collections.Counter()

@@ -1,7 +1,7 @@
-"""Batches of shards that are read from end to end, without an index.
+"""Loader of shards that are read from end to end, without an index.
 
-Every row of a batch belongs to a stream, whatever the number of hosts; a host reads the streams of its rows. Streams do
-not know of one another: the group of batch k follows from shares that every host measured alike, and from k.
+Every row of a batch belongs to one stream, whatever the number of hosts; a host reads the streams of its rows. Streams
+are independent of one another: the bucket of batch k follows from k and from shares that every host measures equally.
 """
 
 import concurrent.futures
@@ -31,21 +31,22 @@ from lidit_jax.data.streamed.sample_stream import (
 )
 from lidit_jax.errors import UserError
 
-_SHARDS, _ORDER, _BUFFER = 3, 4, 5  # what random numbers are for; `GroupSchedule` has 1 and 2
+_SHARDS, _ORDER, _BUFFER = 3, 4, 5  # numbers mixed into the seed, one per purpose; `GroupSchedule` uses 1 and 2
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamPlan:
-    """What all processes agree on.
+    """Settings that are equal on all processes.
 
     Attributes:
-      readings: of each source.
-      shares: float64 [sources, groups], of all rows, by source and group; they sum to 1.
-      buckets: the groups.
-      batch_size: over all processes.
-      num_streams: divides batch_size.
-      capacity: samples that wait in the buffers of a stream.
-      allow_enlarging: False puts pictures into groups that would enlarge them only where there is no other.
+      readings: how to read each source.
+      shares: share of all rows of each source and bucket, float64 [sources, buckets]; they sum to 1.
+      buckets: the buckets.
+      batch_size: rows of a batch over all processes.
+      num_streams: number of streams over all processes; a divisor of batch_size.
+      capacity: number of samples in the shuffle buffers of a stream.
+      seed: seed of all random choices.
+      allow_enlarging: if False, a batch takes samples that its bucket would enlarge only if there are no others.
     """
 
     readings: tuple[Reading, ...]
@@ -58,7 +59,7 @@ class StreamPlan:
     allow_enlarging: bool = True
 
     def digest(self) -> str:
-        """Of all that decides which samples come when, but for the shards themselves."""
+        """Returns a digest of everything that determines the order of the samples, except the shards themselves."""
         filters = [check for reading in self.readings for check in reading.filters]
         rules = [(getattr(f, "func", f).__name__, str(getattr(f, "keywords", {}))) for f in filters]
         facts = [self.shares.tolist(), self.buckets, self.batch_size, self.num_streams, self.capacity, self.seed, rules]
@@ -66,9 +67,11 @@ class StreamPlan:
 
     @property
     def rows_per_stream(self) -> int:
+        """Rows of a batch that each stream provides."""
         return self.batch_size // self.num_streams
 
     def schedule(self) -> GroupSchedule:
+        """Returns the bucket of every batch and the source of every row."""
         periods: dict[int, dict[int, float]] = {}
         for source, group in zip(*np.nonzero(self.shares), strict=True):
             periods.setdefault(int(group), {})[int(source)] = float(1 / self.shares[source, group])
@@ -76,7 +79,7 @@ class StreamPlan:
 
 
 class _Stream:
-    """The rows of every batch that belong to one stream: its part of each source's shards."""
+    """Provides the rows of one stream in every batch, from its subset of each source's shards."""
 
     def __init__(self, plan: StreamPlan, schedule: GroupSchedule, number: int):
         self._plan, self._schedule = plan, schedule
@@ -85,14 +88,21 @@ class _Stream:
         for source, reading in enumerate(plan.readings):
             order = shuffled(len(reading.shards.paths), plan.seed, _SHARDS, source)
             dealt = [order[n :: plan.num_streams].tolist() for n in range(plan.num_streams)]
-            shards = dealt[number:] + dealt[:number]  # its own first
+            shards = dealt[number:] + dealt[:number]  # the stream's own shards first
             samples = SampleStream(reading, shards, (plan.seed, _ORDER, source, number))
             capacity = int(np.ceil(plan.capacity * plan.shares[source].sum()))
             seed = (plan.seed, _BUFFER, source, number)
             self._buffers.append(GroupingBuffer(samples, plan.buckets, capacity, seed, plan.allow_enlarging))
 
     def examples(self, batch: int, group: int, nth: int, with_images: bool) -> tuple[list[Example], Seen]:
-        """The stream's rows of a batch, the nth of its group."""
+        """Returns the stream's rows of a batch, and statistics of reading them.
+
+        Args:
+          batch: number of the batch.
+          group: index of its bucket.
+          nth: number of earlier batches of that bucket.
+          with_images: whether to decode images.
+        """
         plan, seen = self._plan, Seen()
         first = nth * plan.batch_size + self._first_row
         sources = np.array([s for s, _ in self._schedule.rows(group, first, first + plan.rows_per_stream)])
@@ -108,7 +118,10 @@ class _Stream:
         return examples, seen
 
     def _load(self, source: int, entry: Entry, spares: Iterator[Entry], bucket: Bucket | None, seen: Seen) -> Example:
-        """An entry's example; where its picture is broken, that of a spare one, whose turn comes later all the same."""
+        """Returns the example of an entry, or of a spare one if its image is broken.
+
+        A spare entry remains in the buffer, so it is used again in its own turn.
+        """
         reading = self._plan.readings[source]
         example = reading.load(entry, bucket)
         for _ in range(SPARES):
@@ -128,7 +141,7 @@ class _Stream:
 
 
 class _Batches(grain.DatasetIterator):
-    """Batches, one after the other; the streams of each read and decode at the same time."""
+    """Iterator over batches in order; the streams read and decode concurrently."""
 
     def __init__(
         self, plan: StreamPlan, assembler: Assembler, numbers: range, num_threads: int, first_batch: int, saved: Any
@@ -162,13 +175,14 @@ class _Batches(grain.DatasetIterator):
 
     def close(self) -> None:
         super().close()
-        self._pool.shutdown(wait=False, cancel_futures=True)  # one of its own threads may be the one that closes
+        self._pool.shutdown(wait=False, cancel_futures=True)  # a pool thread may call this: do not wait
 
 
 class StreamLoader(BatchStream):
-    """Batches of streams. Its state holds the places of its process's streams and of what waits in their buffers.
+    """Iterator over batches of streams.
 
-    Without a state, the streams begin at their first samples, whatever the first batch's number.
+    Its state holds the positions of this process's streams and the places of the samples in their buffers. Without a
+    state, the streams begin at their first samples, whatever the number of the first batch.
     """
 
     def __init__(
@@ -183,10 +197,17 @@ class StreamLoader(BatchStream):
         first_batch: int,
         max_broken: float,
     ):
-        """Args:
-        numbers: of this process's streams.
-        num_threads: that read and decode; at most one a stream is busy.
-        prefetch: batches made ahead of time.
+        """Initializes the loader; reading begins with `start_prefetch` or the first batch.
+
+        Args:
+          plan: settings that are equal on all processes.
+          assembler: assembles examples into a batch.
+          fingerprint: text that identifies the data.
+          numbers: numbers of this process's streams.
+          num_threads: threads that read and decode; at most one per stream is busy.
+          prefetch: batches made ahead of time.
+          first_batch: number of the first batch.
+          max_broken: share of a window of 1,000 examples that may be broken before iteration stops.
         """
         super().__init__(fingerprint, first_batch, max_broken)
         self._plan, self._assembler, self._numbers = plan, assembler, numbers
