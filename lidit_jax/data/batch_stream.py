@@ -102,6 +102,7 @@ class BatchStream(grain.DatasetIterator):
         return numbers
 
     def get_state(self) -> dict[str, Any]:
+        """Returns the position after the batch returned last, as JSON values."""
         return {"next_batch": self._next_batch, "fingerprint": self.fingerprint}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -140,6 +141,7 @@ class BatchStream(grain.DatasetIterator):
         return number
 
     def close(self) -> None:
+        """Ends threads and workers; the iterator cannot be used afterwards."""
         self._closed = True
         self._stop()
 

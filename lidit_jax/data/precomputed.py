@@ -61,6 +61,7 @@ class Manifest:
     left_out: int = 0
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the manifest as JSON values, as `read` expects them in the file."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
     @classmethod

@@ -55,6 +55,7 @@ class StoredEncoder:
 
     @property
     def numpy_dtype(self) -> np.dtype:
+        """NumPy dtype of the features, including bfloat16."""
         return np.dtype(DTYPES[self.dtype])
 
     def check(self, features: np.ndarray) -> np.ndarray:
@@ -80,6 +81,7 @@ class ConstantFeatures:
     empty: Mapping[str, np.ndarray]
 
     def write(self, file: epath.Path) -> None:
+        """Writes the features to a safetensors file, atomically."""
         tensors = {f"{name}/prefix": array for name, array in self.prefix.items()}
         tensors |= {f"{name}/empty": array for name, array in self.empty.items()}
         beside = file.parent / f".{file.name}.new"
@@ -119,6 +121,7 @@ class StoredPrompts:
 
     @property
     def prefix(self) -> Mapping[str, np.ndarray]:
+        """Instruction features of each encoder; see `ConstantFeatures`."""
         return self.constant.prefix
 
     def __call__(self, examples: Sequence[Example], fields: Sequence[str | None]) -> dict[str, np.ndarray]:

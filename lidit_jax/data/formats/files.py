@@ -25,10 +25,13 @@ class File(Protocol):
         """Returns `size` bytes from `offset`, fewer at the end of the file."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes the file."""
+        ...
 
 
 def is_remote(path: str) -> bool:
+    """Returns True if a path is a URL, which is read through fsspec."""
     return "://" in path
 
 
