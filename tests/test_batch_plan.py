@@ -81,7 +81,7 @@ def test_buckets_are_mixed_rather_than_taken_in_turn():
     assert not any(order[i : i + 5] == [order[i]] * 5 for i in range(len(order)))
 
 
-@pytest.mark.parametrize("size", [997, 70_000])  # below and above the size from which grain's cipher shuffles
+@pytest.mark.parametrize("size", [997, 70_000])  # below and above the size from which grain's cipher is used
 def test_epochs_and_seeds_differ_and_leave_no_example_near_its_place(size):
     zeros = np.zeros(size, int)
     plan, other = BatchPlan(zeros, size, 0), BatchPlan(zeros, size, 1)
@@ -94,7 +94,7 @@ def test_epochs_and_seeds_differ_and_leave_no_example_near_its_place(size):
 
 
 def test_the_order_never_changes_between_releases():
-    # What a checkpoint remembers is a batch's number: with another order a resumed run would repeat and miss examples.
+    # A checkpoint stores only the batch number: with another order, a resumed run would repeat and miss examples.
     plan = BatchPlan(np.array([0, 0, 1, 0, 1, 0, 0]), 3, seed=42)
     batches = [(bucket, indices.tolist()) for bucket, indices in map(plan, range(4))]
     assert batches == [(0, [1, 6, 3]), (0, [0, 5, 1]), (1, [2, 4, 4]), (0, [0, 3, 6])]

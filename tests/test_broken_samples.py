@@ -1,4 +1,4 @@
-"""What is split, repeated or damaged is counted, left out, and too much of it stops a run."""
+"""Split, repeated and damaged samples are counted and left out; too many of them stop a run."""
 
 import numpy as np
 import pytest

@@ -90,7 +90,7 @@ def test_paper_configs_have_few_buckets_that_keep_the_area_and_the_square(name, 
         ),
         ({"bucket_multiple": 8}, "data.bucket_multiple=8 does not work"),
         ({"bucket_multiple": -16}, "data.bucket_multiple=-16 does not work"),
-        ({"bucket_multiple": 256}, "data.bucket_multiple=256 does not work"),  # leaves no side for max_aspect=2
+        ({"bucket_multiple": 256}, "data.bucket_multiple=256 does not work"),  # allows only the square
         ({"bucket_multiple": 64, "resolution": 250}, "resolution=250 is not a multiple of 16: use 240 or 256"),
     ],
 )
@@ -106,7 +106,7 @@ def test_without_a_bucket_multiple_the_fingerprint_is_that_of_earlier_versions(t
         data_of("tar", write_tars(tmp_path / "tar"), sequential=sequential, resolution=64, **more), 8
     )
     fingerprint = of().fingerprint
-    assert fingerprint.endswith(" in 80x48 72x56 64x64 56x72 48x80")  # written before the field existed
+    assert fingerprint.endswith(" in 80x48 72x56 64x64 56x72 48x80")  # the value before the field existed
     assert of(bucket_multiple=0).fingerprint == of(bucket_multiple=8).fingerprint == fingerprint
     assert of(bucket_multiple=16).fingerprint == fingerprint.replace(" 72x56", "").replace(" 56x72", "")
 
@@ -168,7 +168,7 @@ def test_a_circle_stays_round_and_in_the_middle(size, bucket):
     height, width = size
     scale = max(bucket.height / height, bucket.width / width)
     radius = 0.4 * min(bucket) / scale
-    # Drawn large and averaged: Pillow's small circles are lopsided themselves.
+    # Drawn large and averaged: small circles drawn by Pillow are not symmetric.
     canvas = Image.new("L", (8 * width, 8 * height))
     center = np.array([width, height]) * 4
     ImageDraw.Draw(canvas).ellipse([*(center - 8 * radius), *(center + 8 * radius)], fill=255)
@@ -180,7 +180,7 @@ def test_a_circle_stays_round_and_in_the_middle(size, bucket):
         mean = np.average(places, weights=profile)
         spread = np.sqrt(np.average((places - mean) ** 2, weights=profile))
         assert mean == pytest.approx(side / 2, abs=0.3)
-        # A disc's standard deviation along an axis is half its radius.
+        # The standard deviation of a disc along an axis is half its radius.
         assert spread == pytest.approx(0.2 * min(bucket), rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""The same pictures and captions from every kind of source, mixtures of them, and what is wrong with them."""
+"""All kinds of sources return the same images and captions; their errors; training on each of them."""
 
 import collections
 import json
@@ -20,7 +20,7 @@ from lidit_jax.stages.run import run_stages
 KINDS = ("tar", "array_record", "tfds", "jsonl", "csv", "parquet")
 
 
-# --- kinds ------------------------------------------------------------------------------------------------------
+# --- kinds of sources -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +119,7 @@ def test_damaged_records_are_counted_and_other_files_refused(tmp_path, stored):
     try:
         dataset = open_dataset(data_of("array_record", tmp_path), 8)
     except UserError as error:
-        assert "damaged record" in str(error)  # compressed, so one damage may take them all
+        assert "damaged record" in str(error)  # records are compressed together, so one damaged byte may affect all
     assert dataset is None or sum(dataset.broken.values()) + len(dataset.source) == COUNT // 2
     (tmp_path / "damaged.array_record").write_bytes(b"no records" * 1000)
     with pytest.raises(UserError, match="cannot read|no usable sample"):
@@ -134,7 +134,7 @@ def test_damaged_records_are_counted_and_other_files_refused(tmp_path, stored):
         open_dataset(data_of("array_record", tmp_path), 8)
 
 
-# --- configs that cannot work -----------------------------------------------------------------------------------
+# --- invalid configs --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_data_that_can_not_be_used_are_said_in_one_line(stored, tmp_path, change
     assert "\n" not in str(error.value)
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------
+# --- training runs ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

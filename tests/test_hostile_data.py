@@ -1,4 +1,4 @@
-"""One bad thing in a data set is counted, and neither stops the run nor hides the rest."""
+"""A single malformed sample or file is counted; it neither stops the run nor hides other samples."""
 
 import csv
 import json
@@ -52,12 +52,12 @@ def test_no_caption_takes_long_to_look_at(make):
     candidate = Candidate({"txt": make(500_000)}, {}, 64, 64)
     started = time.monotonic()
     assert url_caption(candidate) is None and file_name_caption(candidate) is None
-    assert time.monotonic() - started < 10  # it took hours
+    assert time.monotonic() - started < 10  # took hours without the limit on the length of captions
 
 
 def test_classes_that_are_no_numbers_of_classes():
     assert class_name("1", CLASSES) == class_name("0000000000001", CLASSES) == "dog"
-    assert class_name("--5", CLASSES) == "--5"  # a name like any other
+    assert class_name("--5", CLASSES) == "--5"  # not a number, so it is a class name
     for text in ("2", "-1", "9" * 30, "-0001"):
         with pytest.raises(Unusable, match="class without a name"):
             class_name(text, CLASSES)
@@ -120,7 +120,7 @@ def test_a_forged_index_is_made_anew_also_where_texts_are_looked_at(tmp_path, fo
 
 
 def test_pictures_without_texts_keep_their_index(tmp_path, monkeypatch):
-    """They come behind the others in it."""
+    """Images without texts are the last rows of the index."""
     members = {"0.png": encode(picture(0)), "1.png": encode(picture(1)), "1.txt": b"words", "2.png": encode(picture(2))}
     write_tar(tmp_path / "0.tar", members)
     first = examine(TarShards(tmp_path))

@@ -1,4 +1,4 @@
-"""The index of a shard: made once, anew where it does not fit, and nobody's to forge."""
+"""The index of a shard is built once, rebuilt if it does not fit, and checked against forgery."""
 
 import os
 

@@ -30,7 +30,7 @@ NUM_EXAMPLES = 60
 
 
 class Numbered(Source):
-    """Example i is a picture of the color i in one of three aspects, with the captions "i a" and "i b"."""
+    """Source whose example i is an image of color i, in one of three aspect ratios, with captions "i a" and "i b"."""
 
     def __init__(self, num_examples: int = NUM_EXAMPLES, broken: tuple[int, ...] = (), side: int | None = None):
         self.num_examples, self.broken, self.side = num_examples, broken, side
@@ -59,7 +59,7 @@ class Numbered(Source):
 
 
 def tokenize(captions: list[str]) -> dict[str, np.ndarray]:
-    """The example's number, or -1 where its caption was dropped."""
+    """Returns the number of each example, or -1 if its caption was dropped."""
     return {"tokens": np.array([int(caption.split()[0]) if caption else -1 for caption in captions])}
 
 
@@ -92,7 +92,7 @@ def lengths(captions: list[str]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def plain() -> list[dict]:
-    """The first 30 batches, made one by one in this thread."""
+    """The first 30 batches, made in this thread without prefetching."""
     return take(loader_of(num_threads=0, prefetch=0), 30)
 
 
@@ -252,10 +252,10 @@ def test_broken_examples_are_replaced_within_their_bucket_and_counted(plain, cap
             batches = [next(loader) for loader in loaders]
             colors = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
             wanted = expected["image"][:, 0, 0, 0]
-            # Of the examples i % 5 in (1, 2, 4) the middle bucket consists, so 7 and the next two follow 6.
+            # The middle bucket holds the examples with i % 5 in (1, 2, 4), so the next ones after 6 are 7, 9 and 11.
             following = {2: 4, 6: 9, 7: 9, 30: 35}
             np.testing.assert_array_equal(colors, [following.get(i, i) for i in wanted.tolist()])
-            # One more read than its own where the next one is broken as well.
+            # One more broken read if the next example is broken, too.
             reads += sum((1, 2)[i == 6] for i in wanted.tolist() if i in broken)
     assert reads > 5
     assert sum((loader.broken for loader in loaders), collections.Counter()) == {"broken on purpose": reads}
@@ -304,7 +304,7 @@ def test_a_missing_caption_field_ends_in_a_user_error():
 
 
 def test_overhead_stays_far_below_a_training_step():
-    # Measured: 1.4 ms a batch of 128. The bound is what a step of the demo can spare, not that.
+    # Measured: 1.4 ms per batch of 128. The bound is what a training step of the demo tolerates.
     source = Numbered(200, side=32)
     loader = make_loader(source, Assembler(make_buckets(32, 16), 0, (CaptionChooser(dropout=0.1),), tokenize), 128)
     next(loader)

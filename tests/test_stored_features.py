@@ -1,4 +1,4 @@
-"""Features of captions computed ahead of training: training on them is training on the captions."""
+"""Caption features computed ahead of training: training on them equals training on the captions."""
 
 import dataclasses
 import json
@@ -23,10 +23,10 @@ from lidit_jax.text.load_encoder import load_encoder
 
 @pytest.fixture(scope="module")
 def two_kinds(config, t5_folder):  # noqa: F811
-    """An LLM, whose prefix all prompts share, and a T5, which gives every prompt its own."""
+    """Config with an LLM, whose prefix all prompts share, and a T5, which computes a prefix per prompt."""
     two = config.copy_and_resolve_references()
     two.encoders.qwen.weights = str(t5_folder)
-    two.text.max_length = 5  # cuts some captions
+    two.text.max_length = 5  # truncates some captions
     return two
 
 

@@ -1,4 +1,4 @@
-"""Shards read from end to end: nothing lost, the same for any number of hosts, resumed exactly."""
+"""Shards read from end to end: no sample lost, equal batches for any number of hosts, exact resuming."""
 
 import collections
 import io
@@ -33,7 +33,7 @@ def streamed(path, **options) -> DataConfig:
 
 
 def write_shards(folder, counts, size=lambda shard, i: (40, 40)):
-    """Shard s holds pictures called "s/i"; all are of one colour, which is cheap."""
+    """Writes shards: shard s holds images with keys "s/i", of a single colour, which compress well."""
     folder.mkdir(exist_ok=True)
     for shard, count in enumerate(counts):
         members = {}
@@ -58,7 +58,7 @@ def loader_on(dataset, monkeypatch, process_index=0, process_count=1, first=0, b
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Eight shards of different sizes and aspects."""
+    """Eight shards with different numbers of samples and aspect ratios."""
     folder = tmp_path_factory.mktemp("streams") / "shards"
     sizes = ((40, 40), (40, 60), (60, 40))
     return write_shards(folder, (7, 12, 5, 9, 11, 6, 8, 10), lambda shard, i: sizes[(shard * i) % 3])
@@ -79,7 +79,7 @@ def test_in_every_epoch_of_a_stream_each_sample_comes_once(tmp_path_factory, cou
     for stream in range(streams):
         drawn = [caption for batch in batches for caption in batch[stream * rows : (stream + 1) * rows]]
         mine = set(drawn)
-        # All of some shards, and of none a part.
+        # All samples of some shards, and no shard in part.
         assert {int(caption.split("/")[0]) for caption in mine}.isdisjoint(seen)
         seen |= {int(caption.split("/")[0]) for caption in mine}
         size = sum(counts[shard] for shard in {int(caption.split("/")[0]) for caption in mine})
@@ -98,19 +98,19 @@ def test_the_order_changes_with_epoch_and_seed(shards):
 
 
 def test_what_was_read_was_drawn_or_waits(shards):
-    """Also where a stream's shares of the groups are others than the whole data set's."""
+    """Holds even if the bucket shares of a stream differ from those of the data set."""
     dataset = open_dataset(streamed(shards, streams=4, shuffle_buffer=64), 8)
     loader = dataset.batches(8, 0, None, with_captions=True)
     drawn = collections.Counter(caption for _ in range(50) for caption in next(loader)["caption"])
     state = json.loads(json.dumps(loader.get_state()))
     read = TarShards(str(shards))
     waiting = collections.Counter()
-    done = collections.Counter()  # epochs of each shard that were read to their end, times its samples
+    done = collections.Counter()  # number of epochs in which a shard was read completely
     for [saved] in state["streams"].values():
         places = [tuple(place) for _, *place in saved["buffer"]]
         waiting.update(sample.captions["txt"] for sample in read.read(places))
     total = drawn + waiting
-    # Within a stream all samples were read equally often, but for the epoch that is under way.
+    # Within a stream, all samples were read equally often, except in the current epoch.
     for shard in range(8):
         counts = {count for caption, count in total.items() if caption.startswith(f"{shard}/")}
         assert max(counts) - min(counts) <= 1
@@ -155,7 +155,7 @@ def test_resumed_at_any_point_by_any_number_of_hosts_the_stream_goes_on(shards, 
 
 
 def test_a_checkpoint_keeps_the_place_of_every_host(shards, tmp_path, monkeypatch):
-    """Through Orbax, also of a loader that was restored and not yet asked for a batch."""
+    """Through Orbax, including a loader that was restored but has not returned a batch yet."""
     dataset = open_dataset(streamed(shards), 8)
     loader = loader_on(dataset, monkeypatch)
     expected = [next(loader)["caption"] for _ in range(9)]
@@ -186,7 +186,7 @@ def test_mixed_streams_keep_their_weights_and_resume(shards, tmp_path):
     resumed = dataset.batches(16, 0, None, first=40, with_captions=True)
     resumed.restore([state])
     assert captions_of(resumed, 4) == expected
-    # Pictures of the second source are square; of the first, a good half are.
+    # All images of the second source are square; of the first, just over half.
     square = np.mean([batch["image"].shape[1] == batch["image"].shape[2] for batch in drawn])
     first = dataset._shares.sum(1)
     np.testing.assert_allclose(first, [0.75, 0.25])
@@ -237,7 +237,7 @@ def test_what_can_not_be_used_is_counted_and_replaced(tmp_path):
 
 
 def test_too_much_broken_input_stops_the_stream(tmp_path):
-    """Pictures that show only when decoded that they are broken: all but the first of each shard."""
+    """All images but the first of each shard are broken, which only decoding reveals."""
     for shard in range(2):
         members = {}
         for i in range(30):
@@ -269,7 +269,7 @@ def test_numbers_that_do_not_go_together_are_said_in_one_line(shards, monkeypatc
 
 
 def test_every_place_that_a_scan_gives_can_be_read_again(tmp_path):
-    """Also of a sample that holds a file name twice."""
+    """Includes a sample with a repeated file name."""
     members = []
     for i in range(10):
         members += [(f"{i}.png", encode(np.full((40, 40, 3), i, np.uint8)))] * (2 if i == 4 else 1)
@@ -313,7 +313,7 @@ def test_shards_without_anything_to_train_on_end_in_one_line(tmp_path):
 
 
 def test_the_limit_on_broken_samples_is_a_share_of_what_was_read(tmp_path):
-    """Filling a large buffer for the first batch reads many windows' worth."""
+    """Filling a large buffer for the first batch reads many windows of samples."""
     picture = encode(np.zeros((8, 8, 3), np.uint8))
     members = {f"{i}.{kind}": (picture if i % 10 else b"junk") if kind == "png" else b"a"
                for i in range(1200) for kind in ("png", "txt")}  # fmt: skip
@@ -337,7 +337,7 @@ def test_broken_pictures_of_a_batch_get_different_ones(tmp_path):
 
 
 def test_pictures_are_enlarged_only_where_there_is_no_other(tmp_path):
-    """The second shard has wide pictures alone, half of them too low for a square."""
+    """The second shard has only wide images, half of them too low for the square bucket."""
     write_shards(tmp_path / "s", (20, 20), lambda shard, i: (48, 48) if shard == 0 else (48 if i % 2 else 24, 96))
     found = {}
     for allowed in (True, False):
@@ -410,7 +410,7 @@ def test_a_disk_that_fails_is_no_broken_picture(shards, monkeypatch):
     read = files._LocalFile.read
 
     def fails(self, offset, size):
-        if size not in (3, 512):  # captions and tar's headers
+        if size not in (3, 512):  # captions and tar headers
             raise OSError(5, "Input/output error")
         return read(self, offset, size)
 
@@ -463,7 +463,7 @@ def test_a_run_on_streams_resumes_to_the_losses_of_one_that_never_stopped(traine
     whole = losses(tmp_path / "run")
     shutil.rmtree(tmp_path / "run/training/lidit/checkpoints/6")
     with config.unlocked():
-        config.train.compile_ahead = False  # may differ when a run resumes
+        config.train.compile_ahead = False  # this option may change when a run resumes
     run_stages(config, epath.Path(tmp_path / "run"))
     assert "compiling" not in capsys.readouterr().err
     assert losses(tmp_path / "run") == whole + whole[4:]

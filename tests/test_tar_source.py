@@ -71,7 +71,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def with_chunk(png: bytes, kind: bytes, body: bytes) -> bytes:
-    """The PNG with one more chunk right after its header."""
+    """Returns the PNG with one more chunk right after its header."""
     return png[:33] + png_chunk(kind, body) + png[33:]
 
 
@@ -173,7 +173,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
     assert prints[3] == prints[0]
 
 
-# --- picture kinds ----------------------------------------------------------------------------------------------
+# --- kinds of images --------------------------------------------------------------------------------------------
 
 
 def test_grey_one_bit_and_palette_pictures_become_rgb(tmp_path):
@@ -227,7 +227,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 def test_pictures_are_turned_upright_and_their_size_known_without_decoding(tmp_path, orientation, format):
-    # A stored pixel (row, column) of an upright [H, W] picture, for each EXIF orientation: what a camera does.
+    # Transform that a camera applies to an upright [H, W] image before storing it, for each EXIF orientation.
     upright = SIDE_BY_SIDE.copy()
     upright[:4, :6] = (30, 160, 60)
     store = {
@@ -298,7 +298,7 @@ def test_damage_inside_a_jpeg_is_refused_even_where_a_picture_comes_out():
     data = bytearray(encode(smooth(200, 300), "JPEG", quality=90))
     middle = len(data) // 2
     data[middle : middle + 60] = np.random.default_rng(0).bytes(60)
-    Image.open(io.BytesIO(bytes(data))).load()  # Pillow sees nothing wrong
+    Image.open(io.BytesIO(bytes(data))).load()  # Pillow reports no damage
     with pytest.raises(decoding.BrokenPicture, match="damaged picture"):
         decoding.decode(bytes(data), MAX_PIXELS)
 
@@ -396,8 +396,8 @@ def small_tar(tmp_path) -> bytes:
 
 
 def read_all(path) -> int:
-    """How many examples can be read; raises only UserError."""
-    pathlib.Path(f"{path}.index").unlink(missing_ok=True)  # two writes may have the same time
+    """Returns the number of examples that can be read; may raise UserError only."""
+    pathlib.Path(f"{path}.index").unlink(missing_ok=True)  # two writes may have equal modification times
     source = tar_source(path)
     readable = 0
     for index in range(len(source)):
@@ -414,7 +414,7 @@ def read_all(path) -> int:
 
 
 def assert_read_from_end_to_end(path, source) -> None:
-    """Without the index come the same samples."""
+    """Checks that scanning from end to end without the index yields the same samples."""
     stream, seen = SampleStream(Reading(TarShards(path), (Bucket(8, 8),), (no_caption,)), [[0]], (0,)), Seen()
     entries = [stream.next(seen) for _ in range(len(source))]
     keys = [example["key"] for example in source.describe(range(len(source)))]
@@ -485,7 +485,7 @@ def test_a_mutated_tar_works_or_raises_user_error_or_broken_example(fuzzed, chan
         start = int(place * len(data))
         data[start : start + len(content)] = content
     data = data[: max(int(cut * len(data)), 1) if cut < 0.9 else len(data)]
-    if mend_headers:  # so that not every change to a header is caught by its checksum
+    if mend_headers:  # otherwise the checksum would catch every change to a header
         for start in range(0, len(data) - 511, 512):
             if data[start + 257 : start + 262] == b"ustar":
                 data[start + 148 : start + 156] = b" " * 8
@@ -502,7 +502,7 @@ def test_a_mutated_tar_works_or_raises_user_error_or_broken_example(fuzzed, chan
 
 @pytest.fixture
 def numbered(tmp_path):
-    for shard in range(20):  # more than a thread keeps open
+    for shard in range(20):  # more files than a thread keeps open
         files = {}
         for i in range(shard * 5, shard * 5 + 5):
             files |= {f"{i:03}.png": encode(np.full((4 + i % 3, 5, 3), i, np.uint8)), f"{i:03}.txt": str(i).encode()}
@@ -537,7 +537,7 @@ def test_files_are_closed_when_their_thread_ends(numbered):
 
 def test_a_source_survives_pickling_after_use(numbered):
     np.testing.assert_array_equal(numbered[7]["image"], 7)
-    copy = pickle.loads(pickle.dumps(numbered))  # our own bytes, not a file's
+    copy = pickle.loads(pickle.dumps(numbered))  # trusted bytes
     assert copy.fingerprint == numbered.fingerprint
     np.testing.assert_array_equal(copy.sizes(), numbered.sizes())
     np.testing.assert_array_equal(copy[42]["image"], 42)
