@@ -84,10 +84,10 @@ def nothing_left(
         return UserError(
             f"no usable sample in {place} ({reasons or 'it is empty'}): each needs a picture and its caption"
         )
-    names = lambda found: ", ".join(sorted(found)[:20]) or "(none)"  # noqa: E731
+    captions, metadata = (", ".join(sorted(names)[:20]) or "(none)" for names in (fields, keys))
     return UserError(
-        f"the filters leave none of the {looked_at} samples of {place} ({reasons}; there are captions {names(fields)}; "
-        f"metadata {names(keys)}): loosen them"
+        f"the filters leave none of the {looked_at} samples of {place} ({reasons}; there are captions {captions}; "
+        f"metadata {metadata}): loosen them"
     )
 
 

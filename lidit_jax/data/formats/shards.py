@@ -107,10 +107,13 @@ def decode_text(encoded: bytes) -> str:
 def captions_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Returns the texts among the values of a sample, without blank ones and img2dataset's bookkeeping."""
     texts = {name: value for name, value in values.items() if isinstance(value, str) and name not in _BOOKKEEPING}
-    # JSON can hold half of a surrogate pair, which tokenizers reject.
-    whole = lambda text: text.encode("utf-8", "replace").decode()  # noqa: E731
-    texts = {whole(name): whole(text).strip() for name, text in texts.items()}
+    texts = {_replace_surrogates(name): _replace_surrogates(text).strip() for name, text in texts.items()}
     return {name: text for name, text in texts.items() if text}
+
+
+def _replace_surrogates(text: str) -> str:
+    """Replaces unpaired surrogates, which JSON can hold and tokenizers reject."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def class_name(value: int | str, names: Sequence[str]) -> str:

@@ -247,8 +247,9 @@ def _has_sane_texts(table: pa.Table) -> bool:
         metadata = [json.loads(text) for text in table.column("metadata").to_pylist()]
     except (ValueError, RecursionError):
         return False
-    is_texts = lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values())  # noqa: E731
-    return all(map(is_texts, captions)) and all(isinstance(value, dict) for value in metadata)
+    if not all(isinstance(value, dict) for value in (*captions, *metadata)):
+        return False
+    return all(isinstance(text, str) for value in captions for text in value.values())
 
 
 def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, Any]) -> pa.Table:

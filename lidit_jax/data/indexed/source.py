@@ -75,10 +75,11 @@ class IndexedSource(Source):
     def _read(self, indices: Sequence[int]) -> list[Sample | BrokenExample]:
         places = [(int(self._shard.array[i]), *self._places.array[i].tolist()) for i in indices]
         read = self._shards.read(places)
-        name = lambda place: f"{self._shards.paths[place[0]]}@{place[1]}"  # noqa: E731
         return [
-            BrokenExample(name(place), str(sample)) if isinstance(sample, Unusable) else sample
-            for place, sample in zip(places, read, strict=True)
+            BrokenExample(f"{self._shards.paths[shard]}@{start}", str(sample))
+            if isinstance(sample, Unusable)
+            else sample
+            for (shard, start, _), sample in zip(places, read, strict=True)
         ]
 
     def _with_picture(self, index: int, sample: Sample, bucket: Bucket | None) -> Example | BrokenExample:
