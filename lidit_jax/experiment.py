@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from lidit_jax.checkpoint import load_weights, require_checkpoint
 from lidit_jax.config import build, read_workdir
 from lidit_jax.data.data_config import DataConfig
-from lidit_jax.data.stored_features import StoredEncoder
+from lidit_jax.data.stored_features import EncoderFingerprint
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.diffusion.schedules import Schedule, make_schedule
 from lidit_jax.errors import UserError
@@ -228,7 +228,7 @@ class Experiment:
             if encoder.weights:
                 open_encoder(encoder.weights, self.prompt_tokenizer, dtype=encoder.dtype)
 
-    def stored_encoders(self) -> dict[str, StoredEncoder]:
+    def stored_encoders(self) -> dict[str, EncoderFingerprint]:
         """What is said of each encoder where its features are kept.
 
         Raises:
@@ -239,7 +239,7 @@ class Experiment:
             if not config.weights:
                 raise UserError(f"features need LLMs that are finished: give --config.encoders.{name}.weights=FOLDER")
             encoder = open_encoder(config.weights, self.prompt_tokenizer, dtype=config.dtype)
-            found[name] = StoredEncoder(
+            found[name] = EncoderFingerprint(
                 digest=self._encoder_digest(name),
                 text=encoder.tokenizer.digest,
                 dtype=config.dtype,

@@ -11,7 +11,7 @@ from test_tar_source import encode, write_tar
 
 from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.indexed import index
-from lidit_jax.data.indexed.index import IndexPlan, examine
+from lidit_jax.data.indexed.index import IndexOptions, examine
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.sources import BrokenExample
@@ -91,10 +91,12 @@ def test_without_the_right_to_write_indexes_are_for_one_run(tmp_path, caplog):
     folder = write_tars(tmp_path / "tar", 4)
     (tmp_path / "file").write_text("in the way")
     index._warn_once.cache_clear()
-    source = IndexedSource(TarShards(folder), examine(TarShards(folder), plan=IndexPlan(str(tmp_path / "file/x"))))
+    source = IndexedSource(
+        TarShards(folder), examine(TarShards(folder), options=IndexOptions(str(tmp_path / "file/x")))
+    )
     assert len(source) == 4 and "set data.index_dir" in caplog.text
-    elsewhere = IndexPlan(str(tmp_path / "indexes"))
-    assert len(IndexedSource(TarShards(folder), examine(TarShards(folder), plan=elsewhere))) == 4
+    elsewhere = IndexOptions(str(tmp_path / "indexes"))
+    assert len(IndexedSource(TarShards(folder), examine(TarShards(folder), options=elsewhere))) == 4
     assert len(list((tmp_path / "indexes").glob("*.tar.index"))) == 2
     assert not list(folder.glob("*.index"))
 

@@ -15,7 +15,7 @@ from lidit_jax.data.assembler import Assembler
 from lidit_jax.data.buckets import Bucket, assign, make_buckets
 from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.formats.tar_shards import TarShards
-from lidit_jax.data.indexed.index import IndexPlan, examine
+from lidit_jax.data.indexed.index import IndexOptions, examine
 from lidit_jax.data.indexed.loader import make_loader
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source
@@ -319,7 +319,7 @@ def test_overhead_stays_far_below_a_training_step():
 @needs_emoji
 def test_the_emoji_shards_train_in_all_their_buckets(tmp_path):
     shards = TarShards(EMOJI)
-    source = IndexedSource(shards, examine(shards, plan=IndexPlan(str(tmp_path))))
+    source = IndexedSource(shards, examine(shards, options=IndexOptions(str(tmp_path))))
     loader = make_loader(
         source, Assembler(make_buckets(64, 16, 3.0), 0, (CaptionChooser({"txt": 1}, 0.1),), lengths), 64
     )

@@ -14,7 +14,7 @@ from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.indexed.dataset import IndexedDataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.precomputed import PrecomputedSource, to_record
-from lidit_jax.data.stored_features import DTYPES, tensors_of
+from lidit_jax.data.stored_features import DTYPES, load_tensors
 from lidit_jax.errors import UserError
 from lidit_jax.precompute.latents import precompute
 from lidit_jax.stages.run import run_stages
@@ -88,7 +88,7 @@ def test_batches_hold_what_the_encoders_give(two_kinds, folder, workers):
 def test_features_are_kept_bit_for_bit(dtype):
     features = np.random.default_rng(0).normal(size=(3, 8)).astype(DTYPES[dtype])
     record = to_record("key", {"txt": "words"}, np.zeros((1, 1, 2), np.float16), {("llama", "txt"): features}, [])
-    got = tensors_of(record)["features/llama/txt"]
+    got = load_tensors(record)["features/llama/txt"]
     assert got.dtype == features.dtype
     assert got.tobytes() == features.tobytes()
 

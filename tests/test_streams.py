@@ -136,7 +136,7 @@ def test_hosts_threads_and_prefetching_do_not_change_batches(shards, monkeypatch
 )
 def test_resumed_at_any_point_by_any_number_of_hosts_the_stream_goes_on(shards, stop, hosts, part):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_stream, "PART", part)
+        patch.setattr(sample_stream, "SECTION_BYTES", part)
         dataset = open_dataset(streamed(shards, shuffle_buffer=40), 8)
         expected = captions_of(loader_on(dataset, patch), stop + 10)
         states, before, after = [], [], []

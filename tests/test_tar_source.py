@@ -20,10 +20,10 @@ from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.filters import no_caption
 from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.tar_shards import TarShards
-from lidit_jax.data.indexed.index import MAX_PIXELS, IndexPlan, examine
+from lidit_jax.data.indexed.index import MAX_PIXELS, IndexOptions, examine
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.sources import BrokenExample
-from lidit_jax.data.streamed.sample_stream import Reading, SampleStream, Seen
+from lidit_jax.data.streamed.sample_stream import ReadStatistics, SampleReader, SampleStream
 from lidit_jax.errors import UserError
 
 SHARED = pathlib.Path(os.environ.get("LIDIT_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
@@ -35,7 +35,7 @@ SIDE_BY_SIDE = np.array([[[200, 30, 30], [30, 60, 200]]], np.uint8).repeat(8, ax
 
 def tar_source(path, max_pixels: int = MAX_PIXELS) -> IndexedSource:
     shards = TarShards(path)
-    return IndexedSource(shards, examine(shards, [no_caption], IndexPlan(max_pixels=max_pixels)), max_pixels)
+    return IndexedSource(shards, examine(shards, [no_caption], IndexOptions(max_pixels=max_pixels)), max_pixels)
 
 
 def find_shards(path) -> tuple[str, ...]:
@@ -415,8 +415,9 @@ def read_all(path) -> int:
 
 def assert_read_from_end_to_end(path, source) -> None:
     """Checks that scanning from end to end without the index yields the same samples."""
-    stream, seen = SampleStream(Reading(TarShards(path), (Bucket(8, 8),), (no_caption,)), [[0]], (0,)), Seen()
-    entries = [stream.next(seen) for _ in range(len(source))]
+    stream = SampleStream(SampleReader(TarShards(path), (Bucket(8, 8),), (no_caption,)), [[0]], (0,))
+    statistics = ReadStatistics()
+    entries = [stream.next(statistics) for _ in range(len(source))]
     keys = [example["key"] for example in source.describe(range(len(source)))]
     assert [entry.sample.key for entry in entries] == keys
     assert [entry.size for entry in entries] == list(map(tuple, source.sizes().tolist()))
@@ -556,7 +557,7 @@ def test_a_vanished_shard_breaks_its_examples_only(numbered, tmp_path):
 @needs_emoji
 def test_the_emoji_shards_are_read_whole(tmp_path):
     shards = TarShards(EMOJI / "{00000..00003}.tar")
-    source = IndexedSource(shards, examine(shards, plan=IndexPlan(str(tmp_path))))
+    source = IndexedSource(shards, examine(shards, options=IndexOptions(str(tmp_path))))
     assert len(source) == 928
     assert source.broken == {}
     assert source.sizes().min() >= 50

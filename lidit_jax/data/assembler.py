@@ -58,11 +58,11 @@ class Assembler:
         elements: dict[str, Any] = {}
         if self.tokenize or self.stored or self.with_captions:
             generators = _RowGenerators(self.seed, batch)
-            drawn = [
-                self.choosers[example.get("source", 0)].draw(example["captions"], generators.of_row(first_row + row))
+            sampled = [
+                self.choosers[example.get("source", 0)].sample(example["captions"], generators.for_row(first_row + row))
                 for row, example in enumerate(examples)
             ]
-            fields, captions = zip(*drawn, strict=True)
+            fields, captions = zip(*sampled, strict=True)
             if self.stored:
                 elements |= self.stored(examples, fields)
             elif self.tokenize:
@@ -101,7 +101,7 @@ class _RowGenerators:
         self._state = self._bits.state
         self._generator = np.random.Generator(self._bits)
 
-    def of_row(self, row: int) -> np.random.Generator:
+    def for_row(self, row: int) -> np.random.Generator:
         """Returns the generator of a row, which is valid until the next call."""
         self._state["state"]["counter"][:] = (0, row, self._batch, 0)
         self._state["buffer_pos"] = 4  # discard numbers buffered for the previous row

@@ -11,10 +11,10 @@ from lidit_jax.data.broken_count import BrokenCount
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 
-NEWS = "news"  # key of the statistics within a batch; removed before the batch is returned
+STATISTICS = "statistics"  # key of the statistics within a batch; removed before the batch is returned
 
 
-class News(NamedTuple):
+class BatchStatistics(NamedTuple):
     """Statistics of one batch, carried inside it from the threads or workers that read it.
 
     Attributes:
@@ -22,7 +22,7 @@ class News(NamedTuple):
       read: number of examples read for the batch.
       broken: (key, reason) of each example that could not be used.
       dropped: number of samples that filters dropped, by reason; only for loaders that filter while reading.
-      borrowed: number of examples taken from another bucket; see `GroupingBuffer`.
+      borrowed: number of examples taken from another bucket; see `ShuffleBuffer`.
     """
 
     bucket: Bucket
@@ -44,7 +44,7 @@ class BatchStream(grain.DatasetIterator):
         self._next_batch = first_batch
         self._broken = BrokenCount(max_broken)
         self._dropped: collections.Counter[str] = collections.Counter()
-        self._groups: collections.Counter[Bucket] = collections.Counter()
+        self._bucket_counts: collections.Counter[Bucket] = collections.Counter()
         self._read = self._borrowed = 0
         self._bucket: Bucket | None = None
 
@@ -80,20 +80,20 @@ class BatchStream(grain.DatasetIterator):
         self.start_prefetch()
         elements = self._next()
         self._next_batch += 1
-        news: News = elements.pop(NEWS)
-        self._bucket = news.bucket
-        self._groups[news.bucket] += 1
-        self._dropped.update(news.dropped)
-        self._read += news.read
-        self._borrowed += news.borrowed
-        self._broken.add(news.read, news.broken)
+        statistics: BatchStatistics = elements.pop(STATISTICS)
+        self._bucket = statistics.bucket
+        self._bucket_counts[statistics.bucket] += 1
+        self._dropped.update(statistics.dropped)
+        self._read += statistics.read
+        self._borrowed += statistics.borrowed
+        self._broken.add(statistics.read, statistics.broken)
         return elements
 
     def report(self) -> dict[str, float]:
         """Returns metrics for the log: share of each bucket since the last report, and samples left out so far."""
-        batches = self._groups.total()
-        numbers = {f"group/{bucket}": count / batches for bucket, count in sorted(self._groups.items())}
-        self._groups.clear()
+        batches = self._bucket_counts.total()
+        numbers = {f"group/{bucket}": count / batches for bucket, count in sorted(self._bucket_counts.items())}
+        self._bucket_counts.clear()
         for name, count in (("broken", self.broken), ("dropped", self.dropped)):
             if count:
                 numbers[f"data/{name}"] = count.total()
@@ -151,7 +151,7 @@ class BatchStream(grain.DatasetIterator):
 
     @abc.abstractmethod
     def _next(self) -> dict[str, Any]:
-        """Returns the next batch, with its statistics under the key `NEWS`."""
+        """Returns the next batch, with its statistics under the key `STATISTICS`."""
 
     @abc.abstractmethod
     def _stop(self) -> None:

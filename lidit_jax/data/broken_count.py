@@ -50,14 +50,14 @@ class BrokenCount:
             self._read_in_window = self._broken_in_window = 0
 
 
-def check_broken(looked_at: int, broken: Mapping[str, int], max_broken: float) -> None:
+def check_broken(num_samples: int, broken: Mapping[str, int], max_broken: float) -> None:
     """Raises UserError if too many samples of a data set are broken.
 
     The limit is a share of at least `BROKEN_WINDOW` samples, so a small data set may lose a larger share.
     """
     count = sum(broken.values())
-    if count > max_broken * max(looked_at, BROKEN_WINDOW):
-        raise UserError(_too_many_broken(count, looked_at, broken))
+    if count > max_broken * max(num_samples, BROKEN_WINDOW):
+        raise UserError(_too_many_broken(count, num_samples, broken))
 
 
 def _too_many_broken(count: int, read: int, broken: Mapping[str, int]) -> str:

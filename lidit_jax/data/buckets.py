@@ -8,7 +8,7 @@ from PIL import Image
 
 from lidit_jax.errors import UserError
 
-_AVERAGED = 2 / 3  # largest scale at which images are resized by area averaging
+_MAX_AREA_AVERAGING_SCALE = 2 / 3  # largest scale at which images are resized by area averaging
 
 
 class Bucket(NamedTuple):
@@ -44,16 +44,16 @@ def make_buckets(resolution: int, multiple: int, max_aspect: float = 1.0) -> tup
         raise UserError(_not_a_multiple(resolution, multiple))
     if not max_aspect >= 1:
         raise UserError(f"max_aspect={max_aspect} is under 1: it is the longest side over the shortest")
-    squared = (resolution // multiple) ** 2  # area, in units of multiple²
-    if max_aspect > squared:
+    max_area = (resolution // multiple) ** 2  # area, in units of multiple²
+    if max_aspect > max_area:
         raise UserError(
             f"max_aspect={max_aspect:g} at resolution={resolution} needs a side under {multiple}: "
-            f"use max_aspect={squared} or less, or a higher resolution"
+            f"use max_aspect={max_area} or less, or a higher resolution"
         )
-    sides = ((shorter, squared // shorter) for shorter in range(1, resolution // multiple + 1))
+    sides = ((shorter, max_area // shorter) for shorter in range(1, resolution // multiple + 1))
     landscape = [(multiple * shorter, multiple * longer) for shorter, longer in sides if longer <= max_aspect * shorter]
-    both = {Bucket(*size) for size in landscape} | {Bucket(*reversed(size)) for size in landscape}
-    return tuple(sorted(both, key=lambda bucket: bucket.width / bucket.height))
+    sizes = {Bucket(*size) for size in landscape} | {Bucket(*reversed(size)) for size in landscape}
+    return tuple(sorted(sizes, key=lambda bucket: bucket.width / bucket.height))
 
 
 def _not_a_multiple(resolution: int, multiple: int) -> str:
@@ -105,6 +105,6 @@ def resize_to_cover_and_crop(image: np.ndarray, bucket: Bucket) -> np.ndarray:
     crop_height, crop_width = min(bucket.height / scale, height), min(bucket.width / scale, width)
     top, left = (height - crop_height) / 2, (width - crop_width) / 2
     box = (left, top, min(left + crop_width, width), min(top + crop_height, height))
-    resample = Image.Resampling.BOX if scale <= _AVERAGED else Image.Resampling.LANCZOS
+    resample = Image.Resampling.BOX if scale <= _MAX_AREA_AVERAGING_SCALE else Image.Resampling.LANCZOS
     resized = Image.fromarray(image).resize((bucket.width, bucket.height), resample, box)
     return np.asarray(resized)

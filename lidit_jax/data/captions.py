@@ -68,10 +68,10 @@ class CaptionChooser:
         return None if self.fields is None else tuple(field for field, share in self.fields.items() if share > 0)
 
     def __call__(self, captions: Mapping[str, str], rng: np.random.Generator) -> str:
-        """Samples a caption as `draw` does, and returns its text alone."""
-        return self.draw(captions, rng)[1]
+        """Samples a caption as `sample` does, and returns its text alone."""
+        return self.sample(captions, rng)[1]
 
-    def draw(self, captions: Mapping[str, str], rng: np.random.Generator) -> tuple[str | None, str]:
+    def sample(self, captions: Mapping[str, str], rng: np.random.Generator) -> tuple[str | None, str]:
         """Samples a caption; with probability `dropout`, the empty one.
 
         Args:
@@ -94,8 +94,8 @@ class CaptionChooser:
             fields = rng.permutation(list(shares)).tolist()
             return None, " = ".join(self._fill(field, captions) for field in fields)
         bounds = np.cumsum(list(shares.values()))
-        drawn = min(int(np.searchsorted(bounds, position * bounds[-1], side="right")), len(bounds) - 1)
-        field = list(shares)[drawn]
+        sampled = min(int(np.searchsorted(bounds, position * bounds[-1], side="right")), len(bounds) - 1)
+        field = list(shares)[sampled]
         return field, self._fill(field, captions)
 
     def _shares(self, captions: Mapping[str, str]) -> dict[str, float]:

@@ -113,7 +113,7 @@ class DataConfig:
 
     def __post_init__(self):
         if self.mixture:
-            self.parts()  # validates every source
+            self.source_configs()  # validates every source
             return
         if self.source not in SOURCES:
             raise UserError(f"data.source={self.source!r} is unknown: use one of {', '.join(SOURCES)}")
@@ -148,9 +148,9 @@ class DataConfig:
     @property
     def holds_out(self) -> bool:
         """Whether some samples are held out from training."""
-        return any(part.source == "shapes" or part.held_out_shards > 0 for part in self.parts().values())
+        return any(config.source == "shapes" or config.held_out_shards > 0 for config in self.source_configs().values())
 
-    def parts(self) -> dict[str, "DataConfig"]:
+    def source_configs(self) -> dict[str, "DataConfig"]:
         """Returns the config of each source of the mixture, by name; without a mixture, {"data": self}.
 
         Raises:
@@ -159,7 +159,7 @@ class DataConfig:
         if not self.mixture:
             return {"data": self}
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        parts = {}
+        source_configs = {}
         for name, changes in self.mixture.items():
             where = f"data.mixture.{name}"
             if not isinstance(changes, Mapping):
@@ -167,16 +167,16 @@ class DataConfig:
             for key in changes:
                 if key not in PER_SOURCE:
                     raise UserError(f"config key {where}.{key} is unknown; known are {', '.join(PER_SOURCE)}")
-            parts[name] = build(DataConfig, {**shared, "mixture": None, **changes}, where)
-        given = [part.weight is not None for part in parts.values()]
+            source_configs[name] = build(DataConfig, {**shared, "mixture": None, **changes}, where)
+        given = [config.weight is not None for config in source_configs.values()]
         if (
             any(given)
             and not all(given)
             or any(given)
-            and not all(0 < part.weight < math.inf for part in parts.values())
+            and not all(0 < config.weight < math.inf for config in source_configs.values())
         ):
             raise UserError("data.mixture: give every source a weight above 0, or none of them")
-        return parts
+        return source_configs
 
     def buckets(self, cell: int) -> tuple[Bucket, ...]:
         """Returns the aspect-ratio buckets, by ascending aspect; see `make_buckets`.
@@ -207,7 +207,7 @@ class DataConfig:
 
     def weights(self) -> list[float] | None:
         """Returns the weight of each source of the mixture; None without a mixture or without weights."""
-        weights = [part.weight for part in self.parts().values()]
+        weights = [config.weight for config in self.source_configs().values()]
         return None if weights[0] is None or not self.mixture else weights
 
     def chooser(self, dropout: float, join: bool = False) -> CaptionChooser:

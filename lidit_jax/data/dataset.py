@@ -29,7 +29,7 @@ class Dataset(abc.ABC):
         self,
         config: DataConfig,
         buckets: tuple[Bucket, ...],
-        parts: Mapping[str, DataConfig],
+        source_configs: Mapping[str, DataConfig],
         held_out: bool,
         with_captions: bool,
     ):
@@ -38,7 +38,7 @@ class Dataset(abc.ABC):
         Args:
           config: the `data` section.
           buckets: the aspect-ratio buckets.
-          parts: config of each source that is used, by name.
+          source_configs: config of each source that is used, by name.
           held_out: as for `open_dataset`.
           with_captions: as for `open_dataset`.
         """
@@ -46,31 +46,33 @@ class Dataset(abc.ABC):
         self.broken: collections.Counter[str] = collections.Counter()
         self.dropped: collections.Counter[str] = collections.Counter()
         self._with_captions = with_captions
-        self._parts = parts
+        self._source_configs = source_configs
         self._weights = None if held_out else config.weights()
 
-    def _check_fields(self, found: Mapping[str, int], nobody: str = "no sample") -> None:
+    def _check_fields(self, found: Mapping[str, int], no_samples: str = "no sample") -> None:
         """Raises UserError if the config names a caption field that no sample has.
 
         Args:
           found: number of samples with each caption field; if empty, nothing is checked.
-          nobody: subject of the error message.
+          no_samples: subject of the error message.
         """
         if not self._with_captions or not found:
             return
-        named = {field for part in self._parts.values() for field in part.chooser(0.0).used or ()}
+        named = {
+            field for source_config in self._source_configs.values() for field in source_config.chooser(0.0).used or ()
+        }
         for field in sorted(named):
             if field not in found:
-                there = ", ".join(sorted(found)[:20]) or "none"
+                available = ", ".join(sorted(found)[:20]) or "none"
                 raise UserError(
-                    f"data.captions names {field!r}, which {nobody} has (there are {there}): "
+                    f"data.captions names {field!r}, which {no_samples} has (there are {available}): "
                     f"give --config.data.captions.{field}=0 or mend its name"
                 )
 
     def _choosers(self, dropout: float, join: bool = False) -> tuple[CaptionChooser, ...]:
-        return tuple(part.chooser(dropout, join) for part in self._parts.values())
+        return tuple(source_config.chooser(dropout, join) for source_config in self._source_configs.values())
 
-    def _left_out(self) -> list[str]:
+    def _describe_left_out(self) -> list[str]:
         """Returns log text on the samples that filters dropped and on the broken ones."""
         found = (("left out by filters", self.dropped), ("broken", self.broken))
         return [

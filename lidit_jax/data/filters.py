@@ -36,7 +36,7 @@ _CAMERA_NAME = re.compile(
     r"(?:img|dsc[nf]?|pxl|p|dji|gopr|screenshot|image|photo|picture|untitled)[\s_-]*[\d\s_-]*\d", re.I
 )
 _TAG_SEPARATORS = re.compile(r"[,;|,、;]")
-_MAX_JUNK = 1000  # characters; matching takes quadratic time, and no URL or file name is longer
+_MAX_MATCHED_LENGTH = 1000  # characters; matching takes quadratic time, and no URL or file name is longer
 _MIN_TAGS = 3
 _MAX_WORDS_OF_A_TAG = 2
 _MAX_CHINESE_CHARACTERS_OF_A_TAG = 4
@@ -111,7 +111,7 @@ def _texts(candidate: Candidate, fields: Sequence[str] | None) -> Iterator[str]:
 
 
 def _is_url(caption: str) -> bool:
-    if len(caption) > _MAX_JUNK:
+    if len(caption) > _MAX_MATCHED_LENGTH:
         return False
     rest, found = _URL.subn(" ", caption)
     return found > 0 and len(rest.split()) <= 1
@@ -119,7 +119,7 @@ def _is_url(caption: str) -> bool:
 
 def _is_file_name(caption: str) -> bool:
     caption = caption.strip()
-    if len(caption) > _MAX_JUNK:
+    if len(caption) > _MAX_MATCHED_LENGTH:
         return False
     return bool(_FILE_NAME.fullmatch(caption) or _CAMERA_NAME.fullmatch(caption))
 

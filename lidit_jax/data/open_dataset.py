@@ -15,13 +15,13 @@ from lidit_jax.data.formats.record_shards import ArrayRecordShards, TfdsShards
 from lidit_jax.data.formats.shards import Shards
 from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.indexed.dataset import IndexedDataset
-from lidit_jax.data.indexed.index import IndexPlan, examine
+from lidit_jax.data.indexed.index import IndexOptions, examine
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.data.shapes.source import HELD_OUT_SEED, ShapesSource
 from lidit_jax.data.sources import Source
 from lidit_jax.data.streamed.dataset import StreamedDataset
-from lidit_jax.data.streamed.sample_stream import Reading
+from lidit_jax.data.streamed.sample_stream import SampleReader
 from lidit_jax.errors import UserError
 
 
@@ -40,28 +40,32 @@ def open_dataset(config: DataConfig, cell: int, held_out: bool = False, with_cap
     """
     if not config.sequential:
         return open_indexed_dataset(config, cell, held_out, with_captions)
-    buckets, parts = config.buckets(cell), _parts(config, held_out)
-    readings = (
-        Reading(open_shards(part, held_out), buckets, tuple(make_filters(part, buckets, with_captions)))
-        for part in parts.values()
+    buckets, source_configs = config.buckets(cell), _used_source_configs(config, held_out)
+    readers = (
+        SampleReader(
+            open_shards(source_config, held_out), buckets, tuple(make_filters(source_config, buckets, with_captions))
+        )
+        for source_config in source_configs.values()
     )
-    return StreamedDataset(config, buckets, parts, readings, held_out, with_captions)
+    return StreamedDataset(config, buckets, source_configs, readers, held_out, with_captions)
 
 
 def open_indexed_dataset(
     config: DataConfig, cell: int, held_out: bool = False, with_captions: bool = True
 ) -> IndexedDataset:
     """Opens the data as `open_dataset` does, with random access even if `config.sequential` is set."""
-    buckets, parts = config.buckets(cell), _parts(config, held_out)
-    sources = (open_source(part, buckets, held_out, with_captions) for part in parts.values())
-    return IndexedDataset(config, buckets, parts, sources, held_out, with_captions)
+    buckets, source_configs = config.buckets(cell), _used_source_configs(config, held_out)
+    sources = (
+        open_source(source_config, buckets, held_out, with_captions) for source_config in source_configs.values()
+    )
+    return IndexedDataset(config, buckets, source_configs, sources, held_out, with_captions)
 
 
 def open_source(config: DataConfig, buckets: Sequence[Bucket], held_out: bool, with_captions: bool) -> Source:
     """Opens a single source, not a mixture, with random access.
 
     Args:
-      config: config of the source, as `DataConfig.parts` returns it.
+      config: config of the source, as `DataConfig.source_configs` returns it.
       buckets: the aspect-ratio buckets.
       held_out: as for `open_dataset`.
       with_captions: as for `open_dataset`.
@@ -78,7 +82,7 @@ def open_source(config: DataConfig, buckets: Sequence[Bucket], held_out: bool, w
     # Each process begins at another shard, so that together they build every missing index once.
     first = len(shards.paths) * jax.process_index() // jax.process_count()
     chosen = make_filters(config, buckets, with_captions)
-    return IndexedSource(shards, examine(shards, chosen, IndexPlan(config.index_dir), first))
+    return IndexedSource(shards, examine(shards, chosen, IndexOptions(config.index_dir), first))
 
 
 def open_shards(config: DataConfig, held_out: bool = False) -> Shards:
@@ -116,9 +120,13 @@ def make_filters(config: DataConfig, buckets: Sequence[Bucket], with_captions: b
     return chosen
 
 
-def _parts(config: DataConfig, held_out: bool) -> Mapping[str, DataConfig]:
+def _used_source_configs(config: DataConfig, held_out: bool) -> Mapping[str, DataConfig]:
     """Returns the sources to open: all of them, or those with held-out samples."""
-    return {name: part for name, part in config.parts().items() if part.holds_out or not held_out}
+    return {
+        name: source_config
+        for name, source_config in config.source_configs().items()
+        if source_config.holds_out or not held_out
+    }
 
 
 @functools.lru_cache(maxsize=8)

@@ -26,7 +26,7 @@ from lidit_jax.data.filters import Candidate, Filter, first_reason
 from lidit_jax.data.formats.record_shards import RecordReaders
 from lidit_jax.data.formats.shards import Unusable, captions_of, parse_json
 from lidit_jax.data.sources import BrokenExample, Example, Source
-from lidit_jax.data.stored_features import FEATURES, ConstantFeatures, StoredEncoder, tensors_of
+from lidit_jax.data.stored_features import FEATURES, ConstantFeatures, EncoderFingerprint, load_tensors
 from lidit_jax.errors import UserError
 
 FORMAT = 2  # format 1 has no features
@@ -56,7 +56,7 @@ class Manifest:
     cell: int
     channels: int
     buckets: tuple[Bucket, ...]
-    encoders: Mapping[str, StoredEncoder] = dataclasses.field(default_factory=dict)
+    encoders: Mapping[str, EncoderFingerprint] = dataclasses.field(default_factory=dict)
     files: tuple[tuple[str, int, int], ...] = ()
     left_out: int = 0
 
@@ -81,7 +81,7 @@ class Manifest:
             values["buckets"] = tuple(Bucket(*map(int, size)) for size in values["buckets"])
             values["files"] = tuple((str(name), int(bucket), int(count)) for name, bucket, count in values["files"])
             encoders = values.pop("encoders", {})
-            values["encoders"] = {str(name): StoredEncoder(**facts) for name, facts in encoders.items()}
+            values["encoders"] = {str(name): EncoderFingerprint(**facts) for name, facts in encoders.items()}
             manifest = cls(**values)
         except UserError:
             raise
@@ -89,11 +89,11 @@ class Manifest:
             raise UserError(f"{file}: does not exist; make it with `python -m lidit_jax.precompute`") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{file}: not what `python -m lidit_jax.precompute` writes ({error!r:.200})") from error
-        good = manifest.dtype in DTYPES
-        good &= all(type(size) is int and size >= 1 for size in (manifest.cell, manifest.channels))
-        good &= bool(manifest.buckets) and all(min(bucket) >= 1 for bucket in manifest.buckets)
-        good &= all(0 <= bucket < len(manifest.buckets) and count >= 0 for _, bucket, count in manifest.files)
-        if not good or any("/" in name or name.startswith(".") for name, _, _ in manifest.files):
+        valid = manifest.dtype in DTYPES
+        valid &= all(type(size) is int and size >= 1 for size in (manifest.cell, manifest.channels))
+        valid &= bool(manifest.buckets) and all(min(bucket) >= 1 for bucket in manifest.buckets)
+        valid &= all(0 <= bucket < len(manifest.buckets) and count >= 0 for _, bucket, count in manifest.files)
+        if not valid or any("/" in name or name.startswith(".") for name, _, _ in manifest.files):
             raise UserError(f"{file}: has impossible values; make it again with `python -m lidit_jax.precompute`")
         return manifest
 
@@ -139,8 +139,8 @@ class PrecomputedSource(Source):
         if not sum(counts):
             raise UserError(f"{folder}: holds no latents")
         self._starts = np.cumsum([0, *counts])
-        groups = np.repeat([bucket for _, bucket, _ in self.manifest.files], counts)
-        self._sizes = np.array(self.manifest.buckets, np.int32)[groups]
+        bucket_of_example = np.repeat([bucket for _, bucket, _ in self.manifest.files], counts)
+        self._sizes = np.array(self.manifest.buckets, np.int32)[bucket_of_example]
         self.fingerprint = f"latents of {self.manifest.data} by {self.manifest.vae} in {self.manifest.dtype}"
 
     def __len__(self) -> int:
@@ -165,7 +165,7 @@ class PrecomputedSource(Source):
             return BrokenExample(f"{self._readers.paths[shard]}#{number}", reason)
 
     def _parse(self, record: bytes, size: np.ndarray) -> Example:
-        tensors = tensors_of(record)
+        tensors = load_tensors(record)
         text = parse_json(tensors["text"].tobytes())
         moments = tensors["moments"]
         shape = (*(size // self.manifest.cell).tolist(), 2 * self.manifest.channels)

@@ -33,7 +33,7 @@ class BrokenExample(Exception):
         return f"example {self.key!r}: {self.reason}"
 
 
-def described(sample: Sample) -> Example:
+def without_image(sample: Sample) -> Example:
     """Returns the example of a sample without its image."""
     return {"key": sample.key, "captions": sample.captions, "metadata": sample.metadata}
 
@@ -60,9 +60,9 @@ def read_picture(
     return resize_to_cover_and_crop(image, bucket) if bucket else image
 
 
-def nothing_left(
+def no_samples_error(
     paths: Sequence[str],
-    looked_at: int,
+    num_samples: int,
     broken: collections.Counter[str],
     dropped: collections.Counter[str],
     fields: Collection[str],
@@ -72,7 +72,7 @@ def nothing_left(
 
     Args:
       paths: the files.
-      looked_at: number of samples in them.
+      num_samples: number of samples in them.
       broken: number of samples that cannot be used, by reason.
       dropped: number of samples that filters dropped, by reason.
       fields: caption fields that the samples have.
@@ -86,7 +86,7 @@ def nothing_left(
         )
     captions, metadata = (", ".join(sorted(names)[:20]) or "(none)" for names in (fields, keys))
     return UserError(
-        f"the filters leave none of the {looked_at} samples of {place} ({reasons}; there are captions {captions}; "
+        f"the filters leave none of the {num_samples} samples of {place} ({reasons}; there are captions {captions}; "
         f"metadata {metadata}): loosen them"
     )
 
@@ -165,12 +165,12 @@ class ConcatenatedSource(Source):
         return np.concatenate([source.sizes() for source in self._sources])
 
     def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[Example | BrokenExample]:
-        return self._each(indices, lambda source, within: source.load(within, bucket))
+        return self._load_by_source(indices, lambda source, within: source.load(within, bucket))
 
     def describe(self, indices: Sequence[int]) -> list[Example | BrokenExample]:
-        return self._each(indices, lambda source, within: source.describe(within))
+        return self._load_by_source(indices, lambda source, within: source.describe(within))
 
-    def _each(self, indices: Sequence[int], read) -> list[Example | BrokenExample]:
+    def _load_by_source(self, indices: Sequence[int], read) -> list[Example | BrokenExample]:
         """Calls `read(source, indices)` once per source, and returns the examples in the order of `indices`."""
         indices = np.asarray(indices, np.int64)
         numbers = np.searchsorted(self._starts, indices, side="right") - 1

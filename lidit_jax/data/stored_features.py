@@ -22,11 +22,11 @@ from lidit_jax.errors import UserError
 FEATURES = "features.safetensors"
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 _MAX_SIZE = 1 << 20
-_STORED = {"U8": np.uint8, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
+_SAFETENSORS_DTYPES = {"U8": np.uint8, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredEncoder:
+class EncoderFingerprint:
     """Identifies the encoder and the text settings that produced stored features.
 
     Attributes:
@@ -84,23 +84,23 @@ class ConstantFeatures:
         """Writes the features to a safetensors file, atomically."""
         tensors = {f"{name}/prefix": array for name, array in self.prefix.items()}
         tensors |= {f"{name}/empty": array for name, array in self.empty.items()}
-        beside = file.parent / f".{file.name}.new"
-        beside.write_bytes(safetensors.numpy.save({n: np.ascontiguousarray(a) for n, a in tensors.items()}))
-        beside.replace(file)
+        temporary = file.parent / f".{file.name}.new"
+        temporary.write_bytes(safetensors.numpy.save({n: np.ascontiguousarray(a) for n, a in tensors.items()}))
+        temporary.replace(file)
 
     @classmethod
-    def read(cls, file: epath.Path, encoders: Mapping[str, StoredEncoder]) -> "ConstantFeatures":
+    def read(cls, file: epath.Path, encoders: Mapping[str, EncoderFingerprint]) -> "ConstantFeatures":
         """Reads the features of these encoders.
 
         Raises:
           UserError: the file is missing or damaged, or does not fit the encoders.
         """
         try:
-            tensors = tensors_of(file.read_bytes())
+            tensors = load_tensors(file.read_bytes())
             prefix = {name: tensors[f"{name}/prefix"] for name in encoders}
-            empty = {name: of.check(tensors[f"{name}/empty"]) for name, of in encoders.items()}
-            for name, of in encoders.items():
-                if prefix[name].shape[1:] != (of.hidden_size,) or prefix[name].dtype != of.numpy_dtype:
+            empty = {name: encoder.check(tensors[f"{name}/empty"]) for name, encoder in encoders.items()}
+            for name, encoder in encoders.items():
+                if prefix[name].shape[1:] != (encoder.hidden_size,) or prefix[name].dtype != encoder.numpy_dtype:
                     raise ValueError(f"prefix {prefix[name].dtype} {prefix[name].shape}")
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise UserError(f"{file}: missing or damaged ({error!r:.100}); compute the features anew") from error
@@ -116,7 +116,7 @@ class StoredPrompts:
       constant: features that all prompts share.
     """
 
-    encoders: Mapping[str, StoredEncoder]
+    encoders: Mapping[str, EncoderFingerprint]
     constant: ConstantFeatures
 
     @property
@@ -149,7 +149,7 @@ class StoredPrompts:
         return batch
 
 
-def tensors_of(data: bytes) -> dict[str, np.ndarray]:
+def load_tensors(data: bytes) -> dict[str, np.ndarray]:
     """Decodes a safetensors file, as `safetensors.numpy.load` does, which does not support bfloat16.
 
     Raises:
@@ -157,6 +157,6 @@ def tensors_of(data: bytes) -> dict[str, np.ndarray]:
       KeyError: a tensor has an unsupported dtype.
     """
     return {
-        name: np.frombuffer(tensor["data"], _STORED[tensor["dtype"]]).reshape(tensor["shape"])
+        name: np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
         for name, tensor in safetensors.deserialize(data)
     }

@@ -151,7 +151,7 @@ def scene_prompts(
 
 def check_evaluation(evaluation: SceneEvaluation, config: DataConfig) -> None:
     """Raises UserError unless the scenes of a data section can be evaluated like this."""
-    if not all(part.source == "shapes" for part in config.parts().values()):
+    if not all(source.source == "shapes" for source in config.source_configs().values()):
         raise UserError("evaluate: only scenes of data.source='shapes' can be checked; remove `evaluate`")
     few = {name: min(count, 1) for name, count in dataclasses.asdict(evaluation).items()}
     SceneEvaluation(**few).prompts(config.scene_layout, config.resolution, config.resolution)

@@ -18,9 +18,9 @@ from lidit_jax.errors import UserError
 # .png is rejected like any other format.
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _ORIENTATION_TAG = 0x0112
-_SIDEWAYS = (5, 6, 7, 8)
+_TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
 # EXIF orientation -> transform that turns an array [H, W, 3] upright.
-_UPRIGHT = {
+_TO_UPRIGHT = {
     1: lambda image: image,
     2: lambda image: image[:, ::-1],
     3: lambda image: image[::-1, ::-1],
@@ -44,7 +44,7 @@ def read_size(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
     """
     picture = _open(file, max_pixels)
     width, height = picture.size
-    return (width, height) if _orientation(picture) in _SIDEWAYS else (height, width)
+    return (width, height) if _orientation(picture) in _TRANSPOSED_ORIENTATIONS else (height, width)
 
 
 def decode(
@@ -71,11 +71,11 @@ def decode(
     if size is None:
         picture = _open(io.BytesIO(data), max_pixels)
         orientation = _orientation(picture)
-        size = picture.size if orientation in _SIDEWAYS else picture.size[::-1]
+        size = picture.size if orientation in _TRANSPOSED_ORIENTATIONS else picture.size[::-1]
     if expected is not None and size != tuple(expected):
         raise BrokenPicture("changed since it was indexed")
     if picture is None or picture.format == "JPEG" and picture.mode in ("RGB", "L"):
-        return np.ascontiguousarray(_UPRIGHT[orientation](_decode_jpeg(data, at_least, orientation)))
+        return np.ascontiguousarray(_TO_UPRIGHT[orientation](_decode_jpeg(data, at_least, orientation)))
     try:
         picture.load()
         rgb = _to_rgb(picture)
@@ -83,7 +83,7 @@ def decode(
         raise
     except Exception as error:  # Pillow's decoders raise anything from struct.error to IndexError on damaged data
         raise BrokenPicture("damaged picture") from error
-    return np.ascontiguousarray(_UPRIGHT[orientation](np.array(rgb)))
+    return np.ascontiguousarray(_TO_UPRIGHT[orientation](np.array(rgb)))
 
 
 def _upright_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
@@ -116,13 +116,13 @@ def _has_exif(data: bytes) -> bool:
 
 def _decode_jpeg(data: bytes, at_least: tuple[int, int] | None, orientation: int) -> np.ndarray:
     """Decodes a JPEG as it is stored (not turned upright), at reduced size if `at_least` allows."""
-    smaller = {}
+    scaling = {}
     if at_least:
-        height, width = at_least[::-1] if orientation in _SIDEWAYS else at_least
+        height, width = at_least[::-1] if orientation in _TRANSPOSED_ORIENTATIONS else at_least
         # Scaling factors under 2 are no faster than full size.
-        smaller = {"min_height": height, "min_width": width, "min_factor": 2}
+        scaling = {"min_height": height, "min_width": width, "min_factor": 2}
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", **smaller)
+        return simplejpeg.decode_jpeg(data, "RGB", **scaling)
     except ValueError as error:
         raise BrokenPicture("damaged picture") from error
 
@@ -155,7 +155,7 @@ def _orientation(picture: Image.Image) -> int:
     try:
         exif.load(encoded)
         orientation = int(exif.get(_ORIENTATION_TAG, 1))
-        return orientation if orientation in _UPRIGHT else 1
+        return orientation if orientation in _TO_UPRIGHT else 1
     except Exception:  # damaged EXIF data do not make the image unusable: assume that it is upright
         return 1
 

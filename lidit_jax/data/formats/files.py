@@ -104,12 +104,12 @@ class RangeReader:
           For each range its bytes, fewer at the end of the file, or the OSError.
         """
         if not any(is_remote(self.paths[file]) for file, _, _ in ranges):
-            return [self._read_local(*one) for one in ranges]
+            return [self._read_local(*byte_range) for byte_range in ranges]
         filesystem, _ = remote_filesystem(self.paths[ranges[0][0]])
         names = [filesystem._strip_protocol(self.paths[file]) for file, _, _ in ranges]
         starts, ends = [start for _, start, _ in ranges], [end for _, _, end in ranges]
         found = filesystem.cat_ranges(names, starts, ends, on_error="return")
-        return [one if isinstance(one, bytes) else OSError(str(one)) for one in found]
+        return [data if isinstance(data, bytes) else OSError(str(data)) for data in found]
 
     def _read_local(self, file: int, start: int, end: int) -> bytes | OSError:
         opened = self._local.__dict__.setdefault("opened", collections.OrderedDict())
@@ -158,21 +158,21 @@ def find_files(path: str | os.PathLike, kind: str, name: re.Pattern[str]) -> tup
       UserError: no file matches, or one of a brace range is missing.
     """
     path = os.fspath(path)
-    place = _Remote(path) if is_remote(path) else _Local()
-    if place.is_folder(path):
-        found = [file for file in place.listed(path) if name.search(file)]
+    filesystem = _Remote(path) if is_remote(path) else _Local()
+    if filesystem.is_folder(path):
+        found = [file for file in filesystem.listed(path) if name.search(file)]
         return _at_least_one(found, f"folder {path!r} holds no {kind} file")
-    if place.exists(path):
+    if filesystem.exists(path):
         return (path,)
     expanded = list(itertools.islice(_expand_braces(path), _MAX_FILES + 1))
     if len(expanded) > _MAX_FILES:
         raise UserError(f"data path {path!r} names more than {_MAX_FILES} files: check the numbers in its braces")
     if any(character in path for character in "*?["):
-        return _at_least_one([file for pattern in expanded for file in place.matching(pattern)],
+        return _at_least_one([file for pattern in expanded for file in filesystem.matching(pattern)],
                              f"no file matches {path!r}")  # fmt: skip
     if not expanded:
         raise UserError(f"data path {path!r} names no file: its braces count downwards")
-    missing = [file for file in expanded if not place.exists(file)]
+    missing = [file for file in expanded if not filesystem.exists(file)]
     if missing and len(expanded) > 1:
         raise UserError(f"{len(missing)} of the {len(expanded)} files of {path!r} do not exist, first {missing[0]!r}")
     if missing:

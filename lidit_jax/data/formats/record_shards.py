@@ -60,7 +60,7 @@ class ArrayRecordShards:
 
     def scan(self, shard: int) -> Iterator[tuple[Place, Sample] | str]:
         yield from scan_numbered(shard, self._readers.count(shard), self.read)
-        if not self._readers.is_whole(shard):
+        if not self._readers.is_intact(shard):
             yield "damaged ArrayRecord file"
 
     def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
@@ -74,7 +74,7 @@ class ArrayRecordShards:
             features = tf_example_pb2.Example.FromString(self._readers.read(shard, number)).features.feature
             values = {name: _values(feature) for name, feature in features.items()}
             key = f"{os.path.basename(self.paths[shard])}#{number}"
-            return sample_of(key, flatten(values), self._image_key, self._class_names)
+            return make_sample(key, flatten(values), self._image_key, self._class_names)
         except DecodeError:
             return Unusable("not a tf.train.Example")
         except Unusable as reason:
@@ -108,7 +108,7 @@ class RecordReaders:
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f"cannot read {self.paths[shard]!r}: {str(error).splitlines()[0][:150]}") from error
 
-    def is_whole(self, shard: int) -> bool:
+    def is_intact(self, shard: int) -> bool:
         """Returns True if the reader reports no damage; a file that it cannot read at all has no records.
 
         Raises:
@@ -160,7 +160,7 @@ class TfdsShards:
         """
         self._name, self._split, self._data_dir = name, split, data_dir
         builder, info = self._builder
-        pictures, labels = _kinds(info)
+        pictures, labels = _image_and_label_features(info)
         if image_key and image_key not in pictures or len(pictures) != 1 and not image_key:
             raise UserError(
                 f"data set {name!r} has the pictures {', '.join(sorted(pictures)) or '(none)'}: "
@@ -224,7 +224,7 @@ class TfdsShards:
                 if not isinstance(label, int):
                     raise Unusable("damaged record")
                 values[field] = class_name(label, names).encode()
-            return sample_of(f"{self._split}#{number}", values, self._image_key, ())
+            return make_sample(f"{self._split}#{number}", values, self._image_key, ())
         except Unusable as reason:
             return reason
 
@@ -235,21 +235,21 @@ def _import_tfds():
     return tfds
 
 
-def _kinds(info) -> tuple[set[str], dict[str, tuple[str, ...]]]:
+def _image_and_label_features(info) -> tuple[set[str], dict[str, tuple[str, ...]]]:
     """Returns the names of the image features, and {name: class names} of the class labels."""
     tfds = _import_tfds()
     pictures, labels = set(), {}
 
-    def look(features: Mapping[str, Any], prefix: str) -> None:
+    def visit(features: Mapping[str, Any], prefix: str) -> None:
         for name, feature in features.items():
             if isinstance(feature, tfds.features.Image):
                 pictures.add(prefix + name)
             elif isinstance(feature, tfds.features.ClassLabel):
                 labels[prefix + name] = tuple(feature.names or ())
             elif isinstance(feature, tfds.features.FeaturesDict):
-                look(feature, f"{prefix}{name}/")
+                visit(feature, f"{prefix}{name}/")
 
-    look(info.features, "")
+    visit(info.features, "")
     return pictures, labels
 
 
@@ -280,7 +280,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def sample_of(key: str, values: Mapping[str, Any], image_key: str, class_names: Sequence[str]) -> Sample:
+def make_sample(key: str, values: Mapping[str, Any], image_key: str, class_names: Sequence[str]) -> Sample:
     """Returns the sample of a record.
 
     Args:

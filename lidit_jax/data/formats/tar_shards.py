@@ -80,7 +80,7 @@ class TarShards:
         path = self.paths[shard]
         file = _open(path)
         try:
-            groups = _group(file, start, length)
+            groups = _group_files(file, start, length)
             while True:
                 try:
                     found = next(groups)
@@ -111,7 +111,8 @@ class TarShards:
             return Unusable("unreadable file")
         file = _Bytes(data)
         try:
-            [found] = [one for one in _group(file) if isinstance(one, _Found)]  # skips the reasons of repeated names
+            # Repeated file names yield reasons besides the sample.
+            [found] = [item for item in _group_files(file) if isinstance(item, _SampleFiles)]
             return self._sample(file, found.key, found.files)
         except ValueError:
             return Unusable(_CHANGED)
@@ -139,7 +140,7 @@ class TarShards:
         return Sample(key, captions_of(values), metadata, encoded)
 
 
-class _Found:
+class _SampleFiles:
     """The files found so far of one sample."""
 
     def __init__(self, key: str, start: int):
@@ -147,24 +148,26 @@ class _Found:
         self.files: dict[str, tar_headers.Member] = {}
 
     @property
-    def is_whole(self) -> bool:
+    def has_image_and_text(self) -> bool:
         return any(extension in self.files for extension in _PICTURES) and any(text in self.files for text in _TEXTS)
 
 
-def _group(file: File, start: int = 0, length: int | None = None) -> Generator[_Found | str, None, int | None]:
+def _group_files(
+    file: File, start: int = 0, length: int | None = None
+) -> Generator[_SampleFiles | str, None, int | None]:
     """Yields each sample when its last file has been read, and a reason for each unusable one; see `TarShards.scan`."""
-    current, parts, done, rest = None, {}, set(), None
+    current, incomplete, complete_keys, next_start = None, {}, set(), None
 
-    def ended() -> Iterator[_Found | str]:
+    def finish_current() -> Iterator[_SampleFiles | str]:
         if current is None:
             return
-        if current.key in done:
+        if current.key in complete_keys:
             yield "repeated key"
-        elif current.key in parts or not current.is_whole:
+        elif current.key in incomplete or not current.has_image_and_text:
             # Its other files may follow later, or came earlier.
-            parts[current.key] = "sample split by another key" if current.key in parts else current
+            incomplete[current.key] = "sample split by another key" if current.key in incomplete else current
         else:
-            done.add(current.key)
+            complete_keys.add(current.key)
             yield current
 
     damage, members = None, tar_headers.walk(file, start)
@@ -183,26 +186,26 @@ def _group(file: File, start: int = 0, length: int | None = None) -> Generator[_
             continue
         key = folder + slash + stem
         if current is None or key != current.key:
-            yield from ended()
+            yield from finish_current()
             current = None
             if length is not None and member.start >= start + length:
-                rest = member.start
+                next_start = member.start
                 break
-            current = _Found(key, member.start)
+            current = _SampleFiles(key, member.start)
         if extension in current.files:
             yield "repeated file name"
         else:
             current.files[extension], current.end = member, member.end
-    if damage and current is not None and not current.is_whole and current.key not in parts:
+    if damage and current is not None and not current.has_image_and_text and current.key not in incomplete:
         yield "cut-off file"
         current = None
-    yield from ended()
-    for part in parts.values():
+    yield from finish_current()
+    for found in incomplete.values():
         # An image without texts is a sample, too.
-        yield "repeated key" if not isinstance(part, str) and part.key in done else part
+        yield "repeated key" if not isinstance(found, str) and found.key in complete_keys else found
     if damage:
         yield damage
-    return rest
+    return next_start
 
 
 def _read_text(file: File, member: tar_headers.Member) -> bytes:

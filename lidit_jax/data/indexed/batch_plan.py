@@ -9,7 +9,7 @@ from grain.experimental import index_shuffle
 
 from lidit_jax.data.indexed.shared_array import SharedArray
 
-_ROUNDS = 4  # of the cipher behind grain's index_shuffle; grain's own default
+_CIPHER_ROUNDS = 4  # of the cipher behind grain's index_shuffle; grain's own default
 # The cipher works on at least 16 bits and repeats until its value is a valid index: 20,000 steps per index for a bucket
 # of 3 examples.
 _MIN_CIPHER_SIZE = 1 << 16
@@ -69,11 +69,11 @@ class Interleaving:
     def _time(self, choice: int, nth: int) -> float:
         block, index = divmod(nth, _JITTER_STEPS)
         seed = (self._seeds[choice] + block) % (1 << 32)
-        jitter = index_shuffle(index, _JITTER_STEPS - 1, seed, _ROUNDS) / _JITTER_STEPS
+        jitter = index_shuffle(index, _JITTER_STEPS - 1, seed, _CIPHER_ROUNDS) / _JITTER_STEPS
         return (nth + jitter) * self._periods[choice]
 
 
-class GroupSchedule:
+class BatchSchedule:
     """Assigns batches to groups (buckets), and rows of a group to choices (sources), in given shares."""
 
     def __init__(self, periods: Mapping[int, Mapping[int, float]], seed: int):
@@ -85,13 +85,15 @@ class GroupSchedule:
         """
         # The period of a single choice is used as it is, to avoid rounding twice.
         self._periods = {
-            group: next(iter(of.values())) if len(of) == 1 else 1 / sum(1 / period for period in of.values())
-            for group, of in periods.items()
+            group: next(iter(choices.values()))
+            if len(choices) == 1
+            else 1 / sum(1 / period for period in choices.values())
+            for group, choices in periods.items()
         }
         self._groups = Interleaving(self._periods, seed, 1)
         self._rows = {
-            group: Interleaving({choice: period / self._periods[group] for choice, period in of.items()}, seed, 2)
-            for group, of in periods.items()
+            group: Interleaving({choice: period / self._periods[group] for choice, period in choices.items()}, seed, 2)
+            for group, choices in periods.items()
         }
 
     def __call__(self, batch: int) -> tuple[int, int]:
@@ -154,23 +156,23 @@ class BatchPlan:
         self._bucket_sizes = np.bincount(bucket_of_example).tolist()
         self._starts = (np.cumsum(sizes) - sizes).tolist()
         self._members = SharedArray(np.argsort(stratum_of_example, kind="stable"))
-        self._schedule = GroupSchedule(self._periods(weights), seed)  # choices are strata
+        self._schedule = BatchSchedule(self._periods(weights), seed)  # choices are strata
 
     def _periods(self, weights: Sequence[float] | None) -> dict[int, dict[int, float]]:
         """Returns {bucket: {stratum: 1 / share of all rows}}."""
-        of_source = [0] * self._num_sources
+        source_sizes = [0] * self._num_sources
         for stratum, size in enumerate(self._sizes):
-            of_source[stratum % self._num_sources] += size
+            source_sizes[stratum % self._num_sources] += size
         if weights is None:
-            weights = of_source
-        if not (all(weight > 0 for weight in weights) and all(of_source)):
-            raise ValueError(f"{weights=}, sources of {of_source} examples: all must be above 0")
+            weights = source_sizes
+        if not (all(weight > 0 for weight in weights) and all(source_sizes)):
+            raise ValueError(f"{weights=}, sources of {source_sizes} examples: all must be above 0")
         periods: dict[int, dict[int, float]] = {}
         for stratum, size in enumerate(self._sizes):
             if size:
                 bucket, source = divmod(stratum, self._num_sources)
                 # Without weights these are integers, so that only the quotient is rounded.
-                period = sum(weights) * of_source[source] / (weights[source] * size)
+                period = sum(weights) * source_sizes[source] / (weights[source] * size)
                 periods.setdefault(bucket, {})[stratum] = period
         return periods
 
@@ -197,7 +199,7 @@ class BatchPlan:
             if size < _MIN_CIPHER_SIZE:
                 rank = int(_permutation(size, seeds[stratum, epoch])[position])
             else:
-                rank = index_shuffle(position, size - 1, seeds[stratum, epoch], _ROUNDS)
+                rank = index_shuffle(position, size - 1, seeds[stratum, epoch], _CIPHER_ROUNDS)
             ranks[row] = self._starts[stratum] + rank
         return ranks
 

@@ -34,10 +34,10 @@ logger = logging.getLogger(__name__)
 MAX_PIXELS = 1 << 26  # default limit for an image
 SUFFIX = ".index"
 _VERSION = 1
-_PLACES = ("start", "end", "height", "width")
-_TEXTS = ("key", "captions", "metadata")
+_NUMBER_COLUMNS = ("start", "end", "height", "width")
+_TEXT_COLUMNS = ("key", "captions", "metadata")
 _SCHEMA = pa.schema(
-    [*((name, pa.int64()) for name in _PLACES), *((name, pa.string()) for name in _TEXTS)],
+    [*((name, pa.int64()) for name in _NUMBER_COLUMNS), *((name, pa.string()) for name in _TEXT_COLUMNS)],
 )
 _ROWS_AT_ONCE = 1 << 14
 _MAX_SAMPLE_BYTES = 1 << 29  # above any format's limit: a forged index must not cause huge reads
@@ -47,7 +47,7 @@ _MAX_PROCESSES = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Examined:
+class ExaminedShard:
     """The samples of a shard that filters keep, with statistics.
 
     Attributes:
@@ -56,7 +56,7 @@ class Examined:
       broken: number of samples that could not be used, by reason; a damaged shard, whose readable samples are used,
         counts once.
       dropped: number of samples that filters dropped, by reason.
-      looked_at: number of all samples, including broken ones.
+      num_samples: number of all samples, including broken ones.
       fields: number of samples with each caption field; counted only if there are filters.
       keys: number of samples with each metadata key; counted only if there are filters.
       digest: digest of the samples kept, without their pixels.
@@ -66,14 +66,14 @@ class Examined:
     sizes: np.ndarray
     broken: collections.Counter
     dropped: collections.Counter
-    looked_at: int
+    num_samples: int
     fields: collections.Counter
     keys: collections.Counter
     digest: str
 
 
 @dataclasses.dataclass(frozen=True)
-class IndexPlan:
+class IndexOptions:
     """Settings for building indexes.
 
     Attributes:
@@ -96,15 +96,15 @@ class IndexPlan:
 def examine(
     shards: Shards,
     filters: Sequence[Filter] = (),
-    plan: IndexPlan = IndexPlan(),
+    options: IndexOptions = IndexOptions(),
     first: int = 0,
-) -> list[Examined]:
+) -> list[ExaminedShard]:
     """Reads or builds the index of every shard, on all cores if there are many; shows progress on a terminal.
 
     Args:
       shards: the shards.
       filters: filters that samples must pass.
-      plan: settings for building indexes.
+      options: settings for building indexes.
       first: the shard to begin with. If each process of a pod begins at a different shard and the indexes are on a
         shared file system, each process builds some of them and finds the others built.
 
@@ -113,39 +113,43 @@ def examine(
     """
     count = len(shards.paths)
     order = [(first + i) % count for i in range(count)]
-    one = functools.partial(_examine_shard, shards, plan, tuple(filters))
-    bar = tqdm.tqdm(total=count, desc="index", unit="shard", disable=None, leave=False)
-    found: dict[int, Examined] = {}
-    with bar:
-        for shard, examined in _in_processes(one, order) if count >= _SHARDS_FOR_PROCESSES else map(one, order):
+    examine_shard = functools.partial(_examine_shard, shards, options, tuple(filters))
+    progress = tqdm.tqdm(total=count, desc="index", unit="shard", disable=None, leave=False)
+    found: dict[int, ExaminedShard] = {}
+    with progress:
+        for shard, examined in (
+            _in_processes(examine_shard, order) if count >= _SHARDS_FOR_PROCESSES else map(examine_shard, order)
+        ):
             found[shard] = examined
-            bar.update()
+            progress.update()
     return [found[shard] for shard in range(count)]
 
 
-def _in_processes(one, order: Sequence[int]) -> Iterator[tuple[int, Examined]]:
+def _in_processes(examine_shard, order: Sequence[int]) -> Iterator[tuple[int, ExaminedShard]]:
     workers = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        yield from pool.map(one, order, chunksize=max(1, min(16, len(order) // (4 * workers))))
+        yield from pool.map(examine_shard, order, chunksize=max(1, min(16, len(order) // (4 * workers))))
 
 
-def _examine_shard(shards: Shards, plan: IndexPlan, filters: Sequence[Filter], shard: int) -> tuple[int, Examined]:
-    return shard, _examined(_table(shards, plan, shard, with_texts=bool(filters)), filters)
+def _examine_shard(
+    shards: Shards, options: IndexOptions, filters: Sequence[Filter], shard: int
+) -> tuple[int, ExaminedShard]:
+    return shard, _filtered_shard(_table(shards, options, shard, with_texts=bool(filters)), filters)
 
 
-def _examined(table: pa.Table, filters: Sequence[Filter]) -> Examined:
+def _filtered_shard(table: pa.Table, filters: Sequence[Filter]) -> ExaminedShard:
     facts = json.loads(table.schema.metadata[b"facts"])
-    places = np.stack([table.column(name).to_numpy() for name in _PLACES], axis=1).reshape(-1, 4)
+    places = np.stack([table.column(name).to_numpy() for name in _NUMBER_COLUMNS], axis=1).reshape(-1, 4)
     keep, dropped, fields, keys = _filtered(table, filters) if filters else (slice(None), {}, {}, {})
     digest = hashlib.sha256(facts["digest"].encode())
     digest.update(places[keep].tobytes())
-    return Examined(
+    return ExaminedShard(
         places=places[keep, :2],
         sizes=places[keep, 2:].astype(np.int32),
         broken=collections.Counter(facts["broken"]),
         dropped=collections.Counter(dropped),
-        looked_at=len(places) + sum(facts["broken"].values()),
+        num_samples=len(places) + sum(facts["broken"].values()),
         fields=collections.Counter(fields),
         keys=collections.Counter(keys),
         digest=digest.hexdigest(),
@@ -171,11 +175,11 @@ def _filtered(table: pa.Table, filters: Sequence[Filter]):
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-def _table(shards: Shards, plan: IndexPlan, shard: int, with_texts: bool) -> pa.Table:
+def _table(shards: Shards, options: IndexOptions, shard: int, with_texts: bool) -> pa.Table:
     """Returns the index of a shard; builds it if there is no valid one."""
-    path, source = plan.path(shards.paths[shard]), shards.paths[shard]
-    names = (*_PLACES, *_TEXTS) if with_texts else _PLACES
-    expected = {"version": _VERSION, "size": shards.size(shard), "max_pixels": plan.max_pixels}
+    path, source = options.path(shards.paths[shard]), shards.paths[shard]
+    names = (*_NUMBER_COLUMNS, *_TEXT_COLUMNS) if with_texts else _NUMBER_COLUMNS
+    expected = {"version": _VERSION, "size": shards.size(shard), "max_pixels": options.max_pixels}
     expected["settings"] = shards.settings
     table = _read(path, names, expected, modification_time(source))
     if table is None:
@@ -203,12 +207,12 @@ def _read(path: str, names: Sequence[str], expected: dict[str, Any], not_before:
     except Exception as error:  # whatever is wrong with an index, it can be rebuilt from its shard
         logger.warning("%s: not an index (%s); it is made anew", path, " ".join(str(error).split())[:100])
         return None
-    if any(facts.get(name) != value for name, value in expected.items()) or not _is_sane(table, facts):
+    if any(facts.get(name) != value for name, value in expected.items()) or not _is_valid(table, facts):
         return None
     return table
 
 
-def _is_sane(table: pa.Table, facts: dict[str, Any]) -> bool:
+def _is_valid(table: pa.Table, facts: dict[str, Any]) -> bool:
     """Returns True if every value of an index has the right type and is in bounds; the file may be forged."""
     if table.schema.names != [name for name in _SCHEMA.names if name in table.schema.names]:
         return False
@@ -221,12 +225,12 @@ def _is_sane(table: pa.Table, facts: dict[str, Any]) -> bool:
         return False
     if any(isinstance(count, bool) or count >= 1 << 40 for count in broken.values()):
         return False
-    start, end, height, width = (table.column(name).to_numpy() for name in _PLACES)
+    start, end, height, width = (table.column(name).to_numpy() for name in _NUMBER_COLUMNS)
     order = np.argsort(start, kind="stable")
     if not ((start[order][1:] >= end[order][:-1]).all() and (np.maximum(height, width) <= facts["max_pixels"]).all()):
         return False  # samples must not overlap, and height * width must not overflow
     pixels = height * width
-    good = (
+    in_bounds = (
         (start >= 0)
         & (end >= start)
         & (end - start <= _MAX_SAMPLE_BYTES)
@@ -235,10 +239,10 @@ def _is_sane(table: pa.Table, facts: dict[str, Any]) -> bool:
         & (pixels > 0)
         & (pixels <= facts["max_pixels"])
     )
-    return bool(good.all()) and _has_sane_texts(table)
+    return bool(in_bounds.all()) and _has_valid_texts(table)
 
 
-def _has_sane_texts(table: pa.Table) -> bool:
+def _has_valid_texts(table: pa.Table) -> bool:
     """Returns True if captions are {field: text} and metadata are objects, or if these columns were not read."""
     if "captions" not in table.schema.names:
         return True

@@ -12,7 +12,7 @@ import grain
 from absl import flags
 
 from lidit_jax.data.assembler import Assembler
-from lidit_jax.data.batch_stream import NEWS, BatchStream, News
+from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket, assign
 from lidit_jax.data.indexed.batch_plan import BatchPlan
 from lidit_jax.data.sources import BrokenExample, Example, Source
@@ -115,8 +115,8 @@ class BatchReader:
                 broken.append(example)
                 examples[row] = self._replacement(indices[row], bucket, broken)
         elements = self.assembler(batch, self.rows.start, examples)
-        news = News(bucket, len(examples), [(example.key, example.reason) for example in broken])
-        return elements | {NEWS: news}
+        statistics = BatchStatistics(bucket, len(examples), [(example.key, example.reason) for example in broken])
+        return elements | {STATISTICS: statistics}
 
     def _read(self, indices: Sequence[int], bucket: Bucket) -> list[Example | BrokenExample]:
         if self.assembler.with_images:

@@ -20,19 +20,19 @@ from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.shards import Sample, Unusable
 from lidit_jax.data.formats.tar_shards import MAX_SAMPLE_BYTES, TarShards
 from lidit_jax.data.indexed.index import MAX_PIXELS
-from lidit_jax.data.sources import BrokenExample, Example, described, read_picture
+from lidit_jax.data.sources import BrokenExample, Example, read_picture, without_image
 from lidit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 CHANGED = "changed since the checkpoint was written: restore it, or start a new workdir"
 # Length of a section of a shard in bytes: a resumed stream scans at most one section again to find its position.
-PART = 1 << 26
-_READ_AT_ONCE = 16  # number of samples, when a buffer is restored
+SECTION_BYTES = 1 << 26
+_RESTORE_BATCH = 16  # number of samples, when a buffer is restored
 # Limit for an encoded image: four uncompressed 16-bit channels, plus metadata.
-_BYTES_A_PIXEL, _MORE_BYTES = 8, 1 << 20
-Waiting = tuple[int, int, int, int]  # epoch, shard, first byte and end of a sample in a buffer
-SPARES = 100  # most samples that are tried to replace one with a broken image
+_BYTES_PER_PIXEL, _EXTRA_BYTES = 8, 1 << 20
+BufferedPlace = tuple[int, int, int, int]  # epoch, shard, first byte and end of a sample in a buffer
+MAX_REPLACEMENTS = 100  # most samples that are tried to replace one with a broken image
 
 
 class Entry(NamedTuple):
@@ -41,20 +41,20 @@ class Entry(NamedTuple):
     Attributes:
       epoch: epoch of its stream in which it was read.
       place: shard, first byte and end.
-      group: index of the bucket with the nearest aspect ratio.
+      bucket: index of the bucket with the nearest aspect ratio.
       size: height and width in pixels.
       sample: the sample, with its encoded image in memory.
     """
 
     epoch: int
     place: tuple[int, int, int]
-    group: int
+    bucket: int
     size: tuple[int, int]
     sample: Sample
 
 
 @dataclasses.dataclass
-class Seen:
+class ReadStatistics:
     """Statistics of reading.
 
     Attributes:
@@ -69,7 +69,7 @@ class Seen:
     dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     borrowed: int = 0
 
-    def add(self, other: "Seen") -> None:
+    def add(self, other: "ReadStatistics") -> None:
         """Adds the statistics of `other`."""
         self.read += other.read
         self.broken += other.broken
@@ -78,7 +78,7 @@ class Seen:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class SampleReader:
     """Reads and checks samples of shards; shared by all streams of a source.
 
     Attributes:
@@ -93,8 +93,13 @@ class Reading:
     filters: tuple[Filter, ...] = ()
     max_pixels: int = MAX_PIXELS
 
-    def look(
-        self, epoch: int, place: tuple[int, int, int], sample: Sample, seen: Seen, with_picture: bool = True
+    def check(
+        self,
+        epoch: int,
+        place: tuple[int, int, int],
+        sample: Sample,
+        statistics: ReadStatistics,
+        with_picture: bool = True,
     ) -> Entry | None:
         """Checks a sample.
 
@@ -102,7 +107,7 @@ class Reading:
           epoch: epoch of its stream.
           place: shard, first byte and end.
           sample: the sample, with its image at the start.
-          seen: statistics, to which the reason for leaving it out is added.
+          statistics: updated with the reason for leaving the sample out.
           with_picture: if False, read only the header of the image.
 
         Returns:
@@ -111,15 +116,15 @@ class Reading:
         try:
             size = decoding.read_size(sample.picture, self.max_pixels)
         except decoding.BrokenPicture as error:
-            seen.broken.append((self.shards.paths[place[0]], str(error)))
+            statistics.broken.append((self.shards.paths[place[0]], str(error)))
             return None
         reason = first_reason(Candidate(sample.captions, sample.metadata, *size), self.filters)
         if reason is not None:
-            seen.dropped[reason] += 1
+            statistics.dropped[reason] += 1
             return None
-        encoded = sample.picture.seek(0, io.SEEK_END)
-        if encoded > _BYTES_A_PIXEL * size[0] * size[1] + _MORE_BYTES:  # it would wait in memory
-            seen.broken.append((self.shards.paths[place[0]], "picture file far larger than its pixels"))
+        num_bytes = sample.picture.seek(0, io.SEEK_END)
+        if num_bytes > _BYTES_PER_PIXEL * size[0] * size[1] + _EXTRA_BYTES:  # it would wait in memory
+            statistics.broken.append((self.shards.paths[place[0]], "picture file far larger than its pixels"))
             return None
         sample.picture.seek(0)
         sample = sample._replace(picture=io.BytesIO(sample.picture.read() if with_picture else b""))
@@ -129,18 +134,18 @@ class Reading:
         """Returns the example of an entry, with its image resized to `bucket`, or without an image if that is None."""
         sample = entry.sample
         if bucket is None:
-            return described(sample)
+            return without_image(sample)
         image = read_picture(sample.key, sample.picture.getvalue(), self.max_pixels, entry.size, bucket)
-        return image if isinstance(image, BrokenExample) else described(sample) | {"image": image}
+        return image if isinstance(image, BrokenExample) else without_image(sample) | {"image": image}
 
-    def read_again(self, entries: Sequence["Waiting"]) -> list[Entry | None]:
+    def read_again(self, entries: Sequence["BufferedPlace"]) -> list[Entry | None]:
         """Reads samples again by their places; returns None for those that can no longer be read."""
         found: list[Entry | None] = []
-        for start in range(0, len(entries), _READ_AT_ONCE):
-            part = entries[start : start + _READ_AT_ONCE]
-            for (epoch, *place), sample in zip(part, self.shards.read([place for _, *place in part]), strict=True):
+        for start in range(0, len(entries), _RESTORE_BATCH):
+            chunk = entries[start : start + _RESTORE_BATCH]
+            for (epoch, *place), sample in zip(chunk, self.shards.read([place for _, *place in chunk]), strict=True):
                 usable = not isinstance(sample, Unusable)
-                found.append(self.look(epoch, tuple(place), sample, Seen()) if usable else None)
+                found.append(self.check(epoch, tuple(place), sample, ReadStatistics()) if usable else None)
         return found
 
 
@@ -171,15 +176,15 @@ class SampleStream:
     another stream from then on.
     """
 
-    def __init__(self, reading: Reading, shards: Sequence[Sequence[int]], seed: tuple[int, ...]):
+    def __init__(self, reader: SampleReader, shards: Sequence[Sequence[int]], seed: tuple[int, ...]):
         """Begins at the first sample.
 
         Args:
-          reading: reads and checks samples.
+          reader: reads and checks samples.
           shards: lists of shards: the stream's own, then those of other streams that it may borrow.
           seed: seed of the order of the shards.
         """
-        self._reading, self._shards, self._seed = reading, shards, seed
+        self._reader, self._shards, self._seed = reader, shards, seed
         self.cursor = Cursor()
 
     @property
@@ -200,38 +205,38 @@ class SampleStream:
         shards = self._shards[cursor.lender]
         self._shard = shards[shuffled(len(shards), *self._seed, cursor.epoch)[cursor.nth]]
 
-    def next(self, seen: Seen) -> Entry:
-        """Returns the next usable sample, and adds those skipped to the statistics `seen`.
+    def next(self, statistics: ReadStatistics) -> Entry:
+        """Returns the next usable sample, and adds those skipped to `statistics`.
 
         Raises:
           UserError: no list of shards has had a usable sample, or a shard cannot be read.
         """
         while True:
-            entry = self._step(seen)
+            entry = self._read_next(statistics)
             if entry is not None:
                 self._cursor = self._cursor._replace(found=1)
                 return entry
 
-    def _step(self, seen: Seen) -> Entry | None:
-        cursor, shard, path = self._cursor, self._shard, self._reading.shards.paths[self._shard]
+    def _read_next(self, statistics: ReadStatistics) -> Entry | None:
+        cursor, shard, path = self._cursor, self._shard, self._reader.shards.paths[self._shard]
         if self._items is None:
-            self._items = self._reading.shards.scan(shard, cursor.start, PART)
+            self._items = self._reader.shards.scan(shard, cursor.start, SECTION_BYTES)
             if sum(1 for _ in itertools.islice(self._items, cursor.taken)) < cursor.taken:
                 raise UserError(f"{path!r} {CHANGED}")
         try:
             found = next(self._items)
         except StopIteration as end:
-            self._go_on(end.value)
+            self._advance(end.value)
             return None
         self._cursor = cursor._replace(taken=cursor.taken + 1)
-        seen.read += 1
+        statistics.read += 1
         if isinstance(found, str):
-            seen.broken.append((path, found))
+            statistics.broken.append((path, found))
             return None
         place, sample = found
-        return self._reading.look(cursor.epoch, (shard, *place), sample, seen)
+        return self._reader.check(cursor.epoch, (shard, *place), sample, statistics)
 
-    def _go_on(self, start: int | None) -> None:
+    def _advance(self, start: int | None) -> None:
         """Moves to the next section, which begins at `start`, or, if that is None, to the next shard."""
         cursor = self._cursor
         if start is not None:
@@ -243,7 +248,7 @@ class SampleStream:
         self.cursor = cursor
 
     def _next_lender(self) -> int:
-        first = self._reading.shards.paths[self._shards[self._cursor.lender][0]]
+        first = self._reader.shards.paths[self._shards[self._cursor.lender][0]]
         more = f" and {count - 1} more" if (count := len(self._shards[self._cursor.lender])) > 1 else ""
         if self._cursor.lender + 1 == len(self._shards):
             raise UserError(f"no sample can be used, last of {first!r}{more}: mend the data, or loosen the filters")
@@ -251,7 +256,7 @@ class SampleStream:
         return self._cursor.lender + 1
 
 
-class GroupingBuffer:
+class ShuffleBuffer:
     """Shuffle buffer: samples of a stream wait here until a batch of their bucket takes them, in random order.
 
     The buffer is filled at least to its capacity before each batch, and no sample is lost: if a bucket has too few
@@ -281,38 +286,38 @@ class GroupingBuffer:
         self._aspects = np.log([bucket.width / bucket.height for bucket in buckets])
         self._entries: tuple[Entry, ...] = ()
 
-    def take(self, bucket: int, count: int, batch: int, seen: Seen) -> tuple[list[Entry], list[Entry]]:
+    def take(self, bucket: int, count: int, batch: int, statistics: ReadStatistics) -> tuple[list[Entry], list[Entry]]:
         """Takes the samples of a batch.
 
         Args:
           bucket: index of the batch's bucket.
           count: number of samples.
           batch: number of the batch, which is mixed into the seed.
-          seen: statistics to update.
+          statistics: updated in place.
 
         Returns:
-          `count` samples, removed from the buffer; and up to `SPARES` samples that may replace broken ones and stay in
-          the buffer.
+          `count` samples, removed from the buffer; and up to `MAX_REPLACEMENTS` samples that may replace broken ones
+          and stay in the buffer.
         """
         entries = list(self._entries)
         while len(entries) < max(self._capacity, count):
-            entries.append(self._stream.next(seen))
-        groups, epochs = (np.array([getattr(entry, name) for entry in entries]) for name in ("group", "epoch"))
+            entries.append(self._stream.next(statistics))
+        buckets, epochs = (np.array([getattr(entry, name) for entry in entries]) for name in ("bucket", "epoch"))
         order = shuffled(len(entries), *self._seed, batch)
-        distances = np.abs(self._aspects[groups] - self._aspects[bucket])
+        distances = np.abs(self._aspects[buckets] - self._aspects[bucket])
         if self._buckets is not None:
             sizes = np.array([entry.size for entry in entries])
             distances = np.where((sizes < self._buckets[bucket]).any(1), np.inf, distances)
         order = order[np.lexsort((epochs[order], distances[order]))]  # a stable sort, so ties keep the shuffled order
-        chosen, others = order[:count], order[count : count + SPARES]
-        seen.borrowed += int((groups[chosen] != bucket).sum())
+        chosen, others = order[:count], order[count : count + MAX_REPLACEMENTS]
+        statistics.borrowed += int((buckets[chosen] != bucket).sum())
         taken = set(chosen.tolist())
         self._entries = tuple(entry for i, entry in enumerate(entries) if i not in taken)
         return [entries[i] for i in chosen], [entries[i] for i in others]
 
-    def read_on(self, seen: Seen) -> Entry:
+    def read_replacement(self, statistics: ReadStatistics) -> Entry:
         """Returns the next sample of the stream, after adding it to the buffer."""
-        entry = self._stream.next(seen)
+        entry = self._stream.next(statistics)
         self._entries += (entry,)
         return entry
 
@@ -320,16 +325,16 @@ class GroupingBuffer:
         """Returns the position of the stream and the places of the samples in the buffer."""
         return Snapshot(self._stream.cursor, tuple((entry.epoch, *entry.place) for entry in self._entries))
 
-    def restore(self, reading: Reading, snapshot: "Snapshot") -> None:
+    def restore(self, reader: SampleReader, snapshot: "Snapshot") -> None:
         """Resumes from a snapshot.
 
         Raises:
           UserError: the shards have changed, or the position does not exist.
         """
         self._stream.cursor = snapshot.cursor
-        entries = reading.read_again(snapshot.entries)
+        entries = reader.read_again(snapshot.entries)
         if None in entries:
-            raise UserError(f"{reading.shards.paths[snapshot.entries[entries.index(None)][1]]!r} {CHANGED}")
+            raise UserError(f"{reader.shards.paths[snapshot.entries[entries.index(None)][1]]!r} {CHANGED}")
         self._entries = tuple(entries)
 
 
@@ -337,7 +342,7 @@ class Snapshot(NamedTuple):
     """Immutable position of a stream and places of the samples in its buffer."""
 
     cursor: Cursor
-    entries: tuple[Waiting, ...]
+    entries: tuple[BufferedPlace, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Encodes the snapshot for a checkpoint."""
