@@ -110,7 +110,7 @@ def test_neighbours_go_around_within_the_bucket():
 
 def test_nothing_to_plan_with_is_refused():
     for examples, batch_size, seed in (([], 1, 0), ([0], 0, 0), ([0], 1, -1)):
-        with pytest.raises(ValueError, match="no plan"):
+        with pytest.raises(ValueError, match="at least 1, 1, 0 are needed"):
             BatchPlan(np.array(examples, int), batch_size, seed)
     with pytest.raises(IndexError):
         BatchPlan(np.zeros(3, int), 1, 0)(-1)

@@ -52,7 +52,7 @@ def test_aspect_one_is_the_square_alone():
         ((8, 16), "resolution=8 is not a multiple of 16: use 16"),
         ((0, 16), "at least 1"),
         ((32, 0), "at least 1"),
-        ((32, 16, 0.5), "max_aspect=0.5 is under 1"),
+        ((32, 16, 0.5), "max_aspect=0.5 is below 1"),
         ((32, 16, float("nan")), "max_aspect=nan"),
         ((32, 16, 5), "needs a side under 16: use max_aspect=4 or less"),
     ],

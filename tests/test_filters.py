@@ -95,7 +95,7 @@ def test_pictures_that_their_group_would_enlarge_are_dropped():
     buckets = (Bucket(8, 4), Bucket(6, 6))
     for height, width, reason in ((8, 4, None), (12, 6, None), (6, 6, None), (16, 3, True), (7, 5, True), (5, 5, True)):
         found = enlarging(candidate(height=height, width=width), buckets=buckets)
-        assert found == ("smaller than its group" if reason else None), (height, width)
+        assert found == ("smaller than its bucket" if reason else None), (height, width)
 
 
 def test_the_first_reason_counts():

@@ -131,10 +131,10 @@ def test_pictures_without_texts_keep_their_index(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"captions": {"txt": "0.5"}}, "a share is a number"),
-        ({"captions": {"txt": None}}, "a share is a number"),
+        ({"captions": {"txt": "0.5"}}, "every share must be a number"),
+        ({"captions": {"txt": None}}, "every share must be a number"),
         ({"class_names": "a\0b"}, "cannot be read"),
-        ({"path": "{3..1}.tar"}, "names no file: its braces count downwards"),
+        ({"path": "{3..1}.tar"}, "names no file: its braces count down"),
     ],
 )
 def test_mistakes_are_said_in_one_line(tmp_path, change, message):
@@ -168,7 +168,7 @@ def test_a_damaged_picture_alone_in_its_group_takes_another_ones(tmp_path):
     loader.close()
     assert {batch["image"].shape[1:3] for batch in batches} == {(32, 32), (16, 64)}
     assert {text for batch in batches for text in batch["caption"]} == {"square"}
-    assert loader.broken["damaged picture"] > 0
+    assert loader.broken["damaged image"] > 0
 
 
 def test_renamed_classes_are_noticed(tmp_path):

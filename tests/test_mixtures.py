@@ -52,7 +52,7 @@ def test_mixed_sources_keep_their_own_captions_and_filters_and_do_not_depend_on_
     config = build(DataConfig, vars(stored["tar"]) | {"mixture": mixture}, "data")
     dataset = open_dataset(config, 8)
     assert dataset.dropped == {"aspect over 1.2": COUNT // 2}
-    assert "mixed of pairs 7 pictures, 75%; classes 6 pictures, 25%" in dataset.summary()
+    assert "mixed of pairs 7 images, 75%; classes 6 images, 25%" in dataset.summary()
 
     def batches(process_count: int) -> list:
         parts = []

@@ -108,7 +108,7 @@ def test_features_of_other_encoders_or_texts_are_refused(two_kinds, folder, trai
         run_stages(other, epath.Path(tmp_path / "run"))
     other = ahead.copy_and_resolve_references()
     other.text.instruction = "Describe:"
-    with pytest.raises(UserError, match=r"\(llama, qwen differ\): name those, compute the features anew, or give"):
+    with pytest.raises(UserError, match=r"\(llama, qwen differ\): name those, compute the features again, or give"):
         run_stages(other, epath.Path(tmp_path / "run"))
     with pytest.raises(UserError, match="the mixture's latents hold the features of different encoders"):
         parts = {"a": {}, "b": {"features": False}}

@@ -191,7 +191,7 @@ def test_mixed_streams_keep_their_weights_and_resume(shards, tmp_path):
     first = dataset._shares.sum(1)
     np.testing.assert_allclose(first, [0.75, 0.25])
     assert square == pytest.approx(dataset._shares.sum(0)[1], abs=0.1)
-    with pytest.raises(UserError, match="nobody has counted .* give each a weight"):
+    with pytest.raises(UserError, match="unknown numbers of samples: give each a weight"):
         open_dataset(streamed("", mixture={"a": {"path": str(shards)}, "b": {"path": str(other)}}), 8)
 
 
@@ -226,12 +226,12 @@ def test_what_can_not_be_used_is_counted_and_replaced(tmp_path):
     config = streamed(tmp_path, min_aesthetic=4.7)
     dataset = open_dataset(config, 8)
     assert dataset.dropped == {"aesthetic under 4.7": 19, "no caption": 2}
-    assert dataset.broken == {"no picture": 1, "cut-off tar": 1, "cut-off file": 1}
+    assert dataset.broken == {"no image": 1, "truncated tar": 1, "truncated file": 1}
     loader = dataset.batches(4, 0, None, with_captions=True)
     captions = {caption for _ in range(30) for caption in next(loader)["caption"]}
     good = {f"{i:02}" for i in range(40) if i % 4 and i % 10 != 3 and i != 5}
     assert captions == good
-    assert loader.broken["damaged picture"] > 0
+    assert loader.broken["damaged image"] > 0
     assert loader.dropped["aesthetic under 4.7"] > 9
     loader.close()
 
@@ -245,7 +245,7 @@ def test_too_much_broken_input_stops_the_stream(tmp_path):
             members |= {f"{i}.png": data if i % 3 == 0 else data[:2000], f"{i}.txt": b"a"}
         write_tar(tmp_path / f"{shard}.tar", members)
     loader = open_dataset(streamed(tmp_path, max_broken=0.1), 8).batches(4, 0, None)
-    with pytest.raises(UserError, match="samples cannot be used .damaged picture: "):
+    with pytest.raises(UserError, match="samples cannot be used .damaged image: "):
         for _ in range(1000):
             next(loader)
     loader.close()
@@ -257,8 +257,8 @@ def test_too_much_broken_input_stops_the_stream(tmp_path):
         ({"streams": 3}, 8, 1, "data.streams=3: 8 shards, a batch of 8 and 1 hosts need .* use one of 1, 2, 4, 8"),
         ({"streams": 16}, 16, 1, "data.streams=16: 8 shards"),
         ({}, 48, 16, "data.streams=8: .* make more and smaller shards, or give --config.data.sequential=False"),
-        ({}, 9, 2, "batch_size=9 does not divide over 2 processes"),
-        ({"shuffle_buffer": 4}, 8, 1, "data.shuffle_buffer=4 is less than a batch of 8"),
+        ({}, 9, 2, "batch_size=9 is not a multiple of 2 processes"),
+        ({"shuffle_buffer": 4}, 8, 1, "data.shuffle_buffer=4 is below the batch size of 8"),
     ],
 )
 def test_numbers_that_do_not_go_together_are_said_in_one_line(shards, monkeypatch, change, batch_size, hosts, message):
@@ -296,7 +296,7 @@ def test_a_dead_shard_gives_its_place_to_others(tmp_path, caplog):
     state = json.loads(json.dumps(loader.get_state()))
     expected = captions_of(loader, 10)
     assert {caption.split("/")[0] for batch in first for caption in batch} == {"0", "1", "3"}
-    assert "002.tar' can be used: others take their place" in caplog.text
+    assert "002.tar': reading other shards instead" in caplog.text
     resumed = dataset.batches(4, 0, None, first=20, with_captions=True)
     resumed.restore([state])
     assert captions_of(resumed, 10) == expected
@@ -307,7 +307,7 @@ def test_shards_without_anything_to_train_on_end_in_one_line(tmp_path):
     loader = open_dataset(streamed(folder), 8).batches(2, 0, None)
     for tar in folder.glob("*.tar"):
         tar.write_bytes(b"\0" * tar.stat().st_size)
-    with pytest.raises(UserError, match="no sample can be used, last of .*: mend the data, or loosen the filters"):
+    with pytest.raises(UserError, match="no usable sample, last in .*: fix the data, or loosen the filters"):
         next(loader)
     loader.close()
 
@@ -322,7 +322,7 @@ def test_the_limit_on_broken_samples_is_a_share_of_what_was_read(tmp_path):
     loader = open_dataset(streamed(tmp_path, shuffle_buffer=4000, streams=2, max_broken=0.15), 8).batches(8, 0, None)
     for _ in range(5):
         next(loader)
-    assert loader.broken["unreadable picture"] > 400
+    assert loader.broken["unreadable image"] > 400
     loader.close()
 
 
@@ -356,9 +356,9 @@ def test_pictures_are_enlarged_only_where_there_is_no_other(tmp_path):
     [
         ({"next_batch": -1}, "position in the data is damaged"),
         ({"next_batch": "x"}, "position in the data is damaged"),
-        ({"plan": "other"}, "the checkpoint's streams were others"),
-        ({"plan": None}, "the checkpoint's streams were others"),
-        ({"fingerprint": None}, "the data differ"),
+        ({"plan": "other"}, "the checkpoint has other streams"),
+        ({"plan": None}, "the checkpoint has other streams"),
+        ({"fingerprint": None}, "are not those of the checkpoint"),
         ({"streams": {"0": None}}, "position in the data is damaged"),
         ({"streams": {"0": [{"stream": [0] * 6, "buffer": []}]}}, "position in the data is damaged .*missing"),
         ({"streams": []}, "position in the data is damaged"),
@@ -421,7 +421,7 @@ def test_a_disk_that_fails_is_no_broken_picture(shards, monkeypatch):
 
 
 def test_data_that_are_no_tars_are_not_streamed(stored):
-    with pytest.raises(UserError, match="data.sequential goes with data.source='tar', not 'folder'"):
+    with pytest.raises(UserError, match="data.sequential requires data.source='tar', not 'folder'"):
         data_of("folder", stored["jsonl"].path, sequential=True)
     with pytest.raises(UserError, match="the filters leave none of the 14 samples of .*: loosen them"):
         open_dataset(streamed(stored["tar"].path, min_side=100), 8)
@@ -434,7 +434,7 @@ def test_changed_shards_are_refused(shards, tmp_path):
     next(loader)
     state = loader.get_state()
     loader.close()
-    with pytest.raises(UserError, match="the data differ"):
+    with pytest.raises(UserError, match="are not those of the checkpoint"):
         open_dataset(streamed(shards), 8).batches(4, 0, None).restore([state])
     for tar in folder.glob("*.tar"):
         tar.write_bytes(b"\0" * tar.stat().st_size)

@@ -266,7 +266,7 @@ def test_formats_go_by_content_and_others_are_refused(tmp_path):
     files = dict(sorted(files.items()))
     source = tar_source(write_tar(tmp_path / "a.tar", files))
     assert [source[i]["key"] for i in range(len(source))] == ["1"]
-    assert source.broken == {"unreadable picture": 2}
+    assert source.broken == {"unreadable image": 2}
 
 
 def smooth(height: int, width: int) -> np.ndarray:
@@ -299,7 +299,7 @@ def test_damage_inside_a_jpeg_is_refused_even_where_a_picture_comes_out():
     middle = len(data) // 2
     data[middle : middle + 60] = np.random.default_rng(0).bytes(60)
     Image.open(io.BytesIO(bytes(data))).load()  # Pillow reports no damage
-    with pytest.raises(decoding.BrokenPicture, match="damaged picture"):
+    with pytest.raises(decoding.BrokenPicture, match="damaged image"):
         decoding.decode(bytes(data), MAX_PIXELS)
 
 
@@ -359,12 +359,12 @@ def test_unusable_samples_are_left_out_and_counted_by_reason(tmp_path):
     assert [source[i]["key"] for i in range(len(source))] == ["good"]
     assert source[0]["captions"]["caption"] == "half a ? pair"
     assert source.broken == {
-        "empty picture": 1,
-        "no picture": 1,
+        "empty image": 1,
+        "no image": 1,
         "caption not in UTF-8": 1,
         "unreadable json": 3,
         "text over 1 MiB": 1,
-        "unreadable picture": 1,
+        "unreadable image": 1,
     }
     assert source.dropped == {"no caption": 1}
 
@@ -375,7 +375,7 @@ def test_damaged_pixels_behind_a_good_header_raise_broken_example(tmp_path):
         data = encode(noise, format)
         files = {"a.png": data[: len(data) // 2], "a.txt": b"x", "b.png": data, "b.txt": b"y"}
         source = tar_source(write_tar(tmp_path / f"{format}.tar", files))
-        with pytest.raises(BrokenExample, match="'a': damaged picture"):
+        with pytest.raises(BrokenExample, match="'a': damaged image"):
             source[0]
         assert source[1]["key"] == "b"
 
@@ -434,7 +434,7 @@ def test_a_tar_cut_off_anywhere_keeps_what_is_whole(tmp_path):
         if pairs:
             assert read_all(tmp_path / "cut.tar") == pairs
         else:
-            with pytest.raises(UserError, match="cut-off"):
+            with pytest.raises(UserError, match="truncated"):
                 tar_source(tmp_path / "cut.tar")
 
 
@@ -443,7 +443,7 @@ def test_a_cut_off_tar_is_counted(tmp_path):
     with tarfile.open(tmp_path / "small.tar") as tar:
         second = tar.getmembers()[2]
     (tmp_path / "cut.tar").write_bytes(whole[: second.offset_data + 100])
-    assert tar_source(tmp_path / "cut.tar").broken == {"cut-off tar": 1, "cut-off file": 1}
+    assert tar_source(tmp_path / "cut.tar").broken == {"truncated tar": 1, "truncated file": 1}
 
 
 def test_a_damaged_header_in_the_middle_is_counted_and_not_taken_for_the_end(tmp_path):

@@ -42,7 +42,7 @@ class Assembler:
 
     def __post_init__(self):
         if not 0 <= self.seed < 1 << 64:
-            raise UserError(f"seed={self.seed}: it is 0 to 2^64 - 1")
+            raise UserError(f"seed={self.seed} is out of range: use 0 to 2^64 - 1")
 
     def __call__(self, batch: int, first_row: int, examples: Sequence[Example]) -> dict[str, Any]:
         """Assembles consecutive rows of a batch.

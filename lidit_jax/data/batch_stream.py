@@ -57,7 +57,7 @@ class BatchStream(grain.DatasetIterator):
     def bucket(self) -> Bucket:
         """Bucket of the batch returned last; raises ValueError before the first."""
         if self._bucket is None:
-            raise ValueError("no batch was handed out yet")
+            raise ValueError("no batch has been returned yet")
         return self._bucket
 
     @property
@@ -131,8 +131,8 @@ class BatchStream(grain.DatasetIterator):
         for state in states:
             if state.get("fingerprint") != self.fingerprint:
                 raise UserError(
-                    f"the data differ (fingerprint {self.fingerprint}) from those that the checkpoint was trained on "
-                    f"({state.get('fingerprint')!r:.80}): give the same data and filters, or start a new workdir"
+                    f"the data (fingerprint {self.fingerprint}) are not those of the checkpoint "
+                    f"({state.get('fingerprint')!r:.80}): use the same data and filters, or start a new workdir"
                 )
         numbers = {state.get("next_batch") for state in states}
         [number] = numbers if len(numbers) == 1 else [None]

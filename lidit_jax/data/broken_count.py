@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 class BrokenCount:
     """Counts broken examples by reason, logs the first few, and raises when there are too many."""
 
-    def __init__(self, max_broken: float, consequence: str = "another one took its place"):
+    def __init__(self, max_broken: float, consequence: str = "using another one instead"):
         """Starts counting from zero.
 
         Args:
@@ -63,6 +63,6 @@ def check_broken(num_samples: int, broken: Mapping[str, int], max_broken: float)
 def _too_many_broken(count: int, read: int, broken: Mapping[str, int]) -> str:
     reasons = ", ".join(f"{reason}: {number}" for reason, number in collections.Counter(broken).most_common(5))
     return (
-        f"{count} of {read} samples cannot be used ({reasons}): mend the data, or raise --config.data.max_broken, the "
-        f"share of {BROKEN_WINDOW} samples that may be broken"
+        f"{count} of {read} samples cannot be used ({reasons}): fix the data, or raise --config.data.max_broken, the "
+        f"share of broken samples that is allowed in {BROKEN_WINDOW}"
     )

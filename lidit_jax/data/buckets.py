@@ -43,7 +43,7 @@ def make_buckets(resolution: int, multiple: int, max_aspect: float = 1.0) -> tup
     if multiple < 1 or resolution < 1 or resolution % multiple:
         raise UserError(_not_a_multiple(resolution, multiple))
     if not max_aspect >= 1:
-        raise UserError(f"max_aspect={max_aspect} is under 1: it is the longest side over the shortest")
+        raise UserError(f"max_aspect={max_aspect} is below 1: give the ratio of the longer to the shorter side")
     max_area = (resolution // multiple) ** 2  # area, in units of multiple²
     if max_aspect > max_area:
         raise UserError(
@@ -58,7 +58,7 @@ def make_buckets(resolution: int, multiple: int, max_aspect: float = 1.0) -> tup
 
 def _not_a_multiple(resolution: int, multiple: int) -> str:
     if multiple < 1 or resolution < 1:
-        return f"resolution={resolution} and multiple={multiple}: both are at least 1"
+        return f"resolution={resolution} and multiple={multiple}: both must be at least 1"
     lower = resolution // multiple * multiple
     choice = f"{lower} or {lower + multiple}" if lower else str(multiple)
     return f"resolution={resolution} is not a multiple of {multiple}: use {choice}"

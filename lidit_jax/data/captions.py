@@ -53,10 +53,10 @@ class CaptionChooser:
 
     def __post_init__(self):
         if not 0 <= self.dropout <= 1:
-            raise UserError(f"caption dropout is {self.dropout}: it is a probability, 0 to 1")
+            raise UserError(f"caption dropout is {self.dropout}: use a probability, 0 to 1")
         shares = () if self.fields is None else self.fields.values()
         if any(isinstance(share, bool) or not isinstance(share, int | float) for share in shares):
-            raise UserError(f"caption fields are {dict(self.fields)}: a share is a number")
+            raise UserError(f"caption fields are {dict(self.fields)}: every share must be a number")
         if self.fields is not None and not (self.used and all(0 <= p < np.inf for p in self.fields.values())):
             raise UserError(f"caption fields are {dict(self.fields)}: name at least one with a share above 0")
         for field, template in self.templates.items():

@@ -124,16 +124,20 @@ class DataConfig:
             raise UserError(f"data.path is empty: give --config.data.path={_PATHS[self.source]}")
         if self.held_out_shards < 0 or (self.held_out_shards and self.source != "tar"):
             raise UserError(
-                f"data.held_out_shards={self.held_out_shards} goes with data.source='tar' alone, and is 0 or more: "
+                f"data.held_out_shards={self.held_out_shards} must be 0 or more, and 0 unless data.source='tar': "
                 "give --config.data.held_out_shards=0"
             )
         if not 0 <= self.max_broken <= 1:
-            raise UserError(f"data.max_broken={self.max_broken} is a share of the samples, 0 to 1")
+            raise UserError(f"data.max_broken={self.max_broken} must be a share of the samples, 0 to 1")
         if self.source == "shapes" and (self.min_aesthetic is not None or self.min_side > self.resolution):
-            raise UserError("data.source='shapes' has no scores and one size: leave min_aesthetic and min_side out")
+            raise UserError(
+                f"data.source='shapes' has no aesthetic scores and only images of {self.resolution} px: leave out "
+                f"data.min_aesthetic (now {self.min_aesthetic}) and data.min_side (now {self.min_side})"
+            )
         if self.sequential and self.source != "tar":
             raise UserError(
-                f"data.sequential goes with data.source='tar', not {self.source!r}: those have random access"
+                f"data.sequential requires data.source='tar', not {self.source!r}, which has random access: "
+                "give --config.data.sequential=False"
             )
         for name in ("num_threads", "num_workers", "prefetch", "streams", "shuffle_buffer"):
             if getattr(self, name) < 0:
@@ -221,6 +225,6 @@ _PATHS = {
     "tar": "FOLDER_OF_TAR_SHARDS",
     "array_record": "FOLDER_OF_ARRAY_RECORD_FILES",
     "tfds": "NAME_OF_THE_DATA_SET",
-    "folder": "FOLDER_OF_PICTURES",
+    "folder": "FOLDER_OF_IMAGES",
     "precomputed": "FOLDER_OF_LATENTS",
 }

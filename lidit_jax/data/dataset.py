@@ -66,7 +66,7 @@ class Dataset(abc.ABC):
                 available = ", ".join(sorted(found)[:20]) or "none"
                 raise UserError(
                     f"data.captions names {field!r}, which {no_samples} has (there are {available}): "
-                    f"give --config.data.captions.{field}=0 or mend its name"
+                    f"give --config.data.captions.{field}=0 or correct its name"
                 )
 
     def _choosers(self, dropout: float, join: bool = False) -> tuple[CaptionChooser, ...]:

@@ -95,7 +95,7 @@ def enlarging(candidate: Candidate, *, buckets: Sequence[Bucket]) -> str | None:
     """Drops images that would have to be enlarged to fill their bucket."""
     size = np.array([[candidate.height, candidate.width]])
     bucket = buckets[assign(size, buckets)[0]]
-    return "smaller than its group" if (size < bucket).any() else None
+    return "smaller than its bucket" if (size < bucket).any() else None
 
 
 CAPTION_FILTERS: tuple[Filter, ...] = (no_caption, url_caption, file_name_caption, tag_list_caption)

@@ -139,5 +139,5 @@ def _class_names(file: str) -> tuple[str, ...]:
     while names and not names[-1]:
         names = names[:-1]
     if not names or not all(names):
-        raise UserError(f"data.class_names={file!r}: write one class's name a line, in the order of their numbers")
+        raise UserError(f"data.class_names={file!r}: write one class name per line, in the order of the numbers")
     return names

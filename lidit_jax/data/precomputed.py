@@ -76,7 +76,7 @@ class Manifest:
             version = values.pop("format")
             if version not in range(1, FORMAT + 1):
                 raise UserError(
-                    f"{file}: format {version}, this program reads 1 to {FORMAT}: use the program that wrote it"
+                    f"{file}: format {version} is unknown, this version reads 1 to {FORMAT}: use the one that wrote it"
                 )
             values["buckets"] = tuple(Bucket(*map(int, size)) for size in values["buckets"])
             values["files"] = tuple((str(name), int(bucket), int(count)) for name, bucket, count in values["files"])
@@ -86,7 +86,7 @@ class Manifest:
         except UserError:
             raise
         except FileNotFoundError:
-            raise UserError(f"{file}: does not exist; make it with `python -m lidit_jax.precompute`") from None
+            raise UserError(f"{file}: does not exist: create it with `python -m lidit_jax.precompute`") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{file}: not what `python -m lidit_jax.precompute` writes ({error!r:.200})") from error
         valid = manifest.dtype in DTYPES
@@ -94,7 +94,7 @@ class Manifest:
         valid &= bool(manifest.buckets) and all(min(bucket) >= 1 for bucket in manifest.buckets)
         valid &= all(0 <= bucket < len(manifest.buckets) and count >= 0 for _, bucket, count in manifest.files)
         if not valid or any("/" in name or name.startswith(".") for name, _, _ in manifest.files):
-            raise UserError(f"{file}: has impossible values; make it again with `python -m lidit_jax.precompute`")
+            raise UserError(f"{file}: has invalid values: create it again with `python -m lidit_jax.precompute`")
         return manifest
 
 
@@ -120,12 +120,12 @@ class PrecomputedSource(Source):
         """
         path = epath.Path(folder)
         if not (path / MANIFEST).exists() and (path / PLAN).exists():
-            raise UserError(f"{folder}: not finished; run `python -m lidit_jax.precompute` again, it goes on")
+            raise UserError(f"{folder}: incomplete: run `python -m lidit_jax.precompute` again to resume it")
         self.manifest = Manifest.read(path / MANIFEST)
         if tuple(buckets) != self.manifest.buckets:
             raise UserError(
-                f"{folder}: made for {_summary(self.manifest.buckets)}, the run has {_summary(buckets)}: use the same "
-                "data.resolution, data.max_aspect and data.bucket_multiple, or compute the latents anew"
+                f"{folder}: computed for {_summary(self.manifest.buckets)}, the run has {_summary(buckets)}: use the "
+                "same data.resolution, data.max_aspect and data.bucket_multiple, or compute the latents again"
             )
         self._filters = tuple(filters)
         self.encoders = self.manifest.encoders if with_features else {}
@@ -135,9 +135,9 @@ class PrecomputedSource(Source):
         for shard, count in enumerate(counts):
             found = self._readers.count(shard)
             if found != count:
-                raise UserError(f"{self._readers.paths[shard]}: {found} records, there were {count}; compute them anew")
+                raise UserError(f"{self._readers.paths[shard]}: {found} records instead of {count}: compute them again")
         if not sum(counts):
-            raise UserError(f"{folder}: holds no latents")
+            raise UserError(f"{folder}: holds no latents: compute them with `python -m lidit_jax.precompute`")
         self._starts = np.cumsum([0, *counts])
         bucket_of_example = np.repeat([bucket for _, bucket, _ in self.manifest.files], counts)
         self._sizes = np.array(self.manifest.buckets, np.int32)[bucket_of_example]

@@ -82,7 +82,7 @@ def no_samples_error(
     place = f"{paths[0]!r}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     if not dropped:
         return UserError(
-            f"no usable sample in {place} ({reasons or 'it is empty'}): each needs a picture and its caption"
+            f"no usable sample in {place} ({reasons or 'it is empty'}): each needs an image and its caption"
         )
     captions, metadata = (", ".join(sorted(names)[:20]) or "(none)" for names in (fields, keys))
     return UserError(
@@ -148,9 +148,9 @@ class ConcatenatedSource(Source):
 
     def __init__(self, sources: Sequence[Source]):
         if not sources:
-            raise UserError("a mixture of no sources: name one")
+            raise UserError("the mixture has no sources: name at least one")
         if len({source.content for source in sources}) > 1:
-            raise UserError("a mixture of pictures and latents: precompute all of its sources, or none")
+            raise UserError("the mixture has images and latents: precompute all of its sources, or none")
         self._sources, self.content = tuple(sources), sources[0].content
         lengths = [len(source) for source in sources]
         self._starts = np.cumsum([0, *lengths])  # [sources + 1]

@@ -51,7 +51,7 @@ class EncoderFingerprint:
         if not all(type(size) is int and least <= size <= _MAX_SIZE for size, least in sizes) or (
             self.dtype not in DTYPES
         ):
-            raise ValueError(f"impossible features: {self}")
+            raise ValueError(f"invalid encoder fingerprint: {self}")
 
     @property
     def numpy_dtype(self) -> np.dtype:
@@ -103,7 +103,7 @@ class ConstantFeatures:
                 if prefix[name].shape[1:] != (encoder.hidden_size,) or prefix[name].dtype != encoder.numpy_dtype:
                     raise ValueError(f"prefix {prefix[name].dtype} {prefix[name].shape}")
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-            raise UserError(f"{file}: missing or damaged ({error!r:.100}); compute the features anew") from error
+            raise UserError(f"{file}: missing or damaged ({error!r:.100}): compute the features again") from error
         return cls(prefix, empty)
 
 

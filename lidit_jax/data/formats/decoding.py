@@ -82,7 +82,7 @@ def decode(
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise anything from struct.error to IndexError on damaged data
-        raise BrokenPicture("damaged picture") from error
+        raise BrokenPicture("damaged image") from error
     return np.ascontiguousarray(_TO_UPRIGHT[orientation](np.array(rgb)))
 
 
@@ -124,7 +124,7 @@ def _decode_jpeg(data: bytes, at_least: tuple[int, int] | None, orientation: int
     try:
         return simplejpeg.decode_jpeg(data, "RGB", **scaling)
     except ValueError as error:
-        raise BrokenPicture("damaged picture") from error
+        raise BrokenPicture("damaged image") from error
 
 
 def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
@@ -135,11 +135,11 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
     except (MemoryError, UserError):  # the file cannot be read; not the image's fault
         raise
     except Exception as error:  # as in `decode`
-        raise BrokenPicture("unreadable picture") from error
+        raise BrokenPicture("unreadable image") from error
     if picture.width * picture.height > max_pixels:
         raise BrokenPicture("too many pixels")
     if not picture.width * picture.height:
-        raise BrokenPicture("unreadable picture")
+        raise BrokenPicture("unreadable image")
     return picture
 
 

@@ -171,12 +171,12 @@ def find_files(path: str | os.PathLike, kind: str, name: re.Pattern[str]) -> tup
         return _at_least_one([file for pattern in expanded for file in filesystem.matching(pattern)],
                              f"no file matches {path!r}")  # fmt: skip
     if not expanded:
-        raise UserError(f"data path {path!r} names no file: its braces count downwards")
+        raise UserError(f"data path {path!r} names no file: its braces count down, so write the lower number first")
     missing = [file for file in expanded if not filesystem.exists(file)]
     if missing and len(expanded) > 1:
         raise UserError(f"{len(missing)} of the {len(expanded)} files of {path!r} do not exist, first {missing[0]!r}")
     if missing:
-        raise UserError(f"data path {path!r} does not exist: give a folder of {kind} files, one, or a pattern of them")
+        raise UserError(f"data path {path!r} does not exist: give a folder of {kind} files, one file, or a pattern")
     return tuple(sorted(set(expanded)))
 
 

@@ -50,9 +50,9 @@ class FolderShards:
         """
         path = os.fspath(path)
         if is_remote(path):
-            raise UserError(f"{path}: folders of pictures are read from a disk alone: pack them into tar shards")
+            raise UserError(f"{path}: image folders can only be read from a disk: pack them into tar shards")
         if not os.path.exists(path):
-            raise UserError(f"data path {path!r} does not exist: give a folder of pictures, or its captions file")
+            raise UserError(f"data path {path!r} does not exist: give a folder of images, or its captions file")
         self._class_names = tuple(class_names)
         self.settings = names_digest(class_names)
         file = _captions_file(path) if os.path.isdir(path) else path
@@ -102,7 +102,7 @@ class FolderShards:
             with open(path, "rb") as file:
                 return io.BytesIO(file.read())
         except (OSError, ValueError) as error:
-            raise Unusable("no picture") from error
+            raise Unusable("no image") from error
 
 
 def _captions_file(folder: str) -> str | None:
@@ -127,8 +127,8 @@ def _class_rows(folder: str) -> list[bytes]:
                 rows.append(json.dumps(row).encode())
     if not rows:
         raise UserError(
-            f"{folder!r} has neither a captions file (.jsonl, .csv or .parquet) nor folders of pictures named after "
-            "their class"
+            f"{folder!r} has neither a captions file (.jsonl, .csv or .parquet) nor folders of images named after "
+            "their class: add one of them"
         )
     return rows
 
@@ -145,7 +145,7 @@ def _read_rows(file: str) -> list[bytes]:
             return list(_parquet_rows(file))
     except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:  # pyarrow raises the first four
         raise UserError(f"cannot read {file!r}: {' '.join(str(error).split())[:150]}") from error
-    raise UserError(f"{file!r} is no captions file: it must be a .jsonl, .csv or .parquet")
+    raise UserError(f"{file!r} is not a captions file: it must be a .jsonl, .csv or .parquet")
 
 
 _MAX_FIELD = 1 << 30

@@ -49,7 +49,7 @@ class ArrayRecordShards:
           UserError: there is no such file, or the path is remote.
         """
         if is_remote(os.fspath(path)):
-            raise UserError(f"{path}: ArrayRecord files are read from a disk alone: copy or mount them")
+            raise UserError(f"{path}: ArrayRecord files can only be read from a disk: copy or mount them")
         self.paths = find_files(path, ".array_record", ARRAY_RECORD)
         self._image_key, self._class_names = image_key, tuple(class_names)
         self.settings = f"{image_key} {names_digest(class_names)}"
@@ -163,7 +163,7 @@ class TfdsShards:
         pictures, labels = _image_and_label_features(info)
         if image_key and image_key not in pictures or len(pictures) != 1 and not image_key:
             raise UserError(
-                f"data set {name!r} has the pictures {', '.join(sorted(pictures)) or '(none)'}: "
+                f"data set {name!r} has the images {', '.join(sorted(pictures)) or '(none)'}: "
                 "name one with --config.data.image_key"
             )
         self._image_key = image_key or pictures.pop()

@@ -143,6 +143,6 @@ def names_digest(names: Sequence[str]) -> str:
 def check_picture(size: int) -> None:
     """Raises Unusable if an encoded image of `size` bytes is empty or too large."""
     if not size:
-        raise Unusable("empty picture")
+        raise Unusable("empty image")
     if size > MAX_PICTURE_BYTES:
-        raise Unusable("picture file over 256 MiB")
+        raise Unusable("image file over 256 MiB")

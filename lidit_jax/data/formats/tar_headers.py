@@ -57,7 +57,7 @@ def walk(file: File, start: int = 0) -> Iterator[Member]:
     while position < end:
         header = file.read(position, BLOCK)
         if len(header) < BLOCK:
-            raise DamagedTar("cut-off tar")
+            raise DamagedTar("truncated tar")
         if not any(header):
             return
         _check(header, position)
@@ -74,7 +74,7 @@ def walk(file: File, start: int = 0) -> Iterator[Member]:
             continue
         if kind in (b"K", b"g"):
             if data + size > end:
-                raise DamagedTar("cut-off tar")
+                raise DamagedTar("truncated tar")
             position = data + _padded(size)
             continue
         size = int(overrides.get("size", size))
@@ -84,7 +84,7 @@ def walk(file: File, start: int = 0) -> Iterator[Member]:
         if kind in _REGULAR and not name.endswith("/") and "sparse" not in overrides:
             yield Member(name, start, data, size, position, complete)
         if not complete:
-            raise DamagedTar("cut-off tar")
+            raise DamagedTar("truncated tar")
         overrides, start = {}, position
 
 
@@ -123,7 +123,7 @@ def _read_extension(file: File, offset: int, size: int) -> bytes:
         raise DamagedTar("damaged tar")
     body = file.read(offset, size)
     if len(body) < size:
-        raise DamagedTar("cut-off tar")
+        raise DamagedTar("truncated tar")
     return body
 
 

@@ -122,9 +122,9 @@ class TarShards:
     def _sample(self, file: File, key: str, files: dict[str, tar_headers.Member], path: str = "") -> Sample:
         picture = next((files[extension] for extension in _PICTURES if extension in files), None)
         if picture is None:
-            raise Unusable("no picture")
+            raise Unusable("no image")
         if not all(member.complete for member in files.values()):
-            raise Unusable("cut-off file")
+            raise Unusable("truncated file")
         check_picture(picture.size)
         texts = {extension: _read_text(file, files[extension]) for extension in _TEXTS if extension in files}
         metadata = parse_json(texts["json"]) if "json" in texts else {}
@@ -197,7 +197,7 @@ def _group_files(
         else:
             current.files[extension], current.end = member, member.end
     if damage and current is not None and not current.has_image_and_text and current.key not in incomplete:
-        yield "cut-off file"
+        yield "truncated file"
         current = None
     yield from finish_current()
     for found in incomplete.values():

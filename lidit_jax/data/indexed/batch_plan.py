@@ -44,7 +44,7 @@ class Interleaving:
           IndexError: `number` is negative.
         """
         if number < 0:
-            raise IndexError(f"element {number}: they are counted from 0")
+            raise IndexError(f"element {number} does not exist: they are counted from 0")
         if len(self._periods) == 1:
             return next(iter(self._periods)), number
         # Before time t a choice has occurred floor(share * t) times or once more, so all choices together t - choices
@@ -142,7 +142,7 @@ class BatchPlan:
           ValueError: there are no examples or too many, or an argument is out of bounds.
         """
         if not len(bucket_of_example) or batch_size < 1 or seed < 0:
-            raise ValueError(f"{len(bucket_of_example)} examples, {batch_size=}, {seed=}: no plan for that")
+            raise ValueError(f"{len(bucket_of_example)} examples, {batch_size=}, {seed=}: at least 1, 1, 0 are needed")
         self.batch_size = batch_size
         self._seed = seed
         self._num_sources = 1 if weights is None else len(weights)
@@ -151,7 +151,7 @@ class BatchPlan:
             stratum_of_example = stratum_of_example * self._num_sources + source_of_example
         sizes = np.bincount(stratum_of_example)  # [strata]
         if sizes.max() > _MAX_BUCKET_SIZE:
-            raise ValueError(f"a bucket of {sizes.max()} examples; 2^32 are the most that can be shuffled")
+            raise ValueError(f"a bucket of {sizes.max()} examples: at most 2^32 can be shuffled")
         self._sizes = sizes.tolist()
         self._bucket_sizes = np.bincount(bucket_of_example).tolist()
         self._starts = (np.cumsum(sizes) - sizes).tolist()
@@ -220,7 +220,7 @@ class BatchPlan:
             rank = np.searchsorted(members, index)
             if rank < size and members[rank] == index:
                 return stratum
-        raise IndexError(f"example {index}: there is none of that number")
+        raise IndexError(f"example {index} does not exist")
 
     def list_size(self, index: int) -> int:
         """Returns the length of the list in which `neighbour` finds the neighbours of example `index`."""

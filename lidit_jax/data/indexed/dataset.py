@@ -75,13 +75,15 @@ class IndexedDataset(Dataset):
 
     def summary(self) -> str:
         shares = make_plan(self.source, self.buckets, 1, 0, self._weights).shares()
-        groups = [f"{bucket} {100 * share:.0f}%" for bucket, share in zip(self.buckets, shares, strict=False) if share]
-        lines = [f"data: {len(self.source)} pictures; groups {', '.join(groups)}"]
+        bucket_shares = [
+            f"{bucket} {100 * share:.0f}%" for bucket, share in zip(self.buckets, shares, strict=False) if share
+        ]
+        lines = [f"data: {len(self.source)} images; buckets {', '.join(bucket_shares)}"]
         if len(self._source_configs) > 1:
             counts = np.bincount(self.source.source_of_example)
             rows = self._weights or counts.tolist()
             mixed = [
-                f"{name} {count} pictures, {100 * weight / sum(rows):.0f}%"
+                f"{name} {count} images, {100 * weight / sum(rows):.0f}%"
                 for name, count, weight in zip(self._source_configs, counts, rows, strict=True)
             ]
             lines.append(f"mixed of {'; '.join(mixed)}")
@@ -96,8 +98,8 @@ class IndexedDataset(Dataset):
         for source_config, source in zip(self._source_configs.values(), self._sources, strict=True):
             if isinstance(source, PrecomputedSource) and source.manifest.vae != vae_digest:
                 raise UserError(
-                    f"{source_config.path}: made by another VAE (digest {source.manifest.vae}) than vae.weights names "
-                    f"({vae_digest}): name that one, or compute the latents anew"
+                    f"{source_config.path}: computed by another VAE (digest {source.manifest.vae}) than that of "
+                    f"vae.weights ({vae_digest}): name that one, or compute the latents again"
                 )
 
     def stored_prompts(self) -> StoredPrompts | None:
@@ -109,7 +111,7 @@ class IndexedDataset(Dataset):
         made_by = [getattr(source, "encoders", {}) for source in self._sources]
         if any(encoders != made_by[0] for encoders in made_by):
             raise UserError(
-                "the mixture's latents hold the features of different encoders: compute them anew with the same, or "
+                "the mixture's latents hold the features of different encoders: compute them again with the same, or "
                 "give --config.data.features=False"
             )
         return StoredPrompts(made_by[0], self._sources[0].constant) if made_by[0] else None
@@ -122,7 +124,7 @@ class IndexedDataset(Dataset):
                 wrong = sorted(n for n in stored.keys() | encoders.keys() if stored.get(n) != encoders.get(n))
                 raise UserError(
                     f"{source_config.path}: the stored features are of other encoders, or of other texts around the "
-                    f"prompts ({', '.join(wrong)} differ): name those, compute the features anew, or give "
+                    f"prompts ({', '.join(wrong)} differ): name those, compute the features again, or give "
                     "--config.data.features=False"
                 )
 
@@ -147,18 +149,16 @@ class IndexedDataset(Dataset):
 
     def pictures(self, count: int) -> list[np.ndarray]:
         if self.holds_latents:
-            raise UserError(
-                "data.source='precomputed' holds latents, no pictures to look at: name the pictures' source"
-            )
+            raise UserError("data.source='precomputed' holds latents, no images: name the source of the images")
         pictures = []
         for index in spread(len(self.source), count):
             [example] = self.source.load([index], self.buckets[self.bucket_of_example[index]])
             if isinstance(example, BrokenExample):
-                logger.warning("%s; it is left out", example)
+                logger.warning("%s; left out", example)
             else:
                 pictures.append(example["image"])
         if not pictures:
-            raise UserError(f"none of the {len(self.source)} pictures can be read: check the data's files")
+            raise UserError(f"none of the {len(self.source)} images can be read: check the data files")
         return pictures
 
     def _loader(

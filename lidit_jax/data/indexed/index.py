@@ -205,7 +205,7 @@ def _read(path: str, names: Sequence[str], expected: dict[str, Any], not_before:
     except FileNotFoundError:
         return None
     except Exception as error:  # whatever is wrong with an index, it can be rebuilt from its shard
-        logger.warning("%s: not an index (%s); it is made anew", path, " ".join(str(error).split())[:100])
+        logger.warning("%s: not an index (%s); rebuilding it", path, " ".join(str(error).split())[:100])
         return None
     if any(facts.get(name) != value for name, value in expected.items()) or not _is_valid(table, facts):
         return None
@@ -308,7 +308,7 @@ def _write(table: pa.Table, path: str) -> None:
                 os.unlink(file.name)
                 raise
     except (OSError, UserError) as error:
-        _warn_once(f"indexes are not kept, the next run makes them again: {error}; set data.index_dir")
+        _warn_once(f"indexes cannot be written, so the next run builds them again: {error}; set data.index_dir")
 
 
 @functools.cache

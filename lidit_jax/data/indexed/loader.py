@@ -63,7 +63,7 @@ def make_loader(
     rows = rows_of_process(batch_size, process_index, process_count)
     buckets = assembler.buckets
     if not len(source) or not buckets:
-        raise UserError(f"{len(source)} examples and {len(buckets)} buckets: a loader needs some of both")
+        raise UserError(f"{len(source)} examples and {len(buckets)} buckets: a loader needs at least one of each")
     plan = make_plan(source, buckets, batch_size, assembler.seed, weights)
     return Loader(
         BatchReader(source, plan, assembler, rows), num_threads, num_workers, prefetch, first_batch, max_broken
@@ -87,10 +87,11 @@ def rows_of_process(batch_size: int, process_index: int, process_count: int) -> 
     if batch_size < 1 or batch_size % process_count:
         lower = batch_size // process_count * process_count
         choice = f"{lower} or {lower + process_count}" if lower > 0 else str(process_count)
-        raise UserError(f"batch_size={batch_size} does not divide over {process_count} processes: use {choice}")
+        raise UserError(f"batch_size={batch_size} is not a multiple of {process_count} processes: use {choice}")
     if not 0 <= process_index < process_count:
         raise UserError(
-            f"process_index={process_index} of process_count={process_count}: it is 0 to {process_count - 1}"
+            f"process_index={process_index} of process_count={process_count} is out of range: "
+            f"use 0 to {process_count - 1}"
         )
     count = batch_size // process_count
     return range(process_index * count, (process_index + 1) * count)
@@ -138,8 +139,8 @@ class BatchReader:
                 return example
             broken.append(example)
         raise UserError(
-            f"no readable example in bucket {bucket} or for it; of {len(own) + 1} there last {broken[-1]}: "
-            "check the data's files"
+            f"no readable example for bucket {bucket}, {len(own) + 1} of it were tried, last {broken[-1]}: "
+            "check the data files"
         )
 
 

@@ -66,7 +66,7 @@ class StreamedDataset(Dataset):
         super().__init__(config, buckets, source_configs, held_out, with_captions)
         if len(self._source_configs) > 1 and config.weights() is None:
             raise UserError(
-                "data.sequential: nobody has counted the samples of the mixture's sources: give each a weight"
+                "data.sequential: the mixture's sources have unknown numbers of samples: give each a weight"
             )
         self._readers, self._samples, num_samples = [], [], 0
         fields: collections.Counter[str] = collections.Counter()
@@ -107,7 +107,7 @@ class StreamedDataset(Dataset):
             f"{bucket} {100 * share:.0f}%" for bucket, share in zip(self.buckets, shares, strict=True) if share
         ]
         shards = sum(len(reader.shards.paths) for reader in self._readers)
-        lines = [f"data: {shards} shards, read from end to end; of the first {self._num_samples} samples: groups "
+        lines = [f"data: {shards} shards, read from end to end; of the first {self._num_samples} samples: buckets "
                  f"{', '.join(bucket_shares)}"]  # fmt: skip
         return "; ".join(lines + self._describe_left_out())
 
@@ -116,8 +116,8 @@ class StreamedDataset(Dataset):
         self._streams_of_process(batch_size, jax.process_index(), jax.process_count())
         if self.config.shuffle_buffer and self.config.shuffle_buffer < batch_size:
             raise UserError(
-                f"data.shuffle_buffer={self.config.shuffle_buffer} is less than a batch of {batch_size}: raise it, or "
-                "give 0 for four batches of every group"
+                f"data.shuffle_buffer={self.config.shuffle_buffer} is below the batch size of {batch_size}: raise "
+                "it, or give 0 for four batches per bucket"
             )
 
     def smallest_side(self) -> int:
@@ -138,11 +138,11 @@ class StreamedDataset(Dataset):
             [reread] = reader.read_again([(entry.epoch, *entry.place)])
             example = reread and reader.load(reread, self.buckets[entry.bucket])
             if example is None or isinstance(example, BrokenExample):
-                logger.warning("example %r: %s; it is left out", entry.sample.key, example or "can no longer be read")
+                logger.warning("example %r: %s; left out", entry.sample.key, example or "can no longer be read")
             else:
                 pictures.append(example["image"])
         if not pictures:
-            raise UserError("none of the pictures can be read: check the data's files")
+            raise UserError("none of the images can be read: check the data files")
         return pictures
 
     def _spread(self, count: int) -> list[tuple[int, Entry]]:

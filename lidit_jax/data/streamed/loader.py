@@ -135,9 +135,7 @@ class _Stream:
             statistics.broken.append((example.key, example.reason))
             spare = next(spares, None)
             example = reader.load(spare or self._buffers[source].read_replacement(statistics), bucket)
-        raise UserError(
-            f"{MAX_REPLACEMENTS} unreadable pictures one after the other, last {example}: check the data's files"
-        )
+        raise UserError(f"{MAX_REPLACEMENTS} unreadable images in a row, last {example}: check the data files")
 
     def snapshot(self) -> list[Snapshot]:
         return [buffer.snapshot() for buffer in self._buffers]
@@ -184,7 +182,7 @@ class _Batches(grain.DatasetIterator):
         return {number: stream.snapshot() for number, stream in self._streams.items()}
 
     def set_state(self, state: Any) -> None:
-        raise TypeError("a new one takes over: see StreamLoader.restore")
+        raise TypeError("this iterator cannot be moved: StreamLoader.restore makes a new one")
 
     def close(self) -> None:
         super().close()
@@ -248,7 +246,7 @@ class StreamLoader(BatchStream):
         self._next_of(states)
         if any(state.get("plan") != self._plan.digest() for state in states):
             raise UserError(
-                "the checkpoint's streams were others: give the same seed, batch size, filters, data.streams and "
+                "the checkpoint has other streams: use the same seed, batch size, filters, data.streams and "
                 "data.shuffle_buffer, or start a new workdir"
             )
         try:

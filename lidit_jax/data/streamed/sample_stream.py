@@ -25,7 +25,7 @@ from lidit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-CHANGED = "changed since the checkpoint was written: restore it, or start a new workdir"
+CHANGED = "changed since the checkpoint was written: restore the file, or start a new workdir"
 # Length of a section of a shard in bytes: a resumed stream scans at most one section again to find its position.
 SECTION_BYTES = 1 << 26
 _RESTORE_BATCH = 16  # number of samples, when a buffer is restored
@@ -124,7 +124,7 @@ class SampleReader:
             return None
         num_bytes = sample.picture.seek(0, io.SEEK_END)
         if num_bytes > _BYTES_PER_PIXEL * size[0] * size[1] + _EXTRA_BYTES:  # it would wait in memory
-            statistics.broken.append((self.shards.paths[place[0]], "picture file far larger than its pixels"))
+            statistics.broken.append((self.shards.paths[place[0]], "image file far larger than its pixels"))
             return None
         sample.picture.seek(0)
         sample = sample._replace(picture=io.BytesIO(sample.picture.read() if with_picture else b""))
@@ -200,7 +200,7 @@ class SampleStream:
           UserError: the position does not exist.
         """
         if not 0 <= cursor.lender < len(self._shards) or not 0 <= cursor.nth < len(self._shards[cursor.lender]):
-            raise UserError(f"the checkpoint's position in the data is damaged (no such place: {cursor})")
+            raise UserError(f"the checkpoint's position in the data is damaged (invalid {cursor})")
         self._cursor, self._items = cursor, None
         shards = self._shards[cursor.lender]
         self._shard = shards[shuffled(len(shards), *self._seed, cursor.epoch)[cursor.nth]]
@@ -251,8 +251,8 @@ class SampleStream:
         first = self._reader.shards.paths[self._shards[self._cursor.lender][0]]
         more = f" and {count - 1} more" if (count := len(self._shards[self._cursor.lender])) > 1 else ""
         if self._cursor.lender + 1 == len(self._shards):
-            raise UserError(f"no sample can be used, last of {first!r}{more}: mend the data, or loosen the filters")
-        _log.warning("no sample of %r%s can be used: others take their place", first, more)
+            raise UserError(f"no usable sample, last in {first!r}{more}: fix the data, or loosen the filters")
+        _log.warning("no usable sample in %r%s: reading other shards instead", first, more)
         return self._cursor.lender + 1
 
 
@@ -359,12 +359,12 @@ class Snapshot(NamedTuple):
             cursor = Cursor(*value["stream"])
             entries = tuple((epoch, shard, start, end) for epoch, shard, start, end in value["buffer"])
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"no snapshot: {error!r}") from error
+            raise ValueError(f"not a snapshot: {error!r}") from error
         if not all(type(number) is int and 0 <= number < 1 << 62 for one in (cursor, *entries) for number in one):
-            raise ValueError("no numbers")
+            raise ValueError("a number is out of bounds")
         for _, shard, start, end in entries:
             if shard >= num_shards or not start < end <= start + MAX_SAMPLE_BYTES:
-                raise ValueError("no such sample")
+                raise ValueError("a sample is out of bounds")
         return cls(cursor, entries)
 
     def __deepcopy__(self, memo: dict) -> "Snapshot":
