@@ -35,7 +35,7 @@ def test_too_much_broken_input_stops_the_run(tmp_path, caplog):
     assert "broken unreadable image: 300" in dataset.summary()
 
 
-def test_too_many_pictures_found_broken_while_reading_stop_the_loader(tmp_path):
+def test_too_many_images_found_broken_while_reading_stop_the_loader(tmp_path):
     files = {}
     for i in range(200):
         data = encode(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8))

@@ -21,7 +21,7 @@ from lidit_jax.errors import UserError
 
 @given(units=st.integers(1, 64), multiple=st.sampled_from([1, 8, 16, 64]), stretch=st.floats(0, 1))
 @settings(derandomize=True)
-def test_sides_are_multiples_and_no_bucket_could_be_larger(units, multiple, stretch):
+def test_sides_are_multiples_and_no_bucket_can_be_larger(units, multiple, stretch):
     max_aspect = 1 + stretch * (min(units**2, 16) - 1)
     buckets = make_buckets(units * multiple, multiple, max_aspect)
     assert len(set(buckets)) == len(buckets)
@@ -57,7 +57,7 @@ def test_aspect_one_is_the_square_alone():
         ((32, 16, 5), "needs a side under 16: use max_aspect=4 or less"),
     ],
 )
-def test_impossible_buckets_say_what_would_do(arguments, says):
+def test_errors_for_impossible_buckets_suggest_valid_values(arguments, says):
     with pytest.raises(UserError, match=says):
         make_buckets(*arguments)
 
@@ -138,7 +138,7 @@ def test_a_workdir_without_a_bucket_multiple_resumes_with_0_alone(tmp_path):
     order=st.randoms(use_true_random=False),
 )
 @settings(derandomize=True)
-def test_the_bucket_is_the_nearest_in_log_aspect_in_whatever_order_they_are(sizes, order):
+def test_the_bucket_is_the_nearest_in_log_aspect_in_any_order_of_buckets(sizes, order):
     buckets = list(make_buckets(256, 32, 4.0))
     order.shuffle(buckets)
     chosen = assign(np.array(sizes, np.int32), buckets)
@@ -156,7 +156,7 @@ def test_the_bucket_is_the_nearest_in_log_aspect_in_whatever_order_they_are(size
     bucket=st.builds(Bucket, st.integers(1, 70), st.integers(1, 70)),
 )
 @settings(derandomize=True)
-def test_every_picture_covers_its_bucket(height, width, bucket):
+def test_every_image_covers_its_bucket(height, width, bucket):
     color = np.array([10, 200, 77], np.uint8)
     image = np.broadcast_to(color, (height, width, 3)).copy()
     fitted = resize_to_cover_and_crop(image, bucket)
@@ -166,7 +166,7 @@ def test_every_picture_covers_its_bucket(height, width, bucket):
 
 @pytest.mark.parametrize("size", [(300, 300), (300, 433), (517, 300), (60, 41), (47, 130)])
 @pytest.mark.parametrize("bucket", make_buckets(64, 16, 4.0))
-def test_a_circle_stays_round_and_in_the_middle(size, bucket):
+def test_a_circle_stays_round_and_centred(size, bucket):
     height, width = size
     scale = max(bucket.height / height, bucket.width / width)
     radius = 0.4 * min(bucket) / scale
@@ -186,7 +186,7 @@ def test_a_circle_stays_round_and_in_the_middle(size, bucket):
         assert spread == pytest.approx(0.2 * min(bucket), rel=0.05)
 
 
-def test_a_picture_of_the_buckets_size_is_untouched_and_a_longer_one_only_cut():
+def test_an_image_of_the_buckets_size_is_untouched_and_a_longer_one_only_cropped():
     image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     assert resize_to_cover_and_crop(image, Bucket(32, 48)) is image
     np.testing.assert_array_equal(resize_to_cover_and_crop(image, Bucket(32, 32)), image[:, 8:40])

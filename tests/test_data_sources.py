@@ -24,7 +24,7 @@ KINDS = ("tar", "array_record", "tfds", "jsonl", "csv", "parquet")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_source_gives_the_same_pictures_and_captions(stored, kind):
+def test_every_kind_of_source_returns_the_same_images_and_captions(stored, kind):
     dataset = open_dataset(stored[kind], 8)
     source = dataset.source
     assert len(source) == COUNT and not dataset.broken
@@ -78,7 +78,7 @@ def test_classes_become_captions_through_the_template(tmp_path, stored):
         assert captions == {"a photo of cat": COUNT // 2, "a photo of dog": COUNT // 2}, config.source
 
 
-def test_what_is_wrong_with_rows_of_a_folder_is_counted(tmp_path):
+def test_broken_rows_of_a_folder_are_counted_by_reason(tmp_path):
     (tmp_path / "good.png").write_bytes(encode(picture(0)))
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("no picture")
@@ -109,7 +109,7 @@ def test_what_is_wrong_with_rows_of_a_folder_is_counted(tmp_path):
     assert (len(dataset.source), dataset.broken) == (1, {"caption not in UTF-8": 1})
 
 
-def test_damaged_records_are_counted_and_other_files_refused(tmp_path, stored):
+def test_damaged_records_are_counted_and_other_files_rejected(tmp_path, stored):
     path = pathlib.Path(stored["array_record"].path) / "part.array_record-00000-of-00002"
     data = bytearray(path.read_bytes())
     place = data.find(b"\x89PNG")
@@ -159,7 +159,7 @@ def test_damaged_records_are_counted_and_other_files_refused(tmp_path, stored):
         ({"source": "tar", "mixture": {"one": {"min_side": "x"}}}, "data.mixture.one.min_side is 'x'"),
     ],
 )
-def test_data_that_can_not_be_used_are_said_in_one_line(stored, tmp_path, change, message):
+def test_unusable_data_raise_a_one_line_error(stored, tmp_path, change, message):
     base = {"path": getattr(stored.get(change["source"]), "path", "")}
     change = {key: value.format(nowhere=tmp_path / "none") if isinstance(value, str) else value
               for key, value in change.items()}  # fmt: skip

@@ -96,7 +96,7 @@ def plain() -> list[dict]:
     return take(loader_of(num_threads=0, prefetch=0), 30)
 
 
-def test_a_batch_is_pictures_of_one_bucket_with_their_own_captions(plain):
+def test_a_batch_holds_images_of_one_bucket_with_their_own_captions(plain):
     for batch in plain:
         assert set(batch) == {"image", "tokens", "caption"}
         assert batch["image"].dtype == np.uint8
@@ -116,7 +116,9 @@ def test_dropout_and_both_captions_occur_at_their_rates():
 
 @pytest.mark.parametrize("process_count", [1, 2, 4, 8])
 @pytest.mark.parametrize(("num_threads", "prefetch"), [(0, 0), (1, 3), (4, 5)])
-def test_processes_hold_their_rows_of_the_same_batches_whatever_threads(plain, process_count, num_threads, prefetch):
+def test_processes_hold_their_rows_of_the_same_batches_for_any_number_of_threads(
+    plain, process_count, num_threads, prefetch
+):
     parts = [
         take(loader_of(process_index=p, process_count=process_count, num_threads=num_threads, prefetch=prefetch), 30)
         for p in range(process_count)
@@ -133,7 +135,7 @@ def test_processes_hold_their_rows_of_the_same_batches_whatever_threads(plain, p
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_worker_processes_change_nothing_also_when_resumed(plain, num_workers):
+def test_worker_processes_do_not_change_batches_also_when_resumed(plain, num_workers):
     loader = loader_of(num_workers=num_workers)
     first = [next(loader) for _ in range(5)]
     state = loader.get_state()
@@ -159,7 +161,7 @@ def test_a_process_reads_only_its_own_rows():
     assert len(source.read) == 3 * 8 / 4
 
 
-def test_captions_alone_are_the_same_and_read_no_picture(plain):
+def test_captions_alone_are_the_same_and_decode_no_image(plain):
     batches = take(loader_of(Numbered(broken=tuple(range(NUM_EXAMPLES))), with_images=False), 10)
     assert_same(batches, [{key: batch[key] for key in ("tokens", "caption")} for batch in plain[:10]])
 
@@ -211,7 +213,7 @@ def test_a_running_loader_can_be_moved_back_and_forth(plain):
     assert_same(take(loader, 2), plain[3:5])
 
 
-def test_first_batch_starts_in_the_middle_with_states_that_count_from_zero(plain):
+def test_first_batch_starts_in_the_middle_and_states_count_from_zero(plain):
     loader = loader_of(first_batch=11)
     assert_same([next(loader)], plain[11:12])
     fresh = loader_of()
@@ -233,7 +235,7 @@ def test_orbax_saves_and_restores_it_with_grains_handler(plain, tmp_path):
     assert_same(take(restored, 3), plain[6:9])
 
 
-def test_other_data_are_refused_when_resuming():
+def test_resuming_with_other_data_is_rejected():
     loader = loader_of()
     other = loader_of(Numbered(61))
     with pytest.raises(UserError, match="are not those of the checkpoint"):
@@ -282,7 +284,7 @@ def test_a_bucket_without_readable_examples_ends_in_a_user_error(num_examples):
 # --- wrong arguments --------------------------------------------------------------------------------------------
 
 
-def test_wrong_arguments_say_what_would_do():
+def test_errors_for_wrong_arguments_suggest_valid_ones():
     with pytest.raises(UserError, match="batch_size=10 is not a multiple of 4 processes: use 8 or 12"):
         loader_of(batch_size=10, process_count=4)
     with pytest.raises(UserError, match="batch_size=3 is not a multiple of 4 processes: use 4"):

@@ -85,7 +85,7 @@ def test_batches_hold_what_the_encoders_give(two_kinds, folder, workers):
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
-def test_features_are_kept_bit_for_bit(dtype):
+def test_features_are_stored_bit_for_bit(dtype):
     features = np.random.default_rng(0).normal(size=(3, 8)).astype(DTYPES[dtype])
     record = to_record("key", {"txt": "words"}, np.zeros((1, 1, 2), np.float16), {("llama", "txt"): features}, [])
     got = load_tensors(record)["features/llama/txt"]
@@ -100,7 +100,7 @@ def test_the_latents_alone_can_be_used(two_kinds, folder):
     dataset.check_features({})
 
 
-def test_features_of_other_encoders_or_texts_are_refused(two_kinds, folder, trained_workdir, tmp_path):
+def test_features_of_other_encoders_or_texts_are_rejected(two_kinds, folder, trained_workdir, tmp_path):
     ahead = changed(two_kinds, source="precomputed", path=str(folder))
     other = ahead.copy_and_resolve_references()
     other.encoders.qwen.weights = str(trained_workdir / "encoders" / "qwen")
@@ -116,7 +116,7 @@ def test_features_of_other_encoders_or_texts_are_refused(two_kinds, folder, trai
     assert not (tmp_path / "run").exists()
 
 
-def test_what_features_need_is_said(two_kinds, tmp_path):
+def test_errors_say_what_features_require(two_kinds, tmp_path):
     missing = two_kinds.copy_and_resolve_references()
     missing.encoders.llama.weights = ""
     with pytest.raises(UserError, match="give --config.encoders.llama.weights=FOLDER"):
@@ -133,7 +133,7 @@ def test_what_features_need_is_said(two_kinds, tmp_path):
         ({"dtype": "bfloat16"}, "missing or damaged"),
     ],
 )
-def test_forged_facts_are_refused(two_kinds, folder, tmp_path, change, message):
+def test_forged_encoder_fingerprints_are_rejected(two_kinds, folder, tmp_path, change, message):
     for file in folder.iterdir():
         (epath.Path(tmp_path) / file.name).write_bytes(file.read_bytes())
     manifest = json.loads((tmp_path / "manifest.json").read_text())

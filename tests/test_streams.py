@@ -97,7 +97,7 @@ def test_the_order_changes_with_epoch_and_seed(shards):
     assert sorted(sum(first, [])) != sum(first, [])
 
 
-def test_what_was_read_was_drawn_or_waits(shards):
+def test_every_sample_read_is_in_a_batch_or_in_a_buffer(shards):
     """Holds even if the bucket shares of a stream differ from those of the data set."""
     dataset = open_dataset(streamed(shards, streams=4, shuffle_buffer=64), 8)
     loader = dataset.batches(8, 0, None, with_captions=True)
@@ -134,7 +134,7 @@ def test_hosts_threads_and_prefetching_do_not_change_batches(shards, monkeypatch
 @given(
     stop=st.integers(0, 30), hosts=st.sampled_from([(1, 4), (4, 1), (2, 2), (8, 4)]), part=st.sampled_from([1, 3000])
 )
-def test_resumed_at_any_point_by_any_number_of_hosts_the_stream_goes_on(shards, stop, hosts, part):
+def test_streams_resume_at_any_point_on_any_number_of_hosts(shards, stop, hosts, part):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample_stream, "SECTION_BYTES", part)
         dataset = open_dataset(streamed(shards, shuffle_buffer=40), 8)
@@ -197,7 +197,7 @@ def test_mixed_streams_keep_their_weights_and_resume(shards, tmp_path):
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(length=st.integers(1, 20_000))
-def test_a_shard_in_parts_is_the_whole_shard(shards, length):
+def test_scanning_a_shard_in_sections_yields_all_of_its_samples(shards, length):
     tar, start, found = TarShards(str(shards)), 0, []
     while start is not None:
         items = tar.scan(1, start, length)
@@ -211,7 +211,7 @@ def test_a_shard_in_parts_is_the_whole_shard(shards, length):
     assert [(place, sample.key) for place, sample in found] == [(place, sample.key) for place, sample in whole]
 
 
-def test_what_can_not_be_used_is_counted_and_replaced(tmp_path):
+def test_unusable_samples_are_counted_and_replaced(tmp_path):
     members = {}
     for i in range(40):
         data = encode(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8))
@@ -261,14 +261,14 @@ def test_too_much_broken_input_stops_the_stream(tmp_path):
         ({"shuffle_buffer": 4}, 8, 1, "data.shuffle_buffer=4 is below the batch size of 8"),
     ],
 )
-def test_numbers_that_do_not_go_together_are_said_in_one_line(shards, monkeypatch, change, batch_size, hosts, message):
+def test_incompatible_stream_settings_raise_a_one_line_error(shards, monkeypatch, change, batch_size, hosts, message):
     dataset = open_dataset(streamed(shards, **change), 8)
     monkeypatch.setattr("jax.process_count", lambda: hosts)
     with pytest.raises(UserError, match=message):
         dataset.check_batch_size(batch_size)
 
 
-def test_every_place_that_a_scan_gives_can_be_read_again(tmp_path):
+def test_every_place_that_a_scan_yields_can_be_read_again(tmp_path):
     """Includes a sample with a repeated file name."""
     members = []
     for i in range(10):
@@ -287,7 +287,7 @@ def test_every_place_that_a_scan_gives_can_be_read_again(tmp_path):
     assert [sample.captions for sample in again] == [sample.captions for _, sample in samples]
 
 
-def test_a_dead_shard_gives_its_place_to_others(tmp_path, caplog):
+def test_other_shards_replace_one_without_usable_samples(tmp_path, caplog):
     folder = write_shards(tmp_path / "shards", [6] * 4)
     (folder / "002.tar").write_bytes(b"\0" * 2000)
     dataset = open_dataset(streamed(folder), 8)
@@ -302,7 +302,7 @@ def test_a_dead_shard_gives_its_place_to_others(tmp_path, caplog):
     assert captions_of(resumed, 10) == expected
 
 
-def test_shards_without_anything_to_train_on_end_in_one_line(tmp_path):
+def test_shards_without_usable_samples_raise_a_one_line_error(tmp_path):
     folder = write_shards(tmp_path / "shards", [6] * 2)
     loader = open_dataset(streamed(folder), 8).batches(2, 0, None)
     for tar in folder.glob("*.tar"):
@@ -326,7 +326,7 @@ def test_the_limit_on_broken_samples_is_a_share_of_what_was_read(tmp_path):
     loader.close()
 
 
-def test_broken_pictures_of_a_batch_get_different_ones(tmp_path):
+def test_broken_images_of_a_batch_get_distinct_replacements(tmp_path):
     members = {}
     for i in range(60):
         data = encode(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8))
@@ -336,7 +336,7 @@ def test_broken_pictures_of_a_batch_get_different_ones(tmp_path):
     assert [len(set(batch)) for batch in batches] == [8] * 5
 
 
-def test_pictures_are_enlarged_only_where_there_is_no_other(tmp_path):
+def test_images_are_enlarged_only_if_there_are_no_others(tmp_path):
     """The second shard has only wide images, half of them too low for the square bucket."""
     write_shards(tmp_path / "s", (20, 20), lambda shard, i: (48, 48) if shard == 0 else (48 if i % 2 else 24, 96))
     found = {}
@@ -364,7 +364,7 @@ def test_pictures_are_enlarged_only_where_there_is_no_other(tmp_path):
         ({"streams": []}, "position in the data is damaged"),
     ],
 )
-def test_a_damaged_position_is_said_and_nothing_is_changed(shards, change, message):
+def test_a_damaged_position_raises_and_changes_nothing(shards, change, message):
     dataset = open_dataset(streamed(shards), 8)
     loader = dataset.batches(8, 3, None, with_captions=True)
     expected = [next(loader)["caption"] for _ in range(2)]
@@ -391,7 +391,7 @@ def test_a_damaged_position_is_said_and_nothing_is_changed(shards, change, messa
         {"buffer": 5},
     ],
 )
-def test_impossible_places_end_in_one_line(shards, change):
+def test_invalid_positions_raise_a_user_error(shards, change):
     dataset = open_dataset(streamed(shards), 8)
     loader = dataset.batches(8, 3, None)
     next(loader)
@@ -405,7 +405,7 @@ def test_impossible_places_end_in_one_line(shards, change):
     loader.close()
 
 
-def test_a_disk_that_fails_is_no_broken_picture(shards, monkeypatch):
+def test_a_failing_disk_is_not_taken_for_a_broken_image(shards, monkeypatch):
     loader = open_dataset(streamed(shards), 8).batches(8, 3, None)
     read = files._LocalFile.read
 
@@ -420,14 +420,14 @@ def test_a_disk_that_fails_is_no_broken_picture(shards, monkeypatch):
     loader.close()
 
 
-def test_data_that_are_no_tars_are_not_streamed(stored):
+def test_only_tars_can_be_streamed(stored):
     with pytest.raises(UserError, match="data.sequential requires data.source='tar', not 'folder'"):
         data_of("folder", stored["jsonl"].path, sequential=True)
     with pytest.raises(UserError, match="the filters leave none of the 14 samples of .*: loosen them"):
         open_dataset(streamed(stored["tar"].path, min_side=100), 8)
 
 
-def test_changed_shards_are_refused(shards, tmp_path):
+def test_resuming_with_changed_shards_is_rejected(shards, tmp_path):
     folder = write_tars(tmp_path / "tar", 20)
     dataset = open_dataset(streamed(folder), 8)
     loader = dataset.batches(4, 0, None)

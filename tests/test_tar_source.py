@@ -102,7 +102,7 @@ def test_every_tar_format_is_read_with_long_and_non_ascii_names(tmp_path, format
     assert [source[i]["captions"]["txt"] for i in range(len(source))] == keys
 
 
-def test_links_folders_and_foreign_files_are_no_samples(tmp_path):
+def test_links_folders_and_other_files_are_not_samples(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("d", tarfile.DIRTYPE), ("0.png", tarfile.SYMTYPE), ("1.png", tarfile.LNKTYPE)):
             info = tarfile.TarInfo(name)
@@ -143,7 +143,7 @@ def test_a_path_is_a_folder_a_file_a_glob_or_a_brace_range(tmp_path):
         ("{0..99999999999}.tar", "more than"),
     ],
 )
-def test_a_path_without_tars_is_said_in_one_line(tmp_path, name, says):
+def test_a_path_without_tars_raises_a_one_line_error(tmp_path, name, says):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=says) as error:
         tar_source(tmp_path / name)
@@ -156,7 +156,7 @@ def test_a_tar_without_captions_says_what_was_found(tmp_path):
         tar_source(tar)
 
 
-def test_a_file_that_is_no_tar_is_said_to_be_none(tmp_path):
+def test_a_file_that_is_not_a_tar_is_reported_as_such(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"PK\3\4" + os.urandom(3000))
     with pytest.raises(UserError, match="not a tar: 1"):
         tar_source(tmp_path / "a.tar")
@@ -176,7 +176,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
 # --- kinds of images --------------------------------------------------------------------------------------------
 
 
-def test_grey_one_bit_and_palette_pictures_become_rgb(tmp_path):
+def test_grey_one_bit_and_palette_images_become_rgb(tmp_path):
     colors = Image.fromarray(SIDE_BY_SIDE)
     for mode in ("L", "1", "P"):
         picture = colors.quantize(4) if mode == "P" else colors.convert(mode)
@@ -188,7 +188,7 @@ def test_cmyk_jpegs_keep_their_colors(tmp_path):
     np.testing.assert_allclose(image[:, [1, 10]], SIDE_BY_SIDE[:, [1, 10]], atol=12)
 
 
-def test_transparency_is_shown_on_white_in_every_way_to_write_it(tmp_path):
+def test_transparency_is_shown_on_white_for_every_encoding_of_it(tmp_path):
     alpha = np.zeros((8, 12, 1), np.uint8)
     alpha[:, 6:] = 255
     rgba = Image.fromarray(np.concatenate([SIDE_BY_SIDE, alpha], axis=2), "RGBA")
@@ -226,7 +226,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_pictures_are_turned_upright_and_their_size_known_without_decoding(tmp_path, orientation, format):
+def test_images_are_turned_upright_and_their_size_known_without_decoding(tmp_path, orientation, format):
     # Transform that a camera applies to an upright [H, W] image before storing it, for each EXIF orientation.
     upright = SIDE_BY_SIDE.copy()
     upright[:4, :6] = (30, 160, 60)
@@ -251,12 +251,12 @@ def test_pictures_are_turned_upright_and_their_size_known_without_decoding(tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_leaves_the_picture_as_it_is(tmp_path):
+def test_damaged_exif_leaves_the_image_as_it_is(tmp_path):
     data = with_chunk(encode(SIDE_BY_SIDE), b"eXIf", b"MM\0*\xff\xff\xff\xff garbage")
     np.testing.assert_array_equal(read_one(tmp_path, data), SIDE_BY_SIDE)
 
 
-def test_formats_go_by_content_and_others_are_refused(tmp_path):
+def test_formats_are_detected_by_content_and_others_rejected(tmp_path):
     files = {
         "0.png": encode(SIDE_BY_SIDE, "GIF"),
         "1.png": encode(SIDE_BY_SIDE, "JPEG"),
@@ -277,7 +277,7 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 7])
 @pytest.mark.parametrize(("size", "decoded"), [((256, 400), (64, 100)), ((250, 130), (125, 65)), ((70, 70), (70, 70))])
-def test_a_large_jpeg_is_made_smaller_while_it_is_decoded_but_not_too_small(orientation, size, decoded):
+def test_a_large_jpeg_is_decoded_at_a_reduced_size_that_still_suffices(orientation, size, decoded):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = smooth(*(size if orientation < 5 else size[::-1]))
@@ -294,7 +294,7 @@ def test_a_large_jpeg_is_made_smaller_while_it_is_decoded_but_not_too_small(orie
         decoding.decode(data, MAX_PIXELS, expected=(size[0], size[1] + 1))
 
 
-def test_damage_inside_a_jpeg_is_refused_even_where_a_picture_comes_out():
+def test_damage_inside_a_jpeg_is_rejected_even_if_it_can_be_decoded():
     data = bytearray(encode(smooth(200, 300), "JPEG", quality=90))
     middle = len(data) // 2
     data[middle : middle + 60] = np.random.default_rng(0).bytes(60)
@@ -304,7 +304,7 @@ def test_damage_inside_a_jpeg_is_refused_even_where_a_picture_comes_out():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_jpegs_decode_to_what_pillow_gives_but_for_rounding(mode):
+def test_jpegs_decode_as_in_pillow_up_to_rounding(mode):
     data = encode(Image.fromarray(smooth(90, 70)).convert(mode), "JPEG", quality=95)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(decoding.decode(data, MAX_PIXELS).astype(int) - expected).max() <= 1
@@ -317,7 +317,7 @@ def test_jpegs_decode_to_what_pillow_gives_but_for_rounding(mode):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
-def test_decompression_bombs_are_refused_by_their_header(tmp_path, side):
+def test_decompression_bombs_are_rejected_by_their_header(tmp_path, side):
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1_000_000)))
     files = {"0.png": bomb, "0.txt": b"bomb", "1.png": encode(SIDE_BY_SIDE), "1.txt": b"fine"}
@@ -325,7 +325,7 @@ def test_decompression_bombs_are_refused_by_their_header(tmp_path, side):
     assert (len(source), source.broken) == (1, {"too many pixels": 1})
 
 
-def test_the_pixel_limit_is_the_callers(tmp_path):
+def test_the_caller_sets_the_pixel_limit(tmp_path):
     tar = write_tar(tmp_path / "a.tar", {"0.png": encode(SIDE_BY_SIDE), "0.txt": b"x"})
     assert len(tar_source(tar, max_pixels=96)) == 1
     with pytest.raises(UserError, match="too many pixels: 1"):
@@ -424,7 +424,7 @@ def assert_read_from_end_to_end(path, source) -> None:
     assert {entry.epoch for entry in entries} == {0}
 
 
-def test_a_tar_cut_off_anywhere_keeps_what_is_whole(tmp_path):
+def test_a_tar_truncated_anywhere_keeps_its_complete_samples(tmp_path):
     whole = small_tar(tmp_path)
     with tarfile.open(tmp_path / "small.tar") as tar:
         ends = [member.offset_data + member.size for member in tar.getmembers()]
@@ -438,7 +438,7 @@ def test_a_tar_cut_off_anywhere_keeps_what_is_whole(tmp_path):
                 tar_source(tmp_path / "cut.tar")
 
 
-def test_a_cut_off_tar_is_counted(tmp_path):
+def test_a_truncated_tar_is_counted(tmp_path):
     whole = small_tar(tmp_path)
     with tarfile.open(tmp_path / "small.tar") as tar:
         second = tar.getmembers()[2]
@@ -511,7 +511,7 @@ def numbered(tmp_path):
     return tar_source(tmp_path)
 
 
-def test_threads_read_the_right_pictures_at_the_same_time(numbered):
+def test_threads_read_the_right_images_concurrently(numbered):
     wrong = []
 
     def read(seed):
@@ -555,7 +555,7 @@ def test_a_vanished_shard_breaks_its_examples_only(numbered, tmp_path):
 
 
 @needs_emoji
-def test_the_emoji_shards_are_read_whole(tmp_path):
+def test_all_of_the_emoji_shards_is_read(tmp_path):
     shards = TarShards(EMOJI / "{00000..00003}.tar")
     source = IndexedSource(shards, examine(shards, options=IndexOptions(str(tmp_path))))
     assert len(source) == 928
