@@ -74,39 +74,41 @@ class Interleaving:
 
 
 class BatchSchedule:
-    """Assigns batches to groups (buckets), and rows of a group to choices (sources), in given shares."""
+    """Assigns batches to buckets, and rows of a bucket to choices (sources), in given shares."""
 
     def __init__(self, periods: Mapping[int, Mapping[int, float]], seed: int):
         """Initializes the schedule.
 
         Args:
-          periods: {group: {choice: 1 / share of all rows}}.
+          periods: {bucket: {choice: 1 / share of all rows}}.
           seed: seed of the order.
         """
         # The period of a single choice is used as it is, to avoid rounding twice.
         self._periods = {
-            group: next(iter(choices.values()))
+            bucket: next(iter(choices.values()))
             if len(choices) == 1
             else 1 / sum(1 / period for period in choices.values())
-            for group, choices in periods.items()
+            for bucket, choices in periods.items()
         }
-        self._groups = Interleaving(self._periods, seed, 1)
+        self._buckets = Interleaving(self._periods, seed, 1)
         self._rows = {
-            group: Interleaving({choice: period / self._periods[group] for choice, period in choices.items()}, seed, 2)
-            for group, choices in periods.items()
+            bucket: Interleaving(
+                {choice: period / self._periods[bucket] for choice, period in choices.items()}, seed, 2
+            )
+            for bucket, choices in periods.items()
         }
 
     def __call__(self, batch: int) -> tuple[int, int]:
-        """Returns (group, number of earlier batches of that group) of a batch."""
-        return self._groups(batch)
+        """Returns (bucket, number of earlier batches of that bucket) of a batch."""
+        return self._buckets(batch)
 
-    def rows(self, group: int, first: int, stop: int) -> list[tuple[int, int]]:
-        """Returns (choice, number of its earlier rows in the group) of a group's rows `first` to `stop`."""
-        return [self._rows[group](row) for row in range(first, stop)]
+    def rows(self, bucket: int, first: int, stop: int) -> list[tuple[int, int]]:
+        """Returns (choice, number of its earlier rows in the bucket) of a bucket's rows `first` to `stop`."""
+        return [self._rows[bucket](row) for row in range(first, stop)]
 
     def shares(self) -> dict[int, float]:
-        """Returns the long-run share of batches of each group."""
-        return {group: 1 / period for group, period in self._periods.items()}
+        """Returns the long-run share of batches of each bucket."""
+        return {bucket: 1 / period for bucket, period in self._periods.items()}
 
 
 class BatchPlan:
