@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from lidit_jax.checkpoint import load_weights, require_checkpoint
 from lidit_jax.config import build, read_workdir
 from lidit_jax.data.data_config import DataConfig
-from lidit_jax.data.stored_features import StoredEncoder
+from lidit_jax.data.stored_features import EncoderFingerprint
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.diffusion.schedules import Schedule, make_schedule
 from lidit_jax.errors import UserError
@@ -219,7 +219,7 @@ class Experiment:
             if encoder.weights:
                 open_encoder(encoder.weights, self.prompt_tokenizer, dtype=encoder.dtype)
 
-    def stored_encoders(self) -> dict[str, StoredEncoder]:
+    def stored_encoders(self) -> dict[str, EncoderFingerprint]:
         """Returns the fingerprint of each encoder that is stored beside its precomputed features.
 
         Raises:
@@ -230,7 +230,7 @@ class Experiment:
             if not config.weights:
                 raise UserError(f"features need LLMs that are finished: give --config.encoders.{name}.weights=FOLDER")
             encoder = open_encoder(config.weights, self.prompt_tokenizer, dtype=config.dtype)
-            found[name] = StoredEncoder(
+            found[name] = EncoderFingerprint(
                 digest=self._encoder_digest(name),
                 text=encoder.tokenizer.digest,
                 dtype=config.dtype,

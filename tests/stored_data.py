@@ -1,4 +1,4 @@
-"""The same pictures and captions in every format that a source reads."""
+"""Writes the same images and captions in every storage format that a source reads."""
 
 import csv
 import io

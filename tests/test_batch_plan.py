@@ -50,7 +50,7 @@ def test_shares_converge_to_the_proportions_of_the_examples():
     np.testing.assert_allclose(seen, plan.shares(), atol=0.002)
 
 
-def test_a_batch_far_away_is_the_one_that_walking_there_gives():
+def test_a_distant_batch_equals_the_one_reached_by_iterating():
     counts = [5, 0, 90, 33, 2]
     walked, _ = plan_of(counts, 3, seed=5)
     batches = [walked(batch) for batch in range(2000)]
@@ -73,7 +73,7 @@ def test_rows_of_a_batch_are_slices_of_it():
             np.testing.assert_array_equal(part, whole[start : start + 3])
 
 
-def test_buckets_are_mixed_rather_than_taken_in_turn():
+def test_buckets_are_interleaved_at_random():
     plan, _ = plan_of([100, 100, 100], 1)
     order = [plan(batch)[0] for batch in range(3000)]
     followers = collections.Counter(zip(order, order[1:], strict=False))
@@ -81,7 +81,7 @@ def test_buckets_are_mixed_rather_than_taken_in_turn():
     assert not any(order[i : i + 5] == [order[i]] * 5 for i in range(len(order)))
 
 
-@pytest.mark.parametrize("size", [997, 70_000])  # below and above the size from which grain's cipher shuffles
+@pytest.mark.parametrize("size", [997, 70_000])  # below and above the size from which grain's cipher is used
 def test_epochs_and_seeds_differ_and_leave_no_example_near_its_place(size):
     zeros = np.zeros(size, int)
     plan, other = BatchPlan(zeros, size, 0), BatchPlan(zeros, size, 1)
@@ -94,23 +94,23 @@ def test_epochs_and_seeds_differ_and_leave_no_example_near_its_place(size):
 
 
 def test_the_order_never_changes_between_releases():
-    # What a checkpoint remembers is a batch's number: with another order a resumed run would repeat and miss examples.
+    # A checkpoint stores only the batch number: with another order, a resumed run would repeat and miss examples.
     plan = BatchPlan(np.array([0, 0, 1, 0, 1, 0, 0]), 3, seed=42)
     batches = [(bucket, indices.tolist()) for bucket, indices in map(plan, range(4))]
     assert batches == [(0, [1, 6, 3]), (0, [0, 5, 1]), (1, [2, 4, 4]), (0, [0, 3, 6])]
     assert BatchPlan(np.zeros(100_000, int), 4, seed=42)(0)[1].tolist() == [13691, 6127, 96041, 75643]
 
 
-def test_neighbours_go_around_within_the_bucket():
+def test_neighbours_are_cyclic_within_the_bucket():
     plan = BatchPlan(np.array([0, 1, 0, 1, 1]), 2, 0)
     assert [plan.neighbour(3, distance) for distance in range(4)] == [3, 4, 1, 3]
     assert plan.neighbour(2, 1) == 0
     assert (plan.list_size(2), plan.list_size(4)) == (2, 3)
 
 
-def test_nothing_to_plan_with_is_refused():
+def test_a_plan_without_examples_rows_or_a_valid_seed_is_rejected():
     for examples, batch_size, seed in (([], 1, 0), ([0], 0, 0), ([0], 1, -1)):
-        with pytest.raises(ValueError, match="no plan"):
+        with pytest.raises(ValueError, match="at least 1, 1, 0 are needed"):
             BatchPlan(np.array(examples, int), batch_size, seed)
     with pytest.raises(IndexError):
         BatchPlan(np.zeros(3, int), 1, 0)(-1)

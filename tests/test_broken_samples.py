@@ -1,4 +1,4 @@
-"""What is split, repeated or damaged is counted, left out, and too much of it stops a run."""
+"""Split, repeated and damaged samples are counted and left out; too many of them stop a run."""
 
 import numpy as np
 import pytest
@@ -28,21 +28,21 @@ def test_too_much_broken_input_stops_the_run(tmp_path, caplog):
     for i in range(1000):
         files |= {f"{i:04}.png": encode(picture(0)) if i < 700 else b"broken", f"{i:04}.txt": b"x"}
     write_tar(tmp_path / "0.tar", files)
-    with pytest.raises(UserError, match=r"300 of 1000 samples cannot be used \(unreadable picture: 300\).*max_broken"):
+    with pytest.raises(UserError, match=r"300 of 1000 samples cannot be used \(unreadable image: 300\).*max_broken"):
         open_dataset(data_of("tar", tmp_path), 8)
     dataset = open_dataset(data_of("tar", tmp_path, max_broken=0.3), 8)
-    assert dataset.broken == {"unreadable picture": 300}
-    assert "broken unreadable picture: 300" in dataset.summary()
+    assert dataset.broken == {"unreadable image": 300}
+    assert "broken unreadable image: 300" in dataset.summary()
 
 
-def test_too_many_pictures_found_broken_while_reading_stop_the_loader(tmp_path):
+def test_too_many_images_found_broken_while_reading_stop_the_loader(tmp_path):
     files = {}
     for i in range(200):
         data = encode(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8))
         files |= {f"{i:03}.png": data if i % 2 else data[: len(data) // 2], f"{i:03}.txt": b"x"}
     write_tar(tmp_path / "0.tar", files)
     loader = open_dataset(data_of("tar", tmp_path, max_broken=0.1), 8).batches(8, 0, None)
-    with pytest.raises(UserError, match=r"10\d of \d+ samples cannot be used \(damaged picture: 10\d\)"):
+    with pytest.raises(UserError, match=r"10\d of \d+ samples cannot be used \(damaged image: 10\d\)"):
         for _ in range(100):
             next(loader)
     loader.close()

@@ -21,7 +21,7 @@ from lidit_jax.errors import UserError
 
 @given(units=st.integers(1, 64), multiple=st.sampled_from([1, 8, 16, 64]), stretch=st.floats(0, 1))
 @settings(derandomize=True)
-def test_sides_are_multiples_and_no_bucket_could_be_larger(units, multiple, stretch):
+def test_sides_are_multiples_and_no_bucket_can_be_larger(units, multiple, stretch):
     max_aspect = 1 + stretch * (min(units**2, 16) - 1)
     buckets = make_buckets(units * multiple, multiple, max_aspect)
     assert len(set(buckets)) == len(buckets)
@@ -52,12 +52,12 @@ def test_aspect_one_is_the_square_alone():
         ((8, 16), "resolution=8 is not a multiple of 16: use 16"),
         ((0, 16), "at least 1"),
         ((32, 0), "at least 1"),
-        ((32, 16, 0.5), "max_aspect=0.5 is under 1"),
+        ((32, 16, 0.5), "max_aspect=0.5 is below 1"),
         ((32, 16, float("nan")), "max_aspect=nan"),
         ((32, 16, 5), "needs a side under 16: use max_aspect=4 or less"),
     ],
 )
-def test_impossible_buckets_say_what_would_do(arguments, says):
+def test_errors_for_impossible_buckets_suggest_valid_values(arguments, says):
     with pytest.raises(UserError, match=says):
         make_buckets(*arguments)
 
@@ -90,7 +90,7 @@ def test_paper_configs_have_few_buckets_that_keep_the_area_and_the_square(name, 
         ),
         ({"bucket_multiple": 8}, "data.bucket_multiple=8 does not work"),
         ({"bucket_multiple": -16}, "data.bucket_multiple=-16 does not work"),
-        ({"bucket_multiple": 256}, "data.bucket_multiple=256 does not work"),  # leaves no side for max_aspect=2
+        ({"bucket_multiple": 256}, "data.bucket_multiple=256 does not work"),  # allows only the square
         ({"bucket_multiple": 64, "resolution": 250}, "resolution=250 is not a multiple of 16: use 240 or 256"),
     ],
 )
@@ -102,13 +102,15 @@ def test_an_impossible_bucket_multiple_names_those_that_work(changes, says):
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_without_a_bucket_multiple_the_fingerprint_is_that_of_earlier_versions(tmp_path, sequential):
-    of = lambda **more: open_dataset(  # noqa: E731
-        data_of("tar", write_tars(tmp_path / "tar"), sequential=sequential, resolution=64, **more), 8
-    )
-    fingerprint = of().fingerprint
-    assert fingerprint.endswith(" in 80x48 72x56 64x64 56x72 48x80")  # written before the field existed
-    assert of(bucket_multiple=0).fingerprint == of(bucket_multiple=8).fingerprint == fingerprint
-    assert of(bucket_multiple=16).fingerprint == fingerprint.replace(" 72x56", "").replace(" 56x72", "")
+    shards = write_tars(tmp_path / "tar")
+
+    def fingerprint(**more) -> str:
+        return open_dataset(data_of("tar", shards, sequential=sequential, resolution=64, **more), 8).fingerprint
+
+    default = fingerprint()
+    assert default.endswith(" in 80x48 72x56 64x64 56x72 48x80")  # the value before the field existed
+    assert fingerprint(bucket_multiple=0) == fingerprint(bucket_multiple=8) == default
+    assert fingerprint(bucket_multiple=16) == default.replace(" 72x56", "").replace(" 56x72", "")
 
 
 def test_a_workdir_without_a_bucket_multiple_resumes_with_0_alone(tmp_path):
@@ -136,7 +138,7 @@ def test_a_workdir_without_a_bucket_multiple_resumes_with_0_alone(tmp_path):
     order=st.randoms(use_true_random=False),
 )
 @settings(derandomize=True)
-def test_the_bucket_is_the_nearest_in_log_aspect_in_whatever_order_they_are(sizes, order):
+def test_the_bucket_is_the_nearest_in_log_aspect_in_any_order_of_buckets(sizes, order):
     buckets = list(make_buckets(256, 32, 4.0))
     order.shuffle(buckets)
     chosen = assign(np.array(sizes, np.int32), buckets)
@@ -154,7 +156,7 @@ def test_the_bucket_is_the_nearest_in_log_aspect_in_whatever_order_they_are(size
     bucket=st.builds(Bucket, st.integers(1, 70), st.integers(1, 70)),
 )
 @settings(derandomize=True)
-def test_every_picture_covers_its_bucket(height, width, bucket):
+def test_every_image_covers_its_bucket(height, width, bucket):
     color = np.array([10, 200, 77], np.uint8)
     image = np.broadcast_to(color, (height, width, 3)).copy()
     fitted = resize_to_cover_and_crop(image, bucket)
@@ -164,11 +166,11 @@ def test_every_picture_covers_its_bucket(height, width, bucket):
 
 @pytest.mark.parametrize("size", [(300, 300), (300, 433), (517, 300), (60, 41), (47, 130)])
 @pytest.mark.parametrize("bucket", make_buckets(64, 16, 4.0))
-def test_a_circle_stays_round_and_in_the_middle(size, bucket):
+def test_a_circle_stays_round_and_centred(size, bucket):
     height, width = size
     scale = max(bucket.height / height, bucket.width / width)
     radius = 0.4 * min(bucket) / scale
-    # Drawn large and averaged: Pillow's small circles are lopsided themselves.
+    # Drawn large and averaged: small circles drawn by Pillow are not symmetric.
     canvas = Image.new("L", (8 * width, 8 * height))
     center = np.array([width, height]) * 4
     ImageDraw.Draw(canvas).ellipse([*(center - 8 * radius), *(center + 8 * radius)], fill=255)
@@ -180,11 +182,11 @@ def test_a_circle_stays_round_and_in_the_middle(size, bucket):
         mean = np.average(places, weights=profile)
         spread = np.sqrt(np.average((places - mean) ** 2, weights=profile))
         assert mean == pytest.approx(side / 2, abs=0.3)
-        # A disc's standard deviation along an axis is half its radius.
+        # The standard deviation of a disc along an axis is half its radius.
         assert spread == pytest.approx(0.2 * min(bucket), rel=0.05)
 
 
-def test_a_picture_of_the_buckets_size_is_untouched_and_a_longer_one_only_cut():
+def test_an_image_of_the_buckets_size_is_untouched_and_a_longer_one_only_cropped():
     image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     assert resize_to_cover_and_crop(image, Bucket(32, 48)) is image
     np.testing.assert_array_equal(resize_to_cover_and_crop(image, Bucket(32, 32)), image[:, 8:40])

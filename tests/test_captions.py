@@ -15,18 +15,18 @@ def draw(chooser: CaptionChooser, captions: dict[str, str], number: int = 4000) 
     return {text: count / number for text, count in counts.items()}
 
 
-def test_fields_are_mixed_in_their_shares():
+def test_fields_are_sampled_by_their_shares():
     shares = draw(CaptionChooser({"original": 1, "synthetic": 3}), BOTH)
     assert shares == {"alt text": pytest.approx(0.25, abs=0.03), "a long description": pytest.approx(0.75, abs=0.03)}
 
 
-def test_missing_and_empty_fields_leave_their_share_to_the_others():
+def test_the_share_of_missing_and_empty_fields_goes_to_the_others():
     chooser = CaptionChooser({"original": 0.5, "synthetic": 0.5})
     assert draw(chooser, {"synthetic": "only", "other": "no"}, 50) == {"only": 1}
     assert draw(chooser, {"original": "", "synthetic": "only"}, 50) == {"only": 1}
 
 
-def test_without_fields_all_captions_are_drawn_alike_in_whatever_order_they_come():
+def test_without_fields_all_captions_are_equally_likely_in_any_order():
     assert set(draw(CaptionChooser(), BOTH, 100)) == set(BOTH.values())
     swapped = dict(reversed(BOTH.items()))
     rngs = np.random.default_rng(3), np.random.default_rng(3)
@@ -35,7 +35,7 @@ def test_without_fields_all_captions_are_drawn_alike_in_whatever_order_they_come
     ]
 
 
-def test_dropout_gives_the_empty_caption_and_leaves_the_other_draws_alone():
+def test_dropout_gives_the_empty_caption_and_does_not_change_the_others():
     assert draw(CaptionChooser(dropout=0.1), {"a": "x"})[""] == pytest.approx(0.1, abs=0.02)
     assert draw(CaptionChooser(dropout=1.0), {"a": "x"}, 50) == {"": 1}
     rngs = np.random.default_rng(1), np.random.default_rng(1)
@@ -69,7 +69,7 @@ def test_an_example_without_the_fields_says_what_it_has():
         {"templates": {"class": "{class!r:>9}"}},
     ],
 )
-def test_impossible_settings_are_refused(wrong):
+def test_invalid_settings_are_rejected(wrong):
     with pytest.raises(UserError):
         CaptionChooser(**wrong)
 
@@ -77,13 +77,13 @@ def test_impossible_settings_are_refused(wrong):
 # --- joined captions, for language models -------------------------------------------------------------------------
 
 
-def test_joined_captions_are_all_there_in_either_order():
+def test_joined_captions_hold_all_captions_in_either_order():
     captions = {"en": "a red circle", "zh": "红圆圈", "alt": ""}
     joined = draw(CaptionChooser({"en": 0.6, "zh": 0.4, "alt": 1}, join=True), captions, 60)
     assert set(joined) == {"a red circle = 红圆圈", "红圆圈 = a red circle"}
 
 
-def test_joined_captions_keep_their_templates_and_one_alone_stays_as_it_is():
+def test_joined_captions_keep_their_templates_and_a_single_one_is_unchanged():
     chooser = CaptionChooser(templates={"class": "a photo of {class}"}, join=True)
     assert draw(chooser, {"class": "cat"}, 10) == {"a photo of cat": 1}
     assert set(draw(chooser, {"class": "cat", "txt": "b"}, 40)) == {"a photo of cat = b", "b = a photo of cat"}

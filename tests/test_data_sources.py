@@ -1,4 +1,4 @@
-"""The same pictures and captions from every kind of source, mixtures of them, and what is wrong with them."""
+"""All kinds of sources return the same images and captions; their errors; training on each of them."""
 
 import collections
 import json
@@ -20,11 +20,11 @@ from lidit_jax.stages.run import run_stages
 KINDS = ("tar", "array_record", "tfds", "jsonl", "csv", "parquet")
 
 
-# --- kinds ------------------------------------------------------------------------------------------------------
+# --- kinds of sources -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_source_gives_the_same_pictures_and_captions(stored, kind):
+def test_every_kind_of_source_returns_the_same_images_and_captions(stored, kind):
     dataset = open_dataset(stored[kind], 8)
     source = dataset.source
     assert len(source) == COUNT and not dataset.broken
@@ -78,7 +78,7 @@ def test_classes_become_captions_through_the_template(tmp_path, stored):
         assert captions == {"a photo of cat": COUNT // 2, "a photo of dog": COUNT // 2}, config.source
 
 
-def test_what_is_wrong_with_rows_of_a_folder_is_counted(tmp_path):
+def test_broken_rows_of_a_folder_are_counted_by_reason(tmp_path):
     (tmp_path / "good.png").write_bytes(encode(picture(0)))
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("no picture")
@@ -97,9 +97,9 @@ def test_what_is_wrong_with_rows_of_a_folder_is_counted(tmp_path):
     assert dataset.broken == {
         "unreadable json": 1,
         "file outside the folder": 2,
-        "no picture": 1,
-        "empty picture": 1,
-        "unreadable picture": 1,
+        "no image": 1,
+        "empty image": 1,
+        "unreadable image": 1,
         "no column 'file_name'": 1,
     }
     assert len(dataset.source) == 1
@@ -109,7 +109,7 @@ def test_what_is_wrong_with_rows_of_a_folder_is_counted(tmp_path):
     assert (len(dataset.source), dataset.broken) == (1, {"caption not in UTF-8": 1})
 
 
-def test_damaged_records_are_counted_and_other_files_refused(tmp_path, stored):
+def test_damaged_records_are_counted_and_other_files_rejected(tmp_path, stored):
     path = pathlib.Path(stored["array_record"].path) / "part.array_record-00000-of-00002"
     data = bytearray(path.read_bytes())
     place = data.find(b"\x89PNG")
@@ -119,7 +119,7 @@ def test_damaged_records_are_counted_and_other_files_refused(tmp_path, stored):
     try:
         dataset = open_dataset(data_of("array_record", tmp_path), 8)
     except UserError as error:
-        assert "damaged record" in str(error)  # compressed, so one damage may take them all
+        assert "damaged record" in str(error)  # records are compressed together, so one damaged byte may affect all
     assert dataset is None or sum(dataset.broken.values()) + len(dataset.source) == COUNT // 2
     (tmp_path / "damaged.array_record").write_bytes(b"no records" * 1000)
     with pytest.raises(UserError, match="cannot read|no usable sample"):
@@ -134,7 +134,7 @@ def test_damaged_records_are_counted_and_other_files_refused(tmp_path, stored):
         open_dataset(data_of("array_record", tmp_path), 8)
 
 
-# --- configs that cannot work -----------------------------------------------------------------------------------
+# --- invalid configs --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,22 +144,22 @@ def test_damaged_records_are_counted_and_other_files_refused(tmp_path, stored):
         ({"source": "tar", "path": "nothing://bucket/x.tar"}, "cannot be read: Protocol not known"),
         ({"source": "tfds", "path": "no_such_set"}, "TFDS data set 'no_such_set'"),
         ({"source": "tfds", "split": "validation"}, "split 'validation'"),
-        ({"source": "tfds", "image_key": "picture"}, "has the pictures image: name one with --config.data.image_key"),
+        ({"source": "tfds", "image_key": "picture"}, "has the images image: name one with --config.data.image_key"),
         ({"source": "array_record", "image_key": "jpg"}, r"no feature 'jpg' \(there are caption, image, score\)"),
-        ({"source": "array_record", "path": "gs://bucket/x"}, "read from a disk alone"),
+        ({"source": "array_record", "path": "gs://bucket/x"}, "can only be read from a disk"),
         ({"source": "folder", "path": "{nowhere}"}, "does not exist"),
         ({"source": "tar", "captions": {"txt": 1, "synthetic": 1}}, "data.captions names 'synthetic', which no sample"),
         ({"source": "tar", "min_aesthetic": 4.7}, "no aesthetic: 14; there are captions license, txt; metadata lic"),
         ({"source": "tar", "min_side": 50}, "side under 50 px: 14"),
         ({"source": "tar", "class_names": "{nowhere}"}, "data.class_names=.* cannot be read"),
         ({"source": "tar", "held_out_shards": 2}, "has 2 shards, too few to hold some out"),
-        ({"source": "tar", "max_broken": 2.0}, "data.max_broken=2.0 is a share"),
+        ({"source": "tar", "max_broken": 2.0}, "data.max_broken=2.0 must be a share"),
         ({"source": "tar", "mixture": {"one": {"weight": 1.0}, "two": {}}}, "give every source a weight above 0"),
         ({"source": "tar", "mixture": {"one": {"resolution": 64}}}, "data.mixture.one.resolution is unknown"),
         ({"source": "tar", "mixture": {"one": {"min_side": "x"}}}, "data.mixture.one.min_side is 'x'"),
     ],
 )
-def test_data_that_can_not_be_used_are_said_in_one_line(stored, tmp_path, change, message):
+def test_unusable_data_raise_a_one_line_error(stored, tmp_path, change, message):
     base = {"path": getattr(stored.get(change["source"]), "path", "")}
     change = {key: value.format(nowhere=tmp_path / "none") if isinstance(value, str) else value
               for key, value in change.items()}  # fmt: skip
@@ -168,7 +168,7 @@ def test_data_that_can_not_be_used_are_said_in_one_line(stored, tmp_path, change
     assert "\n" not in str(error.value)
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------
+# --- training runs ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -91,11 +91,11 @@ def test_size_limits_include_their_value_in_both_directions():
     assert aspect(candidate(height=91, width=30), maximum=3) == "aspect over 3"
 
 
-def test_pictures_that_their_group_would_enlarge_are_dropped():
+def test_images_that_their_bucket_would_enlarge_are_dropped():
     buckets = (Bucket(8, 4), Bucket(6, 6))
     for height, width, reason in ((8, 4, None), (12, 6, None), (6, 6, None), (16, 3, True), (7, 5, True), (5, 5, True)):
         found = enlarging(candidate(height=height, width=width), buckets=buckets)
-        assert found == ("smaller than its group" if reason else None), (height, width)
+        assert found == ("smaller than its bucket" if reason else None), (height, width)
 
 
 def test_the_first_reason_counts():
@@ -106,6 +106,6 @@ def test_the_first_reason_counts():
     assert first_reason(candidate(""), []) is None
 
 
-def test_without_named_fields_the_usual_ones_are_looked_at():
+def test_without_named_fields_the_default_ones_are_checked():
     assert url_caption(Candidate({"txt": "a dog", "source_page": "https://a.b/c"}, {}, 9, 9)) is None
     assert url_caption(Candidate({"title": "https://a.b/c"}, {}, 9, 9)) == "caption is a URL"

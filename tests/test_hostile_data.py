@@ -1,4 +1,4 @@
-"""One bad thing in a data set is counted, and neither stops the run nor hides the rest."""
+"""A single malformed sample or file is counted; it neither stops the run nor hides other samples."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def test_a_damaged_array_record_file_is_counted(tmp_path, damage):
     assert dataset.broken == {"damaged ArrayRecord file": 1}
 
 
-def test_a_tfds_record_that_is_none_is_counted(tmp_path):
+def test_a_malformed_tfds_record_is_counted(tmp_path):
     import array_record.python.array_record_module as records
 
     path = write_tfds(tmp_path / "tfds", texts=False)
@@ -48,22 +48,22 @@ def test_a_tfds_record_that_is_none_is_counted(tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda n: "a-" * n, lambda n: "a." * n, lambda n: "img" + " " * n + "x"])
-def test_no_caption_takes_long_to_look_at(make):
+def test_no_caption_takes_long_to_filter(make):
     candidate = Candidate({"txt": make(500_000)}, {}, 64, 64)
     started = time.monotonic()
     assert url_caption(candidate) is None and file_name_caption(candidate) is None
-    assert time.monotonic() - started < 10  # it took hours
+    assert time.monotonic() - started < 10  # took hours without the limit on the length of captions
 
 
-def test_classes_that_are_no_numbers_of_classes():
+def test_class_numbers_without_a_name_are_unusable():
     assert class_name("1", CLASSES) == class_name("0000000000001", CLASSES) == "dog"
-    assert class_name("--5", CLASSES) == "--5"  # a name like any other
+    assert class_name("--5", CLASSES) == "--5"  # not a number, so it is a class name
     for text in ("2", "-1", "9" * 30, "-0001"):
         with pytest.raises(Unusable, match="class without a name"):
             class_name(text, CLASSES)
 
 
-def test_columns_that_nobody_uses_stop_nothing(tmp_path):
+def test_unused_columns_are_ignored(tmp_path):
     (tmp_path / "a.png").write_bytes(encode(picture(0)))
     table = {
         "file_name": ["a.png"],
@@ -98,7 +98,7 @@ def test_a_csv_field_that_is_too_long_is_counted(tmp_path):
         "many broken",
     ],
 )
-def test_a_forged_index_is_made_anew_also_where_texts_are_looked_at(tmp_path, forge):
+def test_a_forged_index_is_rebuilt_also_if_texts_are_read(tmp_path, forge):
     folder = write_tars(tmp_path / "tar", 4, shards=1)
     config = data_of("tar", folder, min_side=1)
     expected = open_dataset(config, 8)
@@ -119,8 +119,8 @@ def test_a_forged_index_is_made_anew_also_where_texts_are_looked_at(tmp_path, fo
     np.testing.assert_array_equal(got.source.sizes(), expected.source.sizes())
 
 
-def test_pictures_without_texts_keep_their_index(tmp_path, monkeypatch):
-    """They come behind the others in it."""
+def test_an_index_with_images_without_texts_is_reused(tmp_path, monkeypatch):
+    """Images without texts are the last rows of the index."""
     members = {"0.png": encode(picture(0)), "1.png": encode(picture(1)), "1.txt": b"words", "2.png": encode(picture(2))}
     write_tar(tmp_path / "0.tar", members)
     first = examine(TarShards(tmp_path))
@@ -131,31 +131,31 @@ def test_pictures_without_texts_keep_their_index(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"captions": {"txt": "0.5"}}, "a share is a number"),
-        ({"captions": {"txt": None}}, "a share is a number"),
+        ({"captions": {"txt": "0.5"}}, "every share must be a number"),
+        ({"captions": {"txt": None}}, "every share must be a number"),
         ({"class_names": "a\0b"}, "cannot be read"),
-        ({"path": "{3..1}.tar"}, "names no file: its braces count downwards"),
+        ({"path": "{3..1}.tar"}, "names no file: its braces count down"),
     ],
 )
-def test_mistakes_are_said_in_one_line(tmp_path, change, message):
+def test_invalid_data_settings_raise_a_one_line_error(tmp_path, change, message):
     folder = write_tars(tmp_path / "tar", 4)
     with pytest.raises(UserError, match=message):
         open_dataset(data_of(**{"source": "tar", "path": folder, **change}), 8)
 
 
-def test_a_shard_that_is_named_twice_is_read_once(tmp_path):
+def test_a_shard_named_twice_is_read_once(tmp_path):
     write_tars(tmp_path, 4)
     assert len(TarShards(f"{tmp_path}/{{00000,00000}}.tar").paths) == 1
 
 
-def test_a_byte_order_mark_is_no_part_of_a_class(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_a_class_name(tmp_path):
     (tmp_path / "names.txt").write_bytes("\ufeffcat\ndog\n".encode())
     write_tar(tmp_path / "0.tar", {"0.png": encode(picture(0)), "0.cls": b"0"})
     dataset = open_dataset(data_of("tar", tmp_path, class_names=str(tmp_path / "names.txt")), 8)
     assert dataset.source[0]["captions"] == {"class": "cat"}
 
 
-def test_a_damaged_picture_alone_in_its_group_takes_another_ones(tmp_path):
+def test_a_damaged_image_alone_in_its_bucket_is_replaced_from_another(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 256, 3), dtype=np.uint8)
     data = encode(noise, "JPEG")
     members = {"wide.jpg": data[: len(data) * 2 // 3], "wide.txt": b"wide"}
@@ -168,7 +168,7 @@ def test_a_damaged_picture_alone_in_its_group_takes_another_ones(tmp_path):
     loader.close()
     assert {batch["image"].shape[1:3] for batch in batches} == {(32, 32), (16, 64)}
     assert {text for batch in batches for text in batch["caption"]} == {"square"}
-    assert loader.broken["damaged picture"] > 0
+    assert loader.broken["damaged image"] > 0
 
 
 def test_renamed_classes_are_noticed(tmp_path):

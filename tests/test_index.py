@@ -1,4 +1,4 @@
-"""The index of a shard: made once, anew where it does not fit, and nobody's to forge."""
+"""The index of a shard is built once, rebuilt if it does not fit, and checked against forgery."""
 
 import os
 
@@ -11,14 +11,14 @@ from test_tar_source import encode, write_tar
 
 from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.indexed import index
-from lidit_jax.data.indexed.index import IndexPlan, examine
+from lidit_jax.data.indexed.index import IndexOptions, examine
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.sources import BrokenExample
 from lidit_jax.errors import UserError
 
 
-def test_an_index_is_made_once_and_again_when_its_shard_changed(tmp_path, monkeypatch, caplog):
+def test_an_index_is_built_once_and_rebuilt_when_its_shard_changes(tmp_path, monkeypatch, caplog):
     folder = write_tars(tmp_path / "tar", 6)
     first = IndexedSource(TarShards(folder), examine(TarShards(folder)))
     assert sorted(os.listdir(folder)) == ["00000.tar", "00000.tar.index", "00001.tar", "00001.tar.index"]
@@ -56,7 +56,7 @@ def test_an_index_is_made_once_and_again_when_its_shard_changed(tmp_path, monkey
         lambda t: t.drop_columns(["end"]),
     ],
 )
-def test_a_forged_index_is_made_anew(tmp_path, forge):
+def test_a_forged_index_is_rebuilt(tmp_path, forge):
     folder = write_tars(tmp_path / "tar", 4, shards=1)
     expected = IndexedSource(TarShards(folder), examine(TarShards(folder)))
     path = folder / "00000.tar.index"
@@ -66,7 +66,7 @@ def test_a_forged_index_is_made_anew(tmp_path, forge):
     np.testing.assert_array_equal(found.sizes(), expected.sizes())
 
 
-def test_an_index_that_lies_about_places_breaks_its_examples_only(tmp_path):
+def test_an_index_with_wrong_places_breaks_its_examples_only(tmp_path):
     folder = write_tars(tmp_path / "tar", 4, shards=1)
     examine(TarShards(folder))
     path = folder / "00000.tar.index"
@@ -80,21 +80,23 @@ def test_an_index_that_lies_about_places_breaks_its_examples_only(tmp_path):
     assert source[2]["captions"]["txt"] == caption(2)
 
 
-def test_many_shards_are_indexed_by_processes_and_from_wherever_a_host_begins(tmp_path):
+def test_many_shards_are_indexed_by_processes_from_any_first_shard(tmp_path):
     folder = write_tars(tmp_path / "tar", 66, shards=33)
     source = IndexedSource(TarShards(folder), examine(TarShards(folder), first=20))
     assert len(source) == 66 and len(list(folder.glob("*.index"))) == 33
     assert [source[i]["captions"]["txt"] for i in (0, 1, 65)] == [caption(0), caption(33), caption(65)]
 
 
-def test_without_the_right_to_write_indexes_are_for_one_run(tmp_path, caplog):
+def test_without_write_permission_indexes_serve_one_run(tmp_path, caplog):
     folder = write_tars(tmp_path / "tar", 4)
     (tmp_path / "file").write_text("in the way")
     index._warn_once.cache_clear()
-    source = IndexedSource(TarShards(folder), examine(TarShards(folder), plan=IndexPlan(str(tmp_path / "file/x"))))
+    source = IndexedSource(
+        TarShards(folder), examine(TarShards(folder), options=IndexOptions(str(tmp_path / "file/x")))
+    )
     assert len(source) == 4 and "set data.index_dir" in caplog.text
-    elsewhere = IndexPlan(str(tmp_path / "indexes"))
-    assert len(IndexedSource(TarShards(folder), examine(TarShards(folder), plan=elsewhere))) == 4
+    elsewhere = IndexOptions(str(tmp_path / "indexes"))
+    assert len(IndexedSource(TarShards(folder), examine(TarShards(folder), options=elsewhere))) == 4
     assert len(list((tmp_path / "indexes").glob("*.tar.index"))) == 2
     assert not list(folder.glob("*.index"))
 

@@ -15,7 +15,7 @@ from lidit_jax.data.assembler import Assembler
 from lidit_jax.data.buckets import Bucket, assign, make_buckets
 from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.formats.tar_shards import TarShards
-from lidit_jax.data.indexed.index import IndexPlan, examine
+from lidit_jax.data.indexed.index import IndexOptions, examine
 from lidit_jax.data.indexed.loader import make_loader
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source
@@ -30,7 +30,7 @@ NUM_EXAMPLES = 60
 
 
 class Numbered(Source):
-    """Example i is a picture of the color i in one of three aspects, with the captions "i a" and "i b"."""
+    """Source whose example i is an image of color i, in one of three aspect ratios, with captions "i a" and "i b"."""
 
     def __init__(self, num_examples: int = NUM_EXAMPLES, broken: tuple[int, ...] = (), side: int | None = None):
         self.num_examples, self.broken, self.side = num_examples, broken, side
@@ -59,7 +59,7 @@ class Numbered(Source):
 
 
 def tokenize(captions: list[str]) -> dict[str, np.ndarray]:
-    """The example's number, or -1 where its caption was dropped."""
+    """Returns the number of each example, or -1 if its caption was dropped."""
     return {"tokens": np.array([int(caption.split()[0]) if caption else -1 for caption in captions])}
 
 
@@ -92,11 +92,11 @@ def lengths(captions: list[str]) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def plain() -> list[dict]:
-    """The first 30 batches, made one by one in this thread."""
+    """The first 30 batches, made in this thread without prefetching."""
     return take(loader_of(num_threads=0, prefetch=0), 30)
 
 
-def test_a_batch_is_pictures_of_one_bucket_with_their_own_captions(plain):
+def test_a_batch_holds_images_of_one_bucket_with_their_own_captions(plain):
     for batch in plain:
         assert set(batch) == {"image", "tokens", "caption"}
         assert batch["image"].dtype == np.uint8
@@ -116,7 +116,9 @@ def test_dropout_and_both_captions_occur_at_their_rates():
 
 @pytest.mark.parametrize("process_count", [1, 2, 4, 8])
 @pytest.mark.parametrize(("num_threads", "prefetch"), [(0, 0), (1, 3), (4, 5)])
-def test_processes_hold_their_rows_of_the_same_batches_whatever_threads(plain, process_count, num_threads, prefetch):
+def test_processes_hold_their_rows_of_the_same_batches_for_any_number_of_threads(
+    plain, process_count, num_threads, prefetch
+):
     parts = [
         take(loader_of(process_index=p, process_count=process_count, num_threads=num_threads, prefetch=prefetch), 30)
         for p in range(process_count)
@@ -133,7 +135,7 @@ def test_processes_hold_their_rows_of_the_same_batches_whatever_threads(plain, p
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_worker_processes_change_nothing_also_when_resumed(plain, num_workers):
+def test_worker_processes_do_not_change_batches_also_when_resumed(plain, num_workers):
     loader = loader_of(num_workers=num_workers)
     first = [next(loader) for _ in range(5)]
     state = loader.get_state()
@@ -159,7 +161,7 @@ def test_a_process_reads_only_its_own_rows():
     assert len(source.read) == 3 * 8 / 4
 
 
-def test_captions_alone_are_the_same_and_read_no_picture(plain):
+def test_captions_alone_are_the_same_and_decode_no_image(plain):
     batches = take(loader_of(Numbered(broken=tuple(range(NUM_EXAMPLES))), with_images=False), 10)
     assert_same(batches, [{key: batch[key] for key in ("tokens", "caption")} for batch in plain[:10]])
 
@@ -211,7 +213,7 @@ def test_a_running_loader_can_be_moved_back_and_forth(plain):
     assert_same(take(loader, 2), plain[3:5])
 
 
-def test_first_batch_starts_in_the_middle_with_states_that_count_from_zero(plain):
+def test_first_batch_starts_in_the_middle_and_states_count_from_zero(plain):
     loader = loader_of(first_batch=11)
     assert_same([next(loader)], plain[11:12])
     fresh = loader_of()
@@ -233,10 +235,10 @@ def test_orbax_saves_and_restores_it_with_grains_handler(plain, tmp_path):
     assert_same(take(restored, 3), plain[6:9])
 
 
-def test_other_data_are_refused_when_resuming():
+def test_resuming_with_other_data_is_rejected():
     loader = loader_of()
     other = loader_of(Numbered(61))
-    with pytest.raises(UserError, match="the data differ"):
+    with pytest.raises(UserError, match="are not those of the checkpoint"):
         other.set_state(loader.get_state())
 
 
@@ -252,14 +254,14 @@ def test_broken_examples_are_replaced_within_their_bucket_and_counted(plain, cap
             batches = [next(loader) for loader in loaders]
             colors = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
             wanted = expected["image"][:, 0, 0, 0]
-            # Of the examples i % 5 in (1, 2, 4) the middle bucket consists, so 7 and the next two follow 6.
+            # The middle bucket holds the examples with i % 5 in (1, 2, 4), so the next ones after 6 are 7, 9 and 11.
             following = {2: 4, 6: 9, 7: 9, 30: 35}
             np.testing.assert_array_equal(colors, [following.get(i, i) for i in wanted.tolist()])
-            # One more read than its own where the next one is broken as well.
+            # One more broken read if the next example is broken, too.
             reads += sum((1, 2)[i == 6] for i in wanted.tolist() if i in broken)
     assert reads > 5
     assert sum((loader.broken for loader in loaders), collections.Counter()) == {"broken on purpose": reads}
-    assert "took its place" in caplog.text
+    assert "using another one instead" in caplog.text
     for loader in loaders:
         loader.close()
 
@@ -274,7 +276,7 @@ def test_broken_examples_are_counted_in_worker_processes_too():
 @pytest.mark.parametrize("num_examples", [5, 500])
 def test_a_bucket_without_readable_examples_ends_in_a_user_error(num_examples):
     loader = loader_of(Numbered(num_examples, broken=tuple(range(num_examples))))
-    with pytest.raises(UserError, match="no readable example in bucket"):
+    with pytest.raises(UserError, match="no readable example for bucket"):
         next(loader)
     loader.close()
 
@@ -282,10 +284,10 @@ def test_a_bucket_without_readable_examples_ends_in_a_user_error(num_examples):
 # --- wrong arguments --------------------------------------------------------------------------------------------
 
 
-def test_wrong_arguments_say_what_would_do():
-    with pytest.raises(UserError, match="batch_size=10 does not divide over 4 processes: use 8 or 12"):
+def test_errors_for_wrong_arguments_suggest_valid_ones():
+    with pytest.raises(UserError, match="batch_size=10 is not a multiple of 4 processes: use 8 or 12"):
         loader_of(batch_size=10, process_count=4)
-    with pytest.raises(UserError, match="batch_size=3 does not divide over 4 processes: use 4"):
+    with pytest.raises(UserError, match="batch_size=3 is not a multiple of 4 processes: use 4"):
         loader_of(batch_size=3, process_count=4)
     with pytest.raises(UserError, match="process_index=2 of process_count=2"):
         loader_of(process_index=2, process_count=2)
@@ -304,7 +306,7 @@ def test_a_missing_caption_field_ends_in_a_user_error():
 
 
 def test_overhead_stays_far_below_a_training_step():
-    # Measured: 1.4 ms a batch of 128. The bound is what a step of the demo can spare, not that.
+    # Measured: 1.4 ms per batch of 128. The bound is what a training step of the demo tolerates.
     source = Numbered(200, side=32)
     loader = make_loader(source, Assembler(make_buckets(32, 16), 0, (CaptionChooser(dropout=0.1),), tokenize), 128)
     next(loader)
@@ -319,7 +321,7 @@ def test_overhead_stays_far_below_a_training_step():
 @needs_emoji
 def test_the_emoji_shards_train_in_all_their_buckets(tmp_path):
     shards = TarShards(EMOJI)
-    source = IndexedSource(shards, examine(shards, plan=IndexPlan(str(tmp_path))))
+    source = IndexedSource(shards, examine(shards, options=IndexOptions(str(tmp_path))))
     loader = make_loader(
         source, Assembler(make_buckets(64, 16, 3.0), 0, (CaptionChooser({"txt": 1}, 0.1),), lengths), 64
     )

@@ -1,4 +1,4 @@
-"""Mixtures of sources: their weights, epochs, filters and captions, whatever the number of hosts."""
+"""Mixtures of sources: weights, epochs, filters and captions, independent of the number of hosts."""
 
 import collections
 
@@ -52,7 +52,7 @@ def test_mixed_sources_keep_their_own_captions_and_filters_and_do_not_depend_on_
     config = build(DataConfig, vars(stored["tar"]) | {"mixture": mixture}, "data")
     dataset = open_dataset(config, 8)
     assert dataset.dropped == {"aspect over 1.2": COUNT // 2}
-    assert "mixed of pairs 7 pictures, 75%; classes 6 pictures, 25%" in dataset.summary()
+    assert "mixed of pairs 7 images, 75%; classes 6 images, 25%" in dataset.summary()
 
     def batches(process_count: int) -> list:
         parts = []
@@ -73,7 +73,7 @@ def test_mixed_sources_keep_their_own_captions_and_filters_and_do_not_depend_on_
     assert counts[""] == pytest.approx(32, abs=15)
     monkeypatch.undo()
 
-    # A restart in the middle, on another number of hosts.
+    # Resumes in the middle, on another number of hosts.
     resumed = dataset.batches(8, 0, None, with_captions=True, caption_dropout=0.2, first=13)
     assert [next(resumed)["caption"] for _ in range(5)] == captions[13:18]
     resumed.close()

@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_files(config, latents, tm
     monkeypatch.setattr("lidit_jax.precompute.latents._write_output", stop_before_the_second)
     with pytest.raises(KeyboardInterrupt):
         precompute(config, out, batch_size=8, dtype="float32")
-    with pytest.raises(UserError, match="not finished; run `python -m lidit_jax.precompute` again"):
+    with pytest.raises(UserError, match="incomplete: run `python -m lidit_jax.precompute` again"):
         open_dataset(experiment.Experiment(changed(config, source="precomputed", path=str(out)), out).data, 8)
     with pytest.raises(UserError, match="holds latents with dtype=float32, now float16: use another --out"):
         precompute(config, out, batch_size=8, dtype="float16")
@@ -136,7 +136,7 @@ def test_broken_pictures_are_left_out(config, tmp_path):
 def test_what_does_not_belong_together_is_refused(config, latents, trained_workdir, tmp_path):
     ahead = changed(config, source="precomputed", path=str(latents))
     run = epath.Path(tmp_path / "run")
-    theirs = "made for 3 buckets from 40x24 to 24x40, multiples of 8 px, the run has 1 bucket from 32x32 to 32x32"
+    theirs = "computed for 3 buckets from 40x24 to 24x40, multiples of 8 px, the run has 1 bucket from 32x32 to 32x32"
     for change in ({"max_aspect": 1.0}, {"bucket_multiple": 16}):
         with pytest.raises(UserError, match=f"{theirs}.*: use the same .* data.bucket_multiple, or compute"):
             run_stages(changed(ahead, **change), run)
@@ -147,7 +147,7 @@ def test_what_does_not_belong_together_is_refused(config, latents, trained_workd
         file.copy(epath.Path(tmp_path / "vae") / file.name)
     values = json.loads((tmp_path / "vae/config.json").read_text())
     (tmp_path / "vae/config.json").write_text(json.dumps(values | {"scaling_factor": 0.5}))
-    with pytest.raises(UserError, match="made by another VAE"):
+    with pytest.raises(UserError, match="computed by another VAE"):
         run_stages(other, run)
     own = ahead.copy_and_resolve_references()
     own.vae.weights = ""
@@ -157,7 +157,7 @@ def test_what_does_not_belong_together_is_refused(config, latents, trained_workd
         precompute(own, run, 8, "float16")
     with pytest.raises(UserError, match="holds latents, no images"):
         draw_contact_sheet(ahead, epath.Path(tmp_path / "sheet.png"), 8)
-    with pytest.raises(UserError, match=r"manifest.json: does not exist; make it with"):
+    with pytest.raises(UserError, match=r"manifest.json: does not exist: create it with"):
         run_stages(changed(ahead, path=str(tmp_path / "none")), run)
     with pytest.raises(UserError, match="is not empty and holds no latents"):
         precompute(config, epath.Path(tmp_path / "vae"), 8, "float16")
@@ -167,17 +167,17 @@ def test_what_does_not_belong_together_is_refused(config, latents, trained_workd
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values: values | {"format": 3}, "format 3, this program reads 1 to 2"),
-        (lambda values: values | {"files": [["../x", 0, 3]]}, "impossible values"),
-        (lambda values: values | {"files": [["001-000000.array_record", 99, 3]]}, "impossible values"),
-        (lambda values: values | {"dtype": "object"}, "impossible values"),
+        (lambda values: values | {"format": 3}, "format 3 is unknown, this version reads 1 to 2"),
+        (lambda values: values | {"files": [["../x", 0, 3]]}, "invalid values"),
+        (lambda values: values | {"files": [["001-000000.array_record", 99, 3]]}, "invalid values"),
+        (lambda values: values | {"dtype": "object"}, "invalid values"),
         (lambda values: {"format": 1}, "not what `python -m lidit_jax.precompute` writes"),
         (lambda values: [], "not what"),
-        (lambda values: values | {"cell": "8"}, "impossible values"),
-        (lambda values: values | {"channels": None}, "impossible values"),
+        (lambda values: values | {"cell": "8"}, "invalid values"),
+        (lambda values: values | {"channels": None}, "invalid values"),
         (lambda values: values | {"buckets": [[float("inf"), 8]]}, "not what"),
         (lambda values: values | {"encoders": {"llama": {"lead": 0.0}}}, "not what"),
-        (lambda values: values | {"files": [["001-000000.array_record", 1, 3]]}, "15 records, there were 3"),
+        (lambda values: values | {"files": [["001-000000.array_record", 1, 3]]}, "15 records instead of 3"),
     ],
 )
 def test_a_forged_manifest_is_refused(config, latents, tmp_path, change, message):
@@ -217,7 +217,7 @@ def test_folders_of_latents_are_mixed_but_not_with_pictures(config, latents):
     loader = mixed.batches(8, 0, None, with_captions=True)
     assert next(loader)["moments"].shape[-1] == 32
     loader.close()
-    with pytest.raises(UserError, match="a mixture of pictures and latents"):
+    with pytest.raises(UserError, match="the mixture has images and latents"):
         open_dataset(build(DataConfig, vars(data) | {"mixture": {"a": ahead, "b": {}}}, "data"), 8)
 
 

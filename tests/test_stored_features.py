@@ -1,4 +1,4 @@
-"""Features of captions computed ahead of training: training on them is training on the captions."""
+"""Caption features computed ahead of training: training on them equals training on the captions."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.indexed.dataset import IndexedDataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.precomputed import PrecomputedSource, to_record
-from lidit_jax.data.stored_features import DTYPES, tensors_of
+from lidit_jax.data.stored_features import DTYPES, load_tensors
 from lidit_jax.errors import UserError
 from lidit_jax.precompute.latents import precompute
 from lidit_jax.stages.run import run_stages
@@ -23,10 +23,10 @@ from lidit_jax.text.load_encoder import load_encoder
 
 @pytest.fixture(scope="module")
 def two_kinds(config, t5_folder):  # noqa: F811
-    """An LLM, whose prefix all prompts share, and a T5, which gives every prompt its own."""
+    """Config with an LLM, whose prefix all prompts share, and a T5, which computes a prefix per prompt."""
     two = config.copy_and_resolve_references()
     two.encoders.qwen.weights = str(t5_folder)
-    two.text.max_length = 5  # cuts some captions
+    two.text.max_length = 5  # truncates some captions
     return two
 
 
@@ -85,10 +85,10 @@ def test_batches_hold_what_the_encoders_give(two_kinds, folder, workers):
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
-def test_features_are_kept_bit_for_bit(dtype):
+def test_features_are_stored_bit_for_bit(dtype):
     features = np.random.default_rng(0).normal(size=(3, 8)).astype(DTYPES[dtype])
     record = to_record("key", {"txt": "words"}, np.zeros((1, 1, 2), np.float16), {("llama", "txt"): features}, [])
-    got = tensors_of(record)["features/llama/txt"]
+    got = load_tensors(record)["features/llama/txt"]
     assert got.dtype == features.dtype
     assert got.tobytes() == features.tobytes()
 
@@ -100,7 +100,7 @@ def test_the_latents_alone_can_be_used(two_kinds, folder):
     dataset.check_features({})
 
 
-def test_features_of_other_encoders_or_texts_are_refused(two_kinds, folder, trained_workdir, tmp_path):
+def test_features_of_other_encoders_or_texts_are_rejected(two_kinds, folder, trained_workdir, tmp_path):
     ahead = changed(two_kinds, source="precomputed", path=str(folder))
     other = ahead.copy_and_resolve_references()
     other.encoders.qwen.weights = str(trained_workdir / "encoders" / "qwen")
@@ -108,7 +108,7 @@ def test_features_of_other_encoders_or_texts_are_refused(two_kinds, folder, trai
         run_stages(other, epath.Path(tmp_path / "run"))
     other = ahead.copy_and_resolve_references()
     other.text.instruction = "Describe:"
-    with pytest.raises(UserError, match=r"\(llama, qwen differ\): name those, compute the features anew, or give"):
+    with pytest.raises(UserError, match=r"\(llama, qwen differ\): name those, compute the features again, or give"):
         run_stages(other, epath.Path(tmp_path / "run"))
     with pytest.raises(UserError, match="the mixture's latents hold the features of different encoders"):
         parts = {"a": {}, "b": {"features": False}}
@@ -116,7 +116,7 @@ def test_features_of_other_encoders_or_texts_are_refused(two_kinds, folder, trai
     assert not (tmp_path / "run").exists()
 
 
-def test_what_features_need_is_said(two_kinds, tmp_path):
+def test_errors_say_what_features_require(two_kinds, tmp_path):
     missing = two_kinds.copy_and_resolve_references()
     missing.encoders.llama.weights = ""
     with pytest.raises(UserError, match="give --config.encoders.llama.weights=FOLDER"):
@@ -133,7 +133,7 @@ def test_what_features_need_is_said(two_kinds, tmp_path):
         ({"dtype": "bfloat16"}, "missing or damaged"),
     ],
 )
-def test_forged_facts_are_refused(two_kinds, folder, tmp_path, change, message):
+def test_forged_encoder_fingerprints_are_rejected(two_kinds, folder, tmp_path, change, message):
     for file in folder.iterdir():
         (epath.Path(tmp_path) / file.name).write_bytes(file.read_bytes())
     manifest = json.loads((tmp_path / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Shards read from end to end: nothing lost, the same for any number of hosts, resumed exactly."""
+"""Shards read from end to end: no sample lost, equal batches for any number of hosts, exact resuming."""
 
 import collections
 import io
@@ -33,7 +33,7 @@ def streamed(path, **options) -> DataConfig:
 
 
 def write_shards(folder, counts, size=lambda shard, i: (40, 40)):
-    """Shard s holds pictures called "s/i"; all are of one colour, which is cheap."""
+    """Writes shards: shard s holds images with keys "s/i", of a single colour, which compress well."""
     folder.mkdir(exist_ok=True)
     for shard, count in enumerate(counts):
         members = {}
@@ -58,7 +58,7 @@ def loader_on(dataset, monkeypatch, process_index=0, process_count=1, first=0, b
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Eight shards of different sizes and aspects."""
+    """Eight shards with different numbers of samples and aspect ratios."""
     folder = tmp_path_factory.mktemp("streams") / "shards"
     sizes = ((40, 40), (40, 60), (60, 40))
     return write_shards(folder, (7, 12, 5, 9, 11, 6, 8, 10), lambda shard, i: sizes[(shard * i) % 3])
@@ -79,7 +79,7 @@ def test_in_every_epoch_of_a_stream_each_sample_comes_once(tmp_path_factory, cou
     for stream in range(streams):
         drawn = [caption for batch in batches for caption in batch[stream * rows : (stream + 1) * rows]]
         mine = set(drawn)
-        # All of some shards, and of none a part.
+        # All samples of some shards, and no shard in part.
         assert {int(caption.split("/")[0]) for caption in mine}.isdisjoint(seen)
         seen |= {int(caption.split("/")[0]) for caption in mine}
         size = sum(counts[shard] for shard in {int(caption.split("/")[0]) for caption in mine})
@@ -97,20 +97,20 @@ def test_the_order_changes_with_epoch_and_seed(shards):
     assert sorted(sum(first, [])) != sum(first, [])
 
 
-def test_what_was_read_was_drawn_or_waits(shards):
-    """Also where a stream's shares of the groups are others than the whole data set's."""
+def test_every_sample_read_is_in_a_batch_or_in_a_buffer(shards):
+    """Holds even if the bucket shares of a stream differ from those of the data set."""
     dataset = open_dataset(streamed(shards, streams=4, shuffle_buffer=64), 8)
     loader = dataset.batches(8, 0, None, with_captions=True)
     drawn = collections.Counter(caption for _ in range(50) for caption in next(loader)["caption"])
     state = json.loads(json.dumps(loader.get_state()))
     read = TarShards(str(shards))
     waiting = collections.Counter()
-    done = collections.Counter()  # epochs of each shard that were read to their end, times its samples
+    done = collections.Counter()  # number of epochs in which a shard was read completely
     for [saved] in state["streams"].values():
         places = [tuple(place) for _, *place in saved["buffer"]]
         waiting.update(sample.captions["txt"] for sample in read.read(places))
     total = drawn + waiting
-    # Within a stream all samples were read equally often, but for the epoch that is under way.
+    # Within a stream, all samples were read equally often, except in the current epoch.
     for shard in range(8):
         counts = {count for caption, count in total.items() if caption.startswith(f"{shard}/")}
         assert max(counts) - min(counts) <= 1
@@ -134,9 +134,9 @@ def test_hosts_threads_and_prefetching_do_not_change_batches(shards, monkeypatch
 @given(
     stop=st.integers(0, 30), hosts=st.sampled_from([(1, 4), (4, 1), (2, 2), (8, 4)]), part=st.sampled_from([1, 3000])
 )
-def test_resumed_at_any_point_by_any_number_of_hosts_the_stream_goes_on(shards, stop, hosts, part):
+def test_streams_resume_at_any_point_on_any_number_of_hosts(shards, stop, hosts, part):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_stream, "PART", part)
+        patch.setattr(sample_stream, "SECTION_BYTES", part)
         dataset = open_dataset(streamed(shards, shuffle_buffer=40), 8)
         expected = captions_of(loader_on(dataset, patch), stop + 10)
         states, before, after = [], [], []
@@ -155,7 +155,7 @@ def test_resumed_at_any_point_by_any_number_of_hosts_the_stream_goes_on(shards, 
 
 
 def test_a_checkpoint_keeps_the_place_of_every_host(shards, tmp_path, monkeypatch):
-    """Through Orbax, also of a loader that was restored and not yet asked for a batch."""
+    """Through Orbax, including a loader that was restored but has not returned a batch yet."""
     dataset = open_dataset(streamed(shards), 8)
     loader = loader_on(dataset, monkeypatch)
     expected = [next(loader)["caption"] for _ in range(9)]
@@ -186,18 +186,18 @@ def test_mixed_streams_keep_their_weights_and_resume(shards, tmp_path):
     resumed = dataset.batches(16, 0, None, first=40, with_captions=True)
     resumed.restore([state])
     assert captions_of(resumed, 4) == expected
-    # Pictures of the second source are square; of the first, a good half are.
+    # All images of the second source are square; of the first, just over half.
     square = np.mean([batch["image"].shape[1] == batch["image"].shape[2] for batch in drawn])
     first = dataset._shares.sum(1)
     np.testing.assert_allclose(first, [0.75, 0.25])
     assert square == pytest.approx(dataset._shares.sum(0)[1], abs=0.1)
-    with pytest.raises(UserError, match="nobody has counted .* give each a weight"):
+    with pytest.raises(UserError, match="unknown numbers of samples: give each a weight"):
         open_dataset(streamed("", mixture={"a": {"path": str(shards)}, "b": {"path": str(other)}}), 8)
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(length=st.integers(1, 20_000))
-def test_a_shard_in_parts_is_the_whole_shard(shards, length):
+def test_scanning_a_shard_in_sections_yields_all_of_its_samples(shards, length):
     tar, start, found = TarShards(str(shards)), 0, []
     while start is not None:
         items = tar.scan(1, start, length)
@@ -211,7 +211,7 @@ def test_a_shard_in_parts_is_the_whole_shard(shards, length):
     assert [(place, sample.key) for place, sample in found] == [(place, sample.key) for place, sample in whole]
 
 
-def test_what_can_not_be_used_is_counted_and_replaced(tmp_path):
+def test_unusable_samples_are_counted_and_replaced(tmp_path):
     members = {}
     for i in range(40):
         data = encode(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8))
@@ -226,18 +226,18 @@ def test_what_can_not_be_used_is_counted_and_replaced(tmp_path):
     config = streamed(tmp_path, min_aesthetic=4.7)
     dataset = open_dataset(config, 8)
     assert dataset.dropped == {"aesthetic under 4.7": 19, "no caption": 2}
-    assert dataset.broken == {"no picture": 1, "cut-off tar": 1, "cut-off file": 1}
+    assert dataset.broken == {"no image": 1, "truncated tar": 1, "truncated file": 1}
     loader = dataset.batches(4, 0, None, with_captions=True)
     captions = {caption for _ in range(30) for caption in next(loader)["caption"]}
     good = {f"{i:02}" for i in range(40) if i % 4 and i % 10 != 3 and i != 5}
     assert captions == good
-    assert loader.broken["damaged picture"] > 0
+    assert loader.broken["damaged image"] > 0
     assert loader.dropped["aesthetic under 4.7"] > 9
     loader.close()
 
 
 def test_too_much_broken_input_stops_the_stream(tmp_path):
-    """Pictures that show only when decoded that they are broken: all but the first of each shard."""
+    """All images but the first of each shard are broken, which only decoding reveals."""
     for shard in range(2):
         members = {}
         for i in range(30):
@@ -245,7 +245,7 @@ def test_too_much_broken_input_stops_the_stream(tmp_path):
             members |= {f"{i}.png": data if i % 3 == 0 else data[:2000], f"{i}.txt": b"a"}
         write_tar(tmp_path / f"{shard}.tar", members)
     loader = open_dataset(streamed(tmp_path, max_broken=0.1), 8).batches(4, 0, None)
-    with pytest.raises(UserError, match="samples cannot be used .damaged picture: "):
+    with pytest.raises(UserError, match="samples cannot be used .damaged image: "):
         for _ in range(1000):
             next(loader)
     loader.close()
@@ -257,19 +257,19 @@ def test_too_much_broken_input_stops_the_stream(tmp_path):
         ({"streams": 3}, 8, 1, "data.streams=3: 8 shards, a batch of 8 and 1 hosts need .* use one of 1, 2, 4, 8"),
         ({"streams": 16}, 16, 1, "data.streams=16: 8 shards"),
         ({}, 48, 16, "data.streams=8: .* make more and smaller shards, or give --config.data.sequential=False"),
-        ({}, 9, 2, "batch_size=9 does not divide over 2 processes"),
-        ({"shuffle_buffer": 4}, 8, 1, "data.shuffle_buffer=4 is less than a batch of 8"),
+        ({}, 9, 2, "batch_size=9 is not a multiple of 2 processes"),
+        ({"shuffle_buffer": 4}, 8, 1, "data.shuffle_buffer=4 is below the batch size of 8"),
     ],
 )
-def test_numbers_that_do_not_go_together_are_said_in_one_line(shards, monkeypatch, change, batch_size, hosts, message):
+def test_incompatible_stream_settings_raise_a_one_line_error(shards, monkeypatch, change, batch_size, hosts, message):
     dataset = open_dataset(streamed(shards, **change), 8)
     monkeypatch.setattr("jax.process_count", lambda: hosts)
     with pytest.raises(UserError, match=message):
         dataset.check_batch_size(batch_size)
 
 
-def test_every_place_that_a_scan_gives_can_be_read_again(tmp_path):
-    """Also of a sample that holds a file name twice."""
+def test_every_place_that_a_scan_yields_can_be_read_again(tmp_path):
+    """Includes a sample with a repeated file name."""
     members = []
     for i in range(10):
         members += [(f"{i}.png", encode(np.full((40, 40, 3), i, np.uint8)))] * (2 if i == 4 else 1)
@@ -287,7 +287,7 @@ def test_every_place_that_a_scan_gives_can_be_read_again(tmp_path):
     assert [sample.captions for sample in again] == [sample.captions for _, sample in samples]
 
 
-def test_a_dead_shard_gives_its_place_to_others(tmp_path, caplog):
+def test_other_shards_replace_one_without_usable_samples(tmp_path, caplog):
     folder = write_shards(tmp_path / "shards", [6] * 4)
     (folder / "002.tar").write_bytes(b"\0" * 2000)
     dataset = open_dataset(streamed(folder), 8)
@@ -296,24 +296,24 @@ def test_a_dead_shard_gives_its_place_to_others(tmp_path, caplog):
     state = json.loads(json.dumps(loader.get_state()))
     expected = captions_of(loader, 10)
     assert {caption.split("/")[0] for batch in first for caption in batch} == {"0", "1", "3"}
-    assert "002.tar' can be used: others take their place" in caplog.text
+    assert "002.tar': reading other shards instead" in caplog.text
     resumed = dataset.batches(4, 0, None, first=20, with_captions=True)
     resumed.restore([state])
     assert captions_of(resumed, 10) == expected
 
 
-def test_shards_without_anything_to_train_on_end_in_one_line(tmp_path):
+def test_shards_without_usable_samples_raise_a_one_line_error(tmp_path):
     folder = write_shards(tmp_path / "shards", [6] * 2)
     loader = open_dataset(streamed(folder), 8).batches(2, 0, None)
     for tar in folder.glob("*.tar"):
         tar.write_bytes(b"\0" * tar.stat().st_size)
-    with pytest.raises(UserError, match="no sample can be used, last of .*: mend the data, or loosen the filters"):
+    with pytest.raises(UserError, match="no usable sample, last in .*: fix the data, or loosen the filters"):
         next(loader)
     loader.close()
 
 
 def test_the_limit_on_broken_samples_is_a_share_of_what_was_read(tmp_path):
-    """Filling a large buffer for the first batch reads many windows' worth."""
+    """Filling a large buffer for the first batch reads many windows of samples."""
     picture = encode(np.zeros((8, 8, 3), np.uint8))
     members = {f"{i}.{kind}": (picture if i % 10 else b"junk") if kind == "png" else b"a"
                for i in range(1200) for kind in ("png", "txt")}  # fmt: skip
@@ -322,11 +322,11 @@ def test_the_limit_on_broken_samples_is_a_share_of_what_was_read(tmp_path):
     loader = open_dataset(streamed(tmp_path, shuffle_buffer=4000, streams=2, max_broken=0.15), 8).batches(8, 0, None)
     for _ in range(5):
         next(loader)
-    assert loader.broken["unreadable picture"] > 400
+    assert loader.broken["unreadable image"] > 400
     loader.close()
 
 
-def test_broken_pictures_of_a_batch_get_different_ones(tmp_path):
+def test_broken_images_of_a_batch_get_distinct_replacements(tmp_path):
     members = {}
     for i in range(60):
         data = encode(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8))
@@ -336,8 +336,8 @@ def test_broken_pictures_of_a_batch_get_different_ones(tmp_path):
     assert [len(set(batch)) for batch in batches] == [8] * 5
 
 
-def test_pictures_are_enlarged_only_where_there_is_no_other(tmp_path):
-    """The second shard has wide pictures alone, half of them too low for a square."""
+def test_images_are_enlarged_only_if_there_are_no_others(tmp_path):
+    """The second shard has only wide images, half of them too low for the square bucket."""
     write_shards(tmp_path / "s", (20, 20), lambda shard, i: (48, 48) if shard == 0 else (48 if i % 2 else 24, 96))
     found = {}
     for allowed in (True, False):
@@ -356,15 +356,15 @@ def test_pictures_are_enlarged_only_where_there_is_no_other(tmp_path):
     [
         ({"next_batch": -1}, "position in the data is damaged"),
         ({"next_batch": "x"}, "position in the data is damaged"),
-        ({"plan": "other"}, "the checkpoint's streams were others"),
-        ({"plan": None}, "the checkpoint's streams were others"),
-        ({"fingerprint": None}, "the data differ"),
+        ({"plan": "other"}, "the checkpoint has other streams"),
+        ({"plan": None}, "the checkpoint has other streams"),
+        ({"fingerprint": None}, "are not those of the checkpoint"),
         ({"streams": {"0": None}}, "position in the data is damaged"),
         ({"streams": {"0": [{"stream": [0] * 6, "buffer": []}]}}, "position in the data is damaged .*missing"),
         ({"streams": []}, "position in the data is damaged"),
     ],
 )
-def test_a_damaged_position_is_said_and_nothing_is_changed(shards, change, message):
+def test_a_damaged_position_raises_and_changes_nothing(shards, change, message):
     dataset = open_dataset(streamed(shards), 8)
     loader = dataset.batches(8, 3, None, with_captions=True)
     expected = [next(loader)["caption"] for _ in range(2)]
@@ -391,7 +391,7 @@ def test_a_damaged_position_is_said_and_nothing_is_changed(shards, change, messa
         {"buffer": 5},
     ],
 )
-def test_impossible_places_end_in_one_line(shards, change):
+def test_invalid_positions_raise_a_user_error(shards, change):
     dataset = open_dataset(streamed(shards), 8)
     loader = dataset.batches(8, 3, None)
     next(loader)
@@ -405,12 +405,12 @@ def test_impossible_places_end_in_one_line(shards, change):
     loader.close()
 
 
-def test_a_disk_that_fails_is_no_broken_picture(shards, monkeypatch):
+def test_a_failing_disk_is_not_taken_for_a_broken_image(shards, monkeypatch):
     loader = open_dataset(streamed(shards), 8).batches(8, 3, None)
     read = files._LocalFile.read
 
     def fails(self, offset, size):
-        if size not in (3, 512):  # captions and tar's headers
+        if size not in (3, 512):  # captions and tar headers
             raise OSError(5, "Input/output error")
         return read(self, offset, size)
 
@@ -420,21 +420,21 @@ def test_a_disk_that_fails_is_no_broken_picture(shards, monkeypatch):
     loader.close()
 
 
-def test_data_that_are_no_tars_are_not_streamed(stored):
-    with pytest.raises(UserError, match="data.sequential goes with data.source='tar', not 'folder'"):
+def test_only_tars_can_be_streamed(stored):
+    with pytest.raises(UserError, match="data.sequential requires data.source='tar', not 'folder'"):
         data_of("folder", stored["jsonl"].path, sequential=True)
     with pytest.raises(UserError, match="the filters leave none of the 14 samples of .*: loosen them"):
         open_dataset(streamed(stored["tar"].path, min_side=100), 8)
 
 
-def test_changed_shards_are_refused(shards, tmp_path):
+def test_resuming_with_changed_shards_is_rejected(shards, tmp_path):
     folder = write_tars(tmp_path / "tar", 20)
     dataset = open_dataset(streamed(folder), 8)
     loader = dataset.batches(4, 0, None)
     next(loader)
     state = loader.get_state()
     loader.close()
-    with pytest.raises(UserError, match="the data differ"):
+    with pytest.raises(UserError, match="are not those of the checkpoint"):
         open_dataset(streamed(shards), 8).batches(4, 0, None).restore([state])
     for tar in folder.glob("*.tar"):
         tar.write_bytes(b"\0" * tar.stat().st_size)
@@ -463,7 +463,7 @@ def test_a_run_on_streams_resumes_to_the_losses_of_one_that_never_stopped(traine
     whole = losses(tmp_path / "run")
     shutil.rmtree(tmp_path / "run/training/lidit/checkpoints/6")
     with config.unlocked():
-        config.train.compile_ahead = False  # may differ when a run resumes
+        config.train.compile_ahead = False  # this option may change when a run resumes
     run_stages(config, epath.Path(tmp_path / "run"))
     assert "compiling" not in capsys.readouterr().err
     assert losses(tmp_path / "run") == whole + whole[4:]

@@ -20,10 +20,10 @@ from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.filters import no_caption
 from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.tar_shards import TarShards
-from lidit_jax.data.indexed.index import MAX_PIXELS, IndexPlan, examine
+from lidit_jax.data.indexed.index import MAX_PIXELS, IndexOptions, examine
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.sources import BrokenExample
-from lidit_jax.data.streamed.sample_stream import Reading, SampleStream, Seen
+from lidit_jax.data.streamed.sample_stream import ReadStatistics, SampleReader, SampleStream
 from lidit_jax.errors import UserError
 
 SHARED = pathlib.Path(os.environ.get("LIDIT_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
@@ -35,7 +35,7 @@ SIDE_BY_SIDE = np.array([[[200, 30, 30], [30, 60, 200]]], np.uint8).repeat(8, ax
 
 def tar_source(path, max_pixels: int = MAX_PIXELS) -> IndexedSource:
     shards = TarShards(path)
-    return IndexedSource(shards, examine(shards, [no_caption], IndexPlan(max_pixels=max_pixels)), max_pixels)
+    return IndexedSource(shards, examine(shards, [no_caption], IndexOptions(max_pixels=max_pixels)), max_pixels)
 
 
 def find_shards(path) -> tuple[str, ...]:
@@ -71,7 +71,7 @@ def png_chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def with_chunk(png: bytes, kind: bytes, body: bytes) -> bytes:
-    """The PNG with one more chunk right after its header."""
+    """Returns the PNG with one more chunk right after its header."""
     return png[:33] + png_chunk(kind, body) + png[33:]
 
 
@@ -102,7 +102,7 @@ def test_every_tar_format_is_read_with_long_and_non_ascii_names(tmp_path, format
     assert [source[i]["captions"]["txt"] for i in range(len(source))] == keys
 
 
-def test_links_folders_and_foreign_files_are_no_samples(tmp_path):
+def test_links_folders_and_other_files_are_not_samples(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("d", tarfile.DIRTYPE), ("0.png", tarfile.SYMTYPE), ("1.png", tarfile.LNKTYPE)):
             info = tarfile.TarInfo(name)
@@ -143,7 +143,7 @@ def test_a_path_is_a_folder_a_file_a_glob_or_a_brace_range(tmp_path):
         ("{0..99999999999}.tar", "more than"),
     ],
 )
-def test_a_path_without_tars_is_said_in_one_line(tmp_path, name, says):
+def test_a_path_without_tars_raises_a_one_line_error(tmp_path, name, says):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=says) as error:
         tar_source(tmp_path / name)
@@ -156,7 +156,7 @@ def test_a_tar_without_captions_says_what_was_found(tmp_path):
         tar_source(tar)
 
 
-def test_a_file_that_is_no_tar_is_said_to_be_none(tmp_path):
+def test_a_file_that_is_not_a_tar_is_reported_as_such(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"PK\3\4" + os.urandom(3000))
     with pytest.raises(UserError, match="not a tar: 1"):
         tar_source(tmp_path / "a.tar")
@@ -173,10 +173,10 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
     assert prints[3] == prints[0]
 
 
-# --- picture kinds ----------------------------------------------------------------------------------------------
+# --- kinds of images --------------------------------------------------------------------------------------------
 
 
-def test_grey_one_bit_and_palette_pictures_become_rgb(tmp_path):
+def test_grey_one_bit_and_palette_images_become_rgb(tmp_path):
     colors = Image.fromarray(SIDE_BY_SIDE)
     for mode in ("L", "1", "P"):
         picture = colors.quantize(4) if mode == "P" else colors.convert(mode)
@@ -188,7 +188,7 @@ def test_cmyk_jpegs_keep_their_colors(tmp_path):
     np.testing.assert_allclose(image[:, [1, 10]], SIDE_BY_SIDE[:, [1, 10]], atol=12)
 
 
-def test_transparency_is_shown_on_white_in_every_way_to_write_it(tmp_path):
+def test_transparency_is_shown_on_white_for_every_encoding_of_it(tmp_path):
     alpha = np.zeros((8, 12, 1), np.uint8)
     alpha[:, 6:] = 255
     rgba = Image.fromarray(np.concatenate([SIDE_BY_SIDE, alpha], axis=2), "RGBA")
@@ -226,8 +226,8 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_pictures_are_turned_upright_and_their_size_known_without_decoding(tmp_path, orientation, format):
-    # A stored pixel (row, column) of an upright [H, W] picture, for each EXIF orientation: what a camera does.
+def test_images_are_turned_upright_and_their_size_known_without_decoding(tmp_path, orientation, format):
+    # Transform that a camera applies to an upright [H, W] image before storing it, for each EXIF orientation.
     upright = SIDE_BY_SIDE.copy()
     upright[:4, :6] = (30, 160, 60)
     store = {
@@ -251,12 +251,12 @@ def test_pictures_are_turned_upright_and_their_size_known_without_decoding(tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_damaged_exif_leaves_the_picture_as_it_is(tmp_path):
+def test_damaged_exif_leaves_the_image_as_it_is(tmp_path):
     data = with_chunk(encode(SIDE_BY_SIDE), b"eXIf", b"MM\0*\xff\xff\xff\xff garbage")
     np.testing.assert_array_equal(read_one(tmp_path, data), SIDE_BY_SIDE)
 
 
-def test_formats_go_by_content_and_others_are_refused(tmp_path):
+def test_formats_are_detected_by_content_and_others_rejected(tmp_path):
     files = {
         "0.png": encode(SIDE_BY_SIDE, "GIF"),
         "1.png": encode(SIDE_BY_SIDE, "JPEG"),
@@ -266,7 +266,7 @@ def test_formats_go_by_content_and_others_are_refused(tmp_path):
     files = dict(sorted(files.items()))
     source = tar_source(write_tar(tmp_path / "a.tar", files))
     assert [source[i]["key"] for i in range(len(source))] == ["1"]
-    assert source.broken == {"unreadable picture": 2}
+    assert source.broken == {"unreadable image": 2}
 
 
 def smooth(height: int, width: int) -> np.ndarray:
@@ -277,7 +277,7 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 7])
 @pytest.mark.parametrize(("size", "decoded"), [((256, 400), (64, 100)), ((250, 130), (125, 65)), ((70, 70), (70, 70))])
-def test_a_large_jpeg_is_made_smaller_while_it_is_decoded_but_not_too_small(orientation, size, decoded):
+def test_a_large_jpeg_is_decoded_at_a_reduced_size_that_still_suffices(orientation, size, decoded):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = smooth(*(size if orientation < 5 else size[::-1]))
@@ -294,17 +294,17 @@ def test_a_large_jpeg_is_made_smaller_while_it_is_decoded_but_not_too_small(orie
         decoding.decode(data, MAX_PIXELS, expected=(size[0], size[1] + 1))
 
 
-def test_damage_inside_a_jpeg_is_refused_even_where_a_picture_comes_out():
+def test_damage_inside_a_jpeg_is_rejected_even_if_it_can_be_decoded():
     data = bytearray(encode(smooth(200, 300), "JPEG", quality=90))
     middle = len(data) // 2
     data[middle : middle + 60] = np.random.default_rng(0).bytes(60)
-    Image.open(io.BytesIO(bytes(data))).load()  # Pillow sees nothing wrong
-    with pytest.raises(decoding.BrokenPicture, match="damaged picture"):
+    Image.open(io.BytesIO(bytes(data))).load()  # Pillow reports no damage
+    with pytest.raises(decoding.BrokenPicture, match="damaged image"):
         decoding.decode(bytes(data), MAX_PIXELS)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_jpegs_decode_to_what_pillow_gives_but_for_rounding(mode):
+def test_jpegs_decode_as_in_pillow_up_to_rounding(mode):
     data = encode(Image.fromarray(smooth(90, 70)).convert(mode), "JPEG", quality=95)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(decoding.decode(data, MAX_PIXELS).astype(int) - expected).max() <= 1
@@ -317,7 +317,7 @@ def test_jpegs_decode_to_what_pillow_gives_but_for_rounding(mode):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
-def test_decompression_bombs_are_refused_by_their_header(tmp_path, side):
+def test_decompression_bombs_are_rejected_by_their_header(tmp_path, side):
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     bomb = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(bytes(1_000_000)))
     files = {"0.png": bomb, "0.txt": b"bomb", "1.png": encode(SIDE_BY_SIDE), "1.txt": b"fine"}
@@ -325,7 +325,7 @@ def test_decompression_bombs_are_refused_by_their_header(tmp_path, side):
     assert (len(source), source.broken) == (1, {"too many pixels": 1})
 
 
-def test_the_pixel_limit_is_the_callers(tmp_path):
+def test_the_caller_sets_the_pixel_limit(tmp_path):
     tar = write_tar(tmp_path / "a.tar", {"0.png": encode(SIDE_BY_SIDE), "0.txt": b"x"})
     assert len(tar_source(tar, max_pixels=96)) == 1
     with pytest.raises(UserError, match="too many pixels: 1"):
@@ -359,12 +359,12 @@ def test_unusable_samples_are_left_out_and_counted_by_reason(tmp_path):
     assert [source[i]["key"] for i in range(len(source))] == ["good"]
     assert source[0]["captions"]["caption"] == "half a ? pair"
     assert source.broken == {
-        "empty picture": 1,
-        "no picture": 1,
+        "empty image": 1,
+        "no image": 1,
         "caption not in UTF-8": 1,
         "unreadable json": 3,
         "text over 1 MiB": 1,
-        "unreadable picture": 1,
+        "unreadable image": 1,
     }
     assert source.dropped == {"no caption": 1}
 
@@ -375,7 +375,7 @@ def test_damaged_pixels_behind_a_good_header_raise_broken_example(tmp_path):
         data = encode(noise, format)
         files = {"a.png": data[: len(data) // 2], "a.txt": b"x", "b.png": data, "b.txt": b"y"}
         source = tar_source(write_tar(tmp_path / f"{format}.tar", files))
-        with pytest.raises(BrokenExample, match="'a': damaged picture"):
+        with pytest.raises(BrokenExample, match="'a': damaged image"):
             source[0]
         assert source[1]["key"] == "b"
 
@@ -396,8 +396,8 @@ def small_tar(tmp_path) -> bytes:
 
 
 def read_all(path) -> int:
-    """How many examples can be read; raises only UserError."""
-    pathlib.Path(f"{path}.index").unlink(missing_ok=True)  # two writes may have the same time
+    """Returns the number of examples that can be read; may raise UserError only."""
+    pathlib.Path(f"{path}.index").unlink(missing_ok=True)  # two writes may have equal modification times
     source = tar_source(path)
     readable = 0
     for index in range(len(source)):
@@ -414,16 +414,17 @@ def read_all(path) -> int:
 
 
 def assert_read_from_end_to_end(path, source) -> None:
-    """Without the index come the same samples."""
-    stream, seen = SampleStream(Reading(TarShards(path), (Bucket(8, 8),), (no_caption,)), [[0]], (0,)), Seen()
-    entries = [stream.next(seen) for _ in range(len(source))]
+    """Checks that scanning from end to end without the index yields the same samples."""
+    stream = SampleStream(SampleReader(TarShards(path), (Bucket(8, 8),), (no_caption,)), [[0]], (0,))
+    statistics = ReadStatistics()
+    entries = [stream.next(statistics) for _ in range(len(source))]
     keys = [example["key"] for example in source.describe(range(len(source)))]
     assert [entry.sample.key for entry in entries] == keys
     assert [entry.size for entry in entries] == list(map(tuple, source.sizes().tolist()))
     assert {entry.epoch for entry in entries} == {0}
 
 
-def test_a_tar_cut_off_anywhere_keeps_what_is_whole(tmp_path):
+def test_a_tar_truncated_anywhere_keeps_its_complete_samples(tmp_path):
     whole = small_tar(tmp_path)
     with tarfile.open(tmp_path / "small.tar") as tar:
         ends = [member.offset_data + member.size for member in tar.getmembers()]
@@ -433,16 +434,16 @@ def test_a_tar_cut_off_anywhere_keeps_what_is_whole(tmp_path):
         if pairs:
             assert read_all(tmp_path / "cut.tar") == pairs
         else:
-            with pytest.raises(UserError, match="cut-off"):
+            with pytest.raises(UserError, match="truncated"):
                 tar_source(tmp_path / "cut.tar")
 
 
-def test_a_cut_off_tar_is_counted(tmp_path):
+def test_a_truncated_tar_is_counted(tmp_path):
     whole = small_tar(tmp_path)
     with tarfile.open(tmp_path / "small.tar") as tar:
         second = tar.getmembers()[2]
     (tmp_path / "cut.tar").write_bytes(whole[: second.offset_data + 100])
-    assert tar_source(tmp_path / "cut.tar").broken == {"cut-off tar": 1, "cut-off file": 1}
+    assert tar_source(tmp_path / "cut.tar").broken == {"truncated tar": 1, "truncated file": 1}
 
 
 def test_a_damaged_header_in_the_middle_is_counted_and_not_taken_for_the_end(tmp_path):
@@ -485,7 +486,7 @@ def test_a_mutated_tar_works_or_raises_user_error_or_broken_example(fuzzed, chan
         start = int(place * len(data))
         data[start : start + len(content)] = content
     data = data[: max(int(cut * len(data)), 1) if cut < 0.9 else len(data)]
-    if mend_headers:  # so that not every change to a header is caught by its checksum
+    if mend_headers:  # otherwise the checksum would catch every change to a header
         for start in range(0, len(data) - 511, 512):
             if data[start + 257 : start + 262] == b"ustar":
                 data[start + 148 : start + 156] = b" " * 8
@@ -502,7 +503,7 @@ def test_a_mutated_tar_works_or_raises_user_error_or_broken_example(fuzzed, chan
 
 @pytest.fixture
 def numbered(tmp_path):
-    for shard in range(20):  # more than a thread keeps open
+    for shard in range(20):  # more files than a thread keeps open
         files = {}
         for i in range(shard * 5, shard * 5 + 5):
             files |= {f"{i:03}.png": encode(np.full((4 + i % 3, 5, 3), i, np.uint8)), f"{i:03}.txt": str(i).encode()}
@@ -510,7 +511,7 @@ def numbered(tmp_path):
     return tar_source(tmp_path)
 
 
-def test_threads_read_the_right_pictures_at_the_same_time(numbered):
+def test_threads_read_the_right_images_concurrently(numbered):
     wrong = []
 
     def read(seed):
@@ -537,7 +538,7 @@ def test_files_are_closed_when_their_thread_ends(numbered):
 
 def test_a_source_survives_pickling_after_use(numbered):
     np.testing.assert_array_equal(numbered[7]["image"], 7)
-    copy = pickle.loads(pickle.dumps(numbered))  # our own bytes, not a file's
+    copy = pickle.loads(pickle.dumps(numbered))  # trusted bytes
     assert copy.fingerprint == numbered.fingerprint
     np.testing.assert_array_equal(copy.sizes(), numbered.sizes())
     np.testing.assert_array_equal(copy[42]["image"], 42)
@@ -554,9 +555,9 @@ def test_a_vanished_shard_breaks_its_examples_only(numbered, tmp_path):
 
 
 @needs_emoji
-def test_the_emoji_shards_are_read_whole(tmp_path):
+def test_all_of_the_emoji_shards_is_read(tmp_path):
     shards = TarShards(EMOJI / "{00000..00003}.tar")
-    source = IndexedSource(shards, examine(shards, plan=IndexPlan(str(tmp_path))))
+    source = IndexedSource(shards, examine(shards, options=IndexOptions(str(tmp_path))))
     assert len(source) == 928
     assert source.broken == {}
     assert source.sizes().min() >= 50

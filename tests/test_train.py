@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lidit_jax.checkpoint import Checkpoints, load_weights, steps_taken
-from lidit_jax.data.batch_stream import NEWS, BatchStream, News
+from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import Metrics, Progress, duration
@@ -77,7 +77,7 @@ class Numbers(BatchStream):
         x = np.random.default_rng(self._next_batch).normal(size=(16, 8)).astype(np.float32)
         if self._next_batch in self.bad:
             x[3, 2] = np.nan
-        return {"x": x, NEWS: News(Bucket(8, 8), 16)}
+        return {"x": x, STATISTICS: BatchStatistics(Bucket(8, 8), 16)}
 
     @property
     def buckets(self):

@@ -14,7 +14,7 @@ from test_train import ONE_DEVICE, assert_equal_trees, make_trainer, run
 
 from lidit_jax.checkpoint import steps_taken
 from lidit_jax.data.assembler import shapes_in_bucket
-from lidit_jax.data.batch_stream import NEWS, BatchStream, News
+from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.parallel.preemption import Preempted
@@ -41,7 +41,7 @@ class Images(BatchStream):
         self._seen.append(len(self._compiled))
         bucket = self._buckets[self._next_batch % len(self._buckets)]
         image = np.random.default_rng(self._next_batch).normal(size=(8, *bucket, 3)).astype(np.float32)
-        return {"image": image, "label": image.sum(axis=(1, 2, 3)), NEWS: News(bucket, 8)}
+        return {"image": image, "label": image.sum(axis=(1, 2, 3)), STATISTICS: BatchStatistics(bucket, 8)}
 
     def start_prefetch(self):
         pass
@@ -199,7 +199,7 @@ def test_the_warm_up_allocates_no_arrays_on_the_devices():
 
 
 def test_batches_of_another_dtype_do_not_use_the_precompiled_program(trainer):
-    batch = trainer.put({key: value for key, value in Images(0)._next().items() if key != NEWS})
+    batch = trainer.put({key: value for key, value in Images(0)._next().items() if key != STATISTICS})
     state = trainer.init(0)
     with jax.set_mesh(trainer.mesh), compilations() as compiled:
         halves = {key: x.astype(jnp.float16) for key, x in batch.items()}

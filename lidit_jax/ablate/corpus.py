@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from lidit_jax.data.batch_stream import NEWS, BatchStream, News
+from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.shapes.scene import Scene
@@ -121,7 +121,7 @@ class DocumentStream(BatchStream):
         first = batch * self._batch_size
         numbers = range(first + self._rows.start, first + self._rows.stop)
         found = self._tokenizer([self._corpus[number % len(self._corpus)] for number in numbers])
-        return found | {NEWS: News(_NO_PICTURE, len(numbers))}
+        return found | {STATISTICS: BatchStatistics(_NO_PICTURE, len(numbers))}
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:

@@ -1,4 +1,4 @@
-"""Examples to a batch: captions drawn and tokenised, pictures stacked."""
+"""Assembles examples into a batch: samples and tokenizes their captions, stacks their images."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -17,19 +17,19 @@ Tokenize = Callable[[list[str]], Mapping[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Assembler:
-    """Examples of one bucket, read and fitted, to a batch: captions drawn and tokenised, pictures stacked. Picklable.
+    """Assembles examples of one bucket, already resized to it, into a batch. Picklable.
 
-    It gives {"image": uint8 [B, H, W, 3], **tokenize(captions)}; of a source of latents, "moments" [B, h, w, 2C] in
-    place of "image".
+    A batch is {"image": uint8 [B, H, W, 3], **tokenize(captions)}. Sources of precomputed latents give "moments"
+    [B, h, w, 2C] instead of "image".
 
     Attributes:
-      buckets: the picture sizes; each example goes to the nearest in aspect.
-      seed: 0 to 2^64 - 1; with the batch's number and the row it decides order, captions and dropout.
-      choosers: of each source of a `ConcatenatedSource`, or of the one.
-      tokenize: B captions -> arrays with that many rows. None: captions are not trained on.
-      stored: in place of `tokenize` where the examples have their captions' features.
-      with_captions: also give "caption", a list of B strings.
-      with_images: give "image"; without, for language models, no picture is decoded.
+      buckets: image sizes; each example goes to the bucket with the nearest aspect ratio.
+      seed: 0 to 2^64 - 1; seed, batch number and row determine the order, the captions and the caption dropout.
+      choosers: one per source of a `ConcatenatedSource`; a single one for any other source.
+      tokenize: maps B captions to arrays with B rows; None if captions are not trained on.
+      stored: used instead of `tokenize` if the examples hold precomputed features of their captions.
+      with_captions: also return "caption", a list of B strings.
+      with_images: return "image"; if False (language models), no image is decoded.
     """
 
     buckets: tuple[Bucket, ...]
@@ -42,18 +42,27 @@ class Assembler:
 
     def __post_init__(self):
         if not 0 <= self.seed < 1 << 64:
-            raise UserError(f"seed={self.seed}: it is 0 to 2^64 - 1")
+            raise UserError(f"seed={self.seed} is out of range: use 0 to 2^64 - 1")
 
     def __call__(self, batch: int, first_row: int, examples: Sequence[Example]) -> dict[str, Any]:
-        """Args: batch, first_row: which batch it is, and which of its rows the first example."""
+        """Assembles consecutive rows of a batch.
+
+        Args:
+          batch: number of the batch.
+          first_row: row of the first example within the batch.
+          examples: the examples of these rows.
+
+        Returns:
+          The arrays described above, with one row per example.
+        """
         elements: dict[str, Any] = {}
         if self.tokenize or self.stored or self.with_captions:
             generators = _RowGenerators(self.seed, batch)
-            drawn = [
-                self.choosers[example.get("source", 0)].draw(example["captions"], generators.of_row(first_row + row))
+            sampled = [
+                self.choosers[example.get("source", 0)].sample(example["captions"], generators.for_row(first_row + row))
                 for row, example in enumerate(examples)
             ]
-            fields, captions = zip(*drawn, strict=True)
+            fields, captions = zip(*sampled, strict=True)
             if self.stored:
                 elements |= self.stored(examples, fields)
             elif self.tokenize:
@@ -69,20 +78,21 @@ class Assembler:
 def shapes_in_bucket(
     shapes: Mapping[str, tuple[int, ...]], bucket: Bucket, other: Bucket
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of a batch -> those of a batch of another bucket."""
+    """Converts the array shapes of a batch in `bucket` to those of a batch in the bucket `other`."""
     found = dict(shapes)
     for content in ("image", "moments"):
         if content in shapes:
-            rows, height, width, channels = shapes[content]  # of moments in latent cells: fractions of the bucket's
+            rows, height, width, channels = shapes[content]  # for moments in latent cells, so scale by the ratio
             height, width = height * other.height // bucket.height, width * other.width // bucket.width
             found[content] = (rows, height, width, channels)
     return found
 
 
 class _RowGenerators:
-    """One random stream for each row of a batch, the same whichever process reads the row.
+    """One random stream per row of a batch, independent of the process that reads the row.
 
-    A counter-based generator is moved to the row's place: seeding a new one would cost more than a tiny picture.
+    Sets the counter of one counter-based generator for each row: seeding a new generator would cost more than decoding
+    a tiny image.
     """
 
     def __init__(self, seed: int, batch: int):
@@ -91,10 +101,10 @@ class _RowGenerators:
         self._state = self._bits.state
         self._generator = np.random.Generator(self._bits)
 
-    def of_row(self, row: int) -> np.random.Generator:
-        """Valid until the next call."""
+    def for_row(self, row: int) -> np.random.Generator:
+        """Returns the generator of a row, which is valid until the next call."""
         self._state["state"]["counter"][:] = (0, row, self._batch, 0)
-        self._state["buffer_pos"] = 4  # nothing is left over from the row before
+        self._state["buffer_pos"] = 4  # discard numbers buffered for the previous row
         self._state["has_uint32"] = 0
         self._bits.state = self._state
         return self._generator

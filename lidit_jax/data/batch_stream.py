@@ -1,4 +1,4 @@
-"""What all loaders are: endless iterators over batches, with a position for checkpoints and a report for the log."""
+"""Base class of the loaders: endless iterators over batches that checkpoint their position and report statistics."""
 
 import abc
 import collections
@@ -11,18 +11,18 @@ from lidit_jax.data.broken_count import BrokenCount
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 
-NEWS = "news"  # of a batch on its way
+STATISTICS = "statistics"  # key of the statistics within a batch; removed before the batch is returned
 
 
-class News(NamedTuple):
-    """What is to be said of a batch; travels with it.
+class BatchStatistics(NamedTuple):
+    """Statistics of one batch, carried inside it from the threads or workers that read it.
 
     Attributes:
-      bucket: its group.
-      read: examples that were read for it.
-      broken: (key, reason) of those that could not be used.
-      dropped: how many the filters dropped, by reason, where they look while reading.
-      borrowed: examples put into the group that belong to another; see `GroupingBuffer`.
+      bucket: bucket of the batch.
+      read: number of examples read for the batch.
+      broken: (key, reason) of each example that could not be used.
+      dropped: number of samples that filters dropped, by reason; only for loaders that filter while reading.
+      borrowed: number of examples taken from another bucket; see `ShuffleBuffer`.
     """
 
     bucket: Bucket
@@ -33,9 +33,9 @@ class News(NamedTuple):
 
 
 class BatchStream(grain.DatasetIterator):
-    """Endless batches. Close it (or let it go) to end threads and workers.
+    """Endless iterator over batches. Closing or deleting it ends its threads and workers.
 
-    Its state is JSON: the next batch, the data's fingerprint, and what more a kind of loader needs.
+    Its state is JSON: the number of the next batch, the fingerprint of the data, and any state of the subclass.
     """
 
     def __init__(self, fingerprint: str, first_batch: int, max_broken: float):
@@ -44,52 +44,56 @@ class BatchStream(grain.DatasetIterator):
         self._next_batch = first_batch
         self._broken = BrokenCount(max_broken)
         self._dropped: collections.Counter[str] = collections.Counter()
-        self._groups: collections.Counter[Bucket] = collections.Counter()
+        self._bucket_counts: collections.Counter[Bucket] = collections.Counter()
         self._read = self._borrowed = 0
         self._bucket: Bucket | None = None
 
     @property
     @abc.abstractmethod
     def buckets(self) -> tuple[Bucket, ...]:
-        """The buckets that batches come in; those without a share of them are left out."""
+        """Buckets that batches come from; excludes buckets that never occur."""
 
     @property
     def bucket(self) -> Bucket:
-        """The bucket of the batch handed out last."""
+        """Bucket of the batch returned last; raises ValueError before the first."""
         if self._bucket is None:
-            raise ValueError("no batch was handed out yet")
+            raise ValueError("no batch has been returned yet")
         return self._bucket
 
     @property
     def broken(self) -> collections.Counter[str]:
-        """How many reads found something that cannot be used, by reason, of the batches handed out so far."""
+        """Number of unusable examples met while reading the batches returned so far, by reason."""
         return self._broken.by_reason
 
     @property
     def dropped(self) -> collections.Counter[str]:
-        """How many samples the filters dropped while reading, by reason, of the batches handed out so far."""
+        """Number of samples dropped by filters while reading the batches returned so far, by reason."""
         return self._dropped
 
     def __next__(self) -> dict[str, Any]:
-        """Raises UserError where too much is broken."""
+        """Returns the next batch.
+
+        Raises:
+          UserError: too many examples are broken.
+        """
         self._assert_not_closed()
         self.start_prefetch()
         elements = self._next()
         self._next_batch += 1
-        news: News = elements.pop(NEWS)
-        self._bucket = news.bucket
-        self._groups[news.bucket] += 1
-        self._dropped.update(news.dropped)
-        self._read += news.read
-        self._borrowed += news.borrowed
-        self._broken.add(news.read, news.broken)
+        statistics: BatchStatistics = elements.pop(STATISTICS)
+        self._bucket = statistics.bucket
+        self._bucket_counts[statistics.bucket] += 1
+        self._dropped.update(statistics.dropped)
+        self._read += statistics.read
+        self._borrowed += statistics.borrowed
+        self._broken.add(statistics.read, statistics.broken)
         return elements
 
     def report(self) -> dict[str, float]:
-        """For the log: each group's share of the batches since the last report, and how many were left out so far."""
-        batches = self._groups.total()
-        numbers = {f"group/{bucket}": count / batches for bucket, count in sorted(self._groups.items())}
-        self._groups.clear()
+        """Returns metrics for the log: share of each bucket since the last report, and samples left out so far."""
+        batches = self._bucket_counts.total()
+        numbers = {f"group/{bucket}": count / batches for bucket, count in sorted(self._bucket_counts.items())}
+        self._bucket_counts.clear()
         for name, count in (("broken", self.broken), ("dropped", self.dropped)):
             if count:
                 numbers[f"data/{name}"] = count.total()
@@ -98,14 +102,19 @@ class BatchStream(grain.DatasetIterator):
         return numbers
 
     def get_state(self) -> dict[str, Any]:
+        """Returns the position after the batch returned last, as JSON values."""
         return {"next_batch": self._next_batch, "fingerprint": self.fingerprint}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Raises UserError where the state was saved with other data."""
+        """Moves to a saved position.
+
+        Raises:
+          UserError: the state was saved with other data.
+        """
         self.restore([state])
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Goes on where the loaders of all processes were, however many there were.
+        """Resumes from the states of all processes, whose number may differ from the current one.
 
         Raises:
           UserError: the states were saved with other data.
@@ -114,12 +123,16 @@ class BatchStream(grain.DatasetIterator):
         self._next_batch = self._next_of(states)
 
     def _next_of(self, states: Sequence[Mapping[str, Any]]) -> int:
-        """The next batch's number. Raises UserError where the states cannot be this data's."""
+        """Returns the number of the next batch.
+
+        Raises:
+          UserError: the states were saved with other data, or are damaged.
+        """
         for state in states:
             if state.get("fingerprint") != self.fingerprint:
                 raise UserError(
-                    f"the data differ (fingerprint {self.fingerprint}) from those that the checkpoint was trained on "
-                    f"({state.get('fingerprint')!r:.80}): give the same data and filters, or start a new workdir"
+                    f"the data (fingerprint {self.fingerprint}) are not those of the checkpoint "
+                    f"({state.get('fingerprint')!r:.80}): use the same data and filters, or start a new workdir"
                 )
         numbers = {state.get("next_batch") for state in states}
         [number] = numbers if len(numbers) == 1 else [None]
@@ -128,17 +141,18 @@ class BatchStream(grain.DatasetIterator):
         return number
 
     def close(self) -> None:
+        """Ends threads and workers; the iterator cannot be used afterwards."""
         self._closed = True
         self._stop()
 
     @abc.abstractmethod
     def start_prefetch(self) -> None:
-        """Starts threads and workers, for instance while a model is still being restored."""
+        """Starts threads and workers, so that they read ahead while, for example, a checkpoint is being restored."""
 
     @abc.abstractmethod
     def _next(self) -> dict[str, Any]:
-        """The next batch, with `NEWS`."""
+        """Returns the next batch, with its statistics under the key `STATISTICS`."""
 
     @abc.abstractmethod
     def _stop(self) -> None:
-        """Ends threads and workers and forgets what they had begun."""
+        """Ends threads and workers and discards the batches they had prefetched."""

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets (paper: multi-scale training, images grouped by aspect ratio) and fitting pictures into them."""
+"""Aspect-ratio bucketing (paper, 5.1: images grouped by aspect ratio), and resizing of images to their bucket."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from PIL import Image
 
 from lidit_jax.errors import UserError
 
-_AVERAGED = 2 / 3  # largest scale at which areas are averaged
+_MAX_AREA_AVERAGING_SCALE = 2 / 3  # largest scale at which images are resized by area averaging
 
 
 class Bucket(NamedTuple):
-    """A picture size in pixels, the one of all pictures of a batch."""
+    """Image size in pixels, shared by all images of a batch."""
 
     height: int
     width: int
@@ -22,51 +22,54 @@ class Bucket(NamedTuple):
 
 
 def make_buckets(resolution: int, multiple: int, max_aspect: float = 1.0) -> tuple[Bucket, ...]:
-    """Sizes of nearly the same area and so of the same cost: for each shorter side, the longest other side that fits.
+    """Returns image sizes of nearly equal area, and so of nearly equal cost.
 
-    Each bucket is one more shape to compile. `multiple` decides how many there are; at max_aspect 2, resolutions of
-    256, 512 and 1024 px have 9, 19 and 37 buckets with a multiple of 16, and 3, 5 and 9 with 64.
+    For each length of the shorter side, the other side is the longest that keeps the area within `resolution` squared.
+    Each bucket is one more shape to compile, and `multiple` determines how many there are: at max_aspect 2, resolutions
+    of 256, 512 and 1024 px have 9, 19 and 37 buckets with a multiple of 16, and 3, 5 and 9 with a multiple of 64.
 
     Args:
-      resolution: side of the square bucket, in pixels; no bucket's area exceeds its square.
-      multiple: every side is a multiple of it, in pixels (VAE down-sampling times patch size, or more).
-      max_aspect: longest side over shortest; 1 gives the square alone.
+      resolution: side of the square bucket in pixels; no bucket has a larger area.
+      multiple: number of pixels that divides every side (VAE down-sampling times patch size, or a multiple of that).
+      max_aspect: largest ratio of the longer to the shorter side; 1 gives the square bucket alone.
 
     Returns:
-      Buckets by ascending aspect (width / height).
+      Buckets by ascending aspect ratio (width / height).
 
     Raises:
-      UserError: the resolution is not a multiple, or max_aspect needs a side shorter than `multiple`.
+      UserError: `resolution` is not a multiple of `multiple`, or `max_aspect` is below 1 or needs a side shorter than
+        `multiple`.
     """
     if multiple < 1 or resolution < 1 or resolution % multiple:
         raise UserError(_not_a_multiple(resolution, multiple))
     if not max_aspect >= 1:
-        raise UserError(f"max_aspect={max_aspect} is under 1: it is the longest side over the shortest")
-    squared = (resolution // multiple) ** 2  # area, in units of multiple²
-    if max_aspect > squared:
+        raise UserError(f"max_aspect={max_aspect} is below 1: give the ratio of the longer to the shorter side")
+    max_area = (resolution // multiple) ** 2  # area, in units of multiple²
+    if max_aspect > max_area:
         raise UserError(
             f"max_aspect={max_aspect:g} at resolution={resolution} needs a side under {multiple}: "
-            f"use max_aspect={squared} or less, or a higher resolution"
+            f"use max_aspect={max_area} or less, or a higher resolution"
         )
-    sides = ((shorter, squared // shorter) for shorter in range(1, resolution // multiple + 1))
+    sides = ((shorter, max_area // shorter) for shorter in range(1, resolution // multiple + 1))
     landscape = [(multiple * shorter, multiple * longer) for shorter, longer in sides if longer <= max_aspect * shorter]
-    both = {Bucket(*size) for size in landscape} | {Bucket(*reversed(size)) for size in landscape}
-    return tuple(sorted(both, key=lambda bucket: bucket.width / bucket.height))
+    sizes = {Bucket(*size) for size in landscape} | {Bucket(*reversed(size)) for size in landscape}
+    return tuple(sorted(sizes, key=lambda bucket: bucket.width / bucket.height))
 
 
 def _not_a_multiple(resolution: int, multiple: int) -> str:
     if multiple < 1 or resolution < 1:
-        return f"resolution={resolution} and multiple={multiple}: both are at least 1"
+        return f"resolution={resolution} and multiple={multiple}: both must be at least 1"
     lower = resolution // multiple * multiple
     choice = f"{lower} or {lower + multiple}" if lower else str(multiple)
     return f"resolution={resolution} is not a multiple of {multiple}: use {choice}"
 
 
 def assign(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
-    """The bucket nearest to each picture in log aspect, so that the crop takes as little as possible.
+    """Returns the bucket of each image: the nearest one in log aspect ratio, which crops least.
 
     Args:
       sizes: int [N, 2], height and width in pixels, all positive.
+      buckets: the buckets to choose from, in any order.
 
     Returns:
       int32 [N], indices into `buckets`.
@@ -79,16 +82,17 @@ def assign(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
 
 
 def resize_to_cover_and_crop(image: np.ndarray, bucket: Bucket) -> np.ndarray:
-    """Scales by one factor until the picture just covers the bucket, and keeps the middle (paper: no augmentation).
+    """Resizes an image until it just covers the bucket, then crops the centre (paper, 5.1: no augmentation).
 
-    Pictures are shrunk by averaging areas, as img2dataset does; by less than a third, where averages of one pixel here
-    and two there would show, and enlarged, with Lanczos' filter.
+    Images are shrunk by area averaging, as img2dataset does. Shrinking by less than a third, where averaging one pixel
+    here and two there would be visible, and enlarging use a Lanczos filter.
 
     Args:
       image: uint8 [H, W, 3].
+      bucket: size of the result.
 
     Returns:
-      uint8 [bucket.height, bucket.width, 3]; `image` itself where it has that size.
+      uint8 [bucket.height, bucket.width, 3]; `image` itself if it already has that size.
     """
     height, width, _ = image.shape
     if (height, width) == tuple(bucket):
@@ -97,10 +101,10 @@ def resize_to_cover_and_crop(image: np.ndarray, bucket: Bucket) -> np.ndarray:
     if scale == 1:
         top, left = (height - bucket.height) // 2, (width - bucket.width) // 2
         return image[top : top + bucket.height, left : left + bucket.width]
-    # Cropping in source coordinates, which may be fractions of a pixel: rounding the scaled size would distort.
+    # Crop in source coordinates, which may be fractional: rounding the scaled size would distort the image.
     crop_height, crop_width = min(bucket.height / scale, height), min(bucket.width / scale, width)
     top, left = (height - crop_height) / 2, (width - crop_width) / 2
     box = (left, top, min(left + crop_width, width), min(top + crop_height, height))
-    resample = Image.Resampling.BOX if scale <= _AVERAGED else Image.Resampling.LANCZOS
+    resample = Image.Resampling.BOX if scale <= _MAX_AREA_AVERAGING_SCALE else Image.Resampling.LANCZOS
     resized = Image.fromarray(image).resize((bucket.width, bucket.height), resample, box)
     return np.asarray(resized)

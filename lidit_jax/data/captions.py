@@ -1,4 +1,4 @@
-"""Which caption of an example a batch gets: mixed fields, templates and dropout for classifier-free guidance."""
+"""Chooses the caption of an example: mixed caption fields, templates, and dropout for classifier-free guidance."""
 
 import dataclasses
 import string
@@ -8,12 +8,17 @@ import numpy as np
 
 from lidit_jax.errors import UserError
 
-# What captions are called where nobody names the fields; other texts, as a licence, are no captions beside these.
+# Default caption fields. If an example has any of them, its other texts, such as a licence, are not captions.
 USUAL_FIELDS = ("txt", "caption", "text", "class")
 
 
 def fields_of(captions: Mapping[str, str], fields: Collection[str] | None) -> list[str]:
-    """The fields of an example that training may draw from: those named, else the usual ones, else all."""
+    """Returns the caption fields of an example that training may use.
+
+    Args:
+      captions: {field: text}; blank texts are ignored.
+      fields: allowed fields; None: those of `USUAL_FIELDS`, or all fields if the example has none of these.
+    """
     present = [field for field in captions if captions[field].strip()]
     if fields is not None:
         return [field for field in present if field in fields]
@@ -22,22 +27,23 @@ def fields_of(captions: Mapping[str, str], fields: Collection[str] | None) -> li
 
 @dataclasses.dataclass(frozen=True)
 class CaptionChooser:
-    """Draws one of an example's captions.
+    """Samples one of the captions of an example.
 
     Attributes:
-      fields: field -> how often it is drawn, in any unit (paper: original and synthetic captions mixed; the share is
-        open). A field that an example lacks leaves its share to those it has; 0 leaves a field out. None: the
-        usual ones alike, see `fields_of`.
+      fields: weight of each field, in any unit (paper, 5.1: original and synthetic captions mixed; their shares are not
+        given). The share of a field that an example lacks goes to those it has; weight 0 excludes a field. None: the
+        default fields with equal weights, see `fields_of`.
       dropout: probability of the empty caption, from which the model learns the unconditional prediction
         (classifier-free guidance, Ho & Salimans 2022).
-      templates: field -> text around it, e.g. {"class": "a photo of {class}"} (paper: its ImageNet ablations); it may
-        name other fields as well.
-      join: all of an example's captions in one text, in random order, instead of one of them: what a small language
-        model is trained on. To continue the first caption with the next (the same content in other words or another
-        language) a model must carry which colour belongs to which object; to continue a caption alone it need not.
+      templates: text around a field, e.g. {"class": "a photo of {class}"} (paper, 5.1: its ImageNet ablations); a
+        template may name other fields as well.
+      join: join all captions of an example, in random order, instead of sampling one. A small language model is
+        trained on such texts: to continue the first caption with the next (the same content in other words or another
+        language) a model must track which colour belongs to which object; to continue a single caption it need not.
 
     Raises:
-      UserError: a probability that is none, a template with something else than field names in its braces.
+      UserError: `dropout` is not a probability, the weights are invalid, or a template has something other than field
+        names in its braces.
     """
 
     fields: Mapping[str, float] | None = None
@@ -47,10 +53,10 @@ class CaptionChooser:
 
     def __post_init__(self):
         if not 0 <= self.dropout <= 1:
-            raise UserError(f"caption dropout is {self.dropout}: it is a probability, 0 to 1")
+            raise UserError(f"caption dropout is {self.dropout}: use a probability, 0 to 1")
         shares = () if self.fields is None else self.fields.values()
         if any(isinstance(share, bool) or not isinstance(share, int | float) for share in shares):
-            raise UserError(f"caption fields are {dict(self.fields)}: a share is a number")
+            raise UserError(f"caption fields are {dict(self.fields)}: every share must be a number")
         if self.fields is not None and not (self.used and all(0 <= p < np.inf for p in self.fields.values())):
             raise UserError(f"caption fields are {dict(self.fields)}: name at least one with a share above 0")
         for field, template in self.templates.items():
@@ -58,23 +64,28 @@ class CaptionChooser:
 
     @property
     def used(self) -> tuple[str, ...] | None:
-        """The fields that can be drawn; None: any."""
+        """Fields with a weight above 0; None if `fields` is None."""
         return None if self.fields is None else tuple(field for field, share in self.fields.items() if share > 0)
 
     def __call__(self, captions: Mapping[str, str], rng: np.random.Generator) -> str:
-        """The text alone of what `draw` draws."""
-        return self.draw(captions, rng)[1]
+        """Samples a caption as `sample` does, and returns its text alone."""
+        return self.sample(captions, rng)[1]
 
-    def draw(self, captions: Mapping[str, str], rng: np.random.Generator) -> tuple[str | None, str]:
-        """Draws from {field: text}, or joins them with " = "; "" with probability `dropout`.
+    def sample(self, captions: Mapping[str, str], rng: np.random.Generator) -> tuple[str | None, str]:
+        """Samples a caption; with probability `dropout`, the empty one.
+
+        Args:
+          captions: {field: text}.
+          rng: generator of the random numbers.
 
         Returns:
-          (the field that was drawn; None for the empty caption and for joined ones, its text).
+          (field, text): the sampled field with its text, or None with the empty caption or with all captions, joined
+          by " = ".
 
         Raises:
-          UserError: the example has none of the fields, or lacks one that its template names.
+          UserError: the example has none of the fields, or lacks a field that its template names.
         """
-        # Both are drawn in any case, so that changing the dropout does not change which caption the others get.
+        # Always draw both numbers, so that changing the dropout does not change the captions of other examples.
         dropped, position = rng.random() < self.dropout, rng.random()
         if dropped:
             return None, ""
@@ -83,12 +94,12 @@ class CaptionChooser:
             fields = rng.permutation(list(shares)).tolist()
             return None, " = ".join(self._fill(field, captions) for field in fields)
         bounds = np.cumsum(list(shares.values()))
-        drawn = min(int(np.searchsorted(bounds, position * bounds[-1], side="right")), len(bounds) - 1)
-        field = list(shares)[drawn]
+        sampled = min(int(np.searchsorted(bounds, position * bounds[-1], side="right")), len(bounds) - 1)
+        field = list(shares)[sampled]
         return field, self._fill(field, captions)
 
     def _shares(self, captions: Mapping[str, str]) -> dict[str, float]:
-        """Of the fields that the example has."""
+        """Returns the weights of the fields that the example has."""
         present = fields_of(captions, self.used)
         if not present:
             wanted = sorted(self.used or USUAL_FIELDS)
@@ -101,7 +112,7 @@ class CaptionChooser:
         return {field: share for field, share in self.fields.items() if field in present}
 
     def filled(self, captions: Mapping[str, str]) -> dict[str, str]:
-        """Every text that could be drawn, in its template: {field: text}."""
+        """Returns every caption that can be sampled, in its template: {field: text}."""
         return {field: self._fill(field, captions) for field in fields_of(captions, self.used)}
 
     def _fill(self, field: str, captions: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The `data` section of a config."""
+"""The `data` section of a config: where samples come from, how they are filtered, bucketed and captioned."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from lidit_jax.data.shapes.layout import SceneLayout
 from lidit_jax.errors import UserError
 
 SOURCES = ("shapes", "tar", "array_record", "tfds", "folder", "precomputed")
-# What an entry of a mixture may set for itself.
+# Fields that an entry of `mixture` may set.
 PER_SOURCE = (
     *("source", "path", "split", "data_dir", "image_key", "class_names", "num_examples", "held_out_shards", "features"),
     *("index_dir", "weight", "captions", "class_template", "min_aesthetic", "aesthetic_key", "min_side"),
@@ -22,50 +22,57 @@ PER_SOURCE = (
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Under `data` in the config.
+    """The `data` section of a config.
 
     Attributes:
-      source: "shapes" (built in), "tar" (img2dataset / webdataset shards), "array_record" (of tf.train.Example), "tfds"
-        (a TensorFlow data set), "folder" (pictures with a captions file, or in a folder for each class) or
-        "precomputed" (latents that `python -m lidit_jax.precompute` wrote).
-      path: where it is: a folder, a file, a glob, a brace range, on a disk or (tar) wherever fsspec reaches; of "tfds"
-        the data set's name.
-      mixture: name -> what differs from this section for one of several sources, `weight` and what `PER_SOURCE` lists.
-      weight: in a mixture, this source's share of the pictures, in any unit; None for all: as many as they have.
-      split, data_dir: of "tfds".
-      image_key: of "tfds" and "array_record", the feature with the picture; "": the only one, "image".
-      class_names: file with a class's name a line, for classes that are numbers.
-      features: of "precomputed", whether the prompts' features are used, where the folder has them.
-      num_examples: of "shapes".
-      layout: of "shapes", "quadrants" (up to 4 objects, each in its part of the image) or "free" (up to 6, anywhere).
-      object_shares: of "shapes", how often scenes have 1, 2, … objects, in any unit; None: the layout's own.
-      object_scale: of layout "free", factor on the objects' sizes: 1 is made for 64 px, less for more pixels.
-      overlaps: of layout "free", share of the scenes of two or more objects where one partly hides another.
-      held_out_shards: of "tar", how many of the last shards are kept from training, for evaluation. Of "shapes" nothing
-        need be kept: its held-out scenes are others than any training's.
-      index_dir: where the shards' indexes are kept; "": each beside its shard.
-      sequential: of "tar": read the shards from end to end, without indexes. It starts at once, and reads every byte
-        once an epoch; but it shuffles within buffers alone, and counts what is left out only as it meets it.
-      streams: of sequential reading, how many parts the shards are dealt out to; each has its rows of every batch.
-        They divide the batch, and the hosts divide them. 0: the most that divide the batch, up to 256 and a shard each.
-      shuffle_buffer: of sequential reading, samples that wait in memory, on all hosts together; 0: four batches of
-        every group.
-      resolution: side in pixels of a square picture; groups of other aspect ratios have about the same area.
-      max_aspect: longest side over shortest of the buckets; 1 makes all images square.
-      bucket_multiple: pixels that both sides of every bucket are a multiple of; larger values give fewer buckets, and
-        so fewer shapes to compile. A multiple of the cell (VAE down-sampling times patch size) that divides
-        `resolution`; 0: the cell itself, which gives the most buckets.
-      allow_enlarging: False drops pictures that are smaller than their group.
-      captions: caption field -> how often it is drawn (original and synthetic captions mixed); None: the usual fields.
+      source: "shapes" (built in), "tar" (img2dataset or webdataset shards), "array_record" (of tf.train.Example),
+        "tfds" (a TensorFlow Datasets data set), "folder" (images with a captions file, or one folder per class) or
+        "precomputed" (latents written by `python -m lidit_jax.precompute`).
+      resolution: side of the square bucket in pixels; buckets of other aspect ratios have about the same area.
+      path: folder, file, glob pattern or brace range, on a disk or, for "tar", at any fsspec URL; for "tfds", the name
+        of the data set.
+      mixture: several sources, by name; each entry holds the fields that differ from this section, of those in
+        `PER_SOURCE`.
+      weight: in a mixture, this source's share of the samples, in any unit; None for every source: in proportion to
+        their numbers of samples.
+      split, data_dir: split and data folder of a "tfds" source.
+      image_key: feature that holds the image in a "tfds" or "array_record" source; "": the only image feature (tfds)
+        or "image" (array_record).
+      class_names: file with one class name per line, for sources whose classes are numbers.
+      features: use the prompts' features of a "precomputed" source, if its folder has them.
+      num_examples: number of scenes of a "shapes" source.
+      layout: scenes of a "shapes" source: "quadrants" (up to 4 objects, each in its quadrant of the image) or "free"
+        (up to 6 objects, anywhere).
+      object_shares: for "shapes", how often scenes have 1, 2, … objects, in any unit; None: the layout's default.
+      object_scale: for layout "free", factor on the size of objects; 1 suits 64 px, larger images need less.
+      overlaps: for layout "free", share of the scenes of two or more objects where one partly hides another.
+      held_out_shards: for "tar", number of shards, from the last, that are kept from training for evaluation. A
+        "shapes" source needs none: its held-out scenes are never training scenes.
+      index_dir: folder for the shards' indexes; "": each index lies beside its shard.
+      sequential: for "tar", read shards from end to end without indexes. Training starts at once, and every byte is
+        read once per epoch; but shuffling happens only within buffers, and unusable samples are counted only when met.
+      streams: for sequential reading, number of streams that the shards are dealt to; each provides fixed rows of every
+        batch. It must divide the batch size and be a multiple of the number of hosts. 0: the largest divisor of the
+        batch size that is at most 256 and leaves every stream a shard.
+      shuffle_buffer: for sequential reading, number of samples held in memory, over all hosts; 0: four batches per
+        bucket.
+      max_aspect: largest ratio of the longer to the shorter side of a bucket; 1 makes all images square.
+      bucket_multiple: number of pixels that divides both sides of every bucket; larger values give fewer buckets, and
+        so fewer shapes to compile. It must divide `resolution` and be a multiple of the cell (VAE down-sampling times
+        patch size); 0: the cell itself, which gives the most buckets.
+      allow_enlarging: if False, drop images that are smaller than their bucket.
+      captions: weight of each caption field (original and synthetic captions mixed); None: the default fields.
       class_template: text around the field "class", e.g. "a photo of {}"; "" for none.
       caption_dropout: probability of the empty prompt, for classifier-free guidance.
-      min_aesthetic, aesthetic_key: filter on a score in the metadata; None keeps all.
-      min_side: filter on the picture's shorter side in pixels; 0 keeps all.
-      drop_aspect_over: filter on longest side over shortest; None keeps all.
-      drop_low_quality_captions: filter on captions that are URLs, file names or lists of tags.
-      max_broken: share of a thousand samples that may be broken (cut off, damaged, …) before the run stops.
-      num_threads, num_workers, prefetch: of the loader; they change nothing but its speed. Sequential reading has
-        threads alone.
+      min_aesthetic: lowest score that is kept; None keeps all.
+      aesthetic_key: key of that score in the metadata.
+      min_side: smallest shorter side of an image, in pixels, that is kept; 0 keeps all.
+      drop_aspect_over: largest ratio of the longer to the shorter side that is kept; None keeps all.
+      drop_low_quality_captions: drop samples whose captions are URLs, file names or tag lists.
+      max_broken: share of a window of 1,000 samples that may be broken (truncated, damaged, …) before the run stops.
+      num_threads: threads that read and decode; affects only the speed.
+      num_workers: worker processes; affects only the speed. Sequential reading uses threads alone.
+      prefetch: batches made ahead of time; affects only the speed.
     """
 
     source: str
@@ -106,49 +113,57 @@ class DataConfig:
 
     def __post_init__(self):
         if self.mixture:
-            self.parts()  # raises for what is wrong with them
+            self.source_configs()  # validates every source
             return
         if self.source not in SOURCES:
             raise UserError(f"data.source={self.source!r} is unknown: use one of {', '.join(SOURCES)}")
-        layout = self.scene_layout  # raises for impossible scenes
+        layout = self.scene_layout  # validates the scene options
         if self.source == "shapes" and self.layout == "free":
             layout.check_canvas(self.resolution, self.resolution)
         if self.source != "shapes" and not self.path:
             raise UserError(f"data.path is empty: give --config.data.path={_PATHS[self.source]}")
         if self.held_out_shards < 0 or (self.held_out_shards and self.source != "tar"):
             raise UserError(
-                f"data.held_out_shards={self.held_out_shards} goes with data.source='tar' alone, and is 0 or more: "
+                f"data.held_out_shards={self.held_out_shards} must be 0 or more, and 0 unless data.source='tar': "
                 "give --config.data.held_out_shards=0"
             )
         if not 0 <= self.max_broken <= 1:
-            raise UserError(f"data.max_broken={self.max_broken} is a share of the samples, 0 to 1")
+            raise UserError(f"data.max_broken={self.max_broken} must be a share of the samples, 0 to 1")
         if self.source == "shapes" and (self.min_aesthetic is not None or self.min_side > self.resolution):
-            raise UserError("data.source='shapes' has no scores and one size: leave min_aesthetic and min_side out")
+            raise UserError(
+                f"data.source='shapes' has no aesthetic scores and only images of {self.resolution} px: leave out "
+                f"data.min_aesthetic (now {self.min_aesthetic}) and data.min_side (now {self.min_side})"
+            )
         if self.sequential and self.source != "tar":
             raise UserError(
-                f"data.sequential goes with data.source='tar', not {self.source!r}: those have random access"
+                f"data.sequential requires data.source='tar', not {self.source!r}, which has random access: "
+                "give --config.data.sequential=False"
             )
         for name in ("num_threads", "num_workers", "prefetch", "streams", "shuffle_buffer"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name}={getattr(self, name)} must not be negative")
-        self.chooser(0.0)  # raises for impossible captions
+        self.chooser(0.0)  # validates the caption options
 
     @property
     def scene_layout(self) -> SceneLayout:
-        """Options of the scenes of "shapes"."""
+        """Scene options of the "shapes" source."""
         return SceneLayout(self.layout, self.object_shares, self.object_scale, self.overlaps)
 
     @property
     def holds_out(self) -> bool:
-        """Whether there are pictures that training does not see."""
-        return any(part.source == "shapes" or part.held_out_shards > 0 for part in self.parts().values())
+        """Whether some samples are held out from training."""
+        return any(config.source == "shapes" or config.held_out_shards > 0 for config in self.source_configs().values())
 
-    def parts(self) -> dict[str, "DataConfig"]:
-        """The mixture's sources, each with what it shares with this section; without a mixture, this one alone."""
+    def source_configs(self) -> dict[str, "DataConfig"]:
+        """Returns the config of each source of the mixture, by name; without a mixture, {"data": self}.
+
+        Raises:
+          UserError: an entry of the mixture is invalid, or only some sources have a weight.
+        """
         if not self.mixture:
             return {"data": self}
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        parts = {}
+        source_configs = {}
         for name, changes in self.mixture.items():
             where = f"data.mixture.{name}"
             if not isinstance(changes, Mapping):
@@ -156,16 +171,16 @@ class DataConfig:
             for key in changes:
                 if key not in PER_SOURCE:
                     raise UserError(f"config key {where}.{key} is unknown; known are {', '.join(PER_SOURCE)}")
-            parts[name] = build(DataConfig, {**shared, "mixture": None, **changes}, where)
-        given = [part.weight is not None for part in parts.values()]
+            source_configs[name] = build(DataConfig, {**shared, "mixture": None, **changes}, where)
+        given = [config.weight is not None for config in source_configs.values()]
         if (
             any(given)
             and not all(given)
             or any(given)
-            and not all(0 < part.weight < math.inf for part in parts.values())
+            and not all(0 < config.weight < math.inf for config in source_configs.values())
         ):
             raise UserError("data.mixture: give every source a weight above 0, or none of them")
-        return parts
+        return source_configs
 
     def buckets(self, cell: int) -> tuple[Bucket, ...]:
         """Returns the aspect-ratio buckets, by ascending aspect; see `make_buckets`.
@@ -174,7 +189,7 @@ class DataConfig:
           cell: pixels that both sides of every image must be multiples of (VAE down-sampling times patch size).
 
         Raises:
-          UserError: `bucket_multiple` cannot be used (the message names those that can), or nothing fits the cell.
+          UserError: `bucket_multiple` cannot be used (the message lists the values that can), or no bucket fits.
         """
         multiple = self.bucket_multiple or cell
         sizes = {
@@ -183,7 +198,7 @@ class DataConfig:
             if self.resolution % size == 0 and 1 <= self.max_aspect <= (self.resolution // size) ** 2
         }
         if not sizes:
-            return make_buckets(self.resolution, cell, self.max_aspect)  # raises: resolution or max_aspect is wrong
+            return make_buckets(self.resolution, cell, self.max_aspect)  # raises the UserError
         if multiple not in sizes:
             choices = ", ".join(
                 f"{size} ({len(buckets)} bucket{'s' * (len(buckets) > 1)})" for size, buckets in sizes.items()
@@ -195,12 +210,13 @@ class DataConfig:
         return sizes[multiple]
 
     def weights(self) -> list[float] | None:
-        """Of the mixture's sources; None where none are given."""
-        weights = [part.weight for part in self.parts().values()]
+        """Returns the weight of each source of the mixture; None without a mixture or without weights."""
+        weights = [config.weight for config in self.source_configs().values()]
         return None if weights[0] is None or not self.mixture else weights
 
     def chooser(self, dropout: float, join: bool = False) -> CaptionChooser:
-        # Precomputed captions are in their templates already.
+        """Returns the caption chooser of this source; see `CaptionChooser` for the arguments."""
+        # Precomputed captions already include their template.
         template = "" if self.source == "precomputed" else self.class_template.replace("{}", "{class}")
         return CaptionChooser(self.captions, dropout, {"class": template} if template else {}, join)
 
@@ -209,6 +225,6 @@ _PATHS = {
     "tar": "FOLDER_OF_TAR_SHARDS",
     "array_record": "FOLDER_OF_ARRAY_RECORD_FILES",
     "tfds": "NAME_OF_THE_DATA_SET",
-    "folder": "FOLDER_OF_PICTURES",
+    "folder": "FOLDER_OF_IMAGES",
     "precomputed": "FOLDER_OF_LATENTS",
 }

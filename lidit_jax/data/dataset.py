@@ -1,4 +1,4 @@
-"""From the `data` section of a config to batches: sources, filters, aspect-ratio groups, captions."""
+"""Base class of the data sets that the `data` section of a config describes; `open_dataset` returns one."""
 
 import abc
 import collections
@@ -17,47 +17,63 @@ from lidit_jax.errors import UserError
 
 
 class Dataset(abc.ABC):
-    """Filtered sources with their aspect-ratio groups; `open_dataset` makes one.
+    """Filtered sources with their aspect-ratio buckets.
 
     Attributes:
-      buckets: the groups' sizes.
-      broken, dropped: samples left out, by reason: what could not be used, and what the filters dropped.
+      buckets: the buckets' sizes.
+      broken: number of samples that could not be used, by reason.
+      dropped: number of samples that filters dropped, by reason.
     """
 
     def __init__(
         self,
         config: DataConfig,
         buckets: tuple[Bucket, ...],
-        parts: Mapping[str, DataConfig],
+        source_configs: Mapping[str, DataConfig],
         held_out: bool,
         with_captions: bool,
     ):
-        """As `open_dataset`. Args: parts: the sources of the config's mixture that are used, by name."""
+        """Initializes what all data sets share.
+
+        Args:
+          config: the `data` section.
+          buckets: the aspect-ratio buckets.
+          source_configs: config of each source that is used, by name.
+          held_out: as for `open_dataset`.
+          with_captions: as for `open_dataset`.
+        """
         self.config, self.buckets = config, buckets
         self.broken: collections.Counter[str] = collections.Counter()
         self.dropped: collections.Counter[str] = collections.Counter()
         self._with_captions = with_captions
-        self._parts = parts
+        self._source_configs = source_configs
         self._weights = None if held_out else config.weights()
 
-    def _check_fields(self, found: Mapping[str, int], nobody: str = "no sample") -> None:
-        """Raises UserError for a caption field that the config names and no sample has, if any has one at all."""
+    def _check_fields(self, found: Mapping[str, int], no_samples: str = "no sample") -> None:
+        """Raises UserError if the config names a caption field that no sample has.
+
+        Args:
+          found: number of samples with each caption field; if empty, nothing is checked.
+          no_samples: subject of the error message.
+        """
         if not self._with_captions or not found:
             return
-        named = {field for part in self._parts.values() for field in part.chooser(0.0).used or ()}
+        named = {
+            field for source_config in self._source_configs.values() for field in source_config.chooser(0.0).used or ()
+        }
         for field in sorted(named):
             if field not in found:
-                there = ", ".join(sorted(found)[:20]) or "none"
+                available = ", ".join(sorted(found)[:20]) or "none"
                 raise UserError(
-                    f"data.captions names {field!r}, which {nobody} has (there are {there}): "
-                    f"give --config.data.captions.{field}=0 or mend its name"
+                    f"data.captions names {field!r}, which {no_samples} has (there are {available}): "
+                    f"give --config.data.captions.{field}=0 or correct its name"
                 )
 
     def _choosers(self, dropout: float, join: bool = False) -> tuple[CaptionChooser, ...]:
-        return tuple(part.chooser(dropout, join) for part in self._parts.values())
+        return tuple(source_config.chooser(dropout, join) for source_config in self._source_configs.values())
 
-    def _left_out(self) -> list[str]:
-        """For the log."""
+    def _describe_left_out(self) -> list[str]:
+        """Returns log text on the samples that filters dropped and on the broken ones."""
         found = (("left out by filters", self.dropped), ("broken", self.broken))
         return [
             f"{what} {', '.join(f'{reason}: {count}' for reason, count in sorted(reasons.items()))}"
@@ -68,43 +84,46 @@ class Dataset(abc.ABC):
     @property
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Of what is in it and how it is grouped and ordered."""
+        """Text that identifies the samples, their buckets and their order; a run resumes only with equal text."""
 
     @property
     def holds_latents(self) -> bool:
-        """Whether batches hold latents ("moments") in place of pictures."""
+        """Whether batches hold latents ("moments") instead of images."""
         return False
 
     def stored_prompts(self) -> StoredPrompts | None:
-        """How batches get the prompts' features, where the data hold them."""
+        """Returns the precomputed features of the prompts; None if the data hold none."""
         return None
 
     @abc.abstractmethod
     def summary(self) -> str:
-        """For the log: how many pictures, which share in which group, what was left out and why."""
+        """Returns log text: number of samples, share of each bucket, samples left out by reason."""
 
     @abc.abstractmethod
     def check_batch_size(self, batch_size: int) -> None:
-        """Raises UserError for one that cannot be made by so many hosts."""
+        """Raises UserError if a batch of this size cannot be divided over the processes."""
 
     @abc.abstractmethod
     def smallest_side(self) -> int:
-        """Of the pictures as they come in batches, in pixels."""
+        """Returns the shortest side of an image in a batch, in pixels."""
 
     @abc.abstractmethod
     def largest_bucket(self) -> Bucket:
-        """The group with the most pictures: what previews are drawn in."""
+        """Returns the bucket with the most samples, in which previews are generated."""
 
     @abc.abstractmethod
     def captions(self, count: int, seed: int) -> list[str]:
-        """Captions of up to `count` examples, spread over the source; none dropped."""
+        """Returns captions of up to `count` examples, spread evenly over the data set, without caption dropout."""
 
     @abc.abstractmethod
     def pictures(self, count: int) -> list[np.ndarray]:
-        """Up to `count` pictures, spread over the source: uint8 [H, W, 3] each, as in batches; broken ones left out.
+        """Returns up to `count` images, spread evenly over the data set; broken ones are left out.
+
+        Returns:
+          uint8 [H, W, 3] each, resized to its bucket as in batches.
 
         Raises:
-          UserError: all are broken, or the data are latents.
+          UserError: all of them are broken, or the data are latents.
         """
 
     def batches(
@@ -120,9 +139,18 @@ class Dataset(abc.ABC):
         with_captions: bool = False,
         with_features: bool = False,
     ) -> BatchStream:
-        """This process's rows of batches first, first + 1, …; see `Assembler` and `CaptionChooser`.
+        """Returns an iterator over this process's rows of batches `first`, `first` + 1, ….
 
-        Args: with_features: the prompts' stored features in place of `tokenize`.
+        Args:
+          batch_size: rows of a batch over all processes.
+          seed: seed of the order and the captions; see `Assembler`.
+          tokenize: see `Assembler`.
+          first: number of the first batch.
+          caption_dropout: `dropout` of `CaptionChooser`.
+          join_captions: `join` of `CaptionChooser`.
+          with_images: see `Assembler`.
+          with_captions: see `Assembler`.
+          with_features: use the precomputed features of the prompts instead of `tokenize`.
         """
         assembler = Assembler(
             self.buckets,
@@ -142,5 +170,5 @@ class Dataset(abc.ABC):
 
 
 def spread(total: int, count: int) -> Sequence[int]:
-    """Up to `count` of range(total), evenly."""
+    """Returns up to `count` evenly spaced elements of range(total)."""
     return np.linspace(0, total - 1, min(count, total)).astype(int).tolist()

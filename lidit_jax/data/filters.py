@@ -1,9 +1,9 @@
-"""Which samples are worth training on (paper: aesthetic score, resolution, prompts that are URLs or tags).
+"""Filters that choose the samples to train on (paper, 5.1: aesthetic score, resolution, prompts that are URLs or tags).
 
-A filter looks at one `Candidate` and returns None to keep it, or a few words that say why not. Its settings are
-keyword arguments: `functools.partial(aesthetic_score, minimum=5.0)` is a filter too. Filters of captions
-look at the fields that training draws from (None: see `captions.fields_of`); one bad caption drops the sample, because
-training could draw it.
+A filter takes a `Candidate` and returns None to keep it, or the reason for dropping it in a few words. Its settings are
+keyword arguments: `functools.partial(aesthetic_score, minimum=5.0)` is a filter too. Caption filters check the fields
+that training samples from (None: see `captions.fields_of`); a single bad caption drops the sample, because training
+could sample it.
 """
 
 import math
@@ -18,7 +18,7 @@ from lidit_jax.data.captions import fields_of
 
 
 class Candidate(NamedTuple):
-    """What a filter may look at; height and width in pixels."""
+    """The facts about a sample that filters see; height and width in pixels."""
 
     captions: dict[str, str]
     metadata: dict[str, Any]
@@ -36,11 +36,11 @@ _CAMERA_NAME = re.compile(
     r"(?:img|dsc[nf]?|pxl|p|dji|gopr|screenshot|image|photo|picture|untitled)[\s_-]*[\d\s_-]*\d", re.I
 )
 _TAG_SEPARATORS = re.compile(r"[,;|,、;]")
-_MAX_JUNK = 1000  # characters; the patterns' time grows with the square, and no address or file name is that long
+_MAX_MATCHED_LENGTH = 1000  # characters; matching takes quadratic time, and no URL or file name is longer
 _MIN_TAGS = 3
 _MAX_WORDS_OF_A_TAG = 2
 _MAX_CHINESE_CHARACTERS_OF_A_TAG = 4
-# A list with one of these in it is a phrase: "a red, a green and a blue cube".
+# An item with one of these words makes the list a phrase: "a red, a green and a blue cube".
 _PHRASE_WORDS = frozenset(
     ("a", "an", "the", "and", "or", "with", "of", "in", "on", "at", "by", "to", "is", "are", "was", "its", "his", "her")
 )
@@ -49,7 +49,7 @@ _CHINESE_PHRASE_WORDS = re.compile(r"[的在和与是有着了]")
 
 
 def aesthetic_score(candidate: Candidate, *, minimum: float = 4.7, key: str = "aesthetic_score") -> str | None:
-    """Drops what LAION's aesthetic predictor scores below `minimum` (paper: 4.7), or what has no score."""
+    """Drops images without an aesthetic score (LAION's predictor) or with one below `minimum` (paper, 5.1: 4.7)."""
     value = candidate.metadata.get(key)
     try:
         score = math.nan if isinstance(value, bool) else float(value)
@@ -61,48 +61,48 @@ def aesthetic_score(candidate: Candidate, *, minimum: float = 4.7, key: str = "a
 
 
 def smallest_side(candidate: Candidate, *, minimum: int) -> str | None:
-    """Drops pictures whose shorter side has fewer than `minimum` pixels."""
+    """Drops images whose shorter side is below `minimum` pixels."""
     return f"side under {minimum} px" if min(candidate.height, candidate.width) < minimum else None
 
 
 def aspect(candidate: Candidate, *, maximum: float) -> str | None:
-    """Drops pictures whose longer side is more than `maximum` times the shorter one."""
+    """Drops images whose longer side is more than `maximum` times the shorter one."""
     longer, shorter = max(candidate.height, candidate.width), min(candidate.height, candidate.width)
     return f"aspect over {maximum:g}" if longer > maximum * shorter else None
 
 
 def no_caption(candidate: Candidate, *, fields: Sequence[str] | None = None) -> str | None:
-    """Drops samples with nothing but blanks in all of the fields."""
+    """Drops samples whose caption fields are all missing or blank."""
     return None if any(_texts(candidate, fields)) else "no caption"
 
 
 def url_caption(candidate: Candidate, *, fields: Sequence[str] | None = None) -> str | None:
-    """Drops captions that are web addresses, with at most one other word."""
+    """Drops captions that consist of URLs and at most one other word."""
     return "caption is a URL" if any(map(_is_url, _texts(candidate, fields))) else None
 
 
 def file_name_caption(candidate: Candidate, *, fields: Sequence[str] | None = None) -> str | None:
-    """Drops captions that are file names ("beach.jpg") or what cameras call pictures ("DSC_0042")."""
+    """Drops captions that are file names ("beach.jpg") or names that cameras give to images ("DSC_0042")."""
     return "caption is a file name" if any(map(_is_file_name, _texts(candidate, fields))) else None
 
 
 def tag_list_caption(candidate: Candidate, *, fields: Sequence[str] | None = None) -> str | None:
-    """Drops captions that list three or more tags ("cat, cute, pet", "#cat #cute #pet") instead of describing."""
+    """Drops captions that are a list of three or more tags ("cat, cute, pet", "#cat #cute #pet")."""
     return "caption is a tag list" if any(map(_is_tag_list, _texts(candidate, fields))) else None
 
 
 def enlarging(candidate: Candidate, *, buckets: Sequence[Bucket]) -> str | None:
-    """Drops pictures that their aspect-ratio group would have to enlarge."""
+    """Drops images that would have to be enlarged to fill their bucket."""
     size = np.array([[candidate.height, candidate.width]])
     bucket = buckets[assign(size, buckets)[0]]
-    return "smaller than its group" if (size < bucket).any() else None
+    return "smaller than its bucket" if (size < bucket).any() else None
 
 
 CAPTION_FILTERS: tuple[Filter, ...] = (no_caption, url_caption, file_name_caption, tag_list_caption)
 
 
 def first_reason(candidate: Candidate, filters: Sequence[Filter]) -> str | None:
-    """Asks the filters in turn; None if all keep it."""
+    """Returns the reason of the first filter that drops the candidate; None if all keep it."""
     return next((reason for check in filters if (reason := check(candidate)) is not None), None)
 
 
@@ -111,7 +111,7 @@ def _texts(candidate: Candidate, fields: Sequence[str] | None) -> Iterator[str]:
 
 
 def _is_url(caption: str) -> bool:
-    if len(caption) > _MAX_JUNK:
+    if len(caption) > _MAX_MATCHED_LENGTH:
         return False
     rest, found = _URL.subn(" ", caption)
     return found > 0 and len(rest.split()) <= 1
@@ -119,7 +119,7 @@ def _is_url(caption: str) -> bool:
 
 def _is_file_name(caption: str) -> bool:
     caption = caption.strip()
-    if len(caption) > _MAX_JUNK:
+    if len(caption) > _MAX_MATCHED_LENGTH:
         return False
     return bool(_FILE_NAME.fullmatch(caption) or _CAMERA_NAME.fullmatch(caption))
 

@@ -1,4 +1,4 @@
-"""The data set that a config names: the one place that asks which kind of source it is."""
+"""Opens the data set that a config names; the only module that depends on the kind of source."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -15,66 +15,78 @@ from lidit_jax.data.formats.record_shards import ArrayRecordShards, TfdsShards
 from lidit_jax.data.formats.shards import Shards
 from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.indexed.dataset import IndexedDataset
-from lidit_jax.data.indexed.index import IndexPlan, examine
+from lidit_jax.data.indexed.index import IndexOptions, examine
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.data.shapes.source import HELD_OUT_SEED, ShapesSource
 from lidit_jax.data.sources import Source
 from lidit_jax.data.streamed.dataset import StreamedDataset
-from lidit_jax.data.streamed.sample_stream import Reading
+from lidit_jax.data.streamed.sample_stream import SampleReader
 from lidit_jax.errors import UserError
 
 
 def open_dataset(config: DataConfig, cell: int, held_out: bool = False, with_captions: bool = True) -> Dataset:
-    """Finds the data and looks at them, as far as can be done before training.
+    """Opens the data and examines them: filters, buckets and broken samples.
 
     Args:
-      cell: pixels that both sides of every picture must be multiples of (latent cell times patch).
-      held_out: the pictures kept from training, in place of those for it.
-      with_captions: whether captions are trained on; an autoencoder has no use for them.
+      config: the `data` section of a config.
+      cell: pixels that both sides of every image must be multiples of (VAE down-sampling times patch size).
+      held_out: open the samples held out from training instead of the training samples.
+      with_captions: whether captions are trained on; an autoencoder does not use them.
 
     Raises:
-      UserError: if there is no data, the filters leave nothing, too much is broken, no sample has a caption field
-        that the config names, or there are no buckets of the resolution (`DataConfig.buckets`).
+      UserError: there are no data, the filters drop every sample, too many samples are broken, no sample has a caption
+        field that the config names, or the resolution has no buckets (`DataConfig.buckets`).
     """
     if not config.sequential:
         return open_indexed_dataset(config, cell, held_out, with_captions)
-    buckets, parts = config.buckets(cell), _parts(config, held_out)
-    readings = (
-        Reading(open_shards(part, held_out), buckets, tuple(make_filters(part, buckets, with_captions)))
-        for part in parts.values()
+    buckets, source_configs = config.buckets(cell), _used_source_configs(config, held_out)
+    readers = (
+        SampleReader(
+            open_shards(source_config, held_out), buckets, tuple(make_filters(source_config, buckets, with_captions))
+        )
+        for source_config in source_configs.values()
     )
-    return StreamedDataset(config, buckets, parts, readings, held_out, with_captions)
+    return StreamedDataset(config, buckets, source_configs, readers, held_out, with_captions)
 
 
 def open_indexed_dataset(
     config: DataConfig, cell: int, held_out: bool = False, with_captions: bool = True
 ) -> IndexedDataset:
-    """As `open_dataset`, with random access whatever `config.sequential` says."""
-    buckets, parts = config.buckets(cell), _parts(config, held_out)
-    sources = (open_source(part, buckets, held_out, with_captions) for part in parts.values())
-    return IndexedDataset(config, buckets, parts, sources, held_out, with_captions)
+    """Opens the data as `open_dataset` does, with random access even if `config.sequential` is set."""
+    buckets, source_configs = config.buckets(cell), _used_source_configs(config, held_out)
+    sources = (
+        open_source(source_config, buckets, held_out, with_captions) for source_config in source_configs.values()
+    )
+    return IndexedDataset(config, buckets, source_configs, sources, held_out, with_captions)
 
 
 def open_source(config: DataConfig, buckets: Sequence[Bucket], held_out: bool, with_captions: bool) -> Source:
-    """Random access to one source, not a mixture; arguments as of `open_dataset`."""
+    """Opens a single source, not a mixture, with random access.
+
+    Args:
+      config: config of the source, as `DataConfig.source_configs` returns it.
+      buckets: the aspect-ratio buckets.
+      held_out: as for `open_dataset`.
+      with_captions: as for `open_dataset`.
+    """
     if config.source == "shapes":
         seed = HELD_OUT_SEED if held_out else 0
         side = config.resolution
         return ShapesSource(config.num_examples, side, side, seed, layout=config.scene_layout)
     if config.source == "precomputed":
-        # The filters of pictures have done their work; but a caption there must be, where any is trained on.
+        # Image filters were applied when the latents were computed; only the caption still has to be checked.
         captions = [functools.partial(filters.no_caption, fields=config.chooser(0.0).used)] if with_captions else []
         return PrecomputedSource(config.path, buckets, captions, config.features and with_captions)
     shards = open_shards(config, held_out)
-    # Each process begins elsewhere, so that together they make the missing indexes once.
+    # Each process begins at another shard, so that together they build every missing index once.
     first = len(shards.paths) * jax.process_index() // jax.process_count()
     chosen = make_filters(config, buckets, with_captions)
-    return IndexedSource(shards, examine(shards, chosen, IndexPlan(config.index_dir), first))
+    return IndexedSource(shards, examine(shards, chosen, IndexOptions(config.index_dir), first))
 
 
 def open_shards(config: DataConfig, held_out: bool = False) -> Shards:
-    """The reader of the files at `config.path`: a tar, array_record, tfds or folder source."""
+    """Returns the reader of the files at `config.path`, for a tar, array_record, tfds or folder source."""
     names = _class_names(config.class_names) if config.class_names else ()
     if config.source == "tar":
         first_held_out = -config.held_out_shards or None
@@ -87,7 +99,7 @@ def open_shards(config: DataConfig, held_out: bool = False) -> Shards:
 
 
 def make_filters(config: DataConfig, buckets: Sequence[Bucket], with_captions: bool) -> list[Filter]:
-    """The filters that a config asks for; those of captions only where captions are trained on."""
+    """Returns the filters that a config selects; caption filters only if captions are trained on."""
     chosen: list[Filter] = []
     fields = config.chooser(0.0).used
     if with_captions:
@@ -108,9 +120,13 @@ def make_filters(config: DataConfig, buckets: Sequence[Bucket], with_captions: b
     return chosen
 
 
-def _parts(config: DataConfig, held_out: bool) -> Mapping[str, DataConfig]:
-    """The sources to open: all, or those that hold something out."""
-    return {name: part for name, part in config.parts().items() if part.holds_out or not held_out}
+def _used_source_configs(config: DataConfig, held_out: bool) -> Mapping[str, DataConfig]:
+    """Returns the sources to open: all of them, or those with held-out samples."""
+    return {
+        name: source_config
+        for name, source_config in config.source_configs().items()
+        if source_config.holds_out or not held_out
+    }
 
 
 @functools.lru_cache(maxsize=8)
@@ -123,5 +139,5 @@ def _class_names(file: str) -> tuple[str, ...]:
     while names and not names[-1]:
         names = names[:-1]
     if not names or not all(names):
-        raise UserError(f"data.class_names={file!r}: write one class's name a line, in the order of their numbers")
+        raise UserError(f"data.class_names={file!r}: write one class name per line, in the order of the numbers")
     return names

@@ -1,13 +1,13 @@
 """Latents computed ahead of training: a folder of ArrayRecord files with the moments of the VAE's posterior.
 
-    manifest.json             what made them, the groups, the files in order; written last, when all else is there
-    plan.json                 the same facts while the folder is being made
-    features.safetensors      where prompts' features are kept too: what all prompts share
-    GROUP-PART.array_record   records of one group, in the order of the data set
+    manifest.json               how they were computed, the buckets, the files in order; written last
+    plan.json                   the same facts while the folder is incomplete
+    features.safetensors        only if prompts' features are stored too: the features that all prompts share
+    BUCKET-NUMBER.array_record  records of one bucket, in the order of the data set
 
 A record is a safetensors file: "moments" [h, w, 2C] (mean and log-variance); "features/ENCODER/FIELD" of every caption,
-where they are kept (see `stored_features.py`); and "text", JSON in UTF-8 with the example's key, its captions, and
-which of them an encoder cut.
+if features are stored (see `stored_features.py`); and "text", JSON in UTF-8 with the key of the example, its captions,
+and the captions that an encoder truncated.
 """
 
 import dataclasses
@@ -26,28 +26,28 @@ from lidit_jax.data.filters import Candidate, Filter, first_reason
 from lidit_jax.data.formats.record_shards import RecordReaders
 from lidit_jax.data.formats.shards import Unusable, captions_of, parse_json
 from lidit_jax.data.sources import BrokenExample, Example, Source
-from lidit_jax.data.stored_features import FEATURES, ConstantFeatures, StoredEncoder, tensors_of
+from lidit_jax.data.stored_features import FEATURES, ConstantFeatures, EncoderFingerprint, load_tensors
 from lidit_jax.errors import UserError
 
-FORMAT = 2  # 1 had no features
+FORMAT = 2  # format 1 has no features
 MANIFEST, PLAN = "manifest.json", "plan.json"
 DTYPES = ("float16", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of latents is.
+    """Describes a folder of latents.
 
     Attributes:
-      data: fingerprint of the data set that they were computed from.
+      data: fingerprint of the data set that the latents were computed from.
       vae: digest of the VAE's folder.
-      dtype: of the moments.
-      cell: pixels a latent cell.
-      channels: C, of the latents.
-      buckets: the groups' sizes in pixels.
-      encoders: by name, those whose features are kept.
-      files: [name, index of its group, records] each; none in a plan.
-      left_out: examples whose pictures were broken.
+      dtype: dtype of the moments.
+      cell: side of a latent cell in pixels (the VAE's down-sampling).
+      channels: number of latent channels, C.
+      buckets: the buckets' sizes in pixels.
+      encoders: encoders whose features are stored, by name.
+      files: (file name, index of its bucket, number of records) of each file; empty in a plan.
+      left_out: number of examples left out because their image was broken.
     """
 
     data: str
@@ -56,67 +56,76 @@ class Manifest:
     cell: int
     channels: int
     buckets: tuple[Bucket, ...]
-    encoders: Mapping[str, StoredEncoder] = dataclasses.field(default_factory=dict)
+    encoders: Mapping[str, EncoderFingerprint] = dataclasses.field(default_factory=dict)
     files: tuple[tuple[str, int, int], ...] = ()
     left_out: int = 0
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the manifest as JSON values, as `read` expects them in the file."""
         return {"format": FORMAT, **dataclasses.asdict(self)}
 
     @classmethod
     def read(cls, file: epath.Path) -> "Manifest":
-        """Raises UserError where it is none, or of a newer format."""
+        """Reads a manifest.
+
+        Raises:
+          UserError: the file does not exist, is not a valid manifest, or has an unknown format.
+        """
         try:
             values = json.loads(file.read_text())
             version = values.pop("format")
             if version not in range(1, FORMAT + 1):
                 raise UserError(
-                    f"{file}: format {version}, this program reads 1 to {FORMAT}: use the program that wrote it"
+                    f"{file}: format {version} is unknown, this version reads 1 to {FORMAT}: use the one that wrote it"
                 )
             values["buckets"] = tuple(Bucket(*map(int, size)) for size in values["buckets"])
             values["files"] = tuple((str(name), int(bucket), int(count)) for name, bucket, count in values["files"])
             encoders = values.pop("encoders", {})
-            values["encoders"] = {str(name): StoredEncoder(**facts) for name, facts in encoders.items()}
+            values["encoders"] = {str(name): EncoderFingerprint(**facts) for name, facts in encoders.items()}
             manifest = cls(**values)
         except UserError:
             raise
         except FileNotFoundError:
-            raise UserError(f"{file}: does not exist; make it with `python -m lidit_jax.precompute`") from None
+            raise UserError(f"{file}: does not exist: create it with `python -m lidit_jax.precompute`") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{file}: not what `python -m lidit_jax.precompute` writes ({error!r:.200})") from error
-        good = manifest.dtype in DTYPES
-        good &= all(type(size) is int and size >= 1 for size in (manifest.cell, manifest.channels))
-        good &= bool(manifest.buckets) and all(min(bucket) >= 1 for bucket in manifest.buckets)
-        good &= all(0 <= bucket < len(manifest.buckets) and count >= 0 for _, bucket, count in manifest.files)
-        if not good or any("/" in name or name.startswith(".") for name, _, _ in manifest.files):
-            raise UserError(f"{file}: has impossible values; make it again with `python -m lidit_jax.precompute`")
+        valid = manifest.dtype in DTYPES
+        valid &= all(type(size) is int and size >= 1 for size in (manifest.cell, manifest.channels))
+        valid &= bool(manifest.buckets) and all(min(bucket) >= 1 for bucket in manifest.buckets)
+        valid &= all(0 <= bucket < len(manifest.buckets) and count >= 0 for _, bucket, count in manifest.files)
+        if not valid or any("/" in name or name.startswith(".") for name, _, _ in manifest.files):
+            raise UserError(f"{file}: has invalid values: create it again with `python -m lidit_jax.precompute`")
         return manifest
 
 
 class PrecomputedSource(Source):
-    """The examples of a folder of latents; "moments", float [h, w, 2C], take the picture's place."""
+    """Examples of a folder of latents, with "moments", float [h, w, 2C], instead of "image"."""
 
     content = "moments"
 
     def __init__(
         self, folder: str, buckets: Sequence[Bucket], filters: Sequence[Filter] = (), with_features: bool = True
     ):
-        """Args:
-          buckets: of the run, which must be those that the latents were computed for.
+        """Opens a folder of latents.
+
+        Args:
+          folder: path of the folder.
+          buckets: buckets of the run; they must equal those that the latents were computed for.
           filters: examples that they drop count as broken.
-          with_features: also give the prompts' features, where the folder has them: {(encoder, field): [lead + n, D]}.
+          with_features: also return "features", {(encoder, field): [lead + n, D]}, if the folder has them.
 
         Raises:
-          UserError: the folder is not finished or no such folder, a file is missing, or the groups differ.
+          UserError: the folder is missing, incomplete or empty, a file is missing or has lost records, or the buckets
+            differ.
         """
         path = epath.Path(folder)
         if not (path / MANIFEST).exists() and (path / PLAN).exists():
-            raise UserError(f"{folder}: not finished; run `python -m lidit_jax.precompute` again, it goes on")
+            raise UserError(f"{folder}: incomplete: run `python -m lidit_jax.precompute` again to resume it")
         self.manifest = Manifest.read(path / MANIFEST)
         if tuple(buckets) != self.manifest.buckets:
             raise UserError(
-                f"{folder}: made for {_summary(self.manifest.buckets)}, the run has {_summary(buckets)}: use the same "
-                "data.resolution, data.max_aspect and data.bucket_multiple, or compute the latents anew"
+                f"{folder}: computed for {_summary(self.manifest.buckets)}, the run has {_summary(buckets)}: use the "
+                "same data.resolution, data.max_aspect and data.bucket_multiple, or compute the latents again"
             )
         self._filters = tuple(filters)
         self.encoders = self.manifest.encoders if with_features else {}
@@ -126,12 +135,12 @@ class PrecomputedSource(Source):
         for shard, count in enumerate(counts):
             found = self._readers.count(shard)
             if found != count:
-                raise UserError(f"{self._readers.paths[shard]}: {found} records, there were {count}; compute them anew")
+                raise UserError(f"{self._readers.paths[shard]}: {found} records instead of {count}: compute them again")
         if not sum(counts):
-            raise UserError(f"{folder}: holds no latents")
+            raise UserError(f"{folder}: holds no latents: compute them with `python -m lidit_jax.precompute`")
         self._starts = np.cumsum([0, *counts])
-        groups = np.repeat([bucket for _, bucket, _ in self.manifest.files], counts)
-        self._sizes = np.array(self.manifest.buckets, np.int32)[groups]
+        bucket_of_example = np.repeat([bucket for _, bucket, _ in self.manifest.files], counts)
+        self._sizes = np.array(self.manifest.buckets, np.int32)[bucket_of_example]
         self.fingerprint = f"latents of {self.manifest.data} by {self.manifest.vae} in {self.manifest.dtype}"
 
     def __len__(self) -> int:
@@ -156,7 +165,7 @@ class PrecomputedSource(Source):
             return BrokenExample(f"{self._readers.paths[shard]}#{number}", reason)
 
     def _parse(self, record: bytes, size: np.ndarray) -> Example:
-        tensors = tensors_of(record)
+        tensors = load_tensors(record)
         text = parse_json(tensors["text"].tobytes())
         moments = tensors["moments"]
         shape = (*(size // self.manifest.cell).tolist(), 2 * self.manifest.channels)
@@ -188,10 +197,14 @@ def to_record(
     features: Mapping[tuple[str, str], np.ndarray],
     truncated: Sequence[tuple[str, str]],
 ) -> bytes:
-    """Args:
-    moments: [h, w, 2C], of the folder's dtype.
-    features: (encoder, field of a caption) -> [lead + n, D].
-    truncated: those of them whose caption was cut.
+    """Encodes a record.
+
+    Args:
+      key: key of the example.
+      captions: {field: text}.
+      moments: [h, w, 2C], in the dtype of the folder.
+      features: {(encoder, caption field): [lead + n, D]}.
+      truncated: (encoder, caption field) of each caption that the encoder truncated.
     """
     text = json.dumps({"key": key, "captions": captions, "truncated": truncated}).encode()
     tensors = {"moments": moments, "text": np.frombuffer(text, np.uint8)}

@@ -1,4 +1,4 @@
-"""What a source of examples is, for every source there is: the contract that the loader relies on."""
+"""Interface of all sources of examples, on which the loaders rely."""
 
 import abc
 import collections
@@ -17,11 +17,11 @@ Example = dict[str, Any]
 
 
 class BrokenExample(Exception):
-    """An example that was found unreadable only when read. The loader puts another one in its place and counts it.
+    """An example that turned out to be unreadable when it was read; the loader counts it and uses another one.
 
     Attributes:
       key: the example's key.
-      reason: a few words, the same for all examples that broke in the same way.
+      reason: the cause in a few words, equal for all examples with the same cause.
     """
 
     def __init__(self, key: str, reason: str):
@@ -33,20 +33,25 @@ class BrokenExample(Exception):
         return f"example {self.key!r}: {self.reason}"
 
 
-def described(sample: Sample) -> Example:
-    """All of a sample but its picture."""
+def without_image(sample: Sample) -> Example:
+    """Returns the example of a sample without its image."""
     return {"key": sample.key, "captions": sample.captions, "metadata": sample.metadata}
 
 
 def read_picture(
     key: str, data: bytes, max_pixels: int, size: tuple[int, int], bucket: Bucket | None
 ) -> np.ndarray | BrokenExample:
-    """An encoded picture -> uint8 [H, W, 3].
+    """Decodes an image and resizes it to its bucket.
 
     Args:
-      key: its example's.
-      size: height and width that it must have; another one means that the file was changed.
-      bucket: fit it to that; None: as it is.
+      key: key of the example.
+      data: the encoded image.
+      max_pixels: larger images are broken.
+      size: expected height and width; a different size means that the file was changed.
+      bucket: bucket to resize to; None: keep the size.
+
+    Returns:
+      uint8 [H, W, 3], or a `BrokenExample`.
     """
     try:
         image = decoding.decode(data, max_pixels, bucket, size)
@@ -55,39 +60,43 @@ def read_picture(
     return resize_to_cover_and_crop(image, bucket) if bucket else image
 
 
-def nothing_left(
+def no_samples_error(
     paths: Sequence[str],
-    looked_at: int,
+    num_samples: int,
     broken: collections.Counter[str],
     dropped: collections.Counter[str],
     fields: Collection[str],
     keys: Collection[str],
 ) -> UserError:
-    """Why no sample of some files can be trained on.
+    """Returns the error to raise if no sample of some files can be trained on.
 
     Args:
-      broken, dropped: how many, by reason.
-      fields, keys: the caption fields and the metadata that the samples have.
+      paths: the files.
+      num_samples: number of samples in them.
+      broken: number of samples that cannot be used, by reason.
+      dropped: number of samples that filters dropped, by reason.
+      fields: caption fields that the samples have.
+      keys: metadata keys that the samples have.
     """
     reasons = ", ".join(f"{reason}: {count}" for reason, count in (broken + dropped).most_common())
     place = f"{paths[0]!r}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     if not dropped:
         return UserError(
-            f"no usable sample in {place} ({reasons or 'it is empty'}): each needs a picture and its caption"
+            f"no usable sample in {place} ({reasons or 'it is empty'}): each needs an image and its caption"
         )
-    names = lambda found: ", ".join(sorted(found)[:20]) or "(none)"  # noqa: E731
+    captions, metadata = (", ".join(sorted(names)[:20]) or "(none)" for names in (fields, keys))
     return UserError(
-        f"the filters leave none of the {looked_at} samples of {place} ({reasons}; there are captions {names(fields)}; "
-        f"metadata {names(keys)}): loosen them"
+        f"the filters leave none of the {num_samples} samples of {place} ({reasons}; there are captions {captions}; "
+        f"metadata {metadata}): loosen them"
     )
 
 
 class Source(abc.ABC):
-    """Random access to captioned pictures. Picklable (grain's workers are processes) and safe to read from threads.
+    """Random access to captioned images. Picklable (grain's workers are processes) and safe to read from threads.
 
     Attributes:
-      content: what an example holds, "image" or "moments" (of latents; see `precomputed.py`).
-      fingerprint: short text that says what the content is, so that a resumed run can refuse other data.
+      content: key of the image data in an example, "image" or, for latents, "moments" (see `precomputed.py`).
+      fingerprint: short text that identifies the content, so that a run cannot resume with other data.
     """
 
     content = "image"
@@ -98,25 +107,32 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def sizes(self) -> np.ndarray:
-        """int32 [N, 2]: height and width of each picture, as `self[i]["image"]` has them, known without decoding."""
+        """Returns the height and width of every image in pixels, int32 [N, 2], without decoding any."""
 
     @abc.abstractmethod
     def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[Example | BrokenExample]:
-        """Examples, read together: {"key": str, "image": uint8 [H, W, 3], "captions": {field: str}, "metadata": dict}.
+        """Reads several examples at once.
 
         Args:
-          bucket: fit the pictures to it; None: as they are. (Some pictures need not be decoded in full to be fitted.)
+          indices: indices of the examples.
+          bucket: bucket to resize the images to; None: keep their size. (Passing it here allows decoding a large JPEG
+            at reduced size.)
 
         Returns:
-          One for each index; a `BrokenExample` where its data cannot be read.
+          For each index, {"key": str, "image": uint8 [H, W, 3], "captions": {field: str}, "metadata": dict}, or a
+          `BrokenExample` if its data cannot be read.
         """
 
     @abc.abstractmethod
     def describe(self, indices: Sequence[int]) -> list[Example | BrokenExample]:
-        """As `load`, but without "image"."""
+        """Reads examples as `load` does, but without their images."""
 
     def __getitem__(self, index: int) -> Example:
-        """One example; its picture as it is. Raises BrokenExample."""
+        """Reads one example, with its image in its own size.
+
+        Raises:
+          BrokenExample: its data cannot be read.
+        """
         [example] = self.load([index])
         if isinstance(example, BrokenExample):
             raise example
@@ -124,17 +140,17 @@ class Source(abc.ABC):
 
 
 class ConcatenatedSource(Source):
-    """Several sources, one after the other; an example says which of them it is from ("source": int).
+    """Concatenation of several sources; each example holds the index of its source as "source".
 
     Attributes:
-      source_of_example: int32 [N], which of them each example is from.
+      source_of_example: int32 [N], index of the source of each example.
     """
 
     def __init__(self, sources: Sequence[Source]):
         if not sources:
-            raise UserError("a mixture of no sources: name one")
+            raise UserError("the mixture has no sources: name at least one")
         if len({source.content for source in sources}) > 1:
-            raise UserError("a mixture of pictures and latents: precompute all of its sources, or none")
+            raise UserError("the mixture has images and latents: precompute all of its sources, or none")
         self._sources, self.content = tuple(sources), sources[0].content
         lengths = [len(source) for source in sources]
         self._starts = np.cumsum([0, *lengths])  # [sources + 1]
@@ -149,13 +165,13 @@ class ConcatenatedSource(Source):
         return np.concatenate([source.sizes() for source in self._sources])
 
     def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[Example | BrokenExample]:
-        return self._each(indices, lambda source, within: source.load(within, bucket))
+        return self._load_by_source(indices, lambda source, within: source.load(within, bucket))
 
     def describe(self, indices: Sequence[int]) -> list[Example | BrokenExample]:
-        return self._each(indices, lambda source, within: source.describe(within))
+        return self._load_by_source(indices, lambda source, within: source.describe(within))
 
-    def _each(self, indices: Sequence[int], read) -> list[Example | BrokenExample]:
-        """Asks each source once, for all of its examples."""
+    def _load_by_source(self, indices: Sequence[int], read) -> list[Example | BrokenExample]:
+        """Calls `read(source, indices)` once per source, and returns the examples in the order of `indices`."""
         indices = np.asarray(indices, np.int64)
         numbers = np.searchsorted(self._starts, indices, side="right") - 1
         examples: list[Any] = [None] * len(indices)

@@ -1,8 +1,9 @@
-"""Features of prompts computed ahead of training, in place of tokens.
+"""Prompt features computed ahead of training, which replace tokens.
 
-Of every caption that can be drawn, each encoder's features are kept without padding: [lead + n, D], where n counts the
-prompt's tokens, its end token included, and `lead` rows before them are the instruction's where an encoder gives every
-prompt its own (T5). An LLM's instruction is the same for all: it is kept once, with the features of the empty prompt.
+Each encoder's features of every caption that can be sampled are stored without padding: [lead + n, D], where n counts
+the tokens of the prompt including its end token. `lead` rows of instruction features come first if the encoder computes
+them per prompt (T5). The instruction features of an LLM are the same for all prompts: they are stored once, with the
+features of the empty prompt.
 """
 
 import dataclasses
@@ -21,20 +22,20 @@ from lidit_jax.errors import UserError
 FEATURES = "features.safetensors"
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 _MAX_SIZE = 1 << 20
-_STORED = {"U8": np.uint8, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
+_SAFETENSORS_DTYPES = {"U8": np.uint8, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F32": np.float32}
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredEncoder:
-    """Whose features they are.
+class EncoderFingerprint:
+    """Identifies the encoder and the text settings that produced stored features.
 
     Attributes:
-      digest: of the encoder's folder.
-      text: of what stands before a prompt and how long one may be; `PromptTokenizer.digest`.
-      dtype: of the features.
-      hidden_size: D.
-      max_length: L, tokens that a prompt may have.
-      lead: rows before the prompt's.
+      digest: digest of the encoder's folder.
+      text: digest of the text before a prompt and of the maximum length; `PromptTokenizer.digest`.
+      dtype: dtype of the features.
+      hidden_size: width of the features, D.
+      max_length: maximum number of tokens of a prompt, L.
+      lead: number of instruction rows before those of the prompt (T5); 0 if all prompts share them.
     """
 
     digest: str
@@ -45,19 +46,20 @@ class StoredEncoder:
     lead: int
 
     def __post_init__(self):
-        """Raises ValueError for facts that no file that is read may have."""
+        """Raises ValueError if a value is out of bounds, as in a damaged or forged file."""
         sizes = ((self.hidden_size, 1), (self.max_length, 1), (self.lead, 0))
         if not all(type(size) is int and least <= size <= _MAX_SIZE for size, least in sizes) or (
             self.dtype not in DTYPES
         ):
-            raise ValueError(f"impossible features: {self}")
+            raise ValueError(f"invalid encoder fingerprint: {self}")
 
     @property
     def numpy_dtype(self) -> np.dtype:
+        """NumPy dtype of the features, including bfloat16."""
         return np.dtype(DTYPES[self.dtype])
 
     def check(self, features: np.ndarray) -> np.ndarray:
-        """Raises ValueError for what cannot be a prompt's features."""
+        """Returns `features` unchanged; raises ValueError if their shape or dtype cannot be that of a prompt."""
         length = len(features) - self.lead if features.ndim == 2 else 0
         if not 1 <= length <= self.max_length or features.shape[1] != self.hidden_size:
             raise ValueError(f"features of shape {features.shape}")
@@ -68,54 +70,70 @@ class StoredEncoder:
 
 @dataclasses.dataclass(frozen=True)
 class ConstantFeatures:
-    """What all prompts share.
+    """Features that all prompts share.
 
     Attributes:
-      prefix: encoder -> [P, D], the instruction's; of encoders with a `lead`, [0, D].
-      empty: encoder -> [lead + 1, D], the empty prompt's.
+      prefix: instruction features of each encoder, [P, D]; [0, D] for encoders with a `lead`.
+      empty: features of the empty prompt of each encoder, [lead + 1, D].
     """
 
     prefix: Mapping[str, np.ndarray]
     empty: Mapping[str, np.ndarray]
 
     def write(self, file: epath.Path) -> None:
+        """Writes the features to a safetensors file, atomically."""
         tensors = {f"{name}/prefix": array for name, array in self.prefix.items()}
         tensors |= {f"{name}/empty": array for name, array in self.empty.items()}
-        beside = file.parent / f".{file.name}.new"
-        beside.write_bytes(safetensors.numpy.save({n: np.ascontiguousarray(a) for n, a in tensors.items()}))
-        beside.replace(file)
+        temporary = file.parent / f".{file.name}.new"
+        temporary.write_bytes(safetensors.numpy.save({n: np.ascontiguousarray(a) for n, a in tensors.items()}))
+        temporary.replace(file)
 
     @classmethod
-    def read(cls, file: epath.Path, encoders: Mapping[str, StoredEncoder]) -> "ConstantFeatures":
-        """Raises UserError where the file is missing, or not of these encoders."""
+    def read(cls, file: epath.Path, encoders: Mapping[str, EncoderFingerprint]) -> "ConstantFeatures":
+        """Reads the features of these encoders.
+
+        Raises:
+          UserError: the file is missing or damaged, or does not fit the encoders.
+        """
         try:
-            tensors = tensors_of(file.read_bytes())
+            tensors = load_tensors(file.read_bytes())
             prefix = {name: tensors[f"{name}/prefix"] for name in encoders}
-            empty = {name: of.check(tensors[f"{name}/empty"]) for name, of in encoders.items()}
-            for name, of in encoders.items():
-                if prefix[name].shape[1:] != (of.hidden_size,) or prefix[name].dtype != of.numpy_dtype:
+            empty = {name: encoder.check(tensors[f"{name}/empty"]) for name, encoder in encoders.items()}
+            for name, encoder in encoders.items():
+                if prefix[name].shape[1:] != (encoder.hidden_size,) or prefix[name].dtype != encoder.numpy_dtype:
                     raise ValueError(f"prefix {prefix[name].dtype} {prefix[name].shape}")
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
-            raise UserError(f"{file}: missing or damaged ({error!r:.100}); compute the features anew") from error
+            raise UserError(f"{file}: missing or damaged ({error!r:.100}): compute the features again") from error
         return cls(prefix, empty)
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredPrompts:
-    """Examples with "features" -> what the encoders would have made of their captions, padded to one length. Picklable.
+    """Looks up the stored features of captions and pads them to the length that the encoders return. Picklable.
 
-    It gives {"NAME/encoded": [B, lead + L, D], "NAME/mask": bool [B, L], "NAME/truncated": bool [B]}.
+    Attributes:
+      encoders: the encoders, by name.
+      constant: features that all prompts share.
     """
 
-    encoders: Mapping[str, StoredEncoder]
+    encoders: Mapping[str, EncoderFingerprint]
     constant: ConstantFeatures
 
     @property
     def prefix(self) -> Mapping[str, np.ndarray]:
+        """Instruction features of each encoder; see `ConstantFeatures`."""
         return self.constant.prefix
 
     def __call__(self, examples: Sequence[Example], fields: Sequence[str | None]) -> dict[str, np.ndarray]:
-        """Args: fields: each example's caption; None: the empty prompt."""
+        """Returns the encoded prompts of a batch.
+
+        Args:
+          examples: B examples with "features" and "truncated".
+          fields: caption field of each example; None: the empty prompt.
+
+        Returns:
+          For each encoder, {"NAME/encoded": [B, lead + L, D], "NAME/mask": bool [B, L], "NAME/truncated": bool [B]}.
+        """
         batch: dict[str, Any] = {}
         for name, encoder in self.encoders.items():
             shape = (len(examples), encoder.lead + encoder.max_length, encoder.hidden_size)
@@ -131,13 +149,14 @@ class StoredPrompts:
         return batch
 
 
-def tensors_of(data: bytes) -> dict[str, np.ndarray]:
-    """Of a safetensors file in memory; like `safetensors.numpy.load`, which does not know bfloat16.
+def load_tensors(data: bytes) -> dict[str, np.ndarray]:
+    """Decodes a safetensors file, as `safetensors.numpy.load` does, which does not support bfloat16.
 
     Raises:
-      SafetensorError, KeyError: it is none, or holds other types.
+      SafetensorError: the data are not a safetensors file.
+      KeyError: a tensor has an unsupported dtype.
     """
     return {
-        name: np.frombuffer(tensor["data"], _STORED[tensor["dtype"]]).reshape(tensor["shape"])
+        name: np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
         for name, tensor in safetensors.deserialize(data)
     }

@@ -165,7 +165,7 @@ def scene_prompts(
 
 def check_evaluation(evaluation: SceneEvaluation, config: DataConfig) -> None:
     """Raises UserError if the config sections `evaluate` and `data` do not go together."""
-    if not all(section.source == "shapes" for section in config.parts().values()):
+    if not all(source.source == "shapes" for source in config.source_configs().values()):
         raise UserError("evaluate: only scenes of data.source='shapes' can be checked; remove the section `evaluate`")
     one_each = {name: min(count, 1) for name, count in dataclasses.asdict(evaluation).items()}
     SceneEvaluation(**one_each).prompts(config.scene_layout, config.resolution, config.resolution)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lidit_jax.data.stored_features import ConstantFeatures, StoredEncoder
+from lidit_jax.data.stored_features import ConstantFeatures, EncoderFingerprint
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding
 from lidit_jax.text.encoders import PromptEncoder, tokenize
@@ -32,7 +32,7 @@ class CaptionEncoder:
         self,
         encoders: Mapping[str, PromptEncoder],
         frozen: Mapping,
-        fingerprints: Mapping[str, StoredEncoder],
+        fingerprints: Mapping[str, EncoderFingerprint],
         mesh: Mesh,
         batch_size: int,
     ):

@@ -1,1 +1,1 @@
-"""Readers of the formats that samples are stored in: tar shards, ArrayRecord, TFDS, folders of images."""
+"""Readers of the storage formats of samples: tar shards, ArrayRecord files, TFDS data sets, folders of images."""

@@ -1,8 +1,8 @@
-"""Encoded pictures (PNG, JPEG, WebP) to 8-bit RGB: the size from the header alone, and the decoded array.
+"""Decodes images (PNG, JPEG, WebP) to 8-bit RGB, and reads their size from the header alone.
 
-The bytes come from anywhere: no other format is tried, and a picture's pixels are counted before any is decoded.
-Ordinary JPEGs are decoded by libjpeg-turbo itself, which takes two thirds of Pillow's time, can halve a picture while
-decoding it, and tells of damage that Pillow passes over; all else is Pillow's.
+The bytes are untrusted: no other format is tried, and the number of pixels is checked before anything is decoded.
+libjpeg-turbo decodes ordinary JPEGs: it takes two thirds of Pillow's time, can halve an image while decoding it, and
+reports damage that Pillow ignores. Pillow decodes everything else.
 """
 
 import io
@@ -14,13 +14,13 @@ from PIL import Image
 
 from lidit_jax.errors import UserError
 
-# Pillow has dozens of little-used decoders; what a file's bytes say counts, not its name, so a GIF named .png is
-# refused like any other format.
+# Pillow has dozens of little-used decoders. The format is detected from the content, not the file name, so a GIF named
+# .png is rejected like any other format.
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _ORIENTATION_TAG = 0x0112
-_SIDEWAYS = (5, 6, 7, 8)
-# EXIF orientation -> how an array [H, W, 3] is turned upright.
-_UPRIGHT = {
+_TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
+# EXIF orientation -> transform that turns an array [H, W, 3] upright.
+_TO_UPRIGHT = {
     1: lambda image: image,
     2: lambda image: image[:, ::-1],
     3: lambda image: image[::-1, ::-1],
@@ -33,59 +33,61 @@ _UPRIGHT = {
 
 
 class BrokenPicture(Exception):
-    """A picture that cannot be used; its message says why in a few words."""
+    """An image that cannot be used; the message gives the reason in a few words."""
 
 
 def read_size(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
-    """Height and width that `decode` would give, from the header alone.
+    """Returns the height and width of the image that `decode` would return, from the header alone.
 
     Raises:
-      BrokenPicture: not a PNG, JPEG or WebP, a damaged header, or more than `max_pixels`.
+      BrokenPicture: the file is not a PNG, JPEG or WebP, its header is damaged, or it has more than `max_pixels`.
     """
     picture = _open(file, max_pixels)
     width, height = picture.size
-    return (width, height) if _orientation(picture) in _SIDEWAYS else (height, width)
+    return (width, height) if _orientation(picture) in _TRANSPOSED_ORIENTATIONS else (height, width)
 
 
 def decode(
     data: bytes, max_pixels: int, at_least: tuple[int, int] | None = None, expected: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """The picture as people see it: upright (EXIF), the first frame, transparency on white, colour profiles ignored.
+    """Decodes an image as a viewer shows it: upright (EXIF), first frame, transparency on white, no colour profiles.
 
-    16-bit values are rounded to 8 bits, CMYK is converted by Pillow's plain formula.
+    16-bit values are rounded to 8 bits; CMYK is converted by Pillow's simple formula.
 
     Args:
-      at_least: height and width that are enough: a JPEG may come smaller by a power of two, but not smaller than that
-        on either side. (The decoder leaves the higher frequencies out, which is sharper than averaging pixels.)
-      expected: height and width that the picture must have before that.
+      data: the encoded image.
+      max_pixels: largest number of pixels.
+      at_least: height and width that suffice: a JPEG may be decoded at a size reduced by a power of two, but no side
+        gets smaller than this. (The decoder omits the higher frequencies, which is sharper than averaging pixels.)
+      expected: height and width that the image must have at full size.
 
     Returns:
       uint8 [H, W, 3].
 
     Raises:
-      BrokenPicture: as `read_size`, or damaged data, or another size than expected.
+      BrokenPicture: as for `read_size`, or the data are damaged, or the size is not the expected one.
     """
     size, orientation, picture = _upright_jpeg_size(data, max_pixels), 1, None
     if size is None:
         picture = _open(io.BytesIO(data), max_pixels)
         orientation = _orientation(picture)
-        size = picture.size if orientation in _SIDEWAYS else picture.size[::-1]
+        size = picture.size if orientation in _TRANSPOSED_ORIENTATIONS else picture.size[::-1]
     if expected is not None and size != tuple(expected):
         raise BrokenPicture("changed since it was indexed")
     if picture is None or picture.format == "JPEG" and picture.mode in ("RGB", "L"):
-        return np.ascontiguousarray(_UPRIGHT[orientation](_decode_jpeg(data, at_least, orientation)))
+        return np.ascontiguousarray(_TO_UPRIGHT[orientation](_decode_jpeg(data, at_least, orientation)))
     try:
         picture.load()
         rgb = _to_rgb(picture)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise anything from struct.error to IndexError on damaged data
-        raise BrokenPicture("damaged picture") from error
-    return np.ascontiguousarray(_UPRIGHT[orientation](np.array(rgb)))
+        raise BrokenPicture("damaged image") from error
+    return np.ascontiguousarray(_TO_UPRIGHT[orientation](np.array(rgb)))
 
 
 def _upright_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
-    """Height and width of a JPEG in colours or grey without EXIF; None for all else, which Pillow looks at."""
+    """Returns the height and width of a colour or grey JPEG without EXIF; None for any other image, left to Pillow."""
     if not data.startswith(b"\xff\xd8\xff") or _has_exif(data):
         return None
     try:
@@ -100,11 +102,11 @@ def _upright_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether a JPEG has such a segment before its picture, or its segments are out of order."""
+    """Returns True if a JPEG has an EXIF segment before its image data, or malformed segments."""
     position = 2
     while data[position : position + 1] == b"\xff":
         kind, length = data[position + 1 : position + 2], int.from_bytes(data[position + 2 : position + 4], "big")
-        if kind == b"\xda":  # the picture begins
+        if kind == b"\xda":  # start of scan: the image data begin
             return False
         if kind == b"\xe1" and data[position + 4 : position + 10] == b"Exif\0\0":
             return True
@@ -113,16 +115,16 @@ def _has_exif(data: bytes) -> bool:
 
 
 def _decode_jpeg(data: bytes, at_least: tuple[int, int] | None, orientation: int) -> np.ndarray:
-    """As it is stored, or smaller."""
-    smaller = {}
+    """Decodes a JPEG as it is stored (not turned upright), at reduced size if `at_least` allows."""
+    scaling = {}
     if at_least:
-        height, width = at_least[::-1] if orientation in _SIDEWAYS else at_least
-        # Factors under 2 are no faster than decoding in full.
-        smaller = {"min_height": height, "min_width": width, "min_factor": 2}
+        height, width = at_least[::-1] if orientation in _TRANSPOSED_ORIENTATIONS else at_least
+        # Scaling factors under 2 are no faster than full size.
+        scaling = {"min_height": height, "min_width": width, "min_factor": 2}
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", **smaller)
+        return simplejpeg.decode_jpeg(data, "RGB", **scaling)
     except ValueError as error:
-        raise BrokenPicture("damaged picture") from error
+        raise BrokenPicture("damaged image") from error
 
 
 def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
@@ -130,19 +132,22 @@ def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
         picture = Image.open(file, formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise BrokenPicture("too many pixels") from error
-    except (MemoryError, UserError):  # of a file that cannot be read
+    except (MemoryError, UserError):  # the file cannot be read; not the image's fault
         raise
     except Exception as error:  # as in `decode`
-        raise BrokenPicture("unreadable picture") from error
+        raise BrokenPicture("unreadable image") from error
     if picture.width * picture.height > max_pixels:
         raise BrokenPicture("too many pixels")
     if not picture.width * picture.height:
-        raise BrokenPicture("unreadable picture")
+        raise BrokenPicture("unreadable image")
     return picture
 
 
 def _orientation(picture: Image.Image) -> int:
-    """EXIF orientation, 1 to 8, from what opening read: `getexif` would decode a PNG to look for it at its end."""
+    """Returns the EXIF orientation, 1 to 8, from what `Image.open` read.
+
+    `getexif` would decode a whole PNG to look for EXIF data at its end.
+    """
     encoded = picture.info.get("exif")
     if not encoded:
         return 1
@@ -150,8 +155,8 @@ def _orientation(picture: Image.Image) -> int:
     try:
         exif.load(encoded)
         orientation = int(exif.get(_ORIENTATION_TAG, 1))
-        return orientation if orientation in _UPRIGHT else 1
-    except Exception:  # a camera's damaged notes do not make the picture unusable: it is upright as far as we know
+        return orientation if orientation in _TO_UPRIGHT else 1
+    except Exception:  # damaged EXIF data do not make the image unusable: assume that it is upright
         return 1
 
 
@@ -166,7 +171,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(picture: Image.Image) -> Image.Image:
-    """16-bit grey, which Pillow would clip at 255 instead of scaling."""
+    """Scales 16-bit grey to 8 bits; Pillow would clip it at 255."""
     grey = np.asarray(picture).astype(np.int64)
     scaled = (np.clip(grey, 0, 65535) + 128) // 257
     transparent = picture.info.get("transparency")

@@ -1,4 +1,4 @@
-"""Files of a data set, on a disk or wherever fsspec reaches (gs://, s3://, …): found by name, read in ranges."""
+"""Finds the files of a data set and reads byte ranges of them, on a disk or through fsspec (gs://, s3://, …)."""
 
 import collections
 import glob
@@ -13,32 +13,40 @@ from lidit_jax.errors import UserError
 
 _MAX_FILES = 1_000_000
 _OPEN_FILES_PER_THREAD = 16
-_REMOTE_BLOCK = 1 << 23  # bytes fetched at once where a remote file is read from one end to the other
+_REMOTE_BLOCK = 1 << 23  # bytes per request when a remote file is read sequentially
 
 
 class File(Protocol):
-    """An open file. Raises OSError."""
+    """An open file; its methods raise OSError."""
 
     size: int
 
     def read(self, offset: int, size: int) -> bytes:
-        """Up to `size` bytes (fewer at the file's end)."""
+        """Returns `size` bytes from `offset`, fewer at the end of the file."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes the file."""
+        ...
 
 
 def is_remote(path: str) -> bool:
+    """Returns True if a path is a URL, which is read through fsspec."""
     return "://" in path
 
 
 def open_file(path: str) -> File:
-    """To be read from one end to the other, with gaps. Raises OSError, or UserError where its protocol is unknown."""
+    """Opens a file for sequential reading, which may skip ranges.
+
+    Raises:
+      OSError: the file cannot be opened.
+      UserError: the protocol of the path is unknown.
+    """
     return _RemoteFile(path) if is_remote(path) else _LocalFile(path)
 
 
 class _LocalFile:
-    """A file descriptor that closes when its owner, or the owner's thread, is gone."""
+    """A file descriptor that is closed when its owner is deleted or the owner's thread ends."""
 
     def __init__(self, path: str):
         self._descriptor = -1
@@ -51,7 +59,7 @@ class _LocalFile:
     def close(self) -> None:
         self.__del__()
 
-    def __del__(self, close=os.close):  # bound now: at the interpreter's end the module's names are gone
+    def __del__(self, close=os.close):  # bound early: module globals are gone at interpreter exit
         if self._descriptor >= 0:
             close(self._descriptor)
             self._descriptor = -1
@@ -69,7 +77,7 @@ class _RemoteFile:
             return self._file.read(size)
         except OSError:
             raise
-        except Exception as error:  # each protocol has its own kinds
+        except Exception as error:  # each protocol has its own exceptions
             raise OSError(str(error)) from error
 
     def close(self) -> None:
@@ -77,7 +85,7 @@ class _RemoteFile:
 
 
 class RangeReader:
-    """Reads ranges of a list of files. Each thread opens its own, so that none closes a file under another's read."""
+    """Reads byte ranges of several files. Each thread opens its own, so that none closes a file that another reads."""
 
     def __init__(self, paths: Sequence[str]):
         self.paths = tuple(paths)
@@ -87,14 +95,21 @@ class RangeReader:
         return RangeReader, (self.paths,)
 
     def read(self, ranges: Sequence[tuple[int, int, int]]) -> list[bytes | OSError]:
-        """(file, start, end) each -> its bytes, fewer at the file's end; of remote files all at the same time."""
+        """Reads several ranges; those of remote files concurrently.
+
+        Args:
+          ranges: (index of the file, first byte, end) of each range.
+
+        Returns:
+          For each range its bytes, fewer at the end of the file, or the OSError.
+        """
         if not any(is_remote(self.paths[file]) for file, _, _ in ranges):
-            return [self._read_local(*one) for one in ranges]
+            return [self._read_local(*byte_range) for byte_range in ranges]
         filesystem, _ = remote_filesystem(self.paths[ranges[0][0]])
         names = [filesystem._strip_protocol(self.paths[file]) for file, _, _ in ranges]
         starts, ends = [start for _, start, _ in ranges], [end for _, _, end in ranges]
         found = filesystem.cat_ranges(names, starts, ends, on_error="return")
-        return [one if isinstance(one, bytes) else OSError(str(one)) for one in found]
+        return [data if isinstance(data, bytes) else OSError(str(data)) for data in found]
 
     def _read_local(self, file: int, start: int, end: int) -> bytes | OSError:
         opened = self._local.__dict__.setdefault("opened", collections.OrderedDict())
@@ -110,7 +125,7 @@ class RangeReader:
 
 
 def remote_filesystem(path: str):
-    """(fsspec's file system, the path's name in it).
+    """Returns the fsspec file system of a path, and the path's name in it.
 
     Raises:
       UserError: the protocol is unknown, or the package for it is not installed.
@@ -124,7 +139,7 @@ def remote_filesystem(path: str):
 
 
 def modification_time(path: str) -> float | None:
-    """Seconds; None where there is none, as in buckets, whose files are never changed in place."""
+    """Returns the modification time in seconds; None for missing and remote files (objects never change in place)."""
     return None if is_remote(path) or not os.path.exists(path) else os.stat(path).st_mtime
 
 
@@ -132,35 +147,36 @@ def modification_time(path: str) -> float | None:
 
 
 def find_files(path: str | os.PathLike, kind: str, name: re.Pattern[str]) -> tuple[str, ...]:
-    """The files that a path names, sorted: a folder's, one file, a glob pattern's or a brace range's.
+    """Returns the files that a path names, sorted.
 
     Args:
-      kind: of file, for messages, e.g. ".tar".
-      name: is searched for in the names of a folder's files.
+      path: a folder, a single file, a glob pattern or a brace range.
+      kind: kind of file for error messages, e.g. ".tar".
+      name: regular expression that selects the files of a folder.
 
     Raises:
-      UserError: there is none, or one of a brace range is missing.
+      UserError: no file matches, or one of a brace range is missing.
     """
     path = os.fspath(path)
-    place = _Remote(path) if is_remote(path) else _Local()
-    if place.is_folder(path):
-        found = [file for file in place.listed(path) if name.search(file)]
+    filesystem = _Remote(path) if is_remote(path) else _Local()
+    if filesystem.is_folder(path):
+        found = [file for file in filesystem.listed(path) if name.search(file)]
         return _at_least_one(found, f"folder {path!r} holds no {kind} file")
-    if place.exists(path):
+    if filesystem.exists(path):
         return (path,)
     expanded = list(itertools.islice(_expand_braces(path), _MAX_FILES + 1))
     if len(expanded) > _MAX_FILES:
         raise UserError(f"data path {path!r} names more than {_MAX_FILES} files: check the numbers in its braces")
     if any(character in path for character in "*?["):
-        return _at_least_one([file for pattern in expanded for file in place.matching(pattern)],
+        return _at_least_one([file for pattern in expanded for file in filesystem.matching(pattern)],
                              f"no file matches {path!r}")  # fmt: skip
     if not expanded:
-        raise UserError(f"data path {path!r} names no file: its braces count downwards")
-    missing = [file for file in expanded if not place.exists(file)]
+        raise UserError(f"data path {path!r} names no file: its braces count down, so write the lower number first")
+    missing = [file for file in expanded if not filesystem.exists(file)]
     if missing and len(expanded) > 1:
         raise UserError(f"{len(missing)} of the {len(expanded)} files of {path!r} do not exist, first {missing[0]!r}")
     if missing:
-        raise UserError(f"data path {path!r} does not exist: give a folder of {kind} files, one, or a pattern of them")
+        raise UserError(f"data path {path!r} does not exist: give a folder of {kind} files, one file, or a pattern")
     return tuple(sorted(set(expanded)))
 
 
@@ -190,7 +206,7 @@ class _Remote:
         return self._call(self._filesystem.isdir, path)
 
     def exists(self, path: str) -> bool:
-        """By its folder's list, which is fetched once: a brace range may name thousands of one folder's files."""
+        """Looks up the folder's listing, fetched once: a brace range may name thousands of files in one folder."""
         folder, _, name = path.rpartition("/")
         if folder not in self._folders:
             self._folders[folder] = {found.rpartition("/")[2] for found in self.listed(folder)}
@@ -211,12 +227,16 @@ class _Remote:
             return function(path, **options)
         except FileNotFoundError:
             raise
-        except Exception as error:  # each protocol has its own kinds: no login, no bucket, no network
+        except Exception as error:  # each protocol has its own exceptions: no login, no bucket, no network
             raise UserError(f"{path!r} cannot be read: {error}") from error
 
 
 def _expand_braces(pattern: str) -> Iterator[str]:
-    """As a shell does: "{00..02}" counts, zero-padded like its first number; "{a,b}" lists. Lazy: it may be huge."""
+    """Expands braces as a shell does.
+
+    "{00..02}" counts, zero-padded like its first number; "{a,b}" lists alternatives. A generator, because a pattern may
+    name very many files.
+    """
     match = re.search(r"\{([^{}]*)\}", pattern)
     numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", match[1]) if match else None
     if not match or not (numbers or "," in match[1]):

@@ -1,4 +1,4 @@
-"""A folder of pictures with their captions in one JSONL, CSV or Parquet file, or with a folder for each class."""
+"""Folders of images with their captions in one JSONL, CSV or Parquet file, or with one folder per class."""
 
 import csv
 import hashlib
@@ -26,37 +26,40 @@ from lidit_jax.errors import UserError
 
 _CAPTION_FILES = (".jsonl", ".csv", ".parquet")
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-# What the column with the picture's file is called: by Hugging Face's image folders, and elsewhere.
+# Names of the column with the image file: first the one of Hugging Face's ImageFolder, then other common ones.
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
 
 
 class FolderShards:
-    """One part: the rows of the captions file, or the pictures of folders of classes; see `Shards`.
+    """A single shard: the rows of a captions file, or the images of class folders; see `Shards`.
 
-    A row names its picture in the column "file_name", relative to the file's folder; its other texts are captions, the
-    rest is metadata. Rows are kept in memory.
+    A row names its image in the column "file_name", relative to the folder of the captions file; its other texts are
+    captions, and its other values metadata. All rows are kept in memory.
     """
 
     def __init__(self, path: str | os.PathLike, class_names: Sequence[str] = ()):
-        """Args:
-          path: the captions file; or its folder, where it is the only one, or one called "metadata" or "captions"; or a
-            folder of folders, each named after its class.
+        """Reads the captions file or lists the class folders.
+
+        Args:
+          path: the captions file; or its folder, if it is the only captions file or is called "metadata" or "captions";
+            or a folder of folders, each named after its class.
+          class_names: names of the classes that rows give as numbers.
 
         Raises:
-          UserError: there is no such thing, or it cannot be read.
+          UserError: the path does not exist, is remote, has no captions, or cannot be read.
         """
         path = os.fspath(path)
         if is_remote(path):
-            raise UserError(f"{path}: folders of pictures are read from a disk alone: pack them into tar shards")
+            raise UserError(f"{path}: image folders can only be read from a disk: pack them into tar shards")
         if not os.path.exists(path):
-            raise UserError(f"data path {path!r} does not exist: give a folder of pictures, or its captions file")
+            raise UserError(f"data path {path!r} does not exist: give a folder of images, or its captions file")
         self._class_names = tuple(class_names)
         self.settings = names_digest(class_names)
         file = _captions_file(path) if os.path.isdir(path) else path
         self._folder = path if file is None else os.path.dirname(os.path.abspath(file))
         self.paths = (file or os.path.join(path, "classes"),)
         self._rows = _class_rows(path) if file is None else _read_rows(file)
-        if file is None:  # there is no file whose time would say that classes were renamed
+        if file is None:  # no captions file whose modification time would change when classes are renamed
             self.settings += hashlib.sha256(b"\n".join(self._rows)).hexdigest()[:16]
 
     def size(self, shard: int) -> int:
@@ -99,7 +102,7 @@ class FolderShards:
             with open(path, "rb") as file:
                 return io.BytesIO(file.read())
         except (OSError, ValueError) as error:
-            raise Unusable("no picture") from error
+            raise Unusable("no image") from error
 
 
 def _captions_file(folder: str) -> str | None:
@@ -124,14 +127,14 @@ def _class_rows(folder: str) -> list[bytes]:
                 rows.append(json.dumps(row).encode())
     if not rows:
         raise UserError(
-            f"{folder!r} has neither a captions file (.jsonl, .csv or .parquet) nor folders of pictures named after "
-            "their class"
+            f"{folder!r} has neither a captions file (.jsonl, .csv or .parquet) nor folders of images named after "
+            "their class: add one of them"
         )
     return rows
 
 
 def _read_rows(file: str) -> list[bytes]:
-    """Each row as a JSON object; one that is none stays as it is, to be counted when it is looked at."""
+    """Returns each row as an encoded JSON object; malformed rows stay as they are and are counted when parsed."""
     try:
         if file.endswith(".jsonl"):
             with open(file, "rb") as lines:
@@ -140,16 +143,16 @@ def _read_rows(file: str) -> list[bytes]:
             return list(_csv_rows(file))
         if file.endswith(".parquet"):
             return list(_parquet_rows(file))
-    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:  # pyarrow raises all but the last
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:  # pyarrow raises the first four
         raise UserError(f"cannot read {file!r}: {' '.join(str(error).split())[:150]}") from error
-    raise UserError(f"{file!r} is no captions file: it must be a .jsonl, .csv or .parquet")
+    raise UserError(f"{file!r} is not a captions file: it must be a .jsonl, .csv or .parquet")
 
 
 _MAX_FIELD = 1 << 30
 
 
 def _csv_rows(file: str) -> Iterator[bytes]:
-    limit = csv.field_size_limit(_MAX_FIELD)  # longer texts than are taken are to be counted, not to end it all
+    limit = csv.field_size_limit(_MAX_FIELD)  # overlong texts are counted as broken later and must not raise here
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
             for row in csv.DictReader(lines):
@@ -164,7 +167,7 @@ def _parquet_rows(file: str) -> Iterator[bytes]:
     import pyarrow.parquet as pq
 
     parquet = pq.ParquetFile(file)
-    # Other columns, as dates or pictures, are of no use and may hold what Python cannot.
+    # Other columns, such as dates or images, are not used and may hold values that Python cannot represent.
     plain = (
         pa.types.is_string,
         pa.types.is_large_string,

@@ -1,4 +1,4 @@
-"""Samples in records: ArrayRecord files of tf.train.Example, and data sets of TensorFlow Datasets (TFDS)."""
+"""Samples stored as records: ArrayRecord files of tf.train.Example, and TensorFlow Datasets (TFDS)."""
 
 import functools
 import io
@@ -26,24 +26,30 @@ from lidit_jax.errors import UserError
 
 ARRAY_RECORD = re.compile(r"\.array_?record(-\d+-of-\d+)?$")
 _LABELS = ("class", "label")
-_MAX_VALUES = 64  # of one feature, e.g. several captions
+_MAX_VALUES = 64  # per feature, e.g. several captions
 
 
 class ArrayRecordShards:
     """ArrayRecord files of tf.train.Example; see `Shards`.
 
-    An encoded picture is in the feature `image_key`; every other feature of bytes is a caption, one of several values
-    "name/0", "name/1", …; numbers are metadata. A number in "class" or "label" is a class where names are given.
+    The feature `image_key` holds the encoded image. Every other bytes feature is a caption, or captions "name/0",
+    "name/1", … if it has several values; numbers are metadata. If class names are given, a number in "class" or "label"
+    is a class.
     """
 
     def __init__(self, path: str | os.PathLike, image_key: str = "image", class_names: Sequence[str] = ()):
-        """Args: path: a folder of .array_record files, one file, a glob pattern or a brace range; see `find_files`.
+        """Finds the files; they are opened when first read.
+
+        Args:
+          path: a folder of .array_record files, one file, a glob pattern or a brace range; see `find_files`.
+          image_key: feature with the encoded image.
+          class_names: names of the classes, by number.
 
         Raises:
-          UserError: there is none.
+          UserError: there is no such file, or the path is remote.
         """
         if is_remote(os.fspath(path)):
-            raise UserError(f"{path}: ArrayRecord files are read from a disk alone: copy or mount them")
+            raise UserError(f"{path}: ArrayRecord files can only be read from a disk: copy or mount them")
         self.paths = find_files(path, ".array_record", ARRAY_RECORD)
         self._image_key, self._class_names = image_key, tuple(class_names)
         self.settings = f"{image_key} {names_digest(class_names)}"
@@ -54,7 +60,7 @@ class ArrayRecordShards:
 
     def scan(self, shard: int) -> Iterator[tuple[Place, Sample] | str]:
         yield from scan_numbered(shard, self._readers.count(shard), self.read)
-        if not self._readers.is_whole(shard):
+        if not self._readers.is_intact(shard):
             yield "damaged ArrayRecord file"
 
     def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
@@ -62,13 +68,13 @@ class ArrayRecordShards:
 
     def _parse(self, shard: int, number: int) -> Sample | Unusable:
         from google.protobuf.message import DecodeError
-        from tensorflow_datasets.proto import tf_example_pb2  # a second to import
+        from tensorflow_datasets.proto import tf_example_pb2  # takes a second to import
 
         try:
             features = tf_example_pb2.Example.FromString(self._readers.read(shard, number)).features.feature
             values = {name: _values(feature) for name, feature in features.items()}
             key = f"{os.path.basename(self.paths[shard])}#{number}"
-            return sample_of(key, flatten(values), self._image_key, self._class_names)
+            return make_sample(key, flatten(values), self._image_key, self._class_names)
         except DecodeError:
             return Unusable("not a tf.train.Example")
         except Unusable as reason:
@@ -81,7 +87,7 @@ def _values(feature) -> list[Any]:
 
 
 class RecordReaders:
-    """Reads single records of ArrayRecord files. Picklable; files are opened when first read, each once a process."""
+    """Reads single records of ArrayRecord files. Picklable; each process opens a file once, when first read."""
 
     def __init__(self, paths: Sequence[str]):
         self.paths = tuple(paths)
@@ -92,23 +98,31 @@ class RecordReaders:
         return RecordReaders, (self.paths,)
 
     def count(self, shard: int) -> int:
-        """Records of a file.
+        """Returns the number of records in a file.
 
         Raises:
-          UserError: it is no ArrayRecord file, or cannot be read.
+          UserError: the file is not an ArrayRecord file, or cannot be read.
         """
         try:
             return self._reader(shard).num_records()
         except (RuntimeError, OSError, ValueError) as error:
             raise UserError(f"cannot read {self.paths[shard]!r}: {str(error).splitlines()[0][:150]}") from error
 
-    def is_whole(self, shard: int) -> bool:
-        """Whether the reader finds the file in order; what it cannot read at all has no records. Raises as `count`."""
+    def is_intact(self, shard: int) -> bool:
+        """Returns True if the reader reports no damage; a file that it cannot read at all has no records.
+
+        Raises:
+          UserError: as for `count`.
+        """
         self.count(shard)
         return self._reader(shard).ok()
 
     def read(self, shard: int, number: int) -> bytes:
-        """A record. Raises Unusable."""
+        """Returns a record.
+
+        Raises:
+          Unusable: the record is damaged.
+        """
         try:
             [record] = self._reader(shard).read([number])
         except (RuntimeError, OSError, ValueError, IndexError) as error:
@@ -120,41 +134,43 @@ class RecordReaders:
 
         with self._lock:
             if shard not in self._opened:
-                if not os.path.isfile(self.paths[shard]):  # the reader itself would end the process
+                if not os.path.isfile(self.paths[shard]):  # the reader would abort the process
                     raise OSError("no such file")
                 self._opened[shard] = ArrayRecordReader(self.paths[shard])
             return self._opened[shard]
 
 
 class TfdsShards:
-    """One split of a TFDS data set, prepared as ArrayRecord; see `Shards`.
+    """One split of a TFDS data set, prepared as ArrayRecord files; see `Shards`.
 
-    Texts are captions, the names of a class label are captions too (field "class"), numbers are metadata.
+    Texts are captions, and so is the name of a class label (field "class"); numbers are metadata.
     """
 
     def __init__(self, name: str, split: str, data_dir: str = "", image_key: str = ""):
-        """Args:
-          name: as TFDS knows it ("imagenet2012:5.1.0"), or the folder of a prepared data set.
-          split: "train", or a part of one ("train[:90%]").
-          data_dir: where prepared data sets lie; "": where TFDS puts them.
-          image_key: of the picture, where there are several.
+        """Opens a prepared data set.
+
+        Args:
+          name: name in TFDS ("imagenet2012:5.1.0"), or the folder of a prepared data set.
+          split: a split ("train"), or a slice of one ("train[:90%]").
+          data_dir: folder of prepared data sets; "": the default of TFDS.
+          image_key: feature with the image; required if there are several images.
 
         Raises:
-          UserError: it is unknown, not prepared, in another format, or has no picture or no such split.
+          UserError: the data set is unknown, not prepared or in another format, or lacks the image or the split.
         """
         self._name, self._split, self._data_dir = name, split, data_dir
         builder, info = self._builder
-        pictures, labels = _kinds(info)
+        pictures, labels = _image_and_label_features(info)
         if image_key and image_key not in pictures or len(pictures) != 1 and not image_key:
             raise UserError(
-                f"data set {name!r} has the pictures {', '.join(sorted(pictures)) or '(none)'}: "
+                f"data set {name!r} has the images {', '.join(sorted(pictures)) or '(none)'}: "
                 "name one with --config.data.image_key"
             )
         self._image_key = image_key or pictures.pop()
         self._labels = labels
         self.settings = self._image_key
         self.paths = (str(builder.data_path / re.sub(r"[^\w.+-]", "_", split)),)
-        _ = self._records  # says what is wrong with the split or its format
+        _ = self._records  # raises if the split or its format is wrong
 
     def __getstate__(self):
         return {name: value for name, value in self.__dict__.items() if name not in ("_records", "_builder")}
@@ -167,7 +183,7 @@ class TfdsShards:
                 builder = tfds.builder_from_directory(self._name)
             else:
                 builder = tfds.builder(self._name, data_dir=self._data_dir or None)
-        except Exception as error:  # TFDS raises its own kinds for names, versions and metadata that it cannot read
+        except Exception as error:  # TFDS has its own exceptions for unreadable names, versions and metadata
             raise UserError(f"TFDS data set {self._name!r}: {' '.join(str(error).split())[:200]}") from error
         return builder, builder.info
 
@@ -178,7 +194,7 @@ class TfdsShards:
         decoders = _nested(self._image_key, tfds.decode.SkipDecoding())
         try:
             return builder.as_data_source(self._split, decoders=decoders)
-        except Exception as error:  # as above: not prepared, no such split, another format
+        except Exception as error:  # as above: not prepared, no such split, another file format
             raise UserError(
                 f"TFDS data set {self._name!r}, split {self._split!r}: {' '.join(str(error).split())[:200]} "
                 "(prepare it with file_format='array_record')"
@@ -199,7 +215,7 @@ class TfdsShards:
             record = self._records[number]
         except MemoryError:
             raise
-        except Exception:  # TFDS' decoders raise all kinds, protobuf's among them
+        except Exception:  # TFDS decoders raise many types, protobuf's among them
             return Unusable("damaged record")
         values = flatten(record)
         try:
@@ -208,32 +224,32 @@ class TfdsShards:
                 if not isinstance(label, int):
                     raise Unusable("damaged record")
                 values[field] = class_name(label, names).encode()
-            return sample_of(f"{self._split}#{number}", values, self._image_key, ())
+            return make_sample(f"{self._split}#{number}", values, self._image_key, ())
         except Unusable as reason:
             return reason
 
 
 def _import_tfds():
-    import tensorflow_datasets as tfds  # a second to import
+    import tensorflow_datasets as tfds  # takes a second to import
 
     return tfds
 
 
-def _kinds(info) -> tuple[set[str], dict[str, tuple[str, ...]]]:
-    """The names of pictures, and of class labels with their classes' names."""
+def _image_and_label_features(info) -> tuple[set[str], dict[str, tuple[str, ...]]]:
+    """Returns the names of the image features, and {name: class names} of the class labels."""
     tfds = _import_tfds()
     pictures, labels = set(), {}
 
-    def look(features: Mapping[str, Any], prefix: str) -> None:
+    def visit(features: Mapping[str, Any], prefix: str) -> None:
         for name, feature in features.items():
             if isinstance(feature, tfds.features.Image):
                 pictures.add(prefix + name)
             elif isinstance(feature, tfds.features.ClassLabel):
                 labels[prefix + name] = tuple(feature.names or ())
             elif isinstance(feature, tfds.features.FeaturesDict):
-                look(feature, f"{prefix}{name}/")
+                visit(feature, f"{prefix}{name}/")
 
-    look(info.features, "")
+    visit(info.features, "")
     return pictures, labels
 
 
@@ -244,7 +260,10 @@ def _nested(path: str, value: Any) -> dict[str, Any]:
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts, lists and arrays to "a/b" and "a/0", "a/1", …; a list of one is that one."""
+    """Flattens nested dicts, lists and arrays to keys "a/b" and "a/0", "a/1", ….
+
+    A list of one value is replaced by the value.
+    """
     if hasattr(values, "tolist"):  # numpy's scalars and arrays
         values = values.tolist()
     if isinstance(values, Mapping):
@@ -261,11 +280,17 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def sample_of(key: str, values: Mapping[str, Any], image_key: str, class_names: Sequence[str]) -> Sample:
-    """From flat values: bytes and texts are captions, but for the picture; the rest is metadata.
+def make_sample(key: str, values: Mapping[str, Any], image_key: str, class_names: Sequence[str]) -> Sample:
+    """Returns the sample of a record.
+
+    Args:
+      key: key of the sample.
+      values: flat values; bytes and texts other than the image are captions, the rest is metadata.
+      image_key: key of the image.
+      class_names: names of the classes, by number.
 
     Raises:
-      Unusable: there is no picture, or a text that is none.
+      Unusable: there is no image, a text is not UTF-8, or a class has no name.
     """
     values = dict(values)
     picture = values.pop(image_key, None)
@@ -279,7 +304,7 @@ def sample_of(key: str, values: Mapping[str, Any], image_key: str, class_names: 
             texts[CLASS_FIELD] = class_name(value, class_names)
         elif isinstance(value, bytes):
             if len(value) > MAX_TEXT_BYTES:
-                continue  # another picture, or a mask
+                continue  # another image, or a mask
             texts[name] = decode_text(value)
         elif isinstance(value, str):
             texts[name] = value

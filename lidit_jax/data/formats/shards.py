@@ -1,4 +1,4 @@
-"""One sample as it is stored, before its picture is decoded, and the rules for its texts that all formats share."""
+"""Interface of the storage formats: a sample before its image is decoded, and the rules for texts that all share."""
 
 import hashlib
 import json
@@ -8,20 +8,21 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_PICTURE_BYTES = 1 << 28
-# The caption field of data sets of classes: the class's name.
+# Caption field that holds the class name, for data sets with classes.
 CLASS_FIELD = "class"
-# What img2dataset notes about a sample in its json; no caption, however it is written.
+# Fields that img2dataset adds to a sample's json; they are never captions.
 _BOOKKEEPING = frozenset(("key", "url", "status", "error_message", "sha256", "md5", "uid", "exif"))
 
 
 class Sample(NamedTuple):
-    """A sample of any format.
+    """A sample, independent of its storage format.
 
     Attributes:
-      key: its name, for messages.
+      key: name of the sample, for messages.
       captions: {field: text}, stripped and not empty.
-      metadata: what else is known of it.
-      picture: encoded, at its start. Of a sample that is only looked at, reading its header reads no more than that.
+      metadata: further values.
+      picture: the encoded image, positioned at its start. While scanning it reads lazily: reading the header of the
+        image reads no more of the file than that.
     """
 
     key: str
@@ -31,29 +32,29 @@ class Sample(NamedTuple):
 
 
 class Unusable(Exception):
-    """A sample to leave out; its message is the reason, in a few words."""
+    """A sample that cannot be used; the message gives the reason in a few words."""
 
 
-Place = tuple[int, int]  # where in its shard a sample is: what the format wants to know, e.g. first and last byte
+Place = tuple[int, int]  # position of a sample within its shard; depends on the format, e.g. first byte and end
 
 
 class Shards(Protocol):
-    """A data set on disk, in one or more parts that are walked through independently. Picklable; read by threads.
+    """A stored data set, in one or more shards that are scanned independently. Picklable; safe to read from threads.
 
     Attributes:
-      paths: of each part, by which its index is named.
-      settings: what else decides how samples are read: an index made with others is made anew.
+      paths: path of each shard, from which the name of its index is derived.
+      settings: text that identifies the settings of the reader; an index built with other settings is rebuilt.
     """
 
     paths: Sequence[str]
     settings: str
 
     def size(self, shard: int) -> int:
-        """A number that changes with the shard's content as a rule: an index of another one is made anew."""
+        """Returns a number that usually changes with the shard's content; an index with another one is rebuilt."""
         ...
 
     def scan(self, shard: int) -> Iterator[tuple[Place, Sample] | str]:
-        """Its samples in order, and for each that cannot be used the reason.
+        """Yields the samples of a shard in order, each with its place; for unusable ones, the reason instead.
 
         Raises:
           UserError: the shard cannot be read at all.
@@ -61,21 +62,25 @@ class Shards(Protocol):
         ...
 
     def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
-        """(shard, *place) each -> the sample, or why it can no longer be had."""
+        """Reads the sample at each (shard, *place), or returns why it can no longer be read."""
         ...
 
 
 def scan_numbered(
     shard: int, count: int, read: Callable[[Sequence[tuple[int, int, int]]], list[Sample | Unusable]]
 ) -> Iterator[tuple[Place, Sample] | str]:
-    """A shard's scan where its samples are numbered: number i is at the place (i, i + 1)."""
+    """Implements `Shards.scan` for formats with numbered samples: sample i has the place (i, i + 1)."""
     for number in range(count):
         [sample] = read([(shard, number, number + 1)])
         yield str(sample) if isinstance(sample, Unusable) else ((number, number + 1), sample)
 
 
 def parse_json(encoded: bytes) -> dict[str, Any]:
-    """An object's members. Raises Unusable."""
+    """Parses a JSON object.
+
+    Raises:
+      Unusable: the data are not a JSON object.
+    """
     try:
         metadata = json.loads(encoded)
     except (ValueError, RecursionError) as error:
@@ -86,7 +91,11 @@ def parse_json(encoded: bytes) -> dict[str, Any]:
 
 
 def decode_text(encoded: bytes) -> str:
-    """UTF-8, a byte-order mark left out. Raises Unusable."""
+    """Decodes UTF-8 and drops a byte-order mark.
+
+    Raises:
+      Unusable: the text is too long or not UTF-8.
+    """
     if len(encoded) > MAX_TEXT_BYTES:
         raise Unusable("text over 1 MiB")
     try:
@@ -96,19 +105,26 @@ def decode_text(encoded: bytes) -> str:
 
 
 def captions_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """The texts among a sample's values, bookkeeping and blanks left out."""
+    """Returns the texts among the values of a sample, without blank ones and img2dataset's bookkeeping."""
     texts = {name: value for name, value in values.items() if isinstance(value, str) and name not in _BOOKKEEPING}
-    # JSON can hold half of a surrogate pair, which no tokeniser takes.
-    whole = lambda text: text.encode("utf-8", "replace").decode()  # noqa: E731
-    texts = {whole(name): whole(text).strip() for name, text in texts.items()}
+    texts = {_replace_surrogates(name): _replace_surrogates(text).strip() for name, text in texts.items()}
     return {name: text for name, text in texts.items() if text}
 
 
+def _replace_surrogates(text: str) -> str:
+    """Replaces unpaired surrogates, which JSON can hold and tokenizers reject."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def class_name(value: int | str, names: Sequence[str]) -> str:
-    """Of a class by its number, where `names` are given, or as it is.
+    """Returns the name of a class.
+
+    Args:
+      value: the class, as a number or a name.
+      names: names of the classes, by number; empty: `value` is returned as text.
 
     Raises:
-      Unusable: the number has no name.
+      Unusable: `names` has no entry for the number.
     """
     text = str(value).strip()
     if not names or not re.fullmatch(r"-?[0-9]+", text):
@@ -120,13 +136,13 @@ def class_name(value: int | str, names: Sequence[str]) -> str:
 
 
 def names_digest(names: Sequence[str]) -> str:
-    """Of the classes' names; "" for none."""
+    """Returns a digest of the class names; "" if there are none."""
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] if names else ""
 
 
 def check_picture(size: int) -> None:
-    """Raises Unusable for an encoded picture of so many bytes."""
+    """Raises Unusable if an encoded image of `size` bytes is empty or too large."""
     if not size:
-        raise Unusable("empty picture")
+        raise Unusable("empty image")
     if size > MAX_PICTURE_BYTES:
-        raise Unusable("picture file over 256 MiB")
+        raise Unusable("image file over 256 MiB")

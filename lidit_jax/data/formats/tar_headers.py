@@ -1,7 +1,7 @@
-"""Walking the headers of a tar file: names, offsets and sizes of its regular files, nothing extracted.
+"""Parses the headers of a tar file: names, offsets and sizes of its regular files, without extracting anything.
 
-Our own instead of the standard library's `tarfile`, because shards are hostile: tarfile takes a damaged header in the
-middle for the end of the file without a word, and has known endless loops on forged sizes (CVE-2025-8194).
+Not the standard library's `tarfile`, because shards are untrusted: tarfile silently takes a damaged header in the
+middle for the end of the file, and has had endless loops on forged sizes (CVE-2025-8194).
 Format: POSIX.1-1988 ustar, POSIX.1-2001 pax ("path" and "size") and GNU long names and base-256 sizes.
 """
 
@@ -11,19 +11,21 @@ from typing import NamedTuple
 from lidit_jax.data.formats.files import File
 
 BLOCK = 512
-_MAX_EXTENSION_BYTES = 1 << 20  # a name, or pax records
+_MAX_EXTENSION_BYTES = 1 << 20  # of a long name or pax records
 _REGULAR = (b"0", b"\0", b"7")
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, directories: their size field means nothing
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, directories: ignore their size field
 
 
 class Member(NamedTuple):
     """A regular file in a tar.
 
     Attributes:
-      start: where its headers begin, in bytes.
-      offset, size: of its data.
-      end: where the next file's headers begin.
-      complete: False where the tar ends before the file does.
+      name: path of the file.
+      start: offset of its headers in bytes.
+      offset: offset of its data in bytes.
+      size: size of its data in bytes.
+      end: offset of the headers of the next file.
+      complete: False if the tar ends within the file's data.
     """
 
     name: str
@@ -35,17 +37,18 @@ class Member(NamedTuple):
 
 
 class DamagedTar(Exception):
-    """The rest of the tar cannot be read; its message says why in a few words."""
+    """The rest of the tar cannot be read; the message gives the reason in a few words."""
 
 
 def walk(file: File, start: int = 0) -> Iterator[Member]:
-    """Yields the regular files of an open, uncompressed tar, in order, until its end mark or its last byte.
+    """Yields the regular files of an uncompressed tar, in order, until its end mark or its last byte.
 
     Args:
-      start: of the first of them, as its `Member.start` says.
+      file: the open tar.
+      start: offset of the headers to begin with (`Member.start`).
 
     Raises:
-      DamagedTar: after everything before the damage was yielded.
+      DamagedTar: the tar is damaged here; all files before the damage have been yielded.
     """
     end = file.size
     if not end:
@@ -54,7 +57,7 @@ def walk(file: File, start: int = 0) -> Iterator[Member]:
     while position < end:
         header = file.read(position, BLOCK)
         if len(header) < BLOCK:
-            raise DamagedTar("cut-off tar")
+            raise DamagedTar("truncated tar")
         if not any(header):
             return
         _check(header, position)
@@ -71,7 +74,7 @@ def walk(file: File, start: int = 0) -> Iterator[Member]:
             continue
         if kind in (b"K", b"g"):
             if data + size > end:
-                raise DamagedTar("cut-off tar")
+                raise DamagedTar("truncated tar")
             position = data + _padded(size)
             continue
         size = int(overrides.get("size", size))
@@ -81,7 +84,7 @@ def walk(file: File, start: int = 0) -> Iterator[Member]:
         if kind in _REGULAR and not name.endswith("/") and "sparse" not in overrides:
             yield Member(name, start, data, size, position, complete)
         if not complete:
-            raise DamagedTar("cut-off tar")
+            raise DamagedTar("truncated tar")
         overrides, start = {}, position
 
 
@@ -90,7 +93,7 @@ def _check(header: bytes, position: int) -> None:
     blanked = header[:148] + b" " * 8 + header[156:]
     unsigned = sum(blanked)
     signed = unsigned - 256 * sum(byte > 127 for byte in blanked) if stored != unsigned else stored
-    if stored not in (unsigned, signed):  # some old writers sum signed bytes
+    if stored not in (unsigned, signed):  # some old writers add signed bytes
         raise _damaged(position)
 
 
@@ -99,7 +102,7 @@ def _damaged(position: int) -> DamagedTar:
 
 
 def _number(field: bytes, position: int) -> int:
-    """A number field: octal digits, or big-endian binary where the first byte is 0x80 (GNU)."""
+    """Parses a number field: octal digits, or big-endian binary if the first byte is 0x80 (GNU)."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip()
@@ -110,7 +113,7 @@ def _number(field: bytes, position: int) -> int:
 
 def _name(header: bytes) -> bytes:
     name = header[:100].split(b"\0", 1)[0]
-    # Where POSIX has a prefix, the old GNU format ("ustar" and two blanks) has other things.
+    # The old GNU format ("ustar" and two blanks) stores other fields where POSIX has the prefix.
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
 
@@ -120,12 +123,12 @@ def _read_extension(file: File, offset: int, size: int) -> bytes:
         raise DamagedTar("damaged tar")
     body = file.read(offset, size)
     if len(body) < size:
-        raise DamagedTar("cut-off tar")
+        raise DamagedTar("truncated tar")
     return body
 
 
 def _pax_records(body: bytes) -> dict[str, bytes]:
-    """The records ("LENGTH KEY=VALUE\\n") that change where a file's data are; "sparse" if it is stored with holes."""
+    """Parses the pax records ("LENGTH KEY=VALUE\\n") "path" and "size"; adds "sparse" for files stored with holes."""
     records = {}
     while body.strip(b"\0"):
         length, _, _ = body.partition(b" ")

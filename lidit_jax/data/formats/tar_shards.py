@@ -1,8 +1,9 @@
 """Tar shards of image-text pairs, as img2dataset and webdataset write them: KEY.png|jpg|jpeg|webp with its texts.
 
-A sample's key is its files' name up to the first dot, with its folder (the webdataset convention); its files follow one
-another, so a sample is one range of bytes, which is itself a little tar. Its captions are "txt", "class" (KEY.cls) and
-the json's string fields, img2dataset's own notes (url, status, sha256 …) excepted; its metadata is the json.
+The key of a sample is the path of its files up to the first dot of the file name (the webdataset convention). Files of
+one sample are adjacent, so a sample is one byte range, which is itself a small tar. Its captions are "txt", "class"
+(KEY.cls) and the string fields of its json, except those that img2dataset adds (url, status, sha256 …); its metadata is
+the json.
 """
 
 import io
@@ -35,16 +36,18 @@ _CHANGED = "changed since the tar was indexed"
 
 
 class TarShards:
-    """Tar files; see `Shards`."""
+    """Reader of tar shards; see `Shards`."""
 
     def __init__(self, path: str | os.PathLike, class_names: Sequence[str] = (), shards: slice | None = None):
-        """Args:
+        """Finds the shards.
+
+        Args:
           path: a folder of .tar files, one file, a glob pattern or a brace range ("{00000..00003}.tar").
-          class_names: of the numbers in KEY.cls.
-          shards: which of the path's shards, in their order.
+          class_names: names of the classes that KEY.cls gives as numbers.
+          shards: slice of the sorted shards to use; None: all.
 
         Raises:
-          UserError: no such path, no tar there, or none of the shards asked for.
+          UserError: the path does not exist, holds no tar, or the slice is empty.
         """
         found = find_files(path, ".tar", re.compile(r"\.tar$"))
         self.paths = found[shards] if shards else found
@@ -63,20 +66,21 @@ class TarShards:
     def scan(
         self, shard: int, start: int = 0, length: int | None = None
     ) -> Generator[tuple[Place, Sample] | str, None, int | None]:
-        """As `Shards.scan`, of a part of the shard.
+        """Scans a section of a shard, as `Shards.scan` does.
 
         Args:
-          start: where a part begins, in bytes: 0, or what the part before returned.
-          length: of the part in bytes, after which it ends with a sample; None: to the shard's end. What belongs
-            together, and what comes twice, is noticed within a part.
+          shard: index of the shard.
+          start: offset of the section in bytes: 0, or the offset that scanning the previous section returned.
+          length: length of the section in bytes, rounded up to a complete sample; None: to the end of the shard. Split
+            samples and repeated keys are only noticed within a section.
 
         Returns:
-          Where the next part begins; None at the shard's end.
+          Offset of the next section; None at the end of the shard.
         """
         path = self.paths[shard]
         file = _open(path)
         try:
-            groups = _group(file, start, length)
+            groups = _group_files(file, start, length)
             while True:
                 try:
                     found = next(groups)
@@ -102,12 +106,13 @@ class TarShards:
         return [self._parse(data) for data in self._files.read(places)]
 
     def _parse(self, data: bytes | OSError) -> Sample | Unusable:
-        """A sample from its range of bytes."""
+        """Parses a sample from its byte range."""
         if isinstance(data, OSError):
             return Unusable("unreadable file")
         file = _Bytes(data)
         try:
-            [found] = [one for one in _group(file) if isinstance(one, _Found)]  # it may have repeated file names too
+            # Repeated file names yield reasons besides the sample.
+            [found] = [item for item in _group_files(file) if isinstance(item, _SampleFiles)]
             return self._sample(file, found.key, found.files)
         except ValueError:
             return Unusable(_CHANGED)
@@ -117,9 +122,9 @@ class TarShards:
     def _sample(self, file: File, key: str, files: dict[str, tar_headers.Member], path: str = "") -> Sample:
         picture = next((files[extension] for extension in _PICTURES if extension in files), None)
         if picture is None:
-            raise Unusable("no picture")
+            raise Unusable("no image")
         if not all(member.complete for member in files.values()):
-            raise Unusable("cut-off file")
+            raise Unusable("truncated file")
         check_picture(picture.size)
         texts = {extension: _read_text(file, files[extension]) for extension in _TEXTS if extension in files}
         metadata = parse_json(texts["json"]) if "json" in texts else {}
@@ -135,32 +140,34 @@ class TarShards:
         return Sample(key, captions_of(values), metadata, encoded)
 
 
-class _Found:
-    """The files of one sample that has been met so far."""
+class _SampleFiles:
+    """The files found so far of one sample."""
 
     def __init__(self, key: str, start: int):
         self.key, self.start, self.end = key, start, start
         self.files: dict[str, tar_headers.Member] = {}
 
     @property
-    def is_whole(self) -> bool:
+    def has_image_and_text(self) -> bool:
         return any(extension in self.files for extension in _PICTURES) and any(text in self.files for text in _TEXTS)
 
 
-def _group(file: File, start: int = 0, length: int | None = None) -> Generator[_Found | str, None, int | None]:
-    """Samples as they end; and a reason for each that is left out. See `TarShards.scan`."""
-    current, parts, done, rest = None, {}, set(), None
+def _group_files(
+    file: File, start: int = 0, length: int | None = None
+) -> Generator[_SampleFiles | str, None, int | None]:
+    """Yields each sample when its last file has been read, and a reason for each unusable one; see `TarShards.scan`."""
+    current, incomplete, complete_keys, next_start = None, {}, set(), None
 
-    def ended() -> Iterator[_Found | str]:
+    def finish_current() -> Iterator[_SampleFiles | str]:
         if current is None:
             return
-        if current.key in done:
+        if current.key in complete_keys:
             yield "repeated key"
-        elif current.key in parts or not current.is_whole:
-            # Its other files may come later, or came before.
-            parts[current.key] = "sample split by another key" if current.key in parts else current
+        elif current.key in incomplete or not current.has_image_and_text:
+            # Its other files may follow later, or came earlier.
+            incomplete[current.key] = "sample split by another key" if current.key in incomplete else current
         else:
-            done.add(current.key)
+            complete_keys.add(current.key)
             yield current
 
     damage, members = None, tar_headers.walk(file, start)
@@ -179,26 +186,26 @@ def _group(file: File, start: int = 0, length: int | None = None) -> Generator[_
             continue
         key = folder + slash + stem
         if current is None or key != current.key:
-            yield from ended()
+            yield from finish_current()
             current = None
             if length is not None and member.start >= start + length:
-                rest = member.start
+                next_start = member.start
                 break
-            current = _Found(key, member.start)
+            current = _SampleFiles(key, member.start)
         if extension in current.files:
             yield "repeated file name"
         else:
             current.files[extension], current.end = member, member.end
-    if damage and current is not None and not current.is_whole and current.key not in parts:
-        yield "cut-off file"
+    if damage and current is not None and not current.has_image_and_text and current.key not in incomplete:
+        yield "truncated file"
         current = None
-    yield from ended()
-    for part in parts.values():
-        # A picture alone is a sample, though without a caption.
-        yield "repeated key" if not isinstance(part, str) and part.key in done else part
+    yield from finish_current()
+    for found in incomplete.values():
+        # An image without texts is a sample, too.
+        yield "repeated key" if not isinstance(found, str) and found.key in complete_keys else found
     if damage:
         yield damage
-    return rest
+    return next_start
 
 
 def _read_text(file: File, member: tar_headers.Member) -> bytes:
@@ -215,7 +222,7 @@ def _open(path: str) -> File:
 
 
 class _Bytes:
-    """A file that is in memory."""
+    """A `File` in memory."""
 
     def __init__(self, data: bytes):
         self._data, self.size = data, len(data)
@@ -228,7 +235,7 @@ class _Bytes:
 
 
 class _Region(io.RawIOBase):
-    """A part of an open file as a file of its own, so that reading a picture's header reads no more than that."""
+    """A byte range of an open file as a file of its own, so that reading an image's header reads only that."""
 
     def __init__(self, file: File, path: str, offset: int, size: int):
         super().__init__()
@@ -249,7 +256,7 @@ class _Region(io.RawIOBase):
         return self._position
 
     def readall(self) -> bytes:
-        """In one piece, where the base class would ask for a few kilobytes at a time."""
+        """Reads the rest at once; the base class would read a few kilobytes at a time."""
         return self._read(max(self._size - self._position, 0))
 
     def readinto(self, buffer) -> int:
@@ -258,7 +265,7 @@ class _Region(io.RawIOBase):
         return len(data)
 
     def _read(self, size: int) -> bytes:
-        """Raises UserError where the file cannot be read, which nobody is to take for a broken picture."""
+        """Reads up to `size` bytes; raises UserError, not OSError, which would be taken for a broken image."""
         try:
             data = self._file.read(self._offset + self._position, size)
         except OSError as error:

@@ -1,1 +1,1 @@
-"""Data sets with random access: indexes of shards, the global shuffle and its loader."""
+"""Data sets with random access: shard indexes, the global shuffle and its loader."""

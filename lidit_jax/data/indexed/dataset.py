@@ -1,4 +1,4 @@
-"""Data sets with random access: shuffled as a whole, batch k a function of k alone."""
+"""Data sets with random access: globally shuffled; batch k is a function of k alone."""
 
 import collections
 import logging
@@ -16,40 +16,53 @@ from lidit_jax.data.indexed.loader import Loader, make_loader, make_plan, rows_o
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source
-from lidit_jax.data.stored_features import StoredEncoder, StoredPrompts
+from lidit_jax.data.stored_features import EncoderFingerprint, StoredPrompts
 from lidit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 
 class IndexedDataset(Dataset):
-    """See `Dataset`.
+    """A `Dataset` with random access.
 
     Attributes:
-      source: random access to the pictures.
+      source: random access to the examples.
+      bucket_of_example: int32 [N], index of each example's bucket.
     """
 
     def __init__(
         self,
         config: DataConfig,
         buckets: tuple[Bucket, ...],
-        parts: Mapping[str, DataConfig],
+        source_configs: Mapping[str, DataConfig],
         sources: Iterable[Source],
         held_out: bool,
         with_captions: bool,
     ):
-        """As `Dataset`. Args: sources: one for each of `parts`."""
-        super().__init__(config, buckets, parts, held_out, with_captions)
+        """Checks the sources and assigns their examples to buckets.
+
+        Args:
+          config: as for `Dataset`.
+          buckets: as for `Dataset`.
+          source_configs: as for `Dataset`.
+          sources: one source for each of `source_configs`.
+          held_out: as for `Dataset`.
+          with_captions: as for `Dataset`.
+
+        Raises:
+          UserError: too many samples are broken, or no sample has a caption field that the config names.
+        """
+        super().__init__(config, buckets, source_configs, held_out, with_captions)
         fields: collections.Counter[str] = collections.Counter()
-        self._sources, looked_at = [], 0
+        self._sources, num_samples = [], 0
         for source in sources:
             self._sources.append(source)
             if isinstance(source, IndexedSource):
                 self.broken += source.broken
                 self.dropped += source.dropped
-                looked_at += source.looked_at
+                num_samples += source.num_samples
                 fields += source.fields
-        check_broken(looked_at, self.broken, config.max_broken)
+        check_broken(num_samples, self.broken, config.max_broken)
         self._check_fields(fields)
         self.source: Source = self._sources[0] if len(self._sources) == 1 else ConcatenatedSource(self._sources)
         self.bucket_of_example = assign(self.source.sizes(), self.buckets)
@@ -62,50 +75,56 @@ class IndexedDataset(Dataset):
 
     def summary(self) -> str:
         shares = make_plan(self.source, self.buckets, 1, 0, self._weights).shares()
-        groups = [f"{bucket} {100 * share:.0f}%" for bucket, share in zip(self.buckets, shares, strict=False) if share]
-        lines = [f"data: {len(self.source)} pictures; groups {', '.join(groups)}"]
-        if len(self._parts) > 1:
+        bucket_shares = [
+            f"{bucket} {100 * share:.0f}%" for bucket, share in zip(self.buckets, shares, strict=False) if share
+        ]
+        lines = [f"data: {len(self.source)} images; buckets {', '.join(bucket_shares)}"]
+        if len(self._source_configs) > 1:
             counts = np.bincount(self.source.source_of_example)
             rows = self._weights or counts.tolist()
             mixed = [
-                f"{name} {count} pictures, {100 * weight / sum(rows):.0f}%"
-                for name, count, weight in zip(self._parts, counts, rows, strict=True)
+                f"{name} {count} images, {100 * weight / sum(rows):.0f}%"
+                for name, count, weight in zip(self._source_configs, counts, rows, strict=True)
             ]
             lines.append(f"mixed of {'; '.join(mixed)}")
-        return "; ".join(lines + self._left_out())
+        return "; ".join(lines + self._describe_left_out())
 
     @property
     def holds_latents(self) -> bool:
         return self.source.content == "moments"
 
     def check_latents(self, vae_digest: str) -> None:
-        """Raises UserError for latents that another VAE made than the one with this digest."""
-        for part, source in zip(self._parts.values(), self._sources, strict=True):
+        """Raises UserError if latents were computed by a VAE with another digest."""
+        for source_config, source in zip(self._source_configs.values(), self._sources, strict=True):
             if isinstance(source, PrecomputedSource) and source.manifest.vae != vae_digest:
                 raise UserError(
-                    f"{part.path}: made by another VAE (digest {source.manifest.vae}) than vae.weights names "
-                    f"({vae_digest}): name that one, or compute the latents anew"
+                    f"{source_config.path}: computed by another VAE (digest {source.manifest.vae}) than that of "
+                    f"vae.weights ({vae_digest}): name that one, or compute the latents again"
                 )
 
     def stored_prompts(self) -> StoredPrompts | None:
-        """Raises UserError where the sources of a mixture hold features of different encoders."""
+        """Returns the precomputed features of the prompts; None if the data hold none.
+
+        Raises:
+          UserError: the sources of a mixture hold features of different encoders.
+        """
         made_by = [getattr(source, "encoders", {}) for source in self._sources]
         if any(encoders != made_by[0] for encoders in made_by):
             raise UserError(
-                "the mixture's latents hold the features of different encoders: compute them anew with the same, or "
+                "the mixture's latents hold the features of different encoders: compute them again with the same, or "
                 "give --config.data.features=False"
             )
         return StoredPrompts(made_by[0], self._sources[0].constant) if made_by[0] else None
 
-    def check_features(self, encoders: Mapping[str, StoredEncoder]) -> None:
-        """Raises UserError for stored features of other encoders than these."""
-        for part, source in zip(self._parts.values(), self._sources, strict=True):
+    def check_features(self, encoders: Mapping[str, EncoderFingerprint]) -> None:
+        """Raises UserError if stored features were computed by other encoders than these."""
+        for source_config, source in zip(self._source_configs.values(), self._sources, strict=True):
             stored = getattr(source, "encoders", {})
             if stored and stored != encoders:
                 wrong = sorted(n for n in stored.keys() | encoders.keys() if stored.get(n) != encoders.get(n))
                 raise UserError(
-                    f"{part.path}: the stored features are of other encoders, or of other texts around the prompts "
-                    f"({', '.join(wrong)} differ): name those, compute the features anew, or give "
+                    f"{source_config.path}: the stored features are of other encoders, or of other texts around the "
+                    f"prompts ({', '.join(wrong)} differ): name those, compute the features again, or give "
                     "--config.data.features=False"
                 )
 
@@ -130,18 +149,16 @@ class IndexedDataset(Dataset):
 
     def pictures(self, count: int) -> list[np.ndarray]:
         if self.holds_latents:
-            raise UserError(
-                "data.source='precomputed' holds latents, no pictures to look at: name the pictures' source"
-            )
+            raise UserError("data.source='precomputed' holds latents, no images: name the source of the images")
         pictures = []
         for index in spread(len(self.source), count):
             [example] = self.source.load([index], self.buckets[self.bucket_of_example[index]])
             if isinstance(example, BrokenExample):
-                logger.warning("%s; it is left out", example)
+                logger.warning("%s; left out", example)
             else:
                 pictures.append(example["image"])
         if not pictures:
-            raise UserError(f"none of the {len(self.source)} pictures can be read: check the data's files")
+            raise UserError(f"none of the {len(self.source)} images can be read: check the data files")
         return pictures
 
     def _loader(

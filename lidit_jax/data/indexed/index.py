@@ -1,8 +1,8 @@
-"""What a shard holds, found by walking through it once and kept beside it: SHARD.index, a Parquet file.
+"""Indexes of shards, built by scanning each shard once and stored beside it: SHARD.index, a Parquet file.
 
-With it any sample is read without those before it, which gives a global shuffle and an exact resume; and filters look
-at captions and metadata without opening the shards. An index that is missing, of another version or of another shard
-is made anew.
+With an index, any sample is read without reading those before it, which allows a global shuffle and exact resuming; and
+filters see captions and metadata without opening the shards. An index that is missing, has another version or belongs
+to another shard is rebuilt.
 """
 
 import collections
@@ -31,60 +31,64 @@ from lidit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-MAX_PIXELS = 1 << 26  # of a picture, if nobody says otherwise
+MAX_PIXELS = 1 << 26  # default limit for an image
 SUFFIX = ".index"
 _VERSION = 1
-_PLACES = ("start", "end", "height", "width")
-_TEXTS = ("key", "captions", "metadata")
+_NUMBER_COLUMNS = ("start", "end", "height", "width")
+_TEXT_COLUMNS = ("key", "captions", "metadata")
 _SCHEMA = pa.schema(
-    [*((name, pa.int64()) for name in _PLACES), *((name, pa.string()) for name in _TEXTS)],
+    [*((name, pa.int64()) for name in _NUMBER_COLUMNS), *((name, pa.string()) for name in _TEXT_COLUMNS)],
 )
 _ROWS_AT_ONCE = 1 << 14
-_MAX_SAMPLE_BYTES = 1 << 29  # more than any format's samples have: a forged index must not have us read that much
-# Starting a process takes as long as reading some hundred samples' headers.
+_MAX_SAMPLE_BYTES = 1 << 29  # above any format's limit: a forged index must not cause huge reads
+# Starting a process takes as long as reading the headers of a few hundred samples.
 _SHARDS_FOR_PROCESSES = 32
 _MAX_PROCESSES = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Examined:
-    """What of a shard is worth training on.
+class ExaminedShard:
+    """The samples of a shard that filters keep, with statistics.
 
     Attributes:
-      places, sizes: int64 [N, 2], int32 [N, 2] (height, width in pixels) of the samples kept.
-      broken: how many samples (or shards, whose readable part is used) could not be used, by reason.
-      dropped: how many the filters dropped, by reason.
-      looked_at: samples in all, broken ones included.
-      fields, keys: how many samples have each caption field, and each key of the metadata; counted where filters look.
-      digest: of everything in it that is kept, but for the pictures' pixels.
+      places: int64 [N, 2], place of each sample kept; see `Place`.
+      sizes: int32 [N, 2], height and width of each sample kept, in pixels.
+      broken: number of samples that could not be used, by reason; a damaged shard, whose readable samples are used,
+        counts once.
+      dropped: number of samples that filters dropped, by reason.
+      num_samples: number of all samples, including broken ones.
+      fields: number of samples with each caption field; counted only if there are filters.
+      keys: number of samples with each metadata key; counted only if there are filters.
+      digest: digest of the samples kept, without their pixels.
     """
 
     places: np.ndarray
     sizes: np.ndarray
     broken: collections.Counter
     dropped: collections.Counter
-    looked_at: int
+    num_samples: int
     fields: collections.Counter
     keys: collections.Counter
     digest: str
 
 
 @dataclasses.dataclass(frozen=True)
-class IndexPlan:
-    """How indexes are made.
+class IndexOptions:
+    """Settings for building indexes.
 
     Attributes:
-      folder: where they lie; "": each beside its shard.
-      max_pixels: larger pictures count as broken, undecoded.
+      folder: folder for the indexes; "": each beside its shard.
+      max_pixels: larger images count as broken and are not decoded.
     """
 
     folder: str = ""
     max_pixels: int = MAX_PIXELS
 
     def path(self, shard: str) -> str:
+        """Returns the path of a shard's index."""
         if not self.folder:
             return shard + SUFFIX
-        # Shards of several folders may have the same name.
+        # Shards in different folders may have the same name.
         name = f"{hashlib.sha256(shard.encode()).hexdigest()[:8]}-{os.path.basename(shard)}{SUFFIX}"
         return f"{self.folder.rstrip('/')}/{name}"
 
@@ -92,50 +96,60 @@ class IndexPlan:
 def examine(
     shards: Shards,
     filters: Sequence[Filter] = (),
-    plan: IndexPlan = IndexPlan(),
+    options: IndexOptions = IndexOptions(),
     first: int = 0,
-) -> list[Examined]:
-    """Of every shard in order; where there are many, by all cores. A terminal shows the progress.
+) -> list[ExaminedShard]:
+    """Reads or builds the index of every shard, on all cores if there are many; shows progress on a terminal.
 
     Args:
-      first: the shard to begin with. Where each process of a pod begins elsewhere and the indexes are on a file system
-        that all see, each makes a part of them and finds the others made.
+      shards: the shards.
+      filters: filters that samples must pass.
+      options: settings for building indexes.
+      first: the shard to begin with. If each process of a pod begins at a different shard and the indexes are on a
+        shared file system, each process builds some of them and finds the others built.
+
+    Returns:
+      The result for every shard, in order.
     """
     count = len(shards.paths)
     order = [(first + i) % count for i in range(count)]
-    one = functools.partial(_examine_shard, shards, plan, tuple(filters))
-    bar = tqdm.tqdm(total=count, desc="index", unit="shard", disable=None, leave=False)
-    found: dict[int, Examined] = {}
-    with bar:
-        for shard, examined in _in_processes(one, order) if count >= _SHARDS_FOR_PROCESSES else map(one, order):
+    examine_shard = functools.partial(_examine_shard, shards, options, tuple(filters))
+    progress = tqdm.tqdm(total=count, desc="index", unit="shard", disable=None, leave=False)
+    found: dict[int, ExaminedShard] = {}
+    with progress:
+        for shard, examined in (
+            _in_processes(examine_shard, order) if count >= _SHARDS_FOR_PROCESSES else map(examine_shard, order)
+        ):
             found[shard] = examined
-            bar.update()
+            progress.update()
     return [found[shard] for shard in range(count)]
 
 
-def _in_processes(one, order: Sequence[int]) -> Iterator[tuple[int, Examined]]:
+def _in_processes(examine_shard, order: Sequence[int]) -> Iterator[tuple[int, ExaminedShard]]:
     workers = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        yield from pool.map(one, order, chunksize=max(1, min(16, len(order) // (4 * workers))))
+        yield from pool.map(examine_shard, order, chunksize=max(1, min(16, len(order) // (4 * workers))))
 
 
-def _examine_shard(shards: Shards, plan: IndexPlan, filters: Sequence[Filter], shard: int) -> tuple[int, Examined]:
-    return shard, _examined(_table(shards, plan, shard, with_texts=bool(filters)), filters)
+def _examine_shard(
+    shards: Shards, options: IndexOptions, filters: Sequence[Filter], shard: int
+) -> tuple[int, ExaminedShard]:
+    return shard, _filtered_shard(_table(shards, options, shard, with_texts=bool(filters)), filters)
 
 
-def _examined(table: pa.Table, filters: Sequence[Filter]) -> Examined:
+def _filtered_shard(table: pa.Table, filters: Sequence[Filter]) -> ExaminedShard:
     facts = json.loads(table.schema.metadata[b"facts"])
-    places = np.stack([table.column(name).to_numpy() for name in _PLACES], axis=1).reshape(-1, 4)
+    places = np.stack([table.column(name).to_numpy() for name in _NUMBER_COLUMNS], axis=1).reshape(-1, 4)
     keep, dropped, fields, keys = _filtered(table, filters) if filters else (slice(None), {}, {}, {})
     digest = hashlib.sha256(facts["digest"].encode())
     digest.update(places[keep].tobytes())
-    return Examined(
+    return ExaminedShard(
         places=places[keep, :2],
         sizes=places[keep, 2:].astype(np.int32),
         broken=collections.Counter(facts["broken"]),
         dropped=collections.Counter(dropped),
-        looked_at=len(places) + sum(facts["broken"].values()),
+        num_samples=len(places) + sum(facts["broken"].values()),
         fields=collections.Counter(fields),
         keys=collections.Counter(keys),
         digest=digest.hexdigest(),
@@ -161,11 +175,11 @@ def _filtered(table: pa.Table, filters: Sequence[Filter]):
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-def _table(shards: Shards, plan: IndexPlan, shard: int, with_texts: bool) -> pa.Table:
-    """The index, made where there is none that fits."""
-    path, source = plan.path(shards.paths[shard]), shards.paths[shard]
-    names = (*_PLACES, *_TEXTS) if with_texts else _PLACES
-    expected = {"version": _VERSION, "size": shards.size(shard), "max_pixels": plan.max_pixels}
+def _table(shards: Shards, options: IndexOptions, shard: int, with_texts: bool) -> pa.Table:
+    """Returns the index of a shard; builds it if there is no valid one."""
+    path, source = options.path(shards.paths[shard]), shards.paths[shard]
+    names = (*_NUMBER_COLUMNS, *_TEXT_COLUMNS) if with_texts else _NUMBER_COLUMNS
+    expected = {"version": _VERSION, "size": shards.size(shard), "max_pixels": options.max_pixels}
     expected["settings"] = shards.settings
     table = _read(path, names, expected, modification_time(source))
     if table is None:
@@ -176,7 +190,7 @@ def _table(shards: Shards, plan: IndexPlan, shard: int, with_texts: bool) -> pa.
 
 
 def _read(path: str, names: Sequence[str], expected: dict[str, Any], not_before: float | None) -> pa.Table | None:
-    """None where there is no file that fits."""
+    """Reads an index; returns None if it is missing, damaged, outdated, or older than `not_before` (seconds)."""
     try:
         if is_remote(path):
             filesystem, name = remote_filesystem(path)
@@ -190,16 +204,16 @@ def _read(path: str, names: Sequence[str], expected: dict[str, Any], not_before:
         facts = dict(json.loads(table.schema.metadata[b"facts"]))
     except FileNotFoundError:
         return None
-    except Exception as error:  # an index is made of nothing but its shard: what is wrong with it does not matter
-        logger.warning("%s: not an index (%s); it is made anew", path, " ".join(str(error).split())[:100])
+    except Exception as error:  # whatever is wrong with an index, it can be rebuilt from its shard
+        logger.warning("%s: not an index (%s); rebuilding it", path, " ".join(str(error).split())[:100])
         return None
-    if any(facts.get(name) != value for name, value in expected.items()) or not _is_sane(table, facts):
+    if any(facts.get(name) != value for name, value in expected.items()) or not _is_valid(table, facts):
         return None
     return table
 
 
-def _is_sane(table: pa.Table, facts: dict[str, Any]) -> bool:
-    """Whether nobody who wrote the file meant harm: everything in it is of the right type and within bounds."""
+def _is_valid(table: pa.Table, facts: dict[str, Any]) -> bool:
+    """Returns True if every value of an index has the right type and is in bounds; the file may be forged."""
     if table.schema.names != [name for name in _SCHEMA.names if name in table.schema.names]:
         return False
     if any(table.schema.field(name).type != _SCHEMA.field(name).type for name in table.schema.names):
@@ -211,12 +225,12 @@ def _is_sane(table: pa.Table, facts: dict[str, Any]) -> bool:
         return False
     if any(isinstance(count, bool) or count >= 1 << 40 for count in broken.values()):
         return False
-    start, end, height, width = (table.column(name).to_numpy() for name in _PLACES)
+    start, end, height, width = (table.column(name).to_numpy() for name in _NUMBER_COLUMNS)
     order = np.argsort(start, kind="stable")
     if not ((start[order][1:] >= end[order][:-1]).all() and (np.maximum(height, width) <= facts["max_pixels"]).all()):
-        return False  # no sample is there twice, and no product overflows
+        return False  # samples must not overlap, and height * width must not overflow
     pixels = height * width
-    good = (
+    in_bounds = (
         (start >= 0)
         & (end >= start)
         & (end - start <= _MAX_SAMPLE_BYTES)
@@ -225,11 +239,11 @@ def _is_sane(table: pa.Table, facts: dict[str, Any]) -> bool:
         & (pixels > 0)
         & (pixels <= facts["max_pixels"])
     )
-    return bool(good.all()) and _has_sane_texts(table)
+    return bool(in_bounds.all()) and _has_valid_texts(table)
 
 
-def _has_sane_texts(table: pa.Table) -> bool:
-    """Whether captions are {field: text} and metadata objects, where they were asked for."""
+def _has_valid_texts(table: pa.Table) -> bool:
+    """Returns True if captions are {field: text} and metadata are objects, or if these columns were not read."""
     if "captions" not in table.schema.names:
         return True
     try:
@@ -237,12 +251,18 @@ def _has_sane_texts(table: pa.Table) -> bool:
         metadata = [json.loads(text) for text in table.column("metadata").to_pylist()]
     except (ValueError, RecursionError):
         return False
-    is_texts = lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values())  # noqa: E731
-    return all(map(is_texts, captions)) and all(isinstance(value, dict) for value in metadata)
+    if not all(isinstance(value, dict) for value in (*captions, *metadata)):
+        return False
+    return all(isinstance(text, str) for value in captions for text in value.values())
 
 
 def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, Any]) -> pa.Table:
-    """Args: facts: of the shard and of how it is looked at."""
+    """Builds an index.
+
+    Args:
+      scanned: what `Shards.scan` yields.
+      facts: version, size of the shard, and settings, which a later reader of the index compares with its own.
+    """
     broken = collections.Counter()
     rows: dict[str, list] = {name: [] for name in _SCHEMA.names}
     digest = hashlib.sha256()
@@ -256,7 +276,7 @@ def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, An
         except decoding.BrokenPicture as error:
             broken[str(error)] += 1
             continue
-        key = sample.key.encode("utf-8", "replace").decode()  # a path's bytes need not be UTF-8
+        key = sample.key.encode("utf-8", "replace").decode()  # file names need not be UTF-8
         texts = [json.dumps(sample.captions), json.dumps(sample.metadata, default=str)]
         for name, value in zip(_SCHEMA.names, (start, end, height, width, key, *texts), strict=True):
             rows[name].append(value)
@@ -267,14 +287,14 @@ def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, An
 
 
 def _write(table: pa.Table, path: str) -> None:
-    """Complete or not at all; without the right to write there, the index is for this run alone."""
+    """Writes an index atomically; without write permission, warns once, and the index serves this run alone."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=_ROWS_AT_ONCE)
     encoded = sink.getvalue()
     try:
         if is_remote(path):
             filesystem, name = remote_filesystem(path)
-            filesystem.pipe_file(name, encoded.to_pybytes())  # an object appears when it is whole
+            filesystem.pipe_file(name, encoded.to_pybytes())  # objects appear only when complete
             return
         folder = os.path.dirname(os.path.abspath(path))
         os.makedirs(folder, exist_ok=True)
@@ -288,7 +308,7 @@ def _write(table: pa.Table, path: str) -> None:
                 os.unlink(file.name)
                 raise
     except (OSError, UserError) as error:
-        _warn_once(f"indexes are not kept, the next run makes them again: {error}; set data.index_dir")
+        _warn_once(f"indexes cannot be written, so the next run builds them again: {error}; set data.index_dir")
 
 
 @functools.cache

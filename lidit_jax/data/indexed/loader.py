@@ -1,7 +1,7 @@
-"""Batches for training: examples read, fitted to their bucket, captioned and tokenised, ahead of time, by grain.
+"""Loader for random access: reads, resizes, captions and tokenizes examples ahead of time, with grain.
 
-Batch k is a pure function of the source, the buckets, the seed and k. So the processes of a pod need not talk to each
-other, a resumed run continues with a number, and threads, workers and prefetching change only the speed.
+Batch k is a pure function of the source, the buckets, the seed and k. So the processes of a pod need no communication,
+a resumed run continues from a batch number, and threads, workers and prefetching affect only the speed.
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ import grain
 from absl import flags
 
 from lidit_jax.data.assembler import Assembler
-from lidit_jax.data.batch_stream import NEWS, BatchStream, News
+from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket, assign
 from lidit_jax.data.indexed.batch_plan import BatchPlan
 from lidit_jax.data.sources import BrokenExample, Example, Source
 from lidit_jax.errors import UserError
 
-# Grain wants to know how many batches there are: more than anyone trains for.
+# Grain needs a number of batches: more than any run trains for.
 _ENDLESS = 1 << 48
-# So many unreadable neighbours are no longer accidents in the data but a lost disk or a wrong decoder.
+# This many unreadable neighbours are not accidents in the data but a lost disk or a wrong decoder.
 _MAX_REPLACEMENTS = 100
 
 
@@ -37,32 +37,33 @@ def make_loader(
     first_batch: int = 0,
     max_broken: float = 1.0,
 ) -> "Loader":
-    """An endless, checkpointable iterator over batches, of which this process reads only its own rows.
+    """Returns an endless, checkpointable iterator over batches, of which this process reads only its own rows.
 
-    It yields what the assembler makes of B / process_count examples, one bucket's a batch; process p has rows
-    p * B / process_count onwards.
+    Process p reads B / process_count examples of each batch, from row p * B / process_count. All rows of a batch are of
+    one bucket.
 
     Args:
-      source: where examples come from.
-      assembler: examples -> batch.
+      source: source of the examples.
+      assembler: assembles examples into a batch.
       batch_size: B, over all processes.
-      weights: of a `ConcatenatedSource`, the share of the rows that each of its sources gets, in any unit; None: by how
-        many examples it has.
-      process_index, process_count: `jax.process_index()`, `jax.process_count()`.
-      num_threads: threads that make batches, in each worker; 0 makes them when asked for.
-      num_workers: worker processes (grain starts them afresh, so everything given here must be picklable).
-      prefetch: batches made ahead of time, in each worker.
-      first_batch: the number of the first batch, for a start without a saved iterator.
-      max_broken: share of a thousand examples that may be found broken before the loader stops.
+      weights: share of the rows of each source of a `ConcatenatedSource`, in any unit; None: in proportion to its
+        examples.
+      process_index: `jax.process_index()`.
+      process_count: `jax.process_count()`.
+      num_threads: threads per worker that make batches; 0 makes them on demand.
+      num_workers: worker processes (grain spawns them, so all arguments must be picklable).
+      prefetch: batches made ahead of time per worker.
+      first_batch: number of the first batch, when starting without a saved state.
+      max_broken: share of a window of 1,000 examples that may be broken before iteration stops.
 
     Raises:
-      UserError: batch_size does not divide by process_count; no example or no bucket; while iterating, too many
-        examples are broken.
+      UserError: batch_size is not a multiple of process_count, or there are no examples or no buckets; while iterating,
+        too many examples are broken.
     """
     rows = rows_of_process(batch_size, process_index, process_count)
     buckets = assembler.buckets
     if not len(source) or not buckets:
-        raise UserError(f"{len(source)} examples and {len(buckets)} buckets: a loader needs some of both")
+        raise UserError(f"{len(source)} examples and {len(buckets)} buckets: a loader needs at least one of each")
     plan = make_plan(source, buckets, batch_size, assembler.seed, weights)
     return Loader(
         BatchReader(source, plan, assembler, rows), num_threads, num_workers, prefetch, first_batch, max_broken
@@ -72,24 +73,25 @@ def make_loader(
 def make_plan(
     source: Source, buckets: Sequence[Bucket], batch_size: int, seed: int, weights: Sequence[float] | None = None
 ) -> BatchPlan:
-    """Of a source's batches; see `make_loader`."""
+    """Returns the plan of a source's batches; see `make_loader` for the arguments."""
     source_of_example = source.source_of_example if weights is not None else None
     return BatchPlan(assign(source.sizes(), buckets), batch_size, seed, source_of_example, weights)
 
 
 def rows_of_process(batch_size: int, process_index: int, process_count: int) -> range:
-    """Which rows of each batch a process reads.
+    """Returns the rows of each batch that a process reads.
 
     Raises:
-      UserError: they do not divide evenly, or there is no such process.
+      UserError: batch_size is not a multiple of process_count, or process_index is out of range.
     """
     if batch_size < 1 or batch_size % process_count:
         lower = batch_size // process_count * process_count
         choice = f"{lower} or {lower + process_count}" if lower > 0 else str(process_count)
-        raise UserError(f"batch_size={batch_size} does not divide over {process_count} processes: use {choice}")
+        raise UserError(f"batch_size={batch_size} is not a multiple of {process_count} processes: use {choice}")
     if not 0 <= process_index < process_count:
         raise UserError(
-            f"process_index={process_index} of process_count={process_count}: it is 0 to {process_count - 1}"
+            f"process_index={process_index} of process_count={process_count} is out of range: "
+            f"use 0 to {process_count - 1}"
         )
     count = batch_size // process_count
     return range(process_index * count, (process_index + 1) * count)
@@ -97,7 +99,7 @@ def rows_of_process(batch_size: int, process_index: int, process_count: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """This process's rows of batch k, as a function of k. Picklable; safe to call from several threads."""
+    """Reads this process's rows of batch k, as a function of k. Picklable; safe to call from several threads."""
 
     source: Source
     plan: BatchPlan
@@ -114,8 +116,8 @@ class BatchReader:
                 broken.append(example)
                 examples[row] = self._replacement(indices[row], bucket, broken)
         elements = self.assembler(batch, self.rows.start, examples)
-        news = News(bucket, len(examples), [(example.key, example.reason) for example in broken])
-        return elements | {NEWS: news}
+        statistics = BatchStatistics(bucket, len(examples), [(example.key, example.reason) for example in broken])
+        return elements | {STATISTICS: statistics}
 
     def _read(self, indices: Sequence[int], bucket: Bucket) -> list[Example | BrokenExample]:
         if self.assembler.with_images:
@@ -123,28 +125,32 @@ class BatchReader:
         return self.source.describe(indices)
 
     def _replacement(self, index: int, bucket: Bucket, broken: list[BrokenExample]) -> Example:
-        """The next readable example of its bucket or, of pictures, of any; broken ones are added to `broken`."""
+        """Returns a readable example to replace a broken one.
+
+        Tries the following examples of its bucket, then, except for latents, of any bucket. Further broken ones are
+        appended to `broken`.
+        """
         own = [self.plan.neighbour(index, i) for i in range(1, min(self.plan.list_size(index), _MAX_REPLACEMENTS))]
         others = ((index + i) % len(self.source) for i in range(1, min(len(self.source), _MAX_REPLACEMENTS)))
-        fits = self.source.content == "image" or not self.assembler.with_images  # latents are cropped no more
+        fits = self.source.content == "image" or not self.assembler.with_images  # latents fit one bucket alone
         for other in (*own, *(others if fits else ())):
             [example] = self._read([other], bucket)
             if not isinstance(example, BrokenExample):
                 return example
             broken.append(example)
         raise UserError(
-            f"no readable example in bucket {bucket} or for it; of {len(own) + 1} there last {broken[-1]}: "
-            "check the data's files"
+            f"no readable example for bucket {bucket}, {len(own) + 1} of it were tried, last {broken[-1]}: "
+            "check the data files"
         )
 
 
 class Loader(BatchStream):
-    """Batches of a source with random access; `make_loader` makes it.
+    """Iterator over the batches of a source with random access; `make_loader` returns one.
 
-    Its state does not depend on processes, threads, workers or prefetching.
+    Its state does not depend on the number of processes, threads or workers, nor on prefetching.
 
     Attributes:
-      shares: bucket -> its share of the batches; buckets without examples are left out.
+      shares: share of the batches of each bucket; buckets without examples are left out.
     """
 
     def __init__(
@@ -173,7 +179,7 @@ class Loader(BatchStream):
             numbers = grain.MapDataset.range(self._next_batch, _ENDLESS)
             batches = numbers.map(self._reader).to_iter_dataset(self._read_options)
             if self._num_workers:
-                # Grain asks absl's flags about its workers, which fails where nobody parsed any: in Colab and tests.
+                # Grain reads absl flags for its workers, which fails if no flags were parsed, as in Colab and in tests.
                 if not flags.FLAGS.is_parsed():
                     flags.FLAGS.mark_as_parsed()
                 batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
@@ -184,8 +190,8 @@ class Loader(BatchStream):
         return next(self._batches)
 
     def _stop(self) -> None:
-        # Grain can move an iterator to another place only with at most one worker, and a moved one would first finish
-        # what it had begun, so a new one takes over.
+        # Grain can move an iterator to another position only with at most one worker, and a moved one would first
+        # finish the batches it has begun. So a new iterator replaces it.
         if self._batches is not None:
             self._batches.close()
             self._batches = None

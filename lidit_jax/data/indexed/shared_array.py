@@ -1,4 +1,4 @@
-"""Arrays of a whole data set, which worker processes map into their memory instead of each getting a copy."""
+"""Arrays as long as a data set, which worker processes memory-map instead of each receiving a copy."""
 
 import os
 import tempfile
@@ -6,13 +6,13 @@ import weakref
 
 import numpy as np
 
-_SMALL = 1 << 20  # bytes; less is cheaper to copy
+_SMALL = 1 << 20  # bytes; smaller arrays are cheaper to copy
 
 
 class SharedArray:
-    """A read-only array. Pickling a large one writes it to a temporary file, once, and gives the file's name.
+    """A read-only array. Pickling a large one writes it to a temporary file, once, and pickles only the file name.
 
-    The file goes when the array that wrote it does, in whose process the workers' pickles must be made.
+    The file is removed when the array that wrote it is deleted. Pickles for workers must be made in that process.
     """
 
     def __init__(self, array: np.ndarray):
@@ -35,5 +35,5 @@ def _mapped(file: str) -> SharedArray:
 
 
 def _remove(file: str, process: int) -> None:
-    if os.getpid() == process and os.path.exists(file):  # a forked child has this finaliser too
+    if os.getpid() == process and os.path.exists(file):  # a forked child inherits this finalizer
         os.unlink(file)

@@ -1,4 +1,4 @@
-"""A source of stored samples of any format, by its index."""
+"""Source of the samples of shards in any storage format, read through their indexes."""
 
 import collections
 import hashlib
@@ -8,47 +8,53 @@ import numpy as np
 
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.formats.shards import Sample, Shards, Unusable
-from lidit_jax.data.indexed.index import MAX_PIXELS, Examined
+from lidit_jax.data.indexed.index import MAX_PIXELS, ExaminedShard
 from lidit_jax.data.indexed.shared_array import SharedArray
-from lidit_jax.data.sources import BrokenExample, Example, Source, described, nothing_left, read_picture
+from lidit_jax.data.sources import BrokenExample, Example, Source, no_samples_error, read_picture, without_image
 
 
 class IndexedSource(Source):
-    """The samples of shards that can be used and that the filters keep; nothing of them is in memory but their places.
+    """Usable samples of shards that pass the filters. Only their places and sizes are kept in memory.
 
     Attributes:
-      broken, dropped: number of samples left out, by reason: what could not be used (for "… tar": shards, whose
-        readable part is used), and what the filters dropped.
-      looked_at: number of samples before that.
-      fields, keys: number of samples that have each caption field, and each key of the metadata, before filters;
-        counted where there are filters.
-      fingerprint: digest of keys, captions, metadata and the pictures' places and sizes, not of their pixels.
+      broken: number of samples that could not be used, by reason; a damaged shard, whose readable samples are used,
+        counts once.
+      dropped: number of samples that filters dropped, by reason.
+      num_samples: number of all samples, including those.
+      fields: number of samples with each caption field, before filtering; counted only if there are filters.
+      keys: number of samples with each metadata key, before filtering; counted only if there are filters.
+      fingerprint: digest of keys, captions, metadata and the images' places and sizes, but not of their pixels.
     """
 
     def __init__(
         self,
         shards: Shards,
-        examined: Sequence[Examined],
+        examined: Sequence[ExaminedShard],
         max_pixels: int = MAX_PIXELS,
     ):
-        """Args: examined: of each shard, what `examine` found.
+        """Collects the samples of all shards.
+
+        Args:
+          shards: the shards.
+          examined: the results of `examine`, one per shard.
+          max_pixels: larger images are broken.
 
         Raises:
-          UserError: nothing is left.
+          UserError: no sample is left.
         """
         self._shards, self._max_pixels = shards, max_pixels
-        self.broken = sum((one.broken for one in examined), collections.Counter())
-        self.dropped = sum((one.dropped for one in examined), collections.Counter())
-        self.looked_at = sum(one.looked_at for one in examined)
-        self.fields = sum((one.fields for one in examined), collections.Counter())
-        self.keys = sum((one.keys for one in examined), collections.Counter())
-        counts = [len(one.places) for one in examined]
+        self.broken = sum((shard.broken for shard in examined), collections.Counter())
+        self.dropped = sum((shard.dropped for shard in examined), collections.Counter())
+        self.num_samples = sum(shard.num_samples for shard in examined)
+        self.fields = sum((shard.fields for shard in examined), collections.Counter())
+        self.keys = sum((shard.keys for shard in examined), collections.Counter())
+        counts = [len(shard.places) for shard in examined]
         if not sum(counts):
-            raise nothing_left(shards.paths, self.looked_at, self.broken, self.dropped, self.fields, self.keys)
+            raise no_samples_error(shards.paths, self.num_samples, self.broken, self.dropped, self.fields, self.keys)
         self._shard = SharedArray(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
-        self._places = SharedArray(np.concatenate([one.places for one in examined]))
-        self._sizes = SharedArray(np.concatenate([one.sizes for one in examined]))
-        digest = hashlib.sha256("".join(one.digest for one in examined).encode())
+        self._places = SharedArray(np.concatenate([shard.places for shard in examined]))
+        self._sizes = SharedArray(np.concatenate([shard.sizes for shard in examined]))
+        digest = hashlib.sha256("".join(shard.digest for shard in examined).encode())
         self.fingerprint = digest.hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -64,18 +70,21 @@ class IndexedSource(Source):
         ]
 
     def describe(self, indices: Sequence[int]) -> list[Example | BrokenExample]:
-        return [sample if isinstance(sample, BrokenExample) else described(sample) for sample in self._read(indices)]
+        return [
+            sample if isinstance(sample, BrokenExample) else without_image(sample) for sample in self._read(indices)
+        ]
 
     def _read(self, indices: Sequence[int]) -> list[Sample | BrokenExample]:
         places = [(int(self._shard.array[i]), *self._places.array[i].tolist()) for i in indices]
         read = self._shards.read(places)
-        name = lambda place: f"{self._shards.paths[place[0]]}@{place[1]}"  # noqa: E731
         return [
-            BrokenExample(name(place), str(sample)) if isinstance(sample, Unusable) else sample
-            for place, sample in zip(places, read, strict=True)
+            BrokenExample(f"{self._shards.paths[shard]}@{start}", str(sample))
+            if isinstance(sample, Unusable)
+            else sample
+            for (shard, start, _), sample in zip(places, read, strict=True)
         ]
 
     def _with_picture(self, index: int, sample: Sample, bucket: Bucket | None) -> Example | BrokenExample:
         size = tuple(self._sizes.array[index].tolist())
         image = read_picture(sample.key, sample.picture.read(), self._max_pixels, size, bucket)
-        return image if isinstance(image, BrokenExample) else described(sample) | {"image": image}
+        return image if isinstance(image, BrokenExample) else without_image(sample) | {"image": image}

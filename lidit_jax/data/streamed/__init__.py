@@ -1,1 +1,1 @@
-"""Data sets whose shards are read from end to end: streams of samples, shuffle buffers and their loader."""
+"""Data sets whose shards are read sequentially: sample streams, shuffle buffers and their loader."""

@@ -1,7 +1,7 @@
 """Data sets whose shards are read from end to end, without an index.
 
-What an index would tell beforehand is measured on the first samples of some shards: each group's share, for the order
-of the groups, and what is broken or dropped.
+The facts that an index would provide are estimated from the first samples of some shards: the share of each bucket,
+which determines the order of the buckets, and what is broken or dropped.
 """
 
 import collections
@@ -23,64 +23,78 @@ from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset, spread
 from lidit_jax.data.formats.files import is_remote
 from lidit_jax.data.indexed.loader import rows_of_process
-from lidit_jax.data.sources import BrokenExample, nothing_left
+from lidit_jax.data.sources import BrokenExample, no_samples_error
 from lidit_jax.data.streamed.loader import StreamLoader, StreamPlan
-from lidit_jax.data.streamed.sample_stream import PART, Entry, Reading, Seen
+from lidit_jax.data.streamed.sample_stream import SECTION_BYTES, Entry, ReadStatistics, SampleReader
 from lidit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_SHARDS = 32  # that are looked at beforehand, at the most
-_KEPT, _LOOKED_AT = 2048, 16384  # samples of all of them, likewise
+# Limits of the estimate: number of shards; samples kept and samples read, over all these shards.
+_MAX_SHARDS_READ = 32
+_MAX_SAMPLES_KEPT, _MAX_SAMPLES_READ = 2048, 16384
 _MAX_STREAMS = 256
-_BATCHES_OF_A_GROUP = 4  # that wait
+_BATCHES_PER_BUCKET = 4  # default size of the shuffle buffers, in batches per bucket
 
 
 class StreamedDataset(Dataset):
-    """See `Dataset`. `broken` and `dropped` are of what was looked at beforehand; batches report the rest."""
+    """A `Dataset` read sequentially. `broken` and `dropped` count the first samples; the loader counts the rest."""
 
     def __init__(
         self,
         config: DataConfig,
         buckets: tuple[Bucket, ...],
-        parts: Mapping[str, DataConfig],
-        readings: Iterable[Reading],
+        source_configs: Mapping[str, DataConfig],
+        readers: Iterable[SampleReader],
         held_out: bool,
         with_captions: bool,
     ):
-        """As `Dataset`. Args: readings: one for each of `parts`."""
-        super().__init__(config, buckets, parts, held_out, with_captions)
-        if len(self._parts) > 1 and config.weights() is None:
+        """Reads the first samples of each source.
+
+        Args:
+          config: as for `Dataset`.
+          buckets: as for `Dataset`.
+          source_configs: as for `Dataset`.
+          readers: how to read each of `source_configs`.
+          held_out: as for `Dataset`.
+          with_captions: as for `Dataset`.
+
+        Raises:
+          UserError: a mixture has no weights, too many samples are broken, the filters drop all of them, or no sample
+            has a caption field that the config names.
+        """
+        super().__init__(config, buckets, source_configs, held_out, with_captions)
+        if len(self._source_configs) > 1 and config.weights() is None:
             raise UserError(
-                "data.sequential: nobody has counted the samples of the mixture's sources: give each a weight"
+                "data.sequential: the mixture's sources have unknown numbers of samples: give each a weight"
             )
-        self._readings, self._samples, looked_at = [], [], 0
+        self._readers, self._samples, num_samples = [], [], 0
         fields: collections.Counter[str] = collections.Counter()
-        for reading in readings:
-            samples, seen = _look(reading)
-            self.broken.update(reason for _, reason in seen.broken)
-            self.dropped += seen.dropped
-            looked_at += seen.read
+        for reader in readers:
+            samples, statistics = _read_first_samples(reader)
+            self.broken.update(reason for _, reason in statistics.broken)
+            self.dropped += statistics.dropped
+            num_samples += statistics.read
             fields.update(field for entry in samples for field in entry.sample.captions)
-            self._readings.append(reading)
+            self._readers.append(reader)
             self._samples.append(samples)
-        check_broken(looked_at, self.broken, config.max_broken)
-        self._check_fields(fields, f"none of the first {looked_at} samples")
+        check_broken(num_samples, self.broken, config.max_broken)
+        self._check_fields(fields, f"none of the first {num_samples} samples")
         counts = np.array(
-            [np.bincount([e.group for e in samples], minlength=len(self.buckets)) for samples in self._samples]
+            [np.bincount([e.bucket for e in samples], minlength=len(self.buckets)) for samples in self._samples]
         )
         weights = np.array(self._weights or [1.0] * len(counts))
-        # [sources, groups], of all rows.
+        # [sources, buckets], share of all rows.
         self._shares = counts / counts.sum(1, keepdims=True) * (weights / weights.sum())[:, None]
-        self._looked_at = looked_at
+        self._num_samples = num_samples
 
     @property
     def fingerprint(self) -> str:
-        """Of the shards' names (and sizes, where asking costs nothing), and of how they are read."""
+        """Text that identifies the shards (names, and sizes of local files) and how they are read."""
         digest = hashlib.sha256()
-        for reading in self._readings:
-            digest.update(reading.shards.settings.encode())
-            for path in reading.shards.paths:
+        for reader in self._readers:
+            digest.update(reader.shards.settings.encode())
+            for path in reader.shards.paths:
                 size = 0 if is_remote(path) or not os.path.exists(path) else os.path.getsize(path)
                 digest.update(f"{os.path.basename(path)} {size}\n".encode())
         sizes = " ".join(str(bucket) for bucket in self.buckets)
@@ -89,19 +103,21 @@ class StreamedDataset(Dataset):
 
     def summary(self) -> str:
         shares = self._shares.sum(0)
-        groups = [f"{bucket} {100 * share:.0f}%" for bucket, share in zip(self.buckets, shares, strict=True) if share]
-        shards = sum(len(reading.shards.paths) for reading in self._readings)
-        lines = [f"data: {shards} shards, read from end to end; of the first {self._looked_at} samples: groups "
-                 f"{', '.join(groups)}"]  # fmt: skip
-        return "; ".join(lines + self._left_out())
+        bucket_shares = [
+            f"{bucket} {100 * share:.0f}%" for bucket, share in zip(self.buckets, shares, strict=True) if share
+        ]
+        shards = sum(len(reader.shards.paths) for reader in self._readers)
+        lines = [f"data: {shards} shards, read from end to end; of the first {self._num_samples} samples: buckets "
+                 f"{', '.join(bucket_shares)}"]  # fmt: skip
+        return "; ".join(lines + self._describe_left_out())
 
     def check_batch_size(self, batch_size: int) -> None:
         rows_of_process(batch_size, jax.process_index(), jax.process_count())
         self._streams_of_process(batch_size, jax.process_index(), jax.process_count())
         if self.config.shuffle_buffer and self.config.shuffle_buffer < batch_size:
             raise UserError(
-                f"data.shuffle_buffer={self.config.shuffle_buffer} is less than a batch of {batch_size}: raise it, or "
-                "give 0 for four batches of every group"
+                f"data.shuffle_buffer={self.config.shuffle_buffer} is below the batch size of {batch_size}: raise "
+                "it, or give 0 for four batches per bucket"
             )
 
     def smallest_side(self) -> int:
@@ -118,28 +134,32 @@ class StreamedDataset(Dataset):
     def pictures(self, count: int) -> list[np.ndarray]:
         pictures = []
         for source, entry in self._spread(count):
-            reading = self._readings[source]
-            [again] = reading.read_again([(entry.epoch, *entry.place)])
-            example = again and reading.load(again, self.buckets[entry.group])
+            reader = self._readers[source]
+            [reread] = reader.read_again([(entry.epoch, *entry.place)])
+            example = reread and reader.load(reread, self.buckets[entry.bucket])
             if example is None or isinstance(example, BrokenExample):
-                logger.warning("example %r: %s; it is left out", entry.sample.key, example or "can no longer be read")
+                logger.warning("example %r: %s; left out", entry.sample.key, example or "can no longer be read")
             else:
                 pictures.append(example["image"])
         if not pictures:
-            raise UserError("none of the pictures can be read: check the data's files")
+            raise UserError("none of the images can be read: check the data files")
         return pictures
 
     def _spread(self, count: int) -> list[tuple[int, Entry]]:
-        """Of what was looked at."""
+        """Returns (source, entry) of up to `count` of the first samples, evenly spaced."""
         found = [(source, entry) for source, samples in enumerate(self._samples) for entry in samples]
         return [found[i] for i in spread(len(found), count)]
 
     def _streams_of_process(self, batch_size: int, process_index: int, process_count: int) -> tuple[int, range]:
-        """(streams in all, the numbers of this process's)."""
-        shards = min(len(reading.shards.paths) for reading in self._readings)
+        """Returns (number of streams, numbers of the streams of a process).
+
+        Raises:
+          UserError: `data.streams` does not fit the shards, the batch size and the number of processes.
+        """
+        shards = min(len(reader.shards.paths) for reader in self._readers)
         streams = self.config.streams
         if not streams:
-            # Not by the number of hosts: batches do not depend on it.
+            # Independent of the number of hosts, so that batches are, too.
             streams = max(n for n in range(1, min(shards, _MAX_STREAMS) + 1) if batch_size % n == 0)
         choices = [n for n in range(1, shards + 1) if math.gcd(n, batch_size) == n and n % process_count == 0]
         if streams > shards or batch_size % streams or streams % process_count:
@@ -157,17 +177,17 @@ class StreamedDataset(Dataset):
     ) -> StreamLoader:
         self.check_batch_size(batch_size)
         streams, numbers = self._streams_of_process(batch_size, process_index, process_count)
-        # Groups that were not met do not come: what belongs there goes to the nearest.
-        [met] = np.nonzero(self._shares.sum(0))
-        buckets = tuple(self.buckets[i] for i in met)
-        waiting = self.config.shuffle_buffer or _BATCHES_OF_A_GROUP * len(buckets) * batch_size
+        # Buckets not met among the first samples never occur: their samples go to the nearest bucket that does.
+        [occurring] = np.nonzero(self._shares.sum(0))
+        buckets = tuple(self.buckets[i] for i in occurring)
+        buffer_size = self.config.shuffle_buffer or _BATCHES_PER_BUCKET * len(buckets) * batch_size
         plan = StreamPlan(
-            readings=tuple(dataclasses.replace(reading, buckets=buckets) for reading in self._readings),
-            shares=self._shares[:, met],
+            readers=tuple(dataclasses.replace(reader, buckets=buckets) for reader in self._readers),
+            shares=self._shares[:, occurring],
             buckets=buckets,
             batch_size=batch_size,
             num_streams=streams,
-            capacity=waiting // streams,
+            capacity=buffer_size // streams,
             seed=assembler.seed,
             allow_enlarging=self.config.allow_enlarging,
         )
@@ -183,34 +203,37 @@ class StreamedDataset(Dataset):
         )
 
 
-def _look(reading: Reading) -> tuple[list[Entry], Seen]:
-    """The first samples of some shards, without their pictures.
+def _read_first_samples(reader: SampleReader) -> tuple[list[Entry], ReadStatistics]:
+    """Reads the first samples of some shards, without their images.
+
+    Returns:
+      The usable samples, and statistics of all samples read.
 
     Raises:
-      UserError: none can be used.
+      UserError: no sample can be used.
     """
-    entries, total = [], Seen()
+    entries, total = [], ReadStatistics()
     fields: collections.Counter[str] = collections.Counter()
     keys: collections.Counter[str] = collections.Counter()
-    shards = spread(len(reading.shards.paths), _SHARDS)
+    shards = spread(len(reader.shards.paths), _MAX_SHARDS_READ)
     for shard in shards:
-        seen, kept = Seen(), []
-        for found in itertools.islice(reading.shards.scan(shard, 0, PART), _LOOKED_AT // len(shards)):
-            seen.read += 1
+        statistics, kept = ReadStatistics(), []
+        for found in itertools.islice(reader.shards.scan(shard, 0, SECTION_BYTES), _MAX_SAMPLES_READ // len(shards)):
+            statistics.read += 1
             if isinstance(found, str):
-                seen.broken.append((reading.shards.paths[shard], found))
+                statistics.broken.append((reader.shards.paths[shard], found))
                 continue
             place, sample = found
             fields.update(sample.captions.keys())
             keys.update(sample.metadata.keys())
-            entry = reading.look(0, (shard, *place), sample, seen, with_picture=False)
+            entry = reader.check(0, (shard, *place), sample, statistics, with_picture=False)
             if entry is not None:
                 kept.append(entry)
-                if len(kept) == _KEPT // len(shards):
+                if len(kept) == _MAX_SAMPLES_KEPT // len(shards):
                     break
         entries += kept
-        total.add(seen)
+        total.add(statistics)
     if not entries:
         broken = collections.Counter(reason for _, reason in total.broken)
-        raise nothing_left(reading.shards.paths, total.read, broken, total.dropped, fields, keys)
+        raise no_samples_error(reader.shards.paths, total.read, broken, total.dropped, fields, keys)
     return entries, total

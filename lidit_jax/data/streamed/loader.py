@@ -1,7 +1,7 @@
-"""Batches of shards that are read from end to end, without an index.
+"""Loader of shards that are read from end to end, without an index.
 
-Every row of a batch belongs to a stream, whatever the number of hosts; a host reads the streams of its rows. Streams do
-not know of one another: the group of batch k follows from shares that every host measured alike, and from k.
+Every row of a batch belongs to one stream, whatever the number of hosts; a host reads the streams of its rows. Streams
+are independent of one another: the bucket of batch k follows from k and from shares that every host measures equally.
 """
 
 import concurrent.futures
@@ -15,40 +15,42 @@ import grain
 import numpy as np
 
 from lidit_jax.data.assembler import Assembler
-from lidit_jax.data.batch_stream import NEWS, BatchStream, News
+from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
-from lidit_jax.data.indexed.batch_plan import GroupSchedule
+from lidit_jax.data.indexed.batch_plan import BatchSchedule
 from lidit_jax.data.sources import BrokenExample, Example
 from lidit_jax.data.streamed.sample_stream import (
-    SPARES,
+    MAX_REPLACEMENTS,
     Entry,
-    GroupingBuffer,
-    Reading,
+    ReadStatistics,
+    SampleReader,
     SampleStream,
-    Seen,
+    ShuffleBuffer,
     Snapshot,
     shuffled,
 )
 from lidit_jax.errors import UserError
 
-_SHARDS, _ORDER, _BUFFER = 3, 4, 5  # what random numbers are for; `GroupSchedule` has 1 and 2
+# Numbers mixed into the seed, one per purpose; `BatchSchedule` uses 1 and 2.
+_SEED_DEALING, _SEED_SHARD_ORDER, _SEED_BUFFER = 3, 4, 5
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamPlan:
-    """What all processes agree on.
+    """Settings that are equal on all processes.
 
     Attributes:
-      readings: of each source.
-      shares: float64 [sources, groups], of all rows, by source and group; they sum to 1.
-      buckets: the groups.
-      batch_size: over all processes.
-      num_streams: divides batch_size.
-      capacity: samples that wait in the buffers of a stream.
-      allow_enlarging: False puts pictures into groups that would enlarge them only where there is no other.
+      readers: how to read each source.
+      shares: share of all rows of each source and bucket, float64 [sources, buckets]; they sum to 1.
+      buckets: the buckets.
+      batch_size: rows of a batch over all processes.
+      num_streams: number of streams over all processes; a divisor of batch_size.
+      capacity: number of samples in the shuffle buffers of a stream.
+      seed: seed of all random choices.
+      allow_enlarging: if False, a batch takes samples that its bucket would enlarge only if there are no others.
     """
 
-    readings: tuple[Reading, ...]
+    readers: tuple[SampleReader, ...]
     shares: np.ndarray
     buckets: tuple[Bucket, ...]
     batch_size: int
@@ -58,77 +60,93 @@ class StreamPlan:
     allow_enlarging: bool = True
 
     def digest(self) -> str:
-        """Of all that decides which samples come when, but for the shards themselves."""
-        filters = [check for reading in self.readings for check in reading.filters]
+        """Returns a digest of everything that determines the order of the samples, except the shards themselves."""
+        filters = [check for reader in self.readers for check in reader.filters]
         rules = [(getattr(f, "func", f).__name__, str(getattr(f, "keywords", {}))) for f in filters]
         facts = [self.shares.tolist(), self.buckets, self.batch_size, self.num_streams, self.capacity, self.seed, rules]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @property
     def rows_per_stream(self) -> int:
+        """Rows of a batch that each stream provides."""
         return self.batch_size // self.num_streams
 
-    def schedule(self) -> GroupSchedule:
+    def schedule(self) -> BatchSchedule:
+        """Returns the bucket of every batch and the source of every row."""
         periods: dict[int, dict[int, float]] = {}
-        for source, group in zip(*np.nonzero(self.shares), strict=True):
-            periods.setdefault(int(group), {})[int(source)] = float(1 / self.shares[source, group])
-        return GroupSchedule(periods, self.seed)
+        for source, bucket_index in zip(*np.nonzero(self.shares), strict=True):
+            periods.setdefault(int(bucket_index), {})[int(source)] = float(1 / self.shares[source, bucket_index])
+        return BatchSchedule(periods, self.seed)
 
 
 class _Stream:
-    """The rows of every batch that belong to one stream: its part of each source's shards."""
+    """Provides the rows of one stream in every batch, from its subset of each source's shards."""
 
-    def __init__(self, plan: StreamPlan, schedule: GroupSchedule, number: int):
+    def __init__(self, plan: StreamPlan, schedule: BatchSchedule, number: int):
         self._plan, self._schedule = plan, schedule
         self._first_row = number * plan.rows_per_stream
         self._buffers = []
-        for source, reading in enumerate(plan.readings):
-            order = shuffled(len(reading.shards.paths), plan.seed, _SHARDS, source)
+        for source, reader in enumerate(plan.readers):
+            order = shuffled(len(reader.shards.paths), plan.seed, _SEED_DEALING, source)
             dealt = [order[n :: plan.num_streams].tolist() for n in range(plan.num_streams)]
-            shards = dealt[number:] + dealt[:number]  # its own first
-            samples = SampleStream(reading, shards, (plan.seed, _ORDER, source, number))
+            shards = dealt[number:] + dealt[:number]  # the stream's own shards first
+            samples = SampleStream(reader, shards, (plan.seed, _SEED_SHARD_ORDER, source, number))
             capacity = int(np.ceil(plan.capacity * plan.shares[source].sum()))
-            seed = (plan.seed, _BUFFER, source, number)
-            self._buffers.append(GroupingBuffer(samples, plan.buckets, capacity, seed, plan.allow_enlarging))
+            seed = (plan.seed, _SEED_BUFFER, source, number)
+            self._buffers.append(ShuffleBuffer(samples, plan.buckets, capacity, seed, plan.allow_enlarging))
 
-    def examples(self, batch: int, group: int, nth: int, with_images: bool) -> tuple[list[Example], Seen]:
-        """The stream's rows of a batch, the nth of its group."""
-        plan, seen = self._plan, Seen()
+    def examples(
+        self, batch: int, bucket_index: int, nth: int, with_images: bool
+    ) -> tuple[list[Example], ReadStatistics]:
+        """Returns the stream's rows of a batch, and statistics of reading them.
+
+        Args:
+          batch: number of the batch.
+          bucket_index: index of its bucket.
+          nth: number of earlier batches of that bucket.
+          with_images: whether to decode images.
+        """
+        plan, statistics = self._plan, ReadStatistics()
         first = nth * plan.batch_size + self._first_row
-        sources = np.array([s for s, _ in self._schedule.rows(group, first, first + plan.rows_per_stream)])
-        bucket = plan.buckets[group] if with_images else None
+        sources = np.array([s for s, _ in self._schedule.rows(bucket_index, first, first + plan.rows_per_stream)])
+        bucket = plan.buckets[bucket_index] if with_images else None
         examples: list[Any] = [None] * len(sources)
         for source in np.unique(sources).tolist():
             [rows] = np.nonzero(sources == source)
-            chosen, others = self._buffers[source].take(group, len(rows), batch, seen)
+            chosen, others = self._buffers[source].take(bucket_index, len(rows), batch, statistics)
             spares = iter(others)
             for row, entry in zip(rows.tolist(), chosen, strict=True):
-                example = self._load(source, entry, spares, bucket, seen)
-                examples[row] = example if len(plan.readings) == 1 else example | {"source": source}
-        return examples, seen
+                example = self._load(source, entry, spares, bucket, statistics)
+                examples[row] = example if len(plan.readers) == 1 else example | {"source": source}
+        return examples, statistics
 
-    def _load(self, source: int, entry: Entry, spares: Iterator[Entry], bucket: Bucket | None, seen: Seen) -> Example:
-        """An entry's example; where its picture is broken, that of a spare one, whose turn comes later all the same."""
-        reading = self._plan.readings[source]
-        example = reading.load(entry, bucket)
-        for _ in range(SPARES):
+    def _load(
+        self, source: int, entry: Entry, spares: Iterator[Entry], bucket: Bucket | None, statistics: ReadStatistics
+    ) -> Example:
+        """Returns the example of an entry, or of a spare one if its image is broken.
+
+        A spare entry remains in the buffer, so it is used again in its own turn.
+        """
+        reader = self._plan.readers[source]
+        example = reader.load(entry, bucket)
+        for _ in range(MAX_REPLACEMENTS):
             if not isinstance(example, BrokenExample):
                 return example
-            seen.broken.append((example.key, example.reason))
+            statistics.broken.append((example.key, example.reason))
             spare = next(spares, None)
-            example = reading.load(spare or self._buffers[source].read_on(seen), bucket)
-        raise UserError(f"{SPARES} unreadable pictures one after the other, last {example}: check the data's files")
+            example = reader.load(spare or self._buffers[source].read_replacement(statistics), bucket)
+        raise UserError(f"{MAX_REPLACEMENTS} unreadable images in a row, last {example}: check the data files")
 
     def snapshot(self) -> list[Snapshot]:
         return [buffer.snapshot() for buffer in self._buffers]
 
     def restore(self, saved: Sequence[Snapshot]) -> None:
-        for buffer, reading, of_one in zip(self._buffers, self._plan.readings, saved, strict=True):
-            buffer.restore(reading, of_one)
+        for buffer, reader, snapshot in zip(self._buffers, self._plan.readers, saved, strict=True):
+            buffer.restore(reader, snapshot)
 
 
 class _Batches(grain.DatasetIterator):
-    """Batches, one after the other; the streams of each read and decode at the same time."""
+    """Iterator over batches in order; the streams read and decode concurrently."""
 
     def __init__(
         self, plan: StreamPlan, assembler: Assembler, numbers: range, num_threads: int, first_batch: int, saved: Any
@@ -144,31 +162,38 @@ class _Batches(grain.DatasetIterator):
 
     def __next__(self) -> dict[str, Any]:
         batch = self._batch
-        group, nth = self._schedule(batch)
+        bucket_index, nth = self._schedule(batch)
         with_images = self._assembler.with_images
-        made = list(self._pool.map(lambda s: s.examples(batch, group, nth, with_images), self._streams.values()))
-        elements = self._assembler(batch, self._first_row, [example for examples, _ in made for example in examples])
-        seen = Seen()
-        for _, of_one in made:
-            seen.add(of_one)
+        results = list(
+            self._pool.map(lambda s: s.examples(batch, bucket_index, nth, with_images), self._streams.values())
+        )
+        elements = self._assembler(batch, self._first_row, [example for examples, _ in results for example in examples])
+        statistics = ReadStatistics()
+        for _, stream_statistics in results:
+            statistics.add(stream_statistics)
         self._batch += 1
-        return elements | {NEWS: News(self._buckets[group], seen.read, seen.broken, seen.dropped, seen.borrowed)}
+        return elements | {
+            STATISTICS: BatchStatistics(
+                self._buckets[bucket_index], statistics.read, statistics.broken, statistics.dropped, statistics.borrowed
+            )
+        }
 
     def get_state(self) -> dict[int, list[Snapshot]]:
         return {number: stream.snapshot() for number, stream in self._streams.items()}
 
     def set_state(self, state: Any) -> None:
-        raise TypeError("a new one takes over: see StreamLoader.restore")
+        raise TypeError("this iterator cannot be moved: StreamLoader.restore makes a new one")
 
     def close(self) -> None:
         super().close()
-        self._pool.shutdown(wait=False, cancel_futures=True)  # one of its own threads may be the one that closes
+        self._pool.shutdown(wait=False, cancel_futures=True)  # a pool thread may call this: do not wait
 
 
 class StreamLoader(BatchStream):
-    """Batches of streams. Its state holds the places of its process's streams and of what waits in their buffers.
+    """Iterator over batches of streams.
 
-    Without a state, the streams begin at their first samples, whatever the first batch's number.
+    Its state holds the positions of this process's streams and the places of the samples in their buffers. Without a
+    state, the streams begin at their first samples, whatever the number of the first batch.
     """
 
     def __init__(
@@ -183,10 +208,17 @@ class StreamLoader(BatchStream):
         first_batch: int,
         max_broken: float,
     ):
-        """Args:
-        numbers: of this process's streams.
-        num_threads: that read and decode; at most one a stream is busy.
-        prefetch: batches made ahead of time.
+        """Initializes the loader; reading begins with `start_prefetch` or the first batch.
+
+        Args:
+          plan: settings that are equal on all processes.
+          assembler: assembles examples into a batch.
+          fingerprint: text that identifies the data.
+          numbers: numbers of this process's streams.
+          num_threads: threads that read and decode; at most one per stream is busy.
+          prefetch: batches made ahead of time.
+          first_batch: number of the first batch.
+          max_broken: share of a window of 1,000 examples that may be broken before iteration stops.
         """
         super().__init__(fingerprint, first_batch, max_broken)
         self._plan, self._assembler, self._numbers = plan, assembler, numbers
@@ -207,18 +239,18 @@ class StreamLoader(BatchStream):
         self._batches.start_prefetch()
 
     def get_state(self) -> dict[str, Any]:
-        saved = {str(number): [one.to_json() for one in of_one] for number, of_one in self._snapshots.items()}
+        saved = {str(number): [one.to_json() for one in snapshots] for number, snapshots in self._snapshots.items()}
         return super().get_state() | {"plan": self._plan.digest(), "streams": saved}
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         self._next_of(states)
         if any(state.get("plan") != self._plan.digest() for state in states):
             raise UserError(
-                "the checkpoint's streams were others: give the same seed, batch size, filters, data.streams and "
+                "the checkpoint has other streams: use the same seed, batch size, filters, data.streams and "
                 "data.shuffle_buffer, or start a new workdir"
             )
         try:
-            shards = [len(reading.shards.paths) for reading in self._plan.readings]
+            shards = [len(reader.shards.paths) for reader in self._plan.readers]
             found = {
                 int(number): [Snapshot.from_json(one, count) for one, count in zip(saved, shards, strict=True)]
                 for state in states

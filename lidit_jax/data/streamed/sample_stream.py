@@ -1,7 +1,7 @@
-"""Samples in the order in which their shards hold them, without an index; and a buffer that shuffles and groups them.
+"""Streams of samples in the order of their shards, without an index, and the buffers that shuffle and bucket them.
 
 A stream has some of the shards and reads them one after the other, from end to end, epoch after epoch; its state is a
-place in a shard. What it reads waits in a buffer until a batch of its group comes.
+position in a shard. Samples wait in a buffer until a batch of their bucket takes them.
 """
 
 import collections
@@ -20,48 +20,48 @@ from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.shards import Sample, Unusable
 from lidit_jax.data.formats.tar_shards import MAX_SAMPLE_BYTES, TarShards
 from lidit_jax.data.indexed.index import MAX_PIXELS
-from lidit_jax.data.sources import BrokenExample, Example, described, read_picture
+from lidit_jax.data.sources import BrokenExample, Example, read_picture, without_image
 from lidit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-CHANGED = "changed since the checkpoint was written: restore it, or start a new workdir"
-# Of a shard, in bytes: what a resumed stream may have to walk through again to find its place.
-PART = 1 << 26
-_READ_AT_ONCE = 16  # samples, when a buffer is filled again
-# Sixteen bits of four channels, uncompressed, and notes.
-_BYTES_A_PIXEL, _MORE_BYTES = 8, 1 << 20
-Waiting = tuple[int, int, int, int]  # epoch and place of what is in a buffer
-SPARES = 100  # samples that may take the place of one whose picture is found broken, at the most
+CHANGED = "changed since the checkpoint was written: restore the file, or start a new workdir"
+# Length of a section of a shard in bytes: a resumed stream scans at most one section again to find its position.
+SECTION_BYTES = 1 << 26
+_RESTORE_BATCH = 16  # number of samples, when a buffer is restored
+# Limit for an encoded image: four uncompressed 16-bit channels, plus metadata.
+_BYTES_PER_PIXEL, _EXTRA_BYTES = 8, 1 << 20
+BufferedPlace = tuple[int, int, int, int]  # epoch, shard, first byte and end of a sample in a buffer
+MAX_REPLACEMENTS = 100  # most samples that are tried to replace one with a broken image
 
 
 class Entry(NamedTuple):
-    """A sample that is worth training on.
+    """A sample that passed the filters.
 
     Attributes:
-      epoch: of its stream.
-      place: shard, first and last byte.
-      group: index of the bucket that is nearest to it in aspect.
+      epoch: epoch of its stream in which it was read.
+      place: shard, first byte and end.
+      bucket: index of the bucket with the nearest aspect ratio.
       size: height and width in pixels.
-      sample: its picture is in memory.
+      sample: the sample, with its encoded image in memory.
     """
 
     epoch: int
     place: tuple[int, int, int]
-    group: int
+    bucket: int
     size: tuple[int, int]
     sample: Sample
 
 
 @dataclasses.dataclass
-class Seen:
-    """What was met while reading.
+class ReadStatistics:
+    """Statistics of reading.
 
     Attributes:
-      read: number of samples.
-      broken: (shard, reason) of those that cannot be used.
-      dropped: how many the filters dropped, by reason.
-      borrowed: how many were put into a group beside their own, because theirs had too many and that too few.
+      read: number of samples read.
+      broken: (path of the shard or key of the sample, reason) of each unusable one.
+      dropped: number of samples that filters dropped, by reason.
+      borrowed: number of samples used in another bucket than their own, which had too few samples.
     """
 
     read: int = 0
@@ -69,7 +69,8 @@ class Seen:
     dropped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     borrowed: int = 0
 
-    def add(self, other: "Seen") -> None:
+    def add(self, other: "ReadStatistics") -> None:
+        """Adds the statistics of `other`."""
         self.read += other.read
         self.broken += other.broken
         self.dropped += other.dropped
@@ -77,12 +78,14 @@ class Seen:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """How samples of shards are read; what all streams of a source have in common.
+class SampleReader:
+    """Reads and checks samples of shards; shared by all streams of a source.
 
     Attributes:
-      buckets: the groups there are.
-      filters: what they drop is left out.
+      shards: the shards of the source.
+      buckets: the buckets.
+      filters: filters that samples must pass.
+      max_pixels: larger images count as broken.
     """
 
     shards: TarShards
@@ -90,55 +93,72 @@ class Reading:
     filters: tuple[Filter, ...] = ()
     max_pixels: int = MAX_PIXELS
 
-    def look(
-        self, epoch: int, place: tuple[int, int, int], sample: Sample, seen: Seen, with_picture: bool = True
+    def check(
+        self,
+        epoch: int,
+        place: tuple[int, int, int],
+        sample: Sample,
+        statistics: ReadStatistics,
+        with_picture: bool = True,
     ) -> Entry | None:
-        """None for what is left out; `seen` says why. Without its picture, no more than the header is read."""
+        """Checks a sample.
+
+        Args:
+          epoch: epoch of its stream.
+          place: shard, first byte and end.
+          sample: the sample, with its image at the start.
+          statistics: updated with the reason for leaving the sample out.
+          with_picture: if False, read only the header of the image.
+
+        Returns:
+          The entry, or None for a sample to leave out.
+        """
         try:
             size = decoding.read_size(sample.picture, self.max_pixels)
         except decoding.BrokenPicture as error:
-            seen.broken.append((self.shards.paths[place[0]], str(error)))
+            statistics.broken.append((self.shards.paths[place[0]], str(error)))
             return None
         reason = first_reason(Candidate(sample.captions, sample.metadata, *size), self.filters)
         if reason is not None:
-            seen.dropped[reason] += 1
+            statistics.dropped[reason] += 1
             return None
-        encoded = sample.picture.seek(0, io.SEEK_END)
-        if encoded > _BYTES_A_PIXEL * size[0] * size[1] + _MORE_BYTES:  # it would wait in memory
-            seen.broken.append((self.shards.paths[place[0]], "picture file far larger than its pixels"))
+        num_bytes = sample.picture.seek(0, io.SEEK_END)
+        if num_bytes > _BYTES_PER_PIXEL * size[0] * size[1] + _EXTRA_BYTES:  # it would wait in memory
+            statistics.broken.append((self.shards.paths[place[0]], "image file far larger than its pixels"))
             return None
         sample.picture.seek(0)
         sample = sample._replace(picture=io.BytesIO(sample.picture.read() if with_picture else b""))
         return Entry(epoch, place, int(assign(np.array([size]), self.buckets)[0]), size, sample)
 
     def load(self, entry: Entry, bucket: Bucket | None) -> Example | BrokenExample:
-        """Args: bucket: the picture is fitted to it; None: without a picture."""
+        """Returns the example of an entry, with its image resized to `bucket`, or without an image if that is None."""
         sample = entry.sample
         if bucket is None:
-            return described(sample)
+            return without_image(sample)
         image = read_picture(sample.key, sample.picture.getvalue(), self.max_pixels, entry.size, bucket)
-        return image if isinstance(image, BrokenExample) else described(sample) | {"image": image}
+        return image if isinstance(image, BrokenExample) else without_image(sample) | {"image": image}
 
-    def read_again(self, entries: Sequence["Waiting"]) -> list[Entry | None]:
-        """None for what is no longer there."""
+    def read_again(self, entries: Sequence["BufferedPlace"]) -> list[Entry | None]:
+        """Reads samples again by their places; returns None for those that can no longer be read."""
         found: list[Entry | None] = []
-        for start in range(0, len(entries), _READ_AT_ONCE):
-            part = entries[start : start + _READ_AT_ONCE]
-            for (epoch, *place), sample in zip(part, self.shards.read([place for _, *place in part]), strict=True):
+        for start in range(0, len(entries), _RESTORE_BATCH):
+            chunk = entries[start : start + _RESTORE_BATCH]
+            for (epoch, *place), sample in zip(chunk, self.shards.read([place for _, *place in chunk]), strict=True):
                 usable = not isinstance(sample, Unusable)
-                found.append(self.look(epoch, tuple(place), sample, Seen()) if usable else None)
+                found.append(self.check(epoch, tuple(place), sample, ReadStatistics()) if usable else None)
         return found
 
 
 class Cursor(NamedTuple):
-    """Where a stream is.
+    """Position of a stream.
 
     Attributes:
-      lender: whose shards it reads; 0: its own.
-      epoch, nth: how many epochs, and how many of the present one's shards, are done.
-      start: where the part of the present shard begins.
-      taken: samples taken of it.
-      found: whether the present epoch had something to train on, 0 or 1.
+      lender: index of the list of shards that it reads; 0: its own.
+      epoch: number of epochs completed.
+      nth: number of shards completed in the current epoch.
+      start: offset of the current section of the current shard, in bytes.
+      taken: number of samples, usable or not, read from that section.
+      found: 1 if the current epoch has had a usable sample, else 0.
     """
 
     lender: int = 0
@@ -150,66 +170,74 @@ class Cursor(NamedTuple):
 
 
 class SampleStream:
-    """Endless: the samples of some shards; in each epoch every shard once, from end to end, in another order.
+    """Endless stream of the samples of some shards; each epoch reads every shard once, in a new order.
 
-    Where an epoch has nothing to train on, all its shards being damaged, say, the stream reads another's from then on.
+    If an epoch has no usable sample, for example because all of its shards are damaged, the stream reads the shards of
+    another stream from then on.
     """
 
-    def __init__(self, reading: Reading, shards: Sequence[Sequence[int]], seed: tuple[int, ...]):
-        """Args: shards: its own, then those that it may borrow."""
-        self._reading, self._shards, self._seed = reading, shards, seed
+    def __init__(self, reader: SampleReader, shards: Sequence[Sequence[int]], seed: tuple[int, ...]):
+        """Begins at the first sample.
+
+        Args:
+          reader: reads and checks samples.
+          shards: lists of shards: the stream's own, then those of other streams that it may borrow.
+          seed: seed of the order of the shards.
+        """
+        self._reader, self._shards, self._seed = reader, shards, seed
         self.cursor = Cursor()
 
     @property
     def cursor(self) -> Cursor:
+        """Position of the stream, which a checkpoint saves and restores."""
         return self._cursor
 
     @cursor.setter
     def cursor(self, cursor: Cursor) -> None:
-        """Goes there.
+        """Moves to a position.
 
         Raises:
-          UserError: there is no such place.
+          UserError: the position does not exist.
         """
         if not 0 <= cursor.lender < len(self._shards) or not 0 <= cursor.nth < len(self._shards[cursor.lender]):
-            raise UserError(f"the checkpoint's position in the data is damaged (no such place: {cursor})")
+            raise UserError(f"the checkpoint's position in the data is damaged (invalid {cursor})")
         self._cursor, self._items = cursor, None
         shards = self._shards[cursor.lender]
         self._shard = shards[shuffled(len(shards), *self._seed, cursor.epoch)[cursor.nth]]
 
-    def next(self, seen: Seen) -> Entry:
-        """The next sample to train on; what is passed over is in `seen`.
+    def next(self, statistics: ReadStatistics) -> Entry:
+        """Returns the next usable sample, and adds those skipped to `statistics`.
 
         Raises:
-          UserError: an epoch of the shards had none, or one cannot be read.
+          UserError: no list of shards has had a usable sample, or a shard cannot be read.
         """
         while True:
-            entry = self._step(seen)
+            entry = self._read_next(statistics)
             if entry is not None:
                 self._cursor = self._cursor._replace(found=1)
                 return entry
 
-    def _step(self, seen: Seen) -> Entry | None:
-        cursor, shard, path = self._cursor, self._shard, self._reading.shards.paths[self._shard]
+    def _read_next(self, statistics: ReadStatistics) -> Entry | None:
+        cursor, shard, path = self._cursor, self._shard, self._reader.shards.paths[self._shard]
         if self._items is None:
-            self._items = self._reading.shards.scan(shard, cursor.start, PART)
+            self._items = self._reader.shards.scan(shard, cursor.start, SECTION_BYTES)
             if sum(1 for _ in itertools.islice(self._items, cursor.taken)) < cursor.taken:
                 raise UserError(f"{path!r} {CHANGED}")
         try:
             found = next(self._items)
         except StopIteration as end:
-            self._go_on(end.value)
+            self._advance(end.value)
             return None
         self._cursor = cursor._replace(taken=cursor.taken + 1)
-        seen.read += 1
+        statistics.read += 1
         if isinstance(found, str):
-            seen.broken.append((path, found))
+            statistics.broken.append((path, found))
             return None
         place, sample = found
-        return self._reading.look(cursor.epoch, (shard, *place), sample, seen)
+        return self._reader.check(cursor.epoch, (shard, *place), sample, statistics)
 
-    def _go_on(self, start: int | None) -> None:
-        """To the next part, which begins there, or the next shard."""
+    def _advance(self, start: int | None) -> None:
+        """Moves to the next section, which begins at `start`, or, if that is None, to the next shard."""
         cursor = self._cursor
         if start is not None:
             cursor = cursor._replace(start=start, taken=0)
@@ -220,19 +248,20 @@ class SampleStream:
         self.cursor = cursor
 
     def _next_lender(self) -> int:
-        first = self._reading.shards.paths[self._shards[self._cursor.lender][0]]
+        first = self._reader.shards.paths[self._shards[self._cursor.lender][0]]
         more = f" and {count - 1} more" if (count := len(self._shards[self._cursor.lender])) > 1 else ""
         if self._cursor.lender + 1 == len(self._shards):
-            raise UserError(f"no sample can be used, last of {first!r}{more}: mend the data, or loosen the filters")
-        _log.warning("no sample of %r%s can be used: others take their place", first, more)
+            raise UserError(f"no usable sample, last in {first!r}{more}: fix the data, or loosen the filters")
+        _log.warning("no usable sample in %r%s: reading other shards instead", first, more)
         return self._cursor.lender + 1
 
 
-class GroupingBuffer:
-    """Samples of a stream that wait for a batch of their group, of each group in random order.
+class ShuffleBuffer:
+    """Shuffle buffer: samples of a stream wait here until a batch of their bucket takes them, in random order.
 
-    It is kept full at least, and nothing is lost: where a group has too few, samples of the groups nearest in aspect
-    are taken. Of a group, all samples of an epoch come before those of the next.
+    The buffer is filled at least to its capacity before each batch, and no sample is lost: if a bucket has too few
+    samples, those of the buckets with the nearest aspect ratio are taken. Within a bucket, all samples of an epoch come
+    before those of the next one.
     """
 
     def __init__(
@@ -243,85 +272,106 @@ class GroupingBuffer:
         seed: tuple[int, ...],
         allow_enlarging: bool = True,
     ):
-        """Args: allow_enlarging: False takes pictures that would have to be enlarged last."""
+        """Creates an empty buffer.
+
+        Args:
+          stream: stream that fills the buffer.
+          buckets: the buckets.
+          capacity: number of samples to hold.
+          seed: seed of the order.
+          allow_enlarging: if False, take samples that would have to be enlarged only if there are no others.
+        """
         self._stream, self._capacity, self._seed = stream, capacity, seed
         self._buckets = None if allow_enlarging else np.array(buckets)
         self._aspects = np.log([bucket.width / bucket.height for bucket in buckets])
         self._entries: tuple[Entry, ...] = ()
 
-    def take(self, bucket: int, count: int, batch: int, seen: Seen) -> tuple[list[Entry], list[Entry]]:
-        """Args: bucket: the batch's group, an index.
+    def take(self, bucket: int, count: int, batch: int, statistics: ReadStatistics) -> tuple[list[Entry], list[Entry]]:
+        """Takes the samples of a batch.
+
+        Args:
+          bucket: index of the batch's bucket.
+          count: number of samples.
+          batch: number of the batch, which is mixed into the seed.
+          statistics: updated in place.
 
         Returns:
-          `count` samples; and some to take the place of broken ones, which stay here.
+          `count` samples, removed from the buffer; and up to `MAX_REPLACEMENTS` samples that may replace broken ones
+          and stay in the buffer.
         """
         entries = list(self._entries)
         while len(entries) < max(self._capacity, count):
-            entries.append(self._stream.next(seen))
-        groups, epochs = (np.array([getattr(entry, name) for entry in entries]) for name in ("group", "epoch"))
+            entries.append(self._stream.next(statistics))
+        buckets, epochs = (np.array([getattr(entry, name) for entry in entries]) for name in ("bucket", "epoch"))
         order = shuffled(len(entries), *self._seed, batch)
-        distances = np.abs(self._aspects[groups] - self._aspects[bucket])
+        distances = np.abs(self._aspects[buckets] - self._aspects[bucket])
         if self._buckets is not None:
             sizes = np.array([entry.size for entry in entries])
             distances = np.where((sizes < self._buckets[bucket]).any(1), np.inf, distances)
-        order = order[np.lexsort((epochs[order], distances[order]))]  # stable: otherwise as shuffled
-        chosen, others = order[:count], order[count : count + SPARES]
-        seen.borrowed += int((groups[chosen] != bucket).sum())
+        order = order[np.lexsort((epochs[order], distances[order]))]  # a stable sort, so ties keep the shuffled order
+        chosen, others = order[:count], order[count : count + MAX_REPLACEMENTS]
+        statistics.borrowed += int((buckets[chosen] != bucket).sum())
         taken = set(chosen.tolist())
         self._entries = tuple(entry for i, entry in enumerate(entries) if i not in taken)
         return [entries[i] for i in chosen], [entries[i] for i in others]
 
-    def read_on(self, seen: Seen) -> Entry:
-        """The stream's next sample, which waits here all the same."""
-        entry = self._stream.next(seen)
+    def read_replacement(self, statistics: ReadStatistics) -> Entry:
+        """Returns the next sample of the stream, after adding it to the buffer."""
+        entry = self._stream.next(statistics)
         self._entries += (entry,)
         return entry
 
     def snapshot(self) -> "Snapshot":
+        """Returns the position of the stream and the places of the samples in the buffer."""
         return Snapshot(self._stream.cursor, tuple((entry.epoch, *entry.place) for entry in self._entries))
 
-    def restore(self, reading: Reading, snapshot: "Snapshot") -> None:
-        """Goes on from there.
+    def restore(self, reader: SampleReader, snapshot: "Snapshot") -> None:
+        """Resumes from a snapshot.
 
         Raises:
-          UserError: the shards changed, or there is no such place.
+          UserError: the shards have changed, or the position does not exist.
         """
         self._stream.cursor = snapshot.cursor
-        entries = reading.read_again(snapshot.entries)
+        entries = reader.read_again(snapshot.entries)
         if None in entries:
-            raise UserError(f"{reading.shards.paths[snapshot.entries[entries.index(None)][1]]!r} {CHANGED}")
+            raise UserError(f"{reader.shards.paths[snapshot.entries[entries.index(None)][1]]!r} {CHANGED}")
         self._entries = tuple(entries)
 
 
 class Snapshot(NamedTuple):
-    """A stream's place and what waits in its buffer; nothing of it is changed afterwards."""
+    """Immutable position of a stream and places of the samples in its buffer."""
 
     cursor: Cursor
-    entries: tuple[Waiting, ...]
+    entries: tuple[BufferedPlace, ...]
 
     def to_json(self) -> dict[str, Any]:
+        """Encodes the snapshot for a checkpoint."""
         return {"stream": list(self.cursor), "buffer": [list(entry) for entry in self.entries]}
 
     @classmethod
     def from_json(cls, value: Any, num_shards: int) -> "Snapshot":
-        """Raises ValueError for what `to_json` cannot have given."""
+        """Decodes what `to_json` returned.
+
+        Raises:
+          ValueError: the value is malformed or out of bounds.
+        """
         try:
             cursor = Cursor(*value["stream"])
             entries = tuple((epoch, shard, start, end) for epoch, shard, start, end in value["buffer"])
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"no snapshot: {error!r}") from error
+            raise ValueError(f"not a snapshot: {error!r}") from error
         if not all(type(number) is int and 0 <= number < 1 << 62 for one in (cursor, *entries) for number in one):
-            raise ValueError("no numbers")
+            raise ValueError("a number is out of bounds")
         for _, shard, start, end in entries:
             if shard >= num_shards or not start < end <= start + MAX_SAMPLE_BYTES:
-                raise ValueError("no such sample")
+                raise ValueError("a sample is out of bounds")
         return cls(cursor, entries)
 
     def __deepcopy__(self, memo: dict) -> "Snapshot":
-        return self  # grain copies the states of what it prefetches
+        return self  # immutable; grain copies the states of prefetched iterators
 
 
 def shuffled(count: int, *seed: int) -> np.ndarray:
-    """A permutation of range(count). From raw bits, which numpy promises never to change."""
+    """Returns a permutation of range(count), from raw bits, which NumPy guarantees never to change."""
     bits = np.random.Philox(np.random.SeedSequence(seed)).random_raw(count)
     return np.argsort(bits, kind="stable")
