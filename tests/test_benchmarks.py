@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: what it times it also compares."""
+"""Tests the contest of benchmarks and runs each command: the contestants' outputs must agree."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def test_contestants_work_once_a_round_and_their_outputs_are_compared():
     results = contest([fast, slow], rounds=3)
     assert [result.name for result in results] == ["fast", "slow"]
     assert all(len(result.seconds) == 3 for result in results)
-    assert results[0].median >= 0.01 and results[1].median >= 0.1  # it is the work that is timed
+    assert results[0].median >= 0.01 and results[1].median >= 0.1  # the work itself is timed
     assert all(result.peak_bytes > 10 << 20 for result in results)
     assert largest_difference(results) == pytest.approx(0.25)
     assert largest_difference(results[:1]) == 0.0

@@ -1,4 +1,4 @@
-"""The benchmarks of a training step and of sampling: PyTorch's twin computes what we compute."""
+"""Tests the benchmarks of a training step and of sampling: PyTorch must compute the same numbers as JAX."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ TEXT = {"a": TextLengths(3, 7, 24), "b": TextLengths(2, 5, 16)}
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads that wait for one another cost more than such small arrays gain by them, above all on a busy machine."""
+    """Limits PyTorch to one thread: for such small arrays, synchronising threads costs more than it gains."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,12 +35,12 @@ def one_thread():
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Of the eight that the CPU shows itself as."""
+    """Builds meshes of one device instead of the test suite's eight virtual CPU devices."""
     monkeypatch.setattr("lidit_jax.parallel.mesh.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
 
 
 def tiny_workload(text=None, ddpm=False, **model):
-    """Of eight samples."""
+    """Returns a workload of eight samples and its experiment."""
     config = tiny_config()
     if ddpm:
         config.diffusion, config.sample.sampler = {"name": "ddpm"}, "dpmpp_2m"
@@ -52,7 +52,7 @@ def tiny_workload(text=None, ddpm=False, **model):
 
 
 def assert_close(actual, expected, tolerance):
-    """Up to a share of the largest value."""
+    """Compares with an absolute tolerance relative to the largest expected value."""
     expected = np.asarray(expected, np.float32)
     np.testing.assert_allclose(
         np.asarray(actual, np.float32), expected, rtol=0, atol=tolerance * np.abs(expected).max()
@@ -85,7 +85,7 @@ def test_the_twin_predicts_what_we_do(text, model, tolerance):
 
 
 def random_params(model, *arguments):
-    """None of them zero, as gates are at first; drawn, which compiles nothing."""
+    """Returns normal parameters, so that no gate is zero; by NumPy, which compiles nothing."""
     shapes = flax.linen.unbox(jax.eval_shape(model.init, jax.random.key(0), *arguments)["params"])
     random = np.random.default_rng(3)
     return jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
@@ -93,7 +93,7 @@ def random_params(model, *arguments):
 
 def test_the_twin_learns_what_we_learn(one_device):
     work, experiment = tiny_workload(ddpm=True)
-    config = dataclasses.replace(experiment.train, clip_norm=0.1, weight_decay=1.0)  # that both matter
+    config = dataclasses.replace(experiment.train, clip_norm=0.1, weight_decay=1.0)  # both have an effect
     trainer, batch = train_step.make_trainer(work, config, experiment.config.mesh)
     state, key, text = trainer.init(0), jax.random.key(1), workload.twin_features(work, "cpu")
     before = jax.device_get(state.params)
@@ -168,7 +168,7 @@ def test_sizes_come_from_the_config_and_from_what_is_given():
 
 
 def run(name, *arguments):
-    """The command line on one device, with as little work as there is."""
+    """Runs the command on one device with the least possible work."""
     command = [sys.executable, "-m", f"lidit_jax.benchmarks.{name}", "--rounds=1", "--batch=2", *arguments]
     environment = dict(os.environ) | {"XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

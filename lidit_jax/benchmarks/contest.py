@@ -1,4 +1,4 @@
-"""Contestants that do the same work, each in a process of its own, timed in turn: a noisy machine is noisy for all."""
+"""Times contestants that do the same work, each in its own process, in turn, so that a noisy host slows all alike."""
 
 import dataclasses
 import multiprocessing
@@ -23,7 +23,7 @@ from lidit_jax.parallel.host_memory import keep_freed_memory
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-# An accelerator's memory is for all contestants. Their processes inherit it.
+# All contestants share the accelerator's memory, so none may preallocate it. Child processes inherit the variable.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
@@ -32,8 +32,9 @@ class Contestant:
     """One way to do the work.
 
     Attributes:
-      prepare: called in the contestant's process (so it can be pickled); gives the work, which returns its result when
-        that is finished and on the host.
+      name: shown in the table.
+      prepare: called in the contestant's process, so it must be picklable; returns the function that is timed, which
+        returns its output once that is computed and on the host.
     """
 
     name: str
@@ -42,13 +43,14 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was measured of one contestant.
+    """Measurements of one contestant.
 
     Attributes:
-      seconds: of each round.
-      peak_bytes: most memory held while working, weights and runtime included: the device's where it counts its own,
-        else the process's.
-      output: of the work, so that contestants can be seen to agree.
+      name: the contestant's.
+      seconds: duration of each round.
+      peak_bytes: peak memory while working, weights and runtime included: of the accelerator if it reports its peak,
+        else of the process.
+      output: what the work returned, to check that the contestants agree.
     """
 
     name: str
@@ -62,10 +64,17 @@ class Result:
 
 
 def contest(contestants: Sequence[Contestant], rounds: int) -> list[Result]:
-    """Prepares all, warms all up, then lets one after the other work once a round.
+    """Prepares and warms up all contestants, then times each of them once a round, one after the other.
+
+    Args:
+      contestants: prepared in this order.
+      rounds: how often each is timed.
+
+    Returns:
+      One result per contestant, in the same order.
 
     Raises:
-      UserError: a contestant's preparation or work raised one.
+      UserError: a contestant raised an exception or its process ended early.
     """
     context = multiprocessing.get_context("spawn")
     processes, connections, outputs = [], [], []
@@ -100,17 +109,19 @@ def contest(contestants: Sequence[Contestant], rounds: int) -> list[Result]:
 
 
 def largest_difference(results: Sequence[Result]) -> float:
-    """Of any output from the first one's, relative to that one's largest value."""
+    """Returns the largest difference of any output from the first one, relative to the first one's largest value."""
     first = results[0].output.astype(np.float32)
     differences = [np.abs(result.output.astype(np.float32) - first).max() for result in results]
     return float(max(differences) / np.abs(first).max())
 
 
 def table(results: Sequence[Result], amount: int, unit: str) -> str:
-    """A line a contestant: time of a round, speed (and that over the first one's), memory.
+    """Formats one line per contestant: time per round, throughput, speed relative to the first one, peak memory.
 
     Args:
-      amount: of the unit, done in a round.
+      results: measurements; the first one is the reference.
+      amount: units of work done in a round.
+      unit: plural name of a unit of work, such as "images".
     """
     width = max(22, *(len(result.name) + 2 for result in results))
     lines = [f"{'':{width}}{'ms a round':>12}{f'{unit}/s':>12}{f'x {results[0].name}':>20}{'peak MiB':>10}"]
@@ -123,10 +134,10 @@ def table(results: Sequence[Result], amount: int, unit: str) -> str:
 
 
 def machine(*others: str) -> str:
-    """One line: what ran this, and the versions of JAX and of the other libraries that it is compared with.
+    """Returns one line: the accelerator, the CPU, and the versions of JAX and of the `others`, names of packages.
 
     Raises:
-      UserError: one of them is not installed.
+      UserError: one of the packages is not installed.
     """
     try:
         versions = [f"{name} {version(name)}" for name in ("jax", *others)]
@@ -141,7 +152,7 @@ def machine(*others: str) -> str:
 
 
 def forbid_tf32() -> None:
-    """Makes PyTorch multiply float32 as float32 on GPUs, as our models do; its convolutions default to TF32."""
+    """Disables TF32 in PyTorch, as in our models: its convolutions use it by default on GPUs."""
     import torch
 
     torch.set_float32_matmul_precision("highest")
@@ -149,15 +160,16 @@ def forbid_tf32() -> None:
 
 
 def _serve(prepare: Callable[[], Callable[[], np.ndarray]], connection: Connection) -> None:
+    """Runs a contestant's process: sends the output, then the seconds of each round, then the peak memory."""
     keep_freed_memory()  # as the command lines do
     try:
         work = prepare()
         work()  # compiles
         if CLEAR_REFS.exists():
-            CLEAR_REFS.write_text("5")  # resets the high-water mark: compilation is over
+            CLEAR_REFS.write_text("5")  # resets VmHWM, so that the peak leaves compilation out
         torch = sys.modules.get("torch")
         if torch and torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()  # JAX has no such thing: ours includes compilation
+            torch.cuda.reset_peak_memory_stats()  # JAX cannot reset its peak: on GPUs ours includes compilation
         connection.send(work())
         while connection.recv() == "work":
             started = time.perf_counter()
@@ -170,6 +182,11 @@ def _serve(prepare: Callable[[], Callable[[], np.ndarray]], connection: Connecti
 
 
 def _receive(connection: Connection, name: str):
+    """Returns what the contestant's process sent.
+
+    Raises:
+      UserError: the process sent an exception or ended.
+    """
     try:
         value = connection.recv()
     except EOFError:
@@ -180,7 +197,7 @@ def _receive(connection: Connection, name: str):
 
 
 def _peak_memory() -> int:
-    """Most bytes held: of the accelerator, if there is one; else of the process since its mark was reset."""
+    """Returns peak bytes: of the accelerator if it reports them, else of the process since VmHWM was reset."""
     if STATUS.exists():
         [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
         of_process = int(line.split()[1]) << 10

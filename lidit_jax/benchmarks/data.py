@@ -1,9 +1,9 @@
-"""The data loader against its limit and against webdataset: `python -m lidit_jax.benchmarks.data`.
+"""Benchmarks the data loader against its upper limit and webdataset: `python -m lidit_jax.benchmarks.data`.
 
 Tar shards of JPEGs whose shorter side is about 512 px become batches of 256 px squares. The limit is a bare loop that
-decodes and shrinks pictures which are in memory already, with the fastest decoder and resizer found here; nothing is
-read, chosen, shuffled or stacked. All work in one thread unless `--workers` says otherwise, and use the same shards.
-With `--memory=200000` our loader alone takes so many samples, and what it holds is printed on the way.
+decodes and downsizes images held in memory with the fastest decoder and resizer installed here, without any reading,
+shuffling or batching. All contestants use the same shards, and one thread unless `--workers` says otherwise.
+With `--memory=200000` our loader alone loads that many samples, and its resident memory is printed ten times.
 """
 
 import concurrent.futures
@@ -43,7 +43,7 @@ _SEQUENTIAL = flags.DEFINE_bool("sequential", False, "with --memory: without the
 
 SIDE = 256
 TARGET = Bucket(SIDE, SIDE)
-_REPORTS = 10
+_REPORTS = 10  # lines that --memory prints
 
 
 def main() -> None:
@@ -76,13 +76,19 @@ def main() -> None:
 
 
 def share_of_limit(results: Sequence[Result]) -> float:
-    """The loader's speed over the bare loop's: the median over the rounds, in each of which both worked in turn."""
+    """Returns the loader's speed relative to the bare loop's: median of the rounds' ratios."""
     seconds = {result.name: np.array(result.seconds) for result in results}
     return float(np.median(seconds["limit"] / seconds["lidit_jax"]))
 
 
 def write_shards(folder: Path, count: int, shorter: Sequence[int]) -> None:
-    """Pictures of some detail, of aspects from 1:2 to 2:1, some 100 kB each; 256 a shard."""
+    """Writes random JPEGs with some detail, aspect ratios from 1:2 to 2:1, about 100 kB each, 256 to a shard.
+
+    Args:
+      folder: where the shards go.
+      count: number of images.
+      shorter: smallest and largest shorter side, in pixels.
+    """
     random = np.random.default_rng(0)
     for first in range(0, count, 256):
         with tarfile.open(folder / f"{first // 256:05}.tar", "w") as tar:
@@ -100,17 +106,17 @@ def write_shards(folder: Path, count: int, shorter: Sequence[int]) -> None:
                     tar.addfile(info, io.BytesIO(data))
 
 
-# --- what takes part --------------------------------------------------------------------------------------------
+# --- contestants ------------------------------------------------------------------------------------------------
 
 
 def ours(folder: str, samples: int, batch: int, workers: int, sequential: bool = False) -> Callable[[], np.ndarray]:
-    """By the shards' indexes, or from end to end without them."""
+    """Prepares our loader: random access through the shards' indexes, or `sequential` reading without them."""
     config = DataConfig("tar", SIDE, folder, sequential=sequential, num_threads=workers, prefetch=2 * workers)
     dataset = open_dataset(config, 8)
     start = itertools.count(0, samples // batch)
 
     def work() -> np.ndarray:
-        # A new loader each time, so that none works ahead while the others have their turn.
+        # A new loader each round: one that lives on would prefetch during the other contestants' turns.
         batches = dataset.batches(batch, 0, None, first=next(start), with_captions=True)
         for _ in range(samples // batch):
             images = next(batches)["image"]
@@ -121,6 +127,7 @@ def ours(folder: str, samples: int, batch: int, workers: int, sequential: bool =
 
 
 def limit(folder: str, samples: int, batch: int, workers: int, *, way: str) -> Callable[[], np.ndarray]:
+    """Prepares the bare loop over images in memory, with the decoder `way` of `WAYS`."""
     pictures, shrink = read_pictures(folder), WAYS[way]
 
     def loop(first: int) -> np.ndarray:
@@ -135,7 +142,7 @@ def limit(folder: str, samples: int, batch: int, workers: int, *, way: str) -> C
 
 
 def webdataset(folder: str, samples: int, batch: int, workers: int) -> Callable[[], np.ndarray]:
-    """As its documentation has it: shards and samples shuffled, Pillow decodes; in this one process."""
+    """Prepares webdataset as its documentation does: shards and samples shuffled, Pillow decodes, one process."""
     del workers
     import torch
     import webdataset as wds
@@ -155,9 +162,10 @@ def webdataset(folder: str, samples: int, batch: int, workers: int) -> Callable[
 
 
 def _pillow_fit(picture: Image.Image) -> np.ndarray:
+    """Resizes the central square to uint8 [256, 256, 3]."""
     scale = SIDE / min(picture.size)
     left, top = ((side - SIDE / scale) / 2 for side in picture.size)
-    left, top = max(left, 0), max(top, 0)  # rounding may leave them a little under 0
+    left, top = max(left, 0), max(top, 0)  # rounding can make them slightly negative
     box = (left, top, min(left + SIDE / scale, picture.width), min(top + SIDE / scale, picture.height))
     return np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX, box))
 
@@ -166,6 +174,7 @@ def _pillow_fit(picture: Image.Image) -> np.ndarray:
 
 
 def read_pictures(folder: str) -> list[bytes]:
+    """Reads all JPEG files of a folder's shards."""
     pictures = []
     for path in sorted(Path(folder).glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -206,6 +215,7 @@ def _with_opencv(data: bytes) -> np.ndarray:
     return cv2.resize(picture[top : top + side, left : left + side], (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
+# Name of a decoder -> function from a JPEG file to uint8 [256, 256, 3].
 WAYS: dict[str, Callable[[bytes], np.ndarray]] = {
     "Pillow": _with_pillow,
     "Pillow, reduced": _with_pillow_draft,
@@ -213,12 +223,12 @@ WAYS: dict[str, Callable[[bytes], np.ndarray]] = {
     "libjpeg-turbo (simplejpeg), reduced + Pillow": _with_simplejpeg_reduced,
     "lidit_jax's decoding": _with_ours,
 }
-if importlib.util.find_spec("cv2"):  # an extra, not needed
+if importlib.util.find_spec("cv2"):  # optional: no extra of this package installs it
     WAYS["OpenCV"] = _with_opencv
 
 
 def fastest_way(folder: str) -> str:
-    """Of all that are here, by the median over some pictures; prints each one's."""
+    """Returns the decoder of `WAYS` with the smallest median time on 64 images; prints the time of each."""
     pictures = read_pictures(folder)[:64]
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     for data in pictures:
@@ -236,7 +246,7 @@ def fastest_way(folder: str) -> str:
 
 
 def watch_memory(folder: str, samples: int, batch: int, workers: int, sequential: bool) -> None:
-    """Prints what the process holds while the loader gives so many samples, epoch after epoch."""
+    """Loads `samples` samples over as many epochs as that takes, and prints the process's resident memory."""
     config = DataConfig("tar", SIDE, folder, sequential=sequential, num_threads=workers)
     batches = open_dataset(config, 8).batches(batch, 0, None, with_captions=True)
     count = -(-samples // batch)
@@ -252,7 +262,7 @@ def watch_memory(folder: str, samples: int, batch: int, workers: int, sequential
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds."""
+    """Returns the resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

@@ -1,14 +1,14 @@
-"""Prompt encoding, ours against transformers': `python -m lidit_jax.benchmarks.encode`.
+"""Benchmarks prompt encoding against transformers: `python -m lidit_jax.benchmarks.encode`.
 
-A random LLaMA of about 150M parameters is saved in Hugging Face's format and encodes the same prompts behind the same
+A random LLaMA of about 150M parameters is saved in Hugging Face's format. It encodes the same prompts after the same
 prefix in four ways, each up to the third-to-last block:
 
     plain                  ours, the prefix computed with every prompt
-    shared prefix          ours, the prefix computed once (what training and sampling do)
+    shared prefix          ours, the prefix computed once (as in training and sampling)
     transformers           `LlamaModel`
     transformers compiled  the same under `torch.compile`
 
-Tokens a second are those of the prompts: what the caller gets, whatever was computed for it.
+Tokens per second count prompt tokens only, whether or not the prefix was computed again.
 """
 
 import functools
@@ -62,7 +62,11 @@ def main() -> None:
 
 
 def save_model(folder: str) -> int:
-    """A random LLaMA in Hugging Face's format -> its number of parameters."""
+    """Saves a random LLaMA in Hugging Face's format.
+
+    Returns:
+      Its number of parameters.
+    """
     import torch
     import transformers
 
@@ -73,7 +77,7 @@ def save_model(folder: str) -> int:
 
 
 def load(folder: str, dtype: str):
-    """-> our module and its parameters."""
+    """Loads the saved model; returns our Flax module and its parameters."""
     from lidit_jax.models.llm import LLM
     from lidit_jax.weights.huggingface_llm import load_llm_encoder
 
@@ -82,6 +86,17 @@ def load(folder: str, dtype: str):
 
 
 def plain(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> Callable[[], np.ndarray]:
+    """Prepares our encoder without a shared prefix.
+
+    Args:
+      folder: of the saved model.
+      prefix: token ids, int32 [P].
+      prompts: token ids, int32 [B, L].
+      dtype: to compute in.
+
+    Returns:
+      Function that returns the prompts' features, [B, L, hidden size].
+    """
     import jax
 
     model, params = load(folder, dtype)
@@ -91,6 +106,7 @@ def plain(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> C
 
 
 def shared_prefix(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> Callable[[], np.ndarray]:
+    """Prepares our encoder with the prefix's keys and values computed once; arguments as in `plain`."""
     import jax
 
     model, params = load(folder, dtype)
@@ -102,6 +118,7 @@ def shared_prefix(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: s
 def transformers_model(
     folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str, *, compiled: bool
 ) -> Callable[[], np.ndarray]:
+    """Prepares transformers' model without its last blocks and final norm; arguments as in `plain`."""
     import torch
     import transformers
 

@@ -1,8 +1,10 @@
-"""An export beside its run: `python -m lidit_jax.benchmarks.export_parity --workdir=RUN --folder=DIR --out=sheet.png`.
+"""Compares the images of an export with those of its run:
 
-The same prompts are drawn from the same noise by JAX, from the workdir, and by PyTorch, from the folder that
-`python -m lidit_jax.export` wrote of it. Prints how far the pictures are apart and how long both took once compiled.
-The sheet has PyTorch's pictures above JAX's.
+    python -m lidit_jax.benchmarks.export_parity --workdir=RUN --folder=DIR --out=sheet.png
+
+JAX (from the workdir) and PyTorch (from the folder that `python -m lidit_jax.export` wrote) generate images for the
+same prompts from the same noise. Prints the difference between the images, and the time of each after compilation.
+The sheet shows PyTorch's images above JAX's.
 """
 
 import time

@@ -1,15 +1,15 @@
-"""Sampling, ours beside PyTorch's: `python -m lidit_jax.benchmarks.sample [--config=configs/1b.py …]`.
+"""Benchmarks sampling against PyTorch: `python -m lidit_jax.benchmarks.sample [--config=configs/1b.py …]`.
 
-From noise and features to latents by the config's sampler, with its classifier-free guidance: prompts and empty prompts
-in one batch. The frozen LLMs and the VAE's decoder take no part, on either side.
+From noise and encoder features to latents by the config's sampler, with its classifier-free guidance: prompts and empty
+prompts in one batch. The frozen LLMs and the VAE's decoder are left out on both sides.
 
-    lidit_jax         as `lidit_jax.pipeline` draws: all steps in one program, on one device
-    PyTorch           the model that is exported (`torch_lidit.py`), loaded in the dtype of its products
+    lidit_jax         as in `lidit_jax.pipeline`: all steps in one program, on one device
+    PyTorch           the exported model (`torch_lidit.py`), loaded in the compute dtype
     PyTorch compiled  the guided prediction under `torch.compile`
 
-All have the same weights and begin with the same noise, so that latents can be compared. A step is one evaluation of
-the model. Operations are those that it needs, counted on paper (`models/flops.py`); MFU is their share of what the chip
-can do. The memory of an accelerator is shared: contestants take turns, but all are there at once.
+All have the same weights and start from the same noise, so that their latents can be compared. A step is one evaluation
+of the model. FLOPs are counted analytically (`models/flops.py`); MFU is FLOP/s over the chip's peak. Contestants run in
+turn, but all are loaded at once and share the accelerator's memory.
 """
 
 import functools
@@ -58,11 +58,17 @@ def main() -> None:
         print(f"{result.name}: latents differ by {difference:.1e} of the largest")
 
 
-# --- what takes part ---------------------------------------------------------------------------------------------
+# --- contestants -------------------------------------------------------------------------------------------------
 
 
 def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *, folder: Path | None) -> Work:
-    """Latents, float32 [B, H, W, C]. Leaves its weights in the folder."""
+    """Prepares our sampler, which returns latents, float32 [B, H, W, C].
+
+    Args:
+      workload: what to sample.
+      sampler, steps, guidance_scale: as in the config's `sample` section.
+      folder: where the weights are saved for `twin`; None if it does not run.
+    """
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -95,7 +101,7 @@ def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *,
 def twin(
     workload: Workload, sampler: str, steps: int, guidance_scale: float, *, folder: Path, device: str, compiled: bool
 ) -> Work:
-    """As `ours`, with its weights."""
+    """Prepares PyTorch's sampler with the weights that `ours` saved; arguments as there."""
     from lidit_jax.benchmarks import torch_lidit
 
     model = load_twin(workload, folder, device, workload.model.dtype)

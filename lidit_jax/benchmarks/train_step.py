@@ -1,16 +1,16 @@
-"""A training step, ours beside PyTorch's: `python -m lidit_jax.benchmarks.train_step [--config=configs/1b.py …]`.
+"""Benchmarks a training step against PyTorch: `python -m lidit_jax.benchmarks.train_step [--config=configs/1b.py …]`.
 
-The step of `lidit_jax.train`: refiners, DiT, loss, gradient, clipping, AdamW and the parameters' average, as the config
-has them, on latents and features that were computed ahead. The frozen LLMs and the VAE take no part, on either side.
+The step of `lidit_jax.train` (refiners, DiT, loss, gradient, clipping, AdamW and EMA, as the config has them) on
+precomputed latents and encoder features. The frozen LLMs and the VAE are left out on both sides.
 
     lidit_jax         on all devices, over the config's mesh
-    PyTorch           the model that is exported (`torch_lidit.py`) on one device, under autocast
+    PyTorch           the exported model (`torch_lidit.py`) on one device, under autocast
     PyTorch compiled  its loss and gradient under `torch.compile`
 
-All begin with the same weights and use the same times and noise, so that losses and gradients can be compared; PyTorch
-is given them, we draw them. `train.accumulate` is 1: a step is one micro-batch. Operations are those that the model
-needs, counted on paper (`models/flops.py`): rematerialisation is not among them. MFU is their share of what the chips
-can do. The memory of an accelerator is shared: contestants take turns, but all are there at once.
+All start from the same weights and use the same timesteps and noise, so that losses and gradient norms can be compared:
+ours samples them within its step, PyTorch reads saved copies. `train.accumulate` is 1: a step is one micro-batch. FLOPs
+are counted analytically (`models/flops.py`), without those that rematerialisation repeats; MFU is FLOP/s over the
+chips' peak. Contestants run in turn, but all are loaded at once and share the accelerator's memory.
 """
 
 import dataclasses
@@ -62,13 +62,19 @@ def _row(result: Result, index: int) -> Result:
     return dataclasses.replace(result, output=result.output[index])
 
 
-# --- what takes part ---------------------------------------------------------------------------------------------
+# --- contestants -------------------------------------------------------------------------------------------------
 
 
 def ours(workload: Workload, config: TrainConfig, steps: int, *, mesh: Mapping[str, int], folder: Path | None) -> Work:
-    """A round's losses and the norms of its gradients, float32 [2, S].
+    """Prepares our training step; a round returns the losses and gradient norms of its steps, float32 [2, S].
 
-    Leaves its weights in the folder, and what it is going to draw in the two rounds that warm up and are compared.
+    Args:
+      workload: what to train.
+      config: of the training.
+      steps: per round.
+      mesh: sizes of the device mesh's axes.
+      folder: where the weights and the random inputs of the first two rounds (warm-up, and the one whose outputs are
+        compared) are saved for `twin`; None if it does not run.
     """
     trainer, batch = make_trainer(workload, config, mesh)
     state, key = trainer.init(0), jax.random.key(1)
@@ -92,7 +98,7 @@ def ours(workload: Workload, config: TrainConfig, steps: int, *, mesh: Mapping[s
 
 
 def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[str, int]) -> tuple[Trainer, Batch]:
-    """A run whose latents and features were computed ahead of training, and one batch."""
+    """Returns a trainer on precomputed latents and features, and one batch on the device."""
     import jax.numpy as jnp
 
     from lidit_jax.models.lidit import LIDiT
@@ -105,7 +111,7 @@ def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[st
     mesh = make_mesh(mesh_sizes)
     check_model(mesh, workload.model.hidden_size, workload.model.num_heads)
     mean = workload.noise()
-    batch = {"moments": np.concatenate([mean, np.full_like(mean, -4.0)], axis=-1)}  # the second half: log-variances
+    batch = {"moments": np.concatenate([mean, np.full_like(mean, -4.0)], axis=-1)}  # means, then log-variances
     encoders, prefixes = {}, {}
     for (name, of), features in zip(workload.text.items(), workload.features(), strict=True):
         encoders[name] = StoredEncoding(of.width, 0 if of.shares_prefix else of.prefix)
@@ -121,7 +127,7 @@ def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[st
 
 
 def draw(workload: Workload, moments: jax.Array, key: jax.Array, number: int) -> dict[str, np.ndarray]:
-    """What the task draws in step `number`, under the names of a `torch_lidit.Draw`."""
+    """Returns the task's random inputs in step `number`, under the field names of `torch_lidit.Draw`."""
     from lidit_jax.models.vae import DiagonalGaussian, to_model_latents
 
     schedule = workload.schedule
@@ -139,7 +145,10 @@ def draw(workload: Workload, moments: jax.Array, key: jax.Array, number: int) ->
 
 
 def twin(workload: Workload, config: TrainConfig, steps: int, *, folder: Path, device: str, compiled: bool) -> Work:
-    """As `ours`, with its weights and its draws; when those are used up they begin anew."""
+    """Prepares PyTorch's training step with the weights and random inputs that `ours` saved, which it cycles through.
+
+    Arguments and the result of a round are as in `ours`.
+    """
     import torch
 
     from lidit_jax.benchmarks import torch_lidit

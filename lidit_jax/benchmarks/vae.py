@@ -1,7 +1,8 @@
-"""The autoencoder, ours against diffusers': `python -m lidit_jax.benchmarks.vae`.
+"""Benchmarks the autoencoder against diffusers: `python -m lidit_jax.benchmarks.vae`.
 
-A random `AutoencoderKL` at the widths of Stable Diffusion 3's is saved in diffusers' format; both libraries encode the
-same pictures to the means of their latents, and decode the same latents; with `--tile=256` at once and in tiles.
+A random `AutoencoderKL` with the widths of Stable Diffusion 3's is saved in diffusers' format. Both libraries encode
+the same images to the means of their latents and decode the same latents; with `--tile=256` they decode only, once
+without tiling and once in tiles of 256 px.
 """
 
 import functools
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def save_model(folder: str) -> None:
-    """A random VAE in diffusers' format."""
+    """Saves a random VAE in diffusers' format."""
     import diffusers
     import torch
 
@@ -72,6 +73,18 @@ def save_model(folder: str) -> None:
 
 
 def ours(folder: str, task: str, arrays: np.ndarray, dtype: str, tile: int) -> Callable[[], np.ndarray]:
+    """Prepares our autoencoder.
+
+    Args:
+      folder: of the saved model.
+      task: "encode" or "decode".
+      arrays: images in [-1, 1] or latents, float32 [B, H, W, C].
+      dtype: to compute in.
+      tile: side of the tiles in pixels; 0 decodes without tiling.
+
+    Returns:
+      Function that returns latents or images, [B, H, W, C].
+    """
     import jax
     import jax.numpy as jnp
 
@@ -95,6 +108,7 @@ def ours(folder: str, task: str, arrays: np.ndarray, dtype: str, tile: int) -> C
 def diffusers_model(
     folder: str, task: str, arrays: np.ndarray, dtype: str, tile: int, *, compiled: bool = False
 ) -> Callable[[], np.ndarray]:
+    """Prepares diffusers' autoencoder; arguments and result as in `ours`."""
     import diffusers
     import torch
 
@@ -117,7 +131,7 @@ def diffusers_model(
     return work
 
 
-# task -> what takes part in it: name -> (way, whether it works in tiles)
+# Task -> {contestant's name: (function that prepares it, True if it decodes in tiles)}.
 WAYS = dict.fromkeys(
     ("encode", "decode"),
     {

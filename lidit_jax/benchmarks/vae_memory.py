@@ -1,7 +1,7 @@
-"""What decoding a large picture takes in memory, at once and in tiles: `python -m lidit_jax.benchmarks.vae_memory`.
+"""Prints the memory to decode a large image, with and without tiling: `python -m lidit_jax.benchmarks.vae_memory`.
 
-As XLA's compiler counts a program's temporaries, for an `AutoencoderKL` at the widths of Stable Diffusion 3's; nothing
-is run, so a picture may be larger than this machine could decode.
+Numbers are the temporaries that XLA reports for a compiled program of an `AutoencoderKL` with the widths of Stable
+Diffusion 3's. Nothing is run, so an image may be larger than this host could decode.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def temporaries(decode: Callable[[dict, jax.Array], jax.Array], size: int) -> int:
-    """Bytes, of decoding one picture."""
+    """Returns the bytes of XLA temporaries for decoding one image of `size` x `size` pixels."""
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameter_shapes(CONFIG).items()}
     params = flax.traverse_util.unflatten_dict(shapes)
     cells = size // CONFIG.downsampling_factor
@@ -46,6 +46,11 @@ def temporaries(decode: Callable[[dict, jax.Array], jax.Array], size: int) -> in
 
 
 def _numbers(name: str, values: list[str]) -> list[int]:
+    """Parses the values of the flag `name`.
+
+    Raises:
+      UserError: one is not a positive multiple of the down-sampling factor.
+    """
     for value in values:
         if not value.isdecimal() or not int(value) or int(value) % CONFIG.downsampling_factor:
             raise UserError(f"--{name}={','.join(values)}: give multiples of {CONFIG.downsampling_factor}, with commas")
