@@ -1,4 +1,4 @@
-"""DPG-Bench's score: the official rules by hand, its questions' file, and from grids to a report."""
+"""Tests DPG-Bench's score: the official rules on hand-made cases, the file of questions, and reports from grids."""
 
 import csv
 import io
@@ -60,10 +60,10 @@ def questions(*parents):
     ("parents", "right", "expected"),
     [
         ([(), (1,), (1, 2)], [True, True, True], 1),
-        ([(), (1,), (1, 2)], [False, True, True], 0),  # all hang on the first
+        ([(), (1,), (1, 2)], [False, True, True], 0),  # all depend on the first
         ([(), (1,), (1, 2)], [True, False, True], 1 / 3),
         ([(), (1,), ()], [False, True, True], 1 / 3),
-        # The third's parent stands after it, so that it is not yet known that the second does not count.
+        # The second question's parent, the third, stands after it and is not yet known not to count.
         ([(), (3,), (1,)], [False, True, True], 1 / 3),
         ([(2,), ()], [True, True], 1),
         ([(1,)], [True], 1),  # its own parent
@@ -155,11 +155,11 @@ def test_any_bytes_are_read_or_said(tmp_path_factory, content):
     assert all(prompts.values())
 
 
-# --- from pictures to a report ----------------------------------------------------------------------------------
+# --- from images to a report ------------------------------------------------------------------------------------
 
 
 class YesToOdd:
-    """Says yes where a picture's first pixel is odd, but to none about colour."""
+    """Answers yes if an image's first value is odd, except to questions about colour."""
 
     def answers(self, image, texts):
         return ["Yes." if image[0, 0, 0] % 2 and "red?" not in text else "no" for text in texts]
@@ -189,10 +189,10 @@ def request(pictures, tmp_path, **more):
 def test_grids_are_scored(pictures, questions_file, tmp_path, yes_to_odd):
     asked = request(pictures, tmp_path, vqa="any", questions=questions_file)
     report = score(asked)
-    # Of the cabbage's three questions one counts in three of four pictures; none of the dogs'.
+    # One of the cabbage's three questions counts, in three of four images; none of the dogs' questions counts.
     assert report.columns["average"] == pytest.approx(100 * (3 / 4 / 3 + 0) / 2)
     assert report.counts["average"] == 2
-    # Of the last pictures: entity has the cabbage and not the dogs, relation is right though its parent is not.
+    # In the last images, the cabbage's entity is right, the dogs' is wrong; relation is right though a parent is wrong.
     assert {name: report.columns[name] for name in ("entity", "attribute", "relation", "global")} == {
         "entity": 50,
         "attribute": 0,

@@ -1,4 +1,4 @@
-"""Models that answer questions on pictures: BLIP as T2I-CompBench asks it, and others."""
+"""Tests VQA models: BLIP against T2I-CompBench's official code, and other models."""
 
 import json
 
@@ -21,7 +21,7 @@ def blip_folder(tmp_path_factory):
 
 
 def official_probability(folder, image, question):
-    """One question at a time, softmax over the whole vocabulary: vqa_prob of the official models/blip_vqa.py."""
+    """Reimplements vqa_prob of the official models/blip_vqa.py: one question, softmax over the vocabulary."""
     model = transformers.BlipForQuestionAnswering.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([tokenizer(question)["input_ids"]])

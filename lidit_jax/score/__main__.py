@@ -1,8 +1,9 @@
-"""Scores a drawn benchmark: `python -m lidit_jax.score --benchmark=geneval --pictures=DIR --out=DIR --detector=…`.
+"""Scores generated images: `python -m lidit_jax.score --benchmark=geneval --pictures=DIR --out=OUT --detector=…`.
 
-DIR is what `python -m lidit_jax.evaluate` drew, or any other generator in the layout of the official scorer; the models
-that judge are transformers' own, in PyTorch. OUT gets results.json, a picture's result each, and report.json, report.md
-and report.png, ours beside the paper's Table 1. Run the same command again and it goes on where it stopped.
+DIR holds the images that `python -m lidit_jax.evaluate`, or any other generator, wrote in the layout of the official
+scorer. The scoring models are transformers', in PyTorch. Writes to OUT results.json, with one result per image, and
+report.json, report.md and report.png, which compare the scores with the paper's Table 1. The same command resumes an
+interrupted run.
 
     geneval          --detector=facebook/mask2former-swin-small-coco-instance --clip=openai/clip-vit-large-patch14
     t2i_compbench    --vqa=Salesforce/blip-vqa-base, or --detector=… for its spatial part
@@ -22,7 +23,7 @@ from lidit_jax.score.eval_extra import require_extra
 from lidit_jax.score.report import write_report
 from lidit_jax.score.results import ScoreRequest
 
-logger = logging.getLogger("lidit_jax.score")  # run as a module, __name__ is "__main__", of which nothing is shown
+logger = logging.getLogger("lidit_jax.score")  # not __name__, "__main__" here: only the package's logs are shown
 
 SCORERS = {
     "geneval": geneval.score,

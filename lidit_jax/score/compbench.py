@@ -1,7 +1,7 @@
-"""T2I-CompBench's scores (Huang et al. 2023): colour, shape and texture by BLIP-VQA, 2D spatial by a detector.
+"""Scores T2I-CompBench (Huang et al. 2023): colour, shape and texture by BLIP-VQA, 2D spatial by a detector.
 
 The rules are those of the official BLIPvqa_eval and UniDet_eval/2D_spatial_eval.py. The official detector is UniDet;
-here it is any of `detectors.py`, whose scores are not to be compared with the official ones to the point.
+here it is any detector of `detectors.py`, so spatial scores are only roughly comparable with official ones.
 """
 
 import collections
@@ -29,7 +29,8 @@ from lidit_jax.score.vqa import load_blip
 logger = logging.getLogger(__name__)
 
 CATEGORIES = ("color", "shape", "texture", "spatial")
-# The prompts' nouns, where COCO has another name for the same; UniDet's classes are compared as they are.
+# Prompt's noun -> COCO's name of the class, for detectors that know the latter only. The official script compares
+# UniDet's class names with the nouns as they are.
 OTHER_NAMES = {
     "bag": "handbag",
     "computer": "laptop",
@@ -44,21 +45,29 @@ _NAME = re.compile(r"([^_]+)_(\d+)\.png")
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A file of samples/: its name and the prompt in it."""
+    """An image in samples/.
+
+    Attributes:
+      name: of the file.
+      prompt: taken from the file's name.
+    """
 
     name: str
     prompt: str
 
 
 def score(request: ScoreRequest) -> Report:
-    """One category's score, in per cent, of the pictures in `request.pictures`/samples.
+    """Scores the images in `request.pictures`/samples for one category.
 
-    The category (color, shape, texture or spatial) is that of `request.file`'s name, as color_val.txt, or without
-    one what the prompts speak of. With the file, all its prompts must be there.
+    The category (color, shape, texture or spatial) is taken from the name of `request.file`, such as color_val.txt;
+    without a file it is inferred from the prompts. If the file is given, all of its prompts must have images.
+
+    Returns:
+      A report with the category's score in per cent.
 
     Raises:
-      UserError: no such pictures, a category that has no scorer here, a model that was not named, or `request.out` has
-        results of something else.
+      UserError: the images or the model's flag are missing, the category has no scorer here, or `request.out` has
+        other results.
     """
     pictures = find_pictures(require_pictures_folder(request))
     if request.file:
@@ -68,10 +77,10 @@ def score(request: ScoreRequest) -> Report:
 
 
 def find_pictures(folder: epath.Path) -> list[Picture]:
-    """What is in a folder's samples/, in the order of the numbers.
+    """Lists the images in a folder's samples/, ordered by number.
 
     Raises:
-      UserError: there is nothing of T2I-CompBench's.
+      UserError: no file there is named as T2I-CompBench's are, PROMPT_000000.png.
     """
     samples = folder / "samples"
     names = [file.name for file in samples.glob("*.png")] if samples.is_dir() else []
@@ -86,10 +95,14 @@ def find_pictures(folder: epath.Path) -> list[Picture]:
 
 
 def category_of(file_name: str | None, prompts: Sequence[str]) -> str:
-    """color, shape, texture or spatial: of a list's name (color_val.txt) or, where that says nothing, of its prompts.
+    """Returns the category of the prompts: color, shape, texture or spatial.
+
+    Args:
+      file_name: of the benchmark's list, such as "color_val.txt"; None if it was not given.
+      prompts: decide by majority if the file's name does not tell.
 
     Raises:
-      UserError: it is another one, or can't be told.
+      UserError: the file is of another category, or no category has the most prompts.
     """
     if file_name:
         named = re.match(r"(3d_spatial|non_spatial|[a-z]+?)(_(train|val)\w*)?\.txt", file_name)
@@ -110,11 +123,16 @@ def category_of(file_name: str | None, prompts: Sequence[str]) -> str:
 def attribute_score(
     prompt: str, yes_probabilities: Callable[[list[str]], Sequence[float]]
 ) -> tuple[float, dict[str, float]]:
-    """A picture's score, and each noun phrase's: whether it is there is asked of each, and the answers are multiplied.
+    """Scores an image by the product of the probabilities that it shows each noun phrase of its prompt.
 
-    No more than 8 are asked; a prompt without one scores 1, as officially.
+    As in the official scorer, at most 8 phrases count, and a prompt without any scores 1.
 
-    Args: yes_probabilities: of questions, each "a red car?".
+    Args:
+      prompt: the image's.
+      yes_probabilities: questions such as "a red car?" -> probability of "yes" for each.
+
+    Returns:
+      The image's score, and each noun phrase's.
     """
     phrases = noun_phrases(prompt)
     found = [float(p) for p in yes_probabilities([f"{phrase}?" for phrase in phrases])] if phrases else []
@@ -161,7 +179,15 @@ def _spatial(request: ScoreRequest, pictures: list[Picture], category: str) -> R
 
 
 def _parsed(prompt: str, classes: frozenset[str]) -> SpatialPrompt:
-    """With the detector's own names of the objects."""
+    """Parses a spatial prompt, with the objects named as the detector names them.
+
+    Args:
+      prompt: of the spatial list.
+      classes: the detector's.
+
+    Raises:
+      UserError: the prompt has another form.
+    """
     found = parse_spatial(prompt)
     if found is None:
         raise UserError(f'{prompt!r:.80} is not "a X on the left of a Y": is it of the spatial list?')
@@ -173,7 +199,7 @@ def _parsed(prompt: str, classes: frozenset[str]) -> SpatialPrompt:
 
 
 def _kinds(prompt: str) -> set[str]:
-    """The categories that a prompt may be of."""
+    """Returns the categories that a prompt could belong to."""
     if parse_spatial(prompt):
         return {"spatial"}
     words = set(re.findall(r"[a-z]+", prompt.lower()))
@@ -181,7 +207,11 @@ def _kinds(prompt: str) -> set[str]:
 
 
 def _check_complete(file: epath.Path, pictures: list[Picture]) -> None:
-    """Raises UserError if a prompt of the list has no picture, or a picture no prompt in it."""
+    """Checks that the benchmark's list and the images have the same prompts.
+
+    Raises:
+      UserError: they do not, or there is no such list.
+    """
     if not file.is_file():
         raise UserError(f"--file={file}: no such file; name the benchmark's list")
     wanted, drawn = set(T2ICompBench(file, 1).prompts), {picture.prompt for picture in pictures}

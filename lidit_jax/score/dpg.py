@@ -1,11 +1,11 @@
-"""DPG-Bench's score (Hu et al. 2024, ELLA): each prompt's questions, asked of each of its pictures.
+"""Scores DPG-Bench (Hu et al. 2024, ELLA): a VQA model answers each prompt's questions on each of its images.
 
-The rules are those of the official dpg_bench/compute_dpg_bench.py. Its model is mPLUG-large, which transformers does
-not have; here it is any of `vqa.py`, and scores by another one are not to be compared with published ones to the point.
+The rules are those of the official dpg_bench/compute_dpg_bench.py. The official model is mPLUG-large, which is not in
+transformers; here it is any model of `vqa.py`, so scores are only roughly comparable with published ones.
 
-One thing differs on purpose: the official script drops the first question of its file by mistake and with it that
-question's prompt (github.com/TencentQQGYLab/ELLA/issues/61), one of 1,065. Here it counts; `details` has the score
-without it.
+One deliberate difference: by mistake, the official script drops the first question of its file and with it that
+question's prompt, one of 1,065 (github.com/TencentQQGYLab/ELLA/issues/61). Here it counts; `details` has the score
+without that prompt.
 """
 
 import collections
@@ -32,13 +32,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def score(request: ScoreRequest) -> Report:
-    """In per cent: "average", the benchmark's score, and the level-1 categories'.
+    """Scores the images in `request.pictures` by the questions in `request.questions`.
 
-    A category's score counts the last picture of each prompt alone, whether or not its questions' parents were answered
-    "yes": so do the official ones. `details` has the same of all pictures.
+    As in the official script, a category's score uses the last image of each prompt only, and counts an answer whatever
+    the answers to the question's parents. `details` has the category scores over all images.
+
+    Returns:
+      A report in per cent: "average", the benchmark's score, and the scores of the level-1 categories.
 
     Raises:
-      UserError: no such pictures, questions or model, or `request.out` has results of something else.
+      UserError: images, questions or model are missing, or `request.out` has other results.
     """
     files = _find_pictures(require_pictures_folder(request))
     prompts, first = read_questions(request.require("questions"))
@@ -65,9 +68,14 @@ def score(request: ScoreRequest) -> Report:
 
 
 def picture_score(questions: Questions, right: Mapping[int, bool]) -> float:
-    """The share of questions that count: answered "yes" (`right`), and none of their parents is one that doesn't.
+    """Returns the share of questions that count: those answered "yes" all of whose parents count.
 
-    Questions are gone through in their order, as officially: a parent that stands later has not lost its own count yet.
+    As in the official script, questions are visited in the file's order, so a parent that stands later in the file is
+    judged by its answer alone.
+
+    Args:
+      questions: the prompt's.
+      right: question's number -> whether the answer was "yes".
     """
     counts = dict(right)
     for number, question in questions.items():
@@ -79,11 +87,15 @@ def picture_score(questions: Questions, right: Mapping[int, bool]) -> float:
 def category_scores(
     prompts: Mapping[str, Questions], right: Mapping[str, Sequence[Mapping[int, bool]]], broad: bool
 ) -> dict[str, tuple[float, int]]:
-    """Category -> (share of its questions that are answered "yes", whatever their parents'; their number).
+    """Returns each category's score, which ignores the answers to parents.
 
     Args:
-      right: of each prompt, its pictures' answers.
-      broad: level 1 rather than level 2.
+      prompts: prompt's id -> questions.
+      right: prompt's id -> for each image, question's number -> whether the answer was "yes".
+      broad: True for level-1 categories, False for level 2.
+
+    Returns:
+      Category -> (share of its questions answered "yes", number of answers).
     """
     found = collections.defaultdict(list)
     for name, of_prompt in right.items():
@@ -93,11 +105,15 @@ def category_scores(
     return {category: (float(np.mean(found[category])), len(found[category])) for category in sorted(found)}
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------
 
 
 def _find_pictures(folder: epath.Path) -> dict[str, epath.Path]:
-    """Prompt's id -> its file. Raises UserError if there is none, or an id has two."""
+    """Returns prompt's id -> image file.
+
+    Raises:
+      UserError: there is no image, or an id has two.
+    """
     files = [file for file in sorted(folder.iterdir(), key=str) if file.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(
@@ -115,7 +131,9 @@ def _find_pictures(folder: epath.Path) -> dict[str, epath.Path]:
 def _both(
     request: ScoreRequest, prompts: Mapping[str, Questions], files: Mapping[str, epath.Path]
 ) -> tuple[dict[str, Questions], dict[str, epath.Path]]:
-    """Prompts that have questions and pictures. Others are left out, as officially, and said.
+    """Returns the prompts that have both valid questions and an image, and their files.
+
+    The others are left out, as in the official script, with a warning.
 
     Raises:
       UserError: no prompt has both.
@@ -139,7 +157,7 @@ def _both(
 
 
 def _pictures_per_file(folder: epath.Path) -> int:
-    """1 where `lidit_jax.evaluate` noted so, else 4, as the official dist_eval.sh has it."""
+    """Returns the number of images in a file: 1 if `lidit_jax.evaluate` recorded that, else 4 as in dist_eval.sh."""
     try:
         noted = json.loads((folder / FACTS_FILE).read_text())["num_images"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -85,7 +85,8 @@ def summary(scores: Sequence[ScoredPair]) -> Report:
 
     Every mean is taken within a prompt first, then over prompts; `counts` are numbers of prompts.
 
-    Args: scores: of all images, at least one.
+    Args:
+      scores: of all images, at least one.
     """
     values, prompts = [pair.score for pair in scores], [pair.prompt for pair in scores]
     places = [pair.position for pair in scores], [pair.count for pair in scores]
@@ -106,7 +107,12 @@ def summary(scores: Sequence[ScoredPair]) -> Report:
 
 
 def chart(means: Sequence[float], intervals: Sequence[Sequence[float]]) -> bytes:
-    """Plots the curve as a PNG. Args: means, intervals: of each quarter, per cent: [4], [4, 2]."""
+    """Plots the curve; returns the bytes of a PNG file.
+
+    Args:
+      means: of each quarter, per cent, [4].
+      intervals: bounds for each quarter, per cent, [4, 2].
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
@@ -146,7 +152,11 @@ def _means_by(scores: Sequence[ScoredPair], attribute: str) -> Mapping[str, floa
 
 
 def _find_prompts(folder: epath.Path) -> dict[str, list[Pair]]:
-    """Returns the pairs of each prompt's folder. Raises UserError if there is none of this benchmark."""
+    """Returns prompt's folder name -> pairs.
+
+    Raises:
+      UserError: no folder is of this benchmark.
+    """
     names = sorted(path.name for path in folder.iterdir() if path.name.isascii() and path.name.isdigit())
     names = [name for name in names if (folder / name / METADATA_FILE).exists()]
     if not names:
