@@ -1,4 +1,4 @@
-"""The ablations in miniature: rows, the language models' corpus, runs as processes, tables."""
+"""Tests the miniature ablations: rows, the language models' corpus, runs as processes, and tables."""
 
 import collections
 import contextlib
@@ -138,7 +138,7 @@ def test_a_base_llm_gets_the_instruction_as_plain_text():
     assert load_config("ablation", "table2_baseline").text.instruction == ""
 
 
-# --- what the language models read ------------------------------------------------------------------------------
+# --- training text of the language models -----------------------------------------------------------------------
 
 
 def test_a_description_names_every_object_in_the_captions_order(corpus):
@@ -167,7 +167,7 @@ def test_base_models_read_the_same_captions_and_no_instruction(corpus):
 
 
 class Recorded(Exception):
-    """Stops `train_encoder` where it would train."""
+    """Stops `train_encoder` before it trains."""
 
 
 def test_base_and_tuned_models_differ_in_their_documents_alone(tmp_path, monkeypatch):
@@ -189,7 +189,7 @@ def test_base_and_tuned_models_differ_in_their_documents_alone(tmp_path, monkeyp
     assert (seed, training) == (base_seed, base_training)
     assert tuned_on != base_on
     is_plain = (tuned["tokens"] == base["tokens"]).all(axis=1)
-    assert 0 < is_plain.sum() < len(is_plain)  # captions alone are the same documents; the others have more before them
+    assert 0 < is_plain.sum() < len(is_plain)  # documents without the instruction are equal
     assert (tuned["mask"].sum(1) > base["mask"].sum(1))[~is_plain].all()
     for name, like in (("qwen", "llama3"), ("qwen_base", "llama3_base"), ("t5", "llama3_base")):
         np.testing.assert_array_equal(seen[name][-1]["tokens"], seen[like][-1]["tokens"])
@@ -294,7 +294,7 @@ def test_orderings_are_the_papers():
 
 
 def write_scores(out, row, seed, right):
-    """Of 100 in every group, so many right; of the objects named 4th 20 fewer."""
+    """Writes scores with `right` of 100 correct in every group, and 20 fewer for objects named 4th."""
     groups = ["all scenes", "the held-out pair itself", *(named_at(COUNTS[4], place) for place in range(4))]
     names = ("objects", "pair", "scenes")
     cell = lambda group: {"correct": right - 20 * ("4th" in group), "total": 100, "interval": [0, 1]}  # noqa: E731

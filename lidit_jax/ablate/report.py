@@ -1,4 +1,4 @@
-"""The ablations' results beside the paper's: tables with intervals over seeds, which orderings appear, and plots."""
+"""Compares the ablations' results with the paper's: tables with intervals over seeds, orderings, and plots."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FIGURE_3 = "figure3"
 CHOICES = (*TABLES, FIGURE_3)
-# "tuned" stands for the paper's multi-modal LLMs: tuned on instructions, but on text alone.
+# "tuned" stands for the paper's multi-modal LLMs; these are tuned on instructions, but on text without images.
 ENCODERS = {LLAMA: "tuned LLaMA", BASE_LLAMA: "base LLaMA", QWEN: "tuned Qwen", BASE_QWEN: "base Qwen", T5: "T5"}
 # Column -> (group of prompts, measure), see `evaluate/scenes.py`.
 COLUMNS = {
@@ -40,7 +40,7 @@ CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """Mean over seeds with Student's 95 % interval; a single seed has no interval."""
+    """Mean over seeds with Student's 95 % interval; for a single seed the half width is NaN."""
 
     values: tuple[float, ...]
 
@@ -64,10 +64,10 @@ class Mean:
 
 
 def choose(names: Sequence[str]) -> dict[str, Mapping[str, TableRow]]:
-    """Returns the tables of these names; Figure 3 is the curve of some of Table 3's rows.
+    """Returns the tables with these names; Figure 3 has some of Table 3's rows.
 
     Raises:
-      UserError: there is no such table here.
+      UserError: a name is not one of `CHOICES`.
     """
     found = {}
     for name in names:
@@ -81,7 +81,7 @@ def choose(names: Sequence[str]) -> dict[str, Mapping[str, TableRow]]:
 
 
 def complete(out: epath.Path, seeds: int) -> list[str]:
-    """Returns the names of the tables whose runs are all done, by this call or an earlier one."""
+    """Returns the names of the tables all of whose runs are done, in this call of the command or an earlier one."""
     return [
         name
         for name, table in choose(CHOICES).items()
@@ -123,7 +123,7 @@ class Result:
 
     Attributes:
       columns: see `COLUMNS`.
-      places: pairs right in each quarter of the prompts of four objects, see `QUARTER_NAMES`.
+      places: correct pairs in each quarter of the prompts with four objects, see `QUARTER_NAMES`.
     """
 
     columns: Mapping[str, Mean]
@@ -131,6 +131,11 @@ class Result:
 
     @classmethod
     def read(cls, out: epath.Path, row: Row, seeds: int) -> "Result":
+        """Reads the scores of a row's runs.
+
+        Raises:
+          UserError: a run's scores are missing or damaged.
+        """
         files = [Run(row, seed).workdir(out) / SCORES_FILE for seed in range(seeds)]
         scores = {file: _read_scores(file) for file in files}
 
@@ -234,7 +239,7 @@ def _places_markdown(labels: Mapping[Row, str], results: Mapping[Row, Result]) -
 
 
 def _plot_table(file: epath.Path, name: str, table: Mapping[str, TableRow], results: Mapping[Row, Result]) -> None:
-    """Plots means as bars and seeds as points: with three seeds, an interval says little that the points do not."""
+    """Plots means as bars and seeds as points, which show as much as an interval would with three seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 1.8 + 0.55 * len(table)), layout="constrained")
@@ -263,7 +268,7 @@ def _plot_table(file: epath.Path, name: str, table: Mapping[str, TableRow], resu
 
 
 def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[Row, Result]) -> None:
-    """Plots means as thick lines and seeds as thin ones; rows with a token refiner have their own panel."""
+    """Plots means as thick lines and seeds as thin lines; rows with a token refiner have their own panel."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
