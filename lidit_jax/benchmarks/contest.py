@@ -80,14 +80,14 @@ def contest(contestants: Sequence[Contestant], rounds: int) -> list[Result]:
     processes, connections, outputs = [], [], []
     try:
         for contestant in contestants:
-            _say(f"preparing {contestant.name}")
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(contestant.prepare, theirs), daemon=True)
+            _log(f"preparing {contestant.name}")
+            parent, child = context.Pipe()
+            process = context.Process(target=_serve, args=(contestant.prepare, child), daemon=True)
             process.start()
             processes.append(process)
-            connections.append(ours)
-            theirs.close()
-            outputs.append(_receive(ours, contestant.name))
+            connections.append(parent)
+            child.close()
+            outputs.append(_receive(parent, contestant.name))
         seconds: list[list[float]] = [[] for _ in contestants]
         started = time.monotonic()
         for i in range(rounds):
@@ -95,13 +95,13 @@ def contest(contestants: Sequence[Contestant], rounds: int) -> list[Result]:
                 connection.send("work")
                 seconds[j].append(_receive(connection, contestants[j].name))
             left = (time.monotonic() - started) / (i + 1) * (rounds - i - 1)
-            _say(f"round {i + 1}/{rounds}  eta {duration(left)}")
+            _log(f"round {i + 1}/{rounds}  eta {duration(left)}")
         peaks = []
         for contestant, connection in zip(contestants, connections, strict=True):
             connection.send("stop")
             peaks.append(_receive(connection, contestant.name))
         names = [contestant.name for contestant in contestants]
-        return [Result(*of_one) for of_one in zip(names, seconds, peaks, outputs, strict=True)]
+        return [Result(*fields) for fields in zip(names, seconds, peaks, outputs, strict=True)]
     finally:
         for process in processes:
             process.terminate()
@@ -115,7 +115,7 @@ def largest_difference(results: Sequence[Result]) -> float:
     return float(max(differences) / np.abs(first).max())
 
 
-def table(results: Sequence[Result], amount: int, unit: str) -> str:
+def format_table(results: Sequence[Result], amount: int, unit: str) -> str:
     """Formats one line per contestant: time per round, throughput, speed relative to the first one, peak memory.
 
     Args:
@@ -124,7 +124,7 @@ def table(results: Sequence[Result], amount: int, unit: str) -> str:
       unit: plural name of a unit of work, such as "images".
     """
     width = max(22, *(len(result.name) + 2 for result in results))
-    lines = [f"{'':{width}}{'ms a round':>12}{f'{unit}/s':>12}{f'x {results[0].name}':>20}{'peak MiB':>10}"]
+    lines = [f"{'':{width}}{'ms per round':>12}{f'{unit}/s':>12}{f'x {results[0].name}':>20}{'peak MiB':>10}"]
     for result in results:
         lines.append(
             f"{result.name:{width}}{1e3 * result.median:12.1f}{amount / result.median:12.4g}"
@@ -133,7 +133,7 @@ def table(results: Sequence[Result], amount: int, unit: str) -> str:
     return "\n".join(lines)
 
 
-def machine(*others: str) -> str:
+def describe_host(*others: str) -> str:
     """Returns one line: the accelerator, the CPU, and the versions of JAX and of the `others`, names of packages.
 
     Raises:
@@ -142,7 +142,7 @@ def machine(*others: str) -> str:
     try:
         versions = [f"{name} {version(name)}" for name in ("jax", *others)]
     except PackageNotFoundError as error:
-        raise UserError(f"the benchmark compares with {error.name}: pip install -e '.[test]'") from None
+        raise UserError(f"this benchmark needs {error.name}: pip install -e '.[test]'") from None
     cpu = platform.processor() or platform.machine()
     if (file := Path("/proc/cpuinfo")).exists():
         names = [line.partition(":")[2].strip() for line in file.read_text().splitlines() if "model name" in line]
@@ -151,7 +151,7 @@ def machine(*others: str) -> str:
     return ", ".join([*([] if device.platform == "cpu" else [device.device_kind]), cpu, *versions])
 
 
-def forbid_tf32() -> None:
+def disable_tf32() -> None:
     """Disables TF32 in PyTorch, as in our models: its convolutions use it by default on GPUs."""
     import torch
 
@@ -190,7 +190,7 @@ def _receive(connection: Connection, name: str):
     try:
         value = connection.recv()
     except EOFError:
-        raise UserError(f"{name}: its process ended early; see above") from None
+        raise UserError(f"{name}: its process ended before it was done: see its output above") from None
     if isinstance(value, Exception):
         raise UserError(f"{name}: {type(value).__name__}: {' '.join(str(value).split())[:300]}") from value
     return value
@@ -200,14 +200,14 @@ def _peak_memory() -> int:
     """Returns peak bytes: of the accelerator if it reports them, else of the process since VmHWM was reset."""
     if STATUS.exists():
         [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
-        of_process = int(line.split()[1]) << 10
+        process_peak = int(line.split()[1]) << 10
     else:
-        of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
+        process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", of_process)
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", process_peak)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

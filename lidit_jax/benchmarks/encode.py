@@ -19,13 +19,13 @@ import numpy as np
 from absl import flags
 
 from lidit_jax import cli
-from lidit_jax.benchmarks.contest import Contestant, contest, largest_difference, machine, table
+from lidit_jax.benchmarks.contest import Contestant, contest, describe_host, format_table, largest_difference
 
 _BATCH = flags.DEFINE_integer("batch", 32, "prompts encoded at once", lower_bound=1)
 _PREFIX = flags.DEFINE_integer("prefix", 40, "tokens of the prefix", lower_bound=1)
-_PROMPT = flags.DEFINE_integer("prompt", 40, "tokens of a prompt", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 20, "times that each encodes the batch", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
+_PROMPT = flags.DEFINE_integer("prompt", 40, "tokens per prompt", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 20, "how often each contestant is timed", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype")
 
 SIZES = {
     "vocab_size": 32_000,
@@ -38,27 +38,29 @@ SIZES = {
 
 
 def main() -> None:
-    print(machine("torch", "transformers"))
+    print(describe_host("torch", "transformers"))
     with tempfile.TemporaryDirectory() as folder:
         num_parameters = save_model(folder)
         random = np.random.default_rng(0)
         prefix = random.integers(0, SIZES["vocab_size"], _PREFIX.value, np.int32)
         prompts = random.integers(0, SIZES["vocab_size"], (_BATCH.value, _PROMPT.value), np.int32)
-        ways = {
+        prepare_functions = {
             "plain": plain,
             "shared prefix": shared_prefix,
             "transformers": functools.partial(transformers_model, compiled=False),
             "transformers compiled": functools.partial(transformers_model, compiled=True),
         }
         arguments = (folder, prefix, prompts, _DTYPE.value)
-        contestants = [Contestant(name, functools.partial(way, *arguments)) for name, way in ways.items()]
+        contestants = [
+            Contestant(name, functools.partial(prepare, *arguments)) for name, prepare in prepare_functions.items()
+        ]
         results = contest(contestants, _ROUNDS.value)
     print(
         f"{num_parameters / 1e6:.0f}M parameters in {_DTYPE.value}, prefix of {_PREFIX.value} tokens, {_BATCH.value} "
         f"prompts of {_PROMPT.value}, median of {_ROUNDS.value} rounds"
     )
-    print(table(results, _BATCH.value * _PROMPT.value, "tokens"))
-    print(f"largest difference from plain: {largest_difference(results):.1e} of the largest feature")
+    print(format_table(results, _BATCH.value * _PROMPT.value, "tokens"))
+    print(f"largest difference from plain: {largest_difference(results):.1e} of plain's largest value")
 
 
 def save_model(folder: str) -> int:

@@ -24,17 +24,17 @@ from lidit_jax.train import TrainConfig
 from lidit_jax.weights.torch_lidit import FIELDS, torch_tensors
 
 _checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-_keep_products = functools.partial(
+_keep_matmuls = functools.partial(
     create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 )
 # Checkpointing function per value of `remat`; they keep the same activations as `models/remat.py`.
-REMAT = {"none": None, "full": _checkpoint, "dots": functools.partial(_checkpoint, context_fn=_keep_products)}
+REMAT = {"none": None, "full": _checkpoint, "dots": functools.partial(_checkpoint, context_fn=_keep_matmuls)}
 
 # The model's text arguments by name; each is a list with one entry per LLM.
 Text = Mapping[str, Sequence[Tensor]]
 
 
-class Draw(NamedTuple):
+class StepInputs(NamedTuple):
     """Random inputs of a training step: noised latents [B, C, H, W], timesteps [B], the model's target [B, C, H, W]."""
 
     noised: Tensor
@@ -45,7 +45,7 @@ class Draw(NamedTuple):
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
-def state_dict_of_flax(config: LIDiTConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def state_dict_from_flax(config: LIDiTConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Converts a Flax parameter tree, nested or flat with dotted paths, to PyTorch's state dict; arrays are views."""
     flat = flax.traverse_util.flatten_dict(params, sep=".")
     return dict(torch_tensors(config, {tuple(path.split(".")): np.asarray(array) for path, array in flat.items()}))
@@ -63,7 +63,7 @@ def from_flax(
     Args:
       config: of the model.
       text_widths: hidden size of each LLM.
-      params: as in `state_dict_of_flax`.
+      params: as in `state_dict_from_flax`.
       device, dtype: of the weights.
 
     Raises:
@@ -73,7 +73,7 @@ def from_flax(
         model = LIDiTTransformer2DModel(**{name: getattr(config, name) for name in FIELDS}, text_widths=text_widths)
     state = {
         name: torch.tensor(np.ascontiguousarray(array), device=device, dtype=dtype)
-        for name, array in state_dict_of_flax(config, params).items()
+        for name, array in state_dict_from_flax(config, params).items()
     }
     model.load_state_dict(state, assign=True)
     if remat := REMAT[config.remat]:
@@ -81,18 +81,16 @@ def from_flax(
     return model
 
 
-def draws(arrays: Mapping[str, np.ndarray], device: str = "cpu") -> list[Draw]:
-    """Splits the random inputs of several steps into one `Draw` per step.
+def split_steps(arrays: Mapping[str, np.ndarray], device: str = "cpu") -> list[StepInputs]:
+    """Splits the random inputs of several steps into one `StepInputs` per step.
 
     Args:
-      arrays: results of `train_step.draw`, stacked along a leading axis of steps.
+      arrays: results of `train_step.random_inputs`, stacked along a leading axis of steps.
       device: of the tensors.
     """
     timesteps = torch.tensor(arrays["timesteps"], device=device)
-    latents = [channels_first(arrays[name], device) for name in ("noised", "target")]
-    return [
-        Draw(noised, of_step, target) for noised, of_step, target in zip(latents[0], timesteps, latents[1], strict=True)
-    ]
+    noised, target = (channels_first(arrays[name], device) for name in ("noised", "target"))
+    return [StepInputs(*fields) for fields in zip(noised, timesteps, target, strict=True)]
 
 
 def channels_first(latents: np.ndarray, device: str = "cpu") -> Tensor:
@@ -128,13 +126,13 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(config.b1, config.b2), eps=1e-8, fused=True)
         self.ema = [p.detach().clone() for p in self.params] if config.ema_decay else None
-        self._loss = torch.compile(self._loss_of, dynamic=False) if compiled else self._loss_of
+        self._loss = torch.compile(self._compute_loss, dynamic=False) if compiled else self._compute_loss
 
-    def step(self, draw: Draw, text: Text, learning_rate: float) -> tuple[Tensor, Tensor]:
+    def step(self, inputs: StepInputs, text: Text, learning_rate: float) -> tuple[Tensor, Tensor]:
         """Takes one step; returns the loss and the gradient's norm before clipping, scalars on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self._loss(*draw, text)
+        loss = self._loss(*inputs, text)
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in self.params], foreach=True)
         if self.config.clip_norm:
@@ -147,7 +145,7 @@ class Trainer:
         self.step_number += 1
         return loss.detach(), norm
 
-    def _loss_of(self, noised: Tensor, timesteps: Tensor, target: Tensor, text: Text) -> Tensor:
+    def _compute_loss(self, noised: Tensor, timesteps: Tensor, target: Tensor, text: Text) -> Tensor:
         with torch.autocast(noised.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.model(noised, timesteps, **text, return_dict=False)[0]
         return F.mse_loss(output, target)

@@ -13,23 +13,33 @@ import numpy as np
 from absl import flags
 
 from lidit_jax import cli
-from lidit_jax.benchmarks.contest import Contestant, contest, forbid_tf32, largest_difference, machine, table
+from lidit_jax.benchmarks.contest import (
+    Contestant,
+    contest,
+    describe_host,
+    disable_tf32,
+    format_table,
+    largest_difference,
+)
 from lidit_jax.benchmarks.sd3_vae import CONFIG
 from lidit_jax.errors import UserError
 
-_BATCH = flags.DEFINE_integer("batch", 1, "pictures at once", lower_bound=1)
-_SIZE = flags.DEFINE_integer("size", 256, "side of a picture, a multiple of 8 pixels", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "times that each does the work", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
-_TILE = flags.DEFINE_integer("tile", 0, "instead, decode at once and in tiles of so many pixels", lower_bound=0)
+_BATCH = flags.DEFINE_integer("batch", 1, "images per batch", lower_bound=1)
+_SIZE = flags.DEFINE_integer("size", 256, "side of the images in pixels, a multiple of 8", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each contestant is timed", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype")
+_TILE = flags.DEFINE_integer(
+    "tile", 0, "compare decoding at once with tiles of so many pixels; 0 compares encoding and decoding", lower_bound=0
+)
 
 FACTOR = CONFIG.downsampling_factor
 
 
 def main() -> None:
-    print(machine("torch", "diffusers"))
+    print(describe_host("torch", "diffusers"))
     if _SIZE.value % FACTOR:
-        raise UserError(f"--size={_SIZE.value} is not a multiple of {FACTOR}")
+        larger = -(-_SIZE.value // FACTOR) * FACTOR
+        raise UserError(f"--size={_SIZE.value} is not a multiple of {FACTOR}: use {larger}")
     random = np.random.default_rng(0)
     cells = _SIZE.value // FACTOR
     inputs = {
@@ -38,17 +48,15 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder)
-        for task, ways in (TILED_WAYS if _TILE.value else WAYS).items():
-            arrays = inputs[task]
+        for task, prepare_functions in (TILED_CONTESTANTS if _TILE.value else CONTESTANTS).items():
+            arguments = folder, task, inputs[task], _DTYPE.value
             contestants = [
-                Contestant(
-                    name, functools.partial(way, folder, task, arrays, _DTYPE.value, tile=_TILE.value * in_tiles)
-                )
-                for name, (way, in_tiles) in ways.items()
+                Contestant(name, functools.partial(prepare, *arguments, tile=_TILE.value * in_tiles))
+                for name, (prepare, in_tiles) in prepare_functions.items()
             ]
             results = contest(contestants, _ROUNDS.value)
             print(f"{task}, {_BATCH.value} x {_SIZE.value} px, {_DTYPE.value}, median of {_ROUNDS.value} rounds")
-            print(table(results, _BATCH.value, "images"))
+            print(format_table(results, _BATCH.value, "images"))
             for result in results[1:]:
                 difference = largest_difference([results[0], result])
                 print(f"{result.name}: largest difference {difference:.1e} of the largest value")
@@ -112,7 +120,7 @@ def diffusers_model(
     import diffusers
     import torch
 
-    forbid_tf32()
+    disable_tf32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch_dtype = getattr(torch, dtype)
     model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=torch_dtype, low_cpu_mem_usage=False)
@@ -132,7 +140,7 @@ def diffusers_model(
 
 
 # Task -> {contestant's name: (function that prepares it, True if it decodes in tiles)}.
-WAYS = dict.fromkeys(
+CONTESTANTS = dict.fromkeys(
     ("encode", "decode"),
     {
         "lidit_jax": (ours, False),
@@ -140,7 +148,7 @@ WAYS = dict.fromkeys(
         "diffusers compiled": (functools.partial(diffusers_model, compiled=True), False),
     },
 )
-TILED_WAYS = {
+TILED_CONTESTANTS = {
     "decode": {
         "lidit_jax": (ours, False),
         "lidit_jax in tiles": (ours, True),
