@@ -123,11 +123,11 @@ def test_questions_are_read_with_their_parents_and_categories(questions_file):
         (b"", "no column 'dependency'"),
         (b"\x89PNG\r\n\xff", "not UTF-8"),
         (b"a,b\n1,2\n", "no column 'dependency'"),
-        (table([]).encode(), "no question in it"),
-        (table([("0", "one", "0", "entity (x)", "Is it?")]).encode(), "line 2: 'one' is no question's number"),
-        (table([("0", -1, "0", "entity (x)", "Is it?")]).encode(), "line 2: '-1' is no question's number"),
-        (table([("0", 1, "1;2", "entity (x)", "Is it?")]).encode(), "line 2: '1;2' is no question's number"),
-        (table([("0", 1, "9" * 5000, "entity (x)", "Is it?")]).encode(), "is no question's number"),
+        (table([]).encode(), "it has no questions"),
+        (table([("0", "one", "0", "entity (x)", "Is it?")]).encode(), "line 2: 'one' is not a question's number"),
+        (table([("0", -1, "0", "entity (x)", "Is it?")]).encode(), "line 2: '-1' is not a question's number"),
+        (table([("0", 1, "1;2", "entity (x)", "Is it?")]).encode(), "line 2: '1;2' is not a question's number"),
+        (table([("0", 1, "9" * 5000, "entity (x)", "Is it?")]).encode(), "is not a question's number"),
         (table([("0", 1, "0", "entity (x)", "")]).encode(), "line 2: a column is empty"),
         (table(ROWS).encode() + b"0,a\n", "line 7: a column is empty"),
         (table(ROWS).encode() + b'0,"a prompt, 1\n', "unexpected end of data"),
@@ -222,9 +222,9 @@ def test_what_has_no_questions_or_no_picture_is_left_out_and_said(pictures, tmp_
     assert list(report.details["prompts"]) == ["0"]
     assert report.details["average_without_the_first_prompt"] is None
     said = caplog.text
-    assert "1 prompts have no picture, as undrawn" in said
-    assert "1 pictures have no questions, as dogs" in said
-    assert "1 prompts have questions whose parents lack, as lost" in said
+    assert "1 prompts have no image, such as undrawn" in said
+    assert "1 images have no questions, such as dogs" in said
+    assert "1 prompts have questions with missing parents, such as lost" in said
 
 
 def test_any_model_of_transformers_answers(pictures, questions_file, tmp_path):
@@ -245,10 +245,10 @@ def test_what_does_not_fit_is_said(pictures, questions_file, tmp_path, yes_to_od
     with pytest.raises(UserError, match="has no ID.png"):
         score(request(empty, tmp_path, vqa="any", questions=questions_file))
     save_png(picture(0), empty / "other.png")
-    with pytest.raises(UserError, match="asks about none of the pictures"):
+    with pytest.raises(UserError, match="has no questions about the images"):
         score(request(empty, tmp_path, vqa="any", questions=questions_file))
     (pictures / "0.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"has 0\.jpg and 0\.png: remove one"):
+    with pytest.raises(UserError, match=r"has 0\.jpg and 0\.png for one prompt: remove one"):
         score(request(pictures, tmp_path, vqa="any", questions=questions_file))
     (pictures / "0.jpg").unlink()
     save_png(np.zeros((7, 8, 3), np.uint8), pictures / "0.png")

@@ -428,7 +428,7 @@ def test_the_command_scores_and_reports_and_a_mistake_is_one_line(models, drawn)
 
 def test_what_can_not_be_scored_is_said_before_a_model_is_loaded(models, drawn, tmp_path):
     nothing = tmp_path / "nothing"
-    with pytest.raises(UserError, match="no such folder; draw one"):
+    with pytest.raises(UserError, match="no such folder: generate images"):
         score(request(models, epath.Path(nothing)))
     nothing.mkdir()
     with pytest.raises(UserError, match="no folder 00000 in it"):
@@ -441,7 +441,7 @@ def test_what_can_not_be_scored_is_said_before_a_model_is_loaded(models, drawn, 
     with pytest.raises(UserError, match="has 2 of the 3 prompts"):
         score(request(models, drawn, file=epath.Path(file)))
     (drawn / "00001" / "metadata.jsonl").unlink()
-    with pytest.raises(UserError, match="draw the benchmark to its end"):
+    with pytest.raises(UserError, match="finish generating the benchmark's images"):
         score(request(models, drawn))
     assert not (tmp_path / "out").exists()
 
@@ -487,16 +487,16 @@ def test_results_of_other_pictures_or_models_are_not_overwritten(models, drawn, 
         ("{", "is damaged"),
         ("[" * 100_000, "is damaged"),
         ("\xff", "is damaged"),
-        ("[]", "no tag and prompt"),
-        ({"include": []}, "no list of what it includes"),
-        ({"include": [3]}, "no class"),
-        ({"include": [clause("cow", 0)]}, "cow: no count"),
-        ({"include": [clause("cow", True)]}, "cow: no count"),
-        ({"include": [clause("cow")], "exclude": {}}, "no list of what it includes"),
-        ({"include": [clause("cow", color="beige")]}, "'beige' is none of red"),
-        ({"include": [clause("cow", color=[])]}, "is none of red"),
-        ({"include": [clause("cow", position=["left of", 0])]}, "no relation to an earlier object"),
-        ({"include": [clause("cow"), clause("dog", position=["near", 0])]}, "no relation to an earlier object"),
+        ("[]", "it has no tag or no prompt"),
+        ({"include": []}, "no lists of clauses"),
+        ({"include": [3]}, "a clause has no class"),
+        ({"include": [clause("cow", 0)]}, "cow: its count is not"),
+        ({"include": [clause("cow", True)]}, "cow: its count is not"),
+        ({"include": [clause("cow")], "exclude": {}}, "no lists of clauses"),
+        ({"include": [clause("cow", color="beige")]}, "'beige' is not one of red"),
+        ({"include": [clause("cow", color=[])]}, "is not one of red"),
+        ({"include": [clause("cow", position=["left of", 0])]}, "not a relation to an earlier object"),
+        ({"include": [clause("cow"), clause("dog", position=["near", 0])]}, "not a relation to an earlier object"),
     ],
 )
 def test_metadata_that_is_not_genevals_is_said(drawn, metadata, message):
@@ -510,7 +510,7 @@ def test_metadata_that_is_not_genevals_is_said(drawn, metadata, message):
 def test_pictures_must_be_there_for_every_prompt(drawn):
     for path in (drawn / "00001" / "samples").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="no picture in it"):
+    with pytest.raises(UserError, match="no image in it"):
         read_prompts(drawn)
 
 

@@ -368,7 +368,7 @@ def test_a_model_that_forgets_is_seen():
     assert means[0] - means[3] > 20
 
 
-def test_the_curve_is_drawn_where_all_is_one_or_none():
+def test_the_curve_is_plotted_if_all_scores_are_one_or_zero():
     for value in (0.0, 100.0):
         image = Image.open(io.BytesIO(chart([value] * 4, [[value] * 2] * 4)))
         assert image.format == "PNG"
@@ -377,7 +377,7 @@ def test_the_curve_is_drawn_where_all_is_one_or_none():
 def test_what_does_not_fit_is_said(drawn, blip_folder, tmp_path):
     with pytest.raises(UserError, match="--vqa is required"):
         score(request(drawn, tmp_path))
-    with pytest.raises(UserError, match="is no BLIP"):
+    with pytest.raises(UserError, match="is not a BLIP"):
         score(request(drawn, tmp_path, vqa=str(save_vilt(tmp_path))))
     empty = epath.Path(tmp_path / "empty")
     empty.mkdir()

@@ -33,14 +33,14 @@ SCORERS = {
 }
 
 _BENCHMARK = flags.DEFINE_string("benchmark", None, ", ".join(SCORERS))
-_PICTURES = flags.DEFINE_string("pictures", None, "folder of the drawn pictures")
+_PICTURES = flags.DEFINE_string("pictures", None, "folder of the generated images")
 _OUT = flags.DEFINE_string("out", None, "folder for the results and the report")
-_DETECTOR = flags.DEFINE_string("detector", None, "what finds objects: a folder of a model, or its name on the hub")
-_CLIP = flags.DEFINE_string("clip", None, "what names colours, a CLIP model")
-_VQA = flags.DEFINE_string("vqa", None, "what answers questions on pictures")
-_FILE = flags.DEFINE_string("file", None, "the benchmark's prompts, as they were drawn")
-_QUESTIONS = flags.DEFINE_string("questions", None, "DPG-Bench's questions")
-_MODEL_NAME = flags.DEFINE_string("model_name", "ours", "of what drew, in the report")
+_DETECTOR = flags.DEFINE_string("detector", None, "object detector: a model's folder, or its name on the hub")
+_CLIP = flags.DEFINE_string("clip", None, "CLIP model that classifies colours: a folder, or a name on the hub")
+_VQA = flags.DEFINE_string("vqa", None, "model that answers questions about images: a folder, or a name on the hub")
+_FILE = flags.DEFINE_string("file", None, "the benchmark's prompts; if given, all of them must have images")
+_QUESTIONS = flags.DEFINE_string("questions", None, "DPG-Bench's dpg_bench.csv")
+_MODEL_NAME = flags.DEFINE_string("model_name", "ours", "name of the model that generated the images, in the report")
 
 
 def main() -> None:

@@ -87,8 +87,8 @@ def find_pictures(folder: epath.Path) -> list[Picture]:
     matches = [match for match in map(_NAME.fullmatch, names) if match]
     if not matches:
         raise UserError(
-            f"--pictures={folder} has no samples/PROMPT_000000.png: is it T2I-CompBench's, as "
-            "python -m lidit_jax.evaluate draws it?"
+            f"--pictures={folder} has no samples/PROMPT_000000.png: name a folder that python -m lidit_jax.evaluate "
+            "--benchmark=t2i_compbench wrote"
         )
     matches.sort(key=lambda match: (int(match[2]), match[1]))
     return [Picture(match[0], match[1]) for match in matches]
@@ -109,13 +109,16 @@ def category_of(file_name: str | None, prompts: Sequence[str]) -> str:
         if named and named[1] in CATEGORIES:
             return named[1]
         if named and named[1] in ("3d_spatial", "non_spatial", "complex", "numeracy"):
-            raise UserError(f"{file_name}: no scorer here for this category; there are {', '.join(CATEGORIES)}")
-    votes = collections.Counter(kind for prompt in prompts for kind in _kinds(prompt))
+            raise UserError(
+                f"--file={file_name} is of the category {named[1]}, which has no scorer here: use a list of "
+                f"{', '.join(CATEGORIES)}"
+            )
+    votes = collections.Counter(category for prompt in prompts for category in _possible_categories(prompt))
     best = votes.most_common(2)
     if not best or (len(best) == 2 and best[0][1] == best[1][1]):
         raise UserError(
-            f"the prompts speak of no one category of {', '.join(CATEGORIES)}: name the benchmark's list, "
-            "--file=color_val.txt"
+            f"the prompts do not tell which category they are of ({', '.join(CATEGORIES)}): give the benchmark's list, "
+            "such as --file=color_val.txt"
         )
     return best[0][0]
 
@@ -135,8 +138,8 @@ def attribute_score(
       The image's score, and each noun phrase's.
     """
     phrases = noun_phrases(prompt)
-    found = [float(p) for p in yes_probabilities([f"{phrase}?" for phrase in phrases])] if phrases else []
-    return round(math.prod(found), 4), dict(zip(phrases, found, strict=True))
+    scores = [float(p) for p in yes_probabilities([f"{phrase}?" for phrase in phrases])] if phrases else []
+    return round(math.prod(scores), 4), dict(zip(phrases, scores, strict=True))
 
 
 def _attributes(request: ScoreRequest, pictures: list[Picture], category: str) -> Report:
@@ -150,7 +153,7 @@ def _attributes(request: ScoreRequest, pictures: list[Picture], category: str) -
 
     splitter = splitter_name()
     if splitter == "rules":
-        logger.info("noun phrases are found by rules: spaCy and its model en_core_web_sm, which are official, lack")
+        logger.info("finding noun phrases by rules: spaCy's en_core_web_sm, the official model, is not installed")
     files = [request.pictures / "samples" / name for name in prompts]
     with open_results(request, files, ("vqa",), category=category, noun_phrases=splitter) as results:
         scored = results.complete(list(prompts), score_picture)
@@ -159,7 +162,7 @@ def _attributes(request: ScoreRequest, pictures: list[Picture], category: str) -
 
 def _spatial(request: ScoreRequest, pictures: list[Picture], category: str) -> Report:
     detector = load_detector(request.require("detector"))
-    prompts = {picture.name: _parsed(picture.prompt, detector.classes) for picture in pictures}
+    prompts = {picture.name: _parse_for_detector(picture.prompt, detector.classes) for picture in pictures}
 
     def score_picture(name: str) -> dict[str, Any]:
         picture = read_picture(request.pictures / "samples" / name)
@@ -178,7 +181,7 @@ def _spatial(request: ScoreRequest, pictures: list[Picture], category: str) -> R
     return _report(category, values, {"objects_that_the_detector_lacks": sorted(unknown)})
 
 
-def _parsed(prompt: str, classes: frozenset[str]) -> SpatialPrompt:
+def _parse_for_detector(prompt: str, classes: frozenset[str]) -> SpatialPrompt:
     """Parses a spatial prompt, with the objects named as the detector names them.
 
     Args:
@@ -190,7 +193,7 @@ def _parsed(prompt: str, classes: frozenset[str]) -> SpatialPrompt:
     """
     found = parse_spatial(prompt)
     if found is None:
-        raise UserError(f'{prompt!r:.80} is not "a X on the left of a Y": is it of the spatial list?')
+        raise UserError(f'the prompt {prompt!r:.80} is not of the spatial list: it is not "a X on the left of a Y"')
 
     def name(noun: str) -> str:
         return OTHER_NAMES[noun] if noun not in classes and OTHER_NAMES.get(noun) in classes else noun
@@ -198,7 +201,7 @@ def _parsed(prompt: str, classes: frozenset[str]) -> SpatialPrompt:
     return SpatialPrompt(name(found.first), found.relation, name(found.second))
 
 
-def _kinds(prompt: str) -> set[str]:
+def _possible_categories(prompt: str) -> set[str]:
     """Returns the categories that a prompt could belong to."""
     if parse_spatial(prompt):
         return {"spatial"}
@@ -214,13 +217,13 @@ def _check_complete(file: epath.Path, pictures: list[Picture]) -> None:
     """
     if not file.is_file():
         raise UserError(f"--file={file}: no such file; name the benchmark's list")
-    wanted, drawn = set(T2ICompBench(file, 1).prompts), {picture.prompt for picture in pictures}
-    for prompts, what, remedy in (
-        (wanted - drawn, "prompts have no picture", "draw the rest"),
-        (drawn - wanted, "pictures' prompts are not in it", "is it another list?"),
+    wanted, found = set(T2ICompBench(file, 1).prompts), {picture.prompt for picture in pictures}
+    for prompts, problem, remedy in (
+        (wanted - found, "of its prompts have no image", "generate the rest"),
+        (found - wanted, "prompts of the images are not in it", "name the list that they were generated from"),
     ):
         if prompts:
-            raise UserError(f"--file={file}: {len(prompts)} {what}, as {min(prompts)!r:.80}: {remedy}")
+            raise UserError(f"--file={file}: {len(prompts)} {problem}, such as {min(prompts)!r:.80}: {remedy}")
 
 
 def _report(category: str, values: Sequence[float], details: dict[str, Any]) -> Report:

@@ -82,9 +82,9 @@ def load_detector(name: str, flag: str = "detector") -> Detector:
     try:
         config, _ = transformers.PreTrainedConfig.get_config_dict(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"--{flag}={name}: its config.json is damaged") from error
-    kind = Mask2Former if config.get("model_type") == "mask2former" else BoxDetector
-    return kind(name, flag)
+        raise UserError(f"--{flag}={name}: its config.json is damaged: copy or download the model again") from error
+    detector_class = Mask2Former if config.get("model_type") == "mask2former" else BoxDetector
+    return detector_class(name, flag)
 
 
 class Mask2Former:
@@ -144,7 +144,7 @@ class BoxDetector:
         self._model = load_model("AutoModelForObjectDetection", flag, name, dtype="float32")
         self._processor = load_processor("AutoImageProcessor", flag, name, backend="pil")
         if not hasattr(self._processor, "post_process_object_detection"):
-            raise UserError(f"--{flag}={name}: transformers makes no boxes of what this model gives")
+            raise UserError(f"--{flag}={name}: its image processor cannot compute boxes: name another detector")
         self._labels = _labels(self._model.config.id2label)
         self.classes = frozenset(self._labels.values())
 
@@ -212,7 +212,7 @@ def instances(
         score = probability * float(mask[inside].sigmoid().sum()) / (pixels + 1e-6)
         if pixels and score > min_score:
             found.append((pair % num_classes, score, inside.cpu().numpy()))
-    return sorted(found, key=lambda one: -one[1])
+    return sorted(found, key=lambda instance: -instance[1])
 
 
 def mask_bounds(mask: np.ndarray) -> tuple[float, float, float, float]:
@@ -232,10 +232,10 @@ def check_classes(detector: Detector, wanted: Sequence[str], name: str) -> None:
     Raises:
       UserError: it lacks a class.
     """
-    lacking = sorted(set(wanted) - detector.classes)
-    if lacking:
+    missing = sorted(set(wanted) - detector.classes)
+    if missing:
         raise UserError(
-            f"--detector={name} has no class {lacking[0]!r} ({len(lacking)} of those in the prompts lack): name a "
+            f"--detector={name} has no class {missing[0]!r} (it lacks {len(missing)} of the prompts' classes): name a "
             "detector for COCO"
         )
 

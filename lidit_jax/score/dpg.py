@@ -45,7 +45,7 @@ def score(request: ScoreRequest) -> Report:
     """
     files = _find_pictures(require_pictures_folder(request))
     prompts, first = read_questions(request.require("questions"))
-    prompts, files = _both(request, prompts, files)
+    prompts, files = _prompts_to_score(request, prompts, files)
     per_file = _pictures_per_file(request.pictures)
     model = load_vqa(request.require("vqa"))
 
@@ -54,12 +54,12 @@ def score(request: ScoreRequest) -> Report:
         cells = cut(read_picture(files[name]), per_file, files[name])
         return [model.answers(cell, questions) for cell in cells]
 
-    facts = {"questions": _digest(prompts), "pictures_per_file": per_file}
+    facts = {"questions": _questions_digest(prompts), "pictures_per_file": per_file}
     with open_results(request, list(files.values()), ("vqa",), **facts) as results:
         answers = results.complete(list(files), ask, unit="prompt")
     right = {
-        name: [dict(zip(prompts[name], map(is_yes, of_cell), strict=True)) for of_cell in of_prompt]
-        for name, of_prompt in answers.items()
+        name: [dict(zip(prompts[name], map(is_yes, cell_answers), strict=True)) for cell_answers in prompt_answers]
+        for name, prompt_answers in answers.items()
     }
     return _report(prompts, right, first)
 
@@ -98,8 +98,8 @@ def category_scores(
       Category -> (share of its questions answered "yes", number of answers).
     """
     found = collections.defaultdict(list)
-    for name, of_prompt in right.items():
-        for answers in of_prompt:
+    for name, prompt_answers in right.items():
+        for answers in prompt_answers:
             for number, question in prompts[name].items():
                 found[question.broad_category if broad else question.category].append(answers[number])
     return {category: (float(np.mean(found[category])), len(found[category])) for category in sorted(found)}
@@ -117,18 +117,19 @@ def _find_pictures(folder: epath.Path) -> dict[str, epath.Path]:
     files = [file for file in sorted(folder.iterdir(), key=str) if file.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(
-            f"--pictures={folder} has no ID.png: is it DPG-Bench's, as python -m lidit_jax.evaluate draws it?"
+            f"--pictures={folder} has no ID.png: name a folder that python -m lidit_jax.evaluate --benchmark=dpg_bench "
+            "wrote"
         )
     found: dict[str, epath.Path] = {}
     for file in files:
         name = file.name.split(".")[0]
         if name in found:
-            raise UserError(f"--pictures={folder} has {found[name].name} and {file.name}: remove one")
+            raise UserError(f"--pictures={folder} has {found[name].name} and {file.name} for one prompt: remove one")
         found[name] = file
     return found
 
 
-def _both(
+def _prompts_to_score(
     request: ScoreRequest, prompts: Mapping[str, Questions], files: Mapping[str, epath.Path]
 ) -> tuple[dict[str, Questions], dict[str, epath.Path]]:
     """Returns the prompts that have both valid questions and an image, and their files.
@@ -145,14 +146,17 @@ def _both(
     }
     kept = sorted(set(prompts) & set(files) - broken)
     if not kept:
-        raise UserError(f"--questions={request.questions} asks about none of the pictures in {request.pictures}")
-    for names, what in (
-        (set(prompts) - set(files), "prompts have no picture"),
-        (set(files) - set(prompts), "pictures have no questions"),
-        (broken & set(files), "prompts have questions whose parents lack"),
+        raise UserError(
+            f"--questions={request.questions} has no questions about the images in {request.pictures}: name the "
+            "benchmark's dpg_bench.csv"
+        )
+    for names, problem in (
+        (set(prompts) - set(files), "prompts have no image"),
+        (set(files) - set(prompts), "images have no questions"),
+        (broken & set(files), "prompts have questions with missing parents"),
     ):
         if names:
-            logger.warning("%d %s, as %s: they are not scored", len(names), what, min(names))
+            logger.warning("%d %s, such as %s: they are not scored", len(names), problem, min(names))
     return {name: prompts[name] for name in kept}, {name: files[name] for name in kept}
 
 
@@ -165,17 +169,17 @@ def _pictures_per_file(folder: epath.Path) -> int:
     return 1 if noted == 1 else 4
 
 
-def _digest(prompts: Mapping[str, Questions]) -> str:
+def _questions_digest(prompts: Mapping[str, Questions]) -> str:
     asked = {name: [dataclasses.astuple(q) for q in questions.values()] for name, questions in prompts.items()}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _report(prompts: Mapping[str, Questions], right: Mapping[str, Sequence[Mapping[int, bool]]], first: str) -> Report:
     scores = {
-        name: float(np.mean([picture_score(prompts[name], answers) for answers in of_prompt]))
-        for name, of_prompt in right.items()
+        name: float(np.mean([picture_score(prompts[name], answers) for answers in prompt_answers]))
+        for name, prompt_answers in right.items()
     }
-    last = {name: of_prompt[-1:] for name, of_prompt in right.items()}
+    last = {name: prompt_answers[-1:] for name, prompt_answers in right.items()}
     broad = category_scores(prompts, last, broad=True)
     others = [value for name, value in scores.items() if name != first]
     return Report(

@@ -54,17 +54,17 @@ def read_questions(file: epath.Path) -> tuple[dict[str, Questions], str]:
       UserError: there is no such file, or it is not dpg_bench.csv.
     """
     if not file.is_file():
-        raise UserError(f"--questions={file}: no such file; it is dpg_bench.csv of TencentQQGYLab/ELLA")
+        raise UserError(f"--questions={file}: no such file: name dpg_bench.csv of TencentQQGYLab/ELLA")
     text = read_text(file, f"--questions={file}", "dpg_bench.csv")
     prompts: dict[str, dict[int, Question]] = {}
     for line, row in _rows(file, text):
         prompts.setdefault(row[ID], {})[_number(file, line, row[NUMBER])] = Question(
             row[TEXT].strip(),
-            tuple(n for n in (_number(file, line, part) for part in row[PARENTS].split(",")) if n),
+            tuple(n for n in (_number(file, line, field) for field in row[PARENTS].split(",")) if n),
             row[TUPLE].split("(")[0].strip(),
         )
     if not prompts:
-        raise UserError(f"--questions={file}: no question in it")
+        raise UserError(f"--questions={file}: it has no questions: name dpg_bench.csv of TencentQQGYLab/ELLA")
     return prompts, next(iter(prompts))
 
 
@@ -77,9 +77,9 @@ def _rows(file: epath.Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     limit = csv.field_size_limit(MAX_FIELD)
     try:
-        lacking = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
-        if lacking:
-            raise UserError(f"--questions={file}: no column {lacking[0]!r}; is it dpg_bench.csv?")
+        missing = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
+        if missing:
+            raise UserError(f"--questions={file}: no column {missing[0]!r}; is it dpg_bench.csv?")
         for row in reader:
             if any(not row.get(column) for column in COLUMNS):
                 raise UserError(f"--questions={file}, line {reader.line_num}: a column is empty; is it dpg_bench.csv?")
@@ -93,5 +93,5 @@ def _rows(file: epath.Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 def _number(file: epath.Path, line: int, text: str) -> int:
     text = text.strip().removesuffix(".0")  # pandas writes integers so if the column has gaps
     if not (text.isascii() and text.isdigit() and len(text) < 7):
-        raise UserError(f"--questions={file}, line {line}: {text!r:.40} is no question's number")
+        raise UserError(f"--questions={file}, line {line}: {text!r:.40} is not a question's number")
     return int(text)

@@ -130,22 +130,22 @@ def judge(
     Returns:
       True if the image is correct, and else the reasons ("" if it is).
     """
-    lacks: list[str] = []
+    reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []  # each clause's objects; None for a clause that is not fulfilled
     for clause in metadata["include"]:
         name, count = clause["class"], clause["count"]
         found = list(objects.get(coco_class(name), ()))[:count]
-        lack = _lack(clause, found, matched, colors_of)
-        matched.append(None if lack else found)
-        lacks += [lack] if lack else []
+        reason = _why_not(clause, found, matched, colors_of)
+        matched.append(None if reason else found)
+        reasons += [reason] if reason else []
     for clause in metadata.get("exclude", ()):
         number = len(objects.get(coco_class(clause["class"]), ()))
         if number >= clause["count"]:
-            lacks.append(f"{number} {clause['class']}, not fewer than {clause['count']}")
-    return not lacks, "; ".join(lacks)
+            reasons.append(f"{number} {clause['class']}, not fewer than {clause['count']}")
+    return not reasons, "; ".join(reasons)
 
 
-def _lack(
+def _why_not(
     clause: Mapping[str, Any],
     found: Sequence[Detection],
     matched: Sequence[Sequence[Detection] | None],
@@ -195,8 +195,8 @@ def relations(box: Sequence[float], other: Sequence[float]) -> frozenset[str]:
     if (np.abs(beyond) < 1e-3).all():
         return frozenset()
     across, down = beyond / np.linalg.norm(offset)
-    seen = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
-    return frozenset(relation for relation, is_so in seen.items() if is_so)
+    holds = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
+    return frozenset(relation for relation in holds if holds[relation])
 
 
 def coco_class(name: str) -> str:
@@ -210,21 +210,21 @@ def summary(results: Sequence[tuple[Mapping[str, Any], bool]]) -> Report:
     Args:
       results: (metadata, True if correct) of each image.
     """
-    of_tag, of_prompt = collections.defaultdict(list), collections.defaultdict(list)
+    by_tag, by_prompt = collections.defaultdict(list), collections.defaultdict(list)
     for metadata, correct in results:
-        of_tag[metadata["tag"]].append(correct)
-        of_prompt[json.dumps(metadata, sort_keys=True)].append(correct)
-    tags = [tag for tag in COLUMN_OF_TAG if tag in of_tag] + sorted(set(of_tag) - set(COLUMN_OF_TAG))
-    columns = {COLUMN_OF_TAG.get(tag, tag): float(np.mean(of_tag[tag])) for tag in tags}
-    missing = [column for tag, column in COLUMN_OF_TAG.items() if tag not in of_tag]
+        by_tag[metadata["tag"]].append(correct)
+        by_prompt[json.dumps(metadata, sort_keys=True)].append(correct)
+    tags = [tag for tag in COLUMN_OF_TAG if tag in by_tag] + sorted(set(by_tag) - set(COLUMN_OF_TAG))
+    columns = {COLUMN_OF_TAG.get(tag, tag): float(np.mean(by_tag[tag])) for tag in tags}
+    missing = [column for tag, column in COLUMN_OF_TAG.items() if tag not in by_tag]
     if missing:
-        logger.warning("no pictures for %s: overall is the mean of the other tasks", ", ".join(missing))
-    counts = {COLUMN_OF_TAG.get(tag, tag): len(of_tag[tag]) for tag in tags}
+        logger.warning("no images for %s: overall is the mean of the other tasks", ", ".join(missing))
+    counts = {COLUMN_OF_TAG.get(tag, tag): len(by_tag[tag]) for tag in tags}
     details = {
         "pictures": len(results),
-        "prompts": len(of_prompt),
+        "prompts": len(by_prompt),
         "right_pictures": float(np.mean([correct for _, correct in results])),
-        "prompts_with_a_right_picture": float(np.mean([any(correct) for correct in of_prompt.values()])),
+        "prompts_with_a_right_picture": float(np.mean([any(correct) for correct in by_prompt.values()])),
     }
     return Report(
         "geneval",
@@ -260,8 +260,8 @@ class ClipColors:
         with torch.inference_mode():
             pixels = self._processor(images=crops, return_tensors="pt").to(device())["pixel_values"]
             features = _normalized(self._model.get_image_features(pixel_values=pixels).pooler_output)
-            likeness = features @ self._classifier(name).T  # [objects, colours]
-        return [COLORS[index] for index in likeness.argmax(dim=1).tolist()]
+            similarities = features @ self._classifier(name).T  # [objects, colours]
+        return [COLORS[index] for index in similarities.argmax(dim=1).tolist()]
 
     def _classifier(self, name: str) -> Any:
         """Returns CLIP's text features, [colours, features], each the mean over the templates."""
@@ -301,48 +301,51 @@ def read_prompts(folder: epath.Path) -> list[Prompt]:
     )
     prompts = [_read_prompt(folder / name) for name in names if (folder / name).is_dir()]
     if not prompts:
-        raise UserError(f"{folder}: no folder 00000 in it; draw it with python -m lidit_jax.evaluate")
+        raise UserError(
+            f"{folder}: no folder 00000 in it: generate the images with python -m lidit_jax.evaluate "
+            "--benchmark=geneval"
+        )
     return prompts
 
 
 def _read_prompt(folder: epath.Path) -> Prompt:
     file, samples = folder / "metadata.jsonl", folder / "samples"
     if not file.exists():
-        raise UserError(f"{file}: no such file; draw the benchmark to its end first")
+        raise UserError(f"{file}: no such file: finish generating the benchmark's images first")
     try:
         metadata = json.loads(file.read_bytes())
-        _check(metadata)
+        _check_metadata(metadata)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({' '.join(str(error).split())}): draw it again") from None
+        raise UserError(f"{file} is damaged ({' '.join(str(error).split())}): generate it again") from None
     pictures = sorted(path.name for path in samples.iterdir()) if samples.is_dir() else []
     pictures = [name for name in pictures if re.fullmatch(r"\d+\.png", name)]
     if not pictures:
-        raise UserError(f"{samples}: no picture in it; draw it again")
+        raise UserError(f"{samples}: no image in it: generate the images again")
     return Prompt(folder.name, metadata, pictures)
 
 
-def _check(metadata: Any) -> None:
+def _check_metadata(metadata: Any) -> None:
     """Checks that a JSON value is GenEval's metadata.
 
     Raises:
       ValueError: it is not.
     """
     if not isinstance(metadata, dict) or not all(isinstance(metadata.get(key), str) for key in ("tag", "prompt")):
-        raise ValueError("no tag and prompt")
+        raise ValueError("it has no tag or no prompt")
     if not metadata.get("include") or not all(
         isinstance(metadata.get(key, []), list) for key in ("include", "exclude")
     ):
-        raise ValueError("no list of what it includes")
+        raise ValueError("it has no lists of clauses under include and exclude")
     for clause in _clauses(metadata):
         if not isinstance(clause, dict) or not isinstance(clause.get("class"), str):
-            raise ValueError("no class")
+            raise ValueError("a clause has no class")
         if type(clause.get("count")) is not int or clause["count"] < 1:
-            raise ValueError(f"{clause['class']}: no count")
+            raise ValueError(f"{clause['class']}: its count is not a positive integer")
         if clause.get("color", COLORS[0]) not in COLORS:
-            raise ValueError(f"color {clause['color']!r:.40} is none of {', '.join(COLORS)}")
+            raise ValueError(f"color {clause['color']!r:.40} is not one of {', '.join(COLORS)}")
     for number, clause in enumerate(metadata["include"]):
         if "position" in clause and not _is_position(clause["position"], number):
-            raise ValueError(f"position {clause['position']!r:.40} is no relation to an earlier object")
+            raise ValueError(f"position {clause['position']!r:.40} is not a relation to an earlier object")
 
 
 def _is_position(position: Any, number: int) -> bool:
@@ -366,10 +369,10 @@ def _check_complete(request: ScoreRequest, prompts: Sequence[Prompt]) -> None:
     Raises:
       UserError: they are not.
     """
-    asked = collections.Counter(open_benchmark("geneval", request.file, 1).prompts)
-    drawn = collections.Counter(prompt.metadata["prompt"] for prompt in prompts)
-    if asked != drawn:
+    wanted = collections.Counter(open_benchmark("geneval", request.file, 1).prompts)
+    found = collections.Counter(prompt.metadata["prompt"] for prompt in prompts)
+    if wanted != found:
         raise UserError(
-            f"--pictures={request.pictures} has {(asked & drawn).total()} of the {asked.total()} prompts of "
-            f"{request.file}, and {(drawn - asked).total()} others: draw it to its end, or leave --file out"
+            f"--pictures={request.pictures} has {(wanted & found).total()} of the {wanted.total()} prompts of "
+            f"{request.file}, and {(found - wanted).total()} others: generate the rest, or leave --file out"
         )

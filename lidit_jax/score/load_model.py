@@ -28,11 +28,11 @@ def model_folder(flag: str, name: str) -> epath.Path:
     """
     folder = find_folder(name)
     if "://" in str(folder):
-        raise UserError(f"--{flag}={name} is in a bucket: copy it to this machine first")
+        raise UserError(f"--{flag}={name} is in a bucket: copy it to this host first")
     if not is_there(folder):
-        raise UserError(f"--{flag}={name}: no such folder, and no name of the Hugging Face hub (OWNER/NAME)")
+        raise UserError(f"--{flag}={name}: no such folder, and not a name on the Hugging Face hub (OWNER/NAME)")
     if not (folder / "config.json").exists():
-        raise UserError(f"--{flag}={name}: no config.json in it; name a model's folder as transformers saves it")
+        raise UserError(f"--{flag}={name}: no config.json in it: name a folder that transformers saved a model to")
     return folder
 
 
@@ -61,7 +61,9 @@ def load_model(class_name: str, flag: str, name: str, **options: Any) -> Any:
     # transformers initialises missing weights randomly and only warns.
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found.get("mismatched_keys", ()))
     if missing:
-        raise UserError(f"--{flag}={name} is no {class_name}: {len(missing)} of its weights, as {missing[0]}, lack")
+        raise UserError(
+            f"--{flag}={name} is not a {class_name}: {len(missing)} weights are missing, such as {missing[0]}"
+        )
     return model.to(device()).eval()
 
 

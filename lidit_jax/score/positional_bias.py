@@ -57,7 +57,9 @@ def score(request: ScoreRequest) -> Report:
     pairs = _find_prompts(require_pictures_folder(request))
     prompt_of = {f"{name}/{SAMPLES}/{file}": name for name in pairs for file in _samples(request.pictures / name)}
     if not prompt_of:
-        raise UserError(f"--pictures={request.pictures} has no {next(iter(pairs))}/{SAMPLES}/0000.png: draw it again")
+        raise UserError(
+            f"--pictures={request.pictures} has no {next(iter(pairs))}/{SAMPLES}/0000.png: generate the images again"
+        )
     model = load_blip(request.require("vqa"))
 
     def ask(name: str) -> list[float]:
@@ -76,7 +78,7 @@ def score(request: ScoreRequest) -> Report:
     try:
         (request.out / CURVE_FILE).write_bytes(curve)
     except OSError as error:
-        raise UserError(f"--out={request.out} can't be written ({error.strerror or error}); name another") from error
+        raise UserError(f"--out={request.out} can't be written ({error.strerror or error}): name another") from error
     return report
 
 
@@ -161,8 +163,8 @@ def _find_prompts(folder: epath.Path) -> dict[str, list[Pair]]:
     names = [name for name in names if (folder / name / METADATA_FILE).exists()]
     if not names:
         raise UserError(
-            f"--pictures={folder} has no 00000/{METADATA_FILE}: is it the positional-bias benchmark, as "
-            "python -m lidit_jax.evaluate --benchmark=positional_bias draws it?"
+            f"--pictures={folder} has no 00000/{METADATA_FILE}: name a folder that python -m lidit_jax.evaluate "
+            "--benchmark=positional_bias wrote"
         )
     return {name: read_pairs(folder / name / METADATA_FILE) for name in names}
 

@@ -73,10 +73,10 @@ class ResultsFile:
           UserError: the folder is not empty and has no results with these facts, or it cannot be written.
         """
         self._file, self._facts = out / RESULTS_FILE, dict(facts)
-        self._results = _claimed(self._file, self._facts)
+        self._results = _read_results(self._file, self._facts)
         self._save()
 
-    def complete(self, names: Sequence[str], score: Callable[[str], Any], unit: str = "picture") -> dict[str, Any]:
+    def complete(self, names: Sequence[str], score: Callable[[str], Any], unit: str = "image") -> dict[str, Any]:
         """Computes the missing results, with a progress bar, and returns those of all `names`, in this order.
 
         Args:
@@ -109,7 +109,7 @@ class ResultsFile:
             write_json(self._file, {"facts": self._facts, "results": self._results}, indent=None)
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"--out={self._file.parent} can't be written ({reason}); name another") from error
+            raise UserError(f"--out={self._file.parent} can't be written ({reason}): name another") from error
         self._saved = time.monotonic()
 
 
@@ -133,7 +133,7 @@ def open_results(
     return ResultsFile(request.out, json.loads(json.dumps(facts | more)))
 
 
-def _claimed(file: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _read_results(file: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Reads the results in a file; empty if there is none.
 
     Raises:
@@ -142,19 +142,19 @@ def _claimed(file: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     found = read_claim(file.parent, file.name)
     if found is None:
         return {}
-    of, results = found.get("facts"), found.get("results")
-    if not isinstance(of, dict) or not isinstance(results, dict):
+    recorded, results = found.get("facts"), found.get("results")
+    if not isinstance(recorded, dict) or not isinstance(results, dict):
         raise UserError(f"{file} is damaged: name another --out")
     if results:  # a file without results may be reused for other facts
-        check_claim(file.parent, "results", of, facts, sorted({*of, *facts}))
+        check_claim(file.parent, "results", recorded, facts, sorted({*recorded, *facts}))
     return results
 
 
 def _pictures_digest(folder: epath.Path, pictures: Sequence[epath.Path]) -> str:
     sha = hashlib.sha256()
-    drawn_with = folder / FACTS_FILE
-    if drawn_with.exists():
-        sha.update(drawn_with.read_bytes())
+    facts = folder / FACTS_FILE
+    if facts.exists():
+        sha.update(facts.read_bytes())
     for picture in pictures:
         # Sizes, not contents, which would be read twice: images of two models never all have the same sizes in bytes.
         sha.update(f"{picture.relative_to(folder)} {picture.stat().length}\n".encode("utf-8", "surrogateescape"))
@@ -168,7 +168,9 @@ def require_pictures_folder(request: ScoreRequest) -> epath.Path:
       UserError: there is none.
     """
     if not is_there(request.pictures):
-        raise UserError(f"--pictures={request.pictures}: no such folder; draw one with python -m lidit_jax.evaluate")
+        raise UserError(
+            f"--pictures={request.pictures}: no such folder: generate images with python -m lidit_jax.evaluate"
+        )
     if not request.pictures.is_dir():
-        raise UserError(f"--pictures={request.pictures} is a file: name the folder that was drawn")
+        raise UserError(f"--pictures={request.pictures} is a file: name the folder of the images")
     return request.pictures

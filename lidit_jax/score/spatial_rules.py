@@ -43,7 +43,7 @@ def parse_spatial(prompt: str) -> SpatialPrompt | None:
     match = _PROMPT.fullmatch(" ".join(prompt.split()))
     if not match:
         return None
-    first, relation, second = (part.lower() for part in match.groups())
+    first, relation, second = (text.lower() for text in match.groups())
     return SpatialPrompt(_object(first), relation, _object(second))
 
 
@@ -57,11 +57,11 @@ def spatial_score(prompt: SpatialPrompt, detections: Sequence[Detection], height
       detections: in the image.
       height, width: of the image, in the pixels of the boxes.
     """
-    surest = {
+    best = {
         d.label.lower(): d for d in sorted(detections, key=lambda d: d.score) if d.score > MIN_SCORE
     }  # ascending, so that the highest score of a label is the one that stays
-    first, second = surest.get(prompt.first), surest.get(prompt.second)
-    score = 0.25 * sum(found.score for found in (first, second) if found)
+    first, second = best.get(prompt.first), best.get(prompt.second)
+    score = 0.25 * sum(detection.score for detection in (first, second) if detection)
     if first and second:
         scale = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
         score += relation_score(prompt.relation, first.box, second.box, scale) / 2

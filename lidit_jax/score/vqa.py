@@ -63,7 +63,7 @@ def load_blip(name: str) -> "BlipVqa":
       UserError: there is none, or it is of another kind.
     """
     if _kind(name) != "blip":
-        raise UserError(f"--vqa={name} is no BLIP, which this benchmark asks: Salesforce/blip-vqa-base is one")
+        raise UserError(f"--vqa={name} is not a BLIP, which this benchmark needs: use Salesforce/blip-vqa-base")
     return BlipVqa(name)
 
 
@@ -111,17 +111,18 @@ class BlipVqa:
         """
         import torch
 
-        ids = [self._ids(clean_question(question)) for question in questions]
+        ids = [self._token_ids(clean_question(question)) for question in questions]
         # Batches of equal length only: transformers' decoder attends to the padding of shorter questions.
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        found = [0.0] * len(ids)
+        probabilities = [0.0] * len(ids)
         with torch.inference_mode():
-            seen = self._model.vision_model(pixel_values=self._pixels(picture))[0]
-            for _, same in itertools.groupby(by_length, key=lambda i: len(ids[i])):
-                for batch in _batches(list(same)):
-                    for i, probability in zip(batch, self._ask(seen, [ids[i] for i in batch]), strict=True):
-                        found[i] = probability
-        return found
+            image_features = self._model.vision_model(pixel_values=self._pixels(picture))[0]
+            for _, same_length in itertools.groupby(by_length, key=lambda i: len(ids[i])):
+                for batch in _batches(list(same_length)):
+                    answers = self._batch_probabilities(image_features, [ids[i] for i in batch])
+                    for i, probability in zip(batch, answers, strict=True):
+                        probabilities[i] = probability
+        return probabilities
 
     def answers(self, picture: np.ndarray, questions: Sequence[str]) -> list[str]:
         """Returns "yes" for each question if it is more likely than "no", else "no"."""
@@ -136,26 +137,26 @@ class BlipVqa:
         pixels = (resized / 255 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
         return torch.from_numpy(pixels.transpose(2, 0, 1)[None]).to(device(), self._model.dtype)
 
-    def _ids(self, question: str) -> list[int]:
+    def _token_ids(self, question: str) -> list[int]:
         """Returns a question's token ids, with [ENC] in place of [CLS]."""
         ids = self._tokenizer(question, truncation=True, max_length=MAX_TOKENS)["input_ids"]
         return [self._encode, *ids[1:]]
 
-    def _ask(self, seen: Any, questions: list[list[int]]) -> list[float]:
+    def _batch_probabilities(self, image_features: Any, questions: list[list[int]]) -> list[float]:
         """Returns the probabilities of "yes" for one batch.
 
         Args:
-          seen: the image's features, [1, patches, width].
+          image_features: [1, patches, width].
           questions: token ids, all of one length.
         """
         import torch
 
-        read = self._model.text_encoder(
+        question_features = self._model.text_encoder(
             input_ids=torch.tensor(questions, device=device()),
-            encoder_hidden_states=seen.expand(len(questions), -1, -1),
+            encoder_hidden_states=image_features.expand(len(questions), -1, -1),
         )[0]
         start = torch.full((len(questions), 1), self._decode, device=device())
-        logits = self._model.text_decoder(input_ids=start, encoder_hidden_states=read).logits[:, 0]
+        logits = self._model.text_decoder(input_ids=start, encoder_hidden_states=question_features).logits[:, 0]
         logits = logits[:, [self._yes, self._no]].float()  # [questions, 2]
         return [round(p, 4) for p in logits.softmax(-1)[:, 0].tolist()]
 
@@ -193,7 +194,9 @@ class ChatVqa:
     def __init__(self, name: str):
         self._processor = _chat_processor(name)
         if not getattr(self._processor, "chat_template", None):
-            raise UserError(f"--vqa={name} has no chat template: name a chat model that sees, a BLIP for VQA or a ViLT")
+            raise UserError(
+                f"--vqa={name} has no chat template: name a multi-modal chat model, a BLIP for VQA or a ViLT"
+            )
         self._tokenizer = self._processor.tokenizer
         # Generation continues at the right end, so padding goes to the left.
         self._tokenizer.padding_side = "left"
@@ -209,19 +212,20 @@ class ChatVqa:
         with torch.inference_mode():
             for batch in _batches(questions):
                 texts = [
-                    self._processor.apply_chat_template(_asked(question), add_generation_prompt=True)
+                    self._processor.apply_chat_template(_conversation(question), add_generation_prompt=True)
                     for question in batch
                 ]
                 inputs = self._processor(
                     images=[[Image.fromarray(picture)]] * len(batch), text=texts, padding=True, return_tensors="pt"
                 ).to(device(), self._model.dtype)
-                written = self._model.generate(
+                generated = self._model.generate(
                     **inputs,
                     max_new_tokens=MAX_NEW_TOKENS,
                     do_sample=False,
                     pad_token_id=self._tokenizer.pad_token_id,
                 )[:, inputs["input_ids"].shape[1] :]
-                found += [answer.strip() for answer in self._processor.batch_decode(written, skip_special_tokens=True)]
+                decoded = self._processor.batch_decode(generated, skip_special_tokens=True)
+                found += [answer.strip() for answer in decoded]
         return found
 
 
@@ -237,7 +241,7 @@ def _chat_processor(name: str) -> Any:
         ) from error
 
 
-def _asked(question: str) -> list[dict[str, Any]]:
+def _conversation(question: str) -> list[dict[str, Any]]:
     """Returns a conversation that asks a question about an image."""
     content = [{"type": "image"}, {"type": "text", "text": question + CHAT_SUFFIX}]
     return [{"role": "user", "content": content}]
@@ -261,13 +265,13 @@ def _kind(name: str) -> str:
     try:
         config, _ = transformers.PreTrainedConfig.get_config_dict(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"--vqa={name}: its config.json is damaged") from error
+        raise UserError(f"--vqa={name}: its config.json is damaged: copy or download the model again") from error
     kind = config.get("model_type")
     if kind in ("blip", "vilt"):
         return kind
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise UserError(
-            f"--vqa={name} is a {kind!r:.40}, which answers no questions on pictures: name a BLIP for VQA, a ViLT or a "
-            "chat model that sees"
+            f"--vqa={name} is a {kind!r:.40}, which does not answer questions about images: name a BLIP for VQA, a "
+            "ViLT or a multi-modal chat model"
         )
     return "chat"
