@@ -24,11 +24,11 @@ from lidit_jax.score.eval_extra import require_extra
 from lidit_jax.weights.safetensors_folder import local_folder
 
 _CONFIG = cli.define_config("configs/ablation_scenes.py")
-_TABLE = flags.DEFINE_list("table", None, f"of the paper: {', '.join(report.CHOICES)}; several by commas")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "runs a row")
+_TABLE = flags.DEFINE_list("table", None, f"tables of the paper, separated by commas: {', '.join(report.CHOICES)}")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "runs per row")
 _OUT = flags.DEFINE_string("out", None, "folder for the runs and the tables")
 _JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time")
-_ONLY = flags.DEFINE_string("only", None, "ROW/SEED or parts/NAME: this alone, of what --out was begun with")
+_ONLY = flags.DEFINE_string("only", None, "ROW/SEED or parts/NAME: train only this, with the config in --out")
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file: name a folder")
     if _ONLY.value:
-        runs.do_one(out, runs.find_job(_ONLY.value))
+        runs.run_job(out, runs.find_job(_ONLY.value))
         return
     tables = report.choose(cli.require_list(_TABLE.name))
     for flag in (_SEEDS, _JOBS):
@@ -47,8 +47,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     rows = dict.fromkeys(entry.row for table in tables.values() for entry in table.values())
     # Seed by seed, so that an interrupted command leaves complete tables with fewer seeds.
-    todo = [runs.Run(row, seed) for seed in range(_SEEDS.value) for row in rows]
-    runs.do_all(cli.read_config(_CONFIG), out, todo, _JOBS.value)
+    wanted = [runs.Run(row, seed) for seed in range(_SEEDS.value) for row in rows]
+    runs.run_all(cli.read_config(_CONFIG), out, wanted, _JOBS.value)
     report.write(out, report.choose([*tables, *report.complete(out, _SEEDS.value)]), _SEEDS.value)
 
 

@@ -20,7 +20,7 @@ from lidit_jax.data.shapes.scene import Scene
 from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.text.prompts import PromptTokenizer
 
-_NO_PICTURE = Bucket(0, 0)
+_NO_BUCKET = Bucket(0, 0)  # documents have no image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +142,12 @@ class DocumentStream(BatchStream):
     def _make(self, batch: int) -> dict[str, Any]:
         first = batch * self._batch_size
         numbers = range(first + self._rows.start, first + self._rows.stop)
-        found = self._tokenizer([self._corpus[number % len(self._corpus)] for number in numbers])
-        return found | {NEWS: News(_NO_PICTURE, len(numbers))}
+        tokenized = self._tokenizer([self._corpus[number % len(self._corpus)] for number in numbers])
+        return tokenized | {NEWS: News(_NO_BUCKET, len(numbers))}
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        return (_NO_PICTURE,)
+        return (_NO_BUCKET,)
 
     def start_prefetch(self) -> None:
         if self._batches is None:

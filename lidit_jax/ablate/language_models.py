@@ -109,8 +109,8 @@ def check_settings(name: str, settings: ConfigDict) -> tuple[LLMConfig | T5Confi
         )
     training = build(TrainConfig, settings.train, "language_models.train")
     family = FAMILIES[name]
-    where = "language_models.model"
-    causal = build(LLMConfig, settings.model, where, **LLM_FAMILIES[LLAMA_FAMILY if family == T5 else family])
+    fields = LLM_FAMILIES[LLAMA_FAMILY if family == T5 else family]
+    causal = build(LLMConfig, settings.model, "language_models.model", **fields)
     causal = dataclasses.replace(causal, dtype="float32")
     causal.as_encoder()  # raises for too few blocks
     if family != T5:
@@ -152,9 +152,9 @@ def masked_token_task(name: str, config: T5Config, mask_token: int) -> Task:
     def loss(params, frozen, batch, key, phase):
         del frozen, phase
         tokens, mask = batch["tokens"], batch["mask"]
-        hidden = mask & jax.random.bernoulli(key, MASKED, tokens.shape)
-        logits = model.apply({"params": params}, jnp.where(hidden, mask_token, tokens), mask)
-        return token_loss(logits, tokens, hidden)
+        is_masked = mask & jax.random.bernoulli(key, MASKED, tokens.shape)
+        logits = model.apply({"params": params}, jnp.where(is_masked, mask_token, tokens), mask)
+        return token_loss(logits, tokens, is_masked)
 
     return Task(name=name, init=init, loss=loss)
 

@@ -107,9 +107,9 @@ def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: 
     text += _places_markdown(labels, results)
     values = {row.name: result.to_json() for row, result in results.items()}
     write_json(out / "tables.json", {"seeds": seeds, "unit": "per cent", "rows": values})
-    beside = out / ".tables.md"
-    beside.write_text(text)
-    beside.replace(out / "tables.md")
+    temporary = out / ".tables.md"
+    temporary.write_text(text)
+    temporary.replace(out / "tables.md")
     for name, table in tables.items():
         if name != FIGURE_3:
             _plot_table(out / f"table{name}.png", name, table, results)
@@ -139,10 +139,10 @@ class Result:
         files = [Run(row, seed).workdir(out) / SCORES_FILE for seed in range(seeds)]
         scores = {file: _read_scores(file) for file in files}
 
-        def mean(group: str, what: str) -> Mean:
-            return Mean(tuple(_percent(file, of_seed, group, what) for file, of_seed in scores.items()))
+        def mean(group: str, measure: str) -> Mean:
+            return Mean(tuple(_percent(file, file_scores, group, measure) for file, file_scores in scores.items()))
 
-        columns = {name: mean(*where) for name, where in COLUMNS.items()}
+        columns = {name: mean(*group_and_measure) for name, group_and_measure in COLUMNS.items()}
         return cls(columns, [mean(named_at(FOUR, place), "pair") for place in PLACES])
 
     def to_json(self) -> dict[str, Any]:
@@ -156,15 +156,15 @@ def _read_scores(file: epath.Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} can't be read ({error}): remove it, and its run is judged again") from None
+        raise UserError(f"{file} can't be read ({error}): remove it to evaluate its run again") from None
 
 
-def _percent(file: epath.Path, scores: Any, group: str, what: str) -> float:
+def _percent(file: epath.Path, scores: Any, group: str, measure: str) -> float:
     try:
-        cell = scores[group][what]
+        cell = scores[group][measure]
         return 100 * float(cell["correct"]) / float(cell["total"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        raise UserError(f"{file} has no {what!r} of {group!r}: remove it, and its run is judged again") from None
+        raise UserError(f"{file} has no {measure!r} of {group!r}: remove it to evaluate its run again") from None
 
 
 def _markdown(name: str, table: Mapping[str, TableRow], results: Mapping[Row, Result]) -> str:
@@ -182,8 +182,8 @@ def _markdown(name: str, table: Mapping[str, TableRow], results: Mapping[Row, Re
     lines += ["", "| the paper's ordering | its difference | pairs here | seeds | scenes here | appears |"]
     lines.append("|---" * 6 + "|")
     for worse, better in orderings(table):
-        of_worse, of_better = results[worse.row].columns, results[better.row].columns
-        pairs, scenes = (of_better[column] - of_worse[column] for column in ("pairs", "scenes"))
+        worse_means, better_means = results[worse.row].columns, results[better.row].columns
+        pairs, scenes = (better_means[column] - worse_means[column] for column in ("pairs", "scenes"))
         paper = better.paper.t2i_compbench - worse.paper.t2i_compbench
         seeds = f"{sum(value > 0 for value in pairs.values)} of {len(pairs.values)}"
         cells = (f"{better.label} over {worse.label}", f"{paper:+.2f}", _signed(pairs), seeds, _signed(scenes))
@@ -284,8 +284,8 @@ def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[R
         for i, row in enumerate(rows):
             places = results[row].places
             style = "--" if T5 in row.encoders else "-"
-            for of_seed in zip(*(mean.values for mean in places), strict=True):
-                axis.plot(at, of_seed, style, color=colors(i), lw=0.8, alpha=0.45)
+            for seed_values in zip(*(mean.values for mean in places), strict=True):
+                axis.plot(at, seed_values, style, color=colors(i), lw=0.8, alpha=0.45)
             axis.plot(
                 at, [mean.value for mean in places], style, color=colors(i), lw=2.2, marker="o", label=labels[row]
             )
@@ -301,6 +301,6 @@ def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[R
 
 
 def _save(figure: Any, file: epath.Path) -> None:
-    beside = file.with_name(f".{file.name}")
-    beside.write_bytes(png_of(figure))
-    beside.replace(file)
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_bytes(png_of(figure))
+    temporary.replace(file)

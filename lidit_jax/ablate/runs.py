@@ -39,7 +39,7 @@ METRICS_FILE = "metrics.jsonl"
 VAE = "vae"
 # Fields of the config section `evaluate`: kinds of prompts that the tables show.
 JUDGED_KINDS = ("two_objects", "held_out_pairs", "three_objects", "four_objects")
-LOOK_EVERY = 1.0  # seconds between two checks of the processes
+POLL_INTERVAL_S = 1.0  # between two checks of the processes
 
 
 class Part(NamedTuple):
@@ -156,13 +156,11 @@ def check(config: ConfigDict, out: epath.Path, runs: Sequence[Run]) -> None:
       UserError: the config is not one of ablations, or a run of it could not be trained.
     """
     if "language_models" not in config or "evaluate" not in config:
-        raise UserError("the config is none of ablations: take configs/ablation_scenes.py")
+        raise UserError("the config has no language_models or no evaluate section: use configs/ablation_scenes.py")
     evaluation = build(SceneEvaluation, config.evaluate, "evaluate")
     for kind in JUDGED_KINDS:
         if (count := getattr(evaluation, kind)) < 1:
-            raise UserError(
-                f"evaluate.{kind}={count}: scenes of this kind have their place in the tables; give at least 1"
-            )
+            raise UserError(f"evaluate.{kind}={count}: the tables need scenes of this kind: use at least 1")
     Experiment(parts_config(config), out / "parts")
     for row in dict.fromkeys(run.row for run in runs):
         Experiment(run_config(config, Run(row, 0), out), out)
@@ -170,7 +168,7 @@ def check(config: ConfigDict, out: epath.Path, runs: Sequence[Run]) -> None:
         check_settings(name, config.language_models)
 
 
-def do_one(out: epath.Path, job: Job) -> None:
+def run_job(out: epath.Path, job: Job) -> None:
     """Trains one shared network, or trains and evaluates one run; resumes an interrupted one.
 
     Raises:
@@ -178,25 +176,25 @@ def do_one(out: epath.Path, job: Job) -> None:
     """
     config = read_workdir(out)
     if "language_models" not in config:
-        raise UserError(f"--out={out} is no folder of ablations: run the command without --only first")
+        raise UserError(f"--out={out} is not a folder of ablations: run the command without --only first")
     lock = job.log(out).with_suffix(".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as held:  # the lock is released whenever and however this process ends
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{job} is being trained by another process: wait for it, or end it") from None
+            raise UserError(f"{job} is being trained by another process: wait until it ends, or end it") from None
         job.do(config, out)
 
 
-def do_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], at_once: int) -> None:
-    """Trains the missing shared networks, then does the missing runs, `at_once` at a time.
+def run_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], num_processes: int) -> None:
+    """Trains the missing shared networks, then does the missing runs, `num_processes` at a time.
 
     Args:
       config: common to all runs.
       out: folder of the ablations.
       runs: those wanted; finished ones are skipped.
-      at_once: number of processes.
+      num_processes: jobs at a time.
 
     Raises:
       UserError: the folder belongs to another config, or a run failed (the others are stopped after saving a
@@ -208,24 +206,24 @@ def do_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], at_once: in
     parts = dict.fromkeys(part for run in runs for part in run.parts())
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for jobs in (list(parts), list(runs)):
-        left = [job for job in jobs if not job.is_done(out)]
-        logger.info("%d of %d left: %s", len(left), len(jobs), ", ".join(map(str, left)))
-        if left:
-            _work(left, config, out, at_once)
+        missing = [job for job in jobs if not job.is_done(out)]
+        logger.info("%d of %d left: %s", len(missing), len(jobs), ", ".join(map(str, missing)))
+        if missing:
+            _run_in_processes(missing, config, out, num_processes)
 
 
-def _work(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, at_once: int) -> None:
+def _run_in_processes(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, num_processes: int) -> None:
     """Runs each job in its own process, with one progress bar over all steps."""
     waiting, working = iter(jobs), {}
     bar = tqdm.tqdm(total=sum(job.steps(config) for job in jobs), unit="step", smoothing=0.02, mininterval=5)
     with bar, listening() as notice:
         try:
             while not notice.came:
-                for job in _take(waiting, at_once - len(working)):
+                for job in _take(waiting, num_processes - len(working)):
                     working[job] = _start(job, out)
                 if not working:
                     return
-                time.sleep(LOOK_EVERY)
+                time.sleep(POLL_INTERVAL_S)
                 if notice.came:
                     break
                 for job, process in list(working.items()):
@@ -235,7 +233,7 @@ def _work(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, at_once: int
                 done = sum(job.steps(config) for job in jobs if job not in working and job.is_done(out))
                 bar.set_postfix_str(", ".join(map(str, working)), refresh=False)
                 bar.update(done + sum(_steps_taken(job, out) for job in working) - bar.n)
-            raise Preempted("stopped by SIGTERM, all runs are saved; run it again to go on")
+            raise Preempted("stopped by SIGTERM, all runs saved a checkpoint: run the same command again to resume")
         finally:
             for process in working.values():
                 process.terminate()  # it saves a checkpoint, as at a preemption
@@ -258,7 +256,7 @@ def _start(job: Job, out: epath.Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "lidit_jax.ablate", f"--out={out}", f"--only={job}"]
     job.log(out).parent.mkdir(parents=True, exist_ok=True)
     with job.log(out).open("wb") as log:
-        # A new session keeps the terminal's Ctrl-C from it: only `_work` signals it, and then waits until it has saved.
+        # A new session keeps the terminal's Ctrl-C from it: `_run_in_processes` signals it and waits until it saved.
         return subprocess.Popen(
             command, stdout=log, stderr=log, env=environment | dict(os.environ), start_new_session=True
         )
@@ -272,10 +270,11 @@ def _check(job: Job, process: subprocess.Popen, out: epath.Path) -> None:
     """
     if process.returncode or not job.is_done(out):
         log = job.log(out)
-        lines = log.read_bytes().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        said = [line for line in lines if line.startswith("error: ")] or lines
+        lines = log.read_bytes().decode(errors="replace").strip().splitlines() or ["its log is empty"]
+        errors = [line for line in lines if line.startswith("error: ")] or lines
         raise UserError(
-            f"{job} ended with status {process.returncode} ({said[-1][:200]}): see {log}; run it again to go on"
+            f"{job} ended with status {process.returncode} ({errors[-1][:200]}): see {log}, then run the same command "
+            "again to resume"
         )
 
 
