@@ -1,4 +1,4 @@
-"""The ablations in miniature: rows, the language models' corpus, runs as processes, tables."""
+"""Tests the miniature ablations: rows, the language models' corpus, runs as processes, and tables."""
 
 import collections
 import contextlib
@@ -138,7 +138,7 @@ def test_a_base_llm_gets_the_instruction_as_plain_text():
     assert load_config("ablation", "table2_baseline").text.instruction == ""
 
 
-# --- what the language models read ------------------------------------------------------------------------------
+# --- training text of the language models -----------------------------------------------------------------------
 
 
 def test_a_description_names_every_object_in_the_captions_order(corpus):
@@ -167,7 +167,7 @@ def test_base_models_read_the_same_captions_and_no_instruction(corpus):
 
 
 class Recorded(Exception):
-    """Stops `train_encoder` where it would train."""
+    """Stops `train_encoder` before it trains."""
 
 
 def test_base_and_tuned_models_differ_in_their_documents_alone(tmp_path, monkeypatch):
@@ -189,7 +189,7 @@ def test_base_and_tuned_models_differ_in_their_documents_alone(tmp_path, monkeyp
     assert (seed, training) == (base_seed, base_training)
     assert tuned_on != base_on
     is_plain = (tuned["tokens"] == base["tokens"]).all(axis=1)
-    assert 0 < is_plain.sum() < len(is_plain)  # captions alone are the same documents; the others have more before them
+    assert 0 < is_plain.sum() < len(is_plain)  # documents without the instruction are equal
     assert (tuned["mask"].sum(1) > base["mask"].sum(1))[~is_plain].all()
     for name, like in (("qwen", "llama3"), ("qwen_base", "llama3_base"), ("t5", "llama3_base")):
         np.testing.assert_array_equal(seen[name][-1]["tokens"], seen[like][-1]["tokens"])
@@ -217,7 +217,7 @@ def test_documents_begin_with_the_tokens_that_prompts_are_encoded_with(corpus, t
         assert tokenizer.mask_token_id not in tokens
 
 
-def test_the_stream_goes_on_at_any_batch_and_hosts_share_its_rows(corpus, tokenizer):
+def test_the_stream_resumes_at_any_batch_and_hosts_share_its_rows(corpus, tokenizer):
     documents = DocumentTokenizer(prompts(tokenizer, ""), prompts(tokenizer, INSTRUCTION), 300)
     whole = DocumentStream(corpus, documents, 8, 0, range(8))
     batches = [next(whole) for _ in range(3)]
@@ -240,7 +240,10 @@ def test_padding_is_not_trained_on(kind):
     params = jax.tree.map(lambda x: x.unbox(), task.init(jax.random.key(0)), is_leaf=lambda x: hasattr(x, "unbox"))
     tokens = np.random.default_rng(0).integers(0, 60, (4, 12)).astype(np.int32)
     mask = np.arange(12) < np.array([12, 7, 4, 9])[:, None]
-    loss = lambda tokens: task.loss(params, None, {"tokens": tokens, "mask": mask}, jax.random.key(1), 0)[0].mean  # noqa: E731
+
+    def loss(tokens):
+        return task.loss(params, None, {"tokens": tokens, "mask": mask}, jax.random.key(1), 0)[0].mean
+
     first = loss(jnp.asarray(tokens))
     assert np.isfinite(first)
     assert first == pytest.approx(float(loss(jnp.where(mask, tokens, 5))), rel=1e-6)
@@ -294,13 +297,13 @@ def test_orderings_are_the_papers():
 
 
 def write_scores(out, row, seed, right):
-    """Of 100 in every group, so many right; of the objects named 4th 20 fewer."""
+    """Writes scores with `right` of 100 correct in every group, and 20 fewer for objects named 4th."""
     groups = ["all scenes", "the held-out pair itself", *(named_at(COUNTS[4], place) for place in range(4))]
     names = ("objects", "pair", "scenes")
-    cell = lambda group: {"correct": right - 20 * ("4th" in group), "total": 100, "interval": [0, 1]}  # noqa: E731
     workdir = runs.Run(row, seed).workdir(out)
     workdir.mkdir(parents=True)
-    scores = {group: {name: cell(group) for name in names} for group in groups}
+    cells = {group: {"correct": right - 20 * ("4th" in group), "total": 100, "interval": [0, 1]} for group in groups}
+    scores = {group: dict.fromkeys(names, cell) for group, cell in cells.items()}
     (workdir / SCORES_FILE).write_text(json.dumps(scores))
 
 
@@ -332,7 +335,7 @@ def test_every_row_has_its_own_description():
 
 
 @pytest.mark.parametrize("names", [["7"], ["2", "x"]])
-def test_a_table_that_is_not_here_is_refused(names):
+def test_an_unknown_table_is_rejected(names):
     with pytest.raises(UserError, match="choose from 2, 3, 4, 5, 6, figure3"):
         report.choose(names)
 
@@ -408,7 +411,7 @@ def test_a_table_is_made_and_made_again_without_training(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda config: config.__delitem__("language_models"), "none of ablations"),
+        (lambda config: config.__delitem__("language_models"), "no language_models or no evaluate"),
         (lambda config: config.evaluate.update(four_objects=0), "four_objects=0"),
         (lambda config: config.model.update(hidden_size=127), "model.hidden_size=127"),
         (lambda config: config.language_models.model.update(num_hidden_layers=2), "at least 3 blocks"),
@@ -423,7 +426,7 @@ def test_a_config_that_cannot_be_trained_is_refused_before_anything_is_written(t
         change(config)
     out = epath.Path(tmp_path / "out")
     with pytest.raises(UserError, match=words):
-        runs.do_all(config, out, [runs.Run(BASELINE, 0)], 1)
+        runs.run_all(config, out, [runs.Run(BASELINE, 0)], 1)
     assert not out.exists()
 
 
@@ -432,7 +435,7 @@ def test_runs_that_are_judged_otherwise_are_not_put_into_one_table(tmp_path):
     claim_workdir(out, config, may_grow=False)
     config.evaluate.four_objects = 8
     with pytest.raises(UserError, match="evaluate.four_objects was 512, now 8"):
-        runs.do_all(config, out, [runs.Run(BASELINE, 0)], 1)
+        runs.run_all(config, out, [runs.Run(BASELINE, 0)], 1)
 
 
 def test_two_processes_do_not_train_the_same(tmp_path):
@@ -445,7 +448,7 @@ def test_two_processes_do_not_train_the_same(tmp_path):
     with open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="by another process"):
-            runs.do_one(out, job)
+            runs.run_job(out, job)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"all scenes": {"pair": {"correct": 1, "total": 0}}}'])
@@ -454,14 +457,14 @@ def test_damaged_scores_are_said_in_one_line(tmp_path, text):
     workdir = runs.Run(row, 0).workdir(out)
     workdir.mkdir(parents=True)
     (workdir / SCORES_FILE).write_text(text)
-    with pytest.raises(UserError, match="remove it, and its run is judged again"):
+    with pytest.raises(UserError, match="remove it to evaluate its run again"):
         report.Result.read(out, row, 1)
 
 
 def test_a_folder_that_is_none_of_ablations_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(ConfigDict({"seed": 0}).to_dict()))
-    with pytest.raises(UserError, match="no folder of ablations"):
-        runs.do_one(epath.Path(tmp_path), runs.Part("vae"))
+    with pytest.raises(UserError, match="is not a folder of ablations"):
+        runs.run_job(epath.Path(tmp_path), runs.Part("vae"))
 
 
 def test_the_papers_position_embedding_has_a_row_of_its_own():

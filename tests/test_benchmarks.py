@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: what it times it also compares."""
+"""Tests the contest of benchmarks and runs each command: the contestants' outputs must agree."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def test_contestants_work_once_a_round_and_their_outputs_are_compared():
     results = contest([fast, slow], rounds=3)
     assert [result.name for result in results] == ["fast", "slow"]
     assert all(len(result.seconds) == 3 for result in results)
-    assert results[0].median >= 0.01 and results[1].median >= 0.1  # it is the work that is timed
+    assert results[0].median >= 0.01 and results[1].median >= 0.1  # the work itself is timed
     assert all(result.peak_bytes > 10 << 20 for result in results)
     assert largest_difference(results) == pytest.approx(0.25)
     assert largest_difference(results[:1]) == 0.0
@@ -76,7 +76,7 @@ def test_the_vae_benchmark_compares_ways_that_agree():
 
 
 @pytest.mark.slow
-def test_the_vae_benchmark_of_tiles_shows_ours_to_be_the_whole_picture():
+def test_the_vae_benchmark_with_tiles_shows_that_ours_equals_decoding_at_once():
     command = [sys.executable, "-m", "lidit_jax.benchmarks.vae", "--rounds=1", "--size=64", "--tile=32"]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -103,7 +103,7 @@ def test_the_data_benchmark_compares_the_loader_with_its_limit_and_webdataset():
     assert done.returncode == 0, done.stderr
     for way in ("lidit_jax", "limit", "webdataset"):
         assert re.search(rf"^{way} +[\d.]+ +[\d.e+]+ +[\d.]+ +\d+$", done.stdout, re.MULTILINE), done.stdout
-    assert re.search(r"^of the limit: \d+%$", done.stdout, re.MULTILINE)
+    assert re.search(r"^lidit_jax reaches \d+% of the limit$", done.stdout, re.MULTILINE)
     for arguments, status in ((["--memory=320"], 0), (["--shorter=100,x"], 2), (["--samples=33"], 2)):
         done = subprocess.run([*command, *arguments], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
         assert done.returncode == status, done.stderr

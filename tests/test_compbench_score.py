@@ -1,4 +1,4 @@
-"""T2I-CompBench's scores: the official rules by hand, and from pictures to a report."""
+"""Tests T2I-CompBench's scores: the official rules on hand-made cases, and reports from generated images."""
 
 import math
 
@@ -26,7 +26,7 @@ needs_lists = pytest.mark.skipif(not LISTS.exists(), reason="T2I-CompBench's lis
 
 @pytest.fixture(autouse=True)
 def without_spacy(monkeypatch):
-    """The rules, whatever is installed."""
+    """Splits noun phrases by our rules, whether or not spaCy is installed."""
     monkeypatch.setattr(noun_phrases, "_spacy_chunks", lambda: None)
 
 
@@ -122,9 +122,9 @@ def test_a_category_is_told_by_the_files_name_or_by_the_prompts():
     assert category_of("spatial.txt", []) == category_of(None, ["a cat near a dog", "a red cat next to a dog"])
     assert category_of("mine.txt", ["a red car and a blue round cup", "a green plate"]) == "color"
     for name in ("3d_spatial_val.txt", "complex_val.txt", "numeracy_val.txt", "non_spatial_val.txt"):
-        with pytest.raises(UserError, match="no scorer here for this category"):
+        with pytest.raises(UserError, match="which has no scorer here"):
             category_of(name, ["a red car"])
-    with pytest.raises(UserError, match="of no one category"):
+    with pytest.raises(UserError, match="do not tell which category"):
         category_of(None, ["a red car", "a round car"])
 
 
@@ -146,12 +146,12 @@ BELOW = (10, 300, 50, 340)
         ("on the left of", LEFT, RIGHT, 1),
         ("on the right of", LEFT, RIGHT, 0),
         ("on the right of", RIGHT, LEFT, 1),
-        ("on the top of", LEFT, RIGHT, 0),  # lower by 10 only
+        ("on the top of", LEFT, RIGHT, 0),  # 10 pixels higher, but 205 to the left
         ("on the top of", LEFT, BELOW, 1),
         ("on the bottom of", BELOW, LEFT, 1),
         ("on the bottom of", LEFT, BELOW, 0),
         ("on the left of", LEFT, LEFT, 0),
-        # 60 of 140 pixels are in both: an IoU of 3/7.
+        # The boxes share 60 of 140 columns: an IoU of 3/7.
         ("on the left of", (0, 0, 100, 10), (40, 0, 140, 10), 0.1 / (60 / 140)),
         ("near", LEFT, RIGHT, 1),  # 10 apart along one axis
         ("next to", (0, 0, 10, 10), (149, 400, 159, 410), 1),
@@ -168,7 +168,7 @@ boxes = st.tuples(*[st.floats(0, 400)] * 2, *[st.floats(1, 200)] * 2).map(
 
 
 def official_position(locality, box1, box2):
-    """determine_position of the official script, in its own terms."""
+    """Reimplements determine_position of the official script, with its names."""
     dx = (box2[0] + box2[2]) / 2 - (box1[0] + box1[2]) / 2
     dy = (box2[1] + box2[3]) / 2 - (box1[1] + box1[3]) / 2
     if locality in ("next to", "on side of", "near"):
@@ -198,12 +198,12 @@ def test_a_picture_has_half_of_its_objects_certainties_and_half_of_their_relatio
     prompt = SpatialPrompt("cat", "on the left of", "dog")
     cat, dog = Detection("cat", 0.8, LEFT), Detection("dog", 0.6, RIGHT)
     assert spatial_score(prompt, [cat, dog], 479, 479) == pytest.approx(0.25 * 1.4 + 0.5)
-    assert spatial_score(prompt, [cat], 479, 479) == 0  # 0.2 is under a half
+    assert spatial_score(prompt, [cat], 479, 479) == 0  # 0.2, below 0.5
     assert spatial_score(prompt, [], 479, 479) == 0
     assert spatial_score(SpatialPrompt("cat", "on the right of", "dog"), [cat, dog], 479, 479) == 0  # 0.35
-    assert spatial_score(prompt, [cat, Detection("dog", 0.5, RIGHT)], 479, 479) == 0  # too unsure to count
+    assert spatial_score(prompt, [cat, Detection("dog", 0.5, RIGHT)], 479, 479) == 0  # 0.5 is not above the threshold
     surer = Detection("Dog", 0.9, (-200, 110, -140, 160))
-    assert spatial_score(prompt, [dog, surer, cat], 479, 479) == 0  # the surest dog is on the wrong side
+    assert spatial_score(prompt, [dog, surer, cat], 479, 479) == 0  # the surer dog is on the wrong side
 
 
 def test_near_is_measured_in_a_picture_as_the_official_detector_sees_it():
@@ -211,7 +211,7 @@ def test_near_is_measured_in_a_picture_as_the_official_detector_sees_it():
     cat, dog = Detection("cat", 1, (0, 0, 10, 10)), Detection("dog", 1, (400, 400, 410, 410))
     assert spatial_score(prompt, [cat, dog], 479, 479) == pytest.approx(0.5 + 150 / 400 / 2)
     assert spatial_score(prompt, [cat, dog], 2 * 479, 2 * 479) == pytest.approx(0.5 + 150 / 200 / 2)
-    assert spatial_score(prompt, [cat, dog], 479, 960) == pytest.approx(0.5 + 150 / 200 / 2)  # 480 pixels wide
+    assert spatial_score(prompt, [cat, dog], 479, 960) == pytest.approx(0.5 + 150 / 200 / 2)  # resized to 480 wide
 
 
 @needs_lists
@@ -223,7 +223,7 @@ def test_all_prompts_of_the_spatial_list_are_parsed():
     assert parse_spatial("a red car and a blue cup") is None
 
 
-# --- from pictures to a report ----------------------------------------------------------------------------------
+# --- from images to a report ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -287,15 +287,15 @@ def test_what_does_not_fit_is_said(tmp_path, blip_folder):
         score(request(folder, tmp_path / "out"))
     with pytest.raises(UserError, match="--detector is required"):
         score(request(draw(tmp_path / "spatial", ["a cat near a dog"]), tmp_path / "out"))
-    with pytest.raises(UserError, match="is no BLIP"):
+    with pytest.raises(UserError, match="is not a BLIP"):
         score(request(folder, tmp_path / "out", vqa=str(save_vilt(tmp_path))))
     file = epath.Path(tmp_path / "color_val.txt")
     file.write_text("a red car\na blue car\n")
-    with pytest.raises(UserError, match="1 prompts have no picture, as 'a blue car'"):
+    with pytest.raises(UserError, match="1 of its prompts have no image, such as 'a blue car'"):
         score(request(folder, tmp_path / "out", vqa=str(blip_folder), file=file))
     file.write_text("a blue cup\n")
     draw(folder, ["a blue cup"])
-    with pytest.raises(UserError, match="1 pictures' prompts are not in it, as 'a red car'"):
+    with pytest.raises(UserError, match="1 prompts of the images are not in it, such as 'a red car'"):
         score(request(folder, tmp_path / "out", vqa=str(blip_folder), file=file))
     with pytest.raises(UserError, match="no such file"):
         score(request(folder, tmp_path / "out", vqa=str(blip_folder), file=epath.Path(tmp_path / "none_val.txt")))

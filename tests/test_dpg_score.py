@@ -1,4 +1,4 @@
-"""DPG-Bench's score: the official rules by hand, its questions' file, and from grids to a report."""
+"""Tests DPG-Bench's score: the official rules on hand-made cases, the file of questions, and reports from grids."""
 
 import csv
 import io
@@ -60,10 +60,10 @@ def questions(*parents):
     ("parents", "right", "expected"),
     [
         ([(), (1,), (1, 2)], [True, True, True], 1),
-        ([(), (1,), (1, 2)], [False, True, True], 0),  # all hang on the first
+        ([(), (1,), (1, 2)], [False, True, True], 0),  # all depend on the first
         ([(), (1,), (1, 2)], [True, False, True], 1 / 3),
         ([(), (1,), ()], [False, True, True], 1 / 3),
-        # The third's parent stands after it, so that it is not yet known that the second does not count.
+        # The second question's parent, the third, stands after it and is not yet known not to count.
         ([(), (3,), (1,)], [False, True, True], 1 / 3),
         ([(2,), ()], [True, True], 1),
         ([(1,)], [True], 1),  # its own parent
@@ -123,11 +123,11 @@ def test_questions_are_read_with_their_parents_and_categories(questions_file):
         (b"", "no column 'dependency'"),
         (b"\x89PNG\r\n\xff", "not UTF-8"),
         (b"a,b\n1,2\n", "no column 'dependency'"),
-        (table([]).encode(), "no question in it"),
-        (table([("0", "one", "0", "entity (x)", "Is it?")]).encode(), "line 2: 'one' is no question's number"),
-        (table([("0", -1, "0", "entity (x)", "Is it?")]).encode(), "line 2: '-1' is no question's number"),
-        (table([("0", 1, "1;2", "entity (x)", "Is it?")]).encode(), "line 2: '1;2' is no question's number"),
-        (table([("0", 1, "9" * 5000, "entity (x)", "Is it?")]).encode(), "is no question's number"),
+        (table([]).encode(), "it has no questions"),
+        (table([("0", "one", "0", "entity (x)", "Is it?")]).encode(), "line 2: 'one' is not a question's number"),
+        (table([("0", -1, "0", "entity (x)", "Is it?")]).encode(), "line 2: '-1' is not a question's number"),
+        (table([("0", 1, "1;2", "entity (x)", "Is it?")]).encode(), "line 2: '1;2' is not a question's number"),
+        (table([("0", 1, "9" * 5000, "entity (x)", "Is it?")]).encode(), "is not a question's number"),
         (table([("0", 1, "0", "entity (x)", "")]).encode(), "line 2: a column is empty"),
         (table(ROWS).encode() + b"0,a\n", "line 7: a column is empty"),
         (table(ROWS).encode() + b'0,"a prompt, 1\n', "unexpected end of data"),
@@ -155,11 +155,11 @@ def test_any_bytes_are_read_or_said(tmp_path_factory, content):
     assert all(prompts.values())
 
 
-# --- from pictures to a report ----------------------------------------------------------------------------------
+# --- from images to a report ------------------------------------------------------------------------------------
 
 
 class YesToOdd:
-    """Says yes where a picture's first pixel is odd, but to none about colour."""
+    """Answers yes if an image's first value is odd, except to questions about colour."""
 
     def answers(self, image, texts):
         return ["Yes." if image[0, 0, 0] % 2 and "red?" not in text else "no" for text in texts]
@@ -189,10 +189,10 @@ def request(pictures, tmp_path, **more):
 def test_grids_are_scored(pictures, questions_file, tmp_path, yes_to_odd):
     asked = request(pictures, tmp_path, vqa="any", questions=questions_file)
     report = score(asked)
-    # Of the cabbage's three questions one counts in three of four pictures; none of the dogs'.
+    # One of the cabbage's three questions counts, in three of four images; none of the dogs' questions counts.
     assert report.columns["average"] == pytest.approx(100 * (3 / 4 / 3 + 0) / 2)
     assert report.counts["average"] == 2
-    # Of the last pictures: entity has the cabbage and not the dogs, relation is right though its parent is not.
+    # In the last images, the cabbage's entity is right, the dogs' is wrong; relation is right though a parent is wrong.
     assert {name: report.columns[name] for name in ("entity", "attribute", "relation", "global")} == {
         "entity": 50,
         "attribute": 0,
@@ -222,9 +222,9 @@ def test_what_has_no_questions_or_no_picture_is_left_out_and_said(pictures, tmp_
     assert list(report.details["prompts"]) == ["0"]
     assert report.details["average_without_the_first_prompt"] is None
     said = caplog.text
-    assert "1 prompts have no picture, as undrawn" in said
-    assert "1 pictures have no questions, as dogs" in said
-    assert "1 prompts have questions whose parents lack, as lost" in said
+    assert "1 prompts have no image, such as undrawn" in said
+    assert "1 images have no questions, such as dogs" in said
+    assert "1 prompts have questions with missing parents, such as lost" in said
 
 
 def test_any_model_of_transformers_answers(pictures, questions_file, tmp_path):
@@ -245,10 +245,10 @@ def test_what_does_not_fit_is_said(pictures, questions_file, tmp_path, yes_to_od
     with pytest.raises(UserError, match="has no ID.png"):
         score(request(empty, tmp_path, vqa="any", questions=questions_file))
     save_png(picture(0), empty / "other.png")
-    with pytest.raises(UserError, match="asks about none of the pictures"):
+    with pytest.raises(UserError, match="has no questions about the images"):
         score(request(empty, tmp_path, vqa="any", questions=questions_file))
     (pictures / "0.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"has 0\.jpg and 0\.png: remove one"):
+    with pytest.raises(UserError, match=r"has 0\.jpg and 0\.png for one prompt: remove one"):
         score(request(pictures, tmp_path, vqa="any", questions=questions_file))
     (pictures / "0.jpg").unlink()
     save_png(np.zeros((7, 8, 3), np.uint8), pictures / "0.png")

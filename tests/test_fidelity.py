@@ -345,7 +345,7 @@ def test_what_can_not_be_scored_is_said(asked, tmp_path):
     refused("FID needs --inception=FILE and either", reference=None)
     refused("does not store the prompts, which --clip needs", prompts_file=None)
     refused("no such file", inception=epath.Path(tmp_path / "nothing.safetensors"))
-    refused("no such folder, and no name of the Hugging Face hub", clip="nothing")
+    refused("no such folder, and not a name on the Hugging Face hub", clip="nothing")
     single = folder_reference(epath.Path(asked.reference.name), 1)
     refused("needs at least 2 images", reference=single)
     damaged = (asked.pictures / "00002.png").read_bytes()[:-40]

@@ -1,4 +1,4 @@
-"""GenEval's rules on detections worked out by hand, its models tiny and random, and the command that scores."""
+"""Tests GenEval's rules on hand-made detections, its models (tiny and random), and the scoring command."""
 
 import json
 import os
@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 
 
 def at(x, y, size=10.0, label="cow", score=0.9):
-    """A square around (x, y)."""
+    """Returns a detection whose box is a square around (x, y)."""
     half = size / 2
     return Detection(label, score, (x - half, y - half, x + half, y + half))
 
@@ -47,7 +47,13 @@ def clause(name, count=1, **more):
 
 
 def judged(objects, include, exclude=(), colors=()):
-    """Args: colors: of the objects that are asked, in turn."""
+    """Judges detections against clauses.
+
+    Args:
+      objects: class -> detections.
+      include, exclude: GenEval's clauses.
+      colors: answers to the questions for an object's colour, in order.
+    """
     colors = iter(colors)
     metadata = {"tag": "x", "prompt": "x", "include": include, "exclude": list(exclude)}
     return judge(metadata, objects, lambda name, found: [next(colors) for _ in found])
@@ -58,7 +64,7 @@ def judged(objects, include, exclude=(), colors=()):
 
 def test_an_object_must_be_there_as_often_as_asked():
     two = {"cow": [at(0, 0), at(50, 0)]}
-    assert judged(two, [clause("cow")]) == (True, "")  # one is asked; the second is no fault
+    assert judged(two, [clause("cow")]) == (True, "")  # the prompt asks for one; a second is no error
     assert judged(two, [clause("cow", 2)]) == (True, "")
     assert judged(two, [clause("cow", 3)]) == (False, "2 cow, not 3")
     assert judged(two, [clause("cow"), clause("bench")]) == (False, "0 bench, not 1")
@@ -93,7 +99,7 @@ def test_every_pair_of_surest_objects_must_be_in_the_place_asked(relation):
     bench = at(100, 100, label="bench")
     there, opposite = at(100 + offset[0], 100 + offset[1]), at(100 - offset[0], 100 - offset[1])
     assert judged({"bench": [bench], "cow": [there]}, include) == (True, "")
-    assert judged({"bench": [bench], "cow": [there, opposite]}, include) == (True, "")  # one is asked
+    assert judged({"bench": [bench], "cow": [there, opposite]}, include) == (True, "")  # the prompt asks for one
     right, reason = judged({"bench": [bench], "cow": [opposite, there]}, include)
     assert not right
     assert reason.endswith(f"not {relation}")
@@ -110,18 +116,18 @@ def test_a_place_needs_the_other_object_to_be_as_asked():
 
 
 def test_places_have_a_margin_of_a_tenth_of_both_sizes():
-    # Two squares of 10: centres that are no more than 2 apart are at no side.
+    # Two squares with sides of 10: centres at most 2 apart have no relation.
     assert relations(at(0, 0).box, at(2, 0).box) == frozenset()
-    # 4 apart, of which 2 are beyond the margin: a half, and it must be more.
+    # 4 apart, 2 beyond the margin: exactly half of the distance, which is not more than half.
     assert relations(at(0, 0).box, at(4, 0).box) == frozenset()
     assert relations(at(0, 0).box, at(4.1, 0).box) == {"left of"}
-    # Sizes count on each axis apart: 60 wide and 10 high, the margins are 12 and 2.
+    # Each axis has its own margin: two boxes 60 wide and 10 high have margins of 12 and 2.
     wide = (-30.0, -5.0, 30.0, 5.0)
     assert relations(wide, (-20.0, -5.0, 40.0, 5.0)) == frozenset()
     assert relations(wide, (-30.0, 5.0, 30.0, 15.0)) == {"above"}
-    # A diagonal is both: (30, 40) apart, (28, 38) beyond, of 50: 0.56 and 0.76.
+    # A diagonal has two relations: (30, 40) apart, (28, 38) beyond the margin, distance 50: shares of 0.56 and 0.76.
     assert relations(at(30, 40).box, at(0, 0).box) == {"right of", "below"}
-    # (10, 40) apart, (8, 38) beyond, of 41.2: 0.19 and 0.92.
+    # (10, 40) apart, (8, 38) beyond the margin, distance 41.2: shares of 0.19 and 0.92.
     assert relations(at(10, 40).box, at(0, 0).box) == {"below"}
     assert relations(at(0, 0).box, at(0, 0).box) == frozenset()
 
@@ -193,7 +199,7 @@ def test_a_query_is_an_instance_of_every_class_and_a_mask_weighs_its_score():
 
 def test_instances_leave_out_the_padding_and_have_the_pictures_size():
     masks = torch.full((1, 8, 8), -1.0)
-    masks[:, :, 4:] = 1.0  # the right half of the padded input, of which a quarter is padding
+    masks[:, :, 4:] = 1.0  # the right half of the input, whose rightmost quarter is padding
     [(_, _, mask)] = instances(torch.tensor([[9.0, 0.0]]), masks, (32, 32), (32, 24), (16, 12))
     assert mask.shape == (16, 12)
     assert mask_bounds(mask) == (8, 0, 12, 16)
@@ -226,7 +232,7 @@ def test_pictures_are_resized_as_the_detector_is_tested():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of tiny random models: a Mask2Former that takes all for benches, a YOLOS, a CLIP."""
+    """Saves tiny random models: a Mask2Former that classifies everything as a bench, a YOLOS and a CLIP."""
     from lidit_jax.text.train_tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("scorers")
@@ -269,7 +275,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Detectors that look at small pictures, for time."""
+    """Shrinks the detector's input, for speed."""
     monkeypatch.setattr(detectors, "SHORT_SIDE", 64)
 
 
@@ -348,7 +354,7 @@ METADATA = [
 
 @pytest.fixture
 def drawn(tmp_path):
-    """Two prompts with two pictures each."""
+    """Writes two prompts with two images each."""
     folder = tmp_path / "drawn"
     for index, metadata in enumerate(METADATA):
         (folder / f"{index:05}" / "samples").mkdir(parents=True)
@@ -372,11 +378,11 @@ def test_a_folder_is_scored_and_a_rerun_goes_on(models, drawn, small, monkeypatc
     report = score(asked)
     assert len(read) == 4
     assert set(report.columns) == {"two", "colors", "overall"}
-    assert report.columns["two"] == 0  # it takes all for benches
+    assert report.columns["two"] == 0  # the model finds only benches
     results = json.loads((asked.out / "results.json").read_text())
     assert list(results["results"]) == [f"{i:05}/samples/{n:04}.png" for i in range(2) for n in range(2)]
     assert results["results"]["00001/samples/0000.png"]["reason"] == "0 cow, not 1"
-    del results["results"]["00001/samples/0001.png"]  # as if it had been killed before it
+    del results["results"]["00001/samples/0001.png"]  # as if the run had been killed before this image
     (asked.out / "results.json").write_text(json.dumps(results))
     assert score(asked) == report
     assert len(read) == 5
@@ -411,7 +417,7 @@ def test_the_command_scores_and_reports_and_a_mistake_is_one_line(models, drawn)
     )
     assert "| **mine** |" in done.stderr, done.stderr
     assert "| LI-DiT-10B |" in done.stderr
-    assert done.returncode == 2, done.stderr  # the second time it was given CLIP for a detector
+    assert done.returncode == 2, done.stderr  # COMMAND's second run has CLIP as its detector
     assert "can't be loaded as AutoModelForObjectDetection" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     out = drawn.parent / "out"
@@ -422,7 +428,7 @@ def test_the_command_scores_and_reports_and_a_mistake_is_one_line(models, drawn)
 
 def test_what_can_not_be_scored_is_said_before_a_model_is_loaded(models, drawn, tmp_path):
     nothing = tmp_path / "nothing"
-    with pytest.raises(UserError, match="no such folder; draw one"):
+    with pytest.raises(UserError, match="no such folder: generate images"):
         score(request(models, epath.Path(nothing)))
     nothing.mkdir()
     with pytest.raises(UserError, match="no folder 00000 in it"):
@@ -435,7 +441,7 @@ def test_what_can_not_be_scored_is_said_before_a_model_is_loaded(models, drawn, 
     with pytest.raises(UserError, match="has 2 of the 3 prompts"):
         score(request(models, drawn, file=epath.Path(file)))
     (drawn / "00001" / "metadata.jsonl").unlink()
-    with pytest.raises(UserError, match="draw the benchmark to its end"):
+    with pytest.raises(UserError, match="finish generating the benchmark's images"):
         score(request(models, drawn))
     assert not (tmp_path / "out").exists()
 
@@ -481,16 +487,16 @@ def test_results_of_other_pictures_or_models_are_not_overwritten(models, drawn, 
         ("{", "is damaged"),
         ("[" * 100_000, "is damaged"),
         ("\xff", "is damaged"),
-        ("[]", "no tag and prompt"),
-        ({"include": []}, "no list of what it includes"),
-        ({"include": [3]}, "no class"),
-        ({"include": [clause("cow", 0)]}, "cow: no count"),
-        ({"include": [clause("cow", True)]}, "cow: no count"),
-        ({"include": [clause("cow")], "exclude": {}}, "no list of what it includes"),
-        ({"include": [clause("cow", color="beige")]}, "'beige' is none of red"),
-        ({"include": [clause("cow", color=[])]}, "is none of red"),
-        ({"include": [clause("cow", position=["left of", 0])]}, "no relation to an earlier object"),
-        ({"include": [clause("cow"), clause("dog", position=["near", 0])]}, "no relation to an earlier object"),
+        ("[]", "it has no tag or no prompt"),
+        ({"include": []}, "no lists of clauses"),
+        ({"include": [3]}, "a clause has no class"),
+        ({"include": [clause("cow", 0)]}, "cow: its count is not"),
+        ({"include": [clause("cow", True)]}, "cow: its count is not"),
+        ({"include": [clause("cow")], "exclude": {}}, "no lists of clauses"),
+        ({"include": [clause("cow", color="beige")]}, "'beige' is not one of red"),
+        ({"include": [clause("cow", color=[])]}, "is not one of red"),
+        ({"include": [clause("cow", position=["left of", 0])]}, "not a relation to an earlier object"),
+        ({"include": [clause("cow"), clause("dog", position=["near", 0])]}, "not a relation to an earlier object"),
     ],
 )
 def test_metadata_that_is_not_genevals_is_said(drawn, metadata, message):
@@ -504,7 +510,7 @@ def test_metadata_that_is_not_genevals_is_said(drawn, metadata, message):
 def test_pictures_must_be_there_for_every_prompt(drawn):
     for path in (drawn / "00001" / "samples").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="no picture in it"):
+    with pytest.raises(UserError, match="no image in it"):
         read_prompts(drawn)
 
 

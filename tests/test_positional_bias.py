@@ -1,4 +1,4 @@
-"""The positional-bias benchmark: its prompts, the means by quarter, and from images to a curve."""
+"""Tests the positional-bias benchmark: its prompts, the means by quarter, and curves from generated images."""
 
 import collections
 import io
@@ -25,7 +25,7 @@ from lidit_jax.score.results import ScoreRequest
 
 LISTS = ROOT.parent / "shared/data/benchmarks/t2i_compbench"
 NOUNS = ("car", "cup", "apple", "plate", "key", "desk lamp", "orange", "vase", "door")
-# The six samples that the paper prints in A.3, and the prompts of T2I-CompBench (two words to a pair) that are in them.
+# Kind -> the samples that the paper prints in A.3 -> the prompts of T2I-CompBench, two pairs each, that they contain.
 PAPER_SAMPLES = {
     "color": {
         "A green bench, a red car, a blue bowl, and a pink apple.": ["a green bench and a red car"],
@@ -57,7 +57,7 @@ SAMPLES = [(kind, sample) for kind, samples in PAPER_SAMPLES.items() for sample 
 
 @pytest.fixture
 def lists(tmp_path):
-    """A folder of lists like T2I-CompBench's."""
+    """Writes a folder of lists like T2I-CompBench's."""
     folder = epath.Path(tmp_path / "lists")
     folder.mkdir()
     for kind, adjectives in {"color": "red blue", "shape": "oblong round", "texture": "plastic wooden"}.items():
@@ -136,7 +136,7 @@ def test_prompts_of_two_pairs_are_found_and_sentences_left_out():
 
 
 def check_prompts(benchmark, lists):
-    """Each is four pairs of one kind, of four nouns, in the printed form; both halves are prompts of the lists."""
+    """Checks that prompts have the printed form, four pairs of one kind, four nouns, and halves from the lists."""
     assert len(benchmark.prompts) == NUM_PROMPTS
     lines = {}
     for kind in KINDS:
@@ -234,7 +234,7 @@ def test_a_folder_without_the_lists_is_rejected(lists):
 
 
 def places(counts):
-    """Positions, counts and prompts of all pairs of prompts with so many pairs."""
+    """Returns positions, counts and prompts of all pairs; `counts` are the prompts' numbers of pairs."""
     positions = [i for count in counts for i in range(count)]
     return positions, np.repeat(counts, counts), np.repeat(np.arange(len(counts)), counts)
 
@@ -249,7 +249,7 @@ def test_other_numbers_of_pairs_are_shared_between_quarters():
     np.testing.assert_allclose(quarter_weights([0], [1]), [[0.25] * 4])
     np.testing.assert_allclose(quarter_weights([0, 1], [2, 2]), [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
     np.testing.assert_allclose(quarter_weights([1], [3]), [[0, 0.5, 0.5, 0]])
-    # Three pairs: the first quarter is three quarters of the first pair's, the second a third of it and the next.
+    # Of three pairs, the first one has all of the first quarter and a third of the second quarter.
     np.testing.assert_allclose(mean_by_quarter([1, 0, 0], *places([3])), [1, 1 / 3, 0, 0])
 
 
@@ -259,7 +259,7 @@ def test_means_are_taken_within_a_prompts_segment_first():
     values = np.repeat([0.0, 1.0, 1.0, 1.0], 4)
     np.testing.assert_allclose(mean_by_quarter(values, positions, counts, prompts), [0.5] * 4)
     assert mean_over_prompts(values, prompts) == 0.5
-    # One pair that is right, eight that are wrong: a prompt counts once, however many pairs it has.
+    # A prompt with one right pair and one with eight wrong pairs: each prompt counts once.
     np.testing.assert_allclose(mean_by_quarter([1.0] + [0.0] * 8, *places([1, 8])), [0.5] * 4)
 
 
@@ -299,7 +299,7 @@ def test_intervals_hold_the_mean_and_shrink_with_prompts():
         return found[:, 1] - found[:, 0]
 
     few, many = interval(50), interval(1000)
-    # Of a uniform value: 2 * 1.96 / sqrt(12 n).
+    # The mean of n uniform values has a 95 % interval of width 2 * 1.96 / sqrt(12 n).
     np.testing.assert_allclose(many, 2 * 1.96 / np.sqrt(12_000), rtol=0.15)
     assert (few > 3 * many).all()
 
@@ -326,7 +326,7 @@ def request(folder, tmp_path, **more):
 
 @pytest.fixture
 def drawn(lists, tmp_path):
-    """The first three prompts, two images each."""
+    """Writes two images for each of the first three prompts."""
     folder, benchmark = epath.Path(tmp_path / "drawn"), open_benchmark("positional_bias", lists, 2)
     for index in range(3):
         benchmark.write(folder, index, [picture(2 * index), picture(2 * index + 1)])
@@ -368,7 +368,7 @@ def test_a_model_that_forgets_is_seen():
     assert means[0] - means[3] > 20
 
 
-def test_the_curve_is_drawn_where_all_is_one_or_none():
+def test_the_curve_is_plotted_if_all_scores_are_one_or_zero():
     for value in (0.0, 100.0):
         image = Image.open(io.BytesIO(chart([value] * 4, [[value] * 2] * 4)))
         assert image.format == "PNG"
@@ -377,7 +377,7 @@ def test_the_curve_is_drawn_where_all_is_one_or_none():
 def test_what_does_not_fit_is_said(drawn, blip_folder, tmp_path):
     with pytest.raises(UserError, match="--vqa is required"):
         score(request(drawn, tmp_path))
-    with pytest.raises(UserError, match="is no BLIP"):
+    with pytest.raises(UserError, match="is not a BLIP"):
         score(request(drawn, tmp_path, vqa=str(save_vilt(tmp_path))))
     empty = epath.Path(tmp_path / "empty")
     empty.mkdir()

@@ -1,4 +1,4 @@
-"""Reports: ours beside the paper's Table 1, as a table, a chart and JSON."""
+"""Tests reports, which compare our scores with the paper's Table 1 in a table, a chart and JSON."""
 
 import json
 import math
@@ -27,11 +27,11 @@ def test_table_1_has_the_papers_numbers():
     assert table_1("positional_bias") == {}
 
 
-# But for DALL-E 3, whose two objects at 0.47 don't fit its overall of 0.67; so the paper prints them.
+# DALL-E 3 is left out: the paper prints 0.47 for two objects, which does not fit the overall of 0.67.
 @pytest.mark.parametrize("model", sorted(table_1("geneval").keys() - {"DALL-E 3"}))
 def test_the_papers_overall_of_geneval_is_the_mean_of_its_tasks(model):
     *tasks, overall = table_1("geneval")[model].values()
-    assert abs(np.mean(tasks) - overall) < 0.0101  # each is rounded to two digits
+    assert abs(np.mean(tasks) - overall) < 0.0101  # the paper rounds each to two decimals
 
 
 def test_a_report_is_written_in_the_papers_units(tmp_path):
@@ -55,7 +55,7 @@ def test_the_chart_has_a_bar_of_ours_for_every_column(tmp_path):
     picture = np.asarray(Image.open(tmp_path / "report.png").convert("RGB")).astype(int)
     ours = (np.abs(picture - [0xC8, 0x44, 0x2F]).max(axis=2) < 8)[picture.shape[0] // 2 :]
     starts = np.flatnonzero(np.diff(ours.sum(axis=0) > 10, prepend=False).astype(int) == 1)
-    assert len(starts) >= 4  # and the square in the legend
+    assert len(starts) >= 4  # the bars; the legend's square may be one more
 
 
 @pytest.mark.parametrize("benchmark", ["dpg_bench", "positional_bias", "something else"])

@@ -1,4 +1,4 @@
-"""The benchmarks of a training step and of sampling: PyTorch's twin computes what we compute."""
+"""Tests the benchmarks of a training step and of sampling: PyTorch must compute the same numbers as JAX."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ TEXT = {"a": TextLengths(3, 7, 24), "b": TextLengths(2, 5, 16)}
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads that wait for one another cost more than such small arrays gain by them, above all on a busy machine."""
+    """Limits PyTorch to one thread: for such small arrays, synchronising threads costs more than it gains."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,12 +35,12 @@ def one_thread():
 
 @pytest.fixture
 def one_device(monkeypatch):
-    """Of the eight that the CPU shows itself as."""
+    """Builds meshes of one device instead of the test suite's eight virtual CPU devices."""
     monkeypatch.setattr("lidit_jax.parallel.mesh.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
 
 
 def tiny_workload(text=None, ddpm=False, **model):
-    """Of eight samples."""
+    """Returns a workload of eight samples and its experiment."""
     config = tiny_config()
     if ddpm:
         config.diffusion, config.sample.sampler = {"name": "ddpm"}, "dpmpp_2m"
@@ -52,7 +52,7 @@ def tiny_workload(text=None, ddpm=False, **model):
 
 
 def assert_close(actual, expected, tolerance):
-    """Up to a share of the largest value."""
+    """Compares with an absolute tolerance relative to the largest expected value."""
     expected = np.asarray(expected, np.float32)
     np.testing.assert_allclose(
         np.asarray(actual, np.float32), expected, rtol=0, atol=tolerance * np.abs(expected).max()
@@ -72,7 +72,7 @@ def assert_close(actual, expected, tolerance):
 def test_the_twin_predicts_what_we_do(text, model, tolerance):
     work, _ = tiny_workload(text, **model)
     ours, features = LIDiT(work.model), work.features()
-    assert not all(of.mask.all() for of in features)  # some prompts are padded
+    assert not all(llm.mask.all() for llm in features)  # some prompts are padded
     latents, timesteps = work.noise(), np.linspace(0, 999, work.batch, dtype=np.float32)
     params = random_params(ours, latents, timesteps, features)
     expected = jax.jit(ours.apply)({"params": params}, latents, timesteps, features)
@@ -80,12 +80,12 @@ def test_the_twin_predicts_what_we_do(text, model, tolerance):
     twin = torch_lidit.from_flax(work.model, work.text_widths, params, dtype=getattr(torch, work.model.dtype))
     arguments = torch_lidit.channels_first(latents), torch.from_numpy(timesteps)
     with torch.no_grad():
-        actual = twin(*arguments, **workload.twin_features(work, "cpu")).sample
+        actual = twin(*arguments, **workload.torch_features(work, "cpu")).sample
     assert_close(actual.movedim(1, -1), expected, tolerance)
 
 
 def random_params(model, *arguments):
-    """None of them zero, as gates are at first; drawn, which compiles nothing."""
+    """Returns normal parameters, so that no gate is zero; by NumPy, which compiles nothing."""
     shapes = flax.linen.unbox(jax.eval_shape(model.init, jax.random.key(0), *arguments)["params"])
     random = np.random.default_rng(3)
     return jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
@@ -93,27 +93,27 @@ def random_params(model, *arguments):
 
 def test_the_twin_learns_what_we_learn(one_device):
     work, experiment = tiny_workload(ddpm=True)
-    config = dataclasses.replace(experiment.train, clip_norm=0.1, weight_decay=1.0)  # that both matter
+    config = dataclasses.replace(experiment.train, clip_norm=0.1, weight_decay=1.0)  # both have an effect
     trainer, batch = train_step.make_trainer(work, config, experiment.config.mesh)
-    state, key, text = trainer.init(0), jax.random.key(1), workload.twin_features(work, "cpu")
+    state, key, text = trainer.init(0), jax.random.key(1), workload.torch_features(work, "cpu")
     before = jax.device_get(state.params)
-    start = torch_lidit.state_dict_of_flax(work.model, before)
+    start = torch_lidit.state_dict_from_flax(work.model, before)
     twins = []
     for remat in ("none", "full", "dots"):
         model = dataclasses.replace(work.model, remat=remat)
         twins.append(torch_lidit.Trainer(torch_lidit.from_flax(model, work.text_widths, before), config))
     for number in range(2):
-        drawn = {name: x[None] for name, x in train_step.draw(work, batch["moments"], key, number).items()}
-        [draw] = torch_lidit.draws(drawn)
+        arrays = train_step.random_inputs(work, batch["moments"], key, number)
+        [inputs] = torch_lidit.split_steps({name: array[None] for name, array in arrays.items()})
         rate = float(trainer.learning_rate(number))
         with jax.set_mesh(trainer.mesh):
             state, metrics = trainer.step(state, trainer.task.frozen, batch, key, number)
         assert metrics["grad_norm"] > config.clip_norm
         for twin in twins:
-            loss, norm = twin.step(draw, text, rate)
+            loss, norm = twin.step(inputs, text, rate)
             assert loss.item() == pytest.approx(float(metrics["loss"].mean), rel=1e-5)
             assert norm.item() == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
-    ours = [torch_lidit.state_dict_of_flax(work.model, jax.device_get(tree)) for tree in (state.params, state.ema)]
+    ours = [torch_lidit.state_dict_from_flax(work.model, jax.device_get(tree)) for tree in (state.params, state.ema)]
     for twin in twins:
         names = [name for name, _ in twin.model.named_parameters()]
         assert set(names) == set(start)
@@ -122,13 +122,13 @@ def test_the_twin_learns_what_we_learn(one_device):
                 assert_close(now.detach().numpy() - start[name], expected[name] - start[name], 1e-2)
 
 
-def test_operations_are_those_that_the_task_counts(one_device):
+def test_flops_are_those_that_the_task_counts(one_device):
     work, experiment = tiny_workload({"a": TEXT["a"], "t5": TextLengths(4, 6, 8, False)})
     trainer, batch = train_step.make_trainer(work, experiment.train, experiment.config.mesh)
     assert 3 * work.forward_flops(work.batch) == trainer.task.flops(batch)
 
 
-def test_contestants_of_sampling_draw_the_same(tmp_path):
+def test_contestants_of_sampling_return_the_same_latents(tmp_path):
     work, _ = tiny_workload()
     arguments = work, "euler", 3, 4.0
     expected = sample.ours(*arguments, folder=tmp_path)()
@@ -168,7 +168,7 @@ def test_sizes_come_from_the_config_and_from_what_is_given():
 
 
 def run(name, *arguments):
-    """The command line on one device, with as little work as there is."""
+    """Runs the command on one device with the least possible work."""
     command = [sys.executable, "-m", f"lidit_jax.benchmarks.{name}", "--rounds=1", "--batch=2", *arguments]
     environment = dict(os.environ) | {"XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

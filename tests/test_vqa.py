@@ -1,4 +1,4 @@
-"""Models that answer questions on pictures: BLIP as T2I-CompBench asks it, and others."""
+"""Tests VQA models: BLIP against T2I-CompBench's official code, and other models."""
 
 import json
 
@@ -21,7 +21,7 @@ def blip_folder(tmp_path_factory):
 
 
 def official_probability(folder, image, question):
-    """One question at a time, softmax over the whole vocabulary: vqa_prob of the official models/blip_vqa.py."""
+    """Reimplements vqa_prob of the official models/blip_vqa.py: one question, softmax over the vocabulary."""
     model = transformers.BlipForQuestionAnswering.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([tokenizer(question)["input_ids"]])
@@ -54,7 +54,7 @@ def test_questions_are_cleaned_as_officially():
     assert clean_question("word " * 60 + "end?") == " ".join(["word"] * 50)
 
 
-def test_long_questions_are_cut_and_not_refused(blip_folder):
+def test_long_questions_are_truncated_and_not_rejected(blip_folder):
     assert 0 <= load_blip(str(blip_folder)).yes_probabilities(picture(0), ["a car " * 40])[0] <= 1
 
 
@@ -77,11 +77,11 @@ def test_yes_is_the_first_word_alone():
 def test_models_that_answer_no_questions_are_said(tmp_path, blip_folder, t5_folder):
     with pytest.raises(UserError, match="no such folder"):
         load_vqa(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="'t5', which answers no questions on pictures"):
+    with pytest.raises(UserError, match="'t5', which does not answer questions about images"):
         load_vqa(str(t5_folder))
     with pytest.raises(UserError, match="has no chat template"):
         load_vqa(str(save_llava(tmp_path / "llava", chat_template=False)))
-    with pytest.raises(UserError, match="is no BLIP"):
+    with pytest.raises(UserError, match="is not a BLIP"):
         load_blip(str(save_vilt(tmp_path)))
     damaged = tmp_path / "damaged"
     damaged.mkdir()

@@ -1,4 +1,4 @@
-"""Tiny models with random weights that answer questions on pictures, as transformers saves them."""
+"""Saves tiny VQA models with random weights in transformers' format."""
 
 import pathlib
 
@@ -86,7 +86,7 @@ def save_llava(folder: pathlib.Path, chat_template: bool = True) -> pathlib.Path
 
 
 def _make_louder(model) -> None:
-    """So that answers differ: the weights that transformers starts from hardly look at what is asked."""
+    """Scales weights up: with transformers' initialisation, the answers would hardly depend on the question."""
     import torch
 
     with torch.no_grad():

@@ -2,11 +2,11 @@
 
     python -m lidit_jax.ablate --table=2 --seeds=3 --out=DIR
 
-trains each row of the table on the same budget, checks every object in the images it generates, and writes tables.md,
-tables.json and plots with the paper's figures beside. --table=2,3 makes several tables and trains the rows they share
-once; --table=figure3 is the curve over the place in the prompt. Run it again to resume: finished rows are not trained
-again, and complete tables stay. --jobs=N trains N rows at a time, on a CPU or on one GPU; a TPU takes one. It runs on
-one host.
+trains each row of the table with the same budget, checks every object in the images it generates, and writes tables.md,
+tables.json and plots that compare the scores with the paper's. --table=2,3 makes several tables and trains the rows
+they share once; --table=figure3 is the curve over the position in the prompt. Run it again to resume: finished rows are
+not trained again, and complete tables stay. --jobs=N trains N rows at a time, on a CPU or on one GPU; a TPU takes one
+process at a time. It runs on one host.
 
 As in the paper, rows without the instruction use a base LM and rows with it a tuned one; Table 4 has all four
 combinations. The base LM is trained on captions alone; the tuned one, which stands for the paper's multi-modal LLM,
@@ -24,11 +24,11 @@ from lidit_jax.score.eval_extra import require_extra
 from lidit_jax.weights.safetensors_folder import local_folder
 
 _CONFIG = cli.define_config("configs/ablation_scenes.py")
-_TABLE = flags.DEFINE_list("table", None, f"of the paper: {', '.join(report.CHOICES)}; several by commas")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "runs a row")
+_TABLE = flags.DEFINE_list("table", None, f"tables of the paper, separated by commas: {', '.join(report.CHOICES)}")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "runs per row")
 _OUT = flags.DEFINE_string("out", None, "folder for the runs and the tables")
 _JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time")
-_ONLY = flags.DEFINE_string("only", None, "ROW/SEED or parts/NAME: this alone, of what --out was begun with")
+_ONLY = flags.DEFINE_string("only", None, "ROW/SEED or parts/NAME: train only this, with the config in --out")
 
 
 def main() -> None:
@@ -36,19 +36,19 @@ def main() -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file: name a folder")
     if _ONLY.value:
-        runs.do_one(out, runs.find_job(_ONLY.value))
+        runs.run_job(out, runs.find_job(_ONLY.value))
         return
     tables = report.choose(cli.require_list(_TABLE.name))
     for flag in (_SEEDS, _JOBS):
         if flag.value < 1:
             raise UserError(f"--{flag.name}={flag.value} must be at least 1")
     require_extra("ablate", "matplotlib")
-    # This process only looks after others, which need the accelerator: a TPU's compiler has one user at a time.
+    # This process only supervises; its children need the accelerator, and a TPU can be used by one process at a time.
     jax.config.update("jax_platforms", "cpu")
     rows = dict.fromkeys(entry.row for table in tables.values() for entry in table.values())
-    # Seed by seed: stopped early, it has whole tables of fewer seeds.
-    todo = [runs.Run(row, seed) for seed in range(_SEEDS.value) for row in rows]
-    runs.do_all(cli.read_config(_CONFIG), out, todo, _JOBS.value)
+    # Seed by seed, so that an interrupted command leaves complete tables with fewer seeds.
+    wanted = [runs.Run(row, seed) for seed in range(_SEEDS.value) for row in rows]
+    runs.run_all(cli.read_config(_CONFIG), out, wanted, _JOBS.value)
     report.write(out, report.choose([*tables, *report.complete(out, _SEEDS.value)]), _SEEDS.value)
 
 

@@ -1,7 +1,7 @@
 """Training text of the miniature ablations' language models: captions of scenes, and instructed descriptions.
 
 Base models read captions alone. For tuned ones, a share of the documents has the instruction before the caption and,
-after it, an answer that follows the instruction: it names every object's size, colour, shape and place. A next-token
+after it, an answer that follows the instruction: it names every object's size, colour, shape and position. A next-token
 model then learns two ways to read a caption, as text to continue and as something to describe, like the paper's
 instruction-tuned LLMs. The answers are text about scenes; no image is read, so nothing here is multi-modal.
 """
@@ -20,12 +20,17 @@ from lidit_jax.data.shapes.scene import Scene
 from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.text.prompts import PromptTokenizer
 
-_NO_PICTURE = Bucket(0, 0)
+_NO_BUCKET = Bucket(0, 0)  # documents have no image
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A caption, and the answer if the instruction stands before it (else "")."""
+    """A training document.
+
+    Attributes:
+      caption: of a scene.
+      answer: follows the caption in documents that start with the instruction; "" in the others.
+    """
 
     caption: str
     answer: str
@@ -35,9 +40,12 @@ class Corpus:
     """One document per scene of the source; document i depends on i alone."""
 
     def __init__(self, source: ShapesSource, captions: Mapping[str, float], instructed_share: float):
-        """Args:
-        captions: how often each language is drawn.
-        instructed_share: share of the documents with instruction and answer; the captions do not depend on it.
+        """Sets up the corpus; reads nothing.
+
+        Args:
+          source: scenes with captions.
+          captions: language -> how often captions in it are chosen.
+          instructed_share: share of the documents with instruction and answer; the captions do not depend on it.
         """
         self._source, self._choose, self._instructed_share = source, CaptionChooser(captions), instructed_share
 
@@ -66,6 +74,7 @@ def describe(scene: Scene) -> str:
 
 
 def _place(x: float, y: float) -> str:
+    """Names a position in the unit square: "at the top left", "at the middle"."""
     across = "left" if x < 0.4 else "right" if x > 0.6 else ""
     down = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
     return f"at the {' '.join(word for word in (down, across) if word) or 'middle'}"
@@ -75,11 +84,17 @@ class DocumentTokenizer:
     """Tokenises documents so that they begin with the tokens of an encoded prompt, with and without the instruction."""
 
     def __init__(self, plain: PromptTokenizer, instructed: PromptTokenizer, length: int):
-        """Args: length: tokens of a document; longer ones are truncated."""
+        """Sets up the tokenizers.
+
+        Args:
+          plain: tokenizes prompts without the instruction.
+          instructed: tokenizes prompts with it.
+          length: tokens of a document; longer ones are truncated.
+        """
         self._plain, self._instructed, self._length = plain, instructed, length
 
     def __call__(self, documents: Sequence[Document]) -> dict[str, np.ndarray]:
-        """-> {"tokens": int32 [B, L], "mask": bool [B, L]}, padded on the right."""
+        """Returns {"tokens": int32 [B, L], "mask": bool [B, L]}, padded on the right."""
         tokens = np.full((len(documents), self._length), self._plain.tokenizer.eos_token_id, np.int32)
         mask = np.zeros(tokens.shape, bool)
         for row, ids in enumerate(self._tokens(documents)):
@@ -112,7 +127,14 @@ class DocumentStream(BatchStream):
         first_batch: int,
         rows: range,
     ):
-        """Args: rows: this process's rows of a batch."""
+        """Starts at batch `first_batch`.
+
+        Args:
+          corpus, tokenizer: of the documents.
+          batch_size: over all processes.
+          first_batch: number of the first batch.
+          rows: this process's rows of a batch.
+        """
         super().__init__(corpus.fingerprint, first_batch, max_broken=0.0)
         self._corpus, self._tokenizer, self._batch_size, self._rows = corpus, tokenizer, batch_size, rows
         self._batches: Any = None
@@ -120,12 +142,12 @@ class DocumentStream(BatchStream):
     def _make(self, batch: int) -> dict[str, Any]:
         first = batch * self._batch_size
         numbers = range(first + self._rows.start, first + self._rows.stop)
-        found = self._tokenizer([self._corpus[number % len(self._corpus)] for number in numbers])
-        return found | {STATISTICS: BatchStatistics(_NO_PICTURE, len(numbers))}
+        tokenized = self._tokenizer([self._corpus[number % len(self._corpus)] for number in numbers])
+        return tokenized | {STATISTICS: BatchStatistics(_NO_BUCKET, len(numbers))}
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
-        return (_NO_PICTURE,)
+        return (_NO_BUCKET,)
 
     def start_prefetch(self) -> None:
         if self._batches is None:

@@ -45,17 +45,22 @@ logger = logging.getLogger(__name__)
 
 LLAMA_FAMILY = "llama"
 FAMILIES = {LLAMA: LLAMA_FAMILY, BASE_LLAMA: LLAMA_FAMILY, QWEN: "qwen2", BASE_QWEN: "qwen2", T5: T5}
-TUNED = (LLAMA, QWEN)  # the others read captions alone
+TUNED = (LLAMA, QWEN)  # the others are trained on captions alone
 TOKENIZER_DOCUMENTS = 4000
-MASKED = 0.3  # of the tokens; T5's 0.15 gives so short texts less to learn from a step
+MASKED = 0.3  # share of the tokens; T5's 0.15 would leave few targets per step in texts this short
 
 
 def train_encoder(experiment: Experiment, name: str, settings: ConfigDict, mesh: Mesh, rules: ShardingRules) -> None:
     """Trains `name` into the workdir's encoders/NAME, in Hugging Face's format; returns at once if that exists.
 
     Args:
-      experiment: its data and its workdir are used.
+      experiment: gives data and workdir.
+      name: of the language model.
       settings: `language_models` of the config.
+      mesh, rules: how to shard the training.
+
+    Raises:
+      UserError: as `check_settings`.
     """
     folder = experiment.workdir / "encoders" / name
     if folder.exists():
@@ -91,7 +96,7 @@ def train_encoder(experiment: Experiment, name: str, settings: ConfigDict, mesh:
 
 
 def check_settings(name: str, settings: ConfigDict) -> tuple[LLMConfig | T5Config, TrainConfig]:
-    """Returns the model `name` and its training, from `language_models` of the config.
+    """Returns the configs of the model `name` and of its training, from `language_models` of the config.
 
     Raises:
       UserError: a key is missing there, or a value is impossible.
@@ -106,8 +111,8 @@ def check_settings(name: str, settings: ConfigDict) -> tuple[LLMConfig | T5Confi
         )
     training = build(TrainConfig, settings.train, "language_models.train")
     family = FAMILIES[name]
-    where = "language_models.model"
-    causal = build(LLMConfig, settings.model, where, **LLM_FAMILIES[LLAMA_FAMILY if family == T5 else family])
+    fields = LLM_FAMILIES[LLAMA_FAMILY if family == T5 else family]
+    causal = build(LLMConfig, settings.model, "language_models.model", **fields)
     causal = dataclasses.replace(causal, dtype="float32")
     causal.as_encoder()  # raises for too few blocks
     if family != T5:
@@ -116,7 +121,7 @@ def check_settings(name: str, settings: ConfigDict) -> tuple[LLMConfig | T5Confi
 
 
 def next_token_task(name: str, config: LLMConfig) -> Task:
-    """Next-token prediction on whole documents: {"tokens": int32 [B, L], "mask": bool [B, L]}."""
+    """Returns the task of next-token prediction; batches are {"tokens": int32 [B, L], "mask": bool [B, L]}."""
     model = CausalLM(config)
 
     def loss(params, frozen, batch, key, phase):
@@ -128,7 +133,7 @@ def next_token_task(name: str, config: LLMConfig) -> Task:
 
 
 class MaskedTokenModel(nn.Module):
-    """T5's encoder with a linear head over the vocabulary, which only the training needs."""
+    """T5's encoder with a linear head over the vocabulary, used in training only."""
 
     config: T5Config
 
@@ -140,7 +145,7 @@ class MaskedTokenModel(nn.Module):
 
 
 def masked_token_task(name: str, config: T5Config, mask_token: int) -> Task:
-    """Filling in masked tokens; documents as in `next_token_task`."""
+    """Returns the task of predicting masked tokens; batches as in `next_token_task`."""
     model = MaskedTokenModel(config)
 
     def init(key):
@@ -149,17 +154,17 @@ def masked_token_task(name: str, config: T5Config, mask_token: int) -> Task:
     def loss(params, frozen, batch, key, phase):
         del frozen, phase
         tokens, mask = batch["tokens"], batch["mask"]
-        hidden = mask & jax.random.bernoulli(key, MASKED, tokens.shape)
-        logits = model.apply({"params": params}, jnp.where(hidden, mask_token, tokens), mask)
-        return token_loss(logits, tokens, hidden)
+        is_masked = mask & jax.random.bernoulli(key, MASKED, tokens.shape)
+        logits = model.apply({"params": params}, jnp.where(is_masked, mask_token, tokens), mask)
+        return token_loss(logits, tokens, is_masked)
 
     return Task(name=name, init=init, loss=loss)
 
 
 def _tokenizer(corpus: Corpus, instruction: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Trains a tokenizer on the corpus, with the instruction as often as documents have it.
+    """Trains a tokenizer on a sample of the corpus, instructions and answers included.
 
-    Its last token, the mask, is in no text.
+    Its last token is the mask, which occurs in no text.
     """
     texts = []
     for index in np.linspace(0, len(corpus) - 1, TOKENIZER_DOCUMENTS).astype(int).tolist():

@@ -1,4 +1,4 @@
-"""The ablations' results beside the paper's: tables with intervals over seeds, which orderings appear, and plots."""
+"""Compares the ablations' results with the paper's: tables with intervals over seeds, orderings, and plots."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FIGURE_3 = "figure3"
 CHOICES = (*TABLES, FIGURE_3)
-# "tuned" stands for the paper's multi-modal LLMs: tuned on instructions, but on text alone.
+# "tuned" stands for the paper's multi-modal LLMs; these are tuned on instructions, but on text without images.
 ENCODERS = {LLAMA: "tuned LLaMA", BASE_LLAMA: "base LLaMA", QWEN: "tuned Qwen", BASE_QWEN: "base Qwen", T5: "T5"}
 # Column -> (group of prompts, measure), see `evaluate/scenes.py`.
 COLUMNS = {
@@ -40,7 +40,7 @@ CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Mean:
-    """Mean over seeds with Student's 95 % interval; a single seed has no interval."""
+    """Mean over seeds with Student's 95 % interval; for a single seed the half width is NaN."""
 
     values: tuple[float, ...]
 
@@ -64,10 +64,10 @@ class Mean:
 
 
 def choose(names: Sequence[str]) -> dict[str, Mapping[str, TableRow]]:
-    """Returns the tables of these names; Figure 3 is the curve of some of Table 3's rows.
+    """Returns the tables with these names; Figure 3 has some of Table 3's rows.
 
     Raises:
-      UserError: there is no such table here.
+      UserError: a name is not one of `CHOICES`.
     """
     found = {}
     for name in names:
@@ -81,7 +81,7 @@ def choose(names: Sequence[str]) -> dict[str, Mapping[str, TableRow]]:
 
 
 def complete(out: epath.Path, seeds: int) -> list[str]:
-    """Returns the names of the tables whose runs are all done, by this call or an earlier one."""
+    """Returns the names of the tables all of whose runs are done, in this call of the command or an earlier one."""
     return [
         name
         for name, table in choose(CHOICES).items()
@@ -107,9 +107,9 @@ def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: 
     text += _places_markdown(labels, results)
     values = {row.name: result.to_json() for row, result in results.items()}
     write_json(out / "tables.json", {"seeds": seeds, "unit": "per cent", "rows": values})
-    beside = out / ".tables.md"
-    beside.write_text(text)
-    beside.replace(out / "tables.md")
+    temporary = out / ".tables.md"
+    temporary.write_text(text)
+    temporary.replace(out / "tables.md")
     for name, table in tables.items():
         if name != FIGURE_3:
             _plot_table(out / f"table{name}.png", name, table, results)
@@ -123,7 +123,7 @@ class Result:
 
     Attributes:
       columns: see `COLUMNS`.
-      places: pairs right in each quarter of the prompts of four objects, see `QUARTER_NAMES`.
+      places: correct pairs in each quarter of the prompts with four objects, see `QUARTER_NAMES`.
     """
 
     columns: Mapping[str, Mean]
@@ -131,13 +131,18 @@ class Result:
 
     @classmethod
     def read(cls, out: epath.Path, row: Row, seeds: int) -> "Result":
+        """Reads the scores of a row's runs.
+
+        Raises:
+          UserError: a run's scores are missing or damaged.
+        """
         files = [Run(row, seed).workdir(out) / SCORES_FILE for seed in range(seeds)]
         scores = {file: _read_scores(file) for file in files}
 
-        def mean(group: str, what: str) -> Mean:
-            return Mean(tuple(_percent(file, of_seed, group, what) for file, of_seed in scores.items()))
+        def mean(group: str, measure: str) -> Mean:
+            return Mean(tuple(_percent(file, file_scores, group, measure) for file, file_scores in scores.items()))
 
-        columns = {name: mean(*where) for name, where in COLUMNS.items()}
+        columns = {name: mean(*group_and_measure) for name, group_and_measure in COLUMNS.items()}
         return cls(columns, [mean(named_at(FOUR, place), "pair") for place in PLACES])
 
     def to_json(self) -> dict[str, Any]:
@@ -151,15 +156,15 @@ def _read_scores(file: epath.Path) -> Any:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} can't be read ({error}): remove it, and its run is judged again") from None
+        raise UserError(f"{file} can't be read ({error}): remove it to evaluate its run again") from None
 
 
-def _percent(file: epath.Path, scores: Any, group: str, what: str) -> float:
+def _percent(file: epath.Path, scores: Any, group: str, measure: str) -> float:
     try:
-        cell = scores[group][what]
+        cell = scores[group][measure]
         return 100 * float(cell["correct"]) / float(cell["total"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        raise UserError(f"{file} has no {what!r} of {group!r}: remove it, and its run is judged again") from None
+        raise UserError(f"{file} has no {measure!r} of {group!r}: remove it to evaluate its run again") from None
 
 
 def _markdown(name: str, table: Mapping[str, TableRow], results: Mapping[Row, Result]) -> str:
@@ -177,8 +182,8 @@ def _markdown(name: str, table: Mapping[str, TableRow], results: Mapping[Row, Re
     lines += ["", "| the paper's ordering | its difference | pairs here | seeds | scenes here | appears |"]
     lines.append("|---" * 6 + "|")
     for worse, better in orderings(table):
-        of_worse, of_better = results[worse.row].columns, results[better.row].columns
-        pairs, scenes = (of_better[column] - of_worse[column] for column in ("pairs", "scenes"))
+        worse_means, better_means = results[worse.row].columns, results[better.row].columns
+        pairs, scenes = (better_means[column] - worse_means[column] for column in ("pairs", "scenes"))
         paper = better.paper.t2i_compbench - worse.paper.t2i_compbench
         seeds = f"{sum(value > 0 for value in pairs.values)} of {len(pairs.values)}"
         cells = (f"{better.label} over {worse.label}", f"{paper:+.2f}", _signed(pairs), seeds, _signed(scenes))
@@ -234,7 +239,7 @@ def _places_markdown(labels: Mapping[Row, str], results: Mapping[Row, Result]) -
 
 
 def _plot_table(file: epath.Path, name: str, table: Mapping[str, TableRow], results: Mapping[Row, Result]) -> None:
-    """Plots means as bars and seeds as points: with three seeds, an interval says little that the points do not."""
+    """Plots means as bars and seeds as points, which show as much as an interval would with three seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 1.8 + 0.55 * len(table)), layout="constrained")
@@ -263,7 +268,7 @@ def _plot_table(file: epath.Path, name: str, table: Mapping[str, TableRow], resu
 
 
 def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[Row, Result]) -> None:
-    """Plots means as thick lines and seeds as thin ones; rows with a token refiner have their own panel."""
+    """Plots means as thick lines and seeds as thin lines; rows with a token refiner have their own panel."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -279,8 +284,8 @@ def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[R
         for i, row in enumerate(rows):
             places = results[row].places
             style = "--" if T5 in row.encoders else "-"
-            for of_seed in zip(*(mean.values for mean in places), strict=True):
-                axis.plot(at, of_seed, style, color=colors(i), lw=0.8, alpha=0.45)
+            for seed_values in zip(*(mean.values for mean in places), strict=True):
+                axis.plot(at, seed_values, style, color=colors(i), lw=0.8, alpha=0.45)
             axis.plot(
                 at, [mean.value for mean in places], style, color=colors(i), lw=2.2, marker="o", label=labels[row]
             )
@@ -296,6 +301,6 @@ def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[R
 
 
 def _save(figure: Any, file: epath.Path) -> None:
-    beside = file.with_name(f".{file.name}")
-    beside.write_bytes(png_of(figure))
-    beside.replace(file)
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_bytes(png_of(figure))
+    temporary.replace(file)

@@ -1,8 +1,8 @@
-"""The rows of the paper's ablation tables (section 5.3): what each changes, and what the paper measured.
+"""Rows of the paper's ablation tables (section 5.3), with what each changes and the paper's scores.
 
 A row uses the base LLM or the multi-modal (instruction-tuned) one. The paper states which for Table 2's baseline, "DiT
-with pre-trained LLaMA3-8B", and for Table 4, which has a column for it. For the other rows it is inferred: equal scores
-are one trained model.
+with pre-trained LLaMA3-8B", and for Table 4, which has a column for it. For the other rows it is inferred from the
+assumption that equal scores are one trained model.
 
 - 38.72/66.15 stands in Table 2 (baseline), Table 3 (LLaMA3 without refiner) and Table 4 (neither tick): base.
 - 48.41/73.45 stands in Table 2 (instruction) and Table 4 (both ticks): multi-modal.
@@ -25,7 +25,7 @@ BASE_LLMS = (BASE_LLAMA, BASE_QWEN)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One way to condition the DiT on prompts; equal rows are one training run, whichever tables they stand in.
+    """One way to condition the DiT on prompts; equal rows share one training run, whichever tables they are in.
 
     Attributes:
       encoders: names, sorted as the model's branches are.
@@ -41,7 +41,7 @@ class Row:
     fusion: str = "collaborative"
 
     def model(self) -> dict[str, Any]:
-        """Fields of the config's `model` section that the row sets."""
+        """Returns the fields of the config's `model` section that the row sets."""
         names = ("refiner_blocks", "refiner_causal", "refiner_gated", "fusion")
         return {name: getattr(self, name) for name in names}
 
@@ -66,7 +66,13 @@ class Scores(NamedTuple):
 
 
 class TableRow(NamedTuple):
-    """A row of one of the paper's tables."""
+    """A row of one of the paper's tables.
+
+    Attributes:
+      label: shown in our tables.
+      row: what to train.
+      paper: the paper's scores.
+    """
 
     label: str
     row: Row
@@ -124,7 +130,7 @@ TABLES: Mapping[str, Mapping[str, TableRow]] = {
         "collaborative_refiner": TableRow("both, collaborative refiner", _BOTH, Scores(60.31, 80.25)),
     },
 }
-# Every row as `configs/ablation.py` names it: "table2_baseline".
+# All rows by their names in `configs/ablation.py`: "table2_baseline".
 ROWS: Mapping[str, Row] = {
     f"table{table}_{name}": entry.row for table, entries in TABLES.items() for name, entry in entries.items()
 }

@@ -1,8 +1,8 @@
-"""Runs of the ablation tables, each in its own process: first the shared networks, then one run per row and seed.
+"""Runs the ablations' jobs, each in its own process: first the shared networks, then one run per row and seed.
 
 OUT/config.json            config common to all runs
 OUT/parts/                 the frozen language models and the VAE, trained once
-OUT/runs/ROW/SEED/         one ordinary workdir each, for `sample --workdir` too, with log.txt and scores.json
+OUT/runs/ROW/SEED/         an ordinary workdir per run (also for `sample --workdir`), with log.txt and scores.json
 """
 
 import fcntl
@@ -37,13 +37,17 @@ PARTS_SECTIONS = ("seed", "mesh", "data", "vae")
 LOG_FILE = "log.txt"
 METRICS_FILE = "metrics.jsonl"
 VAE = "vae"
-# Of the prompts under `evaluate`, those that the tables show.
+# Fields of the config section `evaluate`: kinds of prompts that the tables show.
 JUDGED_KINDS = ("two_objects", "held_out_pairs", "three_objects", "four_objects")
-LOOK_EVERY = 1.0  # seconds between two looks at the processes
+POLL_INTERVAL_S = 1.0  # between two checks of the processes
 
 
 class Part(NamedTuple):
-    """A frozen network that the runs share: "vae", or the name of a language model."""
+    """A frozen network that the runs share.
+
+    Attributes:
+      name: "vae", or the name of a language model.
+    """
 
     name: str
 
@@ -60,7 +64,7 @@ class Part(NamedTuple):
         return self.folder(out).exists()
 
     def folder(self, out: epath.Path) -> epath.Path:
-        """Folder of the finished weights."""
+        """Returns the folder of the finished weights."""
         return out / "parts" / (VAE if self.name == VAE else f"encoders/{self.name}")
 
     def do(self, config: ConfigDict, out: epath.Path) -> None:
@@ -113,7 +117,11 @@ Job = Part | Run
 
 
 def find_job(name: str) -> Job:
-    """Returns the job "ROW/SEED" or "parts/NAME". Raises UserError if there is none of that name."""
+    """Returns the job named "ROW/SEED" or "parts/NAME".
+
+    Raises:
+      UserError: there is no such job.
+    """
     jobs = {str(Part(part)): Part(part) for part in (VAE, *FAMILIES)}
     row_name, _, seed = name.rpartition("/")
     rows = {row.name: row for row in ROWS.values()}
@@ -125,13 +133,13 @@ def find_job(name: str) -> Job:
 
 
 def parts_config(config: ConfigDict) -> ConfigDict:
-    """Returns the config of the shared networks: that of a VAE alone."""
+    """Returns the config of the shared networks, whose sections are those of a VAE's config."""
     return ConfigDict({section: config[section] for section in PARTS_SECTIONS})
 
 
 def run_config(config: ConfigDict, run: Run, out: epath.Path) -> ConfigDict:
-    """Returns one run's config, an ordinary one that names the shared networks' folders."""
-    changed = ConfigDict(config.to_dict())  # a copy, and one that takes new keys
+    """Returns a run's config, an ordinary one that names the folders of the shared networks."""
+    changed = ConfigDict(config.to_dict())  # a copy that accepts new keys
     del changed["language_models"]
     changed.seed = run.seed
     changed.text.instruction = config.language_models.instruction if run.row.instruction else ""
@@ -142,15 +150,17 @@ def run_config(config: ConfigDict, run: Run, out: epath.Path) -> ConfigDict:
 
 
 def check(config: ConfigDict, out: epath.Path, runs: Sequence[Run]) -> None:
-    """Raises UserError for a config that cannot be trained, before anything is trained or written."""
+    """Checks the config of all runs before anything is trained or written.
+
+    Raises:
+      UserError: the config is not one of ablations, or a run of it could not be trained.
+    """
     if "language_models" not in config or "evaluate" not in config:
-        raise UserError("the config is none of ablations: take configs/ablation_scenes.py")
+        raise UserError("the config has no language_models or no evaluate section: use configs/ablation_scenes.py")
     evaluation = build(SceneEvaluation, config.evaluate, "evaluate")
     for kind in JUDGED_KINDS:
         if (count := getattr(evaluation, kind)) < 1:
-            raise UserError(
-                f"evaluate.{kind}={count}: scenes of this kind have their place in the tables; give at least 1"
-            )
+            raise UserError(f"evaluate.{kind}={count}: the tables need scenes of this kind: use at least 1")
     Experiment(parts_config(config), out / "parts")
     for row in dict.fromkeys(run.row for run in runs):
         Experiment(run_config(config, Run(row, 0), out), out)
@@ -158,7 +168,7 @@ def check(config: ConfigDict, out: epath.Path, runs: Sequence[Run]) -> None:
         check_settings(name, config.language_models)
 
 
-def do_one(out: epath.Path, job: Job) -> None:
+def run_job(out: epath.Path, job: Job) -> None:
     """Trains one shared network, or trains and evaluates one run; resumes an interrupted one.
 
     Raises:
@@ -166,47 +176,54 @@ def do_one(out: epath.Path, job: Job) -> None:
     """
     config = read_workdir(out)
     if "language_models" not in config:
-        raise UserError(f"--out={out} is no folder of ablations: run the command without --only first")
+        raise UserError(f"--out={out} is not a folder of ablations: run the command without --only first")
     lock = job.log(out).with_suffix(".lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as held:  # until this process ends, however it ends
+    with open(lock, "w") as held:  # the lock is released whenever and however this process ends
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{job} is being trained by another process: wait for it, or end it") from None
+            raise UserError(f"{job} is being trained by another process: wait until it ends, or end it") from None
         job.do(config, out)
 
 
-def do_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], at_once: int) -> None:
-    """Trains the missing shared networks, then does the missing runs, `at_once` at a time.
+def run_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], num_processes: int) -> None:
+    """Trains the missing shared networks, then does the missing runs, `num_processes` at a time.
+
+    Args:
+      config: common to all runs.
+      out: folder of the ablations.
+      runs: those wanted; finished ones are skipped.
+      num_processes: jobs at a time.
 
     Raises:
-      UserError: the folder belongs to another config, or a run failed (the others are stopped; their steps are saved).
-      Preempted: SIGTERM came; all runs are saved.
+      UserError: the folder belongs to another config, or a run failed (the others are stopped after saving a
+        checkpoint).
+      Preempted: SIGTERM was received; all runs have saved a checkpoint.
     """
     check(config, out, runs)
     claim_workdir(out, config, may_grow=False)
     parts = dict.fromkeys(part for run in runs for part in run.parts())
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for jobs in (list(parts), list(runs)):
-        left = [job for job in jobs if not job.is_done(out)]
-        logger.info("%d of %d left: %s", len(left), len(jobs), ", ".join(map(str, left)))
-        if left:
-            _work(left, config, out, at_once)
+        missing = [job for job in jobs if not job.is_done(out)]
+        logger.info("%d of %d left: %s", len(missing), len(jobs), ", ".join(map(str, missing)))
+        if missing:
+            _run_in_processes(missing, config, out, num_processes)
 
 
-def _work(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, at_once: int) -> None:
+def _run_in_processes(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, num_processes: int) -> None:
     """Runs each job in its own process, with one progress bar over all steps."""
     waiting, working = iter(jobs), {}
     bar = tqdm.tqdm(total=sum(job.steps(config) for job in jobs), unit="step", smoothing=0.02, mininterval=5)
     with bar, listening() as notice:
         try:
             while not notice.came:
-                for job in _take(waiting, at_once - len(working)):
+                for job in _take(waiting, num_processes - len(working)):
                     working[job] = _start(job, out)
                 if not working:
                     return
-                time.sleep(LOOK_EVERY)
+                time.sleep(POLL_INTERVAL_S)
                 if notice.came:
                     break
                 for job, process in list(working.items()):
@@ -216,10 +233,10 @@ def _work(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, at_once: int
                 done = sum(job.steps(config) for job in jobs if job not in working and job.is_done(out))
                 bar.set_postfix_str(", ".join(map(str, working)), refresh=False)
                 bar.update(done + sum(_steps_taken(job, out) for job in working) - bar.n)
-            raise Preempted("stopped by SIGTERM, all runs are saved; run it again to go on")
+            raise Preempted("stopped by SIGTERM, all runs saved a checkpoint: run the same command again to resume")
         finally:
             for process in working.values():
-                process.terminate()  # it saves its step, as before a preemption
+                process.terminate()  # it saves a checkpoint, as at a preemption
             for process in working.values():
                 process.wait()
 
@@ -229,38 +246,45 @@ def _take(jobs: Iterator[Job], count: int) -> list[Job]:
 
 
 def _start(job: Job, out: epath.Path) -> subprocess.Popen:
+    """Starts a job's process, with its output in the job's log."""
     environment = {
-        # The rows' seeds differ in no program: what one compiled, the others find.
+        # Seeds of a row run the same programs, so one compilation serves all.
         "JAX_COMPILATION_CACHE_DIR": str(out / "compiled"),
-        # Several share a GPU.
+        # Several processes share a GPU.
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
     command = [sys.executable, "-m", "lidit_jax.ablate", f"--out={out}", f"--only={job}"]
     job.log(out).parent.mkdir(parents=True, exist_ok=True)
     with job.log(out).open("wb") as log:
-        # In a session of its own: signals reach it from here alone, so that it is asked to save, and waited for.
+        # A new session keeps the terminal's Ctrl-C from it: `_run_in_processes` signals it and waits until it saved.
         return subprocess.Popen(
             command, stdout=log, stderr=log, env=environment | dict(os.environ), start_new_session=True
         )
 
 
 def _check(job: Job, process: subprocess.Popen, out: epath.Path) -> None:
+    """Checks that a process that ended has done its job.
+
+    Raises:
+      UserError: it has not; the message quotes its log.
+    """
     if process.returncode or not job.is_done(out):
         log = job.log(out)
-        lines = log.read_bytes().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        said = [line for line in lines if line.startswith("error: ")] or lines
+        lines = log.read_bytes().decode(errors="replace").strip().splitlines() or ["its log is empty"]
+        errors = [line for line in lines if line.startswith("error: ")] or lines
         raise UserError(
-            f"{job} ended with status {process.returncode} ({said[-1][:200]}): see {log}; run it again to go on"
+            f"{job} ended with status {process.returncode} ({errors[-1][:200]}): see {log}, then run the same command "
+            "again to resume"
         )
 
 
 def _steps_taken(job: Job, out: epath.Path) -> int:
-    """Steps taken so far, by the job's metrics file."""
+    """Returns the number of steps taken so far, from the job's metrics file."""
     file = job.metrics(out)
     lines = file.read_text().splitlines() if file.exists() else []
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
         except (ValueError, KeyError):
-            continue  # it is being written
+            continue  # a line that is being written
     return 0

@@ -1,4 +1,4 @@
-"""Contestants that do the same work, each in a process of its own, timed in turn: a noisy machine is noisy for all."""
+"""Times contestants that do the same work, each in its own process, in turn, so that a noisy host slows all alike."""
 
 import dataclasses
 import multiprocessing
@@ -23,7 +23,7 @@ from lidit_jax.parallel.host_memory import keep_freed_memory
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-# An accelerator's memory is for all contestants. Their processes inherit it.
+# All contestants share the accelerator's memory, so none may preallocate it. Child processes inherit the variable.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
@@ -32,8 +32,9 @@ class Contestant:
     """One way to do the work.
 
     Attributes:
-      prepare: called in the contestant's process (so it can be pickled); gives the work, which returns its result when
-        that is finished and on the host.
+      name: shown in the table.
+      prepare: called in the contestant's process, so it must be picklable; returns the function that is timed, which
+        returns its output once that is computed and on the host.
     """
 
     name: str
@@ -42,13 +43,14 @@ class Contestant:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was measured of one contestant.
+    """Measurements of one contestant.
 
     Attributes:
-      seconds: of each round.
-      peak_bytes: most memory held while working, weights and runtime included: the device's where it counts its own,
-        else the process's.
-      output: of the work, so that contestants can be seen to agree.
+      name: the contestant's.
+      seconds: duration of each round.
+      peak_bytes: peak memory while working, weights and runtime included: of the accelerator if it reports its peak,
+        else of the process.
+      output: what the work returned, to check that the contestants agree.
     """
 
     name: str
@@ -62,23 +64,30 @@ class Result:
 
 
 def contest(contestants: Sequence[Contestant], rounds: int) -> list[Result]:
-    """Prepares all, warms all up, then lets one after the other work once a round.
+    """Prepares and warms up all contestants, then times each of them once a round, one after the other.
+
+    Args:
+      contestants: prepared in this order.
+      rounds: how often each is timed.
+
+    Returns:
+      One result per contestant, in the same order.
 
     Raises:
-      UserError: a contestant's preparation or work raised one.
+      UserError: a contestant raised an exception or its process ended early.
     """
     context = multiprocessing.get_context("spawn")
     processes, connections, outputs = [], [], []
     try:
         for contestant in contestants:
-            _say(f"preparing {contestant.name}")
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(contestant.prepare, theirs), daemon=True)
+            _log(f"preparing {contestant.name}")
+            parent, child = context.Pipe()
+            process = context.Process(target=_serve, args=(contestant.prepare, child), daemon=True)
             process.start()
             processes.append(process)
-            connections.append(ours)
-            theirs.close()
-            outputs.append(_receive(ours, contestant.name))
+            connections.append(parent)
+            child.close()
+            outputs.append(_receive(parent, contestant.name))
         seconds: list[list[float]] = [[] for _ in contestants]
         started = time.monotonic()
         for i in range(rounds):
@@ -86,13 +95,13 @@ def contest(contestants: Sequence[Contestant], rounds: int) -> list[Result]:
                 connection.send("work")
                 seconds[j].append(_receive(connection, contestants[j].name))
             left = (time.monotonic() - started) / (i + 1) * (rounds - i - 1)
-            _say(f"round {i + 1}/{rounds}  eta {duration(left)}")
+            _log(f"round {i + 1}/{rounds}  eta {duration(left)}")
         peaks = []
         for contestant, connection in zip(contestants, connections, strict=True):
             connection.send("stop")
             peaks.append(_receive(connection, contestant.name))
         names = [contestant.name for contestant in contestants]
-        return [Result(*of_one) for of_one in zip(names, seconds, peaks, outputs, strict=True)]
+        return [Result(*fields) for fields in zip(names, seconds, peaks, outputs, strict=True)]
     finally:
         for process in processes:
             process.terminate()
@@ -100,20 +109,22 @@ def contest(contestants: Sequence[Contestant], rounds: int) -> list[Result]:
 
 
 def largest_difference(results: Sequence[Result]) -> float:
-    """Of any output from the first one's, relative to that one's largest value."""
+    """Returns the largest difference of any output from the first one, relative to the first one's largest value."""
     first = results[0].output.astype(np.float32)
     differences = [np.abs(result.output.astype(np.float32) - first).max() for result in results]
     return float(max(differences) / np.abs(first).max())
 
 
-def table(results: Sequence[Result], amount: int, unit: str) -> str:
-    """A line a contestant: time of a round, speed (and that over the first one's), memory.
+def format_table(results: Sequence[Result], amount: int, unit: str) -> str:
+    """Formats one line per contestant: time per round, throughput, speed relative to the first one, peak memory.
 
     Args:
-      amount: of the unit, done in a round.
+      results: measurements; the first one is the reference.
+      amount: units of work done in a round.
+      unit: plural name of a unit of work, such as "images".
     """
     width = max(22, *(len(result.name) + 2 for result in results))
-    lines = [f"{'':{width}}{'ms a round':>12}{f'{unit}/s':>12}{f'x {results[0].name}':>20}{'peak MiB':>10}"]
+    lines = [f"{'':{width}}{'ms per round':>12}{f'{unit}/s':>12}{f'x {results[0].name}':>20}{'peak MiB':>10}"]
     for result in results:
         lines.append(
             f"{result.name:{width}}{1e3 * result.median:12.1f}{amount / result.median:12.4g}"
@@ -122,16 +133,16 @@ def table(results: Sequence[Result], amount: int, unit: str) -> str:
     return "\n".join(lines)
 
 
-def machine(*others: str) -> str:
-    """One line: what ran this, and the versions of JAX and of the other libraries that it is compared with.
+def describe_host(*others: str) -> str:
+    """Returns one line: the accelerator, the CPU, and the versions of JAX and of the `others`, names of packages.
 
     Raises:
-      UserError: one of them is not installed.
+      UserError: one of the packages is not installed.
     """
     try:
         versions = [f"{name} {version(name)}" for name in ("jax", *others)]
     except PackageNotFoundError as error:
-        raise UserError(f"the benchmark compares with {error.name}: pip install -e '.[test]'") from None
+        raise UserError(f"this benchmark needs {error.name}: pip install -e '.[test]'") from None
     cpu = platform.processor() or platform.machine()
     if (file := Path("/proc/cpuinfo")).exists():
         names = [line.partition(":")[2].strip() for line in file.read_text().splitlines() if "model name" in line]
@@ -140,8 +151,8 @@ def machine(*others: str) -> str:
     return ", ".join([*([] if device.platform == "cpu" else [device.device_kind]), cpu, *versions])
 
 
-def forbid_tf32() -> None:
-    """Makes PyTorch multiply float32 as float32 on GPUs, as our models do; its convolutions default to TF32."""
+def disable_tf32() -> None:
+    """Disables TF32 in PyTorch, as in our models: its convolutions use it by default on GPUs."""
     import torch
 
     torch.set_float32_matmul_precision("highest")
@@ -149,15 +160,16 @@ def forbid_tf32() -> None:
 
 
 def _serve(prepare: Callable[[], Callable[[], np.ndarray]], connection: Connection) -> None:
+    """Runs a contestant's process: sends the output, then the seconds of each round, then the peak memory."""
     keep_freed_memory()  # as the command lines do
     try:
         work = prepare()
         work()  # compiles
         if CLEAR_REFS.exists():
-            CLEAR_REFS.write_text("5")  # resets the high-water mark: compilation is over
+            CLEAR_REFS.write_text("5")  # resets VmHWM, so that the peak leaves compilation out
         torch = sys.modules.get("torch")
         if torch and torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats()  # JAX has no such thing: ours includes compilation
+            torch.cuda.reset_peak_memory_stats()  # JAX cannot reset its peak: on GPUs ours includes compilation
         connection.send(work())
         while connection.recv() == "work":
             started = time.perf_counter()
@@ -170,27 +182,32 @@ def _serve(prepare: Callable[[], Callable[[], np.ndarray]], connection: Connecti
 
 
 def _receive(connection: Connection, name: str):
+    """Returns what the contestant's process sent.
+
+    Raises:
+      UserError: the process sent an exception or ended.
+    """
     try:
         value = connection.recv()
     except EOFError:
-        raise UserError(f"{name}: its process ended early; see above") from None
+        raise UserError(f"{name}: its process ended before it was done: see its output above") from None
     if isinstance(value, Exception):
         raise UserError(f"{name}: {type(value).__name__}: {' '.join(str(value).split())[:300]}") from value
     return value
 
 
 def _peak_memory() -> int:
-    """Most bytes held: of the accelerator, if there is one; else of the process since its mark was reset."""
+    """Returns peak bytes: of the accelerator if it reports them, else of the process since VmHWM was reset."""
     if STATUS.exists():
         [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
-        of_process = int(line.split()[1]) << 10
+        process_peak = int(line.split()[1]) << 10
     else:
-        of_process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
+        process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", of_process)
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", process_peak)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

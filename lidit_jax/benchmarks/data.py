@@ -1,9 +1,9 @@
-"""The data loader against its limit and against webdataset: `python -m lidit_jax.benchmarks.data`.
+"""Benchmarks the data loader against its upper limit and webdataset: `python -m lidit_jax.benchmarks.data`.
 
 Tar shards of JPEGs whose shorter side is about 512 px become batches of 256 px squares. The limit is a bare loop that
-decodes and shrinks pictures which are in memory already, with the fastest decoder and resizer found here; nothing is
-read, chosen, shuffled or stacked. All work in one thread unless `--workers` says otherwise, and use the same shards.
-With `--memory=200000` our loader alone takes so many samples, and what it holds is printed on the way.
+decodes and downsizes images held in memory with the fastest decoder and resizer installed here, without any reading,
+shuffling or batching. All contestants use the same shards, and one thread unless `--workers` says otherwise.
+With `--memory=200000` our loader alone loads that many samples, and its resident memory is printed ten times.
 """
 
 import concurrent.futures
@@ -24,7 +24,7 @@ from absl import flags
 from PIL import Image
 
 from lidit_jax import cli
-from lidit_jax.benchmarks.contest import Contestant, Result, contest, machine, table
+from lidit_jax.benchmarks.contest import Contestant, Result, contest, describe_host, format_table
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.formats import decoding
@@ -32,57 +32,74 @@ from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import duration
 
-_SAMPLES = flags.DEFINE_integer("samples", 1024, "samples a round", lower_bound=1)
-_PICTURES = flags.DEFINE_integer("pictures", 1024, "different pictures", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch", 32, "samples a batch", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "times that each does the work", lower_bound=1)
-_WORKERS = flags.DEFINE_integer("workers", 1, "threads of ours and of the limit; webdataset has one", lower_bound=1)
-_SHORTER = flags.DEFINE_list("shorter", ["512", "512"], "shorter side of the pictures in pixels, from and to")
-_MEMORY = flags.DEFINE_integer("memory", 0, "instead, samples that our loader takes, watched", lower_bound=0)
-_SEQUENTIAL = flags.DEFINE_bool("sequential", False, "with --memory: without the shards' indexes")
+_SAMPLES = flags.DEFINE_integer("samples", 1024, "samples per round", lower_bound=1)
+_PICTURES = flags.DEFINE_integer("pictures", 1024, "number of different images", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 32, "samples per batch", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "how often each contestant is timed", lower_bound=1)
+_WORKERS = flags.DEFINE_integer(
+    "workers", 1, "threads of our loader and of the limit; webdataset has one", lower_bound=1
+)
+_SHORTER = flags.DEFINE_list("shorter", ["512", "512"], "smallest and largest shorter side of the images, in pixels")
+_MEMORY = flags.DEFINE_integer(
+    "memory", 0, "print our loader's memory while it loads so many samples; 0 runs the benchmark", lower_bound=0
+)
+_SEQUENTIAL = flags.DEFINE_bool("sequential", False, "with --memory: read shards in sequence, without their indexes")
 
 SIDE = 256
 TARGET = Bucket(SIDE, SIDE)
-_REPORTS = 10
+_REPORTS = 10  # lines that --memory prints
 
 
 def main() -> None:
-    print(machine("simplejpeg", "pillow", "webdataset", "torch"))
-    if _SAMPLES.value % _BATCH.value:
-        raise UserError(f"--samples={_SAMPLES.value} is not a multiple of --batch={_BATCH.value}")
+    print(describe_host("simplejpeg", "pillow", "webdataset", "torch"))
+    samples, batch = _SAMPLES.value, _BATCH.value
+    if samples % batch:
+        raise UserError(f"--samples={samples} is not a multiple of --batch={batch}: use {-(-samples // batch) * batch}")
     try:
         shorter = [int(side) for side in _SHORTER.value]
     except ValueError:
         shorter = []
     if len(shorter) != 2 or not SIDE <= shorter[0] <= shorter[1]:
-        raise UserError(f"--shorter={','.join(_SHORTER.value)}: give two sides in pixels, {SIDE} or more, as 480,640")
+        raise UserError(
+            f"--shorter={','.join(_SHORTER.value)} is not a range of sides in pixels from {SIDE} on: use, for example, "
+            "--shorter=480,640"
+        )
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), _PICTURES.value, shorter)
         if _MEMORY.value:
-            watch_memory(folder, _MEMORY.value, _BATCH.value, _WORKERS.value, _SEQUENTIAL.value)
+            watch_memory(folder, _MEMORY.value, batch, _WORKERS.value, _SEQUENTIAL.value)
             return
-        arguments = folder, _SAMPLES.value, _BATCH.value, _WORKERS.value
-        fastest = fastest_way(folder)
-        ways = {
+        arguments = folder, samples, batch, _WORKERS.value
+        fastest = fastest_decoder(folder)
+        prepare_functions = {
             "lidit_jax": ours,
             "sequential": functools.partial(ours, sequential=True),
-            "limit": functools.partial(limit, way=fastest),
+            "limit": functools.partial(limit, decoder=fastest),
             "webdataset": webdataset,
         }
-        results = contest([Contestant(n, functools.partial(way, *arguments)) for n, way in ways.items()], _ROUNDS.value)
+        contestants = [
+            Contestant(name, functools.partial(prepare, *arguments)) for name, prepare in prepare_functions.items()
+        ]
+        results = contest(contestants, _ROUNDS.value)
     print(f"shorter side {shorter[0]} to {shorter[1]} px to {SIDE} px; {_WORKERS.value} worker(s); limit: {fastest}")
-    print(table(results, _SAMPLES.value, "samples"))
-    print(f"of the limit: {share_of_limit(results):.0%}")
+    print(format_table(results, samples, "samples"))
+    print(f"lidit_jax reaches {share_of_limit(results):.0%} of the limit")
 
 
 def share_of_limit(results: Sequence[Result]) -> float:
-    """The loader's speed over the bare loop's: the median over the rounds, in each of which both worked in turn."""
+    """Returns the loader's speed relative to the bare loop's: median of the rounds' ratios."""
     seconds = {result.name: np.array(result.seconds) for result in results}
     return float(np.median(seconds["limit"] / seconds["lidit_jax"]))
 
 
 def write_shards(folder: Path, count: int, shorter: Sequence[int]) -> None:
-    """Pictures of some detail, of aspects from 1:2 to 2:1, some 100 kB each; 256 a shard."""
+    """Writes random JPEGs with some detail, aspect ratios from 1:2 to 2:1, about 100 kB each, 256 to a shard.
+
+    Args:
+      folder: where the shards go.
+      count: number of images.
+      shorter: smallest and largest shorter side, in pixels.
+    """
     random = np.random.default_rng(0)
     for first in range(0, count, 256):
         with tarfile.open(folder / f"{first // 256:05}.tar", "w") as tar:
@@ -100,17 +117,17 @@ def write_shards(folder: Path, count: int, shorter: Sequence[int]) -> None:
                     tar.addfile(info, io.BytesIO(data))
 
 
-# --- what takes part --------------------------------------------------------------------------------------------
+# --- contestants ------------------------------------------------------------------------------------------------
 
 
 def ours(folder: str, samples: int, batch: int, workers: int, sequential: bool = False) -> Callable[[], np.ndarray]:
-    """By the shards' indexes, or from end to end without them."""
+    """Prepares our loader: random access through the shards' indexes, or `sequential` reading without them."""
     config = DataConfig("tar", SIDE, folder, sequential=sequential, num_threads=workers, prefetch=2 * workers)
     dataset = open_dataset(config, 8)
     start = itertools.count(0, samples // batch)
 
     def work() -> np.ndarray:
-        # A new loader each time, so that none works ahead while the others have their turn.
+        # A new loader each round: one that lives on would prefetch during the other contestants' turns.
         batches = dataset.batches(batch, 0, None, first=next(start), with_captions=True)
         for _ in range(samples // batch):
             images = next(batches)["image"]
@@ -120,13 +137,14 @@ def ours(folder: str, samples: int, batch: int, workers: int, sequential: bool =
     return work
 
 
-def limit(folder: str, samples: int, batch: int, workers: int, *, way: str) -> Callable[[], np.ndarray]:
-    pictures, shrink = read_pictures(folder), WAYS[way]
+def limit(folder: str, samples: int, batch: int, workers: int, *, decoder: str) -> Callable[[], np.ndarray]:
+    """Prepares the bare loop over images in memory, with a decoder of `DECODERS`."""
+    jpegs, decode = read_jpegs(folder), DECODERS[decoder]
 
     def loop(first: int) -> np.ndarray:
         for number in range(first, samples, workers):
-            picture = shrink(pictures[number % len(pictures)])
-        return picture
+            image = decode(jpegs[number % len(jpegs)])
+        return image
 
     if workers == 1:
         return lambda: loop(0)
@@ -135,7 +153,7 @@ def limit(folder: str, samples: int, batch: int, workers: int, *, way: str) -> C
 
 
 def webdataset(folder: str, samples: int, batch: int, workers: int) -> Callable[[], np.ndarray]:
-    """As its documentation has it: shards and samples shuffled, Pillow decodes; in this one process."""
+    """Prepares webdataset as its documentation does: shards and samples shuffled, Pillow decodes, one process."""
     del workers
     import torch
     import webdataset as wds
@@ -143,7 +161,7 @@ def webdataset(folder: str, samples: int, batch: int, workers: int) -> Callable[
     torch.set_num_threads(1)
     shards = sorted(str(path) for path in Path(folder).glob("*.tar"))
     data = wds.WebDataset(shards, shardshuffle=100, empty_check=False).shuffle(100).decode("pil").to_tuple("jpg", "txt")
-    data = data.map_tuple(_pillow_fit, str).batched(batch).repeat()
+    data = data.map_tuple(_crop_and_resize, str).batched(batch).repeat()
     loader = wds.WebLoader(data, batch_size=None, num_workers=0)
 
     def work() -> np.ndarray:
@@ -154,81 +172,84 @@ def webdataset(folder: str, samples: int, batch: int, workers: int) -> Callable[
     return work
 
 
-def _pillow_fit(picture: Image.Image) -> np.ndarray:
-    scale = SIDE / min(picture.size)
-    left, top = ((side - SIDE / scale) / 2 for side in picture.size)
-    left, top = max(left, 0), max(top, 0)  # rounding may leave them a little under 0
-    box = (left, top, min(left + SIDE / scale, picture.width), min(top + SIDE / scale, picture.height))
-    return np.asarray(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX, box))
+def _crop_and_resize(image: Image.Image) -> np.ndarray:
+    """Resizes the central square to uint8 [256, 256, 3]."""
+    scale = SIDE / min(image.size)
+    left, top = ((side - SIDE / scale) / 2 for side in image.size)
+    left, top = max(left, 0), max(top, 0)  # rounding can make them slightly negative
+    box = (left, top, min(left + SIDE / scale, image.width), min(top + SIDE / scale, image.height))
+    return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX, box))
 
 
 # --- decoders ---------------------------------------------------------------------------------------------------
 
 
-def read_pictures(folder: str) -> list[bytes]:
-    pictures = []
+def read_jpegs(folder: str) -> list[bytes]:
+    """Reads all JPEG files of a folder's shards."""
+    jpegs = []
     for path in sorted(Path(folder).glob("*.tar")):
         with tarfile.open(path) as tar:
-            pictures += [tar.extractfile(member).read() for member in tar if member.name.endswith("jpg")]
-    return pictures
+            jpegs += [tar.extractfile(member).read() for member in tar if member.name.endswith("jpg")]
+    return jpegs
 
 
-def _with_pillow(data: bytes) -> np.ndarray:
-    return _pillow_fit(Image.open(io.BytesIO(data)))
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    return _crop_and_resize(Image.open(io.BytesIO(data)))
 
 
-def _with_pillow_draft(data: bytes) -> np.ndarray:
-    picture = Image.open(io.BytesIO(data))
-    picture.draft("RGB", (SIDE, SIDE))
-    return _pillow_fit(picture)
+def _decode_with_pillow_draft(data: bytes) -> np.ndarray:
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (SIDE, SIDE))
+    return _crop_and_resize(image)
 
 
-def _with_simplejpeg(data: bytes) -> np.ndarray:
+def _decode_with_simplejpeg(data: bytes) -> np.ndarray:
     return resize_to_cover_and_crop(simplejpeg.decode_jpeg(data), TARGET)
 
 
-def _with_simplejpeg_reduced(data: bytes) -> np.ndarray:
-    picture = simplejpeg.decode_jpeg(data, min_height=SIDE, min_width=SIDE, min_factor=2)
-    return resize_to_cover_and_crop(picture, TARGET)
+def _decode_with_simplejpeg_reduced(data: bytes) -> np.ndarray:
+    image = simplejpeg.decode_jpeg(data, min_height=SIDE, min_width=SIDE, min_factor=2)
+    return resize_to_cover_and_crop(image, TARGET)
 
 
-def _with_ours(data: bytes) -> np.ndarray:
+def _decode_with_ours(data: bytes) -> np.ndarray:
     return resize_to_cover_and_crop(decoding.decode(data, 1 << 26, TARGET), TARGET)
 
 
-def _with_opencv(data: bytes) -> np.ndarray:
+def _decode_with_opencv(data: bytes) -> np.ndarray:
     import cv2
 
     cv2.setNumThreads(1)
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
-    side = min(picture.shape[:2])
-    top, left = ((length - side) // 2 for length in picture.shape[:2])
-    return cv2.resize(picture[top : top + side, left : left + side], (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    side = min(image.shape[:2])
+    top, left = ((length - side) // 2 for length in image.shape[:2])
+    return cv2.resize(image[top : top + side, left : left + side], (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
-WAYS: dict[str, Callable[[bytes], np.ndarray]] = {
-    "Pillow": _with_pillow,
-    "Pillow, reduced": _with_pillow_draft,
-    "libjpeg-turbo (simplejpeg) + Pillow": _with_simplejpeg,
-    "libjpeg-turbo (simplejpeg), reduced + Pillow": _with_simplejpeg_reduced,
-    "lidit_jax's decoding": _with_ours,
+# Name of a decoder -> function from a JPEG file to uint8 [256, 256, 3].
+DECODERS: dict[str, Callable[[bytes], np.ndarray]] = {
+    "Pillow": _decode_with_pillow,
+    "Pillow, reduced": _decode_with_pillow_draft,
+    "libjpeg-turbo (simplejpeg) + Pillow": _decode_with_simplejpeg,
+    "libjpeg-turbo (simplejpeg), reduced + Pillow": _decode_with_simplejpeg_reduced,
+    "lidit_jax's decoding": _decode_with_ours,
 }
-if importlib.util.find_spec("cv2"):  # an extra, not needed
-    WAYS["OpenCV"] = _with_opencv
+if importlib.util.find_spec("cv2"):  # optional: no extra of this package installs it
+    DECODERS["OpenCV"] = _decode_with_opencv
 
 
-def fastest_way(folder: str) -> str:
-    """Of all that are here, by the median over some pictures; prints each one's."""
-    pictures = read_pictures(folder)[:64]
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-    for data in pictures:
-        for name, way in WAYS.items():
+def fastest_decoder(folder: str) -> str:
+    """Returns the decoder of `DECODERS` with the smallest median time on 64 images; prints the time of each."""
+    jpegs = read_jpegs(folder)[:64]
+    seconds: dict[str, list[float]] = {name: [] for name in DECODERS}
+    for data in jpegs:
+        for name, decode in DECODERS.items():
             started = time.perf_counter()
-            way(data)
+            decode(data)
             seconds[name].append(time.perf_counter() - started)
-    medians = {name: float(np.median(of_one)) for name, of_one in seconds.items()}
+    medians = {name: float(np.median(times)) for name, times in seconds.items()}
     for name, median in sorted(medians.items(), key=lambda item: item[1]):
-        print(f"{name:46}{1e3 * median:6.2f} ms a picture")
+        print(f"{name:46}{1e3 * median:6.2f} ms per image")
     return min(medians, key=medians.get)
 
 
@@ -236,7 +257,7 @@ def fastest_way(folder: str) -> str:
 
 
 def watch_memory(folder: str, samples: int, batch: int, workers: int, sequential: bool) -> None:
-    """Prints what the process holds while the loader gives so many samples, epoch after epoch."""
+    """Loads `samples` samples over as many epochs as that takes, and prints the process's resident memory."""
     config = DataConfig("tar", SIDE, folder, sequential=sequential, num_threads=workers)
     batches = open_dataset(config, 8).batches(batch, 0, None, with_captions=True)
     count = -(-samples // batch)
@@ -245,14 +266,14 @@ def watch_memory(folder: str, samples: int, batch: int, workers: int, sequential
         next(batches)
         if number in marks:
             elapsed = time.monotonic() - started
-            left = elapsed / number * (count - number)
-            print(f"{number * batch:9} samples  {resident() >> 20} MiB  {number * batch / elapsed:.0f} samples/s  "
+            loaded, left = number * batch, elapsed / number * (count - number)
+            print(f"{loaded:9} samples  {resident_memory() >> 20} MiB  {loaded / elapsed:.0f} samples/s  "
                   f"eta {duration(left)}", flush=True)  # fmt: skip
     batches.close()
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds."""
+def resident_memory() -> int:
+    """Returns the resident memory of this process in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

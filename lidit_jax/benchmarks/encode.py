@@ -1,14 +1,14 @@
-"""Prompt encoding, ours against transformers': `python -m lidit_jax.benchmarks.encode`.
+"""Benchmarks prompt encoding against transformers: `python -m lidit_jax.benchmarks.encode`.
 
-A random LLaMA of about 150M parameters is saved in Hugging Face's format and encodes the same prompts behind the same
+A random LLaMA of about 150M parameters is saved in Hugging Face's format. It encodes the same prompts after the same
 prefix in four ways, each up to the third-to-last block:
 
     plain                  ours, the prefix computed with every prompt
-    shared prefix          ours, the prefix computed once (what training and sampling do)
+    shared prefix          ours, the prefix computed once (as in training and sampling)
     transformers           `LlamaModel`
     transformers compiled  the same under `torch.compile`
 
-Tokens a second are those of the prompts: what the caller gets, whatever was computed for it.
+Tokens per second count prompt tokens only, whether or not the prefix was computed again.
 """
 
 import functools
@@ -19,13 +19,13 @@ import numpy as np
 from absl import flags
 
 from lidit_jax import cli
-from lidit_jax.benchmarks.contest import Contestant, contest, largest_difference, machine, table
+from lidit_jax.benchmarks.contest import Contestant, contest, describe_host, format_table, largest_difference
 
 _BATCH = flags.DEFINE_integer("batch", 32, "prompts encoded at once", lower_bound=1)
 _PREFIX = flags.DEFINE_integer("prefix", 40, "tokens of the prefix", lower_bound=1)
-_PROMPT = flags.DEFINE_integer("prompt", 40, "tokens of a prompt", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 20, "times that each encodes the batch", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
+_PROMPT = flags.DEFINE_integer("prompt", 40, "tokens per prompt", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 20, "how often each contestant is timed", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype")
 
 SIZES = {
     "vocab_size": 32_000,
@@ -38,31 +38,37 @@ SIZES = {
 
 
 def main() -> None:
-    print(machine("torch", "transformers"))
+    print(describe_host("torch", "transformers"))
     with tempfile.TemporaryDirectory() as folder:
         num_parameters = save_model(folder)
         random = np.random.default_rng(0)
         prefix = random.integers(0, SIZES["vocab_size"], _PREFIX.value, np.int32)
         prompts = random.integers(0, SIZES["vocab_size"], (_BATCH.value, _PROMPT.value), np.int32)
-        ways = {
+        prepare_functions = {
             "plain": plain,
             "shared prefix": shared_prefix,
             "transformers": functools.partial(transformers_model, compiled=False),
             "transformers compiled": functools.partial(transformers_model, compiled=True),
         }
         arguments = (folder, prefix, prompts, _DTYPE.value)
-        contestants = [Contestant(name, functools.partial(way, *arguments)) for name, way in ways.items()]
+        contestants = [
+            Contestant(name, functools.partial(prepare, *arguments)) for name, prepare in prepare_functions.items()
+        ]
         results = contest(contestants, _ROUNDS.value)
     print(
         f"{num_parameters / 1e6:.0f}M parameters in {_DTYPE.value}, prefix of {_PREFIX.value} tokens, {_BATCH.value} "
         f"prompts of {_PROMPT.value}, median of {_ROUNDS.value} rounds"
     )
-    print(table(results, _BATCH.value * _PROMPT.value, "tokens"))
-    print(f"largest difference from plain: {largest_difference(results):.1e} of the largest feature")
+    print(format_table(results, _BATCH.value * _PROMPT.value, "tokens"))
+    print(f"largest difference from plain: {largest_difference(results):.1e} of plain's largest value")
 
 
 def save_model(folder: str) -> int:
-    """A random LLaMA in Hugging Face's format -> its number of parameters."""
+    """Saves a random LLaMA in Hugging Face's format.
+
+    Returns:
+      Its number of parameters.
+    """
     import torch
     import transformers
 
@@ -73,7 +79,7 @@ def save_model(folder: str) -> int:
 
 
 def load(folder: str, dtype: str):
-    """-> our module and its parameters."""
+    """Loads the saved model; returns our Flax module and its parameters."""
     from lidit_jax.models.llm import LLM
     from lidit_jax.weights.huggingface_llm import load_llm_encoder
 
@@ -82,6 +88,17 @@ def load(folder: str, dtype: str):
 
 
 def plain(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> Callable[[], np.ndarray]:
+    """Prepares our encoder without a shared prefix.
+
+    Args:
+      folder: of the saved model.
+      prefix: token ids, int32 [P].
+      prompts: token ids, int32 [B, L].
+      dtype: to compute in.
+
+    Returns:
+      Function that returns the prompts' features, [B, L, hidden size].
+    """
     import jax
 
     model, params = load(folder, dtype)
@@ -91,6 +108,7 @@ def plain(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> C
 
 
 def shared_prefix(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str) -> Callable[[], np.ndarray]:
+    """Prepares our encoder with the prefix's keys and values computed once; arguments as in `plain`."""
     import jax
 
     model, params = load(folder, dtype)
@@ -102,6 +120,7 @@ def shared_prefix(folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: s
 def transformers_model(
     folder: str, prefix: np.ndarray, prompts: np.ndarray, dtype: str, *, compiled: bool
 ) -> Callable[[], np.ndarray]:
+    """Prepares transformers' model without its last blocks and final norm; arguments as in `plain`."""
     import torch
     import transformers
 

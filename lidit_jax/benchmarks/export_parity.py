@@ -1,8 +1,10 @@
-"""An export beside its run: `python -m lidit_jax.benchmarks.export_parity --workdir=RUN --folder=DIR --out=sheet.png`.
+"""Compares the images of an export with those of its run:
 
-The same prompts are drawn from the same noise by JAX, from the workdir, and by PyTorch, from the folder that
-`python -m lidit_jax.export` wrote of it. Prints how far the pictures are apart and how long both took once compiled.
-The sheet has PyTorch's pictures above JAX's.
+    python -m lidit_jax.benchmarks.export_parity --workdir=RUN --folder=DIR --out=sheet.png
+
+JAX (from the workdir) and PyTorch (from the folder that `python -m lidit_jax.export` wrote) generate images for the
+same prompts from the same noise. Prints the difference between the images, and the time of each after compilation.
+The sheet shows PyTorch's images above JAX's.
 """
 
 import time
@@ -13,60 +15,60 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli, experiment
-from lidit_jax.benchmarks.contest import machine
+from lidit_jax.benchmarks.contest import describe_host
 from lidit_jax.diffusion.samplers import initial_noise
 from lidit_jax.errors import UserError
 from lidit_jax.pictures import grid, save_png
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
-_FOLDER = flags.DEFINE_string("folder", None, "what was exported from it, in float32")
-_OUT = flags.DEFINE_string("out", None, "the sheet, a .png")
+_FOLDER = flags.DEFINE_string("folder", None, "folder of its export, in float32")
+_OUT = flags.DEFINE_string("out", None, "file for the sheet, a .png")
 _PROMPTS = flags.DEFINE_multi_string(
-    "prompt", ["a red circle above a blue star", "绿三角在黄方块左边"], "what to draw; may be given often"
+    "prompt", ["a red circle above a blue star", "绿三角在黄方块左边"], "a prompt; can be repeated"
 )
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "pictures a prompt", lower_bound=1)
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "images per prompt", lower_bound=1)
 
 
 def main() -> None:
     workdir, folder, out = (cli.require(flag.name) for flag in (_WORKDIR, _FOLDER, _OUT))
     if not out.endswith(".png"):
-        raise UserError(f"--out={out}: name a .png file")
-    print(machine("torch", "diffusers"))
+        raise UserError(f"--out={out} does not end in .png: name a .png file")
+    print(describe_host("torch", "diffusers"))
     run, pipeline, params, _ = experiment.load(epath.Path(workdir))
     prompts = [prompt for prompt in _PROMPTS.value for _ in range(_NUM_IMAGES.value)]
     seeds, side = np.arange(len(prompts), dtype=np.uint32), run.data.resolution
 
-    def draw_in_jax() -> np.ndarray:
+    def generate_in_jax() -> np.ndarray:
         return pipeline(params, prompts, seeds, side, side, run.sample)
 
     cells = side // pipeline.vae.config.downsampling_factor
     noise = initial_noise(jax.vmap(jax.random.key)(seeds), (cells, cells, pipeline.vae.config.latent_channels))
-    torch_pipeline = _load(folder)
+    torch_pipeline = _load_torch_pipeline(folder)
 
-    def draw_in_pytorch() -> np.ndarray:
+    def generate_in_pytorch() -> np.ndarray:
         import torch
 
         latents = torch.from_numpy(np.asarray(noise).transpose(0, 3, 1, 2).copy())
-        drawn = torch_pipeline(prompts, latents=latents, output_type="np").images
-        return np.round(drawn * 255).astype(np.uint8)
+        pixels = torch_pipeline(prompts, latents=latents, output_type="np").images
+        return np.round(pixels * 255).astype(np.uint8)
 
-    drawn, seconds = {}, {}
-    for name, draw in (("PyTorch", draw_in_pytorch), ("JAX", draw_in_jax)):
-        draw()
+    images, seconds = {}, {}
+    for name, generate in (("PyTorch", generate_in_pytorch), ("JAX", generate_in_jax)):
+        generate()  # compiles
         started = time.monotonic()
-        drawn[name] = draw()
+        images[name] = generate()
         seconds[name] = time.monotonic() - started
-    difference = np.abs(drawn["JAX"].astype(np.int32) - drawn["PyTorch"])
+    difference = np.abs(images["JAX"].astype(np.int32) - images["PyTorch"])
     error = np.mean(np.square(difference / 255.0), axis=(1, 2, 3))
     psnr = -10 * np.log10(np.maximum(error, 1e-12))
-    print(f"{len(prompts)} pictures of {side} pixels, {run.sample.sampler}, {run.sample.steps} steps")
+    print(f"{len(prompts)} images of {side} px, {run.sample.sampler}, {run.sample.steps} steps")
     print(", ".join(f"{name} {value:.2f} s" for name, value in seconds.items()))
-    print(f"PSNR {psnr.min():.1f} dB or more, {difference.max()} grey levels apart at most")
-    sheet = grid([*drawn["PyTorch"], *drawn["JAX"]], [*prompts, *prompts], columns=len(prompts))
+    print(f"lowest PSNR {psnr.min():.1f} dB, largest difference {difference.max()} of 255")
+    sheet = grid([*images["PyTorch"], *images["JAX"]], [*prompts, *prompts], columns=len(prompts))
     save_png(sheet, epath.Path(out))
 
 
-def _load(folder: str):
+def _load_torch_pipeline(folder: str):
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)

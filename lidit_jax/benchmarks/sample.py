@@ -1,15 +1,15 @@
-"""Sampling, ours beside PyTorch's: `python -m lidit_jax.benchmarks.sample [--config=configs/1b.py …]`.
+"""Benchmarks sampling against PyTorch: `python -m lidit_jax.benchmarks.sample [--config=configs/1b.py …]`.
 
-From noise and features to latents by the config's sampler, with its classifier-free guidance: prompts and empty prompts
-in one batch. The frozen LLMs and the VAE's decoder take no part, on either side.
+From noise and encoder features to latents by the config's sampler, with its classifier-free guidance: prompts and empty
+prompts in one batch. The frozen LLMs and the VAE's decoder are left out on both sides.
 
-    lidit_jax         as `lidit_jax.pipeline` draws: all steps in one program, on one device
-    PyTorch           the model that is exported (`torch_lidit.py`), loaded in the dtype of its products
+    lidit_jax         as in `lidit_jax.pipeline`: all steps in one program, on one device
+    PyTorch           the exported model (`torch_lidit.py`), loaded in the compute dtype
     PyTorch compiled  the guided prediction under `torch.compile`
 
-All have the same weights and begin with the same noise, so that latents can be compared. A step is one evaluation of
-the model. Operations are those that it needs, counted on paper (`models/flops.py`); MFU is their share of what the chip
-can do. The memory of an accelerator is shared: contestants take turns, but all are there at once.
+All have the same weights and start from the same noise, so that their latents can be compared. A step is one evaluation
+of the model. FLOPs are counted analytically (`models/flops.py`); MFU is FLOP/s over the chip's peak. Contestants run in
+turn, but all are loaded at once and share the accelerator's memory.
 """
 
 import functools
@@ -23,46 +23,56 @@ from lidit_jax.benchmarks.contest import largest_difference
 from lidit_jax.benchmarks.workload import (
     Work,
     Workload,
-    compete,
+    format_table,
     from_flags,
-    load_twin,
+    load_torch_model,
+    noisy_init,
+    run_contest,
     save_weights,
-    table,
-    twin_features,
-    with_noise,
+    torch_features,
 )
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
 
-_SAMPLER = flags.DEFINE_string("sampler", None, "ddim, dpmpp_2m; euler, heun (default: the config's)")
-_STEPS = flags.DEFINE_integer("steps", None, "of the sampler (default: the config's)", lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", None, "classifier-free guidance scale; 1 is none (default: the config's)")
+_SAMPLER = flags.DEFINE_string(
+    "sampler", None, "ddim or dpmpp_2m for DDPM, euler or heun for rectified flow (default: the config's)"
+)
+_STEPS = flags.DEFINE_integer("steps", None, "steps of the sampler (default: the config's)", lower_bound=1)
+_GUIDANCE = flags.DEFINE_float(
+    "guidance", None, "classifier-free guidance scale; 1 disables it (default: the config's)"
+)
 
 
 def main() -> None:
     workload, experiment = from_flags()
-    how = experiment.sample
-    sampler, steps = _SAMPLER.value or how.sampler, _STEPS.value or how.steps
-    guidance_scale = how.guidance_scale if _GUIDANCE.value is None else _GUIDANCE.value
+    sampling = experiment.sample
+    sampler, steps = _SAMPLER.value or sampling.sampler, _STEPS.value or sampling.steps
+    guidance_scale = sampling.guidance_scale if _GUIDANCE.value is None else _GUIDANCE.value
     rows = step_table(sampler, workload.schedule, steps)
     if np.any(rows.noise_scale):
-        raise UserError(f"sampler {sampler!r} draws noise, so that pictures could not be compared: choose another")
+        raise UserError(f"--sampler={sampler} adds random noise, so latents cannot be compared: use ddim or dpmpp_2m")
     arguments = workload, sampler, steps, guidance_scale
-    results = compete(functools.partial(ours, *arguments), functools.partial(twin, *arguments))
+    results = run_contest(functools.partial(ours, *arguments), functools.partial(twin, *arguments))
     evaluations, batch = len(rows.timesteps), workload.batch
     flops = evaluations * workload.forward_flops(batch if guidance_scale == 1.0 else 2 * batch)
     print(f"{workload}; {sampler}, guidance {guidance_scale:g}")
-    print(table(results, steps=evaluations, samples=batch, unit="images", flops=flops))
+    print(format_table(results, steps=evaluations, samples=batch, unit="images", flops=flops))
     for result in results[1:]:
         difference = largest_difference([results[0], result])
         print(f"{result.name}: latents differ by {difference:.1e} of the largest")
 
 
-# --- what takes part ---------------------------------------------------------------------------------------------
+# --- contestants -------------------------------------------------------------------------------------------------
 
 
 def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *, folder: Path | None) -> Work:
-    """Latents, float32 [B, H, W, C]. Leaves its weights in the folder."""
+    """Prepares our sampler, which returns latents, float32 [B, H, W, C].
+
+    Args:
+      workload: what to sample.
+      sampler, steps, guidance_scale: as in the config's `sample` section.
+      folder: where the weights are saved for `twin`; None if it does not run.
+    """
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -78,32 +88,33 @@ def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *,
         rows = len(text[0].mask)
         return nn.unbox(model.init(key, jnp.zeros((rows, *noise.shape[1:])), jnp.zeros(rows), text)["params"])
 
-    params = jax.jit(with_noise(init))(jax.random.key(0))
+    params = jax.jit(noisy_init(init))(jax.random.key(0))
     if folder:
         save_weights(folder, params)
 
     @jax.jit
-    def draw(params, text, noise, guidance_scale):
-        predict = lambda x, timesteps: model.apply({"params": params}, x, timesteps, text)  # noqa: E731
-        if is_guided:
-            predict = guided(predict, guidance_scale)
+    def sample_latents(params, text, noise, guidance_scale):
+        def predict(x, timesteps):
+            return model.apply({"params": params}, x, timesteps, text)
+
+        predict = guided(predict, guidance_scale) if is_guided else predict
         return sample(sampler, workload.schedule, predict, noise, steps)
 
-    return lambda: np.asarray(draw(params, text, noise, jnp.float32(guidance_scale)))
+    return lambda: np.asarray(sample_latents(params, text, noise, jnp.float32(guidance_scale)))
 
 
 def twin(
     workload: Workload, sampler: str, steps: int, guidance_scale: float, *, folder: Path, device: str, compiled: bool
 ) -> Work:
-    """As `ours`, with its weights."""
+    """Prepares PyTorch's sampler with the weights that `ours` saved; arguments as there."""
     from lidit_jax.benchmarks import torch_lidit
 
-    model = load_twin(workload, folder, device, workload.model.dtype)
+    model = load_torch_model(workload, folder, device, workload.model.dtype)
     rows = step_table(sampler, workload.schedule, steps)
-    draw = torch_lidit.Sampler(model, rows, workload.schedule.prediction, guidance_scale, compiled=compiled)
-    text = twin_features(workload, device, with_empty=guidance_scale != 1.0)
+    sample_latents = torch_lidit.Sampler(model, rows, workload.schedule.prediction, guidance_scale, compiled=compiled)
+    text = torch_features(workload, device, with_empty=guidance_scale != 1.0)
     noise = torch_lidit.channels_first(workload.noise(), device)
-    return lambda: draw(noise, text).movedim(1, -1).cpu().numpy()
+    return lambda: sample_latents(noise, text).movedim(1, -1).cpu().numpy()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The autoencoder that benchmarks take, at the widths of Stable Diffusion 3's."""
+"""Config of the benchmarks' autoencoder, which has the widths of Stable Diffusion 3's."""
 
 from lidit_jax.models.vae_config import VAEConfig
 

@@ -1,8 +1,8 @@
-"""LI-DiT in PyTorch, to compare with: the model that is exported (`lidit_jax/pytorch`), trained and sampled.
+"""Trains and samples the exported PyTorch model (`lidit_jax/pytorch`), the baseline of the step benchmarks.
 
 It is used as a PyTorch user would use it for speed: trained with float32 weights under autocast, with gradient
-checkpointing for `remat`, fused AdamW, `_foreach` operations for the average and for clipping; sampled with weights in
-the dtype of their products.
+checkpointing for `remat`, fused AdamW, and `_foreach` functions for the EMA and for clipping; sampled with weights in
+the compute dtype.
 """
 
 import functools
@@ -24,18 +24,18 @@ from lidit_jax.train_config import TrainConfig
 from lidit_jax.weights.torch_lidit import FIELDS, torch_tensors
 
 _checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-_keep_products = functools.partial(
+_keep_matmuls = functools.partial(
     create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 )
-# What a rematerialised block keeps, as `models/remat.py`.
-REMAT = {"none": None, "full": _checkpoint, "dots": functools.partial(_checkpoint, context_fn=_keep_products)}
+# Checkpointing function per value of `remat`; they keep the same activations as `models/remat.py`.
+REMAT = {"none": None, "full": _checkpoint, "dots": functools.partial(_checkpoint, context_fn=_keep_matmuls)}
 
-# The arguments of the model that say what the LLMs said, by name; each a list with an entry for each LLM.
+# The model's text arguments by name; each is a list with one entry per LLM.
 Text = Mapping[str, Sequence[Tensor]]
 
 
-class Draw(NamedTuple):
-    """What a train step draws: latents with noise [B, C, H, W], timesteps [B], what is to be predicted [B, C, H, W]."""
+class StepInputs(NamedTuple):
+    """Random inputs of a training step: noised latents [B, C, H, W], timesteps [B], the model's target [B, C, H, W]."""
 
     noised: Tensor
     timesteps: Tensor
@@ -45,8 +45,8 @@ class Draw(NamedTuple):
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
-def state_dict_of_flax(config: LIDiTConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Flax's tree, nested or its paths joined with dots, as the state of PyTorch's model: views of the same arrays."""
+def state_dict_from_flax(config: LIDiTConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Converts a Flax parameter tree, nested or flat with dotted paths, to PyTorch's state dict; arrays are views."""
     flat = flax.traverse_util.flatten_dict(params, sep=".")
     return dict(torch_tensors(config, {tuple(path.split(".")): np.asarray(array) for path, array in flat.items()}))
 
@@ -58,16 +58,22 @@ def from_flax(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LIDiTTransformer2DModel:
-    """The model with the parameters of a Flax tree (as `state_dict_of_flax` takes it), on a device; nothing is shared.
+    """Builds the PyTorch model with copies of Flax parameters.
+
+    Args:
+      config: of the model.
+      text_widths: hidden size of each LLM.
+      params: as in `state_dict_from_flax`.
+      device, dtype: of the weights.
 
     Raises:
-      UserError: the parameters are not the config's.
+      UserError: the parameters do not match the config.
     """
-    with torch.device("meta"):  # no memory for weights that are replaced
+    with torch.device("meta"):  # allocates no memory for the initial weights, which are replaced
         model = LIDiTTransformer2DModel(**{name: getattr(config, name) for name in FIELDS}, text_widths=text_widths)
     state = {
         name: torch.tensor(np.ascontiguousarray(array), device=device, dtype=dtype)
-        for name, array in state_dict_of_flax(config, params).items()
+        for name, array in state_dict_from_flax(config, params).items()
     }
     model.load_state_dict(state, assign=True)
     if remat := REMAT[config.remat]:
@@ -75,17 +81,20 @@ def from_flax(
     return model
 
 
-def draws(arrays: Mapping[str, np.ndarray], device: str = "cpu") -> list[Draw]:
-    """Of as many steps as the arrays' first axis has entries, from what `train_step.draw` gives of each, stacked."""
+def split_steps(arrays: Mapping[str, np.ndarray], device: str = "cpu") -> list[StepInputs]:
+    """Splits the random inputs of several steps into one `StepInputs` per step.
+
+    Args:
+      arrays: results of `train_step.random_inputs`, stacked along a leading axis of steps.
+      device: of the tensors.
+    """
     timesteps = torch.tensor(arrays["timesteps"], device=device)
-    latents = [channels_first(arrays[name], device) for name in ("noised", "target")]
-    return [
-        Draw(noised, of_step, target) for noised, of_step, target in zip(latents[0], timesteps, latents[1], strict=True)
-    ]
+    noised, target = (channels_first(arrays[name], device) for name in ("noised", "target"))
+    return [StepInputs(*fields) for fields in zip(noised, timesteps, target, strict=True)]
 
 
 def channels_first(latents: np.ndarray, device: str = "cpu") -> Tensor:
-    """[..., H, W, C] -> [..., C, H, W], which stays as it is in memory."""
+    """Copies latents to the device: [..., H, W, C] -> [..., C, H, W], channels last in memory."""
     return torch.tensor(latents, device=device).movedim(-1, -3)
 
 
@@ -93,30 +102,37 @@ def channels_first(latents: np.ndarray, device: str = "cpu") -> Tensor:
 
 
 class Trainer:
-    """AdamW, clipping and averaging as `lidit_jax.train.Trainer` has them, on one device.
+    """Trains with AdamW, clipping and EMA as `lidit_jax.train.Trainer` does, on one device.
 
-    Losses are not looked at, so that no step waits for the host: a step that is not finite is not left out.
+    Unlike there, steps with a non-finite loss are not skipped: checking would make every step wait for the host.
     """
 
     def __init__(
         self, model: nn.Module, config: TrainConfig, *, dtype: torch.dtype = torch.float32, compiled: bool = False
     ):
-        """Args: dtype: of the products."""
+        """Sets up the optimizer and the EMA.
+
+        Args:
+          model: float32 weights.
+          config: the run's.
+          dtype: of the matmuls, by autocast.
+          compiled: compiles the loss.
+        """
         self.model, self.config, self.dtype, self.step_number = model, config, dtype, 0
         self.params = list(model.parameters())
-        groups = [  # weights decay, biases and norms do not
+        groups = [  # weight decay applies to matrices and kernels, not to biases and norms
             {"params": [p for p in self.params if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in self.params if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(config.b1, config.b2), eps=1e-8, fused=True)
         self.ema = [p.detach().clone() for p in self.params] if config.ema_decay else None
-        self._loss = torch.compile(self._loss_of, dynamic=False) if compiled else self._loss_of
+        self._loss = torch.compile(self._compute_loss, dynamic=False) if compiled else self._compute_loss
 
-    def step(self, draw: Draw, text: Text, learning_rate: float) -> tuple[Tensor, Tensor]:
-        """-> loss and norm of the gradient, scalars that stay on the device."""
+    def step(self, inputs: StepInputs, text: Text, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """Takes one step; returns the loss and the gradient's norm before clipping, scalars on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        loss = self._loss(*draw, text)
+        loss = self._loss(*inputs, text)
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in self.params], foreach=True)
         if self.config.clip_norm:
@@ -129,14 +145,14 @@ class Trainer:
         self.step_number += 1
         return loss.detach(), norm
 
-    def _loss_of(self, noised: Tensor, timesteps: Tensor, target: Tensor, text: Text) -> Tensor:
+    def _compute_loss(self, noised: Tensor, timesteps: Tensor, target: Tensor, text: Text) -> Tensor:
         with torch.autocast(noised.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.model(noised, timesteps, **text, return_dict=False)[0]
         return F.mse_loss(output, target)
 
 
 class Sampler:
-    """A deterministic sampler's table run with classifier-free guidance, in one batched call a step."""
+    """Runs a deterministic sampler's table with classifier-free guidance, in one batched call per step."""
 
     def __init__(
         self, model: nn.Module, table: StepTable, prediction: str, guidance_scale: float, *, compiled: bool = False
@@ -146,7 +162,12 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, text: Text) -> Tensor:
-        """noise [B, C, H, W], text of 2B rows, or of B with a guidance scale of 1 -> latents [B, C, H, W]."""
+        """Samples: noise [B, C, H, W] -> latents [B, C, H, W].
+
+        Args:
+          noise: standard normal.
+          text: 2B rows, conditional ones first; B rows if the guidance scale is 1.
+        """
         x, memory = noise, torch.zeros_like(noise)
         rows = zip(*(column.tolist() for column in self.table), strict=True)
         for timestep, alpha, sigma, next_weights, memory_weights, _ in rows:

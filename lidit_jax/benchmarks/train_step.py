@@ -1,16 +1,16 @@
-"""A training step, ours beside PyTorch's: `python -m lidit_jax.benchmarks.train_step [--config=configs/1b.py …]`.
+"""Benchmarks a training step against PyTorch: `python -m lidit_jax.benchmarks.train_step [--config=configs/1b.py …]`.
 
-The step of `lidit_jax.train`: refiners, DiT, loss, gradient, clipping, AdamW and the parameters' average, as the config
-has them, on latents and features that were computed ahead. The frozen LLMs and the VAE take no part, on either side.
+The step of `lidit_jax.train` (refiners, DiT, loss, gradient, clipping, AdamW and EMA, as the config has them) on
+precomputed latents and encoder features. The frozen LLMs and the VAE are left out on both sides.
 
     lidit_jax         on all devices, over the config's mesh
-    PyTorch           the model that is exported (`torch_lidit.py`) on one device, under autocast
+    PyTorch           the exported model (`torch_lidit.py`) on one device, under autocast
     PyTorch compiled  its loss and gradient under `torch.compile`
 
-All begin with the same weights and use the same times and noise, so that losses and gradients can be compared; PyTorch
-is given them, we draw them. `train.accumulate` is 1: a step is one micro-batch. Operations are those that the model
-needs, counted on paper (`models/flops.py`): rematerialisation is not among them. MFU is their share of what the chips
-can do. The memory of an accelerator is shared: contestants take turns, but all are there at once.
+All start from the same weights and use the same timesteps and noise, so that losses and gradient norms can be compared:
+ours samples them within its step, PyTorch reads saved copies. `train.accumulate` is 1: a step is one micro-batch. FLOPs
+are counted analytically (`models/flops.py`), without those that rematerialisation repeats; MFU is FLOP/s over the
+chips' peak. Contestants run in turn, but all are loaded at once and share the accelerator's memory.
 """
 
 import dataclasses
@@ -28,56 +28,63 @@ from lidit_jax.benchmarks.contest import Result, largest_difference
 from lidit_jax.benchmarks.workload import (
     Work,
     Workload,
-    compete,
+    format_table,
     from_flags,
-    load_twin,
+    load_torch_model,
+    noisy_init,
+    run_contest,
     save_weights,
-    table,
-    twin_features,
-    with_noise,
+    torch_features,
 )
 from lidit_jax.models.flops import FORWARD_AND_BACKWARD
 from lidit_jax.train import Batch, Trainer
 from lidit_jax.train_config import TrainConfig
 
-_STEPS = flags.DEFINE_integer("steps_a_round", 4, "steps a round", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps_a_round", 4, "steps per round", lower_bound=1)
 
-DRAWS = "draws.npz"
+INPUTS_FILE = "inputs.npz"
 
 
 def main() -> None:
     workload, experiment = from_flags()
     steps = _STEPS.value
     arguments, mesh = (workload, experiment.train, steps), dict(experiment.config.mesh)
-    results = compete(functools.partial(ours, *arguments, mesh=mesh), functools.partial(twin, *arguments))
+    results = run_contest(functools.partial(ours, *arguments, mesh=mesh), functools.partial(twin, *arguments))
     flops = steps * FORWARD_AND_BACKWARD * workload.forward_flops(workload.batch)
     print(workload)
     samples, devices = steps * workload.batch, jax.device_count()
-    print(table(results, steps=steps, samples=samples, unit="samples", flops=flops, devices=devices))
+    print(format_table(results, steps=steps, samples=samples, unit="samples", flops=flops, devices=devices))
     for result in results[1:]:
-        losses, norms = (largest_difference([_row(results[0], i), _row(result, i)]) for i in range(2))
-        print(f"{result.name}: losses differ by {losses:.1e} of the largest, the gradients' norms by {norms:.1e}")
+        losses, norms = (largest_difference([_select_row(results[0], i), _select_row(result, i)]) for i in range(2))
+        print(f"{result.name}: losses differ by {losses:.1e} of the largest, gradient norms by {norms:.1e}")
 
 
-def _row(result: Result, index: int) -> Result:
+def _select_row(result: Result, index: int) -> Result:
+    """Returns a result with row `index` of its output: 0 for losses, 1 for gradient norms."""
     return dataclasses.replace(result, output=result.output[index])
 
 
-# --- what takes part ---------------------------------------------------------------------------------------------
+# --- contestants -------------------------------------------------------------------------------------------------
 
 
 def ours(workload: Workload, config: TrainConfig, steps: int, *, mesh: Mapping[str, int], folder: Path | None) -> Work:
-    """A round's losses and the norms of its gradients, float32 [2, S].
+    """Prepares our training step; a round returns the losses and gradient norms of its steps, float32 [2, S].
 
-    Leaves its weights in the folder, and what it is going to draw in the two rounds that warm up and are compared.
+    Args:
+      workload: what to train.
+      config: of the training.
+      steps: per round.
+      mesh: sizes of the device mesh's axes.
+      folder: where the weights and the random inputs of the first two rounds (warm-up, and the one whose outputs are
+        compared) are saved for `twin`; None if it does not run.
     """
     trainer, batch = make_trainer(workload, config, mesh)
     state, key = trainer.init(0), jax.random.key(1)
     if folder:
         save_weights(folder, state.params)
-        drawn = [draw(workload, batch["moments"], key, number) for number in range(2 * steps)]
-        arrays = {name: np.stack([of[name] for of in drawn]) for name in drawn[0]}
-        np.savez(folder / DRAWS, **arrays, learning_rate=[trainer.learning_rate(i) for i in range(2 * steps)])
+        inputs = [random_inputs(workload, batch["moments"], key, number) for number in range(2 * steps)]
+        arrays = {name: np.stack([of_step[name] for of_step in inputs]) for name in inputs[0]}
+        np.savez(folder / INPUTS_FILE, **arrays, learning_rate=[trainer.learning_rate(i) for i in range(2 * steps)])
     number = itertools.count()
 
     def work() -> np.ndarray:
@@ -85,15 +92,15 @@ def ours(workload: Workload, config: TrainConfig, steps: int, *, mesh: Mapping[s
         metrics = []
         with jax.set_mesh(trainer.mesh):
             for _ in range(steps):
-                state, of_step = trainer.step(state, trainer.task.frozen, batch, key, next(number))
-                metrics.append((of_step["loss"].mean, of_step["grad_norm"]))
+                state, step_metrics = trainer.step(state, trainer.task.frozen, batch, key, next(number))
+                metrics.append((step_metrics["loss"].mean, step_metrics["grad_norm"]))
         return np.array(jax.device_get(metrics), np.float32).T
 
     return work
 
 
 def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[str, int]) -> tuple[Trainer, Batch]:
-    """A run whose latents and features were computed ahead of training, and one batch."""
+    """Returns a trainer on precomputed latents and features, and one batch on the device."""
     import jax.numpy as jnp
 
     from lidit_jax.models.lidit import LIDiT
@@ -106,23 +113,24 @@ def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[st
     mesh = make_mesh(mesh_sizes)
     check_model(mesh, workload.model.hidden_size, workload.model.num_heads)
     mean = workload.noise()
-    batch = {"moments": np.concatenate([mean, np.full_like(mean, -4.0)], axis=-1)}  # the second half: log-variances
+    batch = {"moments": np.concatenate([mean, np.full_like(mean, -4.0)], axis=-1)}  # means, then log-variances
     encoders, prefixes = {}, {}
-    for (name, of), features in zip(workload.text.items(), workload.features(), strict=True):
-        encoders[name] = PrecomputedEncoder(of.width, 0 if of.shares_prefix else of.prefix)
-        parts = [features.prompt] if of.shares_prefix else [features.prefix, features.prompt]
-        prefixes[name] = jax.device_put(features.prefix if of.shares_prefix else jnp.zeros(()), replicated(mesh))
-        batch[f"{name}/encoded"] = np.concatenate(parts, axis=1)
+    for (name, lengths), features in zip(workload.text.items(), workload.features(), strict=True):
+        shared = lengths.shares_prefix
+        encoders[name] = PrecomputedEncoder(lengths.width, 0 if shared else lengths.prefix)
+        sequences = [features.prompt] if shared else [features.prefix, features.prompt]
+        prefixes[name] = jax.device_put(features.prefix if shared else jnp.zeros(()), replicated(mesh))
+        batch[f"{name}/encoded"] = np.concatenate(sequences, axis=1)
         batch[f"{name}/mask"] = features.mask
         batch[f"{name}/truncated"] = np.zeros(workload.batch, bool)
     model, vae, frozen = LIDiT(workload.model), AutoencoderKL(workload.vae), {"vae": {}, "encoders": prefixes}
     task = lidit_task(model, workload.schedule, encoders, vae, frozen)
-    trainer = Trainer(dataclasses.replace(task, init=with_noise(task.init)), config, mesh, ShardingRules())
+    trainer = Trainer(dataclasses.replace(task, init=noisy_init(task.init)), config, mesh, ShardingRules())
     return trainer, trainer.put(batch)
 
 
-def draw(workload: Workload, moments: jax.Array, key: jax.Array, number: int) -> dict[str, np.ndarray]:
-    """What the task draws in step `number`, under the names of a `torch_lidit.Draw`."""
+def random_inputs(workload: Workload, moments: jax.Array, key: jax.Array, number: int) -> dict[str, np.ndarray]:
+    """Returns the task's random inputs in step `number`, under the field names of `torch_lidit.StepInputs`."""
     from lidit_jax.models.vae import DiagonalGaussian, to_model_latents
 
     schedule = workload.schedule
@@ -131,31 +139,34 @@ def draw(workload: Workload, moments: jax.Array, key: jax.Array, number: int) ->
     latents = to_model_latents(DiagonalGaussian.from_moments(moments).sample(posterior_key), workload.vae)
     times = schedule.sample_times(times_key, workload.batch)
     noise = jax.random.normal(noise_key, latents.shape)
-    drawn = {
+    inputs = {
         "noised": schedule.add_noise(latents, noise, times),
         "timesteps": schedule.model_timesteps(times),
         "target": schedule.target(latents, noise, times),
     }
-    return jax.device_get(drawn)
+    return jax.device_get(inputs)
 
 
 def twin(workload: Workload, config: TrainConfig, steps: int, *, folder: Path, device: str, compiled: bool) -> Work:
-    """As `ours`, with its weights and its draws; when those are used up they begin anew."""
+    """Prepares PyTorch's training step with the weights and random inputs that `ours` saved, which it cycles through.
+
+    Arguments and the result of a round are as in `ours`.
+    """
     import torch
 
     from lidit_jax.benchmarks import torch_lidit
 
     dtype = getattr(torch, workload.model.dtype)
-    trainer = torch_lidit.Trainer(load_twin(workload, folder, device), config, dtype=dtype, compiled=compiled)
-    text = twin_features(workload, device)
-    with np.load(folder / DRAWS) as file:
+    trainer = torch_lidit.Trainer(load_torch_model(workload, folder, device), config, dtype=dtype, compiled=compiled)
+    text = torch_features(workload, device)
+    with np.load(folder / INPUTS_FILE) as file:
         learning_rates = file["learning_rate"].tolist()
-        draws = torch_lidit.draws(file, device)
-    turns = itertools.cycle(zip(draws, learning_rates, strict=True))
+        inputs = torch_lidit.split_steps(file, device)
+    schedule = itertools.cycle(zip(inputs, learning_rates, strict=True))
 
     def work() -> np.ndarray:
-        taken = [trainer.step(of_step, text, rate) for of_step, rate in itertools.islice(turns, steps)]
-        return torch.stack([torch.stack(values) for values in zip(*taken, strict=True)]).cpu().numpy()
+        metrics = [trainer.step(step_inputs, text, rate) for step_inputs, rate in itertools.islice(schedule, steps)]
+        return torch.stack([torch.stack(values) for values in zip(*metrics, strict=True)]).cpu().numpy()
 
     return work
 

@@ -1,7 +1,8 @@
-"""The autoencoder, ours against diffusers': `python -m lidit_jax.benchmarks.vae`.
+"""Benchmarks the autoencoder against diffusers: `python -m lidit_jax.benchmarks.vae`.
 
-A random `AutoencoderKL` at the widths of Stable Diffusion 3's is saved in diffusers' format; both libraries encode the
-same pictures to the means of their latents, and decode the same latents; with `--tile=256` at once and in tiles.
+A random `AutoencoderKL` with the widths of Stable Diffusion 3's is saved in diffusers' format. Both libraries encode
+the same images to the means of their latents and decode the same latents; with `--tile=256` they decode only, once
+without tiling and once in tiles of 256 px.
 """
 
 import functools
@@ -12,23 +13,33 @@ import numpy as np
 from absl import flags
 
 from lidit_jax import cli
-from lidit_jax.benchmarks.contest import Contestant, contest, forbid_tf32, largest_difference, machine, table
+from lidit_jax.benchmarks.contest import (
+    Contestant,
+    contest,
+    describe_host,
+    disable_tf32,
+    format_table,
+    largest_difference,
+)
 from lidit_jax.benchmarks.sd3_vae import CONFIG
 from lidit_jax.errors import UserError
 
-_BATCH = flags.DEFINE_integer("batch", 1, "pictures at once", lower_bound=1)
-_SIZE = flags.DEFINE_integer("size", 256, "side of a picture, a multiple of 8 pixels", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "times that each does the work", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
-_TILE = flags.DEFINE_integer("tile", 0, "instead, decode at once and in tiles of so many pixels", lower_bound=0)
+_BATCH = flags.DEFINE_integer("batch", 1, "images per batch", lower_bound=1)
+_SIZE = flags.DEFINE_integer("size", 256, "side of the images in pixels, a multiple of 8", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each contestant is timed", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype")
+_TILE = flags.DEFINE_integer(
+    "tile", 0, "compare decoding at once with tiles of so many pixels; 0 compares encoding and decoding", lower_bound=0
+)
 
 FACTOR = CONFIG.downsampling_factor
 
 
 def main() -> None:
-    print(machine("torch", "diffusers"))
+    print(describe_host("torch", "diffusers"))
     if _SIZE.value % FACTOR:
-        raise UserError(f"--size={_SIZE.value} is not a multiple of {FACTOR}")
+        larger = -(-_SIZE.value // FACTOR) * FACTOR
+        raise UserError(f"--size={_SIZE.value} is not a multiple of {FACTOR}: use {larger}")
     random = np.random.default_rng(0)
     cells = _SIZE.value // FACTOR
     inputs = {
@@ -37,24 +48,22 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder)
-        for task, ways in (TILED_WAYS if _TILE.value else WAYS).items():
-            arrays = inputs[task]
+        for task, prepare_functions in (TILED_CONTESTANTS if _TILE.value else CONTESTANTS).items():
+            arguments = folder, task, inputs[task], _DTYPE.value
             contestants = [
-                Contestant(
-                    name, functools.partial(way, folder, task, arrays, _DTYPE.value, tile=_TILE.value * in_tiles)
-                )
-                for name, (way, in_tiles) in ways.items()
+                Contestant(name, functools.partial(prepare, *arguments, tile=_TILE.value * in_tiles))
+                for name, (prepare, in_tiles) in prepare_functions.items()
             ]
             results = contest(contestants, _ROUNDS.value)
             print(f"{task}, {_BATCH.value} x {_SIZE.value} px, {_DTYPE.value}, median of {_ROUNDS.value} rounds")
-            print(table(results, _BATCH.value, "images"))
+            print(format_table(results, _BATCH.value, "images"))
             for result in results[1:]:
                 difference = largest_difference([results[0], result])
                 print(f"{result.name}: largest difference {difference:.1e} of the largest value")
 
 
 def save_model(folder: str) -> None:
-    """A random VAE in diffusers' format."""
+    """Saves a random VAE in diffusers' format."""
     import diffusers
     import torch
 
@@ -72,6 +81,18 @@ def save_model(folder: str) -> None:
 
 
 def ours(folder: str, task: str, arrays: np.ndarray, dtype: str, tile: int) -> Callable[[], np.ndarray]:
+    """Prepares our autoencoder.
+
+    Args:
+      folder: of the saved model.
+      task: "encode" or "decode".
+      arrays: images in [-1, 1] or latents, float32 [B, H, W, C].
+      dtype: to compute in.
+      tile: side of the tiles in pixels; 0 decodes without tiling.
+
+    Returns:
+      Function that returns latents or images, [B, H, W, C].
+    """
     import jax
     import jax.numpy as jnp
 
@@ -95,10 +116,11 @@ def ours(folder: str, task: str, arrays: np.ndarray, dtype: str, tile: int) -> C
 def diffusers_model(
     folder: str, task: str, arrays: np.ndarray, dtype: str, tile: int, *, compiled: bool = False
 ) -> Callable[[], np.ndarray]:
+    """Prepares diffusers' autoencoder; arguments and result as in `ours`."""
     import diffusers
     import torch
 
-    forbid_tf32()
+    disable_tf32()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch_dtype = getattr(torch, dtype)
     model = diffusers.AutoencoderKL.from_pretrained(folder, torch_dtype=torch_dtype, low_cpu_mem_usage=False)
@@ -117,8 +139,8 @@ def diffusers_model(
     return work
 
 
-# task -> what takes part in it: name -> (way, whether it works in tiles)
-WAYS = dict.fromkeys(
+# Task -> {contestant's name: (function that prepares it, True if it decodes in tiles)}.
+CONTESTANTS = dict.fromkeys(
     ("encode", "decode"),
     {
         "lidit_jax": (ours, False),
@@ -126,7 +148,7 @@ WAYS = dict.fromkeys(
         "diffusers compiled": (functools.partial(diffusers_model, compiled=True), False),
     },
 )
-TILED_WAYS = {
+TILED_CONTESTANTS = {
     "decode": {
         "lidit_jax": (ours, False),
         "lidit_jax in tiles": (ours, True),

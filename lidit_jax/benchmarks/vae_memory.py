@@ -1,7 +1,7 @@
-"""What decoding a large picture takes in memory, at once and in tiles: `python -m lidit_jax.benchmarks.vae_memory`.
+"""Prints the memory to decode a large image, with and without tiling: `python -m lidit_jax.benchmarks.vae_memory`.
 
-As XLA's compiler counts a program's temporaries, for an `AutoencoderKL` at the widths of Stable Diffusion 3's; nothing
-is run, so a picture may be larger than this machine could decode.
+Numbers are the temporaries that XLA reports for a compiled program of an `AutoencoderKL` with the widths of Stable
+Diffusion 3's. Nothing is run, so an image may be larger than this host could decode.
 """
 
 from collections.abc import Callable
@@ -12,32 +12,32 @@ import jax.numpy as jnp
 from absl import flags
 
 from lidit_jax import cli
-from lidit_jax.benchmarks.contest import machine
+from lidit_jax.benchmarks.contest import describe_host
 from lidit_jax.benchmarks.sd3_vae import CONFIG
 from lidit_jax.errors import UserError
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_tiling import decode_in_tiles
 from lidit_jax.weights.diffusers_vae import parameter_shapes
 
-_SIZES = flags.DEFINE_list("sizes", ["1024", "2048"], "sides of pictures, in pixels")
-_TILES = flags.DEFINE_list("tiles", ["256", "512"], "sides of tiles, in pixels")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "to compute in")
+_SIZES = flags.DEFINE_list("sizes", ["1024", "2048"], "sides of the images, in pixels")
+_TILES = flags.DEFINE_list("tiles", ["256", "512"], "sides of the tiles, in pixels")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype")
 
 
 def main() -> None:
     sizes, tiles = _numbers("sizes", _SIZES.value), _numbers("tiles", _TILES.value)
     model = AutoencoderKL(CONFIG, jnp.dtype(_DTYPE.value))
-    ways = {"at once": lambda p, z: model.apply({"params": p}, z, method=AutoencoderKL.decode)}
+    decoders = {"at once": lambda p, z: model.apply({"params": p}, z, method=AutoencoderKL.decode)}
     for tile in tiles:
-        ways[f"tiles of {tile}"] = lambda p, z, tile=tile: decode_in_tiles(model, p, z, tile)
-    print(f"{machine()}; MiB of temporaries, {_DTYPE.value}")
+        decoders[f"tiles of {tile}"] = lambda p, z, tile=tile: decode_in_tiles(model, p, z, tile)
+    print(f"{describe_host()}; temporary memory in MiB, {_DTYPE.value}")
     print(f"{'':20}" + "".join(f"{f'{size} px':>10}" for size in sizes))
-    for name, decode in ways.items():
-        print(f"{name:20}" + "".join(f"{temporaries(decode, size) / 2**20:10.0f}" for size in sizes), flush=True)
+    for name, decode in decoders.items():
+        print(f"{name:20}" + "".join(f"{temporary_bytes(decode, size) / 2**20:10.0f}" for size in sizes), flush=True)
 
 
-def temporaries(decode: Callable[[dict, jax.Array], jax.Array], size: int) -> int:
-    """Bytes, of decoding one picture."""
+def temporary_bytes(decode: Callable[[dict, jax.Array], jax.Array], size: int) -> int:
+    """Returns the bytes of XLA temporaries for decoding one image of `size` x `size` pixels."""
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameter_shapes(CONFIG).items()}
     params = flax.traverse_util.unflatten_dict(shapes)
     cells = size // CONFIG.downsampling_factor
@@ -46,9 +46,17 @@ def temporaries(decode: Callable[[dict, jax.Array], jax.Array], size: int) -> in
 
 
 def _numbers(name: str, values: list[str]) -> list[int]:
+    """Parses the values of the flag `name`.
+
+    Raises:
+      UserError: one is not a positive multiple of the down-sampling factor.
+    """
     for value in values:
         if not value.isdecimal() or not int(value) or int(value) % CONFIG.downsampling_factor:
-            raise UserError(f"--{name}={','.join(values)}: give multiples of {CONFIG.downsampling_factor}, with commas")
+            raise UserError(
+                f"--{name}={','.join(values)}: {value!r} is not a positive multiple of {CONFIG.downsampling_factor}: "
+                "give sides in pixels, separated by commas"
+            )
     return [int(value) for value in values]
 
 

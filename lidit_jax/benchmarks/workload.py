@@ -1,7 +1,7 @@
-"""What `train_step` and `sample` work on: the model of a config, beside features and latents drawn at random.
+"""Workload of `train_step` and `sample`: a config's model, with random encoder features and latents.
 
-LLMs and the VAE are left out, for all contestants: `encode` and `vae` measure those. Their sizes alone are needed, and
-those are in the config.
+LLMs and the VAE are left out for all contestants: `encode` and `vae` measure those. Only their sizes are needed, which
+the config has.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax import cli
-from lidit_jax.benchmarks.contest import Contestant, Result, contest, forbid_tf32, machine
+from lidit_jax.benchmarks.contest import Contestant, Result, contest, describe_host, disable_tf32
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
@@ -37,19 +37,19 @@ if TYPE_CHECKING:
     from lidit_jax.benchmarks import torch_lidit
     from lidit_jax.pytorch import transformer_lidit
 
-# The flags that both command lines have.
+# Flags of both command lines.
 _CONFIG = cli.define_config()  # default: the demo
-_BATCH = flags.DEFINE_integer("batch", None, "samples at once (default: the config's)", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", None, "samples per batch (default: the config's)", lower_bound=1)
 _RESOLUTION = flags.DEFINE_integer(
-    "resolution", None, "side of the pictures in pixels (default: the config's)", lower_bound=1
+    "resolution", None, "side of the images in pixels (default: the config's)", lower_bound=1
 )
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "to compute in (default: the config's)")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "times that each does the work", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "compute dtype (default: the config's)")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each contestant is timed", lower_bound=1)
 _PREFIX_TOKENS = flags.DEFINE_integer(
-    "prefix_tokens", 64, "of system prompt and instruction, of LLMs that are published but not here", lower_bound=0
+    "prefix_tokens", 64, "tokens of system prompt and instruction, for LLMs without a local tokenizer", lower_bound=0
 )
-_TWIN = flags.DEFINE_bool("twin", True, "PyTorch takes part")
-_COMPILED = flags.DEFINE_bool("compiled", True, "and once more with torch.compile")
+_TWIN = flags.DEFINE_bool("twin", True, "compare with PyTorch")
+_COMPILED = flags.DEFINE_bool("compiled", True, "compare with PyTorch under torch.compile, too")
 
 WEIGHTS = "weights.safetensors"
 
@@ -58,13 +58,14 @@ Work = Callable[[], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Sizes, from which every process draws the same arrays.
+    """Configs and sizes, from which every process generates the same random arrays.
 
     Attributes:
-      text: each LLM's lengths and width.
-      text_dtypes: of each LLM's features.
-      batch: samples.
-      height, width: of the latents.
+      model, schedule, vae: of the config.
+      text: LLM's name -> token counts and width of its features.
+      text_dtypes: LLM's name -> dtype of its features.
+      batch: number of samples.
+      height, width: of the latents, in latent pixels.
     """
 
     model: LIDiTConfig
@@ -85,35 +86,35 @@ class Workload:
         return [lengths.width for lengths in self.text.values()]
 
     def noise(self) -> np.ndarray:
-        """Standard normal latents, float32 [B, H, W, C]."""
+        """Returns standard normal latents, float32 [B, H, W, C]."""
         return np.random.default_rng(0).standard_normal(self.latents_shape, np.float32)
 
     def features(self, *, with_empty: bool = False) -> list[TextFeatures]:
-        """Of every LLM, as NumPy arrays in its dtype: B prompts of one token to all that there may be.
+        """Returns random features per LLM, NumPy arrays in its dtype, for B prompts of 1 to max_length tokens.
 
         Args:
-          with_empty: B rows more, of the empty prompt: its end token alone.
+          with_empty: appends B rows of empty prompts, which have the end token alone.
         """
         random = np.random.default_rng(1)
         rows = 2 * self.batch if with_empty else self.batch
         features = []
-        for name, of in self.text.items():
+        for name, sizes in self.text.items():
             dtype = jnp.dtype(self.text_dtypes[name])
-            lengths = random.integers(1, of.prompt + 1, rows)
+            lengths = random.integers(1, sizes.prompt + 1, rows)
             lengths[self.batch :] = 1
-            prefix_shape = (of.prefix, of.width) if of.shares_prefix else (rows, of.prefix, of.width)
+            prefix_shape = (sizes.prefix, sizes.width) if sizes.shares_prefix else (rows, sizes.prefix, sizes.width)
             prefix = random.standard_normal(prefix_shape, np.float32).astype(dtype)
-            prompt = random.standard_normal((rows, of.prompt, of.width), np.float32).astype(dtype)
-            features.append(TextFeatures(prefix, prompt, np.arange(of.prompt) < lengths[:, None]))
+            prompt = random.standard_normal((rows, sizes.prompt, sizes.width), np.float32).astype(dtype)
+            features.append(TextFeatures(prefix, prompt, np.arange(sizes.prompt) < lengths[:, None]))
         return features
 
     def forward_flops(self, rows: int) -> int:
-        """Operations of the model's forward pass, of so many rows."""
+        """Returns the FLOPs of the model's forward pass over a batch of `rows` rows."""
         return lidit_forward(self.model, rows, self.height, self.width, list(self.text.values()))
 
     def __str__(self) -> str:
         model, factor = self.model, self.vae.downsampling_factor
-        text = ", ".join(f"{name} {of.prefix} + {of.prompt} tokens" for name, of in self.text.items())
+        text = ", ".join(f"{name} {sizes.prefix} + {sizes.prompt} tokens" for name, sizes in self.text.items())
         return (
             f"depth {model.depth}, width {model.hidden_size}, {model.dtype}, remat {model.remat}; batch {self.batch}, "
             f"{self.height * factor} x {self.width * factor} px, {text}"
@@ -121,7 +122,7 @@ class Workload:
 
 
 def from_flags() -> tuple[Workload, Experiment]:
-    """As `from_config`, from the command line; where it names no config, the demo's."""
+    """Calls `from_config` with the command line's values; the config defaults to the demo's, configs/shapes.py."""
     demo = Path("configs/shapes.py")
     is_demo = _CONFIG.value is None and demo.exists()
     return from_config(
@@ -141,16 +142,21 @@ def from_config(
     dtype: str | None = None,
     prefix_tokens: int = 64,
 ) -> tuple[Workload, Experiment]:
-    """Sizes of a config, and its parts with what is given in place of the config's.
+    """Returns the workload of a config, and its experiment with the overrides applied.
 
-    Nothing is loaded but, where encoders' weights are given, their tokenizers.
+    Loads nothing but tokenizers, of encoders that name a folder of weights.
+
+    Args:
+      config: an experiment's.
+      batch, resolution, dtype: override the config's values; None keeps them.
+      prefix_tokens: tokens of system prompt and instruction, for LLMs whose tokenizers are not available.
 
     Raises:
-      UserError: the config or the sizes cannot work.
+      UserError: the config has no model, is invalid, or the resolution is not a multiple of the patch size in pixels.
     """
     config = config.copy_and_resolve_references()
     if "model" not in config:
-        raise UserError("the config is of a VAE alone: name one with a model")
+        raise UserError("the config has no `model`, it trains a VAE alone: use one that has, such as configs/1b.py")
     with config.unlocked():
         config.data.path = config.data.get("path") or "unused"
         config.data.resolution = resolution or config.data.resolution
@@ -176,11 +182,12 @@ def from_config(
 
 
 def _text_lengths(experiment: Experiment, name: str, prefix_tokens: int) -> TextLengths:
-    part, text = experiment.encoders[name], experiment.text
-    if part.weights:
-        encoder = open_encoder(part.weights, experiment.prompt_tokenizer, dtype=part.dtype)
+    """Returns the token counts and the width of encoder `name`."""
+    config, text = experiment.encoders[name], experiment.text
+    if config.weights:
+        encoder = open_encoder(config.weights, experiment.prompt_tokenizer, dtype=config.dtype)
         return TextLengths(len(encoder.tokenizer.prefix()), text.max_length, encoder.hidden_size, not encoder.lead)
-    if part.train:  # a tokenizer that the run trains has a token for each word of its instruction
+    if config.train:  # a tokenizer trained by the run has one token for each word of its instruction
         prefix_tokens = len(re.findall(r"\w+|[^\w\s]", f"{text.system_prompt} {text.instruction}"))
     return TextLengths(prefix_tokens, text.max_length, experiment.encoders[name].language_model.hidden_size)
 
@@ -188,12 +195,12 @@ def _text_lengths(experiment: Experiment, name: str, prefix_tokens: int) -> Text
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
-def with_noise(init: Callable[[jax.Array], Any], scale: float = 0.02) -> Callable[[jax.Array], Any]:
-    """An initialisation without zeros: closed gates would hide from the outputs what is behind them."""
+def noisy_init(init: Callable[[jax.Array], Any], scale: float = 0.02) -> Callable[[jax.Array], Any]:
+    """Wraps `init` to add noise to every parameter: zero-initialised gates would hide errors in what they gate."""
 
     def noisy(key: jax.Array) -> Any:
         params = init(key)
-        # Every array takes the beginning of the same noise: a draw for each would compile four times as long.
+        # All arrays take the head of one noise vector: one random call per array would compile four times as long.
         size = max(x.size for x in jax.tree.leaves(params))
         noise = scale * jax.random.normal(jax.random.fold_in(key, 1), (size,))
         return jax.tree.map(lambda x: x + noise[: x.size].reshape(x.shape), params)
@@ -202,57 +209,57 @@ def with_noise(init: Callable[[jax.Array], Any], scale: float = 0.02) -> Callabl
 
 
 def save_weights(folder: Path, params: Any) -> None:
-    """Flax's tree, its paths joined with dots, for the contestants that are prepared later."""
+    """Saves a Flax tree with dotted paths as safetensors, for the contestants that are prepared later."""
     from safetensors.numpy import save_file
 
     flat = flax.traverse_util.flatten_dict(params, sep=".")
     save_file({name: np.ascontiguousarray(jax.device_get(array)) for name, array in flat.items()}, folder / WEIGHTS)
 
 
-def load_twin(
+def load_torch_model(
     workload: Workload, folder: Path, device: str, dtype: str = "float32"
 ) -> "transformer_lidit.LIDiTTransformer2DModel":
-    """PyTorch's model with the weights that were saved, in this dtype."""
+    """Loads the PyTorch model with the weights of `save_weights`, in this dtype."""
     import torch
     from safetensors.numpy import load_file
 
     from lidit_jax.benchmarks import torch_lidit
 
-    forbid_tf32()
+    disable_tf32()
     params = load_file(folder / WEIGHTS)
     return torch_lidit.from_flax(workload.model, workload.text_widths, params, device, getattr(torch, dtype))
 
 
-def twin_features(workload: Workload, device: str, *, with_empty: bool = False) -> "torch_lidit.Text":
-    """`Workload.features` for PyTorch's model."""
+def torch_features(workload: Workload, device: str, *, with_empty: bool = False) -> "torch_lidit.Text":
+    """Returns `Workload.features` as arguments of the PyTorch model."""
     import torch
 
     def tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.float32)).to(device, getattr(torch, dtype))  # NumPy's have no bfloat16
+        return torch.from_numpy(array.astype(np.float32)).to(device, getattr(torch, dtype))  # it takes no bfloat16
 
     features, dtypes = workload.features(with_empty=with_empty), workload.text_dtypes.values()
     return {
-        "encoder_hidden_states": [tensor(of.prompt, dtype) for of, dtype in zip(features, dtypes, strict=True)],
-        "encoder_attention_mask": [torch.from_numpy(of.mask).to(device) for of in features],
-        "instruction_hidden_states": [tensor(of.prefix, dtype) for of, dtype in zip(features, dtypes, strict=True)],
+        "encoder_hidden_states": [tensor(text.prompt, dtype) for text, dtype in zip(features, dtypes, strict=True)],
+        "encoder_attention_mask": [torch.from_numpy(text.mask).to(device) for text in features],
+        "instruction_hidden_states": [tensor(text.prefix, dtype) for text, dtype in zip(features, dtypes, strict=True)],
     }
 
 
 # --- the contest -------------------------------------------------------------------------------------------------
 
 
-def compete(ours: Callable[..., Work], twin: Callable[..., Work]) -> list[Result]:
-    """Ours and, unless the flags leave it out, PyTorch's twin.
+def run_contest(ours: Callable[..., Work], twin: Callable[..., Work]) -> list[Result]:
+    """Runs the contest between ours and, unless the flags leave it out, PyTorch.
 
     Args:
-      ours: (folder) -> its work; prepares us. Leaves there what the twin needs, unless it is None: there is no twin.
-      twin: (folder, device, compiled) -> its work; prepares PyTorch, after us.
+      ours: prepares ours: (folder) -> work. Saves in the folder what `twin` needs; the folder is None without a twin.
+      twin: prepares PyTorch: (folder, device, compiled) -> work. Called after `ours`.
     """
     if not _TWIN.value:
-        print(machine(), flush=True)
+        print(describe_host(), flush=True)
         return contest([Contestant("lidit_jax", functools.partial(ours, folder=None))], _ROUNDS.value)
-    print(machine("torch"), flush=True)
-    device = _twin_device()
+    print(describe_host("torch"), flush=True)
+    device = _torch_device()
     with tempfile.TemporaryDirectory() as name:
         contestants = [Contestant("lidit_jax", functools.partial(ours, folder=Path(name)))]
         for compiled in (False, True) if _COMPILED.value else (False,):
@@ -261,36 +268,42 @@ def compete(ours: Callable[..., Work], twin: Callable[..., Work]) -> list[Result
         return contest(contestants, _ROUNDS.value)
 
 
-def _twin_device() -> str:
-    """PyTorch's name for the device that JAX uses.
+def _torch_device() -> str:
+    """Returns PyTorch's name for the device that JAX uses.
 
     Raises:
-      UserError: PyTorch cannot work where JAX does.
+      UserError: JAX uses several devices, or one that PyTorch cannot use.
     """
     import torch
 
     platform = jax.default_backend()
     if jax.device_count() > 1:
         raise UserError(
-            f"JAX sees {jax.device_count()} devices, PyTorch works on one: show one alone, or give --notwin"
+            f"JAX uses {jax.device_count()} devices, but PyTorch uses one: make one device visible, or give --notwin"
         )
     if platform == "cpu":
         return "cpu"
     if platform != "gpu" or not torch.cuda.is_available():
-        raise UserError(f"JAX works on a {platform} that PyTorch does not see: install its build for it, or --notwin")
+        raise UserError(
+            f"JAX runs on a {platform}, which PyTorch cannot use: install PyTorch's build for it, or give --notwin"
+        )
     return "cuda"
 
 
-def table(results: Sequence[Result], *, steps: int, samples: int, unit: str, flops: float, devices: int = 1) -> str:
-    """A line a contestant; how many times as fast as each we are.
+def format_table(
+    results: Sequence[Result], *, steps: int, samples: int, unit: str, flops: float, devices: int = 1
+) -> str:
+    """Formats one line per contestant, with how many times as fast as it ours is.
 
     Args:
-      steps, samples, flops: of a round.
-      devices: that we work on.
+      results: measurements, ours first.
+      steps, samples, flops: per round.
+      unit: plural name of a sample.
+      devices: number of devices that ours uses.
     """
     chip = chip_of(jax.devices()[0])
     peak = chip and chip.flops * devices
-    heads = ["ms a step", f"{unit}/s", "TFLOP/s", *(["MFU"] if peak else []), f"{results[0].name} is", "peak MiB"]
+    heads = ["ms per step", f"{unit}/s", "TFLOP/s", *(["MFU"] if peak else []), f"{results[0].name} is", "peak MiB"]
     lines = [f"{'':18}" + "".join(f"{head:>13}" for head in heads)]
     for result in results:
         speed = flops / result.median

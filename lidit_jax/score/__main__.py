@@ -1,8 +1,9 @@
-"""Scores a drawn benchmark: `python -m lidit_jax.score --benchmark=geneval --pictures=DIR --out=DIR --detector=…`.
+"""Scores generated images: `python -m lidit_jax.score --benchmark=geneval --pictures=DIR --out=OUT --detector=…`.
 
-DIR is what `python -m lidit_jax.evaluate` drew, or any other generator in the layout of the official scorer; the models
-that judge are transformers' own, in PyTorch. OUT gets results.json, a picture's result each, and report.json, report.md
-and report.png, ours beside the paper's Table 1. Run the same command again and it goes on where it stopped.
+DIR holds the images that `python -m lidit_jax.evaluate`, or any other generator, wrote in the layout of the official
+scorer. The scoring models are transformers', in PyTorch. Writes to OUT results.json, with one result per image, and
+report.json, report.md and report.png, which compare the scores with the paper's Table 1. The same command resumes an
+interrupted run.
 
     geneval          --detector=facebook/mask2former-swin-small-coco-instance --clip=openai/clip-vit-large-patch14
     t2i_compbench    --vqa=Salesforce/blip-vqa-base, or --detector=… for its spatial part
@@ -22,7 +23,7 @@ from lidit_jax.score.eval_extra import require_extra
 from lidit_jax.score.report import write_report
 from lidit_jax.score.results import ScoreRequest
 
-logger = logging.getLogger("lidit_jax.score")  # run as a module, __name__ is "__main__", of which nothing is shown
+logger = logging.getLogger("lidit_jax.score")  # not __name__, "__main__" here: only the package's logs are shown
 
 SCORERS = {
     "geneval": geneval.score,
@@ -32,14 +33,14 @@ SCORERS = {
 }
 
 _BENCHMARK = flags.DEFINE_string("benchmark", None, ", ".join(SCORERS))
-_PICTURES = flags.DEFINE_string("pictures", None, "folder of the drawn pictures")
+_PICTURES = flags.DEFINE_string("pictures", None, "folder of the generated images")
 _OUT = flags.DEFINE_string("out", None, "folder for the results and the report")
-_DETECTOR = flags.DEFINE_string("detector", None, "what finds objects: a folder of a model, or its name on the hub")
-_CLIP = flags.DEFINE_string("clip", None, "what names colours, a CLIP model")
-_VQA = flags.DEFINE_string("vqa", None, "what answers questions on pictures")
-_FILE = flags.DEFINE_string("file", None, "the benchmark's prompts, as they were drawn")
-_QUESTIONS = flags.DEFINE_string("questions", None, "DPG-Bench's questions")
-_MODEL_NAME = flags.DEFINE_string("model_name", "ours", "of what drew, in the report")
+_DETECTOR = flags.DEFINE_string("detector", None, "object detector: a model's folder, or its name on the hub")
+_CLIP = flags.DEFINE_string("clip", None, "CLIP model that classifies colours: a folder, or a name on the hub")
+_VQA = flags.DEFINE_string("vqa", None, "model that answers questions about images: a folder, or a name on the hub")
+_FILE = flags.DEFINE_string("file", None, "the benchmark's prompts; if given, all of them must have images")
+_QUESTIONS = flags.DEFINE_string("questions", None, "DPG-Bench's dpg_bench.csv")
+_MODEL_NAME = flags.DEFINE_string("model_name", "ours", "name of the model that generated the images, in the report")
 
 
 def main() -> None:

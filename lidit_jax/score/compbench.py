@@ -1,7 +1,7 @@
-"""T2I-CompBench's scores (Huang et al. 2023): colour, shape and texture by BLIP-VQA, 2D spatial by a detector.
+"""Scores T2I-CompBench (Huang et al. 2023): colour, shape and texture by BLIP-VQA, 2D spatial by a detector.
 
 The rules are those of the official BLIPvqa_eval and UniDet_eval/2D_spatial_eval.py. The official detector is UniDet;
-here it is any of `detectors.py`, whose scores are not to be compared with the official ones to the point.
+here it is any detector of `detectors.py`, so spatial scores are only roughly comparable with official ones.
 """
 
 import collections
@@ -29,7 +29,8 @@ from lidit_jax.score.vqa import load_blip
 logger = logging.getLogger(__name__)
 
 CATEGORIES = ("color", "shape", "texture", "spatial")
-# The prompts' nouns, where COCO has another name for the same; UniDet's classes are compared as they are.
+# Prompt's noun -> COCO's name of the class, for detectors that know the latter only. The official script compares
+# UniDet's class names with the nouns as they are.
 OTHER_NAMES = {
     "bag": "handbag",
     "computer": "laptop",
@@ -44,21 +45,29 @@ _NAME = re.compile(r"([^_]+)_(\d+)\.png")
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A file of samples/: its name and the prompt in it."""
+    """An image in samples/.
+
+    Attributes:
+      name: of the file.
+      prompt: taken from the file's name.
+    """
 
     name: str
     prompt: str
 
 
 def score(request: ScoreRequest) -> Report:
-    """One category's score, in per cent, of the pictures in `request.pictures`/samples.
+    """Scores the images in `request.pictures`/samples for one category.
 
-    The category (color, shape, texture or spatial) is that of `request.file`'s name, as color_val.txt, or without
-    one what the prompts speak of. With the file, all its prompts must be there.
+    The category (color, shape, texture or spatial) is taken from the name of `request.file`, such as color_val.txt;
+    without a file it is inferred from the prompts. If the file is given, all of its prompts must have images.
+
+    Returns:
+      A report with the category's score in per cent.
 
     Raises:
-      UserError: no such pictures, a category that has no scorer here, a model that was not named, or `request.out` has
-        results of something else.
+      UserError: the images or the model's flag are missing, the category has no scorer here, or `request.out` has
+        other results.
     """
     pictures = find_pictures(require_pictures_folder(request))
     if request.file:
@@ -68,41 +77,48 @@ def score(request: ScoreRequest) -> Report:
 
 
 def find_pictures(folder: epath.Path) -> list[Picture]:
-    """What is in a folder's samples/, in the order of the numbers.
+    """Lists the images in a folder's samples/, ordered by number.
 
     Raises:
-      UserError: there is nothing of T2I-CompBench's.
+      UserError: no file there is named as T2I-CompBench's are, PROMPT_000000.png.
     """
     samples = folder / "samples"
     names = [file.name for file in samples.glob("*.png")] if samples.is_dir() else []
     matches = [match for match in map(_NAME.fullmatch, names) if match]
     if not matches:
         raise UserError(
-            f"--pictures={folder} has no samples/PROMPT_000000.png: is it T2I-CompBench's, as "
-            "python -m lidit_jax.evaluate draws it?"
+            f"--pictures={folder} has no samples/PROMPT_000000.png: name a folder that python -m lidit_jax.evaluate "
+            "--benchmark=t2i_compbench wrote"
         )
     matches.sort(key=lambda match: (int(match[2]), match[1]))
     return [Picture(match[0], match[1]) for match in matches]
 
 
 def category_of(file_name: str | None, prompts: Sequence[str]) -> str:
-    """color, shape, texture or spatial: of a list's name (color_val.txt) or, where that says nothing, of its prompts.
+    """Returns the category of the prompts: color, shape, texture or spatial.
+
+    Args:
+      file_name: of the benchmark's list, such as "color_val.txt"; None if it was not given.
+      prompts: decide by majority if the file's name does not tell.
 
     Raises:
-      UserError: it is another one, or can't be told.
+      UserError: the file is of another category, or no category has the most prompts.
     """
     if file_name:
         named = re.match(r"(3d_spatial|non_spatial|[a-z]+?)(_(train|val)\w*)?\.txt", file_name)
         if named and named[1] in CATEGORIES:
             return named[1]
         if named and named[1] in ("3d_spatial", "non_spatial", "complex", "numeracy"):
-            raise UserError(f"{file_name}: no scorer here for this category; there are {', '.join(CATEGORIES)}")
-    votes = collections.Counter(kind for prompt in prompts for kind in _kinds(prompt))
+            raise UserError(
+                f"--file={file_name} is of the category {named[1]}, which has no scorer here: use a list of "
+                f"{', '.join(CATEGORIES)}"
+            )
+    votes = collections.Counter(category for prompt in prompts for category in _possible_categories(prompt))
     best = votes.most_common(2)
     if not best or (len(best) == 2 and best[0][1] == best[1][1]):
         raise UserError(
-            f"the prompts speak of no one category of {', '.join(CATEGORIES)}: name the benchmark's list, "
-            "--file=color_val.txt"
+            f"the prompts do not tell which category they are of ({', '.join(CATEGORIES)}): give the benchmark's list, "
+            "such as --file=color_val.txt"
         )
     return best[0][0]
 
@@ -110,15 +126,20 @@ def category_of(file_name: str | None, prompts: Sequence[str]) -> str:
 def attribute_score(
     prompt: str, yes_probabilities: Callable[[list[str]], Sequence[float]]
 ) -> tuple[float, dict[str, float]]:
-    """A picture's score, and each noun phrase's: whether it is there is asked of each, and the answers are multiplied.
+    """Scores an image by the product of the probabilities that it shows each noun phrase of its prompt.
 
-    No more than 8 are asked; a prompt without one scores 1, as officially.
+    As in the official scorer, at most 8 phrases count, and a prompt without any scores 1.
 
-    Args: yes_probabilities: of questions, each "a red car?".
+    Args:
+      prompt: the image's.
+      yes_probabilities: questions such as "a red car?" -> probability of "yes" for each.
+
+    Returns:
+      The image's score, and each noun phrase's.
     """
     phrases = noun_phrases(prompt)
-    found = [float(p) for p in yes_probabilities([f"{phrase}?" for phrase in phrases])] if phrases else []
-    return round(math.prod(found), 4), dict(zip(phrases, found, strict=True))
+    scores = [float(p) for p in yes_probabilities([f"{phrase}?" for phrase in phrases])] if phrases else []
+    return round(math.prod(scores), 4), dict(zip(phrases, scores, strict=True))
 
 
 def _attributes(request: ScoreRequest, pictures: list[Picture], category: str) -> Report:
@@ -132,7 +153,7 @@ def _attributes(request: ScoreRequest, pictures: list[Picture], category: str) -
 
     splitter = splitter_name()
     if splitter == "rules":
-        logger.info("noun phrases are found by rules: spaCy and its model en_core_web_sm, which are official, lack")
+        logger.info("finding noun phrases by rules: spaCy's en_core_web_sm, the official model, is not installed")
     files = [request.pictures / "samples" / name for name in prompts]
     with open_results(request, files, ("vqa",), category=category, noun_phrases=splitter) as results:
         scored = results.complete(list(prompts), score_picture)
@@ -141,7 +162,7 @@ def _attributes(request: ScoreRequest, pictures: list[Picture], category: str) -
 
 def _spatial(request: ScoreRequest, pictures: list[Picture], category: str) -> Report:
     detector = load_detector(request.require("detector"))
-    prompts = {picture.name: _parsed(picture.prompt, detector.classes) for picture in pictures}
+    prompts = {picture.name: _parse_for_detector(picture.prompt, detector.classes) for picture in pictures}
 
     def score_picture(name: str) -> dict[str, Any]:
         picture = read_picture(request.pictures / "samples" / name)
@@ -160,11 +181,19 @@ def _spatial(request: ScoreRequest, pictures: list[Picture], category: str) -> R
     return _report(category, values, {"objects_that_the_detector_lacks": sorted(unknown)})
 
 
-def _parsed(prompt: str, classes: frozenset[str]) -> SpatialPrompt:
-    """With the detector's own names of the objects."""
+def _parse_for_detector(prompt: str, classes: frozenset[str]) -> SpatialPrompt:
+    """Parses a spatial prompt, with the objects named as the detector names them.
+
+    Args:
+      prompt: of the spatial list.
+      classes: the detector's.
+
+    Raises:
+      UserError: the prompt has another form.
+    """
     found = parse_spatial(prompt)
     if found is None:
-        raise UserError(f'{prompt!r:.80} is not "a X on the left of a Y": is it of the spatial list?')
+        raise UserError(f'the prompt {prompt!r:.80} is not of the spatial list: it is not "a X on the left of a Y"')
 
     def name(noun: str) -> str:
         return OTHER_NAMES[noun] if noun not in classes and OTHER_NAMES.get(noun) in classes else noun
@@ -172,8 +201,8 @@ def _parsed(prompt: str, classes: frozenset[str]) -> SpatialPrompt:
     return SpatialPrompt(name(found.first), found.relation, name(found.second))
 
 
-def _kinds(prompt: str) -> set[str]:
-    """The categories that a prompt may be of."""
+def _possible_categories(prompt: str) -> set[str]:
+    """Returns the categories that a prompt could belong to."""
     if parse_spatial(prompt):
         return {"spatial"}
     words = set(re.findall(r"[a-z]+", prompt.lower()))
@@ -181,16 +210,20 @@ def _kinds(prompt: str) -> set[str]:
 
 
 def _check_complete(file: epath.Path, pictures: list[Picture]) -> None:
-    """Raises UserError if a prompt of the list has no picture, or a picture no prompt in it."""
+    """Checks that the benchmark's list and the images have the same prompts.
+
+    Raises:
+      UserError: they do not, or there is no such list.
+    """
     if not file.is_file():
         raise UserError(f"--file={file}: no such file; name the benchmark's list")
-    wanted, drawn = set(T2ICompBench(file, 1).prompts), {picture.prompt for picture in pictures}
-    for prompts, what, remedy in (
-        (wanted - drawn, "prompts have no picture", "draw the rest"),
-        (drawn - wanted, "pictures' prompts are not in it", "is it another list?"),
+    wanted, found = set(T2ICompBench(file, 1).prompts), {picture.prompt for picture in pictures}
+    for prompts, problem, remedy in (
+        (wanted - found, "of its prompts have no image", "generate the rest"),
+        (found - wanted, "prompts of the images are not in it", "name the list that they were generated from"),
     ):
         if prompts:
-            raise UserError(f"--file={file}: {len(prompts)} {what}, as {min(prompts)!r:.80}: {remedy}")
+            raise UserError(f"--file={file}: {len(prompts)} {problem}, such as {min(prompts)!r:.80}: {remedy}")
 
 
 def _report(category: str, values: Sequence[float], details: dict[str, Any]) -> Report:

@@ -1,7 +1,7 @@
-"""Object detectors of transformers: a picture -> the objects in it, with or without their masks.
+"""Detects objects in images with transformers' models, as boxes with or without masks.
 
-Mask2Former's raw outputs become instances as mmdetection makes them, which GenEval's official scorer runs, and not as
-transformers' own post-processing does, which works at 384 x 384 whatever the picture.
+Mask2Former's outputs are turned into instances as mmdetection does, which GenEval's official scorer runs. The
+post-processing of transformers differs: it works at 384 x 384 whatever the size of the image.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from PIL import Image
 from lidit_jax.errors import UserError
 from lidit_jax.score.load_model import device, load_model, load_processor, model_folder
 
-# Mask2Former is tested on COCO, by its authors and by mmdetection, with the short side of a picture at 800 pixels, but
-# the long one at 1333 at most; what size a folder's preprocessor_config.json says is not looked at.
+# Test-time size of Mask2Former on COCO, for its authors and for mmdetection: the short side has 800 pixels, the long
+# one at most 1333. The size in a folder's preprocessor_config.json is ignored.
 SHORT_SIDE, LONG_SIDE = 800, 1333
 SIZE_DIVISOR = 32
 MAX_INSTANCES = 100
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Some models have PASCAL VOC's names for what COCO has under others.
+# PASCAL VOC's name of a class, which some models use, -> COCO's.
 COCO_NAMES = {
     "aeroplane": "airplane",
     "diningtable": "dining table",
@@ -33,13 +33,13 @@ COCO_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """An object in a picture.
+    """An object detected in an image.
 
     Attributes:
-      label: its class, by COCO's name.
-      score: from 0 to 1.
-      box: (left, top, right, bottom) in pixels; right and bottom are the first column and row outside.
-      mask: bool [H, W], of the picture's size; None from a detector that gives boxes alone.
+      label: COCO's name of its class.
+      score: confidence, from 0 to 1.
+      box: (left, top, right, bottom) in pixels; right and bottom are exclusive.
+      mask: bool [H, W], of the image's size; None from a detector without masks.
     """
 
     label: str
@@ -49,23 +49,29 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Attributes: classes: names of all that it can find, COCO's where it is in COCO."""
+    """Detects objects in an image.
+
+    Attributes:
+      classes: names of the classes that it knows; COCO's names for COCO's classes.
+    """
 
     classes: frozenset[str]
 
     def __call__(self, picture: np.ndarray, min_score: float = 0.0) -> list[Detection]:
-        """The objects with a score over `min_score`, the surest first.
+        """Returns the objects with a score above `min_score`, by descending score.
 
-        Args: picture: uint8 [H, W, 3].
+        Args:
+          picture: uint8 [H, W, 3].
+          min_score: from 0 to 1.
         """
 
 
 def load_detector(name: str, flag: str = "detector") -> Detector:
-    """A Mask2Former, which gives masks, or any model of AutoModelForObjectDetection.
+    """Loads a Mask2Former, which predicts masks, or any model of AutoModelForObjectDetection, which predicts boxes.
 
     Args:
-      name: a folder, or a name of the hub.
-      flag: which named it.
+      name: a folder, or a model's name on the hub.
+      flag: name of the flag that gave it, for error messages.
 
     Raises:
       UserError: there is no such folder, or no detector in it.
@@ -76,13 +82,13 @@ def load_detector(name: str, flag: str = "detector") -> Detector:
     try:
         config, _ = transformers.PreTrainedConfig.get_config_dict(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"--{flag}={name}: its config.json is damaged") from error
-    kind = Mask2Former if config.get("model_type") == "mask2former" else BoxDetector
-    return kind(name, flag)
+        raise UserError(f"--{flag}={name}: its config.json is damaged: copy or download the model again") from error
+    detector_class = Mask2Former if config.get("model_type") == "mask2former" else BoxDetector
+    return detector_class(name, flag)
 
 
 class Mask2Former:
-    """Instances with masks; their boxes are the masks' bounds."""
+    """Detects instances with masks; an instance's box is its mask's bounding box."""
 
     def __init__(self, name: str, flag: str = "detector"):
         self._model = load_model("Mask2FormerForUniversalSegmentation", flag, name, dtype="float32")
@@ -113,13 +119,17 @@ class Mask2Former:
         ]
 
     def _prepare(self, picture: np.ndarray) -> tuple[Any, tuple[int, int]]:
-        """(pixels [1, 3, H', W'], padded; the size before the padding)."""
+        """Resizes, normalises and pads an image.
+
+        Returns:
+          Pixels, float32 [1, 3, H', W'], and their height and width before padding.
+        """
         import torch
         import torch.nn.functional as F
 
         size = detector_size(*picture.shape[:2])
         pixels = torch.from_numpy(np.ascontiguousarray(picture)).to(device()).permute(2, 0, 1)[None].float()
-        # As OpenCV interpolates, without a blur before it, and to whole numbers.
+        # OpenCV's bilinear resizing, as in mmdetection: no antialiasing, and the result is rounded to integers.
         pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False).round()
         mean, std = (torch.from_numpy(value).to(device())[:, None, None] for value in (self._mean, self._std))
         pixels = (pixels / 255 - mean) / std
@@ -128,13 +138,13 @@ class Mask2Former:
 
 
 class BoxDetector:
-    """A detector that gives boxes alone, as DETR."""
+    """Detects boxes without masks, for models such as DETR."""
 
     def __init__(self, name: str, flag: str = "detector"):
         self._model = load_model("AutoModelForObjectDetection", flag, name, dtype="float32")
         self._processor = load_processor("AutoImageProcessor", flag, name, backend="pil")
         if not hasattr(self._processor, "post_process_object_detection"):
-            raise UserError(f"--{flag}={name}: transformers makes no boxes of what this model gives")
+            raise UserError(f"--{flag}={name}: its image processor cannot compute boxes: name another detector")
         self._labels = _labels(self._model.config.id2label)
         self.classes = frozenset(self._labels.values())
 
@@ -156,7 +166,7 @@ class BoxDetector:
 
 
 def detector_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width that a picture is resized to, its proportions kept."""
+    """Returns the height and width that an image is resized to; the aspect ratio is kept."""
     scale = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
@@ -169,17 +179,21 @@ def instances(
     original: tuple[int, int],
     min_score: float = 0.0,
 ) -> list[tuple[int, float, np.ndarray]]:
-    """Mask2Former's queries as instances: (class, score, mask bool [H, W]), the surest first, none with an empty mask.
+    """Turns Mask2Former's queries into instances.
 
-    Of all pairs of a query and a class the 100 with the highest probabilities are instances: a query may be several.
-    A score is that probability times the mean of the mask's own, over the pixels where it is above a half.
+    The 100 pairs of a query and a class with the highest class probabilities are the instances, so a query can give
+    several. An instance's score is that probability times the mean mask probability over the pixels where the mask
+    probability exceeds 0.5.
 
     Args:
-      class_logits: tensor [queries, classes + 1], the last for no object.
-      mask_logits: tensor [queries, h, w], at a quarter of the model's input.
-      padded, resized, original: height and width of the model's input, of the part of it that is the picture, and of
-        the picture itself.
-      min_score: only those over it are given.
+      class_logits: tensor [queries, classes + 1]; the last class is "no object".
+      mask_logits: tensor [queries, h, w], at a quarter of the model's input resolution.
+      padded, resized, original: height and width of the model's input, of the image within it, and of the original
+        image.
+      min_score: instances with a score up to it are dropped.
+
+    Returns:
+      (class, score, mask bool [H, W]) of each instance with a non-empty mask, by descending score.
     """
     import torch.nn.functional as F
 
@@ -188,7 +202,7 @@ def instances(
     top, pairs = probabilities.flatten().topk(min(MAX_INSTANCES, probabilities.numel()))
     found = []
     for probability, pair in zip(top.tolist(), pairs.tolist(), strict=True):
-        if probability <= min_score:  # and so is its score: a mask's mean is 1 at most
+        if probability <= min_score:  # then its score is too: a mean mask probability is at most 1
             break
         mask = mask_logits[None, None, pair // num_classes].float()
         mask = F.interpolate(mask, padded, mode="bilinear", align_corners=False)[..., : resized[0], : resized[1]]
@@ -198,25 +212,34 @@ def instances(
         score = probability * float(mask[inside].sigmoid().sum()) / (pixels + 1e-6)
         if pixels and score > min_score:
             found.append((pair % num_classes, score, inside.cpu().numpy()))
-    return sorted(found, key=lambda one: -one[1])
+    return sorted(found, key=lambda instance: -instance[1])
 
 
 def mask_bounds(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of a mask, bool [H, W], that is not empty."""
+    """Returns the bounding box (left, top, right, bottom) of a non-empty mask, bool [H, W]."""
     (columns,), (rows,) = np.nonzero(mask.any(axis=0)), np.nonzero(mask.any(axis=1))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def check_classes(detector: Detector, wanted: Sequence[str], name: str) -> None:
-    """Raises UserError if the detector, of this name, can't find all classes that are wanted."""
-    lacking = sorted(set(wanted) - detector.classes)
-    if lacking:
+    """Checks that the detector knows all classes in `wanted`.
+
+    Args:
+      detector: to check.
+      wanted: COCO's names of classes.
+      name: the detector's, for the error message.
+
+    Raises:
+      UserError: it lacks a class.
+    """
+    missing = sorted(set(wanted) - detector.classes)
+    if missing:
         raise UserError(
-            f"--detector={name} has no class {lacking[0]!r} ({len(lacking)} of those in the prompts lack): name a "
+            f"--detector={name} has no class {missing[0]!r} (it lacks {len(missing)} of the prompts' classes): name a "
             "detector for COCO"
         )
 
 
 def _labels(id2label: dict[int, str]) -> dict[int, str]:
-    """Class -> its name, without those that COCO's numbering leaves out."""
+    """Returns class index -> COCO's name, without the unused indices ("N/A") of COCO's numbering."""
     return {int(index): COCO_NAMES.get(name, name) for index, name in id2label.items() if name != "N/A"}

@@ -1,11 +1,11 @@
-"""DPG-Bench's score (Hu et al. 2024, ELLA): each prompt's questions, asked of each of its pictures.
+"""Scores DPG-Bench (Hu et al. 2024, ELLA): a VQA model answers each prompt's questions on each of its images.
 
-The rules are those of the official dpg_bench/compute_dpg_bench.py. Its model is mPLUG-large, which transformers does
-not have; here it is any of `vqa.py`, and scores by another one are not to be compared with published ones to the point.
+The rules are those of the official dpg_bench/compute_dpg_bench.py. The official model is mPLUG-large, which is not in
+transformers; here it is any model of `vqa.py`, so scores are only roughly comparable with published ones.
 
-One thing differs on purpose: the official script drops the first question of its file by mistake and with it that
-question's prompt (github.com/TencentQQGYLab/ELLA/issues/61), one of 1,065. Here it counts; `details` has the score
-without it.
+One deliberate difference: by mistake, the official script drops the first question of its file and with it that
+question's prompt, one of 1,065 (github.com/TencentQQGYLab/ELLA/issues/61). Here it counts; `details` has the score
+without that prompt.
 """
 
 import collections
@@ -32,17 +32,20 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def score(request: ScoreRequest) -> Report:
-    """In per cent: "average", the benchmark's score, and the level-1 categories'.
+    """Scores the images in `request.pictures` by the questions in `request.questions`.
 
-    A category's score counts the last picture of each prompt alone, whether or not its questions' parents were answered
-    "yes": so do the official ones. `details` has the same of all pictures.
+    As in the official script, a category's score uses the last image of each prompt only, and counts an answer whatever
+    the answers to the question's parents. `details` has the category scores over all images.
+
+    Returns:
+      A report in per cent: "average", the benchmark's score, and the scores of the level-1 categories.
 
     Raises:
-      UserError: no such pictures, questions or model, or `request.out` has results of something else.
+      UserError: images, questions or model are missing, or `request.out` has other results.
     """
     files = _find_pictures(require_pictures_folder(request))
     prompts, first = read_questions(request.require("questions"))
-    prompts, files = _both(request, prompts, files)
+    prompts, files = _prompts_to_score(request, prompts, files)
     per_file = _pictures_per_file(request.pictures)
     model = load_vqa(request.require("vqa"))
 
@@ -51,12 +54,12 @@ def score(request: ScoreRequest) -> Report:
         cells = cut(read_picture(files[name]), per_file, files[name])
         return [model.answers(cell, questions) for cell in cells]
 
-    facts = {"questions": _digest(prompts), "pictures_per_file": per_file}
+    facts = {"questions": _questions_digest(prompts), "pictures_per_file": per_file}
     with open_results(request, list(files.values()), ("vqa",), **facts) as results:
         answers = results.complete(list(files), ask, unit="prompt")
     right = {
-        name: [dict(zip(prompts[name], map(is_yes, of_cell), strict=True)) for of_cell in of_prompt]
-        for name, of_prompt in answers.items()
+        name: [dict(zip(prompts[name], map(is_yes, cell_answers), strict=True)) for cell_answers in prompt_answers]
+        for name, prompt_answers in answers.items()
     }
     return _report(prompts, right, first)
 
@@ -65,9 +68,14 @@ def score(request: ScoreRequest) -> Report:
 
 
 def picture_score(questions: Questions, right: Mapping[int, bool]) -> float:
-    """The share of questions that count: answered "yes" (`right`), and none of their parents is one that doesn't.
+    """Returns the share of questions that count: those answered "yes" all of whose parents count.
 
-    Questions are gone through in their order, as officially: a parent that stands later has not lost its own count yet.
+    As in the official script, questions are visited in the file's order, so a parent that stands later in the file is
+    judged by its answer alone.
+
+    Args:
+      questions: the prompt's.
+      right: question's number -> whether the answer was "yes".
     """
     counts = dict(right)
     for number, question in questions.items():
@@ -79,43 +87,54 @@ def picture_score(questions: Questions, right: Mapping[int, bool]) -> float:
 def category_scores(
     prompts: Mapping[str, Questions], right: Mapping[str, Sequence[Mapping[int, bool]]], broad: bool
 ) -> dict[str, tuple[float, int]]:
-    """Category -> (share of its questions that are answered "yes", whatever their parents'; their number).
+    """Returns each category's score, which ignores the answers to parents.
 
     Args:
-      right: of each prompt, its pictures' answers.
-      broad: level 1 rather than level 2.
+      prompts: prompt's id -> questions.
+      right: prompt's id -> for each image, question's number -> whether the answer was "yes".
+      broad: True for level-1 categories, False for level 2.
+
+    Returns:
+      Category -> (share of its questions answered "yes", number of answers).
     """
     found = collections.defaultdict(list)
-    for name, of_prompt in right.items():
-        for answers in of_prompt:
+    for name, prompt_answers in right.items():
+        for answers in prompt_answers:
             for number, question in prompts[name].items():
                 found[question.broad_category if broad else question.category].append(answers[number])
     return {category: (float(np.mean(found[category])), len(found[category])) for category in sorted(found)}
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------
 
 
 def _find_pictures(folder: epath.Path) -> dict[str, epath.Path]:
-    """Prompt's id -> its file. Raises UserError if there is none, or an id has two."""
+    """Returns prompt's id -> image file.
+
+    Raises:
+      UserError: there is no image, or an id has two.
+    """
     files = [file for file in sorted(folder.iterdir(), key=str) if file.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(
-            f"--pictures={folder} has no ID.png: is it DPG-Bench's, as python -m lidit_jax.evaluate draws it?"
+            f"--pictures={folder} has no ID.png: name a folder that python -m lidit_jax.evaluate --benchmark=dpg_bench "
+            "wrote"
         )
     found: dict[str, epath.Path] = {}
     for file in files:
         name = file.name.split(".")[0]
         if name in found:
-            raise UserError(f"--pictures={folder} has {found[name].name} and {file.name}: remove one")
+            raise UserError(f"--pictures={folder} has {found[name].name} and {file.name} for one prompt: remove one")
         found[name] = file
     return found
 
 
-def _both(
+def _prompts_to_score(
     request: ScoreRequest, prompts: Mapping[str, Questions], files: Mapping[str, epath.Path]
 ) -> tuple[dict[str, Questions], dict[str, epath.Path]]:
-    """Prompts that have questions and pictures. Others are left out, as officially, and said.
+    """Returns the prompts that have both valid questions and an image, and their files.
+
+    The others are left out, as in the official script, with a warning.
 
     Raises:
       UserError: no prompt has both.
@@ -127,19 +146,22 @@ def _both(
     }
     kept = sorted(set(prompts) & set(files) - broken)
     if not kept:
-        raise UserError(f"--questions={request.questions} asks about none of the pictures in {request.pictures}")
-    for names, what in (
-        (set(prompts) - set(files), "prompts have no picture"),
-        (set(files) - set(prompts), "pictures have no questions"),
-        (broken & set(files), "prompts have questions whose parents lack"),
+        raise UserError(
+            f"--questions={request.questions} has no questions about the images in {request.pictures}: name the "
+            "benchmark's dpg_bench.csv"
+        )
+    for names, problem in (
+        (set(prompts) - set(files), "prompts have no image"),
+        (set(files) - set(prompts), "images have no questions"),
+        (broken & set(files), "prompts have questions with missing parents"),
     ):
         if names:
-            logger.warning("%d %s, as %s: they are not scored", len(names), what, min(names))
+            logger.warning("%d %s, such as %s: they are not scored", len(names), problem, min(names))
     return {name: prompts[name] for name in kept}, {name: files[name] for name in kept}
 
 
 def _pictures_per_file(folder: epath.Path) -> int:
-    """1 where `lidit_jax.evaluate` noted so, else 4, as the official dist_eval.sh has it."""
+    """Returns the number of images in a file: 1 if `lidit_jax.evaluate` recorded that, else 4 as in dist_eval.sh."""
     try:
         noted = json.loads((folder / FACTS_FILE).read_text())["num_images"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -147,17 +169,17 @@ def _pictures_per_file(folder: epath.Path) -> int:
     return 1 if noted == 1 else 4
 
 
-def _digest(prompts: Mapping[str, Questions]) -> str:
+def _questions_digest(prompts: Mapping[str, Questions]) -> str:
     asked = {name: [dataclasses.astuple(q) for q in questions.values()] for name, questions in prompts.items()}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _report(prompts: Mapping[str, Questions], right: Mapping[str, Sequence[Mapping[int, bool]]], first: str) -> Report:
     scores = {
-        name: float(np.mean([picture_score(prompts[name], answers) for answers in of_prompt]))
-        for name, of_prompt in right.items()
+        name: float(np.mean([picture_score(prompts[name], answers) for answers in prompt_answers]))
+        for name, prompt_answers in right.items()
     }
-    last = {name: of_prompt[-1:] for name, of_prompt in right.items()}
+    last = {name: prompt_answers[-1:] for name, prompt_answers in right.items()}
     broad = category_scores(prompts, last, broad=True)
     others = [value for name, value in scores.items() if name != first]
     return Report(

@@ -1,4 +1,4 @@
-"""DPG-Bench's questions, as the official dpg_bench.csv has them."""
+"""Reads DPG-Bench's questions from the official dpg_bench.csv."""
 
 import csv
 import dataclasses
@@ -22,12 +22,12 @@ ID, NUMBER, PARENTS, TUPLE, TEXT = COLUMNS = (
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What is asked about a prompt.
+    """A question about a prompt's images.
 
     Attributes:
-      text: as "Is the cat black?".
+      text: such as "Is the cat black?".
       parents: numbers of the questions that must be answered "yes" for this one to count.
-      category: of level 2, as "attribute - color".
+      category: level-2 category, such as "attribute - color".
     """
 
     text: str
@@ -36,43 +36,50 @@ class Question:
 
     @property
     def broad_category(self) -> str:
-        """Of level 1, as "attribute"."""
+        """Level-1 category, such as "attribute"."""
         return self.category.split("-")[0].strip()
 
 
-# A prompt's questions by their numbers, in the file's order, which the rule of parents depends on.
+# Number -> question, in the file's order: `dpg.picture_score` depends on it.
 Questions = Mapping[int, Question]
 
 
 def read_questions(file: epath.Path) -> tuple[dict[str, Questions], str]:
-    """(prompt's id -> its questions, id of the file's first question's prompt), of the official dpg_bench.csv.
+    """Reads the official dpg_bench.csv.
+
+    Returns:
+      Prompt's id -> questions, and the id of the prompt of the file's first question.
 
     Raises:
-      UserError: there is no such file, or it is not that.
+      UserError: there is no such file, or it is not dpg_bench.csv.
     """
     if not file.is_file():
-        raise UserError(f"--questions={file}: no such file; it is dpg_bench.csv of TencentQQGYLab/ELLA")
+        raise UserError(f"--questions={file}: no such file: name dpg_bench.csv of TencentQQGYLab/ELLA")
     text = read_text(file, f"--questions={file}", "dpg_bench.csv")
     prompts: dict[str, dict[int, Question]] = {}
     for line, row in _rows(file, text):
         prompts.setdefault(row[ID], {})[_number(file, line, row[NUMBER])] = Question(
             row[TEXT].strip(),
-            tuple(n for n in (_number(file, line, part) for part in row[PARENTS].split(",")) if n),
+            tuple(n for n in (_number(file, line, field) for field in row[PARENTS].split(",")) if n),
             row[TUPLE].split("(")[0].strip(),
         )
     if not prompts:
-        raise UserError(f"--questions={file}: no question in it")
+        raise UserError(f"--questions={file}: it has no questions: name dpg_bench.csv of TencentQQGYLab/ELLA")
     return prompts, next(iter(prompts))
 
 
 def _rows(file: epath.Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """(its last line from 1, column -> value) of each question."""
+    """Yields (number of the last line, from 1; column -> value) of each row.
+
+    Raises:
+      UserError: a column is missing or empty, or the file is no CSV.
+    """
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     limit = csv.field_size_limit(MAX_FIELD)
     try:
-        lacking = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
-        if lacking:
-            raise UserError(f"--questions={file}: no column {lacking[0]!r}; is it dpg_bench.csv?")
+        missing = sorted(set(COLUMNS) - set(reader.fieldnames or ()))
+        if missing:
+            raise UserError(f"--questions={file}: no column {missing[0]!r}; is it dpg_bench.csv?")
         for row in reader:
             if any(not row.get(column) for column in COLUMNS):
                 raise UserError(f"--questions={file}, line {reader.line_num}: a column is empty; is it dpg_bench.csv?")
@@ -84,7 +91,7 @@ def _rows(file: epath.Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _number(file: epath.Path, line: int, text: str) -> int:
-    text = text.strip().removesuffix(".0")  # as tables with a gap write whole numbers
+    text = text.strip().removesuffix(".0")  # pandas writes integers so if the column has gaps
     if not (text.isascii() and text.isdigit() and len(text) < 7):
-        raise UserError(f"--questions={file}, line {line}: {text!r:.40} is no question's number")
+        raise UserError(f"--questions={file}, line {line}: {text!r:.40} is not a question's number")
     return int(text)

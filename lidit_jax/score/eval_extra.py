@@ -1,4 +1,4 @@
-"""What the extra `eval` installs, and plots made with it."""
+"""Checks for the packages of the extra `eval`, and saves figures with them."""
 
 import importlib
 import io
@@ -10,7 +10,15 @@ DOTS_PER_INCH = 160
 
 
 def require_extra(what: str, *modules: str) -> None:
-    """Raises UserError unless `what` can import these modules: better at once than after hours."""
+    """Imports modules that are needed later, to fail at once instead of after hours.
+
+    Args:
+      what: name of the command that needs them, for the error message.
+      *modules: names of modules.
+
+    Raises:
+      UserError: one of them is not installed.
+    """
     try:
         for module in modules:
             importlib.import_module(module)
@@ -19,7 +27,7 @@ def require_extra(what: str, *modules: str) -> None:
 
 
 def png_of(figure: Any) -> bytes:
-    """A matplotlib figure as a PNG file's bytes."""
+    """Returns a matplotlib figure as the bytes of a PNG file."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
     return file.getvalue()

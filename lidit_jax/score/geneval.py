@@ -1,9 +1,9 @@
-"""GenEval's scores (Ghosh et al. 2023): is what the prompt names in the picture, as often, in its colour and its place?
+"""Scores GenEval (Ghosh et al. 2023): does an image show the prompt's objects, with their number, colour and position?
 
 The rules are those of the official evaluation/evaluate_images.py and summary_scores.py, as functions of detections.
-Its models are mmdetection's Mask2Former (Swin-S, COCO) and OpenAI's CLIP ViT-L/14; here they are transformers' ones,
-facebook/mask2former-swin-small-coco-instance, which is the same network of another training, and
-openai/clip-vit-large-patch14.
+The official models are mmdetection's Mask2Former (Swin-S, COCO) and OpenAI's CLIP ViT-L/14; here they are models of
+transformers: facebook/mask2former-swin-small-coco-instance, which is the same architecture from another training run,
+and openai/clip-vit-large-patch14.
 """
 
 import collections
@@ -39,21 +39,27 @@ COLUMN_OF_TAG = {
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COLOR_TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 RELATIONS = ("left of", "right of", "above", "below")
-# Three of COCO's classes have clearer names in the prompts.
+# Prompt's name of a class -> COCO's, where they differ.
 COCO_CLASSES = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}
 
-MIN_SCORE = 0.3  # of an object that counts …
-MIN_SCORE_COUNTING = 0.9  # … and where its number is asked, so that doubtful ones don't spoil it
-MAX_OBJECTS = 16  # of a class in a picture
-POSITION_MARGIN = 0.1  # of both objects' sizes, by which their centres must be apart
-BACKGROUND = 0x99  # grey, of what is no part of an object
+MIN_SCORE = 0.3  # confidence above which an object counts
+MIN_SCORE_COUNTING = 0.9  # the same for counting prompts, whose result false detections would spoil
+MAX_OBJECTS = 16  # per class and image
+POSITION_MARGIN = 0.1  # share of both objects' added sizes by which their centres must at least be apart
+BACKGROUND = 0x99  # grey level around a masked object
 
 ColorsOf = Callable[[str, Sequence[Detection]], list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A folder of pictures: its name, its metadata, and the pictures' names in it."""
+    """A prompt's folder.
+
+    Attributes:
+      folder: its name.
+      metadata: GenEval's, see `judge`.
+      pictures: file names of the images in its samples/.
+    """
 
     folder: str
     metadata: Mapping[str, Any]
@@ -61,12 +67,13 @@ class Prompt:
 
 
 def score(request: ScoreRequest) -> Report:
-    """Of the pictures in `request.pictures`, by `request.detector` and `request.clip`. `request.file` is optional: with
-    it, all its prompts must be there.
+    """Scores the images in `request.pictures` with the models `request.detector` and `request.clip`.
+
+    If `request.file` is given, all of its prompts must have images.
 
     Raises:
-      UserError: no such folder or model, a detector without the prompts' classes, damaged pictures or metadata, or
-        `request.out` has results of something else.
+      UserError: the folder or a model is missing, the detector lacks a class of the prompts, an image or its metadata
+        is damaged, or `request.out` has other results.
     """
     prompts = read_prompts(require_pictures_folder(request))
     if request.file:
@@ -93,12 +100,12 @@ def score(request: ScoreRequest) -> Report:
 
 
 def min_score(tag: str) -> float:
-    """Above which an object counts."""
+    """Returns the confidence above which an object counts in prompts of this tag."""
     return MIN_SCORE_COUNTING if tag == "counting" else MIN_SCORE
 
 
 def objects_by_class(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]]:
-    """COCO class -> its objects that count, the surest first. Overlapping ones all do: nothing is suppressed."""
+    """Returns COCO class -> objects that count, by descending score; overlapping ones all count (no suppression)."""
     objects = collections.defaultdict(list)
     for detection in sorted(detections, key=lambda detection: -detection.score):
         if detection.score > min_score(tag) and len(objects[detection.label]) < MAX_OBJECTS:
@@ -109,38 +116,49 @@ def objects_by_class(detections: Sequence[Detection], tag: str) -> dict[str, lis
 def judge(
     metadata: Mapping[str, Any], objects: Mapping[str, Sequence[Detection]], colors_of: ColorsOf
 ) -> tuple[bool, str]:
-    """(whether the picture shows what its prompt asks, what it lacks).
+    """Judges whether an image shows what its prompt asks for.
 
-    Of a class that is asked N times, the N surest objects are looked at: their colours, and whether each is where it
-    should be of each of those of an earlier class. More of them are wrong only where the metadata excludes it.
+    For a class with a count of N, the N objects with the highest scores are examined: their colours, and the position
+    of each relative to each object of an earlier clause. Further objects are an error only if the metadata excludes
+    them.
 
     Args:
       metadata: GenEval's: "include" and "exclude", lists of {"class", "count", "color", "position"}.
-      objects: COCO class -> objects that count, the surest first.
-      colors_of: (class as the prompt names it, objects) -> each one's colour; called only where it is asked.
+      objects: COCO class -> objects that count, by descending score.
+      colors_of: (class as the prompt names it, objects) -> colour of each; called only for clauses with a colour.
+
+    Returns:
+      True if the image is correct, and else the reasons ("" if it is).
     """
-    lacks: list[str] = []
-    matched: list[Sequence[Detection] | None] = []  # of each clause the objects, None where they are not as asked
+    reasons: list[str] = []
+    matched: list[Sequence[Detection] | None] = []  # each clause's objects; None for a clause that is not fulfilled
     for clause in metadata["include"]:
         name, count = clause["class"], clause["count"]
         found = list(objects.get(coco_class(name), ()))[:count]
-        lack = _lack(clause, found, matched, colors_of)
-        matched.append(None if lack else found)
-        lacks += [lack] if lack else []
+        reason = _why_not(clause, found, matched, colors_of)
+        matched.append(None if reason else found)
+        reasons += [reason] if reason else []
     for clause in metadata.get("exclude", ()):
         number = len(objects.get(coco_class(clause["class"]), ()))
         if number >= clause["count"]:
-            lacks.append(f"{number} {clause['class']}, not fewer than {clause['count']}")
-    return not lacks, "; ".join(lacks)
+            reasons.append(f"{number} {clause['class']}, not fewer than {clause['count']}")
+    return not reasons, "; ".join(reasons)
 
 
-def _lack(
+def _why_not(
     clause: Mapping[str, Any],
     found: Sequence[Detection],
     matched: Sequence[Sequence[Detection] | None],
     colors_of: ColorsOf,
 ) -> str:
-    """What the objects of a clause lack; "" for nothing."""
+    """Returns why a clause is not fulfilled; "" if it is.
+
+    Args:
+      clause: of the metadata's "include".
+      found: the clause's objects, at most as many as its count.
+      matched: objects of the earlier clauses, None for those that are not fulfilled.
+      colors_of: see `judge`.
+    """
     name, count = clause["class"], clause["count"]
     if len(found) < count:
         return f"{len(found)} {name}, not {count}"
@@ -162,10 +180,13 @@ def _lack(
 
 
 def relations(box: Sequence[float], other: Sequence[float]) -> frozenset[str]:
-    """How the first of two objects lies to the second: none, one or two of RELATIONS, two for a diagonal.
+    """Returns where `box` is relative to `other`: none, one or (for a diagonal) two of RELATIONS.
 
-    A box is (left, top, right, bottom). The distance of their centres counts on each axis as far as it is more than a
-    tenth of the boxes' sizes there together; what is left of it must be over half of the whole distance.
+    Along each axis, the distance of the centres is reduced by a tenth of both boxes' added sizes. A relation holds if
+    the reduced distance in its direction exceeds half of the full Euclidean distance of the centres.
+
+    Args:
+      box, other: (left, top, right, bottom).
     """
     box, other = (np.asarray(b, np.float64).reshape(2, 2) for b in (box, other))
     offset = box.mean(axis=0) - other.mean(axis=0)
@@ -174,36 +195,36 @@ def relations(box: Sequence[float], other: Sequence[float]) -> frozenset[str]:
     if (np.abs(beyond) < 1e-3).all():
         return frozenset()
     across, down = beyond / np.linalg.norm(offset)
-    seen = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
-    return frozenset(relation for relation, is_so in seen.items() if is_so)
+    holds = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
+    return frozenset(relation for relation in holds if holds[relation])
 
 
 def coco_class(name: str) -> str:
-    """COCO's name for a class of the prompts."""
+    """Returns COCO's name for a class as the prompts name it."""
     return COCO_CLASSES.get(name, name)
 
 
 def summary(results: Sequence[tuple[Mapping[str, Any], bool]]) -> Report:
-    """Of each task (tag) the fraction of pictures that are right; overall, the mean of the tasks and not of the
-    pictures.
+    """Returns the fraction of correct images per task (tag), and overall: the mean over tasks, not over images.
 
-    Args: results: (metadata, whether it is right) of each picture.
+    Args:
+      results: (metadata, True if correct) of each image.
     """
-    of_tag, of_prompt = collections.defaultdict(list), collections.defaultdict(list)
+    by_tag, by_prompt = collections.defaultdict(list), collections.defaultdict(list)
     for metadata, correct in results:
-        of_tag[metadata["tag"]].append(correct)
-        of_prompt[json.dumps(metadata, sort_keys=True)].append(correct)
-    tags = [tag for tag in COLUMN_OF_TAG if tag in of_tag] + sorted(set(of_tag) - set(COLUMN_OF_TAG))
-    columns = {COLUMN_OF_TAG.get(tag, tag): float(np.mean(of_tag[tag])) for tag in tags}
-    missing = [column for tag, column in COLUMN_OF_TAG.items() if tag not in of_tag]
+        by_tag[metadata["tag"]].append(correct)
+        by_prompt[json.dumps(metadata, sort_keys=True)].append(correct)
+    tags = [tag for tag in COLUMN_OF_TAG if tag in by_tag] + sorted(set(by_tag) - set(COLUMN_OF_TAG))
+    columns = {COLUMN_OF_TAG.get(tag, tag): float(np.mean(by_tag[tag])) for tag in tags}
+    missing = [column for tag, column in COLUMN_OF_TAG.items() if tag not in by_tag]
     if missing:
-        logger.warning("no pictures for %s: overall is the mean of the other tasks", ", ".join(missing))
-    counts = {COLUMN_OF_TAG.get(tag, tag): len(of_tag[tag]) for tag in tags}
+        logger.warning("no images for %s: overall is the mean of the other tasks", ", ".join(missing))
+    counts = {COLUMN_OF_TAG.get(tag, tag): len(by_tag[tag]) for tag in tags}
     details = {
         "pictures": len(results),
-        "prompts": len(of_prompt),
+        "prompts": len(by_prompt),
         "right_pictures": float(np.mean([correct for _, correct in results])),
-        "prompts_with_a_right_picture": float(np.mean([any(correct) for correct in of_prompt.values()])),
+        "prompts_with_a_right_picture": float(np.mean([any(correct) for correct in by_prompt.values()])),
     }
     return Report(
         "geneval",
@@ -217,7 +238,7 @@ def summary(results: Sequence[tuple[Mapping[str, Any], bool]]) -> Report:
 
 
 class ClipColors:
-    """Names objects' colours by CLIP, zero-shot: which of ten, given what the object is."""
+    """Classifies objects' colours with CLIP, zero-shot, among ten colours and given the objects' class."""
 
     def __init__(self, name: str):
         self._model = load_model("CLIPModel", "clip", name, dtype="float32")
@@ -226,11 +247,12 @@ class ClipColors:
         self._classifiers: dict[str, Any] = {}
 
     def __call__(self, picture: np.ndarray, name: str, objects: Sequence[Detection]) -> list[str]:
-        """Each object's colour, of COLORS.
+        """Returns each object's colour, one of COLORS.
 
         Args:
           picture: uint8 [H, W, 3].
-          name: the objects' class, in the prompt's words.
+          name: the objects' class, as the prompt names it.
+          objects: in the image.
         """
         import torch
 
@@ -238,11 +260,11 @@ class ClipColors:
         with torch.inference_mode():
             pixels = self._processor(images=crops, return_tensors="pt").to(device())["pixel_values"]
             features = _normalized(self._model.get_image_features(pixel_values=pixels).pooler_output)
-            likeness = features @ self._classifier(name).T  # [objects, colours]
-        return [COLORS[index] for index in likeness.argmax(dim=1).tolist()]
+            similarities = features @ self._classifier(name).T  # [objects, colours]
+        return [COLORS[index] for index in similarities.argmax(dim=1).tolist()]
 
     def _classifier(self, name: str) -> Any:
-        """[colours, features]: of each the mean over the templates."""
+        """Returns CLIP's text features, [colours, features], each the mean over the templates."""
         if name not in self._classifiers:
             texts = [template.format(color=color, name=name) for color in COLORS for template in COLOR_TEMPLATES]
             tokens = self._tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device())
@@ -255,7 +277,7 @@ class ClipColors:
 
 
 def cut_out(picture: np.ndarray, one: Detection) -> Image.Image:
-    """The object's box, what is around the object in it grey if there is a mask."""
+    """Crops an image to an object's box; if it has a mask, pixels outside of the mask become grey."""
     if one.mask is not None:
         picture = np.where(one.mask[..., None], picture, np.uint8(BACKGROUND))
     return Image.fromarray(picture).crop(one.box)
@@ -269,58 +291,65 @@ def _normalized(features: Any) -> Any:
 
 
 def read_prompts(folder: epath.Path) -> list[Prompt]:
-    """The folders 00000, 00001 … in it, each with metadata.jsonl and samples/0000.png …
+    """Reads the prompts' folders 00000, 00001, … of `folder`, each with metadata.jsonl and samples/0000.png, ….
 
     Raises:
-      UserError: there is none, or one lacks something or is damaged.
+      UserError: there is none, or one is incomplete or damaged.
     """
     names = sorted(
         (path.name for path in folder.iterdir() if path.name.isdecimal()), key=lambda name: (int(name), name)
     )
     prompts = [_read_prompt(folder / name) for name in names if (folder / name).is_dir()]
     if not prompts:
-        raise UserError(f"{folder}: no folder 00000 in it; draw it with python -m lidit_jax.evaluate")
+        raise UserError(
+            f"{folder}: no folder 00000 in it: generate the images with python -m lidit_jax.evaluate "
+            "--benchmark=geneval"
+        )
     return prompts
 
 
 def _read_prompt(folder: epath.Path) -> Prompt:
     file, samples = folder / "metadata.jsonl", folder / "samples"
     if not file.exists():
-        raise UserError(f"{file}: no such file; draw the benchmark to its end first")
+        raise UserError(f"{file}: no such file: finish generating the benchmark's images first")
     try:
         metadata = json.loads(file.read_bytes())
-        _check(metadata)
+        _check_metadata(metadata)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({' '.join(str(error).split())}): draw it again") from None
+        raise UserError(f"{file} is damaged ({' '.join(str(error).split())}): generate it again") from None
     pictures = sorted(path.name for path in samples.iterdir()) if samples.is_dir() else []
     pictures = [name for name in pictures if re.fullmatch(r"\d+\.png", name)]
     if not pictures:
-        raise UserError(f"{samples}: no picture in it; draw it again")
+        raise UserError(f"{samples}: no image in it: generate the images again")
     return Prompt(folder.name, metadata, pictures)
 
 
-def _check(metadata: Any) -> None:
-    """Raises ValueError if it is none of GenEval's."""
+def _check_metadata(metadata: Any) -> None:
+    """Checks that a JSON value is GenEval's metadata.
+
+    Raises:
+      ValueError: it is not.
+    """
     if not isinstance(metadata, dict) or not all(isinstance(metadata.get(key), str) for key in ("tag", "prompt")):
-        raise ValueError("no tag and prompt")
+        raise ValueError("it has no tag or no prompt")
     if not metadata.get("include") or not all(
         isinstance(metadata.get(key, []), list) for key in ("include", "exclude")
     ):
-        raise ValueError("no list of what it includes")
+        raise ValueError("it has no lists of clauses under include and exclude")
     for clause in _clauses(metadata):
         if not isinstance(clause, dict) or not isinstance(clause.get("class"), str):
-            raise ValueError("no class")
+            raise ValueError("a clause has no class")
         if type(clause.get("count")) is not int or clause["count"] < 1:
-            raise ValueError(f"{clause['class']}: no count")
+            raise ValueError(f"{clause['class']}: its count is not a positive integer")
         if clause.get("color", COLORS[0]) not in COLORS:
-            raise ValueError(f"color {clause['color']!r:.40} is none of {', '.join(COLORS)}")
+            raise ValueError(f"color {clause['color']!r:.40} is not one of {', '.join(COLORS)}")
     for number, clause in enumerate(metadata["include"]):
         if "position" in clause and not _is_position(clause["position"], number):
-            raise ValueError(f"position {clause['position']!r:.40} is no relation to an earlier object")
+            raise ValueError(f"position {clause['position']!r:.40} is not a relation to an earlier object")
 
 
 def _is_position(position: Any, number: int) -> bool:
-    """Whether it is one for clause `number`."""
+    """Returns True if a JSON value is a position that clause `number` can have: [relation, earlier clause]."""
     return (
         isinstance(position, list)
         and len(position) == 2
@@ -335,11 +364,15 @@ def _clauses(metadata: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _check_complete(request: ScoreRequest, prompts: Sequence[Prompt]) -> None:
-    """Raises UserError unless the pictures are of all prompts of the benchmark's file."""
-    asked = collections.Counter(open_benchmark("geneval", request.file, 1).prompts)
-    drawn = collections.Counter(prompt.metadata["prompt"] for prompt in prompts)
-    if asked != drawn:
+    """Checks that the images are those of all prompts of `request.file`.
+
+    Raises:
+      UserError: they are not.
+    """
+    wanted = collections.Counter(open_benchmark("geneval", request.file, 1).prompts)
+    found = collections.Counter(prompt.metadata["prompt"] for prompt in prompts)
+    if wanted != found:
         raise UserError(
-            f"--pictures={request.pictures} has {(asked & drawn).total()} of the {asked.total()} prompts of "
-            f"{request.file}, and {(drawn - asked).total()} others: draw it to its end, or leave --file out"
+            f"--pictures={request.pictures} has {(wanted & found).total()} of the {wanted.total()} prompts of "
+            f"{request.file}, and {(found - wanted).total()} others: generate the rest, or leave --file out"
         )

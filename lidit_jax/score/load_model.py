@@ -1,6 +1,6 @@
-"""The models that score, from folders of transformers.
+"""Loads scoring models and their processors from folders that transformers saved.
 
-PyTorch is imported where it is first needed: the rest of this package does without it.
+PyTorch is imported inside functions: the rest of this package works without it.
 """
 
 import functools
@@ -14,62 +14,64 @@ from lidit_jax.weights.folders import find_folder, is_there
 
 @functools.cache
 def device() -> Any:
-    """The torch.device on which models run: a GPU where there is one."""
+    """Returns the torch.device on which models run: a GPU if there is one."""
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def model_folder(flag: str, name: str) -> epath.Path:
-    """The folder on this machine that `--FLAG=NAME` names.
+    """Returns the local folder that `--FLAG=NAME` names.
 
     Raises:
-      UserError: there is none, or no model in it.
+      UserError: there is none, it is in a bucket, or there is no model in it.
     """
     folder = find_folder(name)
     if "://" in str(folder):
-        raise UserError(f"--{flag}={name} is in a bucket: copy it to this machine first")
+        raise UserError(f"--{flag}={name} is in a bucket: copy it to this host first")
     if not is_there(folder):
-        raise UserError(f"--{flag}={name}: no such folder, and no name of the Hugging Face hub (OWNER/NAME)")
+        raise UserError(f"--{flag}={name}: no such folder, and not a name on the Hugging Face hub (OWNER/NAME)")
     if not (folder / "config.json").exists():
-        raise UserError(f"--{flag}={name}: no config.json in it; name a model's folder as transformers saves it")
+        raise UserError(f"--{flag}={name}: no config.json in it: name a folder that transformers saved a model to")
     return folder
 
 
 def load_model(class_name: str, flag: str, name: str, **options: Any) -> Any:
-    """A PyTorch model of transformers, ready to be asked.
+    """Loads a PyTorch model of transformers onto `device()`, in evaluation mode.
 
     Args:
-      class_name: of transformers, as "CLIPModel" or "AutoModelForObjectDetection".
-      flag: which named it.
-      name: a folder, or a name of the hub.
-      options: of transformers, as dtype="float32"; without, the weights stay as they were saved.
+      class_name: in transformers, such as "CLIPModel" or "AutoModelForObjectDetection".
+      flag: name of the flag that gave the model, for error messages.
+      name: a folder, or a model's name on the hub.
+      **options: of `from_pretrained`, such as dtype="float32"; without a dtype, weights keep the saved one.
 
     Raises:
-      UserError: there is no such folder, or a model of another kind in it.
+      UserError: there is no such folder, or the model in it is of another class.
     """
     import transformers
 
     folder = model_folder(flag, name)
-    transformers.utils.logging.disable_progress_bar()  # of loading: the one of the pictures is enough
+    transformers.utils.logging.disable_progress_bar()  # of loading; scoring has its own
     try:
         model, found = getattr(transformers, class_name).from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True, **options
         )
-    except Exception as error:  # of many types: of the config, of the weights, of the class
+    except Exception as error:  # of many types, from the config, the weights or the class
         raise UserError(f"--{flag}={name} can't be loaded as {class_name} ({_reason(error)})") from error
-    # transformers fills what a folder does not have with random numbers, and only warns.
+    # transformers initialises missing weights randomly and only warns.
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found.get("mismatched_keys", ()))
     if missing:
-        raise UserError(f"--{flag}={name} is no {class_name}: {len(missing)} of its weights, as {missing[0]}, lack")
+        raise UserError(
+            f"--{flag}={name} is not a {class_name}: {len(missing)} weights are missing, such as {missing[0]}"
+        )
     return model.to(device()).eval()
 
 
 def load_processor(class_name: str, flag: str, name: str, **options: Any) -> Any:
-    """What prepares a model's pictures or texts, as "AutoImageProcessor" or "AutoTokenizer".
+    """Loads a model's image processor or tokenizer; arguments as in `load_model`.
 
     Raises:
-      UserError: the folder has none.
+      UserError: there is no such folder, or no such processor in it.
     """
     import transformers
 

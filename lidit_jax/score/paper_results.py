@@ -25,9 +25,9 @@ _TABLE_1 = (
 
 
 def table_1(benchmark: str) -> dict[str, dict[str, float]]:
-    """Model -> column -> score, of the models that the table has on this benchmark, in its order and its units.
+    """Returns model -> column -> score for the models with scores on this benchmark, in the table's order and units.
 
-    Empty for a benchmark that is not in the table.
+    The result is empty for a benchmark that is not in the table.
     """
     if benchmark not in COLUMNS:
         return {}

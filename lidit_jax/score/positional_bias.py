@@ -57,7 +57,9 @@ def score(request: ScoreRequest) -> Report:
     pairs = _find_prompts(require_pictures_folder(request))
     prompt_of = {f"{name}/{SAMPLES}/{file}": name for name in pairs for file in _samples(request.pictures / name)}
     if not prompt_of:
-        raise UserError(f"--pictures={request.pictures} has no {next(iter(pairs))}/{SAMPLES}/0000.png: draw it again")
+        raise UserError(
+            f"--pictures={request.pictures} has no {next(iter(pairs))}/{SAMPLES}/0000.png: generate the images again"
+        )
     model = load_blip(request.require("vqa"))
 
     def ask(name: str) -> list[float]:
@@ -76,7 +78,7 @@ def score(request: ScoreRequest) -> Report:
     try:
         (request.out / CURVE_FILE).write_bytes(curve)
     except OSError as error:
-        raise UserError(f"--out={request.out} can't be written ({error.strerror or error}); name another") from error
+        raise UserError(f"--out={request.out} can't be written ({error.strerror or error}): name another") from error
     return report
 
 
@@ -85,7 +87,8 @@ def summary(scores: Sequence[ScoredPair]) -> Report:
 
     Every mean is taken within a prompt first, then over prompts; `counts` are numbers of prompts.
 
-    Args: scores: of all images, at least one.
+    Args:
+      scores: of all images, at least one.
     """
     values, prompts = [pair.score for pair in scores], [pair.prompt for pair in scores]
     places = [pair.position for pair in scores], [pair.count for pair in scores]
@@ -106,7 +109,12 @@ def summary(scores: Sequence[ScoredPair]) -> Report:
 
 
 def chart(means: Sequence[float], intervals: Sequence[Sequence[float]]) -> bytes:
-    """Plots the curve as a PNG. Args: means, intervals: of each quarter, per cent: [4], [4, 2]."""
+    """Plots the curve; returns the bytes of a PNG file.
+
+    Args:
+      means: of each quarter, per cent, [4].
+      intervals: bounds for each quarter, per cent, [4, 2].
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 4.2), layout="constrained")
@@ -146,13 +154,17 @@ def _means_by(scores: Sequence[ScoredPair], attribute: str) -> Mapping[str, floa
 
 
 def _find_prompts(folder: epath.Path) -> dict[str, list[Pair]]:
-    """Returns the pairs of each prompt's folder. Raises UserError if there is none of this benchmark."""
+    """Returns prompt's folder name -> pairs.
+
+    Raises:
+      UserError: no folder is of this benchmark.
+    """
     names = sorted(path.name for path in folder.iterdir() if path.name.isascii() and path.name.isdigit())
     names = [name for name in names if (folder / name / METADATA_FILE).exists()]
     if not names:
         raise UserError(
-            f"--pictures={folder} has no 00000/{METADATA_FILE}: is it the positional-bias benchmark, as "
-            "python -m lidit_jax.evaluate --benchmark=positional_bias draws it?"
+            f"--pictures={folder} has no 00000/{METADATA_FILE}: name a folder that python -m lidit_jax.evaluate "
+            "--benchmark=positional_bias wrote"
         )
     return {name: read_pairs(folder / name / METADATA_FILE) for name in names}
 

@@ -36,7 +36,7 @@ def segment_means(
 ) -> np.ndarray:
     """Returns each prompt's mean score in each quarter, float64 [prompts, 4], by ascending prompt.
 
-    Args and raises as in `mean_by_quarter`.
+    Arguments and errors are those of `mean_by_quarter`.
     """
     weights = quarter_weights(positions, counts)
     names, prompt_of = np.unique(np.asarray(prompts), return_inverse=True)
@@ -49,7 +49,11 @@ def segment_means(
 
 
 def quarter_weights(positions: Sequence[int], counts: Sequence[int]) -> np.ndarray:
-    """Returns the share of each pair in each quarter, float64 [pairs, 4]; rows sum to 1. See `mean_by_quarter`."""
+    """Returns the share of each pair in each quarter, float64 [pairs, 4]; rows sum to 1. See `mean_by_quarter`.
+
+    Raises:
+      ValueError: a position is not within its count.
+    """
     index, n = np.asarray(positions, np.float64)[:, None], np.asarray(counts, np.float64)[:, None]
     if ((index < 0) | (index >= n)).any():
         raise ValueError("a position is not within its count")
@@ -69,10 +73,10 @@ def interval_by_quarter(
 ) -> np.ndarray:
     """Returns 95 % bootstrap intervals of `mean_by_quarter`, float64 [4, 2], by resampling prompts.
 
-    Args and raises as in `mean_by_quarter`.
+    Arguments and errors are those of `mean_by_quarter`.
     """
     means = segment_means(values, positions, counts, prompts)
-    # How often each prompt is drawn, [rounds, prompts].
+    # How often each prompt is resampled, [rounds, prompts].
     times = np.random.default_rng(BOOTSTRAP_SEED).multinomial(
         len(means), np.full(len(means), 1 / len(means)), BOOTSTRAP_ROUNDS
     )

@@ -1,4 +1,4 @@
-"""A benchmark's scores beside those of the paper: report.json, a Markdown table and a chart."""
+"""Writes a benchmark's scores, compared with the paper's: report.json, a Markdown table and a chart."""
 
 import dataclasses
 import io
@@ -22,7 +22,7 @@ TITLES = {
     "positional_bias": "Positional bias",
 }
 _OUR_COLOR = "#c8442f"
-_COLORS = {  # of the paper's models that are in the chart, in its order
+_COLORS = {  # models of the paper that the chart shows, in this order
     "SDXL": "#d5d9de",
     "PixArt-alpha": "#bcc3cb",
     "SD3-8B": "#a3acb7",
@@ -34,15 +34,15 @@ _COLORS = {  # of the paper's models that are in the chart, in its order
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a scorer found.
+    """A benchmark's scores.
 
     Attributes:
       benchmark: its name.
-      columns: name -> score. Where the paper's Table 1 has the benchmark, names and units are those of
-        `paper_results.COLUMNS`; columns of other names are reported without company. All are in per cent, but for
-        GenEval's, which are fractions. NaN where nothing was scored.
-      counts: column -> of how many (pictures, as a rule) it is the mean.
-      details: JSON-able; whatever else is worth keeping.
+      columns: name -> score. For benchmarks in the paper's Table 1, names and units are those of
+        `paper_results.COLUMNS`; columns with other names are not compared. GenEval's scores are fractions, all others
+        per cent. NaN if nothing was scored.
+      counts: column -> number of values (usually images) that the score is the mean of.
+      details: further results, JSON-serialisable.
     """
 
     benchmark: str
@@ -52,7 +52,7 @@ class Report:
 
 
 def write_report(report: Report, out: epath.Path, model_name: str) -> str:
-    """Writes `report.json`, `report.md` and `report.png` into the folder; the Markdown table, to print.
+    """Writes `report.json`, `report.md` and `report.png` into the folder; returns the Markdown table.
 
     Raises:
       OSError: the folder cannot be written.
@@ -66,7 +66,7 @@ def write_report(report: Report, out: epath.Path, model_name: str) -> str:
 
 
 def markdown(report: Report, model_name: str) -> str:
-    """The table: a row a model, ours first and in bold, and how many each of our scores is the mean of."""
+    """Formats a Markdown table: one row per model, ours first and in bold, and a last row with our counts."""
     names = list(report.columns)
     rows = [["model", *names], ["---", *["---:"] * len(names)]]
     rows.append([_bold(_escaped(model_name)), *(_bold(_number(report.columns[name])) for name in names)])
@@ -77,7 +77,7 @@ def markdown(report: Report, model_name: str) -> str:
 
 
 def chart(report: Report, model_name: str) -> Any:
-    """Bars, a group a column: ours beside the paper's models. A Pillow image."""
+    """Plots ours and the paper's models as bars, grouped by column; returns a Pillow image."""
     from matplotlib.figure import Figure
     from PIL import Image
 
@@ -86,7 +86,7 @@ def chart(report: Report, model_name: str) -> Any:
     for model, color in _COLORS.items():
         if any(name in paper.get(model, {}) for name in names):
             bars.append((model, paper[model], color))
-    # Room for the bars, and for the legend under them.
+    # Wide enough for the bars and for the legend under them.
     width = max(5.5, 1.5 + 0.26 * len(bars) * len(names), 1.3 * len(bars))
     figure = Figure(figsize=(width, 4.4), layout="constrained")
     axes = figure.add_subplot()
@@ -99,11 +99,17 @@ def chart(report: Report, model_name: str) -> Any:
 
 
 def _draw_bars(axes: Any, names: Sequence[str], bars: Sequence[tuple[str, Mapping[str, float], str]]) -> None:
-    """Args: bars: (model, column -> score, colour)."""
+    """Draws one group of bars per column.
+
+    Args:
+      axes: matplotlib's.
+      names: of the columns.
+      bars: (model, column -> score, colour).
+    """
     heights = np.array([[scores.get(name, math.nan) for name in names] for _, scores, _ in bars])  # [models, columns]
     known = ~np.isnan(heights)
     width, is_narrow = 0.84 / len(bars), heights.size > 8
-    # Those that have a score are side by side, in the middle.
+    # Bars with a score stand side by side, centred in their group.
     at = np.arange(len(names)) + width * (known.cumsum(axis=0) - 0.5 - known.sum(axis=0) / 2)
     top = np.max(heights, where=known, initial=1e-9)
     for (model, _, color), xs, ys in zip(bars, at, heights, strict=True):
@@ -130,7 +136,7 @@ def _title(report: Report) -> str:
 
 
 def _number(score: float) -> str:
-    """With two digits, as in the paper; nothing for NaN."""
+    """Formats a score with two decimals, as in the paper; NaN becomes ""."""
     return "" if math.isnan(score) else f"{score:.2f}"
 
 

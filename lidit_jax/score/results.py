@@ -1,4 +1,4 @@
-"""What is asked of a scorer, and its results so far: kept while they grow, so that a rerun goes on."""
+"""The request to a scorer, and its results file, which is saved while it grows so that a rerun can resume."""
 
 import dataclasses
 import hashlib
@@ -19,20 +19,20 @@ from lidit_jax.weights.digest import folder_digest
 from lidit_jax.weights.folders import is_there
 
 RESULTS_FILE = "results.json"
-SAVE_EVERY = 10.0  # seconds: what a kill costs at most
+SAVE_EVERY = 10.0  # seconds; a killed process loses at most the work of this time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreRequest:
-    """What to score, and by what.
+    """Images to score, and the models to score them with.
 
     Attributes:
       benchmark: geneval, t2i_compbench, dpg_bench or positional_bias.
-      pictures: folder in the layout of the official scorer, as `lidit_jax.evaluate` draws it.
+      pictures: folder of images in the layout of the official scorer, as `lidit_jax.evaluate` writes it.
       out: folder for results and report.
       detector, clip, vqa: folders of models as transformers saves them, or their names on the hub.
-      file: the benchmark's prompts, for those that need more than the pictures.
-      questions: DPG-Bench's.
+      file: the benchmark's prompts, to check that all have images; its name can tell T2I-CompBench's category.
+      questions: DPG-Bench's dpg_bench.csv.
     """
 
     benchmark: str
@@ -45,7 +45,11 @@ class ScoreRequest:
     questions: epath.Path | None = None
 
     def require(self, name: str) -> Any:
-        """What the flag of this name says. Raises UserError if it was not given."""
+        """Returns the value of the flag `name`.
+
+        Raises:
+          UserError: it was not given.
+        """
         value = getattr(self, name)
         if not value:
             raise UserError(f"--{name} is required for --benchmark={self.benchmark}")
@@ -53,32 +57,35 @@ class ScoreRequest:
 
 
 class ResultsFile:
-    """OUT/results.json: what was found in each picture, kept while it grows, so that a rerun goes on.
+    """OUT/results.json, the result of each image, saved while it grows so that a rerun can resume.
 
-    Use it as a context manager: on leaving, also by an error or by Ctrl-C, what is there is written.
+    Use it as a context manager: on exit, also by an exception or Ctrl-C, it saves the results so far.
     """
 
     def __init__(self, out: epath.Path, facts: Mapping[str, Any]):
-        """Args: facts: JSON-able; what the results are of.
-
-        Raises:
-          UserError: the folder has something else than results of these facts, or can't be written. Nothing is
-            overwritten.
-        """
-        self._file, self._facts = out / RESULTS_FILE, dict(facts)
-        self._results = _claimed(self._file, self._facts)
-        self._save()
-
-    def complete(self, names: Sequence[str], score: Callable[[str], Any], unit: str = "picture") -> dict[str, Any]:
-        """The results of all `names`, in their order, under a progress bar.
+        """Opens or creates the file; never overwrites results with other facts.
 
         Args:
-          names: of pictures, or whatever the results are of.
-          score: name -> its result, JSON-able; called for those alone that have none yet.
-          unit: what a name stands for, for the bar.
+          out: folder of the file.
+          facts: what the results depend on, JSON-serialisable.
+
+        Raises:
+          UserError: the folder is not empty and has no results with these facts, or it cannot be written.
+        """
+        self._file, self._facts = out / RESULTS_FILE, dict(facts)
+        self._results = _read_results(self._file, self._facts)
+        self._save()
+
+    def complete(self, names: Sequence[str], score: Callable[[str], Any], unit: str = "image") -> dict[str, Any]:
+        """Computes the missing results, with a progress bar, and returns those of all `names`, in this order.
+
+        Args:
+          names: keys of the results, such as file names of images.
+          score: name -> result, JSON-serialisable; called only for names without a result.
+          unit: what a name stands for, shown by the bar.
         """
         left = [name for name in names if name not in self._results]
-        # Those of an earlier run count as done, but not for the time that is left.
+        # `initial` shows results of an earlier run as done, but leaves them out of the estimated time.
         with tqdm.tqdm(
             total=len(names), initial=len(names) - len(left), unit=unit, desc="scoring", mininterval=1
         ) as bar:
@@ -102,56 +109,68 @@ class ResultsFile:
             write_json(self._file, {"facts": self._facts, "results": self._results}, indent=None)
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"--out={self._file.parent} can't be written ({reason}); name another") from error
+            raise UserError(f"--out={self._file.parent} can't be written ({reason}): name another") from error
         self._saved = time.monotonic()
 
 
 def open_results(
     request: ScoreRequest, pictures: Sequence[epath.Path], models: Sequence[str], **more: Any
 ) -> ResultsFile:
-    """The results in `request.out`, of these pictures by these models.
+    """Opens the results in `request.out` of these images by these models.
 
     Args:
-      pictures: files in `request.pictures`. Their names and sizes are noted, and what `lidit_jax.evaluate` noted.
-      models: "detector", "clip", "vqa": those whose weights make a difference.
-      more: JSON-able facts that make one, too.
+      request: names the folders and the models.
+      pictures: files in `request.pictures`; results depend on their names and sizes, and on the facts that
+        `lidit_jax.evaluate` recorded beside them.
+      models: those of "detector", "clip" and "vqa" that the scorer uses; results depend on their weights.
+      **more: further facts that results depend on, JSON-serialisable.
 
     Raises:
-      UserError: see `ResultsFile`; or a model was not named or is not there.
+      UserError: see `ResultsFile`; or a model was not named or does not exist.
     """
     facts = {"benchmark": request.benchmark, "pictures": _pictures_digest(request.pictures, pictures)}
     facts |= {name: folder_digest(model_folder(name, request.require(name))) for name in models}
     return ResultsFile(request.out, json.loads(json.dumps(facts | more)))
 
 
-def _claimed(file: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The results that are there. Raises UserError if they are of something else."""
+def _read_results(file: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the results in a file; empty if there is none.
+
+    Raises:
+      UserError: they have other facts, or the file is damaged.
+    """
     found = read_claim(file.parent, file.name)
     if found is None:
         return {}
-    of, results = found.get("facts"), found.get("results")
-    if not isinstance(of, dict) or not isinstance(results, dict):
+    recorded, results = found.get("facts"), found.get("results")
+    if not isinstance(recorded, dict) or not isinstance(results, dict):
         raise UserError(f"{file} is damaged: name another --out")
-    if results:  # a run that ended before its first picture claims nothing
-        check_claim(file.parent, "results", of, facts, sorted({*of, *facts}))
+    if results:  # a file without results may be reused for other facts
+        check_claim(file.parent, "results", recorded, facts, sorted({*recorded, *facts}))
     return results
 
 
 def _pictures_digest(folder: epath.Path, pictures: Sequence[epath.Path]) -> str:
     sha = hashlib.sha256()
-    drawn_with = folder / FACTS_FILE
-    if drawn_with.exists():
-        sha.update(drawn_with.read_bytes())
+    facts = folder / FACTS_FILE
+    if facts.exists():
+        sha.update(facts.read_bytes())
     for picture in pictures:
-        # Not the contents, which would be read twice: no two models' pictures all have the same sizes in bytes.
+        # Sizes, not contents, which would be read twice: images of two models never all have the same sizes in bytes.
         sha.update(f"{picture.relative_to(folder)} {picture.stat().length}\n".encode("utf-8", "surrogateescape"))
     return sha.hexdigest()[:16]
 
 
 def require_pictures_folder(request: ScoreRequest) -> epath.Path:
-    """The folder of pictures. Raises UserError if there is none."""
+    """Returns the folder of images.
+
+    Raises:
+      UserError: there is none.
+    """
     if not is_there(request.pictures):
-        raise UserError(f"--pictures={request.pictures}: no such folder; draw one with python -m lidit_jax.evaluate")
+        raise UserError(
+            f"--pictures={request.pictures}: no such folder: generate images with python -m lidit_jax.evaluate"
+        )
     if not request.pictures.is_dir():
-        raise UserError(f"--pictures={request.pictures} is a file: name the folder that was drawn")
+        raise UserError(f"--pictures={request.pictures} is a file: name the folder of the images")
     return request.pictures

@@ -1,7 +1,4 @@
-"""T2I-CompBench's 2D spatial score: is one object where the prompt says, of another? (UniDet_eval/2D_spatial_eval.py)
-
-Pure functions of detections.
-"""
+"""Rules of T2I-CompBench's 2D spatial score (UniDet_eval/2D_spatial_eval.py), as pure functions of detections."""
 
 import dataclasses
 import re
@@ -9,10 +6,10 @@ from collections.abc import Sequence
 
 from lidit_jax.score.detectors import Detection
 
-MIN_SCORE = 0.5  # of a detection that counts, and of a picture's score: less is 0
+MIN_SCORE = 0.5  # detections must exceed it to count, and image scores below it become 0
 IOU_THRESHOLD = 0.1
-# Pixels between centres that are near, in a picture resized for the official detector: its short side has 479 pixels,
-# or its long side 480 where that is less.
+# Distance in pixels below which centres are near, in the image as resized for the official detector: to a short side
+# of 479 pixels, or to a long side of 480 if that is smaller.
 NEAR, SHORT_SIDE, LONG_SIDE = 150, 479, 480
 RELATIONS = (
     "on side of",
@@ -30,7 +27,7 @@ _PROMPT = re.compile(rf"(?:(?:an?|the) )?(.+?) ({'|'.join(RELATIONS)}) (?:(?:an?
 
 @dataclasses.dataclass(frozen=True)
 class SpatialPrompt:
-    """Two objects, as detectors name them, and where the first is of the second (of `RELATIONS`)."""
+    """Two objects, as detectors name them, and the relation of the first to the second, one of `RELATIONS`."""
 
     first: str
     relation: str
@@ -38,29 +35,33 @@ class SpatialPrompt:
 
 
 def parse_spatial(prompt: str) -> SpatialPrompt | None:
-    """Of "a X RELATION a Y"; None of any other prompt. People of all kinds are "person", as officially.
+    """Parses "a X RELATION a Y"; returns None for any other prompt.
 
-    The official script takes spaCy's first and last noun; on all 300 prompts of the validation list that is the same.
+    Girls, boys, men and women become "person", as in the official script. That script takes the first and last noun
+    that spaCy finds, which gives the same objects for all 300 prompts of the validation list.
     """
     match = _PROMPT.fullmatch(" ".join(prompt.split()))
     if not match:
         return None
-    first, relation, second = (part.lower() for part in match.groups())
+    first, relation, second = (text.lower() for text in match.groups())
     return SpatialPrompt(_object(first), relation, _object(second))
 
 
 def spatial_score(prompt: SpatialPrompt, detections: Sequence[Detection], height: int, width: int) -> float:
-    """A picture's score: half the mean certainty of both objects plus half their relation's, 0 below a half.
+    """Scores an image: half the objects' mean confidence plus half their relation's score; below 0.5 it becomes 0.
 
-    So a picture in which one object alone is found has 0. Of several objects of a class it is the surest that counts.
+    So an image in which only one object is found scores 0. For each class, the detection with the highest score counts.
 
-    Args: height, width: of the picture, whose pixels the boxes are in.
+    Args:
+      prompt: parsed.
+      detections: in the image.
+      height, width: of the image, in the pixels of the boxes.
     """
-    surest = {
+    best = {
         d.label.lower(): d for d in sorted(detections, key=lambda d: d.score) if d.score > MIN_SCORE
-    }  # later ones, which are surer, take the places of others
-    first, second = surest.get(prompt.first), surest.get(prompt.second)
-    score = 0.25 * sum(found.score for found in (first, second) if found)
+    }  # ascending, so that the highest score of a label is the one that stays
+    first, second = best.get(prompt.first), best.get(prompt.second)
+    score = 0.25 * sum(detection.score for detection in (first, second) if detection)
     if first and second:
         scale = min(SHORT_SIDE / min(height, width), LONG_SIDE / max(height, width))
         score += relation_score(prompt.relation, first.box, second.box, scale) / 2
@@ -68,15 +69,16 @@ def spatial_score(prompt: SpatialPrompt, detections: Sequence[Detection], height
 
 
 def relation_score(relation: str, first: Sequence[float], second: Sequence[float], scale: float = 1.0) -> float:
-    """How well `first` is where the relation says, of `second`: from 0 to 1.
+    """Returns how well two boxes fulfil a relation, from 0 to 1.
 
-    "Left", "right", "top" and "bottom": 1 where the centres lie further apart along that axis than along the other, in
-    that direction; where the boxes overlap by more than an IoU of 0.1, 0.1 / IoU. "Near", "next to", "on side of": 1
-    where the centres are less than 150 pixels apart along one axis, else 150 / the larger distance.
+    "Left", "right", "top" and "bottom" score 0 unless the centres are apart in that direction, and further than along
+    the other axis; then 1, or 0.1 / IoU if the boxes' IoU is above 0.1. "Near", "next to" and "on side of" score 1 if
+    the centres are less than 150 pixels apart along one axis, else 150 / the larger distance.
 
     Args:
+      relation: one of `RELATIONS`.
       first, second: (left, top, right, bottom) in pixels.
-      scale: of the picture as the official detector sees it to these pixels.
+      scale: factor from these pixels to those of the image as resized for the official detector.
     """
     across, down = ((second[i] + second[i + 2]) / 2 - (first[i] + first[i + 2]) / 2 for i in (0, 1))
     if relation in ("next to", "on side of", "near"):
@@ -96,7 +98,7 @@ def relation_score(relation: str, first: Sequence[float], second: Sequence[float
 
 
 def iou(first: Sequence[float], second: Sequence[float]) -> float:
-    """Of two boxes, the intersection over the union."""
+    """Returns the intersection over union of two boxes."""
     sides = [max(0.0, min(first[i + 2], second[i + 2]) - max(first[i], second[i])) for i in (0, 1)]
     intersection = sides[0] * sides[1]
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
