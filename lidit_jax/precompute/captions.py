@@ -17,7 +17,7 @@ class CaptionFeatures(NamedTuple):
     """Features of one caption by one encoder.
 
     Attributes:
-      features: [lead + n, D], the `lead` prefix rows (see `EncoderFingerprint`) and the caption's n tokens, without padding.
+      features: [lead + n, D], the `lead` prefix rows (see `EncoderFingerprint`) and the caption's n tokens, unpadded.
       truncated: whether the caption was truncated to `max_length`.
     """
 
