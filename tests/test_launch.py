@@ -379,6 +379,7 @@ def test_a_worker_that_does_not_answer_is_noticed(play):
         ("lidit 9/9", 0, 0),
         ("lidit: stopped by SIGTERM after step 7, which is saved; run it again to resume", 0, 143),
         ("lidit: stopped by SIGTERM after its last step, which is saved; run it again to resume", 0, 143),
+        ("lidit: stopped by SIGTERM before step 1; run it again to resume", 0, 143),
         ("error: config key 'x' is unknown", 2, 2),
         ("error: the run's other hosts were not found (DEADLINE_EXCEEDED): set", 2, 75),
         ("Traceback", 1, 1),
