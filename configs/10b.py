@@ -47,7 +47,6 @@ def get_config() -> ConfigDict:
             "relationships of the objects:"
         ),
         "chat_template": True,  # ours: the tokenizer's template, if it has one
-        "encode": "in_step",  # ours
     }
     # `model` is for `lidit_jax.compile` without weights; encoders with weights take their sizes from the folder.
     config.encoders = {

@@ -59,7 +59,6 @@ def get_config(row: str = "") -> ConfigDict:
         "instruction": INSTRUCTION if with_instruction else "",
         # Ours: a template is an instruction of its own, and a base LLM was not trained on one.
         "chat_template": with_instruction and is_tuned,
-        "encode": "in_step",  # ours
     }
     config.encoders = {name: {"weights": "", "dtype": "bfloat16"} for name in rows[row].encoders}
     config.vae = {"weights": "", "dtype": "bfloat16"}  # paper: 8x, 16 channels

@@ -19,7 +19,6 @@ def get_config() -> ConfigDict:
         "max_length": 28,
         "instruction": "",  # each row sets its own
         "chat_template": False,
-        "encode": "in_step",
     }
     del config.encoders  # each row sets its own
     config.language_models = {

@@ -50,7 +50,6 @@ def get_config() -> ConfigDict:
         "system_prompt": "",
         "instruction": INSTRUCTION,
         "chat_template": True,
-        "encode": "in_step",
     }
     language_model = {
         "vocab_size": 1024,

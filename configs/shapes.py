@@ -28,7 +28,6 @@ def get_config() -> ConfigDict:
         "system_prompt": "",
         "instruction": "Describe the objects:",
         "chat_template": True,
-        "encode": "in_step",
     }
     # The names sort into the order of the model's branches, since a ConfigDict sorts its keys.
     language_model = {

@@ -29,6 +29,8 @@ FREE_KEYS = (
 )
 # Keys missing from workdirs of earlier versions, with the value that reproduces what those versions did.
 ABSENT_MEANS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}
+# Keys of earlier versions that are no more, as section and name: whatever they said, the same was computed.
+OBSOLETE_KEYS = (("text", "encode"),)
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T:
@@ -166,6 +168,9 @@ def read_workdir(workdir: epath.Path) -> ConfigDict:
             raise ValueError("not an object")
     except ValueError as error:
         raise UserError(f"{file}: not a run's config ({error})") from error
+    for section, name in OBSOLETE_KEYS:
+        if isinstance(values.get(section), dict):
+            values[section].pop(name, None)
     model = values.get("model")
     if isinstance(model, dict) and "position" not in model:
         logger.warning("%s is from before model.position: the model has the positions of that time, 'conv'", file)

@@ -80,8 +80,6 @@ class Task:
         pure.
       frozen: arrays that the loss reads and no step changes (LLMs, VAE).
       evaluate: computes what is logged every `sample_every` steps and at the end; or None.
-      prepare: (frozen, batch) -> batch, compiled as a separate program that runs before the step; or None. Traced, so
-        pure; its results keep the batch as their first axis.
       phases: ascending steps at which the loss changes; the loss gets the number of those reached, a Python int. Each
         phase is compiled as a program of its own: a branch inside one program would be evaluated in every step, and on
         a CPU, XLA runs branches many times slower.
@@ -97,7 +95,6 @@ class Task:
     loss: Callable[[Any, Any, Batch, jax.Array, int], tuple[WeightedMean, dict[str, WeightedMean]]]
     frozen: Any = None
     evaluate: Evaluate | None = None
-    prepare: Callable[[Any, Batch], Batch] | None = None
     phases: tuple[int, ...] = ()
     networks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     flops: Callable[[Batch], float] | None = None
@@ -169,10 +166,6 @@ class Trainer:
             static_argnums=4,
         )
         self._step = Program(step, batch_argnum=2, static_argnums=(4,))
-        self.prepare = task.prepare and Program(
-            jax.jit(self._prepare, in_shardings=(None, self.batch_sharding), out_shardings=self.batch_sharding),
-            batch_argnum=1,
-        )
 
     def init(self, seed: int) -> TrainState:
         """Returns a randomly initialised state, created sharded: no device ever holds all of it."""
@@ -209,19 +202,14 @@ class Trainer:
         return bisect.bisect_right(self.task.phases, number)
 
     def compile(self, batch: Mapping[str, jax.ShapeDtypeStruct], phase: int) -> None:
-        """Compiles the programs of a step for batches of these shapes; later steps on such batches use them.
+        """Compiles the step for batches of these shapes; later steps on such batches use the program.
 
         Must be called under the mesh, like `step`. It takes no step and allocates no arrays on the devices.
 
         Args:
-          batch: shapes of a batch before `prepare`.
+          batch: shapes of a batch.
           phase: phase of the loss.
         """
-        if self.prepare:
-            prepared = self.prepare.compile(self.task.frozen, batch)
-            batch = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.batch_sharding), prepared
-            )
         self._step.compile(self.abstract_state(), self.task.frozen, batch, self.abstract_key(), phase)
 
     def lower(self, state: TrainState, frozen: Any, batch: Batch) -> jax.stages.Lowered:
@@ -240,10 +228,6 @@ class Trainer:
         ema = jax.tree.map(jnp.copy, params) if self.config.ema_decay else None
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, params, ema, self.optimizer.init(params), zero, zero)
-
-    def _prepare(self, frozen: Any, batch: Batch) -> Batch:
-        with nn.logical_axis_rules(self.rules.pairs()):
-            return self.task.prepare(frozen, batch)
 
     def _take_step(self, state: TrainState, frozen: Any, batch: Batch, key: jax.Array, phase: int):
         config = self.config
@@ -382,8 +366,6 @@ def train(
                     _warm_up(trainer, stream, batch, step, watchdog, notice)
             if task.flops:
                 progress.worked(task.flops(batch))
-            if trainer.prepare:
-                batch = trainer.prepare(task.frozen, batch)
             state, step_metrics = trainer.step(state, task.frozen, batch, key, step)
             step += 1
             pending.append(step_metrics)  # stay on the devices until they are logged: no step waits for the host

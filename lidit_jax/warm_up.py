@@ -30,7 +30,6 @@ class Program:
         """
         self._jitted, self._batch, self._static = jitted, batch_argnum, static_argnums
         self._executables: dict[Hashable, jax.stages.Compiled] = {}
-        self._results: dict[Hashable, Any] = {}  # shapes and dtypes
 
     def __call__(self, *arguments: Any) -> Any:
         """Runs the executable compiled for the batch's shapes, or the jitted function if there is none."""
@@ -47,20 +46,15 @@ class Program:
         """
         return self._jitted.lower(*arguments)
 
-    def compile(self, *arguments: Any) -> Any:
+    def compile(self, *arguments: Any) -> None:
         """Compiles the function without running it.
 
         Args:
           *arguments: arrays, or `jax.ShapeDtypeStruct` with shardings in their place.
-
-        Returns:
-          Shapes and dtypes of the results.
         """
         key = self._key(arguments)
         if key not in self._executables:
-            lowered = self.lower(*arguments)
-            self._executables[key], self._results[key] = lowered.compile(), lowered.out_info
-        return self._results[key]
+            self._executables[key] = self.lower(*arguments).compile()
 
     def _key(self, arguments: Sequence[Any]) -> Hashable:
         return batch_key(arguments[self._batch]), *(arguments[i] for i in self._static)

@@ -65,12 +65,11 @@ def test_a_second_start_trains_nothing_and_changes_no_weight(trained_workdir, tm
     assert (trained_workdir / "training/lidit/metrics.jsonl").read_text() == lines
 
 
-def test_encoders_from_folders_ahead_of_the_step_train_the_same_model(trained_workdir, tmp_path):
+def test_encoders_from_folders_train_the_same_model(trained_workdir, tmp_path):
     config = tiny_config()
     for name in config.encoders:
         config.encoders[name].weights = str(trained_workdir / "encoders" / name)
     config.vae.weights = str(trained_workdir / "vae")
-    config.text.encode = "ahead"
     del config.evaluate
     run_stages(config, epath.Path(tmp_path))
     assert not (tmp_path / "encoders").exists()
@@ -78,12 +77,10 @@ def test_encoders_from_folders_ahead_of_the_step_train_the_same_model(trained_wo
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), got, expected)
 
 
-@pytest.mark.parametrize("where", ["in_step", pytest.param("ahead", marks=pytest.mark.slow)])
-def test_a_t5_takes_an_llms_place_in_a_run(trained_workdir, t5_folder, tmp_path, where):
+def test_a_t5_takes_an_llms_place_in_a_run(trained_workdir, t5_folder, tmp_path):
     config = tiny_config()
     config.encoders = {"t5": {"weights": str(t5_folder), "dtype": "float32"}}
     config.vae.weights = str(trained_workdir / "vae")
-    config.text.encode = where
     config.train.steps = 2
     del config.evaluate
     run_stages(config, epath.Path(tmp_path))
@@ -205,6 +202,17 @@ def test_a_workdir_from_before_model_position_has_conv(trained_workdir, tmp_path
     assert json.loads((old / "config.json").read_text())["model"]["position"] == "conv"
 
 
+@pytest.mark.parametrize("encode", ["in_step", "ahead"])
+def test_a_workdir_from_when_text_had_encode_is_resumed(tmp_path, encode):
+    old = tiny_config()
+    with old.text.unlocked():
+        old.text.encode = encode
+    claim_workdir(epath.Path(tmp_path), old)
+    claim_workdir(epath.Path(tmp_path), tiny_config())
+    assert "encode" not in read_workdir(epath.Path(tmp_path)).text
+    assert "encode" not in json.loads((tmp_path / "config.json").read_text())["text"]
+
+
 def test_an_old_workdir_is_not_resumed_with_another_position(trained_workdir, tmp_path):
     old = without_position(trained_workdir, tmp_path / "old")
     config = tiny_config()
@@ -309,7 +317,6 @@ def test_every_ablation_row_is_a_config(tmp_path):
         (lambda c: c.encoders.llama.update(dtype="bf16"), "encoders.llama.dtype='bf16' is not supported: use one of"),
         (lambda c: c.vae.update(dtype="float"), "vae.dtype='float' is not supported"),
         (lambda c: c.model.update(dtype="int8"), "model.dtype='int8' is not supported"),
-        (lambda c: c.text.update(encode="later"), "text.encode='later' is unknown: use one of in_step, ahead"),
         (lambda c: c.diffusion.update(name="flow"), "rectified_flow"),
         (lambda c: c.mesh.update(data=3), "mesh"),
         (lambda c: c.train.update(batch_size=0), "batch_size"),

@@ -50,27 +50,21 @@ class Images(BatchStream):
         pass
 
 
-def image_task(phases=(), prepared=False):
-    """A task that fits colours to a label, weighted by the phase; `prepared` computes the colours in `Task.prepare`."""
-
-    def colors(batch):
-        return jnp.mean(batch["image"], axis=(1, 2))
+def image_task(phases=()):
+    """A task that fits colours to a label, weighted by the phase."""
 
     def loss(params, frozen, batch, key, phase):
-        found = (batch["colors"] if prepared else colors(batch)) @ params["kernel"]
+        found = jnp.mean(batch["image"], axis=(1, 2)) @ params["kernel"]
         return WeightedMean.over((1 + phase) * jnp.square(found[:, 0] - batch["label"])), {}
-
-    def prepare(frozen, batch):
-        return {**batch, "colors": colors(batch)}
 
     def init(key):
         return {"kernel": jax.random.normal(key, (3, 1))}
 
-    return Task("toy", init, loss, prepare=prepare if prepared else None, phases=phases)
+    return Task("toy", init, loss, phases=phases)
 
 
-def trainer_of(mesh=ONE_DEVICE, phases=(), prepared=False, steps=5, **changes):
-    return make_trainer(mesh, image_task(phases, prepared), steps=steps, batch_size=8, **NO_EMA, **changes)
+def trainer_of(mesh=ONE_DEVICE, phases=(), steps=5, **changes):
+    return make_trainer(mesh, image_task(phases), steps=steps, batch_size=8, **NO_EMA, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -96,21 +90,21 @@ def compilations():
 
 
 def compiled_by(folder, trainer, buckets=BUCKETS):
-    """Returns the number of programs compiled before each batch, and the totals of `_take_step` and `_prepare`."""
+    """Returns the number of programs compiled before each batch, and that of `_take_step`."""
     seen = []
     with compilations() as compiled:
         run(folder, trainer, lambda first: Images(first, buckets, compiled, seen))
-    return seen, [sum(name in of for of in compiled) for name in ("_take_step", "_prepare")]
+    return seen, sum("_take_step" in name for name in compiled)
 
 
-@pytest.mark.parametrize(("mesh", "prepared"), [(ONE_DEVICE, False), (EIGHT_DEVICES, True)])
-def test_nothing_is_compiled_after_the_first_step_in_any_bucket_phase_or_resumed_run(tmp_path, mesh, prepared):
+@pytest.mark.parametrize("mesh", [ONE_DEVICE, EIGHT_DEVICES])
+def test_nothing_is_compiled_after_the_first_step_in_any_bucket_phase_or_resumed_run(tmp_path, mesh):
     phases, buckets = (3, 5), len(BUCKETS)
-    seen, found = compiled_by(tmp_path, trainer_of(mesh, phases, prepared, steps=5))
-    assert found == [2 * buckets, prepared * buckets]  # the third phase is not reached
+    seen, steps = compiled_by(tmp_path, trainer_of(mesh, phases, steps=5))
+    assert steps == 2 * buckets  # the third phase is not reached
     assert seen[0] < seen[1] and seen[1:] == [seen[1]] * 4
-    seen, found = compiled_by(tmp_path, trainer_of(mesh, phases, prepared, steps=8))
-    assert found == [buckets, prepared * buckets]  # only the third is left
+    seen, steps = compiled_by(tmp_path, trainer_of(mesh, phases, steps=8))
+    assert steps == buckets  # only the third is left
     assert seen[0] < seen[1] and seen[1:] == [seen[1]] * 2
 
 
@@ -125,8 +119,8 @@ def test_without_a_warm_up_each_program_is_compiled_on_first_use_and_computes_th
 
 
 def test_one_bucket_is_compiled_once_and_at_its_first_step(tmp_path, capsys):
-    seen, found = compiled_by(tmp_path, trainer_of(steps=3), BUCKETS[:1])
-    assert found == [1, 0] and seen[1:] == [seen[1]] * 2
+    seen, steps = compiled_by(tmp_path, trainer_of(steps=3), BUCKETS[:1])
+    assert steps == 1 and seen[1:] == [seen[1]] * 2
     assert "compiling" not in capsys.readouterr().err
 
 

@@ -149,8 +149,6 @@ def _abstract_run(config: ConfigDict, topology: str, num_slices: int, prefix_tok
     experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
     if not experiment.has_lidit:
         raise UserError("compile: the config trains a VAE alone: give one with a model")
-    if experiment.text.encode != "in_step":
-        raise UserError("compile: the encoders must run inside the step: give --config.text.encode=in_step")
     devices, chip = topology_devices(topology, num_slices)
     return _on_devices(experiment, devices, chip, prefix_tokens)
 

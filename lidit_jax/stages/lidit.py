@@ -25,7 +25,7 @@ from lidit_jax.parallel.watchdog import watched
 from lidit_jax.pictures import grid, to_pixels
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.stages.part import run_part
-from lidit_jax.text.encoders import PrecomputedEncoder, PromptEncoder, encode, encode_ahead, text_work, tokenize
+from lidit_jax.text.encoders import PrecomputedEncoder, PromptEncoder, encode, text_work, tokenize
 from lidit_jax.train import Batch, Evaluate, Task, TrainState
 from lidit_jax.weighted_mean import WeightedMean
 
@@ -39,8 +39,6 @@ def lidit_task(
     vae: AutoencoderKL,
     frozen: Mapping[str, Any],
     evaluate: Evaluate | None = None,
-    *,
-    encode_in_step: bool = True,
 ) -> Task:
     """Returns the task of the diffusion objective on latents, with the LLMs and the VAE's encoder frozen.
 
@@ -54,8 +52,6 @@ def lidit_task(
       vae: the autoencoder.
       frozen: {"vae": parameters, "encoders": {name: output of the encoder's `freeze`}}.
       evaluate: computes what is logged every `sample_every` steps; or None.
-      encode_in_step: True runs the LLMs inside the train step; False runs them in a separate program before it, and
-        keeps their features in device memory in between. The results are the same.
     """
 
     def loss(params, frozen, batch, key, phase):
@@ -77,16 +73,12 @@ def lidit_task(
         truncated = jnp.stack([batch[f"{name}/truncated"] for name in encoders])  # [encoders, B]
         return loss, metrics | {"truncated_prompts": WeightedMean.over(truncated)}
 
-    def prepare(frozen, batch):
-        return encode_ahead(encoders, frozen["encoders"], batch)
-
     return Task(
         name="lidit",
         init=functools.partial(model.init_params, [encoder.hidden_size for encoder in encoders.values()]),
         loss=loss,
         frozen=frozen,
         evaluate=evaluate,
-        prepare=None if encode_in_step else prepare,
         flops=functools.partial(_lidit_flops, model, vae, encoders, frozen),
     )
 
@@ -137,7 +129,6 @@ def train_lidit(
         pipeline.vae,
         frozen,
         evaluate,
-        encode_in_step=bool(stored) or experiment.text.encode == "in_step",
     )
 
     def batches(first: int):

@@ -22,7 +22,6 @@ INSTRUCTION = (
 FIXED_DATE_MACRO = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 # Marks the prompt's position in a rendered chat template; private-use characters do not occur in templates.
 PLACEHOLDER = "\ue000prompt\ue001"
-ENCODE_OPTIONS = ("in_step", "ahead")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,22 +33,12 @@ class TextConfig:
       instruction: see `PromptTokenizer`.
       system_prompt: see `PromptTokenizer`.
       chat_template: see `PromptTokenizer`.
-      encode: how the encoders run in training: "in_step", inside the train step, or "ahead", as a separate jitted
-        program before it. The features are the same.
-
-    Raises:
-      UserError: if `encode` is unknown.
     """
 
     max_length: int
     instruction: str
     system_prompt: str = ""
     chat_template: bool = True
-    encode: str = "in_step"
-
-    def __post_init__(self):
-        if self.encode not in ENCODE_OPTIONS:
-            raise UserError(f"text.encode={self.encode!r} is unknown: use one of {', '.join(ENCODE_OPTIONS)}")
 
 
 @dataclasses.dataclass(frozen=True)
