@@ -51,7 +51,8 @@ def judged(objects, include, exclude=(), colors=()):
 
     Args:
       objects: class -> detections.
-      include, exclude: GenEval's clauses.
+      include: GenEval's clauses of objects that must be there.
+      exclude: GenEval's clauses of objects that must not.
       colors: answers to the questions for an object's colour, in order.
     """
     colors = iter(colors)

@@ -1,4 +1,4 @@
-"""The paper's ablation tables in miniature, on built-in scenes:
+"""The paper's ablation tables in miniature, on built-in scenes.
 
     python -m lidit_jax.ablate --table=2 --seeds=3 --out=DIR
 

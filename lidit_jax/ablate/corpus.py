@@ -130,7 +130,8 @@ class DocumentStream(BatchStream):
         """Starts at batch `first_batch`.
 
         Args:
-          corpus, tokenizer: of the documents.
+          corpus: the documents.
+          tokenizer: of the documents.
           batch_size: over all processes.
           first_batch: number of the first batch.
           rows: this process's rows of a batch.

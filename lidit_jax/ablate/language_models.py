@@ -57,7 +57,8 @@ def train_encoder(experiment: Experiment, name: str, settings: ConfigDict, mesh:
       experiment: gives data and workdir.
       name: of the language model.
       settings: `language_models` of the config.
-      mesh, rules: how to shard the training.
+      mesh: mesh to train on.
+      rules: sharding of the parameters.
 
     Raises:
       UserError: as `check_settings`.

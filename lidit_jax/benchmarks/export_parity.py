@@ -1,4 +1,4 @@
-"""Compares the images of an export with those of its run:
+"""Compares the images of an export with those of its run.
 
     python -m lidit_jax.benchmarks.export_parity --workdir=RUN --folder=DIR --out=sheet.png
 

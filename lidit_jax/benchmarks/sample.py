@@ -70,7 +70,9 @@ def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *,
 
     Args:
       workload: what to sample.
-      sampler, steps, guidance_scale: as in the config's `sample` section.
+      sampler: as in the config's `sample` section.
+      steps: sampling steps.
+      guidance_scale: as in the config's `sample` section.
       folder: where the weights are saved for `twin`; None if it does not run.
     """
     import flax.linen as nn

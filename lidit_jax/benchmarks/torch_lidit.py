@@ -64,7 +64,8 @@ def from_flax(
       config: of the model.
       text_widths: hidden size of each LLM.
       params: as in `state_dict_from_flax`.
-      device, dtype: of the weights.
+      device: of the weights.
+      dtype: of the weights.
 
     Raises:
       UserError: the parameters do not match the config.

@@ -148,7 +148,9 @@ def from_config(
 
     Args:
       config: an experiment's.
-      batch, resolution, dtype: override the config's values; None keeps them.
+      batch: batch size; None takes the config's.
+      resolution: side of the images in pixels; None takes the config's.
+      dtype: compute dtype of the model; None takes the config's.
       prefix_tokens: tokens of system prompt and instruction, for LLMs whose tokenizers are not available.
 
     Raises:
@@ -297,8 +299,10 @@ def format_table(
 
     Args:
       results: measurements, ours first.
-      steps, samples, flops: per round.
+      steps: steps per round.
+      samples: samples per round.
       unit: plural name of a sample.
+      flops: FLOPs per round.
       devices: number of devices that ours uses.
     """
     chip = chip_of(jax.devices()[0])

@@ -188,8 +188,9 @@ def instances(
     Args:
       class_logits: tensor [queries, classes + 1]; the last class is "no object".
       mask_logits: tensor [queries, h, w], at a quarter of the model's input resolution.
-      padded, resized, original: height and width of the model's input, of the image within it, and of the original
-        image.
+      padded: height and width of the model's input.
+      resized: height and width of the image within it.
+      original: height and width of the original image.
       min_score: instances with a score up to it are dropped.
 
     Returns:

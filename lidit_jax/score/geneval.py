@@ -186,7 +186,8 @@ def relations(box: Sequence[float], other: Sequence[float]) -> frozenset[str]:
     the reduced distance in its direction exceeds half of the full Euclidean distance of the centres.
 
     Args:
-      box, other: (left, top, right, bottom).
+      box: (left, top, right, bottom).
+      other: likewise.
     """
     box, other = (np.asarray(b, np.float64).reshape(2, 2) for b in (box, other))
     offset = box.mean(axis=0) - other.mean(axis=0)

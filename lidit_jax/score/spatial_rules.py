@@ -55,7 +55,8 @@ def spatial_score(prompt: SpatialPrompt, detections: Sequence[Detection], height
     Args:
       prompt: parsed.
       detections: in the image.
-      height, width: of the image, in the pixels of the boxes.
+      height: of the image, in the pixels of the boxes.
+      width: likewise.
     """
     best = {
         d.label.lower(): d for d in sorted(detections, key=lambda d: d.score) if d.score > MIN_SCORE
@@ -77,7 +78,8 @@ def relation_score(relation: str, first: Sequence[float], second: Sequence[float
 
     Args:
       relation: one of `RELATIONS`.
-      first, second: (left, top, right, bottom) in pixels.
+      first: (left, top, right, bottom) in pixels.
+      second: likewise.
       scale: factor from these pixels to those of the image as resized for the official detector.
     """
     across, down = ((second[i] + second[i + 2]) / 2 - (first[i] + first[i + 2]) / 2 for i in (0, 1))

@@ -128,7 +128,7 @@ def _read_extension(file: File, offset: int, size: int) -> bytes:
 
 
 def _pax_records(body: bytes) -> dict[str, bytes]:
-    """Parses the pax records ("LENGTH KEY=VALUE\\n") "path" and "size"; adds "sparse" for files stored with holes."""
+    r"""Parses the pax records ("LENGTH KEY=VALUE\n") "path" and "size"; adds "sparse" for files stored with holes."""
     records = {}
     while body.strip(b"\0"):
         length, _, _ = body.partition(b" ")
