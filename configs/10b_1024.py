@@ -2,157 +2,35 @@
 
     python -m lidit_jax.main --config=configs/10b_1024.py --workdir=gs://BUCKET/10b_1024 \
         --config.start_from=gs://BUCKET/10b \
-        --config.data.path="gs://BUCKET/shards/{00000..99999}.tar" \
+        --config.data.path="gs://BUCKET/shards/{00000..02999}.tar" \
         --config.encoders.llama3.weights=FOLDER --config.encoders.qwen.weights=FOLDER --config.vae.weights=FOLDER
 
-The paper's LLMs are multi-modal fine-tunes, and its VAE was trained by its authors; both are named by folder.
+It is configs/10b.py but for what follows; `model.position_grid` stays 32, so that layouts are kept. The data is a
+high-quality subset (paper).
 """
 
 from ml_collections import ConfigDict
 
+from lidit_jax.config import sibling_config
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.seed = 0
+    config = sibling_config(__file__, "10b")
     config.start_from = ""  # to fill in: the workdir of a 10b.py run
-    config.mesh = {"data": 8, "fsdp": -1, "tensor": 1}  # ours: as in 10b.py
 
-    config.data = {
-        "source": "tar",
-        "path": "",  # to fill in; the paper: a high-quality subset
-        "index_dir": "",  # "": indexes are written beside the data
-        "sequential": False,  # True reads shards from end to end, without indexes
-        "streams": 0,  # of sequential reading; 0: the most that divide the batch, up to 256
-        "shuffle_buffer": 0,  # of sequential reading; 0: four batches of every bucket
-        "features": True,  # of precomputed: use stored encoder features, if there are any
-        "resolution": 1024,  # paper
-        "max_aspect": 2.0,  # ours; the paper buckets by aspect ratio and states no limit
-        "bucket_multiple": 64,  # ours: 9 buckets; 0 means 16 px (latent cell times patch) and gives 37
-        "captions": {"txt": 0.5, "synthetic": 0.5},  # paper: original and synthetic mixed; the shares are ours
-        "caption_dropout": 0.1,  # ours
-        "min_aesthetic": 4.7,  # paper
-        "aesthetic_key": "aesthetic",  # ours: the name that img2dataset gives LAION's score
-        "min_side": 1024,  # paper drops low resolutions; the number is ours
-        "drop_low_quality_captions": True,  # paper: URLs and tags
-        "num_workers": 16,  # ours
-    }
+    config.data.resolution = 1024  # paper
+    config.data.bucket_multiple = 64  # ours: 9 buckets; 0 means 16 px (latent cell times patch) and gives 37
+    config.data.min_side = 1024  # ours; the paper drops low resolutions and states no limit
 
-    config.text = {
-        "max_length": 256,  # ours
-        "system_prompt": "You are a helpful assistant.",  # ours; the paper has one and does not state it
-        # paper, section 3.1
-        "instruction": (
-            "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial "
-            "relationships of the objects:"
-        ),
-        "chat_template": True,  # ours: the tokenizer's template, if it has one
-    }
-    # `model` is for `lidit_jax.compile` without weights; encoders with weights take their sizes from the folder.
-    config.encoders = {
-        "llama3": {  # paper: LLaMA3-8B, multi-modally tuned
-            "weights": "",
-            "dtype": "bfloat16",
-            "family": "llama",
-            "model": {
-                "vocab_size": 128_256,
-                "hidden_size": 4096,
-                "intermediate_size": 14_336,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 8,
-                "max_position_embeddings": 8192,
-            },
-        },
-        "qwen": {  # paper: Qwen1.5-7B, multi-modally tuned
-            "weights": "",
-            "dtype": "bfloat16",
-            "family": "qwen2",
-            "model": {
-                "vocab_size": 151_936,
-                "hidden_size": 4096,
-                "intermediate_size": 11_008,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 32,
-                "max_position_embeddings": 32_768,
-            },
-        },
-    }
-    config.vae = {
-        "weights": "",  # paper: 8x, 16 channels, the authors' own
-        "dtype": "bfloat16",
-        "model": {  # for `compile`, as above; ours: the widths of SD 3's VAE
-            "block_out_channels": (128, 256, 512, 512),
-            "layers_per_block": 2,
-            "latent_channels": 16,
-            "use_quant_conv": False,
-            "use_post_quant_conv": False,
-        },
-    }
-
-    config.model = {
-        "depth": 48,  # paper
-        "hidden_size": 2816,  # paper
-        "num_heads": 44,  # paper
-        "patch_size": 2,  # paper
-        "position": "conv+sincos+rope",  # ours; the paper: "conv"
-        "position_grid": 32,  # ours: as in 10b.py, so that layouts are kept
-        "latent_channels": 16,  # paper
-        "mlp_ratio": 4.0,  # ours: gives blocks of 9.52B parameters, the 10B of the name
-        "refiner_blocks": 2,  # paper
-        "refiner_gated": True,  # paper
-        "refiner_causal": False,  # paper
-        "refiner_rotary": True,  # ours
-        "refiner_qk_norm": True,  # ours: attention logits are unbounded without it in bfloat16
-        "refiner_mlp_ratio": 4.0,  # ours
-        "fusion": "collaborative",  # paper
-        "collaborative_blocks": 1,  # paper
-        "remat": "full",  # ours
-        "attention": "auto",
-        "dtype": "bfloat16",  # paper: mixed precision
-    }
     # Ours. The paper's noise prediction with the schedule of 10b.py would leave signal at the last timestep (alpha =
     # 0.068), and at 1024 px, where four times as many pixels average the noise out, more of an image shows through it
     # than at 512 px. With zero terminal SNR and v-prediction (Lin et al. 2024) the last timestep is pure noise, like
     # the noise that sampling starts from; fine-tuning first has to learn the new target. For the schedule of 10b.py
     # give --config.diffusion.prediction=epsilon --config.diffusion.zero_terminal_snr=False.
-    config.diffusion = {
-        "name": "ddpm",
-        "num_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "prediction": "v",
-        "zero_terminal_snr": True,
-    }
-    config.train = {
-        "steps": 100_000,  # ours: the paper does not say how long
-        "batch_size": 4096,  # paper
-        "learning_rate": 2e-5,  # ours
-        "warmup_steps": 1000,  # ours, as all below
-        "schedule": "constant",
-        "b1": 0.9,
-        "b2": 0.95,
-        "weight_decay": 0.01,
-        "clip_norm": 1.0,
-        "accumulate": 2,  # with 1, a slice of 256 v5p chips runs out of memory
-        "gradient_reduction": "float32",  # dtype of the reduction over devices; "bfloat16" halves its bytes
-        "ema_decay": 0.9999,
-        "max_skipped_in_row": 20,
-        "stalled_after": 1800.0,
-        "compile_ahead": True,  # compile the step of every bucket before the first step
-        "log_every": 100,
-        "checkpoint_every": 2500,
-        "sample_every": 5000,
-        "keep": 3,
-    }
-    config.sample = {  # ours
-        "sampler": "dpmpp_2m",
-        "steps": 25,
-        "guidance_scale": 6.0,
-        "batch_size": 16,
-        # Batches with more pixels are decoded in slices, larger images in tiles with sides of `decode_tile` pixels.
-        "decode_pixels": 1024 * 1024,
-        "decode_tile": 256,
-    }
+    config.diffusion.prediction = "v"
+    config.diffusion.zero_terminal_snr = True
+
+    config.train.steps = 100_000  # ours: the paper does not say how long
+    config.train.learning_rate = 2e-5  # ours
+    config.train.accumulate = 2  # ours: with 1, a slice of 256 v5p chips runs out of memory
     return config

@@ -27,11 +27,11 @@ def get_config() -> ConfigDict:
         "resolution": 256,  # paper
         "max_aspect": 2.0,  # ours; the paper buckets by aspect ratio and states no limit
         "bucket_multiple": 64,  # ours: 3 buckets; 0 means 16 px (latent cell times patch) and gives 9
-        "captions": {"txt": 0.5, "synthetic": 0.5},  # paper: original and synthetic mixed; the shares are ours
+        "captions": {"txt": 0.5, "synthetic": 0.5},  # ours: equal shares; the paper mixes original and synthetic
         "caption_dropout": 0.1,  # ours
         "min_aesthetic": 4.7,  # paper
         "aesthetic_key": "aesthetic",  # ours: the name that img2dataset gives LAION's score
-        "min_side": 256,  # paper drops low resolutions; the number is ours
+        "min_side": 256,  # ours; the paper drops low resolutions and states no limit
         "drop_low_quality_captions": True,  # paper: URLs and tags
         "num_workers": 16,  # ours
     }
@@ -78,12 +78,12 @@ def get_config() -> ConfigDict:
         },
     }
     config.vae = {
-        "weights": "",  # paper: 8x, 16 channels, the authors' own
+        "weights": "",  # to fill in; the paper: 8x, 16 channels, the authors' own
         "dtype": "bfloat16",
         "model": {  # for `compile`, as above; ours: the widths of SD 3's VAE
             "block_out_channels": (128, 256, 512, 512),
             "layers_per_block": 2,
-            "latent_channels": 16,
+            "latent_channels": 16,  # paper
             "use_quant_conv": False,
             "use_post_quant_conv": False,
         },
@@ -110,20 +110,20 @@ def get_config() -> ConfigDict:
         "attention": "auto",
         "dtype": "bfloat16",  # paper: mixed precision
     }
-    # paper: DDPM noise prediction; the schedule is ours (Stable Diffusion's)
+    # ours: the schedule of Stable Diffusion, as the paper states none
     config.diffusion = {
-        "name": "ddpm",
+        "name": "ddpm",  # paper
         "num_timesteps": 1000,
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
-        "prediction": "epsilon",
+        "prediction": "epsilon",  # paper
         "zero_terminal_snr": False,
     }
     config.train = {
         "steps": 500_000,  # paper
         "batch_size": 2048,  # paper
-        "learning_rate": 1e-4,  # paper's ablations; not stated for the 1B
+        "learning_rate": 1e-4,  # ours: that of the paper's ablations, as none is stated for the 1B
         "warmup_steps": 1000,  # ours, as all below
         "schedule": "constant",
         "b1": 0.9,

@@ -47,7 +47,7 @@ def get_config(row: str = "") -> ConfigDict:
         "resolution": 256,  # paper
         "max_aspect": 2.0,  # ours
         "bucket_multiple": 64,  # ours: 3 buckets; 0 means 16 px (latent cell times patch) and gives 9
-        # paper: original (CC12M's, ImageNet's class) and synthetic mixed; the shares are ours
+        # ours: equal shares; the paper mixes original (CC12M's, ImageNet's class) and synthetic captions
         "captions": {"txt": 0.5, "class": 0.5, "synthetic": 0.5},
         "class_template": "a photo of {}",  # paper
         "caption_dropout": 0.1,  # ours
@@ -61,13 +61,13 @@ def get_config(row: str = "") -> ConfigDict:
         "chat_template": with_instruction and is_tuned,
     }
     config.encoders = {name: {"weights": "", "dtype": "bfloat16"} for name in rows[row].encoders}
-    config.vae = {"weights": "", "dtype": "bfloat16"}  # paper: 8x, 16 channels
+    config.vae = {"weights": "", "dtype": "bfloat16"}  # to fill in; the paper: 8x, 16 channels
     config.model = {
         "depth": 28,  # paper: LI-DiT-1B unless said otherwise (5.1), as the rest of Table 7
         "hidden_size": 1152,  # paper
         "num_heads": 16,  # paper
         "patch_size": 2,  # paper
-        "position": "conv" if row == POSITION_CONV else "conv+sincos+rope",  # paper: "conv"; ours
+        "position": "conv" if row == POSITION_CONV else "conv+sincos+rope",  # ours, but for "conv", the paper's
         "position_grid": 16,  # ours: tokens along a side at 256 px
         "latent_channels": 16,  # paper
         "mlp_ratio": 4.0,

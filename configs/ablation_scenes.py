@@ -4,16 +4,14 @@ Built-in scenes of two, three and four objects in equal shares, because adjectiv
 there are several; captions, image size, VAE and DiT are the demo's. All numbers are ours.
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
+from lidit_jax.config import sibling_config
 from lidit_jax.text.prompts import INSTRUCTION
 
 
 def get_config() -> ConfigDict:
-    config = _demo()
+    config = sibling_config(__file__, "shapes")
     config.data.object_shares = (0.0, 1.0, 1.0, 1.0)
     config.text = {
         "max_length": 28,
@@ -50,11 +48,3 @@ def get_config() -> ConfigDict:
     config.sample.batch_size = 128
     config.evaluate = {"two_objects": 256, "three_objects": 256, "four_objects": 512, "held_out_pairs": 128}
     return config
-
-
-def _demo() -> ConfigDict:
-    """Loads the demo's config, which has the images, the VAE and the DiT."""
-    specification = importlib.util.spec_from_file_location("shapes", Path(__file__).with_name("shapes.py"))
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module.get_config()

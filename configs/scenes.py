@@ -7,11 +7,9 @@ It is the demo of configs/shapes.py with another layout of the scenes and larger
 that needs a grid of tokens. All numbers are ours, and no run has been trained to its end yet.
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
+from lidit_jax.config import sibling_config
 from lidit_jax.errors import UserError
 
 # Side in pixels -> factor on the objects' sizes: larger images have smaller objects, with more room between them.
@@ -23,7 +21,7 @@ def get_config(resolution: str = "64") -> ConfigDict:
         raise UserError(f"configs/scenes.py:{resolution}: name a side in pixels after the colon, 64 or 128")
     side = int(resolution)
 
-    config = _demo()
+    config = sibling_config(__file__, "shapes")
     config.data.update(
         resolution=side,
         layout="free",
@@ -70,11 +68,3 @@ def get_config(resolution: str = "64") -> ConfigDict:
         "held_out_pairs": 128,
     }
     return config
-
-
-def _demo() -> ConfigDict:
-    """Returns the demo's config, which this one changes."""
-    specification = importlib.util.spec_from_file_location("shapes", Path(__file__).with_name("shapes.py"))
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module.get_config()

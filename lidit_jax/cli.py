@@ -107,6 +107,16 @@ def read_config(holder: flags.FlagHolder) -> ConfigDict:
     return holder.value
 
 
+def config_file() -> Path:
+    """Returns the file that --config names, without its argument."""
+    return Path(re.sub(r"(?<=\.py):.*", "", config_flags.get_config_filename(flags.FLAGS["config"])))
+
+
+def config_overrides() -> list[str]:
+    """Returns the keys that the command line sets, as in --config.train.steps=3."""
+    return list(config_flags.get_override_values(flags.FLAGS["config"]))
+
+
 def require(name: str) -> str:
     """Returns the value of a required string flag.
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 import difflib
+import importlib.util
 import json
 import logging
 import re
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from etils import epath
@@ -31,6 +33,20 @@ FREE_KEYS = (
 ABSENT_MEANS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}
 # Keys of earlier versions that are no more, as section and name: whatever they said, the same was computed.
 OBSOLETE_KEYS = (("text", "encode"),)
+
+
+def sibling_config(file: str, name: str, *arguments: str) -> ConfigDict:
+    """Returns the config of NAME.py in the folder of another config, which then changes it.
+
+    Args:
+      file: the other config's `__file__`.
+      name: name of the config, without ".py".
+      *arguments: for its `get_config`.
+    """
+    specification = importlib.util.spec_from_file_location(name, Path(file).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.get_config(*arguments)
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T:
@@ -128,7 +144,7 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, m
                 f"{workdir}: can't be written ({error.strerror or error}); choose another --workdir"
             ) from error
         return
-    before, now = ({**ABSENT_MEANS, **_flat(values)} for values in (read_workdir(workdir), config))
+    before, now = ({**ABSENT_MEANS, **flatten(values)} for values in (read_workdir(workdir), config))
     for key in sorted(before.keys() | now.keys()):
         is_free = any(part in FREE_KEYS for part in key.split(".")) and (may_grow or not key.startswith("evaluate."))
         if before.get(key) == now.get(key) or is_free:
@@ -187,11 +203,12 @@ def _plain(values: Any) -> Any:
     return values
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested sections by their dotted keys, such as "vae.train.steps"."""
     flat = {}
     for key, value in _plain(values).items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -10,6 +10,7 @@ from etils import epath
 from lidit_jax import cli
 from lidit_jax.export.read import start_from_exported
 from lidit_jax.parallel.hosts import join_hosts
+from lidit_jax.print_config import format_config
 from lidit_jax.stages.run import run_stages
 
 _CONFIG = cli.define_config()
@@ -17,10 +18,16 @@ _DISTRIBUTED = cli.define_distributed()
 _FROM_TORCH = flags.DEFINE_string(
     "from_torch", None, "folder written by `export`: start from its LI-DiT, with its encoders and VAE"
 )
+_PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config", False, "print every field of the config with its source (paper, ours, default, command line); exit"
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, logs, samples (local or gs://)")
 
 
 def main() -> None:
+    if _PRINT_CONFIG.value:
+        print(format_config(cli.read_config(_CONFIG), cli.config_file(), cli.config_overrides()))
+        return
     join_hosts(_DISTRIBUTED.value)
     config = cli.read_config(_CONFIG)
     if _FROM_TORCH.value:

@@ -1,19 +1,24 @@
 """Sections of a config become dataclasses once, with the sections within them."""
 
 import dataclasses
+import re
+import subprocess
+import sys
 
 import pytest
-from conftest import load_config, tiny_config
+from conftest import ROOT, load_config, tiny_config
 from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax import config as config_module
-from lidit_jax.config import build
+from lidit_jax.config import build, flatten
+from lidit_jax.data.data_config import DataConfig
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.models.vae_training import VAEPartConfig
+from lidit_jax.print_config import format_config, paper_keys
 from lidit_jax.text.load_encoder import EncoderConfig
 from lidit_jax.train_config import TrainConfig
 
@@ -80,3 +85,67 @@ def test_an_experiment_builds_each_section_once(tmp_path, monkeypatch):
     experiment.trainings(), experiment.cell(), experiment.check_picture_sizes(64)
     assert dataclasses.is_dataclass(experiment.encoders["llama"].language_model)
     assert sorted(built) == before
+
+
+# --- configs that start from another, and where a value comes from ------------------------------------------------
+
+
+def test_10b_differs_from_1b_only_in_what_its_file_states():
+    small, large = (flatten(load_config(name)) for name in ("1b", "10b"))
+    differing = {key for key in small | large if small.get(key) != large.get(key)}
+    assert differing == {
+        *("mesh.data", "data.resolution", "data.min_side", "model.depth", "model.hidden_size", "model.num_heads"),
+        *("model.position_grid", "train.steps", "train.batch_size"),
+    }
+
+
+def test_the_papers_values_are_marked():
+    config_1b = {
+        *("data.resolution", "data.min_aesthetic", "data.drop_low_quality_captions", "text.instruction"),
+        *("vae.model.latent_channels", "model.depth", "model.hidden_size", "model.num_heads", "model.patch_size"),
+        *("model.latent_channels", "model.refiner_blocks", "model.refiner_gated", "model.refiner_causal"),
+        *("model.fusion", "model.collaborative_blocks", "model.dtype", "diffusion.name", "diffusion.prediction"),
+        *("train.steps", "train.batch_size"),
+    }
+    assert paper_keys(ROOT / "configs/1b.py") == config_1b == paper_keys(ROOT / "configs/10b.py")
+    # Fine-tuning at 1024 px: the paper states neither its target nor its length.
+    changed = {"diffusion.prediction", "train.steps"}
+    assert paper_keys(ROOT / "configs/10b_1024.py") == config_1b - changed
+
+
+def test_every_field_is_printed_with_its_source():
+    config = load_config("10b")
+    config.train.batch_size = 64
+    printed = format_config(config, ROOT / "configs/10b.py", ["train.batch_size"])
+    rows = {line.split()[0]: line.split() for line in printed.splitlines()}
+    assert rows["model.depth"] == ["model.depth", "48", "paper"]
+    assert rows["mesh.data"] == ["mesh.data", "8", "ours"]
+    assert rows["train.batch_size"] == ["train.batch_size", "64", "command", "line"]
+    assert rows["data.num_threads"] == ["data.num_threads", str(DataConfig.num_threads), "default"]
+    assert rows["data.path"][1] == "''"
+    assert rows["encoders.qwen.model.attention_bias"][1] == "True"
+    assert set(flatten(config)) <= set(rows)
+
+
+@pytest.mark.parametrize("name", ["shapes", "scenes", "emoji", "vae", "ablation"])
+def test_every_config_can_be_printed(name):
+    argument = ["table2_collaborative_refiner"] if name == "ablation" else []
+    config = load_config(name, *argument)
+    if name == "ablation":
+        for encoder in config.encoders.values():
+            encoder.weights = "somewhere"
+        config.vae.weights = "somewhere"
+    assert set(flatten(config)) <= {
+        line.split()[0] for line in format_config(config, ROOT / f"configs/{name}.py", []).splitlines()
+    }
+
+
+def test_print_config_prints_and_trains_nothing(tmp_path):
+    command = [sys.executable, "-m", "lidit_jax.main", "--config=configs/scenes.py:128", "--print_config"]
+    done = subprocess.run(
+        [*command, "--config.train.steps=7", f"--workdir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^train\.steps +7 +command line$", done.stdout, re.MULTILINE)
+    assert re.search(r"^data\.resolution +128 +ours$", done.stdout, re.MULTILINE)
+    assert not (tmp_path / "run").exists()
