@@ -118,7 +118,7 @@ def play(tmp_path):
 
 
 class Play:
-    patience = "10"  # seconds that a worker waits for a stopped run to exit
+    patience = "60"  # seconds that a worker waits for a stopped run to exit
 
     def __init__(self, folder):
         self.folder = folder

@@ -200,7 +200,7 @@ def test_a_run_with_every_loss_resumes_to_the_same_weights(tmp_path, lpips_file)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.vae.update(reconstruction="l3"), r"vae\.reconstruction='l3': use one of l1, l2"),
+        (lambda c: c.vae.update(reconstruction="l3"), r"vae\.reconstruction='l3' is unknown: use one of l1, l2"),
         (lambda c: c.vae.adversarial.update(weight=-1.0), r"vae\.adversarial\.weight=-1.0 must be a finite number"),
         (lambda c: c.vae.update(kl_weight=float("nan")), r"vae\.kl_weight=nan must be a finite number"),
         (lambda c: c.vae.adversarial.update(width=10**8), r"vae\.adversarial\.width=100000000 must be from 1 to 1024"),
@@ -213,7 +213,7 @@ def test_a_run_with_every_loss_resumes_to_the_same_weights(tmp_path, lpips_file)
         (lambda c: c.vae.evaluate.update(num_images=0), r"vae\.evaluate\.num_images=0 must be at least 1"),
         (lambda c: c.vae.perceptual.update(weights="/nowhere.safetensors"), "nowhere.safetensors is missing"),
         (lambda c: c.data.update(resolution=1), "resolution=1 is not a multiple of 2: use 2"),
-        (lambda c: c.data.update(held_out_shards=1), r"data\.source='tar' alone.*held_out_shards=0"),
+        (lambda c: c.data.update(held_out_shards=1), r"0 unless data\.source='tar': give --config\.data\.held_out_shards=0"),
         (lambda c: c.vae.adversarial.update(weight=1.0, layers=4), "sides of 48 pixels, some have 32: raise data"),
         (lambda c: c.update(sample={"sampler": "euler"}), "config key text is missing"),
     ],
