@@ -28,15 +28,16 @@ MAX_NUMBER = 10**30  # largest int accepted for a float field
 FREE_KEYS = (
     *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
     *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
+    *("stalled_after", "max_skipped_in_row"),
 )
 # Keys missing from workdirs of earlier versions, with the value that reproduces what those versions did.
 ABSENT_MEANS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}
-# Keys of earlier versions that are no more, as section and name: whatever they said, the same was computed.
+# Removed keys of earlier versions, as section and name; they never affected results, so they are ignored.
 OBSOLETE_KEYS = (("text", "encode"),)
 
 
 def sibling_config(file: str, name: str, *arguments: str) -> ConfigDict:
-    """Returns the config of NAME.py in the folder of another config, which then changes it.
+    """Loads NAME.py from the folder of another config file, for that file to modify.
 
     Args:
       file: the other config's `__file__`.
@@ -108,7 +109,7 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
 
 
 def _type_name(kind: type) -> str:
-    """Returns what a config's author calls a type."""
+    """Returns a type's name as it is written in configs."""
     if kind is types.NoneType:
         return "null"
     return "dict" if dataclasses.is_dataclass(kind) else kind.__name__

@@ -1,4 +1,6 @@
-"""Trains: `python -m lidit_jax.main --config=configs/shapes.py --workdir=DIR [--config.path.to.key=value …]`.
+"""Trains the networks of a config.
+
+    python -m lidit_jax.main --config=configs/shapes.py --workdir=DIR [--config.path.to.key=value …]
 
 Run the same command again to resume from the last checkpoint, also after SIGTERM, on which training saves and exits. On
 a pod, run it on every host.

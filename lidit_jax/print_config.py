@@ -1,4 +1,4 @@
-"""The whole config of a run as text: the value of every field, and where it comes from."""
+"""Formats the complete config of a run, with the source of each value."""
 
 import ast
 import dataclasses
@@ -51,7 +51,7 @@ def _resolve(config: ConfigDict) -> dict[str, Any]:
     """Returns the config with the defaults of its sections filled in."""
     checked = config.copy_and_resolve_references()
     with checked.unlocked():
-        checked.data.path = checked.data.get("path") or "unused"  # may still be left to fill in
+        checked.data.path = checked.data.get("path") or "unused"  # may not be filled in yet
     run = Experiment(checked, epath.Path("unused"), only_shapes=True)
     sections = {"data": run.data, "vae": run.vae}
     if run.has_lidit:
@@ -75,7 +75,7 @@ def _as_dict(section: Any) -> Any:
 
 
 def paper_keys(file: Path) -> set[str]:
-    """Returns the keys whose values a config file, or the one that it starts from, marks as the paper's.
+    """Returns the keys whose values a config file, or the sibling config that it modifies, marks as the paper's.
 
     The mark is a comment that begins with "paper", at the end of the value's line or on the line above it.
     """
@@ -124,7 +124,7 @@ def _keys_of(path: str | None, value: ast.expr, line: int) -> Iterator[tuple[str
 
 
 def _path(node: ast.expr) -> str | None:
-    """Returns "train.steps" of the expression `config.train.steps`; None of any other."""
+    """Returns "train.steps" of the expression `config.train.steps`; None for any other."""
     names = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)

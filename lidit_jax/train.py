@@ -142,8 +142,8 @@ def check_batch_size(config: TrainConfig, mesh: Mesh) -> None:
     shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
     if (config.batch_size // config.accumulate) % shards:
         raise UserError(
-            f"a micro-batch of {config.batch_size // config.accumulate} does not divide over {shards} devices: "
-            f"choose train.batch_size as a multiple of {shards * config.accumulate}"
+            f"a micro-batch of {config.batch_size // config.accumulate} is not divisible by {shards} batch shards: "
+            f"choose a batch_size that is a multiple of {shards * config.accumulate}"
         )
 
 
@@ -472,5 +472,5 @@ def _log(
     if in_row >= config.max_skipped_in_row:
         raise UserError(
             f"{in_row} steps in a row (up to step {step}) had a loss or gradient that is not finite, and left the "
-            "weights unchanged: lower train.learning_rate or check the data"
+            "weights unchanged: check the data, or lower the learning rate in a new workdir"
         )

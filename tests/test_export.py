@@ -27,8 +27,10 @@ from lidit_jax.experiment import Experiment
 from lidit_jax.export import write
 from lidit_jax.export.folder import read_folder
 from lidit_jax.export.read import load_exported
+from lidit_jax.export.transformers_class import transformers_class
 from lidit_jax.export.write import Request, export
 from lidit_jax.text.encoders import encode, tokenize
+from lidit_jax.text.load_encoder import MODEL_TYPES
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.weights import folders
 
@@ -269,6 +271,12 @@ def test_every_llm_family_has_the_same_features_in_pytorch(workdir, tmp_path, na
 
 
 # --- atomic writes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_supported_encoder_has_a_class_in_transformers(model_type):
+    for values in ({"model_type": model_type}, {"model_type": model_type, "text_config": {}}):
+        assert hasattr(transformers, transformers_class(values))
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("bug")])

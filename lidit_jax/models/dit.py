@@ -1,4 +1,4 @@
-"""The diffusion transformer of LI-DiT (paper section 3.2, Figure 5 right): latents and text in, noise out."""
+"""The diffusion transformer of LI-DiT (paper section 3.2, Figure 5 right): noised latents and text to the target."""
 
 import flax.linen as nn
 import jax
