@@ -15,7 +15,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STOPPED="stopped by SIGTERM"  # before or after a step
+STOPPED="stopped by SIGTERM"
 ALONE="the run's other hosts were not found"
 
 generation=${1:-}
