@@ -324,7 +324,7 @@ def test_every_ablation_row_is_a_config(tmp_path):
             lambda c: c.train.update(batch_size=12),
             "^train: a micro-batch of 12 is not divisible by 8 batch shards: .* of 8",
         ),
-        (lambda c: c.encoders.qwen.train.update(batch_size=9), "^encoders.qwen.train: a micro-batch of 9 is not divisible"),
+        (lambda c: c.encoders.qwen.train.update(batch_size=9), "^encoders.qwen.train: a micro-batch of 9 is not"),
         (lambda c: c.data.update(max_aspect=100.0), "max_aspect=100 at resolution=32 needs a side under 8"),
         (
             lambda c: c.vae.model.update(latent_channels=4),
