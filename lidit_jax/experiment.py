@@ -34,7 +34,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.models.discriminator import smallest_side
 from lidit_jax.models.layers import check_dtype
 from lidit_jax.models.lidit import LIDiT
-from lidit_jax.models.lidit_config import LIDiTConfig
+from lidit_jax.models.lidit_config import COMPUTE_FIELDS, LIDiTConfig
 from lidit_jax.models.lpips import SMALLEST_SIDE
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
@@ -56,8 +56,6 @@ LIDIT = "lidit"
 SECTIONS = ("seed", "mesh", "data", "vae")  # required in every config
 LIDIT_SECTIONS = ("text", "encoders", "model", "diffusion", "train", "sample")  # all of them or, for a VAE alone, none
 OPTIONAL_SECTIONS = ("start_from", "evaluate")
-# Fields of the model config that change how the model is computed, not what it computes.
-FREE_FIELDS = ("remat", "scan_unroll", "attention", "dtype")
 
 
 class Experiment:
@@ -311,7 +309,7 @@ def check_start(config: ConfigDict, theirs: ConfigDict, source: epath.Path) -> N
       source: its folder, for error messages.
     """
     for field in dataclasses.fields(LIDiTConfig):
-        if field.name in FREE_FIELDS:
+        if field.name in COMPUTE_FIELDS:
             continue
         ours, other = (model.get(field.name, field.default) for model in (config.model, theirs.model))
         if ours != other:

@@ -53,7 +53,7 @@ class SampleConfig:
 
     @property
     def is_guided(self) -> bool:
-        """Whether each evaluation of the model also predicts for the empty prompt."""
+        """True if each evaluation of the model also predicts for the empty prompt."""
         return self.guidance_scale != 1.0
 
 

@@ -8,7 +8,6 @@ import bisect
 import contextlib
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from lidit_jax.metrics import Metrics, Progress
 from lidit_jax.models.products import reduce_gradients_in
 from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.preemption import Notice, Preempted, listening
-from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated, shardings
+from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated, shardings
 from lidit_jax.parallel.watchdog import Watchdog, watched
 from lidit_jax.train_config import TrainConfig
 from lidit_jax.warm_up import Program, warm_up
@@ -71,7 +70,7 @@ Evaluate = Callable[[TrainState, int], tuple[dict[str, float], dict[str, np.ndar
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a component computes when it is trained.
+    """A network to train: its initialisation, its loss and what is logged beside it.
 
     Attributes:
       name: name in the log and of the component's folder.
@@ -137,9 +136,9 @@ def _matrices(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def check_batch_size(config: TrainConfig, mesh: Mesh) -> None:
+def check_batch_size(config: TrainConfig, mesh: Mesh, rules: ShardingRules) -> None:
     """Raises UserError unless the batch shards divide a micro-batch; the hosts then divide a batch too."""
-    shards = math.prod(mesh.shape[axis] for axis in ("data", "fsdp"))
+    shards = num_batch_shards(mesh, rules)
     if (config.batch_size // config.accumulate) % shards:
         raise UserError(
             f"a micro-batch of {config.batch_size // config.accumulate} is not divisible by {shards} batch shards: "
@@ -151,7 +150,7 @@ class Trainer:
     """The jitted functions of a task on a mesh."""
 
     def __init__(self, task: Task, config: TrainConfig, mesh: Mesh, rules: ShardingRules):
-        check_batch_size(config, mesh)
+        check_batch_size(config, mesh, rules)
         self.task, self.config, self.mesh, self.rules = task, config, mesh, rules
         self.optimizer = make_optimizer(config)
         self.learning_rate = learning_rate(config)

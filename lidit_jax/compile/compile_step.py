@@ -101,7 +101,7 @@ def compile_step(
     buckets = _buckets(run.experiment, bucket)
     if program == "sample":
         return _compile_sampling(run, topology, buckets[0])
-    check_batch_size(run.experiment.train, run.mesh)
+    check_batch_size(run.experiment.train, run.mesh, run.rules)
     trainer, reports = run.trainer(run.experiment.train), []
     for each in buckets:
         logger.info("compiling the step for bucket %s", each)

@@ -60,7 +60,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether the program fits into a chip's memory."""
+        """True if the program fits into a chip's memory."""
         # The compiler knows the exact memory of a chip and fails above it, but does not know of the arrays "beside".
         return self.peak is not None and (not self.parts.get("beside") or self.peak <= self.chip.memory)
 

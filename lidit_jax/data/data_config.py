@@ -151,7 +151,7 @@ class DataConfig:
 
     @property
     def holds_out(self) -> bool:
-        """Whether some samples are held out from training."""
+        """True if some samples are held out from training."""
         return any(config.source == "shapes" or config.held_out_shards > 0 for config in self.source_configs().values())
 
     def source_configs(self) -> dict[str, "DataConfig"]:

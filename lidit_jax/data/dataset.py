@@ -88,7 +88,7 @@ class Dataset(abc.ABC):
 
     @property
     def holds_latents(self) -> bool:
-        """Whether batches hold latents ("moments") instead of images."""
+        """True if batches hold latents ("moments") instead of images."""
         return False
 
     def stored_prompts(self) -> StoredPrompts | None:

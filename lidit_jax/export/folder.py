@@ -33,8 +33,6 @@ FORMAT_VERSION = 1  # version of the "lidit" object in model_index.json
 MAX_ENCODERS = 4
 MAX_TOKENS = 1 << 20  # tokens per prompt; a larger number is damaged
 MAX_SIDE = 1 << 16  # pixels
-# Fields of `LIDiTConfig` that change how, not what, the model computes; transformer/config.json does not have them.
-COMPUTE_FIELDS = ("dtype", "attention", "remat", "scan_unroll")
 MAX_TIMES = 1e6  # bound on the mean and standard deviation of logit(s), s the training time
 # Fields of `RectifiedFlow` that only training uses; scheduler_config.json does not have them.
 TRAINING_ONLY = ("logit_mean", "logit_std")

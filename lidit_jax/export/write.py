@@ -25,7 +25,6 @@ from lidit_jax.errors import UserError
 from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.export.copying import copy_files, model_files, num_bytes, tokenizer_files
 from lidit_jax.export.folder import (
-    COMPUTE_FIELDS,
     INDEX_FILE,
     MAX_ENCODERS,
     PIPELINE,
@@ -38,6 +37,7 @@ from lidit_jax.export.folder import (
 from lidit_jax.export.model_card import model_card
 from lidit_jax.export.transformers_class import check_reference, transformers_class, transformers_config
 from lidit_jax.files import write_json
+from lidit_jax.models.lidit_config import COMPUTE_FIELDS
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.text.encoders import T5TextEncoder
 from lidit_jax.text.load_encoder import open_encoder, tokenizer_folder

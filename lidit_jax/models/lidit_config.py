@@ -11,6 +11,8 @@ from lidit_jax.models.positions import ROPE, parse_position
 from lidit_jax.models.remat import REMAT_POLICIES
 
 FUSIONS = ("collaborative", "concatenate")
+# Fields that change how, not what, the model computes.
+COMPUTE_FIELDS = ("dtype", "attention", "remat", "scan_unroll")
 
 
 @dataclasses.dataclass(frozen=True)

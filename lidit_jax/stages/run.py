@@ -47,7 +47,7 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
     mesh, rules = make_mesh(config.mesh), ShardingRules()
     for where, training in experiment.trainings().items():
         with _prefix_errors(where):
-            check_batch_size(training, mesh)
+            check_batch_size(training, mesh, rules)
     if experiment.has_lidit:
         check_model(mesh, experiment.model.config.hidden_size, experiment.model.config.num_heads)
         experiment.check_encoders()
