@@ -93,7 +93,7 @@ class Experiment:
         }
         if "position" not in config.model:
             # The same weights fit several positions, so a workdir must state its own, whatever the default.
-            raise UserError(f"config key model.position is missing: {LIDiTConfig.position!r} is recommended")
+            raise UserError(f"config key model.position is missing: set it, for example to {LIDiTConfig.position!r}")
         self.model = LIDiT(build(LIDiTConfig, config.model, "model"))
         self.schedule: Schedule = make_schedule(**config.diffusion)
         self.train = build(TrainConfig, config.train, "train")
@@ -106,7 +106,9 @@ class Experiment:
         if not self.vae.weights:
             self._require_recipe("vae", self.vae)
         elif not self.has_lidit and self.vae.evaluate is None:
-            raise UserError("vae.weights names a VAE and vae.evaluate is missing: there is nothing to do")
+            raise UserError(
+                "vae.weights names a VAE and vae.evaluate is missing, so there is nothing to do: add vae.evaluate"
+            )
 
     def _check_lidit(self) -> None:
         """Validates the LI-DiT sections, before anything is compiled or written."""
@@ -136,8 +138,8 @@ class Experiment:
                 raise UserError("vae.model: leave out latents_mean and latents_std; scaling and shift are measured")
         if (config.in_channels, config.out_channels) != (3, 3):
             raise UserError(
-                f"the VAE takes {config.in_channels} and gives {config.out_channels} channels: pictures have 3, so "
-                "both in_channels and out_channels must be 3"
+                f"the VAE takes {config.in_channels} and gives {config.out_channels} channels: images have 3, so set "
+                "both in_channels and out_channels to 3"
             )
         if self.has_lidit:
             if config.latent_channels != self.model.config.latent_channels:
@@ -189,7 +191,7 @@ class Experiment:
         for name, needed in needs.items():
             if side < needed:
                 raise UserError(
-                    f"{name} needs pictures with sides of {needed} pixels, some have {side}: raise data.resolution"
+                    f"{name} needs images with sides of {needed} pixels, some have {side}: raise data.resolution"
                 )
 
     def autoencoder(self, config: VAEConfig) -> AutoencoderKL:
@@ -218,7 +220,7 @@ class Experiment:
                 open_encoder(encoder.weights, self.prompt_tokenizer, dtype=encoder.dtype)
 
     def stored_encoders(self) -> dict[str, EncoderFingerprint]:
-        """Returns the fingerprint of each encoder that is stored beside its precomputed features.
+        """Returns each encoder's fingerprint, which is stored with its precomputed features.
 
         Raises:
           UserError: if an encoder has no weights yet.
@@ -226,7 +228,9 @@ class Experiment:
         found = {}
         for name, config in self.encoders.items():
             if not config.weights:
-                raise UserError(f"features need LLMs that are finished: give --config.encoders.{name}.weights=FOLDER")
+                raise UserError(
+                    f"precomputing features requires trained LLMs: give --config.encoders.{name}.weights=FOLDER"
+                )
             encoder = open_encoder(config.weights, self.prompt_tokenizer, dtype=config.dtype)
             found[name] = EncoderFingerprint(
                 digest=self._encoder_digest(name),
@@ -337,7 +341,9 @@ def load(
     """
     experiment = Experiment(read_workdir(workdir), workdir)
     if not experiment.has_lidit:
-        raise UserError(f"{workdir} is the run of a VAE alone: there is no model in it that draws")
+        raise UserError(
+            f"{workdir} is the run of a VAE alone, without a LI-DiT to sample from: name the workdir of one that has"
+        )
     checkpoints = experiment.training_folder(LIDIT) / "checkpoints"
     require_checkpoint(checkpoints)
     pipeline = experiment.pipeline(*experiment.drawing_mesh(devices))

@@ -155,7 +155,7 @@ def test_a_vae_run_trains_evaluates_and_exports_a_vae_that_diffusers_loads(tmp_p
     before = Path(workdir / "reconstruction.json").stat().st_mtime_ns
     run_stages(tiny_vae_config(), workdir)  # the run is complete
     assert Path(workdir / "reconstruction.json").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="is the run of a VAE alone: there is no model in it that draws"):
+    with pytest.raises(UserError, match="is the run of a VAE alone, without a LI-DiT to sample from"):
         draw_to_folder(Request(workdir, epath.Path(tmp_path / "out"), prompt="x"))
 
     given = tiny_vae_config(weights=str(workdir / "vae"))
@@ -206,7 +206,7 @@ def test_a_run_with_every_loss_resumes_to_the_same_weights(tmp_path, lpips_file)
         (lambda c: c.vae.adversarial.update(width=10**8), r"vae\.adversarial\.width=100000000 must be from 1 to 1024"),
         (lambda c: c.vae.adversarial.update(layers="3"), r"vae\.adversarial\.layers is '3': it must be of type int"),
         (lambda c: c.data.update(resolution=None), r"data\.resolution is None: it must be of type int"),
-        (lambda c: c.vae.model.update(out_channels=1), "gives 1 channels: pictures have 3"),
+        (lambda c: c.vae.model.update(out_channels=1), "gives 1 channels: images have 3"),
         (lambda c: c.vae.model.update(latents_mean=(0.0,) * 16), "leave out latents_mean and latents_std"),
         (lambda c: c.vae.adversarial.update(wieght=1.0), r"vae\.adversarial\.wieght is unknown; did you mean 'weight'"),
         (lambda c: c.vae.train.update(steps=0), r"^vae\.train\.steps=0 must be at least 1"),
@@ -270,6 +270,6 @@ def test_a_folder_that_is_no_autoencoder_is_rejected(tmp_path):
     idle = tiny_vae_config(weights=str(tmp_path / "vae"))
     with idle.unlocked():
         del idle.vae.evaluate
-    with pytest.raises(UserError, match="there is nothing to do"):
+    with pytest.raises(UserError, match="so there is nothing to do: add vae.evaluate"):
         run_stages(idle, epath.Path(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
