@@ -32,14 +32,9 @@ def get_config(resolution: str = "64") -> ConfigDict:
     # Captions of six objects with sizes and positions have 59 tokens, and the end token.
     config.text.max_length = 60
     for encoder in config.encoders.values():
-        encoder.model.num_hidden_layers = 4  # features come from the second block
-        encoder.train.steps = 800  # captions are longer than the demo's, and say more
-    config.vae.model.update(
-        # A shape is no larger in pixels than the demo's, but two may share a token.
-        block_out_channels=(16, 32, 64, 64),
-        sample_size=side,
-    )
-    config.vae.train.update(steps=4000, batch_size=8, learning_rate=2e-3, log_every=500)
+        encoder.train.steps = 400  # captions are longer than the demo's, and say more
+    config.vae.model.sample_size = side
+    config.vae.train.steps = 2000
     config.model.update(
         depth=8,
         hidden_size=256,
