@@ -174,7 +174,7 @@ class Experiment:
         """Returns the pixels that both sides of an image must be multiples of: latent cell times patch size."""
         return self.vae_config.downsampling_factor * (self.model.config.patch_size if self.has_lidit else 1)
 
-    def check_picture_sizes(self, side: int) -> None:
+    def check_image_sizes(self, side: int) -> None:
         """Raises UserError if an image is too small for a term of the VAE's loss.
 
         Args:

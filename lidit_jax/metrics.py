@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.files import finite
-from lidit_jax.pictures import save_png
+from lidit_jax.images import save_png
 
 
 class Metrics:

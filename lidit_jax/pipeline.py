@@ -15,12 +15,12 @@ from jax.sharding import Mesh, PartitionSpec
 from lidit_jax.diffusion.samplers import guided, initial_noise, sample, step_table
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.errors import UserError
+from lidit_jax.images import to_uint8
 from lidit_jax.models.flops import lidit_forward
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
 from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, place, replicated, shardings
-from lidit_jax.pictures import to_pictures
 from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead, text_work, tokenize
 from lidit_jax.text.shared_prompts import SharedPrompts
 
@@ -245,7 +245,7 @@ class Pipeline:
         latents = sample(sampler, self.schedule, predict, noise, steps, keys)
         latents = from_model_latents(latents, self.vae.config)
         # Each device slices and tiles its own rows: slices of the global batch would be decoded by every device.
-        return to_pictures(self._on_each_device(decode, latents, frozen["vae"]))
+        return to_uint8(self._on_each_device(decode, latents, frozen["vae"]))
 
     def _on_each_device(self, function: Callable[..., Any], rows: Any, *shared: Any) -> Any:
         """Calls `function(rows, *shared)` on each device with its shard of the rows, and replicated `shared` arrays."""

@@ -17,12 +17,12 @@ COUNT = 14
 CLASSES = ("cat", "dog")
 
 
-def picture(i: int) -> np.ndarray:
+def image(i: int) -> np.ndarray:
     return np.full((40, 40 + 20 * (i % 2), 3), 10 * i % 250, np.uint8)
 
 
 def caption(i: int) -> str:
-    return f"picture {i} 图"
+    return f"image {i} 图"
 
 
 def write_tars(folder: pathlib.Path, count: int = COUNT, shards: int = 2) -> pathlib.Path:
@@ -30,7 +30,7 @@ def write_tars(folder: pathlib.Path, count: int = COUNT, shards: int = 2) -> pat
     for shard in range(shards):
         files = {}
         for i in range(shard, count, shards):
-            files |= {f"{i:03}.png": encode(picture(i)), f"{i:03}.txt": caption(i).encode()}
+            files |= {f"{i:03}.png": encode(image(i)), f"{i:03}.txt": caption(i).encode()}
             files |= {f"{i:03}.json": json.dumps({"score": i, "license": "free"}).encode()}
         write_tar(folder / f"{shard:05}.tar", files)
     return folder
@@ -46,7 +46,7 @@ def write_array_records(folder: pathlib.Path, texts: bool = True) -> pathlib.Pat
         for i in range(shard, COUNT, 2):
             example = tf_example_pb2.Example()
             feature = example.features.feature
-            feature["image"].bytes_list.value.append(encode(picture(i)))
+            feature["image"].bytes_list.value.append(encode(image(i)))
             feature["score"].float_list.value.append(i)
             if texts:
                 feature["caption"].bytes_list.value.append(caption(i).encode())
@@ -79,7 +79,7 @@ def write_tfds(folder: pathlib.Path, texts: bool = True) -> str:
             def _generate_examples(self):
                 for i in range(COUNT):
                     word = {"caption": caption(i)} if texts else {"label": i % 2}
-                    yield i, {"image": io.BytesIO(encode(picture(i))), "score": i, **word}
+                    yield i, {"image": io.BytesIO(encode(image(i))), "score": i, **word}
 
     builder = Tiny(data_dir=folder, file_format="array_record")
     builder.download_and_prepare()
@@ -87,11 +87,11 @@ def write_tfds(folder: pathlib.Path, texts: bool = True) -> str:
 
 
 def write_folder(folder: pathlib.Path, kind: str) -> pathlib.Path:
-    (folder / "pictures").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     rows = []
     for i in range(COUNT):
-        (folder / f"pictures/{i}.png").write_bytes(encode(picture(i)))
-        rows.append({"file_name": f"pictures/{i}.png", "text": caption(i), "score": i})
+        (folder / f"images/{i}.png").write_bytes(encode(image(i)))
+        rows.append({"file_name": f"images/{i}.png", "text": caption(i), "score": i})
     if kind == "jsonl":
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     elif kind == "csv":

@@ -120,7 +120,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()  # raises if a cell raises
 
-    shown = {cell.id: pictures(cell) for cell in notebook.cells if cell.cell_type == "code"}
+    shown = {cell.id: images(cell) for cell in notebook.cells if cell.cell_type == "code"}
     assert {name: len(found) for name, found in shown.items() if found} == {
         "progress": 2,
         "draw": 1,
@@ -128,12 +128,12 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
         "collaborative": 1,
     }
     for found in shown.values():
-        for picture in found:
-            assert min(picture.size) > 100
-            assert np.asarray(picture.convert("L")).std() > 5, "it is blank"
+        for image in found:
+            assert min(image.size) > 100
+            assert np.asarray(image.convert("L")).std() > 5, "it is blank"
 
 
-def pictures(cell):
+def images(cell):
     """Returns the images that a cell displays."""
     found = (output.get("data", {}).get("image/png") for output in cell.outputs)
     return [Image.open(io.BytesIO(base64.b64decode(data))) for data in found if data]

@@ -8,12 +8,12 @@ import pytest
 from conftest import ROOT
 from etils import epath
 from hypothesis import given
-from vqa_models import picture, save_blip, save_vilt
+from vqa_models import image, save_blip, save_vilt
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate import noun_phrases
 from lidit_jax.evaluate.noun_phrases import split_noun_phrases
-from lidit_jax.pictures import save_png
+from lidit_jax.images import save_png
 from lidit_jax.score import compbench
 from lidit_jax.score.compbench import attribute_score, category_of, score
 from lidit_jax.score.detectors import Detection
@@ -93,7 +93,7 @@ def test_any_text_is_split(prompt):
 # --- attributes -------------------------------------------------------------------------------------------------
 
 
-def test_a_pictures_score_is_the_product_of_its_phrases():
+def test_a_images_score_is_the_product_of_its_phrases():
     asked = []
 
     def probabilities(questions):
@@ -194,7 +194,7 @@ def test_the_iou_is_symmetric_and_a_share(first, second):
     assert iou(first, first) == pytest.approx(1)
 
 
-def test_a_picture_has_half_of_its_objects_certainties_and_half_of_their_relation():
+def test_a_image_has_half_of_its_objects_certainties_and_half_of_their_relation():
     prompt = SpatialPrompt("cat", "on the left of", "dog")
     cat, dog = Detection("cat", 0.8, LEFT), Detection("dog", 0.6, RIGHT)
     assert spatial_score(prompt, [cat, dog], 479, 479) == pytest.approx(0.25 * 1.4 + 0.5)
@@ -206,7 +206,7 @@ def test_a_picture_has_half_of_its_objects_certainties_and_half_of_their_relatio
     assert spatial_score(prompt, [dog, surer, cat], 479, 479) == 0  # the surer dog is on the wrong side
 
 
-def test_near_is_measured_in_a_picture_as_the_official_detector_sees_it():
+def test_near_is_measured_in_a_image_as_the_official_detector_sees_it():
     prompt = SpatialPrompt("cat", "near", "dog")
     cat, dog = Detection("cat", 1, (0, 0, 10, 10)), Detection("dog", 1, (400, 400, 410, 410))
     assert spatial_score(prompt, [cat, dog], 479, 479) == pytest.approx(0.5 + 150 / 400 / 2)
@@ -232,30 +232,30 @@ def blip_folder(tmp_path_factory):
 
 
 def request(folder, out, **more):
-    return ScoreRequest(benchmark="t2i_compbench", pictures=epath.Path(folder), out=epath.Path(out), **more)
+    return ScoreRequest(benchmark="t2i_compbench", images=epath.Path(folder), out=epath.Path(out), **more)
 
 
 def draw(folder, prompts):
     for number, prompt in enumerate(prompts):
-        save_png(picture(number), epath.Path(folder) / "samples" / f"{prompt}_{number:06}.png")
+        save_png(image(number), epath.Path(folder) / "samples" / f"{prompt}_{number:06}.png")
     return folder
 
 
 def test_colours_are_scored_by_blip_and_a_rerun_asks_nothing(tmp_path, blip_folder, monkeypatch):
-    folder = draw(tmp_path / "pictures", ["a red car and a blue cup"] * 2 + ["a green apple"])
+    folder = draw(tmp_path / "images", ["a red car and a blue cup"] * 2 + ["a green apple"])
     asked = request(folder, tmp_path / "out", vqa=str(blip_folder))
     report = score(asked)
     model = compbench.load_blip(str(blip_folder))
     decoded = [
-        compbench.read_picture(epath.Path(folder) / "samples" / picture.name)
-        for picture in compbench.find_pictures(epath.Path(folder))
+        compbench.read_image(epath.Path(folder) / "samples" / image.name)
+        for image in compbench.find_images(epath.Path(folder))
     ]
     pair = [round(math.prod(model.yes_probabilities(d, ["a red car?", "a blue cup?"])), 4) for d in decoded[:2]]
     [single] = model.yes_probabilities(decoded[2], ["a green apple?"])
     assert report.columns == {"color": pytest.approx(100 * np.mean([*pair, single]))}
     assert report.counts == {"color": 3}
     assert report.details["noun_phrases"] == "rules"
-    monkeypatch.setattr(compbench, "read_picture", None)
+    monkeypatch.setattr(compbench, "read_image", None)
     assert score(asked) == report
 
 
@@ -271,7 +271,7 @@ def test_spatial_prompts_are_scored_by_any_detector(tmp_path, monkeypatch, caplo
     monkeypatch.setattr("lidit_jax.score.results.model_folder", lambda flag, name: epath.Path(name))
     monkeypatch.setattr("lidit_jax.score.results.folder_digest", lambda folder: "0")
     prompts = ["a cat on the left of a phone", "a cat on the right of a phone", "a cat near a frog"]
-    folder = draw(tmp_path / "pictures", prompts)
+    folder = draw(tmp_path / "images", prompts)
     report = score(request(folder, tmp_path / "out", detector="any"))
     assert report.columns == {"spatial": pytest.approx(100 * (0.45 + 0.5) / 3)}
     assert report.details == {"objects_that_the_detector_lacks": ["frog"]}
@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_said(tmp_path, blip_folder):
     empty.mkdir()
     with pytest.raises(UserError, match="no samples/PROMPT_000000"):
         score(request(empty, tmp_path / "out", vqa=str(blip_folder)))
-    folder = draw(tmp_path / "pictures", ["a red car"])
+    folder = draw(tmp_path / "images", ["a red car"])
     with pytest.raises(UserError, match="--vqa is required"):
         score(request(folder, tmp_path / "out"))
     with pytest.raises(UserError, match="--detector is required"):

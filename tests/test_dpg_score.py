@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from etils import epath
 from hypothesis import given
-from vqa_models import picture, save_vilt
+from vqa_models import image, save_vilt
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import cut
-from lidit_jax.pictures import save_png
+from lidit_jax.images import save_png
 from lidit_jax.score import dpg
-from lidit_jax.score.dpg import category_scores, picture_score, score
+from lidit_jax.score.dpg import category_scores, image_score, score
 from lidit_jax.score.dpg_questions import Question, read_questions
 from lidit_jax.score.results import ScoreRequest
 
@@ -70,7 +70,7 @@ def questions(*parents):
     ],
 )
 def test_a_question_counts_only_if_its_parents_do(parents, right, expected):
-    assert picture_score(questions(*parents), dict(enumerate(right, 1))) == pytest.approx(expected)
+    assert image_score(questions(*parents), dict(enumerate(right, 1))) == pytest.approx(expected)
 
 
 @given(st.data())
@@ -79,12 +79,12 @@ def test_an_answer_of_yes_never_lowers_the_score_and_no_alone_is_zero(data):
     parents = [data.draw(st.sets(st.integers(1, number), max_size=3)) for _ in range(number)]
     right = data.draw(st.lists(st.booleans(), min_size=number, max_size=number))
     asked, answers = questions(*parents), dict(enumerate(right, 1))
-    found = picture_score(asked, answers)
+    found = image_score(asked, answers)
     assert 0 <= found <= sum(right) / number
     better = answers | {data.draw(st.integers(1, number)): True}
-    assert picture_score(asked, better) >= found
-    assert picture_score(asked, dict.fromkeys(answers, False)) == 0
-    assert picture_score(asked, dict.fromkeys(answers, True)) == 1
+    assert image_score(asked, better) >= found
+    assert image_score(asked, dict.fromkeys(answers, False)) == 0
+    assert image_score(asked, dict.fromkeys(answers, True)) == 1
 
 
 def test_categories_count_answers_whatever_their_parents():
@@ -166,8 +166,8 @@ class YesToOdd:
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = epath.Path(tmp_path / "pictures")
+def images(tmp_path):
+    folder = epath.Path(tmp_path / "images")
     cells = [np.full((4, 4, 3), value, np.uint8) for value in (1, 0, 1, 1)]
     grid = np.concatenate([np.concatenate(cells[:2], axis=1), np.concatenate(cells[2:], axis=1)], axis=0)
     save_png(grid, folder / "0.png")
@@ -182,12 +182,12 @@ def yes_to_odd(monkeypatch):
     monkeypatch.setattr("lidit_jax.score.results.folder_digest", lambda folder: "0")
 
 
-def request(pictures, tmp_path, **more):
-    return ScoreRequest(benchmark="dpg_bench", pictures=pictures, out=epath.Path(tmp_path / "out"), **more)
+def request(images, tmp_path, **more):
+    return ScoreRequest(benchmark="dpg_bench", images=images, out=epath.Path(tmp_path / "out"), **more)
 
 
-def test_grids_are_scored(pictures, questions_file, tmp_path, yes_to_odd):
-    asked = request(pictures, tmp_path, vqa="any", questions=questions_file)
+def test_grids_are_scored(images, questions_file, tmp_path, yes_to_odd):
+    asked = request(images, tmp_path, vqa="any", questions=questions_file)
     report = score(asked)
     # One of the cabbage's three questions counts, in three of four images; none of the dogs' questions counts.
     assert report.columns["average"] == pytest.approx(100 * (3 / 4 / 3 + 0) / 2)
@@ -200,25 +200,25 @@ def test_grids_are_scored(pictures, questions_file, tmp_path, yes_to_odd):
         "global": 0,
     }
     assert report.counts["entity"] == 2
-    assert report.details["level_1_of_all_pictures"]["relation"] == 75
+    assert report.details["level_1_of_all_images"]["relation"] == 75
     assert report.details["level_2"]["relation - spatial"] == 100
     assert report.details["average_without_the_first_prompt"] == 0
     assert score(asked) == report
     json.dumps(report.details)
 
 
-def test_single_pictures_are_told_by_what_drew_them(pictures, questions_file, tmp_path, yes_to_odd):
-    (pictures / "drawn_with.json").write_text('{"num_images": 1}')
-    report = score(request(pictures, tmp_path, vqa="any", questions=questions_file))
+def test_single_images_are_told_by_what_drew_them(images, questions_file, tmp_path, yes_to_odd):
+    (images / "drawn_with.json").write_text('{"num_images": 1}')
+    report = score(request(images, tmp_path, vqa="any", questions=questions_file))
     assert report.columns["average"] == pytest.approx(100 / 3 / 2)
 
 
-def test_what_has_no_questions_or_no_picture_is_left_out_and_said(pictures, tmp_path, yes_to_odd, caplog):
+def test_what_has_no_questions_or_no_image_is_left_out_and_said(images, tmp_path, yes_to_odd, caplog):
     file = epath.Path(tmp_path / "more.csv")
     lost = ("lost", 1, "4", "entity (x)", "Is it?")
     file.write_text(table([*ROWS[:3], ("undrawn", 1, "0", "entity (x)", "Is it?"), lost]))
-    save_png(picture(0), pictures / "lost.png")
-    report = score(request(pictures, tmp_path, vqa="any", questions=file))
+    save_png(image(0), images / "lost.png")
+    report = score(request(images, tmp_path, vqa="any", questions=file))
     assert list(report.details["prompts"]) == ["0"]
     assert report.details["average_without_the_first_prompt"] is None
     said = caplog.text
@@ -227,30 +227,30 @@ def test_what_has_no_questions_or_no_picture_is_left_out_and_said(pictures, tmp_
     assert "1 prompts have questions with missing parents, such as lost" in said
 
 
-def test_any_model_of_transformers_answers(pictures, questions_file, tmp_path):
+def test_any_model_of_transformers_answers(images, questions_file, tmp_path):
     folder = save_vilt(tmp_path / "vilt")
-    report = score(request(pictures, tmp_path, vqa=str(folder), questions=questions_file))
+    report = score(request(images, tmp_path, vqa=str(folder), questions=questions_file))
     assert 0 <= report.columns["average"] <= 100
 
 
-def test_what_does_not_fit_is_said(pictures, questions_file, tmp_path, yes_to_odd):
+def test_what_does_not_fit_is_said(images, questions_file, tmp_path, yes_to_odd):
     with pytest.raises(UserError, match="--questions is required"):
-        score(request(pictures, tmp_path, vqa="any"))
+        score(request(images, tmp_path, vqa="any"))
     with pytest.raises(UserError, match="--vqa is required"):
-        score(request(pictures, tmp_path, questions=questions_file))
+        score(request(images, tmp_path, questions=questions_file))
     with pytest.raises(UserError, match="no such file"):
-        score(request(pictures, tmp_path, vqa="any", questions=epath.Path(tmp_path / "none.csv")))
+        score(request(images, tmp_path, vqa="any", questions=epath.Path(tmp_path / "none.csv")))
     empty = epath.Path(tmp_path / "empty")
     empty.mkdir()
     with pytest.raises(UserError, match="has no ID.png"):
         score(request(empty, tmp_path, vqa="any", questions=questions_file))
-    save_png(picture(0), empty / "other.png")
+    save_png(image(0), empty / "other.png")
     with pytest.raises(UserError, match="has no questions about the images"):
         score(request(empty, tmp_path, vqa="any", questions=questions_file))
-    (pictures / "0.jpg").write_bytes(b"")
+    (images / "0.jpg").write_bytes(b"")
     with pytest.raises(UserError, match=r"has 0\.jpg and 0\.png for one prompt: remove one"):
-        score(request(pictures, tmp_path, vqa="any", questions=questions_file))
-    (pictures / "0.jpg").unlink()
-    save_png(np.zeros((7, 8, 3), np.uint8), pictures / "0.png")
+        score(request(images, tmp_path, vqa="any", questions=questions_file))
+    (images / "0.jpg").unlink()
+    save_png(np.zeros((7, 8, 3), np.uint8), images / "0.png")
     with pytest.raises(UserError, match="does not split into a 2x2 grid"):
-        score(request(pictures, tmp_path, vqa="any", questions=questions_file))
+        score(request(images, tmp_path, vqa="any", questions=questions_file))

@@ -56,7 +56,7 @@ def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, gene
     monkeypatch.setattr(
         GenEval,
         "write",
-        lambda self, out, index, pictures: (written.append(index), write(self, out, index, pictures)),
+        lambda self, out, index, images: (written.append(index), write(self, out, index, images)),
     )
     draw_benchmark(asked)
     assert written == [1]
@@ -76,7 +76,7 @@ def test_all_batches_are_drawn_by_one_compilation(trained_workdir, geneval, tmp_
     assert pipeline._sample_program._cache_size() == 1
 
 
-def test_more_pictures_of_a_prompt_than_are_drawn_at_once(trained_workdir, tmp_path, monkeypatch):
+def test_more_images_of_a_prompt_than_are_drawn_at_once(trained_workdir, tmp_path, monkeypatch):
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\n")
     encode, batches = SharedPrompts.batch, []
@@ -89,7 +89,7 @@ def test_more_pictures_of_a_prompt_than_are_drawn_at_once(trained_workdir, tmp_p
 def test_another_model_or_another_way_to_draw_needs_another_folder(trained_workdir, geneval, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "mine.txt").write_text("not pictures of a benchmark")
+    (out / "mine.txt").write_text("not images of a benchmark")
     with pytest.raises(UserError, match=r"is not empty and has no drawn_with\.json"):
         draw_benchmark(request(trained_workdir, "geneval", geneval, out))
     assert files_of(out) == ["mine.txt"]
@@ -108,7 +108,7 @@ def test_another_model_or_another_way_to_draw_needs_another_folder(trained_workd
         drawing._claim(asked.out, facts)
 
 
-def test_t2i_compbench_names_its_pictures_by_prompt_and_number(tmp_path):
+def test_t2i_compbench_names_its_images_by_prompt_and_number(tmp_path):
     file = tmp_path / "color_val.txt"
     file.write_text("a green bench and a blue bowl\n\na blue bench\tcolor\n")
     benchmark = open_benchmark("t2i_compbench", epath.Path(file), 2)
@@ -135,8 +135,8 @@ def test_dpg_bench_is_a_grid_of_four_by_id(tmp_path, official):
         file.write_text('{"id": "0", "prompt": "a cabbage"}\n{"id": "COCOval1", "prompt": "two dogs"}\n')
     benchmark = open_benchmark("dpg_bench", epath.Path(file), 4)
     assert benchmark.prompts == ["a cabbage", "two dogs"]
-    pictures = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
-    benchmark.write(epath.Path(tmp_path / "out"), 1, pictures)
+    images = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    benchmark.write(epath.Path(tmp_path / "out"), 1, images)
     [name] = files_of(tmp_path / "out")
     assert name == "COCOval1.png" == benchmark.last_file(1)
     sheet = np.asarray(Image.open(tmp_path / "out" / name))[..., 0]
@@ -153,7 +153,7 @@ def test_a_list_of_prompts_is_drawn(trained_workdir, tmp_path):
     assert files_of(tmp_path / "out") == names
 
 
-def test_a_pictures_seed_is_of_its_prompt_and_number():
+def test_a_images_seed_is_of_its_prompt_and_number():
     seeds = {seed_of(prompt, index) for prompt in ("a", "b", "红", "\ud800") for index in range(4)}
     assert len(seeds) == 16
     assert all(0 <= seed < 2**32 for seed in seeds)

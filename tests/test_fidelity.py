@@ -22,7 +22,7 @@ from lidit_jax.fidelity.drawn_folder import drawn_files
 from lidit_jax.fidelity.inception import FIDInception, load_inception
 from lidit_jax.fidelity.reference import config_reference, folder_reference
 from lidit_jax.fidelity.scores import ClipScore, FidelityRequest, FrechetDistance, score_fidelity
-from lidit_jax.pictures import save_png
+from lidit_jax.images import save_png
 from lidit_jax.text.train_tokenizer import train_tokenizer
 
 
@@ -35,28 +35,28 @@ class MeanColors(torch.nn.Module):
         return x.mean(dim=(2, 3))
 
     @staticmethod
-    def prepare(picture):
-        return torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)
+    def prepare(image):
+        return torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
 
 
-def pictures_of(features):
+def images_of(features):
     """Returns images of one pixel with the given features as colours."""
     return list(features[:, None, None, :])
 
 
-def random_pictures(count, seed=0, size=(8, 8)):
+def random_images(count, seed=0, size=(8, 8)):
     return list(np.random.default_rng(seed).integers(0, 256, (count, *size, 3), dtype=np.uint8))
 
 
-def write_pictures(folder, pictures, name="{:05d}.png"):
-    for i, picture in enumerate(pictures):
-        save_png(picture, folder / name.format(i))
+def write_images(folder, images, name="{:05d}.png"):
+    for i, image in enumerate(images):
+        save_png(image, folder / name.format(i))
     return epath.Path(folder)
 
 
-def frechet(pictures, reference):
+def frechet(images, reference):
     metric = FrechetDistance(MeanColors())
-    metric.add(pictures, real=False)
+    metric.add(images, real=False)
     metric.add(reference, real=True)
     return metric.compute()
 
@@ -69,16 +69,16 @@ def test_fid_is_the_formula_by_matrix_square_roots():
     features = [rng.normal(size=(count, 3)) @ rng.normal(size=(3, 3)) + rng.normal(size=3) for count in (70, 90)]
     (m1, c1), (m2, c2) = ((x.mean(0), np.cov(x, rowvar=False)) for x in features)
     expected = np.sum((m1 - m2) ** 2) + np.trace(c1 + c2 - 2 * scipy.linalg.sqrtm(c1 @ c2).real)
-    assert frechet(*map(pictures_of, features)) == pytest.approx(expected, rel=1e-4)
+    assert frechet(*map(images_of, features)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_set_is_at_no_distance_from_itself_and_a_shift_is_its_square():
     x = np.random.default_rng(0).normal(size=(100, 3))
-    assert frechet(pictures_of(x), pictures_of(x[::-1])) == pytest.approx(0, abs=1e-5)
-    assert frechet(pictures_of(x), pictures_of(x + [1, 2, 2])) == pytest.approx(9, rel=1e-4)
+    assert frechet(images_of(x), images_of(x[::-1])) == pytest.approx(0, abs=1e-5)
+    assert frechet(images_of(x), images_of(x + [1, 2, 2])) == pytest.approx(9, rel=1e-4)
     # The Fréchet distance of N(0, 1) and N(0, 4) is (2 - 1)^2 per dimension.
     spread = np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))) @ (x - x.mean(0)).T
-    assert frechet(pictures_of(spread.T), pictures_of(2 * spread.T)) == pytest.approx(3, rel=1e-4)
+    assert frechet(images_of(spread.T), images_of(2 * spread.T)) == pytest.approx(3, rel=1e-4)
 
 
 # --- FID's Inception ----------------------------------------------------------------------------------------------
@@ -108,20 +108,20 @@ def test_inceptions_weights_are_read_and_give_2048_features(inception, inception
     assert sum(p.numel() for p in inception.parameters()) == 27_161_264 - 2_049_000 - 3_326_696
     save_file(inception_tensors, tmp_path / "inception.safetensors")
     loaded = load_inception(epath.Path(tmp_path / "inception.safetensors"))
-    picture = loaded.prepare(random_pictures(1, size=(40, 60))[0])[None]
+    image = loaded.prepare(random_images(1, size=(40, 60))[0])[None]
     with torch.inference_mode():
-        features = loaded(picture)
+        features = loaded(image)
         assert features.shape == (1, 2048) and features.std() > 0.1
-        torch.testing.assert_close(features, inception(picture), rtol=0, atol=0)
+        torch.testing.assert_close(features, inception(image), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("size", [(299, 299), (64, 64), (33, 500), (512, 300)])
-def test_pictures_are_resized_as_tensorflow_1_did(size):
+def test_images_are_resized_as_tensorflow_1_did(size):
     import tensorflow as tf
 
-    [picture] = random_pictures(1, size=size)
-    expected = tf.compat.v1.image.resize_bilinear(picture[None].astype(np.float32), (299, 299))[0]
-    got = FIDInception.prepare(picture).permute(1, 2, 0).numpy()
+    [image] = random_images(1, size=size)
+    expected = tf.compat.v1.image.resize_bilinear(image[None].astype(np.float32), (299, 299))[0]
+    got = FIDInception.prepare(image).permute(1, 2, 0).numpy()
     np.testing.assert_allclose(got * 128 + 128, expected, atol=0.02)
 
 
@@ -172,29 +172,29 @@ def clip_folder(tmp_path_factory):
     return str(folder)
 
 
-def clip_scores_by_hand(folder, pictures, prompts):
+def clip_scores_by_hand(folder, images, prompts):
     model = transformers.CLIPModel.from_pretrained(folder)
     processor = transformers.CLIPImageProcessorPil.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     scores = []
-    for picture, prompt in zip(pictures, prompts, strict=True):
+    for image, prompt in zip(images, prompts, strict=True):
         tokens = tokenizer(prompt)["input_ids"][:-1][:11] + [tokenizer.eos_token_id]
         with torch.no_grad():
-            of_picture = model.get_image_features(**processor(images=[picture], return_tensors="pt")).pooler_output[0]
+            of_image = model.get_image_features(**processor(images=[image], return_tensors="pt")).pooler_output[0]
             of_prompt = model.get_text_features(input_ids=torch.tensor([tokens])).pooler_output[0]
-        cosine = of_picture @ of_prompt / of_picture.norm() / of_prompt.norm()
+        cosine = of_image @ of_prompt / of_image.norm() / of_prompt.norm()
         scores.append(100 * max(float(cosine), 0))
     return scores
 
 
 def test_the_clip_score_is_a_hundred_cosines_clipped_at_nothing(clip_folder):
-    pictures = random_pictures(5, size=(20, 30))
+    images = random_images(5, size=(20, 30))
     prompts = ["a red circle", "a photo of a cow", "", "a blue square", "a red circle above a blue square " * 3]
-    expected = clip_scores_by_hand(clip_folder, pictures, prompts)
+    expected = clip_scores_by_hand(clip_folder, images, prompts)
     assert 0 in expected and max(expected) > 0  # cosines of both signs occur
     score = ClipScore(clip_folder)
-    score.add(pictures[:2], prompts[:2])
-    score.add(pictures[2:], prompts[2:])
+    score.add(images[:2], prompts[:2])
+    score.add(images[2:], prompts[2:])
     assert score.compute() == pytest.approx(np.mean(expected), rel=1e-4)
     assert score.num_truncated == 1
 
@@ -212,14 +212,14 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("noted", [True, False])
-def test_pictures_and_prompts_are_those_that_a_benchmark_wrote(tmp_path, name, noted):
+def test_images_and_prompts_are_those_that_a_benchmark_wrote(tmp_path, name, noted):
     text, num_images = LAYOUTS[name]
     file, out = epath.Path(tmp_path / "prompts.txt"), epath.Path(tmp_path / "out")
     file.write_text(text)
     benchmark = open_benchmark(name, file, num_images)
-    pictures = [random_pictures(num_images, seed) for seed in range(2)]
+    images = [random_images(num_images, seed) for seed in range(2)]
     for index in range(2):
-        benchmark.write(out, index, pictures[index])
+        benchmark.write(out, index, images[index])
     says_itself = name in ("geneval", "t2i_compbench")
     if noted:
         (out / "drawn_with.json").write_text(json.dumps({"benchmark": name, "num_images": num_images}))
@@ -230,13 +230,13 @@ def test_pictures_and_prompts_are_those_that_a_benchmark_wrote(tmp_path, name, n
     for drawn in drawn_files(out, None if says_itself else file):
         found.setdefault(drawn.prompt, []).extend(drawn.read())
     assert set(found) == {"a cow", "a red kite"}
-    for prompt, expected in zip(("a cow", "a red kite"), pictures, strict=True):
+    for prompt, expected in zip(("a cow", "a red kite"), images, strict=True):
         np.testing.assert_array_equal(found[prompt], expected)
 
 
-def test_sampled_pictures_have_the_prompts_of_their_file(tmp_path):
-    folder = write_pictures(tmp_path / "out", random_pictures(4))
-    save_png(random_pictures(1)[0], folder / "grid.png")
+def test_sampled_images_have_the_prompts_of_their_file(tmp_path):
+    folder = write_images(tmp_path / "out", random_images(4))
+    save_png(random_images(1)[0], folder / "grid.png")
     prompts = epath.Path(tmp_path / "prompts.txt")
     prompts.write_text("a cow\n\na red kite\n")
     assert [drawn.prompt for drawn in drawn_files(folder, prompts)] == ["a cow"] * 2 + ["a red kite"] * 2
@@ -247,7 +247,7 @@ def test_sampled_pictures_have_the_prompts_of_their_file(tmp_path):
 
 
 def test_a_benchmark_that_is_not_drawn_to_its_end_is_said(tmp_path):
-    folder = write_pictures(tmp_path / "out", random_pictures(1), "0000{}_0.png")
+    folder = write_images(tmp_path / "out", random_images(1), "0000{}_0.png")
     (folder / "drawn_with.json").write_text('{"benchmark": "prompts", "num_images": 1}')
     prompts = epath.Path(tmp_path / "prompts.txt")
     prompts.write_text("a cow\na red kite")
@@ -256,7 +256,7 @@ def test_a_benchmark_that_is_not_drawn_to_its_end_is_said(tmp_path):
     (folder / "drawn_with.json").write_text('{"benchmark": "geneval", "num_images": 1}')
     with pytest.raises(UserError, match="has no image in a folder `samples`"):
         drawn_files(folder, None)
-    save_png(random_pictures(1)[0], folder / "00000" / "samples" / "0000.png")
+    save_png(random_images(1)[0], folder / "00000" / "samples" / "0000.png")
     with pytest.raises(UserError, match=r"metadata\.jsonl is missing"):
         drawn_files(folder, None)
     (folder / "drawn_with.json").write_text("{")
@@ -264,12 +264,12 @@ def test_a_benchmark_that_is_not_drawn_to_its_end_is_said(tmp_path):
         drawn_files(folder, prompts)
 
 
-def test_a_configs_pictures_are_those_that_training_sees():
+def test_a_configs_images_are_those_that_training_sees():
     reference = config_reference(tiny_config(), "shapes", 40)
-    pictures = list(reference.pictures)
-    assert len(pictures) == reference.count == 40
-    assert {picture.shape for picture in pictures} == {(32, 32, 3)} and pictures[0].dtype == np.uint8
-    assert len({picture.tobytes() for picture in pictures}) == 40
+    images = list(reference.images)
+    assert len(images) == reference.count == 40
+    assert {image.shape for image in images} == {(32, 32, 3)} and images[0].dtype == np.uint8
+    assert len({image.tobytes() for image in images}) == 40
 
 
 # --- the scores ----------------------------------------------------------------------------------------------------
@@ -281,9 +281,9 @@ def asked(tmp_path, clip_folder, monkeypatch):
     monkeypatch.setattr("lidit_jax.fidelity.scores.load_network", lambda file: MeanColors())
     (tmp_path / "prompts.txt").write_text("a cow\na red kite\n")
     (tmp_path / "inception.safetensors").write_bytes(b"whatever")
-    reference = write_pictures(tmp_path / "reference", random_pictures(6, seed=1, size=(10, 12)), "some/{}.png")
+    reference = write_images(tmp_path / "reference", random_images(6, seed=1, size=(10, 12)), "some/{}.png")
     return FidelityRequest(
-        pictures=write_pictures(tmp_path / "pictures", random_pictures(4)),
+        images=write_images(tmp_path / "images", random_images(4)),
         out=epath.Path(tmp_path / "out"),
         reference=folder_reference(reference, 5),
         inception=epath.Path(tmp_path / "inception.safetensors"),
@@ -296,19 +296,19 @@ def test_both_scores_are_written_and_said(asked, clip_folder, caplog, monkeypatc
     monkeypatch.setattr(logging.getLogger("lidit_jax"), "propagate", True)
     with caplog.at_level(logging.INFO, "lidit_jax"):
         scores = score_fidelity(asked)
-    pictures = random_pictures(4)
+    images = random_images(4)
     prompts = ["a cow", "a cow", "a red kite", "a red kite"]
-    assert scores["clip_score"] == pytest.approx(np.mean(clip_scores_by_hand(clip_folder, pictures, prompts)), rel=1e-4)
-    reference = random_pictures(6, seed=1, size=(10, 12))
+    assert scores["clip_score"] == pytest.approx(np.mean(clip_scores_by_hand(clip_folder, images, prompts)), rel=1e-4)
+    reference = random_images(6, seed=1, size=(10, 12))
     kept = [reference[i] for i in (0, 1, 2, 3, 5)]  # five of six, at even intervals
-    assert scores["fid"] == pytest.approx(frechet(pictures, kept), rel=1e-3)
+    assert scores["fid"] == pytest.approx(frechet(images, kept), rel=1e-3)
     assert json.loads((asked.out / "fidelity.json").read_text()) == scores
-    assert (scores["num_pictures"], scores["num_reference"]) == (4, 5)
+    assert (scores["num_images"], scores["num_reference"]) == (4, 5)
     assert f"FID {scores['fid']:.3f}, CLIP score {scores['clip_score']:.3f} of 4 images" in caplog.text
     assert "biased" not in caplog.text  # four images exceed the three features
 
 
-def test_few_pictures_for_the_features_are_warned_of(asked, caplog, monkeypatch):
+def test_few_images_for_the_features_are_warned_of(asked, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lidit_jax"), "propagate", True)
     few = folder_reference(epath.Path(str(asked.reference.name)), 3)
     score_fidelity(dataclasses.replace(asked, reference=few, clip=None, prompts_file=None))
@@ -339,8 +339,8 @@ def test_what_can_not_be_scored_is_said(asked, tmp_path):
 
     empty = epath.Path(tmp_path / "empty")
     empty.mkdir()
-    refused("has no image in it", pictures=empty)
-    refused("no such folder", pictures=epath.Path(tmp_path / "nothing"))
+    refused("has no image in it", images=empty)
+    refused("no such folder", images=epath.Path(tmp_path / "nothing"))
     refused("nothing to score", inception=None, clip=None, reference=None)
     refused("FID needs --inception=FILE and either", reference=None)
     refused("does not store the prompts, which --clip needs", prompts_file=None)
@@ -348,16 +348,16 @@ def test_what_can_not_be_scored_is_said(asked, tmp_path):
     refused("no such folder, and not a name on the Hugging Face hub", clip="nothing")
     single = folder_reference(epath.Path(asked.reference.name), 1)
     refused("needs at least 2 images", reference=single)
-    damaged = (asked.pictures / "00002.png").read_bytes()[:-40]
-    (asked.pictures / "00002.png").write_bytes(damaged)
+    damaged = (asked.images / "00002.png").read_bytes()[:-40]
+    (asked.images / "00002.png").write_bytes(damaged)
     refused(r"00002\.png is damaged")
     with pytest.raises(UserError, match="has no image in it"):
         folder_reference(empty, None)
 
 
 def test_the_command_scores_a_folder(clip_folder, tmp_path):
-    folder = write_pictures(tmp_path / "pictures", random_pictures(2), "samples/a cow_{:06d}.png")
-    command = [sys.executable, "-m", "lidit_jax.fidelity", f"--pictures={folder}", f"--clip={clip_folder}"]
+    folder = write_images(tmp_path / "images", random_images(2), "samples/a cow_{:06d}.png")
+    command = [sys.executable, "-m", "lidit_jax.fidelity", f"--images={folder}", f"--clip={clip_folder}"]
     done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "CLIP score" in done.stderr and (tmp_path / "out" / "fidelity.json").exists()

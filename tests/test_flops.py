@@ -109,21 +109,21 @@ def test_t5_flops_match_xla(gated):
 def test_vae_encoder_flops_match_xla(changes):
     config = VAEConfig(block_out_channels=(128, 128, 256, 256), layers_per_block=2, latent_channels=16, **changes)
     # A large image: XLA does not count products with the padding at the borders.
-    model, pictures = AutoencoderKL(config), jnp.zeros((1, 256, 384, 3))
-    params = abstract(model.init, pictures)
+    model, images = AutoencoderKL(config), jnp.zeros((1, 256, 384, 3))
+    params = abstract(model.init, images)
 
     def run(p, x):
         return model.apply({"params": p}, x, method=AutoencoderKL.encode).mean
 
     expected = flops.vae_encoder_forward(config, 1, 256, 384)
-    assert counted(run, params, pictures) == pytest.approx(expected, rel=0.02)
+    assert counted(run, params, images) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_flops_of_the_paper_sizes_follow_from_their_parameters():
     """A token of the 1B model costs two FLOPs per weight of its blocks, plus attention."""
     config = LIDiTConfig(depth=28, hidden_size=1152, num_heads=16)
     lengths = [TextLengths(64, 256, 4096)] * 2
-    per_picture = flops.lidit_forward(config, 1, 32, 32, lengths)
+    per_image = flops.lidit_forward(config, 1, 32, 32, lengths)
     text_free = flops.lidit_forward(config, 1, 32, 32, [TextLengths(0, 1, 4096)])
     assert np.isclose(text_free, 2 * 256 * 14 * 28 * 1152**2, rtol=0.2)  # 4 + 2 + 8 width^2 weights per token
-    assert per_picture > 1.5 * text_free
+    assert per_image > 1.5 * text_free

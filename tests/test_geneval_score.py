@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.score import detectors, geneval
 from lidit_jax.score.detectors import Detection, instances, load_detector, mask_bounds
 from lidit_jax.score.eval_extra import require_extra
@@ -168,7 +168,7 @@ def test_three_classes_of_coco_have_other_names_in_prompts():
     assert judged({"mouse": [at(0, 0)] * 2}, [clause("computer mouse")], [clause("computer mouse", 2)])[0] is False
 
 
-def test_overall_is_the_mean_of_the_tasks_and_not_of_the_pictures():
+def test_overall_is_the_mean_of_the_tasks_and_not_of_the_images():
     def of(tag, prompt):
         return {"tag": tag, "prompt": prompt, "include": [clause("cow")]}
 
@@ -178,7 +178,7 @@ def test_overall_is_the_mean_of_the_tasks_and_not_of_the_pictures():
     assert report.columns == {"single": 1.0, "count": 0.5, "my own": 0.0, "overall": 0.5}
     assert report.counts == {"single": 4, "count": 2, "my own": 1, "overall": 7}
     assert report.details == {
-        "pictures": 7, "prompts": 4, "right_pictures": 5 / 7, "prompts_with_a_right_picture": 0.5,
+        "images": 7, "prompts": 4, "right_images": 5 / 7, "prompts_with_a_right_image": 0.5,
     }  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def test_a_query_is_an_instance_of_every_class_and_a_mask_weighs_its_score():
     assert instances(class_logits, -masks.abs(), (4, 6), (4, 6), (4, 6)) == []  # empty masks
 
 
-def test_instances_leave_out_the_padding_and_have_the_pictures_size():
+def test_instances_leave_out_the_padding_and_have_the_images_size():
     masks = torch.full((1, 8, 8), -1.0)
     masks[:, :, 4:] = 1.0  # the right half of the input, whose rightmost quarter is padding
     [(_, _, mask)] = instances(torch.tensor([[9.0, 0.0]]), masks, (32, 32), (32, 24), (16, 12))
@@ -225,7 +225,7 @@ def test_instances_are_those_of_transformers_where_both_have_one_size():
         assert any((m == mask.numpy().astype(bool)).all() for m in matches)
 
 
-def test_pictures_are_resized_as_the_detector_is_tested():
+def test_images_are_resized_as_the_detector_is_tested():
     assert detectors.detector_size(512, 512) == (800, 800)
     assert detectors.detector_size(1024, 512) == (1333, 667)
     assert detectors.detector_size(480, 640) == (800, 1067)
@@ -280,14 +280,14 @@ def small(monkeypatch):
     monkeypatch.setattr(detectors, "SHORT_SIDE", 64)
 
 
-def random_picture(seed=0, size=(24, 32)):
+def random_image(seed=0, size=(24, 32)):
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
-def test_mask2former_gives_masks_and_boxes_of_the_pictures_size(models, small):
+def test_mask2former_gives_masks_and_boxes_of_the_images_size(models, small):
     detector = load_detector(str(models / "mask2former"))
     assert detector.classes == {"bench", "cow"}
-    found = detector(random_picture(), 0.3)
+    found = detector(random_image(), 0.3)
     assert found
     assert {detection.label for detection in found} == {"bench"}
     for detection in found:
@@ -301,33 +301,33 @@ def test_mask2former_gives_masks_and_boxes_of_the_pictures_size(models, small):
 def test_other_detectors_give_boxes_under_cocos_names(models):
     detector = load_detector(str(models / "yolos"))
     assert detector.classes == {"cow", "tv"}
-    found = detector(random_picture())
+    found = detector(random_image())
     assert [detection.label for detection in found] == ["tv"] * 4
     assert all(detection.mask is None and len(detection.box) == 4 for detection in found)
-    assert detector(random_picture(), found[0].score + 0.01) == []
+    assert detector(random_image(), found[0].score + 0.01) == []
 
 
 def test_an_object_is_cut_out_on_grey():
     mask = np.zeros((24, 32), bool)
     mask[4:8, 10:20] = True
     mask[4, 10] = False
-    picture = random_picture()
-    cut = np.asarray(cut_out(picture, Detection("cow", 1.0, mask_bounds(mask), mask)))
+    image = random_image()
+    cut = np.asarray(cut_out(image, Detection("cow", 1.0, mask_bounds(mask), mask)))
     assert cut.shape == (4, 10, 3)
     np.testing.assert_array_equal(cut[0, 0], [0x99] * 3)
-    np.testing.assert_array_equal(cut[1:], picture[5:8, 10:20])
-    np.testing.assert_array_equal(cut_out(picture, Detection("cow", 1.0, (10, 4, 20, 8))), picture[4:8, 10:20])
+    np.testing.assert_array_equal(cut[1:], image[5:8, 10:20])
+    np.testing.assert_array_equal(cut_out(image, Detection("cow", 1.0, (10, 4, 20, 8))), image[4:8, 10:20])
 
 
 def test_colours_are_those_that_clip_itself_finds_nearest(models):
     colors = ClipColors(str(models / "clip"))
     found = [at(12, 12), at(20, 12), at(8, 10, 12)]
-    named = colors(random_picture(), "cow", found)
+    named = colors(random_image(), "cow", found)
     model = transformers.CLIPModel.from_pretrained(models / "clip")
     tokenizer = transformers.AutoTokenizer.from_pretrained(models / "clip")
     processor = transformers.CLIPImageProcessorPil.from_pretrained(models / "clip")
     texts = [[f"a photo of a {c} cow", f"a photo of a {c}-colored cow", f"a photo of a {c} object"] for c in COLORS]
-    crops = [Image.fromarray(random_picture()).crop(one.box) for one in found]
+    crops = [Image.fromarray(random_image()).crop(one.box) for one in found]
     pixels = processor(images=crops, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         of_colors = []
@@ -342,7 +342,7 @@ def test_a_half_precision_model_judges_in_float32(models, tmp_path):
     transformers.CLIPModel.from_pretrained(models / "clip").half().save_pretrained(tmp_path)
     for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((models / "clip" / name).read_bytes())
-    assert ClipColors(str(tmp_path))(random_picture(), "cow", [at(12, 12)])[0] in COLORS
+    assert ClipColors(str(tmp_path))(random_image(), "cow", [at(12, 12)])[0] in COLORS
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -361,21 +361,21 @@ def drawn(tmp_path):
         (folder / f"{index:05}" / "samples").mkdir(parents=True)
         (folder / f"{index:05}" / "metadata.jsonl").write_text(json.dumps(metadata) + "\n")
         for number in range(2):
-            picture = Image.fromarray(random_picture(10 * index + number))
-            picture.save(folder / f"{index:05}" / "samples" / f"{number:04}.png")
+            image = Image.fromarray(random_image(10 * index + number))
+            image.save(folder / f"{index:05}" / "samples" / f"{number:04}.png")
     (folder / "00000" / "grid.png").write_bytes(b"not looked at")
     return epath.Path(folder)
 
 
 def request(models, drawn, **more):
     more = {"detector": str(models / "mask2former"), "clip": str(models / "clip"), "out": drawn.parent / "out"} | more
-    return ScoreRequest(benchmark="geneval", pictures=drawn, **more)
+    return ScoreRequest(benchmark="geneval", images=drawn, **more)
 
 
 def test_a_folder_is_scored_and_a_rerun_goes_on(models, drawn, small, monkeypatch):
     asked = request(models, drawn)
     read = []
-    monkeypatch.setattr(geneval, "read_picture", lambda file: read.append(file) or read_picture(file))
+    monkeypatch.setattr(geneval, "read_image", lambda file: read.append(file) or read_image(file))
     report = score(asked)
     assert len(read) == 4
     assert set(report.columns) == {"two", "colors", "overall"}
@@ -408,7 +408,7 @@ cli.run(main)
 
 
 def test_the_command_scores_and_reports_and_a_mistake_is_one_line(models, drawn):
-    flags = [f"--pictures={drawn}", "--out=out", f"--detector={models / 'mask2former'}", "--model_name=mine"]
+    flags = [f"--images={drawn}", "--out=out", f"--detector={models / 'mask2former'}", "--model_name=mine"]
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, "--benchmark=geneval", *flags, f"--clip={models / 'clip'}"],
         cwd=drawn.parent,
@@ -463,7 +463,7 @@ def test_folders_that_are_no_fitting_models_are_said(models, drawn, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_picture_is_said_and_the_results_before_it_are_kept(models, drawn, small, tmp_path):
+def test_a_damaged_image_is_said_and_the_results_before_it_are_kept(models, drawn, small, tmp_path):
     damaged = drawn / "00001" / "samples" / "0000.png"
     damaged.write_bytes(damaged.read_bytes()[:200])
     with pytest.raises(UserError, match=r"00001/samples/0000\.png is damaged"):
@@ -471,11 +471,11 @@ def test_a_damaged_picture_is_said_and_the_results_before_it_are_kept(models, dr
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["results"]) == 2
 
 
-def test_results_of_other_pictures_or_models_are_not_overwritten(models, drawn, small, tmp_path):
+def test_results_of_other_images_or_models_are_not_overwritten(models, drawn, small, tmp_path):
     score(request(models, drawn))
     before = (tmp_path / "out" / "results.json").read_bytes()
-    Image.fromarray(random_picture(size=(16, 16))).save(drawn / "00000" / "samples" / "0001.png")
-    with pytest.raises(UserError, match="has results of another pictures "):
+    Image.fromarray(random_image(size=(16, 16))).save(drawn / "00000" / "samples" / "0001.png")
+    with pytest.raises(UserError, match="has results of another images "):
         score(request(models, drawn))
     with pytest.raises(UserError, match=r"is not empty and has no results\.json"):
         score(request(models, drawn, out=drawn))
@@ -508,7 +508,7 @@ def test_metadata_that_is_not_genevals_is_said(drawn, metadata, message):
         read_prompts(drawn)
 
 
-def test_pictures_must_be_there_for_every_prompt(drawn):
+def test_images_must_be_there_for_every_prompt(drawn):
     for path in (drawn / "00001" / "samples").iterdir():
         path.unlink()
     with pytest.raises(UserError, match="no image in it"):

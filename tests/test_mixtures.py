@@ -69,7 +69,7 @@ def test_mixed_sources_keep_their_own_captions_and_filters_and_do_not_depend_on_
     captions = batches(1)
     assert captions == batches(2) == batches(4) == batches(8)
     counts = collections.Counter(text.partition(" ")[0] for batch in captions for text in batch)
-    assert counts["picture"] / counts["a"] == pytest.approx(3, rel=0.35)
+    assert counts["image"] / counts["a"] == pytest.approx(3, rel=0.35)
     assert counts[""] == pytest.approx(32, abs=15)
     monkeypatch.undo()
 

@@ -43,22 +43,22 @@ def expected(loaded):
 def test_every_row_finds_its_prompt_among_those_of_its_device(
     shards, per_shard, images_per_prompt, is_guided, num_prompts
 ):
-    pictures, prompts = shards * per_shard, [f"prompt {i}" for i in range(num_prompts)]
-    shared = SharedPrompts(pictures, images_per_prompt, is_guided, shards)
+    images, prompts = shards * per_shard, [f"prompt {i}" for i in range(num_prompts)]
+    shared = SharedPrompts(images, images_per_prompt, is_guided, shards)
     found = []
-    for start in range(0, num_prompts * images_per_prompt, pictures):
+    for start in range(0, num_prompts * images_per_prompt, images):
         encoded, places = shared.batch(prompts, start)
         assert len(encoded) == shared.encoded
         rows = np.asarray(encoded).reshape(shards, -1)  # [S, E]
         rows = np.take_along_axis(rows, places.reshape(shards, -1), axis=1).flatten()
-        assert (rows[pictures:] == "").all() and len(rows) == pictures * (2 if is_guided else 1)
-        found += list(rows[:pictures])
+        assert (rows[images:] == "").all() and len(rows) == images * (2 if is_guided else 1)
+        found += list(rows[:images])
     repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     assert found[: len(repeated)] == repeated and not any(found[len(repeated) :])
 
 
 @pytest.mark.parametrize(
-    ("pictures", "images_per_prompt", "is_guided", "shards", "encoded"),
+    ("images", "images_per_prompt", "is_guided", "shards", "encoded"),
     [
         (16, 4, True, 1, 4 + 1),
         (16, 1, True, 1, 16 + 1),
@@ -70,8 +70,8 @@ def test_every_row_finds_its_prompt_among_those_of_its_device(
         (16, 1, True, 8, 8 * 4),
     ],
 )
-def test_a_prompt_is_encoded_once_on_a_device(pictures, images_per_prompt, is_guided, shards, encoded):
-    assert SharedPrompts(pictures, images_per_prompt, is_guided, shards).encoded == encoded
+def test_a_prompt_is_encoded_once_on_a_device(images, images_per_prompt, is_guided, shards, encoded):
+    assert SharedPrompts(images, images_per_prompt, is_guided, shards).encoded == encoded
 
 
 # All images of a prompt in one batch; prompts split between batches; more images of a prompt than a batch has.

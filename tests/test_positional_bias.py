@@ -11,7 +11,7 @@ from conftest import ROOT
 from etils import epath
 from hypothesis import given
 from PIL import Image
-from vqa_models import picture, save_blip, save_vilt
+from vqa_models import image, save_blip, save_vilt
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.adjective_pairs import NUM_PROMPTS, Pair, find_prompts, join_phrases, parse_phrase, parse_prompt
@@ -93,7 +93,7 @@ def test_the_papers_samples_can_be_generated(kind, sample, tmp_path):
     file.write_text(f"{sample}\n\n{sample}\n")
     benchmark = open_benchmark("positional_bias", file, 4)
     assert benchmark.prompts == [sample] * 2
-    benchmark.write(epath.Path(tmp_path / "out"), 1, [picture(0)])
+    benchmark.write(epath.Path(tmp_path / "out"), 1, [image(0)])
     entry = json.loads((tmp_path / "out/00001/metadata.jsonl").read_text())
     assert entry["prompt"] == sample
     assert [pair["kind"] for pair in entry["pairs"]] == [kind] * 4
@@ -321,7 +321,7 @@ def blip_folder(tmp_path_factory):
 
 
 def request(folder, tmp_path, **more):
-    return ScoreRequest(benchmark="positional_bias", pictures=folder, out=epath.Path(tmp_path / "out"), **more)
+    return ScoreRequest(benchmark="positional_bias", images=folder, out=epath.Path(tmp_path / "out"), **more)
 
 
 @pytest.fixture
@@ -329,7 +329,7 @@ def drawn(lists, tmp_path):
     """Writes two images for each of the first three prompts."""
     folder, benchmark = epath.Path(tmp_path / "drawn"), open_benchmark("positional_bias", lists, 2)
     for index in range(3):
-        benchmark.write(folder, index, [picture(2 * index), picture(2 * index + 1)])
+        benchmark.write(folder, index, [image(2 * index), image(2 * index + 1)])
     assert (folder / benchmark.last_file(2)).exists()
     return folder
 
@@ -340,7 +340,7 @@ def test_pairs_are_scored_by_their_places(drawn, blip_folder, tmp_path, monkeypa
     entry = json.loads((drawn / "00002/metadata.jsonl").read_text())
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     model = positional_bias.load_blip(str(blip_folder))
-    read = positional_bias.read_picture(drawn / "00002/samples/0001.png")
+    read = positional_bias.read_image(drawn / "00002/samples/0001.png")
     expected = model.yes_probabilities(read, [f"{pair['phrase']}?" for pair in entry["pairs"]])
     assert results["00002/samples/0001.png"] == expected
     by_prompt = np.array([np.mean([results[f"{i:05}/samples/{j:04}.png"] for j in range(2)], 0) for i in range(3)])
@@ -352,7 +352,7 @@ def test_pairs_are_scored_by_their_places(drawn, blip_folder, tmp_path, monkeypa
     assert np.shape(report.details["intervals"]) == (4, 2)
     json.dumps(report.details)
     assert Image.open(tmp_path / "out/positional_bias.png").size[0] > 600
-    monkeypatch.setattr(positional_bias, "read_picture", None)
+    monkeypatch.setattr(positional_bias, "read_image", None)
     assert score(asked) == report
 
 

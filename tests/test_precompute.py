@@ -60,16 +60,16 @@ def losses(workdir) -> list[float]:
 
 
 @pytest.mark.slow  # test_stored_features.py covers the same path, with features
-def test_training_on_latents_is_training_on_the_pictures(config, latents, tmp_path):
+def test_training_on_latents_is_training_on_the_images(config, latents, tmp_path):
     assert sorted(path.name for path in latents.iterdir()) == [
         "001-000000.array_record",
         "002-000000.array_record",
         "manifest.json",
     ]
-    run_stages(config, epath.Path(tmp_path / "pictures"))
+    run_stages(config, epath.Path(tmp_path / "images"))
     ahead = changed(config, source="precomputed", path=str(latents))
     run_stages(ahead, epath.Path(tmp_path / "latents"))
-    np.testing.assert_allclose(losses(tmp_path / "latents"), losses(tmp_path / "pictures"), rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "latents"), losses(tmp_path / "images"), rtol=1e-5)
     assert len(losses(tmp_path / "latents")) == 3
 
 
@@ -80,9 +80,9 @@ def test_batches_hold_the_same_examples_in_the_same_order(config, latents):
     ]
     loaders = [one.batches(8, 0, None, with_captions=True, caption_dropout=0.1) for one in sets]
     for _ in range(6):
-        pictures, moments = (next(loader) for loader in loaders)
-        assert moments["caption"] == pictures["caption"]
-        height, width = pictures["image"].shape[1:3]
+        images, moments = (next(loader) for loader in loaders)
+        assert moments["caption"] == images["caption"]
+        height, width = images["image"].shape[1:3]
         assert moments["moments"].shape == (8, height // 8, width // 8, 32)
     for loader in loaders:
         loader.close()
@@ -122,7 +122,7 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_files(config, latents, tm
     assert {path.name: os.stat(path).st_mtime_ns for path in out.iterdir()} == before
 
 
-def test_broken_pictures_are_left_out(config, tmp_path):
+def test_broken_images_are_left_out(config, tmp_path):
     files = {}
     for i in range(8):
         data = encode(np.random.default_rng(i).integers(0, 256, (40, 40, 3), dtype=np.uint8))
@@ -209,7 +209,7 @@ def test_a_damaged_record_is_another_ones_place(config, latents, tmp_path):
     assert jax.tree.leaves(source.describe([20]))
 
 
-def test_folders_of_latents_are_mixed_but_not_with_pictures(config, latents):
+def test_folders_of_latents_are_mixed_but_not_with_images(config, latents):
     ahead = {"source": "precomputed", "path": str(latents)}
     data = experiment.Experiment(config, epath.Path("unused")).data
     mixed = open_dataset(build(DataConfig, vars(data) | {"mixture": {"a": ahead, "b": ahead}}, "data"), 8)

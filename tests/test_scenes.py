@@ -105,7 +105,7 @@ def test_shapes_are_drawn_judged_and_judged_again(trained_workdir, tmp_path):
     (out / "scores.json").unlink()
     draw_benchmark(asked)
     assert json.loads((out / "scores.json").read_text()) == scores
-    (out / "00004_0.png").write_bytes(b"no picture")
+    (out / "00004_0.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="00004_0.png is damaged"):
         draw_benchmark(asked)
     (out / "00004_0.png").unlink()

@@ -52,8 +52,8 @@ def test_a_report_is_written_in_the_papers_units(tmp_path):
 
 def test_the_chart_has_a_bar_of_ours_for_every_column(tmp_path):
     write_report(report_of("t2i_compbench", color=70.0, shape=50.0, texture=60.0, spatial=20.0), tmp_path, "mine")
-    picture = np.asarray(Image.open(tmp_path / "report.png").convert("RGB")).astype(int)
-    ours = (np.abs(picture - [0xC8, 0x44, 0x2F]).max(axis=2) < 8)[picture.shape[0] // 2 :]
+    image = np.asarray(Image.open(tmp_path / "report.png").convert("RGB")).astype(int)
+    ours = (np.abs(image - [0xC8, 0x44, 0x2F]).max(axis=2) < 8)[image.shape[0] // 2 :]
     starts = np.flatnonzero(np.diff(ours.sum(axis=0) > 10, prepend=False).astype(int) == 1)
     assert len(starts) >= 4  # the bars; the legend's square may be one more
 

@@ -115,7 +115,7 @@ def test_shapes_fill_their_square_and_stay_within(shape):
 
 @given(seeds, st.sampled_from([(32, 32), (32, 56), (64, 48)]))
 @settings(max_examples=100)
-def test_pictures_keep_the_background_at_their_border_and_full_color_in_the_middle(seed, size):
+def test_images_keep_the_background_at_their_border_and_full_color_in_the_middle(seed, size):
     scene = scene_of(seed)
     image = render(scene, *size)
     assert image.shape == (*size, 3)

@@ -107,7 +107,7 @@ NOTHING = {
 
 
 @pytest.mark.parametrize("image", NOTHING.values(), ids=NOTHING.keys())
-def test_blank_pictures_and_noise_have_nothing_right(image):
+def test_blank_images_and_noise_have_nothing_right(image):
     for seed in range(40):
         result = check(image, scene_of(seed))
         assert not result.all_right
@@ -233,7 +233,7 @@ def test_touching_objects_are_not_right():
 
 
 @pytest.mark.parametrize("image", [np.zeros((32, 32, 3), np.float32), np.zeros((32, 32), np.uint8)])
-def test_only_uint8_color_pictures_are_judged(image):
+def test_only_uint8_color_images_are_judged(image):
     with pytest.raises(ValueError, match="uint8"):
         find_components(image, Canvas())
 

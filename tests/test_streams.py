@@ -219,7 +219,7 @@ def test_unusable_samples_are_counted_and_replaced(tmp_path):
         members |= {f"{i:02}.png": data[:2000] if i % 10 == 3 else data, f"{i:02}.json": score}
         if i != 5:
             members[f"{i:02}.txt"] = f"{i:02}".encode()
-    members["40.txt"] = b"no picture"
+    members["40.txt"] = b"no image"
     for shard in ("0", "1"):
         write_tar(tmp_path / f"{shard}.tar", members)
     (tmp_path / "1.tar").write_bytes((tmp_path / "1.tar").read_bytes()[:-40_000])
@@ -314,8 +314,8 @@ def test_shards_without_usable_samples_raise_a_one_line_error(tmp_path):
 
 def test_the_limit_on_broken_samples_is_a_share_of_what_was_read(tmp_path):
     """Filling a large buffer for the first batch reads many windows of samples."""
-    picture = encode(np.zeros((8, 8, 3), np.uint8))
-    members = {f"{i}.{kind}": (picture if i % 10 else b"junk") if kind == "png" else b"a"
+    image = encode(np.zeros((8, 8, 3), np.uint8))
+    members = {f"{i}.{kind}": (image if i % 10 else b"junk") if kind == "png" else b"a"
                for i in range(1200) for kind in ("png", "txt")}  # fmt: skip
     for shard in range(2):
         write_tar(tmp_path / f"{shard}.tar", members)

@@ -94,7 +94,7 @@ def test_captions_come_from_txt_and_json_but_not_from_bookkeeping(tmp_path):
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_tar_format_is_read_with_long_and_non_ascii_names(tmp_path, format):
-    keys = ["0001", "folder/" * 12 + "picture", "字/形"]
+    keys = ["0001", "folder/" * 12 + "image", "字/形"]
     keys += [] if format == tarfile.USTAR_FORMAT else ["x" * 180]
     pairs = [{f"{key}.png": encode(SIDE_BY_SIDE), f"{key}.txt": key.encode()} for key in keys]
     source = tar_source(write_tar(tmp_path / "a.tar", {k: v for pair in pairs for k, v in pair.items()}, format))
@@ -179,8 +179,8 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
 def test_grey_one_bit_and_palette_images_become_rgb(tmp_path):
     colors = Image.fromarray(SIDE_BY_SIDE)
     for mode in ("L", "1", "P"):
-        picture = colors.quantize(4) if mode == "P" else colors.convert(mode)
-        np.testing.assert_array_equal(read_one(tmp_path, encode(picture)), np.array(picture.convert("RGB")))
+        image = colors.quantize(4) if mode == "P" else colors.convert(mode)
+        np.testing.assert_array_equal(read_one(tmp_path, encode(image)), np.array(image.convert("RGB")))
 
 
 def test_cmyk_jpegs_keep_their_colors(tmp_path):
@@ -290,7 +290,7 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_size_that_still_suffices(orientati
     bucket = Bucket(64, 64)
     ours, theirs = (resize_to_cover_and_crop(image, bucket).astype(float) for image in (small, whole))
     assert np.sqrt(np.mean((ours - theirs) ** 2)) < 3
-    with pytest.raises(decoding.BrokenPicture, match="changed since"):
+    with pytest.raises(decoding.BrokenImage, match="changed since"):
         decoding.decode(data, MAX_PIXELS, expected=(size[0], size[1] + 1))
 
 
@@ -299,7 +299,7 @@ def test_damage_inside_a_jpeg_is_rejected_even_if_it_can_be_decoded():
     middle = len(data) // 2
     data[middle : middle + 60] = np.random.default_rng(0).bytes(60)
     Image.open(io.BytesIO(bytes(data))).load()  # Pillow reports no damage
-    with pytest.raises(decoding.BrokenPicture, match="damaged image"):
+    with pytest.raises(decoding.BrokenImage, match="damaged image"):
         decoding.decode(bytes(data), MAX_PIXELS)
 
 
@@ -308,7 +308,7 @@ def test_jpegs_decode_as_in_pillow_up_to_rounding(mode):
     data = encode(Image.fromarray(smooth(90, 70)).convert(mode), "JPEG", quality=95)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(decoding.decode(data, MAX_PIXELS).astype(int) - expected).max() <= 1
-    with pytest.raises(decoding.BrokenPicture, match="too many pixels"):
+    with pytest.raises(decoding.BrokenImage, match="too many pixels"):
         decoding.decode(data, 90 * 70 - 1)
 
 

@@ -115,7 +115,7 @@ def close(actual, expected):
     np.testing.assert_allclose(np.asarray(actual), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def images(height, width, batch=2, seed=0):
+def random_images(height, width, batch=2, seed=0):
     return np.random.default_rng(seed).uniform(-1, 1, (batch, height, width, 3)).astype(np.float32)
 
 
@@ -123,12 +123,12 @@ def check_parity(model, folder):
     config, params = load_vae(folder)
     rows, columns = 3, 5  # odd, and not square
     factor = config.downsampling_factor
-    pictures = images(rows * factor, columns * factor)
+    images = random_images(rows * factor, columns * factor)
     latents = np.random.default_rng(1).normal(size=(2, rows, columns, config.latent_channels)).astype(np.float32)
     with torch.no_grad():
-        expected = model.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2)).latent_dist
+        expected = model.encode(torch.from_numpy(images).permute(0, 3, 1, 2)).latent_dist
         decoded = model.decode(torch.from_numpy(latents).permute(0, 3, 1, 2)).sample
-    posterior = run(config, params, pictures, "encode")
+    posterior = run(config, params, images, "encode")
     assert posterior.mean.shape == latents.shape
     close(posterior.mean, expected.mean.permute(0, 2, 3, 1))
     close(posterior.logvar, expected.logvar.permute(0, 2, 3, 1))
@@ -244,8 +244,8 @@ def test_half_precision_files_load_as_float32(sd1_folder, tmp_path, dtype):
 
 def test_bfloat16_is_close_to_float32(sd1_folder):
     config, params = load_vae(sd1_folder)
-    pictures = images(16, 16)
-    exact, rounded = (run(config, params, pictures, "encode", dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    images = random_images(16, 16)
+    exact, rounded = (run(config, params, images, "encode", dtype) for dtype in (jnp.float32, jnp.bfloat16))
     assert rounded.mean.dtype == rounded.logvar.dtype == jnp.float32
     assert 0 < jnp.abs(rounded.mean - exact.mean).max() < 0.02 * jnp.abs(exact.mean).max()
     assert 0 < jnp.abs(rounded.logvar - exact.logvar).max() < 0.02 * jnp.abs(exact.logvar).max()
@@ -287,11 +287,11 @@ def test_gradient_of_the_loss_is_finite_and_reaches_every_parameter(tmp_path):
     # Groups of two channels: GroupNorm of single channels would cancel the biases before it, with a gradient of 0.
     reference({**SD1, "block_out_channels": (8, 16), "norm_num_groups": 4}).save_pretrained(tmp_path)
     config, params = load_vae(tmp_path)
-    pictures = images(4, 6)
+    images = random_images(4, 6)
 
     def loss(params):
-        reconstruction, posterior = AutoencoderKL(config).apply({"params": params}, pictures, jax.random.key(0))
-        return reconstruction_loss(reconstruction, pictures) + 1e-3 * kl_loss(posterior, pictures)
+        reconstruction, posterior = AutoencoderKL(config).apply({"params": params}, images, jax.random.key(0))
+        return reconstruction_loss(reconstruction, images) + 1e-3 * kl_loss(posterior, images)
 
     gradients = flat(jax.jit(jax.grad(loss))(params))
     for name, gradient in gradients.items():

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from torch.nn import functional
 
 from lidit_jax.errors import UserError
+from lidit_jax.images import to_float
 from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
 from lidit_jax.models.lpips import LPIPS, VGG16_LAYERS
 from lidit_jax.models.vae import AutoencoderKL, DiagonalGaussian
@@ -26,7 +27,6 @@ from lidit_jax.models.vae_loss import (
 )
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.pictures import to_pixels
 from lidit_jax.stages.vae import VAEObjective, vae_task
 from lidit_jax.train import Trainer
 from lidit_jax.train_config import TrainConfig
@@ -36,7 +36,7 @@ CONFIG = VAEConfig(block_out_channels=(8, 8), norm_num_groups=4, latent_channels
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
-def pictures(height=32, width=32, batch=2, seed=0):
+def random_images(height=32, width=32, batch=2, seed=0):
     return np.random.default_rng(seed).uniform(-1, 1, (batch, height, width, 3)).astype(np.float32)
 
 
@@ -72,7 +72,7 @@ def test_the_adaptive_weight_matches_pytorchs_gradients(weaker):
     features = rng.normal(size=(2, 8, 8, 5)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, 5, 3)).astype(np.float32)
     critic = weaker * rng.normal(size=(4, 4, 3, 1)).astype(np.float32)
-    target = pictures(8, 8)
+    target = random_images(8, 8)
 
     weight = torch.from_numpy(kernel).permute(3, 2, 0, 1).clone().requires_grad_()
     decoded = functional.conv2d(to_torch(features), weight, padding=1)
@@ -97,7 +97,7 @@ def test_the_adaptive_weight_matches_pytorchs_gradients(weaker):
 
 
 def test_a_given_gradient_replaces_the_computed_one():
-    x = jnp.asarray(pictures(3, 3))
+    x = jnp.asarray(random_images(3, 3))
     value, slope, more = value_and_gradient_at(lambda x: (jnp.sum(x**3), x[0, 0, 0, 0]), x)
     np.testing.assert_allclose(slope, 3 * x**2, rtol=1e-6)
     assert more == x[0, 0, 0, 0]
@@ -131,7 +131,7 @@ def torch_lpips(tensors, first, second):
 
 def test_lpips_and_its_gradient_match_pytorch(vgg_tensors, lpips_file):
     params = load_lpips(lpips_file)
-    first, second = pictures(32, 40), pictures(32, 40, seed=1)
+    first, second = random_images(32, 40), random_images(32, 40, seed=1)
     inputs = to_torch(first).requires_grad_()
     expected = torch_lpips(vgg_tensors, inputs, to_torch(second))
     expected.sum().backward()
@@ -201,7 +201,7 @@ def torch_discriminator(params, images, layers):
 @pytest.mark.parametrize(("layers", "size"), [(3, (40, 32)), (1, (8, 12))])
 def test_the_discriminator_matches_pytorchs_patchgan(layers, size):
     model = PatchDiscriminator(width=8, layers=layers)
-    images = pictures(*size, batch=3)
+    images = random_images(*size, batch=3)
     params = nn.unbox(model.init(jax.random.key(0), images)["params"])
     scores = model.apply({"params": params}, images)
     expected = torch_discriminator(params, to_torch(images), layers).permute(0, 2, 3, 1)
@@ -288,7 +288,7 @@ def test_the_gradient_of_a_step_is_that_of_the_complete_loss(lpips_file, percept
     trainer = make_trainer(discriminator=CRITIC, lpips=lpips, perceptual_weight=0.7)
     params, key = trainer.init(0).params, jax.random.key(3)
     batch = {"image": np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)}
-    model, images = AutoencoderKL(CONFIG), to_pixels(jnp.asarray(batch["image"]))
+    model, images = AutoencoderKL(CONFIG), to_float(jnp.asarray(batch["image"]))
     critic = params["discriminator"]
 
     def score(critic, images):

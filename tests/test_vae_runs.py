@@ -14,12 +14,12 @@ from etils import epath
 from PIL import Image
 
 from lidit_jax.errors import UserError
+from lidit_jax.images import to_float
 from lidit_jax.models.image_similarity import psnr, ssim
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.pictures import to_pixels
 from lidit_jax.preview.contact_sheet import draw_contact_sheet
 from lidit_jax.sample.draw import Request, draw_to_folder
 from lidit_jax.stages.reconstruction import Autoencoding, LatentMoments, LatentStatistics
@@ -31,7 +31,7 @@ CONFIG = VAEConfig(block_out_channels=(8, 8), norm_num_groups=4, latent_channels
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
-def pictures(height=32, width=32, batch=2, seed=0):
+def images(height=32, width=32, batch=2, seed=0):
     return np.random.default_rng(seed).uniform(-1, 1, (batch, height, width, 3)).astype(np.float32)
 
 
@@ -62,14 +62,14 @@ def numpy_ssim(first, second):
 
 
 def test_ssim_matches_its_definition():
-    first = pictures(20, 24)
-    second = np.clip(first + 0.3 * pictures(20, 24, seed=1), -1, 1)
+    first = images(20, 24)
+    second = np.clip(first + 0.3 * images(20, 24, seed=1), -1, 1)
     got = ssim(second, first)
     for row in range(2):
         channels = [numpy_ssim(*(image[row, ..., c] * 0.5 + 0.5 for image in (first, second))) for c in range(3)]
         assert got[row] == pytest.approx(np.mean(channels), abs=1e-4)
     np.testing.assert_allclose(ssim(first, first), 1.0, atol=1e-5)
-    np.testing.assert_allclose(ssim(pictures(8, 4), pictures(8, 4)), [1, 1], atol=1e-5)  # smaller than the window
+    np.testing.assert_allclose(ssim(images(8, 4), images(8, 4)), [1, 1], atol=1e-5)  # smaller than the window
 
 
 def test_latent_statistics_match_numpy_over_batches_of_different_sizes():
@@ -96,7 +96,7 @@ def test_reconstructions_of_any_number_and_size_have_the_same_scores_on_one_devi
     rng = np.random.default_rng(0)
     given = [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in [(16, 16)] * 5 + [(16, 20)] * 3]
     encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method=AutoencoderKL.encode))
-    posteriors = [encode(params, to_pixels(jnp.asarray(picture[None]))) for picture in given]
+    posteriors = [encode(params, to_float(jnp.asarray(image[None]))) for image in given]
     samples = [jax.vmap(p.sample)(jax.random.split(jax.random.key(i), 50)) for i, p in enumerate(posteriors)]
     drawn = np.concatenate([np.asarray(s).reshape(-1, 4) for s in samples])
     results = []
@@ -104,7 +104,7 @@ def test_reconstructions_of_any_number_and_size_have_the_same_scores_on_one_devi
         mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
         results.append(Autoencoding(model, mesh, ShardingRules()).reconstruct(params, given, 3))
     for scores, back, latents in results:
-        decoded, _ = model.apply({"params": params}, to_pixels(jnp.asarray(given[6][None])))
+        decoded, _ = model.apply({"params": params}, to_float(jnp.asarray(given[6][None])))
         np.testing.assert_allclose(back[6], np.clip(np.round(decoded[0] * 127.5 + 127.5), 0, 255), atol=1)
         assert scores["psnr"][6] == pytest.approx(float(psnr(decoded, given[6] / 127.5 - 1)[0]), rel=1e-4)
         assert scores["ssim"][6] == pytest.approx(float(ssim(decoded, given[6][None] / 127.5 - 1)[0]), abs=1e-4)
@@ -251,7 +251,7 @@ def test_the_last_shard_is_held_out_from_training_and_the_previewed_config_is_th
     assert training.fingerprint != held_out.fingerprint
     with pytest.raises(UserError, match="has 4 shards, too few to hold some out: lower --config.data.held"):
         open_dataset(dataclasses.replace(data, held_out_shards=4), 8)
-    assert len(held_out.pictures(7)) == 7
+    assert len(held_out.images(7)) == 7
     config.vae.weights = ""
     draw_contact_sheet(config, epath.Path(tmp_path / "sheet.png"), 8)
     assert Image.open(tmp_path / "sheet.png").size[0] > 8 * 64

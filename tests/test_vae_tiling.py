@@ -16,6 +16,7 @@ from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.indexed.index import IndexOptions, examine
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.errors import UserError
+from lidit_jax.images import to_float
 from lidit_jax.models import vae_layers
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
@@ -29,7 +30,6 @@ from lidit_jax.models.vae_tiling import (
     place_tiles,
     stage_reach,
 )
-from lidit_jax.pictures import to_pixels
 from lidit_jax.pipeline import SampleConfig
 
 EMOJI = ROOT.parent / "shared/data/fxemoji"
@@ -71,7 +71,7 @@ def whole(model, params, latents):
 
 def grey_levels(tiled, expected):
     """Returns the largest difference of displayed values, in grey levels (1/255)."""
-    shown = [np.clip(np.asarray(picture), -1, 1) * 127.5 for picture in (tiled, expected)]
+    shown = [np.clip(np.asarray(image), -1, 1) * 127.5 for image in (tiled, expected)]
     return np.abs(shown[0] - shown[1]).max()
 
 
@@ -179,10 +179,10 @@ def test_tiles_of_real_images_have_no_seam(model_and_params, tmp_path):
     model, params = model_and_params
     shards = TarShards(EMOJI / "00003.tar")
     source = IndexedSource(shards, examine(shards, options=IndexOptions(str(tmp_path))))
-    pictures = [resize_to_cover_and_crop(source[i]["image"], Bucket(64, 64)) for i in range(12)]
-    collage = np.concatenate([np.concatenate(pictures[row : row + 4], axis=1) for row in (0, 4, 8)])
+    images = [resize_to_cover_and_crop(source[i]["image"], Bucket(64, 64)) for i in range(12)]
+    collage = np.concatenate([np.concatenate(images[row : row + 4], axis=1) for row in (0, 4, 8)])
     encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method=AutoencoderKL.encode).mode())
-    latents = encode(params, to_pixels(jnp.asarray(collage[None])))
+    latents = encode(params, to_float(jnp.asarray(collage[None])))
     expected = whole(model, params, latents)
     tiled = jax.jit(lambda p, z: decode_in_tiles(model, p, z, 64))(params, latents)
     error = np.mean((np.clip(tiled, -1, 1) - np.clip(expected, -1, 1)) ** 2)

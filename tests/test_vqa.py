@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from vqa_models import WORDS, picture, save_blip, save_llava, save_vilt
+from vqa_models import WORDS, save_blip, save_llava, save_vilt
 
 from lidit_jax.errors import UserError
 from lidit_jax.score.vqa import clean_question, is_yes, load_blip, load_vqa
@@ -39,7 +39,7 @@ def official_probability(folder, image, question):
 
 
 def test_blip_gives_the_official_probability_of_yes_whatever_else_is_asked_beside(blip_folder):
-    model, image = load_blip(str(blip_folder)), picture(0)
+    model, image = load_blip(str(blip_folder)), random_image(0)
     found = model.yes_probabilities(image, QUESTIONS)
     expected = [official_probability(blip_folder, image, question) for question in QUESTIONS[:4]]
     np.testing.assert_allclose(found, expected * 3, atol=1.5e-4)
@@ -55,12 +55,12 @@ def test_questions_are_cleaned_as_officially():
 
 
 def test_long_questions_are_truncated_and_not_rejected(blip_folder):
-    assert 0 <= load_blip(str(blip_folder)).yes_probabilities(picture(0), ["a car " * 40])[0] <= 1
+    assert 0 <= load_blip(str(blip_folder)).yes_probabilities(random_image(0), ["a car " * 40])[0] <= 1
 
 
 @pytest.mark.parametrize("save", [save_vilt, save_llava])
 def test_other_models_answer_the_same_alone_and_beside_others(tmp_path, save):
-    model, image = load_vqa(str(save(tmp_path))), picture(0)
+    model, image = load_vqa(str(save(tmp_path))), random_image(0)
     answers = model.answers(image, QUESTIONS)
     assert len(answers) == len(QUESTIONS)
     assert [model.answers(image, [question])[0] for question in QUESTIONS[:4]] == answers[:4]

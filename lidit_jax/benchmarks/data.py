@@ -33,7 +33,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.metrics import duration
 
 _SAMPLES = flags.DEFINE_integer("samples", 1024, "samples per round", lower_bound=1)
-_PICTURES = flags.DEFINE_integer("pictures", 1024, "number of different images", lower_bound=1)
+_IMAGES = flags.DEFINE_integer("num_images", 1024, "number of different images", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 32, "samples per batch", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "how often each contestant is timed", lower_bound=1)
 _WORKERS = flags.DEFINE_integer(
@@ -65,7 +65,7 @@ def main() -> None:
             "--shorter=480,640"
         )
     with tempfile.TemporaryDirectory() as folder:
-        write_shards(Path(folder), _PICTURES.value, shorter)
+        write_shards(Path(folder), _IMAGES.value, shorter)
         if _MEMORY.value:
             watch_memory(folder, _MEMORY.value, batch, _WORKERS.value, _SEQUENTIAL.value)
             return

@@ -18,7 +18,7 @@ from lidit_jax import cli, experiment
 from lidit_jax.benchmarks.contest import describe_host
 from lidit_jax.diffusion.samplers import initial_noise
 from lidit_jax.errors import UserError
-from lidit_jax.pictures import grid, save_png
+from lidit_jax.images import grid, save_png
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
 _FOLDER = flags.DEFINE_string("folder", None, "folder of its export, in float32")

@@ -116,7 +116,7 @@ class Dataset(abc.ABC):
         """Returns captions of up to `count` examples, spread evenly over the data set, without caption dropout."""
 
     @abc.abstractmethod
-    def pictures(self, count: int) -> list[np.ndarray]:
+    def images(self, count: int) -> list[np.ndarray]:
         """Returns up to `count` images, spread evenly over the data set; broken ones are left out.
 
         Returns:

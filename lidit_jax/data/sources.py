@@ -38,7 +38,7 @@ def without_image(sample: Sample) -> Example:
     return {"key": sample.key, "captions": sample.captions, "metadata": sample.metadata}
 
 
-def read_picture(
+def decode_to_bucket(
     key: str, data: bytes, max_pixels: int, size: tuple[int, int], bucket: Bucket | None
 ) -> np.ndarray | BrokenExample:
     """Decodes an image and resizes it to its bucket.
@@ -55,7 +55,7 @@ def read_picture(
     """
     try:
         image = decoding.decode(data, max_pixels, bucket, size)
-    except decoding.BrokenPicture as error:
+    except decoding.BrokenImage as error:
         return BrokenExample(key, str(error))
     return resize_to_cover_and_crop(image, bucket) if bucket else image
 

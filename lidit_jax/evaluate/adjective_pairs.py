@@ -28,7 +28,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.evaluate.attributes import ATTRIBUTES, KINDS
 from lidit_jax.evaluate.noun_phrases import split_noun_phrases
 from lidit_jax.files import write_json
-from lidit_jax.pictures import save_png
+from lidit_jax.images import save_png
 
 NUM_PROMPTS, SEED = 1000, 2406
 MAX_PAIRS = 8  # most pairs in a prompt of mixed kinds
@@ -93,9 +93,9 @@ class PositionalBias:
     def last_file(self, index: int) -> str:
         return f"{index:05}/{METADATA_FILE}"
 
-    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
-        for i, picture in enumerate(pictures):
-            save_png(picture, out / f"{index:05}" / SAMPLES / f"{i:04}.png")
+    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray]) -> None:
+        for i, image in enumerate(images):
+            save_png(image, out / f"{index:05}" / SAMPLES / f"{i:04}.png")
         pairs = [pair._asdict() for pair in self._pairs[index]]
         write_json(out / self.last_file(index), {"prompt": self.prompts[index], "pairs": pairs}, indent=None)
 

@@ -22,7 +22,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.evaluate.adjective_pairs import PositionalBias, parse_prompt
 from lidit_jax.evaluate.attributes import KINDS
 from lidit_jax.files import read_text, write_json
-from lidit_jax.pictures import save_png
+from lidit_jax.images import save_png
 
 MAX_NAME = 255  # longest file name in bytes
 FACTS_FILE = "drawn_with.json"  # beside the images: the model and settings that generated them
@@ -40,13 +40,13 @@ class Benchmark(Protocol):
     def last_file(self, index: int) -> str:
         """Returns the file written last for prompt `index`, relative to the folder; it marks the prompt as complete."""
 
-    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
+    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray]) -> None:
         """Writes all images of a prompt.
 
         Args:
           out: output folder.
           index: index of the prompt.
-          pictures: uint8 [H, W, 3] each.
+          images: uint8 [H, W, 3] each.
         """
 
 
@@ -61,9 +61,9 @@ class GenEval:
     def last_file(self, index: int) -> str:
         return f"{index:05}/metadata.jsonl"
 
-    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
-        for i, picture in enumerate(pictures):
-            save_png(picture, out / f"{index:05}" / "samples" / f"{i:04}.png")
+    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray]) -> None:
+        for i, image in enumerate(images):
+            save_png(image, out / f"{index:05}" / "samples" / f"{i:04}.png")
         write_json(out / self.last_file(index), self._metadata[index], indent=None)
 
 
@@ -85,9 +85,9 @@ class T2ICompBench:
     def last_file(self, index: int) -> str:
         return self._name(self.prompts[index], self._num_images * (index + 1) - 1)
 
-    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
-        for i, picture in enumerate(pictures):
-            save_png(picture, out / self._name(self.prompts[index], self._num_images * index + i))
+    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray]) -> None:
+        for i, image in enumerate(images):
+            save_png(image, out / self._name(self.prompts[index], self._num_images * index + i))
 
     @staticmethod
     def _name(prompt: str, number: int) -> str:
@@ -112,19 +112,19 @@ class DPGBench:
     def last_file(self, index: int) -> str:
         return f"{self._ids[index]}.png"
 
-    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
-        sheet = pictures[0]
-        if len(pictures) == 4:
-            sheet = np.concatenate([np.concatenate(pictures[i : i + 2], axis=1) for i in (0, 2)], axis=0)
+    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray]) -> None:
+        sheet = images[0]
+        if len(images) == 4:
+            sheet = np.concatenate([np.concatenate(images[i : i + 2], axis=1) for i in (0, 2)], axis=0)
         save_png(sheet, out / self.last_file(index))
 
 
-def cut(sheet: np.ndarray, pictures: int, file: epath.Path) -> list[np.ndarray]:
+def cut(sheet: np.ndarray, num_images: int, file: epath.Path) -> list[np.ndarray]:
     """Splits a 2x2 grid into its four images, row by row; returns a single image unchanged.
 
     Args:
-      sheet: uint8 [2 H, 2 W, 3] if `pictures` is 4, else [H, W, 3].
-      pictures: number of images, 1 or 4.
+      sheet: uint8 [2 H, 2 W, 3] if `num_images` is 4, else [H, W, 3].
+      num_images: number of images, 1 or 4.
       file: file of the grid, named in the error message.
 
     Returns:
@@ -133,7 +133,7 @@ def cut(sheet: np.ndarray, pictures: int, file: epath.Path) -> list[np.ndarray]:
     Raises:
       UserError: a side of the grid has an odd length.
     """
-    if pictures == 1:
+    if num_images == 1:
         return [sheet]
     height, width = sheet.shape[:2]
     if height % 2 or width % 2:
@@ -157,9 +157,9 @@ class PlainPrompts:
     def last_file(self, index: int) -> str:
         return self.files(index)[-1]
 
-    def write(self, out: epath.Path, index: int, pictures: Sequence[np.ndarray]) -> None:
-        for name, picture in zip(self.files(index), pictures, strict=True):
-            save_png(picture, out / name)
+    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray]) -> None:
+        for name, image in zip(self.files(index), images, strict=True):
+            save_png(image, out / name)
 
 
 def _plain_prompts(file: epath.Path, num_images: int) -> PlainPrompts:

@@ -5,7 +5,7 @@ from etils import epath
 from lidit_jax.data.shapes.layout import SceneLayout
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import PlainPrompts
-from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.evaluate.scenes import SceneEvaluation, report_scenes, score_scenes
 
 
@@ -38,5 +38,5 @@ class ShapesBenchmark(PlainPrompts):
         """
         scenes = [scene for scene in self._scenes for _ in range(self._num_images)]
         files = [out / name for index in range(len(self._scenes)) for name in self.files(index)]
-        pictures = [read_picture(file) for file in files]
-        report_scenes(score_scenes(scenes, pictures), scenes, pictures, out)
+        images = [read_image(file) for file in files]
+        report_scenes(score_scenes(scenes, images), scenes, images, out)

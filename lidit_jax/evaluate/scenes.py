@@ -20,12 +20,12 @@ from lidit_jax.data.shapes.scores import Accuracy, SceneCheck, accuracies, objec
 from lidit_jax.data.shapes.source import HELD_OUT_SEED, ShapesSource
 from lidit_jax.errors import UserError
 from lidit_jax.files import write_json
-from lidit_jax.pictures import grid, save_png
+from lidit_jax.images import grid, save_png
 from lidit_jax.pipeline import Pipeline, SampleConfig
 
 logger = logging.getLogger(__name__)
 
-GRID_PICTURES = 24
+GRID_IMAGES = 24
 SCORES_FILE = "scores.json"
 COUNTS = {1: "one object", 2: "two objects", 3: "three objects", 4: "four objects", 5: "five objects", 6: "six objects"}
 HELD_OUT = "a held-out pair"
@@ -216,7 +216,7 @@ def evaluate_scenes(
     return scores
 
 
-def score_scenes(prompts: Sequence[ScenePrompt], pictures: Sequence[np.ndarray]) -> dict[str, dict[str, Accuracy]]:
+def score_scenes(prompts: Sequence[ScenePrompt], images: Sequence[np.ndarray]) -> dict[str, dict[str, Accuracy]]:
     """Checks images against their scenes and computes accuracies by group.
 
     Groups are "all scenes" (without those of held-out pairs), the scenes of a kind ("four objects"), of a kind in a
@@ -228,12 +228,12 @@ def score_scenes(prompts: Sequence[ScenePrompt], pictures: Sequence[np.ndarray])
 
     Args:
       prompts: the prompt of each image.
-      pictures: uint8 [H, W, 3] each.
+      images: uint8 [H, W, 3] each.
 
     Returns:
       {group: accuracies}; see `accuracies` for the names of the accuracies.
     """
-    checks = [check(picture, p.scene, p.sizes_asked) for picture, p in zip(pictures, prompts, strict=True)]
+    checks = [check(image, p.scene, p.sizes_asked) for image, p in zip(images, prompts, strict=True)]
     scenes: dict[str, list[SceneCheck]] = collections.defaultdict(list)
     objects: dict[str, list] = collections.defaultdict(list)
     for p, result in zip(prompts, checks, strict=True):
@@ -267,7 +267,7 @@ def named_at(kind: str, position: int) -> str:
 def report_scenes(
     scores: Mapping[str, Mapping[str, Accuracy]],
     prompts: Sequence[ScenePrompt],
-    pictures: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     folder: epath.Path,
 ) -> None:
     """Logs the scores and writes them to `scores.json`; writes some images of each kind to `grid.png`.
@@ -275,7 +275,7 @@ def report_scenes(
     Args:
       scores: see `score_scenes`.
       prompts: the prompt of each image.
-      pictures: uint8 [H, W, 3] each.
+      images: uint8 [H, W, 3] each.
       folder: folder for the files.
     """
     columns = [column for column in COLUMNS if any(column in accuracy for accuracy in scores.values())]
@@ -290,9 +290,9 @@ def report_scenes(
     by_kind: dict[str, list[int]] = collections.defaultdict(list)
     for index, p in enumerate(prompts):
         by_kind[p.kind].append(index)
-    shown = [i for indices in by_kind.values() for i in indices[: GRID_PICTURES // len(by_kind)]]
+    shown = [i for indices in by_kind.values() for i in indices[: GRID_IMAGES // len(by_kind)]]
     if shown:
-        save_png(grid([pictures[i] for i in shown], [prompts[i].prompt for i in shown]), folder / "grid.png")
+        save_png(grid([images[i] for i in shown], [prompts[i].prompt for i in shown]), folder / "grid.png")
         logger.info("images of unseen prompts: %s", folder / "grid.png")
     table = {
         group: {name: {"correct": a.correct, "total": a.total, "interval": a.interval} for name, a in accuracy.items()}

@@ -1,6 +1,6 @@
-"""Computes FID and CLIP score: `python -m lidit_jax.fidelity --pictures=DIR --inception=FILE --clip=DIR --out=DIR …`.
+"""Computes FID and CLIP score: `python -m lidit_jax.fidelity --images=DIR --inception=FILE --clip=DIR --out=DIR …`.
 
---pictures is the output folder of `evaluate` or `sample`, or any folder of images. FID compares its images with those
+--images is the output folder of `evaluate` or `sample`, or any folder of images. FID compares its images with those
 of --reference=DIR or, given --config=configs/X.py, with the training images of that config. --inception is a
 safetensors file with the weights of FID's Inception network. The CLIP score needs the prompts, from the folder itself
 or from --prompts_file=FILE. Each score can be computed alone. The scores are written to fidelity.json in --out.
@@ -17,7 +17,7 @@ from lidit_jax.fidelity.scores import FidelityRequest, Reference, score_fidelity
 CONFIG_REFERENCE = 10_000  # default number of reference images of a config, whose data may be endless
 
 _CONFIG = cli.define_config()
-_PICTURES = flags.DEFINE_string("pictures", None, "folder of the images to score")
+_IMAGES = flags.DEFINE_string("images", None, "folder of the images to score")
 _REFERENCE = flags.DEFINE_string("reference", None, "folder of the reference images of FID")
 _NUM_REFERENCE = flags.DEFINE_integer(
     "num_reference",
@@ -35,7 +35,7 @@ _OUT = flags.DEFINE_string("out", None, "output folder for the scores")
 def main() -> None:
     score_fidelity(
         FidelityRequest(
-            pictures=epath.Path(cli.require(_PICTURES.name)),
+            images=epath.Path(cli.require(_IMAGES.name)),
             out=epath.Path(cli.require(_OUT.name)),
             reference=_reference(),
             inception=_path(_INCEPTION),

@@ -16,7 +16,7 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut, open_benchmark
-from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.weights.folders import is_there
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -29,12 +29,12 @@ class DrawnFile:
     Attributes:
       file: the file.
       prompt: the prompt; None if unknown.
-      pictures: number of images in the file, 1 or 4.
+      num_images: number of images in the file, 1 or 4.
     """
 
     file: epath.Path
     prompt: str | None = None
-    pictures: int = 1
+    num_images: int = 1
 
     def read(self) -> Iterator[np.ndarray]:
         """Yields the images of the file, uint8 [H, W, 3] each.
@@ -42,10 +42,10 @@ class DrawnFile:
         Raises:
           UserError: the file is damaged, or cannot be split into four images.
         """
-        yield from cut(read_picture(self.file), self.pictures, self.file)
+        yield from cut(read_image(self.file), self.num_images, self.file)
 
 
-def picture_files(folder: epath.Path, flag: str) -> list[epath.Path]:
+def image_files(folder: epath.Path, flag: str) -> list[epath.Path]:
     """Lists all image files in a folder, at any depth, in the order of their names.
 
     Args:
@@ -75,19 +75,19 @@ def drawn_files(folder: epath.Path, prompts_file: epath.Path | None) -> list[Dra
       UserError: the folder has no image, images of some prompts are missing, the number of images is not a multiple of
         the number of prompts, or a metadata file is damaged.
     """
-    files = picture_files(folder, "pictures")
+    files = image_files(folder, "images")
     benchmark, num_images = _read_facts(folder)
     if benchmark in ("geneval", "positional_bias", "t2i_compbench"):
         files = [file for file in files if file.parent.name == "samples"]
         if not files:
             raise UserError(
-                f"--pictures={folder} has no image in a folder `samples`, where {benchmark} expects them: name the "
+                f"--images={folder} has no image in a folder `samples`, where {benchmark} expects them: name the "
                 "output folder of python -m lidit_jax.evaluate"
             )
         prompt_of = _prompt_from_name if benchmark == "t2i_compbench" else _prompt_from_metadata
         return [DrawnFile(file, prompt_of(file)) for file in files]
     if benchmark == "dpg_bench" and prompts_file is None:
-        return [DrawnFile(file, pictures=num_images) for file in files]
+        return [DrawnFile(file, num_images=num_images) for file in files]
     if benchmark == "dpg_bench":
         dpg_bench = open_benchmark(benchmark, prompts_file, num_images)
         names = [(dpg_bench.last_file(i), prompt) for i, prompt in enumerate(dpg_bench.prompts)]
@@ -121,7 +121,7 @@ def _assign_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: e
     prompts = open_benchmark("prompts", prompts_file, 1).prompts
     if len(files) % len(prompts):
         raise UserError(
-            f"--pictures={folder} has {len(files)} images, which is not a multiple of the {len(prompts)} prompts in "
+            f"--images={folder} has {len(files)} images, which is not a multiple of the {len(prompts)} prompts in "
             f"{prompts_file}: name the file that they were generated from"
         )
     per_prompt = len(files) // len(prompts)
@@ -153,7 +153,7 @@ def _require_files(folder: epath.Path, names: list[tuple[str, str]]) -> list[tup
     missing = [name for name, _ in names if not (folder / name).exists()]
     if missing:
         raise UserError(
-            f"--pictures={folder}: {len(missing)} of {len(names)} files are missing, such as {missing[0]}: name the "
+            f"--images={folder}: {len(missing)} of {len(names)} files are missing, such as {missing[0]}: name the "
             "prompts file that was used, or generate the rest with python -m lidit_jax.evaluate"
         )
     return [(folder / name, prompt) for name, prompt in names]

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from lidit_jax.data.dataset import spread
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
-from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.experiment import Experiment
-from lidit_jax.fidelity.drawn_folder import picture_files
+from lidit_jax.fidelity.drawn_folder import image_files
 from lidit_jax.fidelity.scores import Reference
 
 BATCH = 32  # batch size of the loader
@@ -28,10 +28,10 @@ def folder_reference(folder: epath.Path, count: int | None) -> Reference:
     Raises:
       UserError: the folder does not exist or contains no image.
     """
-    files = picture_files(folder, "reference")
+    files = image_files(folder, "reference")
     if count is not None:
         files = [files[i] for i in spread(len(files), count)]
-    return Reference(str(folder), len(files), map(read_picture, files))
+    return Reference(str(folder), len(files), map(read_image, files))
 
 
 def config_reference(config: ConfigDict, name: str, count: int) -> Reference:
@@ -54,11 +54,11 @@ def config_reference(config: ConfigDict, name: str, count: int) -> Reference:
             "data.source='precomputed' holds latents, no images to compare with: name the source of the images"
         )
 
-    def pictures() -> Iterator[np.ndarray]:
+    def images() -> Iterator[np.ndarray]:
         batches = dataset.batches(BATCH, config.seed, tokenize=None, with_captions=experiment.has_lidit)
         try:
-            yield from itertools.islice((picture for batch in batches for picture in batch["image"]), count)
+            yield from itertools.islice((image for batch in batches for image in batch["image"]), count)
         finally:
             batches.close()
 
-    return Reference(f"{name} {dataset.fingerprint}", count, pictures())
+    return Reference(f"{name} {dataset.fingerprint}", count, images())

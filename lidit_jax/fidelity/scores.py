@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 SCORES_FILE = "fidelity.json"
 BATCH = 32  # images per batch
-FACTS = ("pictures", "reference", "num_reference", "inception", "clip", "prompts_file")
+FACTS = ("images", "reference", "num_reference", "inception", "clip", "prompts_file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Reference:
     Attributes:
       name: name of the folder or data set, for the report.
       count: number of images.
-      pictures: uint8 [H, W, 3] each.
+      images: uint8 [H, W, 3] each.
     """
 
     name: str
     count: int
-    pictures: Iterable[np.ndarray]
+    images: Iterable[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class FidelityRequest:
     """Images to score, and the models to score them with.
 
     Attributes:
-      pictures: folder of images; see `drawn_folder.py`.
+      images: folder of images; see `drawn_folder.py`.
       out: folder for fidelity.json.
       reference: reference images of FID; None for no FID.
       inception: safetensors file of FID's network; required with `reference`.
@@ -56,7 +56,7 @@ class FidelityRequest:
       prompts_file: file of the prompts, if the folder of images does not store them.
     """
 
-    pictures: epath.Path
+    images: epath.Path
     out: epath.Path
     reference: Reference | None = None
     inception: epath.Path | None = None
@@ -80,17 +80,17 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
         raise UserError("nothing to score: give --inception=FILE for FID, --clip=FOLDER for the CLIP score, or both")
     if (request.inception is None) != (request.reference is None):
         raise UserError("FID needs --inception=FILE and either --reference=DIR or --config=FILE")
-    drawn = drawn_files(request.pictures, request.prompts_file)
-    count = sum(file.pictures for file in drawn)
+    drawn = drawn_files(request.images, request.prompts_file)
+    count = sum(file.num_images for file in drawn)
     if request.clip is not None and any(file.prompt is None for file in drawn):
         raise UserError(
-            f"--pictures={request.pictures} does not store the prompts, which --clip needs: give --prompts_file=FILE"
+            f"--images={request.images} does not store the prompts, which --clip needs: give --prompts_file=FILE"
         )
     if request.reference is not None and min(count, request.reference.count) < 2:
         raise UserError(
             f"FID needs at least 2 images and 2 reference images: there are {count} and {request.reference.count}"
         )
-    scores = _facts(request) | {"num_pictures": count}
+    scores = _facts(request) | {"num_images": count}
     if (found := read_claim(request.out, SCORES_FILE)) is not None:
         check_claim(request.out, "scores", found, scores, FACTS)
     fid = None if request.inception is None else FrechetDistance(load_network(request.inception))
@@ -98,7 +98,7 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
 
     _add_images(drawn, count, fid, clip)
     if fid is not None:
-        fid.add(_bar(request.reference.pictures, request.reference.count, "reading the reference"), real=True)
+        fid.add(_bar(request.reference.images, request.reference.count, "reading the reference"), real=True)
         _warn_if_few(min(count, request.reference.count), fid.num_features)
         scores["fid"] = fid.compute()
     if clip is not None:
@@ -140,18 +140,18 @@ class FrechetDistance:
         self._prepare, self.num_features = network.prepare, network.num_features
         self._metric = FrechetInceptionDistance(network).to(device())
 
-    def add(self, pictures: Iterable[np.ndarray], *, real: bool) -> None:
+    def add(self, images: Iterable[np.ndarray], *, real: bool) -> None:
         """Adds images to the statistics.
 
         Args:
-          pictures: uint8 [H, W, 3] each.
+          images: uint8 [H, W, 3] each.
           real: whether they belong to the reference.
         """
         import torch
 
-        for batch in _batches(pictures):
+        for batch in _batches(images):
             with torch.inference_mode():
-                self._metric.update(torch.stack([self._prepare(picture) for picture in batch]).to(device()), real=real)
+                self._metric.update(torch.stack([self._prepare(image) for image in batch]).to(device()), real=real)
 
     def compute(self) -> float:
         """Returns the FID of all images added so far, at least two of each set."""
@@ -181,16 +181,16 @@ class ClipScore:
         self._scores: list[float] = []
         self.num_truncated = 0
 
-    def add(self, pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> None:
+    def add(self, images: Sequence[np.ndarray], prompts: Sequence[str]) -> None:
         """Scores a batch of images.
 
         Args:
-          pictures: uint8 [H, W, 3] each.
+          images: uint8 [H, W, 3] each.
           prompts: the prompt of each image.
         """
         import torch
 
-        pixels = self._processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+        pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"]
         tokens = self._tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self._max_length, return_tensors="pt"
         )
@@ -208,13 +208,13 @@ class ClipScore:
 
 def _add_images(drawn: Sequence[DrawnFile], count: int, fid: FrechetDistance | None, clip: ClipScore | None) -> None:
     """Reads each image once and adds it to the scores that are computed."""
-    found = ((picture, file.prompt) for file in drawn for picture in file.read())
+    found = ((image, file.prompt) for file in drawn for image in file.read())
     for batch in _batches(_bar(found, count, "scoring")):
-        pictures, prompts = zip(*batch, strict=True)
+        images, prompts = zip(*batch, strict=True)
         if fid is not None:
-            fid.add(pictures, real=False)
+            fid.add(images, real=False)
         if clip is not None:
-            clip.add(pictures, prompts)
+            clip.add(images, prompts)
 
 
 def _batches(items: Iterable[Any]) -> Iterator[list[Any]]:
@@ -247,7 +247,7 @@ def _warn_if_few(count: int, num_features: int) -> None:
 def _facts(request: FidelityRequest) -> dict[str, Any]:
     """Returns the images and models of the scores as JSON values."""
     return {
-        "pictures": str(request.pictures),
+        "images": str(request.images),
         "reference": request.reference and request.reference.name,
         "num_reference": request.reference and request.reference.count,
         "inception": request.inception and _digest(request.inception),

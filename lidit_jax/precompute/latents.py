@@ -27,10 +27,10 @@ from lidit_jax.data.stored_features import FEATURES
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.files import write_json
+from lidit_jax.images import to_float
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, replicated
-from lidit_jax.pictures import to_pixels
 from lidit_jax.precompute.captions import CaptionEncoder
 from lidit_jax.weights.diffusers_vae import load_vae
 from lidit_jax.weights.digest import folder_digest
@@ -177,7 +177,7 @@ class _Encoder:
         self._params = jax.device_put(params, replicated(mesh))
 
         def moments(params, images):
-            posterior = model.apply({"params": params}, to_pixels(images), method=AutoencoderKL.encode)
+            posterior = model.apply({"params": params}, to_float(images), method=AutoencoderKL.encode)
             return jnp.concatenate([posterior.mean, posterior.logvar], axis=-1)
 
         self._moments = jax.jit(moments, out_shardings=self._sharding)

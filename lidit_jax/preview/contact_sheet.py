@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
-from lidit_jax.pictures import grid, save_png
+from lidit_jax.images import grid, save_png
 
 logger = logging.getLogger(__name__)
 

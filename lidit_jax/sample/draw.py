@@ -13,7 +13,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.export.read import load_exported
 from lidit_jax.files import read_text
-from lidit_jax.pictures import grid, save_png
+from lidit_jax.images import grid, save_png
 from lidit_jax.pipeline import Pipeline, SampleConfig
 from lidit_jax.text.encoders import truncated_prompts
 

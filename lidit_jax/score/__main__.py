@@ -1,4 +1,4 @@
-"""Scores generated images: `python -m lidit_jax.score --benchmark=geneval --pictures=DIR --out=OUT --detector=…`.
+"""Scores generated images: `python -m lidit_jax.score --benchmark=geneval --images=DIR --out=OUT --detector=…`.
 
 DIR holds the images that `python -m lidit_jax.evaluate`, or any other generator, wrote in the layout of the official
 scorer. The scoring models are transformers', in PyTorch. Writes to OUT results.json, with one result per image, and
@@ -33,7 +33,7 @@ SCORERS = {
 }
 
 _BENCHMARK = flags.DEFINE_string("benchmark", None, ", ".join(SCORERS))
-_PICTURES = flags.DEFINE_string("pictures", None, "folder of the generated images")
+_IMAGES = flags.DEFINE_string("images", None, "folder of the generated images")
 _OUT = flags.DEFINE_string("out", None, "folder for the results and the report")
 _DETECTOR = flags.DEFINE_string("detector", None, "object detector: a model's folder, or its name on the hub")
 _CLIP = flags.DEFINE_string("clip", None, "CLIP model that classifies colours: a folder, or a name on the hub")
@@ -49,7 +49,7 @@ def main() -> None:
     require_extra("scoring", "matplotlib", "torch", "transformers")
     request = ScoreRequest(
         benchmark=_BENCHMARK.value,
-        pictures=epath.Path(cli.require(_PICTURES.name)),
+        images=epath.Path(cli.require(_IMAGES.name)),
         out=epath.Path(cli.require(_OUT.name)),
         detector=_DETECTOR.value,
         clip=_CLIP.value,

@@ -19,10 +19,10 @@ from lidit_jax.errors import UserError
 from lidit_jax.evaluate.attributes import KINDS
 from lidit_jax.evaluate.benchmarks import T2ICompBench
 from lidit_jax.evaluate.noun_phrases import noun_phrases, splitter_name
-from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.score.detectors import load_detector
 from lidit_jax.score.report import Report
-from lidit_jax.score.results import ScoreRequest, open_results, require_pictures_folder
+from lidit_jax.score.results import ScoreRequest, open_results, require_images_folder
 from lidit_jax.score.spatial_rules import SpatialPrompt, parse_spatial, spatial_score
 from lidit_jax.score.vqa import load_blip
 
@@ -44,7 +44,7 @@ _NAME = re.compile(r"([^_]+)_(\d+)\.png")
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class GeneratedImage:
     """An image in samples/.
 
     Attributes:
@@ -57,7 +57,7 @@ class Picture:
 
 
 def score(request: ScoreRequest) -> Report:
-    """Scores the images in `request.pictures`/samples for one category.
+    """Scores the images in `request.images`/samples for one category.
 
     The category (color, shape, texture or spatial) is taken from the name of `request.file`, such as color_val.txt;
     without a file it is inferred from the prompts. If the file is given, all of its prompts must have images.
@@ -69,14 +69,14 @@ def score(request: ScoreRequest) -> Report:
       UserError: the images or the model's flag are missing, the category has no scorer here, or `request.out` has
         other results.
     """
-    pictures = find_pictures(require_pictures_folder(request))
+    images = find_images(require_images_folder(request))
     if request.file:
-        _check_complete(request.file, pictures)
-    category = category_of(request.file.name if request.file else None, [picture.prompt for picture in pictures])
-    return (_spatial if category == "spatial" else _attributes)(request, pictures, category)
+        _check_complete(request.file, images)
+    category = category_of(request.file.name if request.file else None, [image.prompt for image in images])
+    return (_spatial if category == "spatial" else _attributes)(request, images, category)
 
 
-def find_pictures(folder: epath.Path) -> list[Picture]:
+def find_images(folder: epath.Path) -> list[GeneratedImage]:
     """Lists the images in a folder's samples/, ordered by number.
 
     Raises:
@@ -87,11 +87,11 @@ def find_pictures(folder: epath.Path) -> list[Picture]:
     matches = [match for match in map(_NAME.fullmatch, names) if match]
     if not matches:
         raise UserError(
-            f"--pictures={folder} has no samples/PROMPT_000000.png: name a folder that python -m lidit_jax.evaluate "
+            f"--images={folder} has no samples/PROMPT_000000.png: name a folder that python -m lidit_jax.evaluate "
             "--benchmark=t2i_compbench wrote"
         )
     matches.sort(key=lambda match: (int(match[2]), match[1]))
-    return [Picture(match[0], match[1]) for match in matches]
+    return [GeneratedImage(match[0], match[1]) for match in matches]
 
 
 def category_of(file_name: str | None, prompts: Sequence[str]) -> str:
@@ -142,41 +142,41 @@ def attribute_score(
     return round(math.prod(scores), 4), dict(zip(phrases, scores, strict=True))
 
 
-def _attributes(request: ScoreRequest, pictures: list[Picture], category: str) -> Report:
+def _attributes(request: ScoreRequest, images: list[GeneratedImage], category: str) -> Report:
     model = load_blip(request.require("vqa"))
-    prompts = {picture.name: picture.prompt for picture in pictures}
+    prompts = {image.name: image.prompt for image in images}
 
-    def score_picture(name: str) -> dict[str, Any]:
-        picture = read_picture(request.pictures / "samples" / name)
-        value, phrases = attribute_score(prompts[name], lambda questions: model.yes_probabilities(picture, questions))
+    def score_image(name: str) -> dict[str, Any]:
+        image = read_image(request.images / "samples" / name)
+        value, phrases = attribute_score(prompts[name], lambda questions: model.yes_probabilities(image, questions))
         return {"score": value, "phrases": phrases}
 
     splitter = splitter_name()
     if splitter == "rules":
         logger.info("finding noun phrases by rules: spaCy's en_core_web_sm, the official model, is not installed")
-    files = [request.pictures / "samples" / name for name in prompts]
+    files = [request.images / "samples" / name for name in prompts]
     with open_results(request, files, ("vqa",), category=category, noun_phrases=splitter) as results:
-        scored = results.complete(list(prompts), score_picture)
+        scored = results.complete(list(prompts), score_image)
     return _report(category, [result["score"] for result in scored.values()], {"noun_phrases": splitter})
 
 
-def _spatial(request: ScoreRequest, pictures: list[Picture], category: str) -> Report:
+def _spatial(request: ScoreRequest, images: list[GeneratedImage], category: str) -> Report:
     detector = load_detector(request.require("detector"))
-    prompts = {picture.name: _parse_for_detector(picture.prompt, detector.classes) for picture in pictures}
+    prompts = {image.name: _parse_for_detector(image.prompt, detector.classes) for image in images}
 
-    def score_picture(name: str) -> dict[str, Any]:
-        picture = read_picture(request.pictures / "samples" / name)
-        found = detector(picture, 0.0)
-        return {"score": spatial_score(prompts[name], found, *picture.shape[:2])}
+    def score_image(name: str) -> dict[str, Any]:
+        image = read_image(request.images / "samples" / name)
+        found = detector(image, 0.0)
+        return {"score": spatial_score(prompts[name], found, *image.shape[:2])}
 
     unknown = {name for prompt in prompts.values() for name in (prompt.first, prompt.second)} - detector.classes
     if unknown:
         logger.info(
             "--detector=%s has no class for %s: their prompts score 0", request.detector, ", ".join(sorted(unknown))
         )
-    files = [request.pictures / "samples" / name for name in prompts]
+    files = [request.images / "samples" / name for name in prompts]
     with open_results(request, files, ("detector",), category=category) as results:
-        scored = results.complete(list(prompts), score_picture)
+        scored = results.complete(list(prompts), score_image)
     values = [result["score"] for result in scored.values()]
     return _report(category, values, {"objects_that_the_detector_lacks": sorted(unknown)})
 
@@ -209,7 +209,7 @@ def _possible_categories(prompt: str) -> set[str]:
     return {kind for kind, attributes in KINDS.items() if words & attributes}
 
 
-def _check_complete(file: epath.Path, pictures: list[Picture]) -> None:
+def _check_complete(file: epath.Path, images: list[GeneratedImage]) -> None:
     """Checks that the benchmark's list and the images have the same prompts.
 
     Raises:
@@ -217,7 +217,7 @@ def _check_complete(file: epath.Path, pictures: list[Picture]) -> None:
     """
     if not file.is_file():
         raise UserError(f"--file={file}: no such file; name the benchmark's list")
-    wanted, found = set(T2ICompBench(file, 1).prompts), {picture.prompt for picture in pictures}
+    wanted, found = set(T2ICompBench(file, 1).prompts), {image.prompt for image in images}
     for prompts, problem, remedy in (
         (wanted - found, "of its prompts have no image", "generate the rest"),
         (found - wanted, "prompts of the images are not in it", "name the list that they were generated from"),

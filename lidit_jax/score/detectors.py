@@ -57,11 +57,11 @@ class Detector(Protocol):
 
     classes: frozenset[str]
 
-    def __call__(self, picture: np.ndarray, min_score: float = 0.0) -> list[Detection]:
+    def __call__(self, image: np.ndarray, min_score: float = 0.0) -> list[Detection]:
         """Returns the objects with a score above `min_score`, by descending score.
 
         Args:
-          picture: uint8 [H, W, 3].
+          image: uint8 [H, W, 3].
           min_score: from 0 to 1.
         """
 
@@ -98,18 +98,18 @@ class Mask2Former:
         self._labels = _labels(self._model.config.id2label)
         self.classes = frozenset(self._labels.values())
 
-    def __call__(self, picture: np.ndarray, min_score: float = 0.0) -> list[Detection]:
+    def __call__(self, image: np.ndarray, min_score: float = 0.0) -> list[Detection]:
         import torch
 
         with torch.inference_mode():
-            pixels, resized = self._prepare(picture)
+            pixels, resized = self._prepare(image)
             outputs = self._model(pixel_values=pixels)
             found = instances(
                 outputs.class_queries_logits[0],
                 outputs.masks_queries_logits[0],
                 tuple(pixels.shape[2:]),
                 resized,
-                picture.shape[:2],
+                image.shape[:2],
                 min_score,
             )
         return [
@@ -118,7 +118,7 @@ class Mask2Former:
             if label in self._labels
         ]
 
-    def _prepare(self, picture: np.ndarray) -> tuple[Any, tuple[int, int]]:
+    def _prepare(self, image: np.ndarray) -> tuple[Any, tuple[int, int]]:
         """Resizes, normalises and pads an image.
 
         Returns:
@@ -127,8 +127,8 @@ class Mask2Former:
         import torch
         import torch.nn.functional as F
 
-        size = detector_size(*picture.shape[:2])
-        pixels = torch.from_numpy(np.ascontiguousarray(picture)).to(device()).permute(2, 0, 1)[None].float()
+        size = detector_size(*image.shape[:2])
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device()).permute(2, 0, 1)[None].float()
         # OpenCV's bilinear resizing, as in mmdetection: no antialiasing, and the result is rounded to integers.
         pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False).round()
         mean, std = (torch.from_numpy(value).to(device())[:, None, None] for value in (self._mean, self._std))
@@ -148,14 +148,14 @@ class BoxDetector:
         self._labels = _labels(self._model.config.id2label)
         self.classes = frozenset(self._labels.values())
 
-    def __call__(self, picture: np.ndarray, min_score: float = 0.0) -> list[Detection]:
+    def __call__(self, image: np.ndarray, min_score: float = 0.0) -> list[Detection]:
         import torch
 
         with torch.inference_mode():
-            inputs = self._processor(images=Image.fromarray(picture), return_tensors="pt").to(device())
+            inputs = self._processor(images=Image.fromarray(image), return_tensors="pt").to(device())
             outputs = self._model(**inputs)
             [found] = self._processor.post_process_object_detection(
-                outputs, threshold=min_score, target_sizes=[picture.shape[:2]]
+                outputs, threshold=min_score, target_sizes=[image.shape[:2]]
             )
         detections = [
             Detection(self._labels[label], score, tuple(box))

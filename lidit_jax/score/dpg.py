@@ -20,10 +20,10 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut
-from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.score.dpg_questions import Questions, read_questions
 from lidit_jax.score.report import Report
-from lidit_jax.score.results import ScoreRequest, open_results, require_pictures_folder
+from lidit_jax.score.results import ScoreRequest, open_results, require_images_folder
 from lidit_jax.score.vqa import is_yes, load_vqa
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def score(request: ScoreRequest) -> Report:
-    """Scores the images in `request.pictures` by the questions in `request.questions`.
+    """Scores the images in `request.images` by the questions in `request.questions`.
 
     As in the official script, a category's score uses the last image of each prompt only, and counts an answer whatever
     the answers to the question's parents. `details` has the category scores over all images.
@@ -43,18 +43,18 @@ def score(request: ScoreRequest) -> Report:
     Raises:
       UserError: images, questions or model are missing, or `request.out` has other results.
     """
-    files = _find_pictures(require_pictures_folder(request))
+    files = _find_images(require_images_folder(request))
     prompts, first = read_questions(request.require("questions"))
     prompts, files = _prompts_to_score(request, prompts, files)
-    per_file = _pictures_per_file(request.pictures)
+    per_file = _images_per_file(request.images)
     model = load_vqa(request.require("vqa"))
 
     def ask(name: str) -> list[list[str]]:
         questions = [question.text for question in prompts[name].values()]
-        cells = cut(read_picture(files[name]), per_file, files[name])
+        cells = cut(read_image(files[name]), per_file, files[name])
         return [model.answers(cell, questions) for cell in cells]
 
-    facts = {"questions": _questions_digest(prompts), "pictures_per_file": per_file}
+    facts = {"questions": _questions_digest(prompts), "images_per_file": per_file}
     with open_results(request, list(files.values()), ("vqa",), **facts) as results:
         answers = results.complete(list(files), ask, unit="prompt")
     right = {
@@ -67,7 +67,7 @@ def score(request: ScoreRequest) -> Report:
 # --- the rules --------------------------------------------------------------------------------------------------
 
 
-def picture_score(questions: Questions, right: Mapping[int, bool]) -> float:
+def image_score(questions: Questions, right: Mapping[int, bool]) -> float:
     """Returns the share of questions that count: those answered "yes" all of whose parents count.
 
     As in the official script, questions are visited in the file's order, so a parent that stands later in the file is
@@ -108,7 +108,7 @@ def category_scores(
 # --- images -----------------------------------------------------------------------------------------------------
 
 
-def _find_pictures(folder: epath.Path) -> dict[str, epath.Path]:
+def _find_images(folder: epath.Path) -> dict[str, epath.Path]:
     """Returns prompt's id -> image file.
 
     Raises:
@@ -117,14 +117,14 @@ def _find_pictures(folder: epath.Path) -> dict[str, epath.Path]:
     files = [file for file in sorted(folder.iterdir(), key=str) if file.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(
-            f"--pictures={folder} has no ID.png: name a folder that python -m lidit_jax.evaluate --benchmark=dpg_bench "
+            f"--images={folder} has no ID.png: name a folder that python -m lidit_jax.evaluate --benchmark=dpg_bench "
             "wrote"
         )
     found: dict[str, epath.Path] = {}
     for file in files:
         name = file.name.split(".")[0]
         if name in found:
-            raise UserError(f"--pictures={folder} has {found[name].name} and {file.name} for one prompt: remove one")
+            raise UserError(f"--images={folder} has {found[name].name} and {file.name} for one prompt: remove one")
         found[name] = file
     return found
 
@@ -147,7 +147,7 @@ def _prompts_to_score(
     kept = sorted(set(prompts) & set(files) - broken)
     if not kept:
         raise UserError(
-            f"--questions={request.questions} has no questions about the images in {request.pictures}: name the "
+            f"--questions={request.questions} has no questions about the images in {request.images}: name the "
             "benchmark's dpg_bench.csv"
         )
     for names, problem in (
@@ -160,7 +160,7 @@ def _prompts_to_score(
     return {name: prompts[name] for name in kept}, {name: files[name] for name in kept}
 
 
-def _pictures_per_file(folder: epath.Path) -> int:
+def _images_per_file(folder: epath.Path) -> int:
     """Returns the number of images in a file: 1 if `lidit_jax.evaluate` recorded that, else 4 as in dist_eval.sh."""
     try:
         noted = json.loads((folder / FACTS_FILE).read_text())["num_images"]
@@ -176,7 +176,7 @@ def _questions_digest(prompts: Mapping[str, Questions]) -> str:
 
 def _report(prompts: Mapping[str, Questions], right: Mapping[str, Sequence[Mapping[int, bool]]], first: str) -> Report:
     scores = {
-        name: float(np.mean([picture_score(prompts[name], answers) for answers in prompt_answers]))
+        name: float(np.mean([image_score(prompts[name], answers) for answers in prompt_answers]))
         for name, prompt_answers in right.items()
     }
     last = {name: prompt_answers[-1:] for name, prompt_answers in right.items()}
@@ -190,8 +190,8 @@ def _report(prompts: Mapping[str, Questions], right: Mapping[str, Sequence[Mappi
         details={
             "average_without_the_first_prompt": _percent(np.mean(others)) if others else None,
             "level_2": _percents(category_scores(prompts, last, broad=False)),
-            "level_1_of_all_pictures": _percents(category_scores(prompts, right, broad=True)),
-            "level_2_of_all_pictures": _percents(category_scores(prompts, right, broad=False)),
+            "level_1_of_all_images": _percents(category_scores(prompts, right, broad=True)),
+            "level_2_of_all_images": _percents(category_scores(prompts, right, broad=False)),
             "prompts": {name: _percent(value) for name, value in scores.items()},
         },
     )

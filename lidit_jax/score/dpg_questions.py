@@ -40,7 +40,7 @@ class Question:
         return self.category.split("-")[0].strip()
 
 
-# Number -> question, in the file's order: `dpg.picture_score` depends on it.
+# Number -> question, in the file's order: `dpg.image_score` depends on it.
 Questions = Mapping[int, Question]
 
 

@@ -20,11 +20,11 @@ from PIL import Image
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import open_benchmark
-from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.score.detectors import Detection, check_classes, load_detector
 from lidit_jax.score.load_model import device, load_model, load_processor
 from lidit_jax.score.report import Report
-from lidit_jax.score.results import ScoreRequest, open_results, require_pictures_folder
+from lidit_jax.score.results import ScoreRequest, open_results, require_images_folder
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +58,16 @@ class Prompt:
     Attributes:
       folder: its name.
       metadata: GenEval's, see `judge`.
-      pictures: file names of the images in its samples/.
+      images: file names of the images in its samples/.
     """
 
     folder: str
     metadata: Mapping[str, Any]
-    pictures: Sequence[str]
+    images: Sequence[str]
 
 
 def score(request: ScoreRequest) -> Report:
-    """Scores the images in `request.pictures` with the models `request.detector` and `request.clip`.
+    """Scores the images in `request.images` with the models `request.detector` and `request.clip`.
 
     If `request.file` is given, all of its prompts must have images.
 
@@ -75,24 +75,24 @@ def score(request: ScoreRequest) -> Report:
       UserError: the folder or a model is missing, the detector lacks a class of the prompts, an image or its metadata
         is damaged, or `request.out` has other results.
     """
-    prompts = read_prompts(require_pictures_folder(request))
+    prompts = read_prompts(require_images_folder(request))
     if request.file:
         _check_complete(request, prompts)
     detector = load_detector(request.require("detector"))
     clauses = [clause for prompt in prompts for clause in _clauses(prompt.metadata)]
     check_classes(detector, [coco_class(clause["class"]) for clause in clauses], request.detector)
     colors = ClipColors(request.require("clip"))
-    metadata = {f"{p.folder}/samples/{name}": p.metadata for p in prompts for name in p.pictures}
+    metadata = {f"{p.folder}/samples/{name}": p.metadata for p in prompts for name in p.images}
 
-    def score_picture(name: str) -> dict[str, Any]:
-        picture, asked = read_picture(request.pictures / name), metadata[name]
-        objects = objects_by_class(detector(picture, min_score(asked["tag"])), asked["tag"])
-        correct, reason = judge(asked, objects, lambda cls, found: colors(picture, cls, found))
+    def score_image(name: str) -> dict[str, Any]:
+        image, asked = read_image(request.images / name), metadata[name]
+        objects = objects_by_class(detector(image, min_score(asked["tag"])), asked["tag"])
+        correct, reason = judge(asked, objects, lambda cls, found: colors(image, cls, found))
         boxes = {cls: [[*map(float, d.box), d.score] for d in found] for cls, found in objects.items()}
         return {"correct": correct, "reason": reason, "objects": boxes}
 
-    with open_results(request, [request.pictures / name for name in metadata], ("detector", "clip")) as results:
-        scored = results.complete(list(metadata), score_picture)
+    with open_results(request, [request.images / name for name in metadata], ("detector", "clip")) as results:
+        scored = results.complete(list(metadata), score_image)
     return summary([(metadata[name], result["correct"]) for name, result in scored.items()])
 
 
@@ -222,10 +222,10 @@ def summary(results: Sequence[tuple[Mapping[str, Any], bool]]) -> Report:
         logger.warning("no images for %s: overall is the mean of the other tasks", ", ".join(missing))
     counts = {COLUMN_OF_TAG.get(tag, tag): len(by_tag[tag]) for tag in tags}
     details = {
-        "pictures": len(results),
+        "images": len(results),
         "prompts": len(by_prompt),
-        "right_pictures": float(np.mean([correct for _, correct in results])),
-        "prompts_with_a_right_picture": float(np.mean([any(correct) for correct in by_prompt.values()])),
+        "right_images": float(np.mean([correct for _, correct in results])),
+        "prompts_with_a_right_image": float(np.mean([any(correct) for correct in by_prompt.values()])),
     }
     return Report(
         "geneval",
@@ -247,17 +247,17 @@ class ClipColors:
         self._tokenizer = load_processor("AutoTokenizer", "clip", name)
         self._classifiers: dict[str, Any] = {}
 
-    def __call__(self, picture: np.ndarray, name: str, objects: Sequence[Detection]) -> list[str]:
+    def __call__(self, image: np.ndarray, name: str, objects: Sequence[Detection]) -> list[str]:
         """Returns each object's colour, one of COLORS.
 
         Args:
-          picture: uint8 [H, W, 3].
+          image: uint8 [H, W, 3].
           name: the objects' class, as the prompt names it.
           objects: in the image.
         """
         import torch
 
-        crops = [cut_out(picture, one) for one in objects]
+        crops = [cut_out(image, one) for one in objects]
         with torch.inference_mode():
             pixels = self._processor(images=crops, return_tensors="pt").to(device())["pixel_values"]
             features = _normalized(self._model.get_image_features(pixel_values=pixels).pooler_output)
@@ -277,11 +277,11 @@ class ClipColors:
         return self._classifiers[name]
 
 
-def cut_out(picture: np.ndarray, one: Detection) -> Image.Image:
+def cut_out(image: np.ndarray, one: Detection) -> Image.Image:
     """Crops an image to an object's box; if it has a mask, pixels outside of the mask become grey."""
     if one.mask is not None:
-        picture = np.where(one.mask[..., None], picture, np.uint8(BACKGROUND))
-    return Image.fromarray(picture).crop(one.box)
+        image = np.where(one.mask[..., None], image, np.uint8(BACKGROUND))
+    return Image.fromarray(image).crop(one.box)
 
 
 def _normalized(features: Any) -> Any:
@@ -318,11 +318,11 @@ def _read_prompt(folder: epath.Path) -> Prompt:
         _check_metadata(metadata)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({' '.join(str(error).split())}): generate it again") from None
-    pictures = sorted(path.name for path in samples.iterdir()) if samples.is_dir() else []
-    pictures = [name for name in pictures if re.fullmatch(r"\d+\.png", name)]
-    if not pictures:
+    images = sorted(path.name for path in samples.iterdir()) if samples.is_dir() else []
+    images = [name for name in images if re.fullmatch(r"\d+\.png", name)]
+    if not images:
         raise UserError(f"{samples}: no image in it: generate the images again")
-    return Prompt(folder.name, metadata, pictures)
+    return Prompt(folder.name, metadata, images)
 
 
 def _check_metadata(metadata: Any) -> None:
@@ -374,6 +374,6 @@ def _check_complete(request: ScoreRequest, prompts: Sequence[Prompt]) -> None:
     found = collections.Counter(prompt.metadata["prompt"] for prompt in prompts)
     if wanted != found:
         raise UserError(
-            f"--pictures={request.pictures} has {(wanted & found).total()} of the {wanted.total()} prompts of "
+            f"--images={request.images} has {(wanted & found).total()} of the {wanted.total()} prompts of "
             f"{request.file}, and {(found - wanted).total()} others: generate the rest, or leave --file out"
         )

@@ -15,11 +15,11 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.adjective_pairs import METADATA_FILE, SAMPLES, Pair, read_pairs
-from lidit_jax.evaluate.read_picture import read_picture
+from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.score.eval_extra import png_of
 from lidit_jax.score.quarters import QUARTER_NAMES, QUARTERS, interval_by_quarter, mean_by_quarter, mean_over_prompts
 from lidit_jax.score.report import Report
-from lidit_jax.score.results import ScoreRequest, open_results, require_pictures_folder
+from lidit_jax.score.results import ScoreRequest, open_results, require_images_folder
 from lidit_jax.score.vqa import load_blip
 
 logger = logging.getLogger(__name__)
@@ -54,19 +54,19 @@ def score(request: ScoreRequest) -> Report:
     Raises:
       UserError: there are no such images or model, or `request.out` has results of something else.
     """
-    pairs = _find_prompts(require_pictures_folder(request))
-    prompt_of = {f"{name}/{SAMPLES}/{file}": name for name in pairs for file in _samples(request.pictures / name)}
+    pairs = _find_prompts(require_images_folder(request))
+    prompt_of = {f"{name}/{SAMPLES}/{file}": name for name in pairs for file in _samples(request.images / name)}
     if not prompt_of:
         raise UserError(
-            f"--pictures={request.pictures} has no {next(iter(pairs))}/{SAMPLES}/0000.png: generate the images again"
+            f"--images={request.images} has no {next(iter(pairs))}/{SAMPLES}/0000.png: generate the images again"
         )
     model = load_blip(request.require("vqa"))
 
     def ask(name: str) -> list[float]:
         questions = [f"{pair.phrase}?" for pair in pairs[prompt_of[name]]]
-        return model.yes_probabilities(read_picture(request.pictures / name), questions)
+        return model.yes_probabilities(read_image(request.images / name), questions)
 
-    with open_results(request, [request.pictures / name for name in prompt_of], ("vqa",)) as results:
+    with open_results(request, [request.images / name for name in prompt_of], ("vqa",)) as results:
         scored = results.complete(list(prompt_of), ask)
     scores = [
         ScoredPair(value, position, len(values), pairs[prompt_of[name]][position].kind, int(prompt_of[name]))
@@ -163,7 +163,7 @@ def _find_prompts(folder: epath.Path) -> dict[str, list[Pair]]:
     names = [name for name in names if (folder / name / METADATA_FILE).exists()]
     if not names:
         raise UserError(
-            f"--pictures={folder} has no 00000/{METADATA_FILE}: name a folder that python -m lidit_jax.evaluate "
+            f"--images={folder} has no 00000/{METADATA_FILE}: name a folder that python -m lidit_jax.evaluate "
             "--benchmark=positional_bias wrote"
         )
     return {name: read_pairs(folder / name / METADATA_FILE) for name in names}

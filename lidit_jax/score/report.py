@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.files import finite, write_json
-from lidit_jax.pictures import save_png
+from lidit_jax.images import save_png
 from lidit_jax.score.eval_extra import png_of
 from lidit_jax.score.paper_results import table_1
 

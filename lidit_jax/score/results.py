@@ -28,7 +28,7 @@ class ScoreRequest:
 
     Attributes:
       benchmark: geneval, t2i_compbench, dpg_bench or positional_bias.
-      pictures: folder of images in the layout of the official scorer, as `lidit_jax.evaluate` writes it.
+      images: folder of images in the layout of the official scorer, as `lidit_jax.evaluate` writes it.
       out: folder for results and report.
       detector, clip, vqa: folders of models as transformers saves them, or their names on the hub.
       file: the benchmark's prompts, to check that all have images; its name can tell T2I-CompBench's category.
@@ -36,7 +36,7 @@ class ScoreRequest:
     """
 
     benchmark: str
-    pictures: epath.Path
+    images: epath.Path
     out: epath.Path
     detector: str | None = None
     clip: str | None = None
@@ -114,13 +114,13 @@ class ResultsFile:
 
 
 def open_results(
-    request: ScoreRequest, pictures: Sequence[epath.Path], models: Sequence[str], **more: Any
+    request: ScoreRequest, images: Sequence[epath.Path], models: Sequence[str], **more: Any
 ) -> ResultsFile:
     """Opens the results in `request.out` of these images by these models.
 
     Args:
       request: names the folders and the models.
-      pictures: files in `request.pictures`; results depend on their names and sizes, and on the facts that
+      images: files in `request.images`; results depend on their names and sizes, and on the facts that
         `lidit_jax.evaluate` recorded beside them.
       models: those of "detector", "clip" and "vqa" that the scorer uses; results depend on their weights.
       **more: further facts that results depend on, JSON-serialisable.
@@ -128,7 +128,7 @@ def open_results(
     Raises:
       UserError: see `ResultsFile`; or a model was not named or does not exist.
     """
-    facts = {"benchmark": request.benchmark, "pictures": _pictures_digest(request.pictures, pictures)}
+    facts = {"benchmark": request.benchmark, "images": _images_digest(request.images, images)}
     facts |= {name: folder_digest(model_folder(name, request.require(name))) for name in models}
     return ResultsFile(request.out, json.loads(json.dumps(facts | more)))
 
@@ -150,27 +150,25 @@ def _read_results(file: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     return results
 
 
-def _pictures_digest(folder: epath.Path, pictures: Sequence[epath.Path]) -> str:
+def _images_digest(folder: epath.Path, images: Sequence[epath.Path]) -> str:
     sha = hashlib.sha256()
     facts = folder / FACTS_FILE
     if facts.exists():
         sha.update(facts.read_bytes())
-    for picture in pictures:
+    for image in images:
         # Sizes, not contents, which would be read twice: images of two models never all have the same sizes in bytes.
-        sha.update(f"{picture.relative_to(folder)} {picture.stat().length}\n".encode("utf-8", "surrogateescape"))
+        sha.update(f"{image.relative_to(folder)} {image.stat().length}\n".encode("utf-8", "surrogateescape"))
     return sha.hexdigest()[:16]
 
 
-def require_pictures_folder(request: ScoreRequest) -> epath.Path:
+def require_images_folder(request: ScoreRequest) -> epath.Path:
     """Returns the folder of images.
 
     Raises:
       UserError: there is none.
     """
-    if not is_there(request.pictures):
-        raise UserError(
-            f"--pictures={request.pictures}: no such folder: generate images with python -m lidit_jax.evaluate"
-        )
-    if not request.pictures.is_dir():
-        raise UserError(f"--pictures={request.pictures} is a file: name the folder of the images")
-    return request.pictures
+    if not is_there(request.images):
+        raise UserError(f"--images={request.images}: no such folder: generate images with python -m lidit_jax.evaluate")
+    if not request.images.is_dir():
+        raise UserError(f"--images={request.images} is a file: name the folder of the images")
+    return request.images

@@ -27,11 +27,11 @@ MAX_NEW_TOKENS = 8
 class VqaModel(Protocol):
     """Answers questions about an image."""
 
-    def answers(self, picture: np.ndarray, questions: Sequence[str]) -> list[str]:
+    def answers(self, image: np.ndarray, questions: Sequence[str]) -> list[str]:
         """Returns one answer per question.
 
         Args:
-          picture: uint8 [H, W, 3].
+          image: uint8 [H, W, 3].
           questions: such as "Is the cat black?".
         """
 
@@ -102,11 +102,11 @@ class BlipVqa:
         if self._tokenizer.unk_token_id in (self._yes, self._no) or not 0 <= self._encode < text.vocab_size:
             raise UserError(f'--vqa={name}: its tokenizer is not BLIP\'s: it lacks "yes", "no" or the token [ENC]')
 
-    def yes_probabilities(self, picture: np.ndarray, questions: Sequence[str]) -> list[float]:
+    def yes_probabilities(self, image: np.ndarray, questions: Sequence[str]) -> list[float]:
         """Returns p(yes) / (p(yes) + p(no)) for each answer's first token, rounded to 4 decimals as officially.
 
         Args:
-          picture: uint8 [H, W, 3].
+          image: uint8 [H, W, 3].
           questions: such as "a red car?".
         """
         import torch
@@ -116,7 +116,7 @@ class BlipVqa:
         by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         probabilities = [0.0] * len(ids)
         with torch.inference_mode():
-            image_features = self._model.vision_model(pixel_values=self._pixels(picture))[0]
+            image_features = self._model.vision_model(pixel_values=self._pixels(image))[0]
             for _, same_length in itertools.groupby(by_length, key=lambda i: len(ids[i])):
                 for batch in _batches(list(same_length)):
                     answers = self._batch_probabilities(image_features, [ids[i] for i in batch])
@@ -124,16 +124,16 @@ class BlipVqa:
                         probabilities[i] = probability
         return probabilities
 
-    def answers(self, picture: np.ndarray, questions: Sequence[str]) -> list[str]:
+    def answers(self, image: np.ndarray, questions: Sequence[str]) -> list[str]:
         """Returns "yes" for each question if it is more likely than "no", else "no"."""
-        return ["yes" if p > 0.5 else "no" for p in self.yes_probabilities(picture, questions)]
+        return ["yes" if p > 0.5 else "no" for p in self.yes_probabilities(image, questions)]
 
-    def _pixels(self, picture: np.ndarray) -> Any:
+    def _pixels(self, image: np.ndarray) -> Any:
         """Resizes and normalises an image; returns a tensor [1, 3, side, side]."""
         import torch
 
         side = self._model.config.vision_config.image_size
-        resized = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC), np.float32)
+        resized = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC), np.float32)
         pixels = (resized / 255 - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
         return torch.from_numpy(pixels.transpose(2, 0, 1)[None]).to(device(), self._model.dtype)
 
@@ -169,7 +169,7 @@ class ViltVqa:
         self._processor = load_processor("AutoProcessor", "vqa", name)
         self._labels = self._model.config.id2label
 
-    def answers(self, picture: np.ndarray, questions: Sequence[str]) -> list[str]:
+    def answers(self, image: np.ndarray, questions: Sequence[str]) -> list[str]:
         """Returns the most likely label for each question."""
         import torch
 
@@ -177,7 +177,7 @@ class ViltVqa:
         with torch.inference_mode():
             for batch in _batches(questions):
                 inputs = self._processor(
-                    images=[Image.fromarray(picture)] * len(batch),
+                    images=[Image.fromarray(image)] * len(batch),
                     text=list(batch),
                     padding=True,
                     truncation=True,
@@ -204,7 +204,7 @@ class ChatVqa:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model = load_model("AutoModelForImageTextToText", "vqa", name)
 
-    def answers(self, picture: np.ndarray, questions: Sequence[str]) -> list[str]:
+    def answers(self, image: np.ndarray, questions: Sequence[str]) -> list[str]:
         """Returns the model's answers by greedy decoding, at most `MAX_NEW_TOKENS` tokens each."""
         import torch
 
@@ -216,7 +216,7 @@ class ChatVqa:
                     for question in batch
                 ]
                 inputs = self._processor(
-                    images=[[Image.fromarray(picture)]] * len(batch), text=texts, padding=True, return_tensors="pt"
+                    images=[[Image.fromarray(image)]] * len(batch), text=texts, padding=True, return_tensors="pt"
                 ).to(device(), self._model.dtype)
                 generated = self._model.generate(
                     **inputs,

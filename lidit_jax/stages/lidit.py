@@ -17,12 +17,12 @@ from lidit_jax.diffusion.losses import diffusion_loss
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.export.read import is_exported, load_params
+from lidit_jax.images import grid, to_float
 from lidit_jax.models.flops import FORWARD_AND_BACKWARD, lidit_forward, vae_encoder_forward
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, DiagonalGaussian, to_model_latents
 from lidit_jax.parallel.rules import ShardingRules, replicate, replicated
 from lidit_jax.parallel.watchdog import watched
-from lidit_jax.pictures import grid, to_pixels
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.stages.part import run_part
 from lidit_jax.text.encoders import PrecomputedEncoder, PromptEncoder, encode, text_work, tokenize
@@ -60,7 +60,7 @@ def lidit_task(
         if "moments" in batch:
             posterior = DiagonalGaussian.from_moments(batch["moments"])
         else:
-            pixels = to_pixels(batch["image"])
+            pixels = to_float(batch["image"])
             posterior = vae.apply({"params": replicate(frozen["vae"])}, pixels, method=AutoencoderKL.encode)
         latents = to_model_latents(posterior.sample(posterior_key), vae.config)
         latents = jax.lax.stop_gradient(latents)

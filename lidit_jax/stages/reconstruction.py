@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from lidit_jax.errors import UserError
 from lidit_jax.files import finite, write_json
+from lidit_jax.images import grid, save_png, to_float, to_uint8
 from lidit_jax.models.image_similarity import psnr, ssim
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.models.vae_training import ReconstructionEvaluation
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated
-from lidit_jax.pictures import grid, save_png, to_pictures, to_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -145,16 +145,16 @@ class Autoencoding:
         return self._model.apply({"params": params}, images, method=AutoencoderKL.encode)
 
     def _measure(self, params, images) -> LatentMoments:
-        return _latent_moments(self._encode(params, to_pixels(images)))
+        return _latent_moments(self._encode(params, to_float(images)))
 
     def _measure_and_reconstruct(self, params, images):
-        images = to_pixels(images)
+        images = to_float(images)
         posterior = self._encode(params, images)
         decoded = self._model.apply({"params": params}, posterior.mode(), method=AutoencoderKL.decode)
         return {
             "psnr": psnr(decoded, images),
             "ssim": ssim(decoded, images),
-            "image": to_pictures(decoded),
+            "image": to_uint8(decoded),
             "latents": _latent_moments(posterior),
         }
 

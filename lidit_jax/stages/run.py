@@ -64,7 +64,7 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
         if experiment.has_lidit and dataset.stored_prompts():
             dataset.check_features(experiment.stored_encoders())
     _check_start(experiment)
-    experiment.check_picture_sizes(dataset.smallest_side())
+    experiment.check_image_sizes(dataset.smallest_side())
     vae_stage = VAEStage(experiment, dataset)
     claim_workdir(workdir, config, write=jax.process_index() == 0)
     multihost_utils.sync_global_devices("claimed the workdir")

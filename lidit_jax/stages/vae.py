@@ -17,6 +17,7 @@ from lidit_jax.checkpoint import steps_taken
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.experiment import Experiment
+from lidit_jax.images import to_float
 from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
 from lidit_jax.models.image_similarity import psnr
 from lidit_jax.models.lpips import LPIPS
@@ -32,7 +33,6 @@ from lidit_jax.models.vae_loss import (
     with_gradient,
 )
 from lidit_jax.parallel.rules import ShardingRules, replicated
-from lidit_jax.pictures import to_pixels
 from lidit_jax.stages import reconstruction
 from lidit_jax.stages.part import on_host, run_part
 from lidit_jax.stages.reconstruction import Autoencoding, evaluate_reconstruction, is_evaluated
@@ -97,7 +97,7 @@ def vae_task(
         return params
 
     def loss(params, frozen, batch, key, phase):
-        images = to_pixels(batch["image"])
+        images = to_float(batch["image"])
         autoencode = functools.partial(model.apply, {"params": params["vae"]})
         posterior = autoencode(images, method=AutoencoderKL.encode)
         features = autoencode(posterior.sample(key), method=AutoencoderKL.decode_features)
@@ -198,7 +198,7 @@ class VAEStage:
         if self.to_train or not is_evaluated(experiment.workdir, self._facts()):
             if not experiment.data.holds_out:
                 logger.info("vae: evaluated on training images, because none are held out (data.held_out_shards=0)")
-            self.images = self.evaluation_data.pictures(self.evaluation.num_images)
+            self.images = self.evaluation_data.images(self.evaluation.num_images)
 
     def run(self, mesh: Mesh, rules: ShardingRules) -> None:
         """Trains and evaluates the VAE, as far as that is still to be done."""

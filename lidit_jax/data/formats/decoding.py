@@ -32,7 +32,7 @@ _TO_UPRIGHT = {
 }
 
 
-class BrokenPicture(Exception):
+class BrokenImage(Exception):
     """An image that cannot be used; the message gives the reason in a few words."""
 
 
@@ -40,11 +40,11 @@ def read_size(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
     """Returns the height and width of the image that `decode` would return, from the header alone.
 
     Raises:
-      BrokenPicture: the file is not a PNG, JPEG or WebP, its header is damaged, or it has more than `max_pixels`.
+      BrokenImage: the file is not a PNG, JPEG or WebP, its header is damaged, or it has more than `max_pixels`.
     """
-    picture = _open(file, max_pixels)
-    width, height = picture.size
-    return (width, height) if _orientation(picture) in _TRANSPOSED_ORIENTATIONS else (height, width)
+    image = _open(file, max_pixels)
+    width, height = image.size
+    return (width, height) if _orientation(image) in _TRANSPOSED_ORIENTATIONS else (height, width)
 
 
 def decode(
@@ -65,24 +65,24 @@ def decode(
       uint8 [H, W, 3].
 
     Raises:
-      BrokenPicture: as for `read_size`, or the data are damaged, or the size is not the expected one.
+      BrokenImage: as for `read_size`, or the data are damaged, or the size is not the expected one.
     """
-    size, orientation, picture = _upright_jpeg_size(data, max_pixels), 1, None
+    size, orientation, image = _upright_jpeg_size(data, max_pixels), 1, None
     if size is None:
-        picture = _open(io.BytesIO(data), max_pixels)
-        orientation = _orientation(picture)
-        size = picture.size if orientation in _TRANSPOSED_ORIENTATIONS else picture.size[::-1]
+        image = _open(io.BytesIO(data), max_pixels)
+        orientation = _orientation(image)
+        size = image.size if orientation in _TRANSPOSED_ORIENTATIONS else image.size[::-1]
     if expected is not None and size != tuple(expected):
-        raise BrokenPicture("changed since it was indexed")
-    if picture is None or picture.format == "JPEG" and picture.mode in ("RGB", "L"):
+        raise BrokenImage("changed since it was indexed")
+    if image is None or image.format == "JPEG" and image.mode in ("RGB", "L"):
         return np.ascontiguousarray(_TO_UPRIGHT[orientation](_decode_jpeg(data, at_least, orientation)))
     try:
-        picture.load()
-        rgb = _to_rgb(picture)
+        image.load()
+        rgb = _to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise anything from struct.error to IndexError on damaged data
-        raise BrokenPicture("damaged image") from error
+        raise BrokenImage("damaged image") from error
     return np.ascontiguousarray(_TO_UPRIGHT[orientation](np.array(rgb)))
 
 
@@ -97,7 +97,7 @@ def _upright_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
     if colors not in ("YCbCr", "RGB", "Gray"):
         return None
     if height * width > max_pixels:
-        raise BrokenPicture("too many pixels")
+        raise BrokenImage("too many pixels")
     return height, width
 
 
@@ -124,31 +124,31 @@ def _decode_jpeg(data: bytes, at_least: tuple[int, int] | None, orientation: int
     try:
         return simplejpeg.decode_jpeg(data, "RGB", **scaling)
     except ValueError as error:
-        raise BrokenPicture("damaged image") from error
+        raise BrokenImage("damaged image") from error
 
 
 def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
     try:
-        picture = Image.open(file, formats=_FORMATS)
+        image = Image.open(file, formats=_FORMATS)
     except Image.DecompressionBombError as error:
-        raise BrokenPicture("too many pixels") from error
+        raise BrokenImage("too many pixels") from error
     except (MemoryError, UserError):  # the file cannot be read; not the image's fault
         raise
     except Exception as error:  # as in `decode`
-        raise BrokenPicture("unreadable image") from error
-    if picture.width * picture.height > max_pixels:
-        raise BrokenPicture("too many pixels")
-    if not picture.width * picture.height:
-        raise BrokenPicture("unreadable image")
-    return picture
+        raise BrokenImage("unreadable image") from error
+    if image.width * image.height > max_pixels:
+        raise BrokenImage("too many pixels")
+    if not image.width * image.height:
+        raise BrokenImage("unreadable image")
+    return image
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation, 1 to 8, from what `Image.open` read.
 
     `getexif` would decode a whole PNG to look for EXIF data at its end.
     """
-    encoded = picture.info.get("exif")
+    encoded = image.info.get("exif")
     if not encoded:
         return 1
     exif = Image.Exif()
@@ -160,21 +160,21 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):
-        return _from_16_bits(picture)
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return picture.convert("RGB")
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _from_16_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
 
 
-def _from_16_bits(picture: Image.Image) -> Image.Image:
+def _from_16_bits(image: Image.Image) -> Image.Image:
     """Scales 16-bit grey to 8 bits; Pillow would clip it at 255."""
-    grey = np.asarray(picture).astype(np.int64)
+    grey = np.asarray(image).astype(np.int64)
     scaled = (np.clip(grey, 0, 65535) + 128) // 257
-    transparent = picture.info.get("transparency")
+    transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         scaled[grey == transparent] = 255
     return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")

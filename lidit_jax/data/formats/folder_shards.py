@@ -16,7 +16,7 @@ from lidit_jax.data.formats.shards import (
     Sample,
     Unusable,
     captions_of,
-    check_picture,
+    check_image,
     class_name,
     names_digest,
     parse_json,
@@ -25,7 +25,7 @@ from lidit_jax.data.formats.shards import (
 from lidit_jax.errors import UserError
 
 _CAPTION_FILES = (".jsonl", ".csv", ".parquet")
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 # Names of the column with the image file: first the one of Hugging Face's ImageFolder, then other common ones.
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
 
@@ -88,17 +88,17 @@ class FolderShards:
                 raise Unusable("text over 1 MiB")
             if CLASS_FIELD in values and isinstance(values[CLASS_FIELD], int | str):
                 texts[CLASS_FIELD] = class_name(values[CLASS_FIELD], self._class_names)
-            return Sample(name, captions_of(texts), values, self._picture(name))
+            return Sample(name, captions_of(texts), values, self._image(name))
         except Unusable as reason:
             return reason
 
-    def _picture(self, name: str) -> io.BytesIO:
+    def _image(self, name: str) -> io.BytesIO:
         inside = os.path.normpath(name)
         if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
             raise Unusable("file outside the folder")
         path = os.path.join(self._folder, inside)
         try:
-            check_picture(os.path.getsize(path))
+            check_image(os.path.getsize(path))
             with open(path, "rb") as file:
                 return io.BytesIO(file.read())
         except (OSError, ValueError) as error:
@@ -122,7 +122,7 @@ def _class_rows(folder: str) -> list[bytes]:
             continue
         name = os.path.relpath(directory, folder)
         for file in sorted(files):
-            if file.lower().endswith(_PICTURES):
+            if file.lower().endswith(_IMAGES):
                 row = {FILE_COLUMNS[0]: os.path.join(name, file), CLASS_FIELD: name.split(os.sep)[0]}
                 rows.append(json.dumps(row).encode())
     if not rows:

@@ -16,7 +16,7 @@ from lidit_jax.data.formats.shards import (
     Sample,
     Unusable,
     captions_of,
-    check_picture,
+    check_image,
     class_name,
     decode_text,
     names_digest,
@@ -160,13 +160,13 @@ class TfdsShards:
         """
         self._name, self._split, self._data_dir = name, split, data_dir
         builder, info = self._builder
-        pictures, labels = _image_and_label_features(info)
-        if image_key and image_key not in pictures or len(pictures) != 1 and not image_key:
+        images, labels = _image_and_label_features(info)
+        if image_key and image_key not in images or len(images) != 1 and not image_key:
             raise UserError(
-                f"data set {name!r} has the images {', '.join(sorted(pictures)) or '(none)'}: "
+                f"data set {name!r} has the images {', '.join(sorted(images)) or '(none)'}: "
                 "name one with --config.data.image_key"
             )
-        self._image_key = image_key or pictures.pop()
+        self._image_key = image_key or images.pop()
         self._labels = labels
         self.settings = self._image_key
         self.paths = (str(builder.data_path / re.sub(r"[^\w.+-]", "_", split)),)
@@ -238,19 +238,19 @@ def _import_tfds():
 def _image_and_label_features(info) -> tuple[set[str], dict[str, tuple[str, ...]]]:
     """Returns the names of the image features, and {name: class names} of the class labels."""
     tfds = _import_tfds()
-    pictures, labels = set(), {}
+    images, labels = set(), {}
 
     def visit(features: Mapping[str, Any], prefix: str) -> None:
         for name, feature in features.items():
             if isinstance(feature, tfds.features.Image):
-                pictures.add(prefix + name)
+                images.add(prefix + name)
             elif isinstance(feature, tfds.features.ClassLabel):
                 labels[prefix + name] = tuple(feature.names or ())
             elif isinstance(feature, tfds.features.FeaturesDict):
                 visit(feature, f"{prefix}{name}/")
 
     visit(info.features, "")
-    return pictures, labels
+    return images, labels
 
 
 def _nested(path: str, value: Any) -> dict[str, Any]:
@@ -293,11 +293,11 @@ def make_sample(key: str, values: Mapping[str, Any], image_key: str, class_names
       Unusable: there is no image, a text is not UTF-8, or a class has no name.
     """
     values = dict(values)
-    picture = values.pop(image_key, None)
-    if not isinstance(picture, bytes):
+    image = values.pop(image_key, None)
+    if not isinstance(image, bytes):
         names = ", ".join(sorted(values))
         raise Unusable(f"no feature {image_key!r} (there are {names})"[:200])
-    check_picture(len(picture))
+    check_image(len(image))
     texts, metadata = {}, {}
     for name, value in values.items():
         if isinstance(value, int) and name in _LABELS and class_names:
@@ -310,4 +310,4 @@ def make_sample(key: str, values: Mapping[str, Any], image_key: str, class_names
             texts[name] = value
         else:
             metadata[name] = value
-    return Sample(key, captions_of(texts), metadata, io.BytesIO(picture))
+    return Sample(key, captions_of(texts), metadata, io.BytesIO(image))

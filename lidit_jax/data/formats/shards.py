@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 MAX_TEXT_BYTES = 1 << 20
-MAX_PICTURE_BYTES = 1 << 28
+MAX_IMAGE_BYTES = 1 << 28
 # Caption field that holds the class name, for data sets with classes.
 CLASS_FIELD = "class"
 # Fields that img2dataset adds to a sample's json; they are never captions.
@@ -21,14 +21,14 @@ class Sample(NamedTuple):
       key: name of the sample, for messages.
       captions: {field: text}, stripped and not empty.
       metadata: further values.
-      picture: the encoded image, positioned at its start. While scanning it reads lazily: reading the header of the
+      image: the encoded image, positioned at its start. While scanning it reads lazily: reading the header of the
         image reads no more of the file than that.
     """
 
     key: str
     captions: dict[str, str]
     metadata: dict[str, Any]
-    picture: BinaryIO
+    image: BinaryIO
 
 
 class Unusable(Exception):
@@ -140,9 +140,9 @@ def names_digest(names: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] if names else ""
 
 
-def check_picture(size: int) -> None:
+def check_image(size: int) -> None:
     """Raises Unusable if an encoded image of `size` bytes is empty or too large."""
     if not size:
         raise Unusable("empty image")
-    if size > MAX_PICTURE_BYTES:
+    if size > MAX_IMAGE_BYTES:
         raise Unusable("image file over 256 MiB")

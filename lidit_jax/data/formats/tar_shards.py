@@ -15,13 +15,13 @@ from lidit_jax.data.formats import tar_headers
 from lidit_jax.data.formats.files import File, RangeReader, find_files, open_file
 from lidit_jax.data.formats.shards import (
     CLASS_FIELD,
-    MAX_PICTURE_BYTES,
+    MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
     Place,
     Sample,
     Unusable,
     captions_of,
-    check_picture,
+    check_image,
     class_name,
     decode_text,
     names_digest,
@@ -29,9 +29,9 @@ from lidit_jax.data.formats.shards import (
 )
 from lidit_jax.errors import UserError
 
-_PICTURES = ("png", "jpg", "jpeg", "webp")
+_IMAGES = ("png", "jpg", "jpeg", "webp")
 _TEXTS = ("txt", "json", "cls")
-MAX_SAMPLE_BYTES = MAX_PICTURE_BYTES + 4 * MAX_TEXT_BYTES
+MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES + 4 * MAX_TEXT_BYTES
 _CHANGED = "changed since the tar was indexed"
 
 
@@ -120,12 +120,12 @@ class TarShards:
             return reason
 
     def _sample(self, file: File, key: str, files: dict[str, tar_headers.Member], path: str = "") -> Sample:
-        picture = next((files[extension] for extension in _PICTURES if extension in files), None)
-        if picture is None:
+        image = next((files[extension] for extension in _IMAGES if extension in files), None)
+        if image is None:
             raise Unusable("no image")
         if not all(member.complete for member in files.values()):
             raise Unusable("truncated file")
-        check_picture(picture.size)
+        check_image(image.size)
         texts = {extension: _read_text(file, files[extension]) for extension in _TEXTS if extension in files}
         metadata = parse_json(texts["json"]) if "json" in texts else {}
         values = dict(metadata)
@@ -134,9 +134,9 @@ class TarShards:
         if "cls" in texts:
             values[CLASS_FIELD] = class_name(decode_text(texts["cls"]), self._class_names)
         if isinstance(file, _Bytes):
-            encoded = io.BytesIO(file.read(picture.offset, picture.size))
+            encoded = io.BytesIO(file.read(image.offset, image.size))
         else:
-            encoded = io.BufferedReader(_Region(file, path, picture.offset, picture.size))
+            encoded = io.BufferedReader(_Region(file, path, image.offset, image.size))
         return Sample(key, captions_of(values), metadata, encoded)
 
 
@@ -149,7 +149,7 @@ class _SampleFiles:
 
     @property
     def has_image_and_text(self) -> bool:
-        return any(extension in self.files for extension in _PICTURES) and any(text in self.files for text in _TEXTS)
+        return any(extension in self.files for extension in _IMAGES) and any(text in self.files for text in _TEXTS)
 
 
 def _group_files(
@@ -182,7 +182,7 @@ def _group_files(
         folder, slash, name = member.name.rpartition("/")
         stem, _, extension = name.partition(".")
         extension = extension.lower()
-        if not stem or extension not in _PICTURES + _TEXTS:
+        if not stem or extension not in _IMAGES + _TEXTS:
             continue
         key = folder + slash + stem
         if current is None or key != current.key:

@@ -147,19 +147,19 @@ class IndexedDataset(Dataset):
             if not isinstance(example, BrokenExample)
         ]
 
-    def pictures(self, count: int) -> list[np.ndarray]:
+    def images(self, count: int) -> list[np.ndarray]:
         if self.holds_latents:
             raise UserError("data.source='precomputed' holds latents, no images: name the source of the images")
-        pictures = []
+        images = []
         for index in spread(len(self.source), count):
             [example] = self.source.load([index], self.buckets[self.bucket_of_example[index]])
             if isinstance(example, BrokenExample):
                 logger.warning("%s; left out", example)
             else:
-                pictures.append(example["image"])
-        if not pictures:
+                images.append(example["image"])
+        if not images:
             raise UserError(f"none of the {len(self.source)} images can be read: check the data files")
-        return pictures
+        return images
 
     def _loader(
         self, assembler: Assembler, batch_size: int, first: int, process_index: int, process_count: int

@@ -272,8 +272,8 @@ def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, An
             continue
         (start, end), sample = found
         try:
-            height, width = decoding.read_size(sample.picture, facts["max_pixels"])
-        except decoding.BrokenPicture as error:
+            height, width = decoding.read_size(sample.image, facts["max_pixels"])
+        except decoding.BrokenImage as error:
             broken[str(error)] += 1
             continue
         key = sample.key.encode("utf-8", "replace").decode()  # file names need not be UTF-8

@@ -10,7 +10,7 @@ from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.formats.shards import Sample, Shards, Unusable
 from lidit_jax.data.indexed.index import MAX_PIXELS, ExaminedShard
 from lidit_jax.data.indexed.shared_array import SharedArray
-from lidit_jax.data.sources import BrokenExample, Example, Source, no_samples_error, read_picture, without_image
+from lidit_jax.data.sources import BrokenExample, Example, Source, decode_to_bucket, no_samples_error, without_image
 
 
 class IndexedSource(Source):
@@ -65,7 +65,7 @@ class IndexedSource(Source):
 
     def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[Example | BrokenExample]:
         return [
-            sample if isinstance(sample, BrokenExample) else self._with_picture(index, sample, bucket)
+            sample if isinstance(sample, BrokenExample) else self._with_image(index, sample, bucket)
             for index, sample in zip(indices, self._read(indices), strict=True)
         ]
 
@@ -84,7 +84,7 @@ class IndexedSource(Source):
             for (shard, start, _), sample in zip(places, read, strict=True)
         ]
 
-    def _with_picture(self, index: int, sample: Sample, bucket: Bucket | None) -> Example | BrokenExample:
+    def _with_image(self, index: int, sample: Sample, bucket: Bucket | None) -> Example | BrokenExample:
         size = tuple(self._sizes.array[index].tolist())
-        image = read_picture(sample.key, sample.picture.read(), self._max_pixels, size, bucket)
+        image = decode_to_bucket(sample.key, sample.image.read(), self._max_pixels, size, bucket)
         return image if isinstance(image, BrokenExample) else without_image(sample) | {"image": image}

@@ -131,8 +131,8 @@ class StreamedDataset(Dataset):
         found = self._spread(count)
         return [choosers[source](entry.sample.captions, rng) for source, entry in found]
 
-    def pictures(self, count: int) -> list[np.ndarray]:
-        pictures = []
+    def images(self, count: int) -> list[np.ndarray]:
+        images = []
         for source, entry in self._spread(count):
             reader = self._readers[source]
             [reread] = reader.read_again([(entry.epoch, *entry.place)])
@@ -140,10 +140,10 @@ class StreamedDataset(Dataset):
             if example is None or isinstance(example, BrokenExample):
                 logger.warning("example %r: %s; left out", entry.sample.key, example or "can no longer be read")
             else:
-                pictures.append(example["image"])
-        if not pictures:
+                images.append(example["image"])
+        if not images:
             raise UserError("none of the images can be read: check the data files")
-        return pictures
+        return images
 
     def _spread(self, count: int) -> list[tuple[int, Entry]]:
         """Returns (source, entry) of up to `count` of the first samples, evenly spaced."""
@@ -226,7 +226,7 @@ def _read_first_samples(reader: SampleReader) -> tuple[list[Entry], ReadStatisti
             place, sample = found
             fields.update(sample.captions.keys())
             keys.update(sample.metadata.keys())
-            entry = reader.check(0, (shard, *place), sample, statistics, with_picture=False)
+            entry = reader.check(0, (shard, *place), sample, statistics, with_image=False)
             if entry is not None:
                 kept.append(entry)
                 if len(kept) == _MAX_SAMPLES_KEPT // len(shards):

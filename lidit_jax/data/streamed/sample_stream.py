@@ -20,7 +20,7 @@ from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.shards import Sample, Unusable
 from lidit_jax.data.formats.tar_shards import MAX_SAMPLE_BYTES, TarShards
 from lidit_jax.data.indexed.index import MAX_PIXELS
-from lidit_jax.data.sources import BrokenExample, Example, read_picture, without_image
+from lidit_jax.data.sources import BrokenExample, Example, decode_to_bucket, without_image
 from lidit_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class SampleReader:
         place: tuple[int, int, int],
         sample: Sample,
         statistics: ReadStatistics,
-        with_picture: bool = True,
+        with_image: bool = True,
     ) -> Entry | None:
         """Checks a sample.
 
@@ -108,26 +108,26 @@ class SampleReader:
           place: shard, first byte and end.
           sample: the sample, with its image at the start.
           statistics: updated with the reason for leaving the sample out.
-          with_picture: if False, read only the header of the image.
+          with_image: if False, read only the header of the image.
 
         Returns:
           The entry, or None for a sample to leave out.
         """
         try:
-            size = decoding.read_size(sample.picture, self.max_pixels)
-        except decoding.BrokenPicture as error:
+            size = decoding.read_size(sample.image, self.max_pixels)
+        except decoding.BrokenImage as error:
             statistics.broken.append((self.shards.paths[place[0]], str(error)))
             return None
         reason = first_reason(Candidate(sample.captions, sample.metadata, *size), self.filters)
         if reason is not None:
             statistics.dropped[reason] += 1
             return None
-        num_bytes = sample.picture.seek(0, io.SEEK_END)
+        num_bytes = sample.image.seek(0, io.SEEK_END)
         if num_bytes > _BYTES_PER_PIXEL * size[0] * size[1] + _EXTRA_BYTES:  # it would wait in memory
             statistics.broken.append((self.shards.paths[place[0]], "image file far larger than its pixels"))
             return None
-        sample.picture.seek(0)
-        sample = sample._replace(picture=io.BytesIO(sample.picture.read() if with_picture else b""))
+        sample.image.seek(0)
+        sample = sample._replace(image=io.BytesIO(sample.image.read() if with_image else b""))
         return Entry(epoch, place, int(assign(np.array([size]), self.buckets)[0]), size, sample)
 
     def load(self, entry: Entry, bucket: Bucket | None) -> Example | BrokenExample:
@@ -135,7 +135,7 @@ class SampleReader:
         sample = entry.sample
         if bucket is None:
             return without_image(sample)
-        image = read_picture(sample.key, sample.picture.getvalue(), self.max_pixels, entry.size, bucket)
+        image = decode_to_bucket(sample.key, sample.image.getvalue(), self.max_pixels, entry.size, bucket)
         return image if isinstance(image, BrokenExample) else without_image(sample) | {"image": image}
 
     def read_again(self, entries: Sequence["BufferedPlace"]) -> list[Entry | None]:

@@ -46,12 +46,12 @@ _FONT_FILES = (
 )
 
 
-def to_pixels(images: jax.Array) -> jax.Array:
+def to_float(images: jax.Array) -> jax.Array:
     """Converts images to the range of the models: uint8 [B, H, W, 3] -> float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_pictures(images: jax.Array) -> jax.Array:
+def to_uint8(images: jax.Array) -> jax.Array:
     """Converts model outputs to images: float32, clipped to [-1, 1] -> uint8."""
     return jnp.clip(jnp.round(images * 127.5 + 127.5), 0, 255).astype(jnp.uint8)
 

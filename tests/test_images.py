@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from lidit_jax import pictures
+from lidit_jax import images
 from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.errors import UserError
-from lidit_jax.pictures import grid, save_png, wrap
+from lidit_jax.images import grid, save_png, wrap
 
 ANY_CHARACTER = st.characters(codec=None, exclude_categories=())
 
@@ -31,7 +31,7 @@ def enlarged(image: np.ndarray, factor: int) -> np.ndarray:
 # --- grid -------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_enlarged_exactly_and_stand_in_reading_order():
+def test_images_are_enlarged_exactly_and_stand_in_reading_order():
     images = [random_image(8, 6, seed) for seed in range(5)]
     sheet = np.asarray(grid(images, columns=3, scale=4, gap=10))
     assert sheet.shape == (10 + 2 * (32 + 10), 10 + 3 * (24 + 10), 3)
@@ -40,7 +40,7 @@ def test_pictures_are_enlarged_exactly_and_stand_in_reading_order():
         np.testing.assert_array_equal(sheet[top : top + 32, left : left + 24], enlarged(image, 4))
 
 
-def test_pictures_of_different_sizes_share_the_scale_and_stand_in_the_middle_at_the_bottom():
+def test_images_of_different_sizes_share_the_scale_and_stand_in_the_middle_at_the_bottom():
     small, large = random_image(4, 8), random_image(12, 10)
     sheet = np.asarray(grid([small, large], columns=2, scale=2, gap=6))
     assert sheet.shape == (6 + 24 + 6, 6 + 20 + 6 + 20 + 6, 3)
@@ -49,7 +49,7 @@ def test_pictures_of_different_sizes_share_the_scale_and_stand_in_the_middle_at_
 
 
 @pytest.mark.parametrize(("side", "scale"), [(32, 5), (64, 2), (100, 1), (512, 1)])
-def test_small_pictures_are_enlarged_and_large_ones_keep_their_size(side, scale):
+def test_small_images_are_enlarged_and_large_ones_keep_their_size(side, scale):
     assert grid([random_image(side, side)], gap=0).size == (side * scale, side * scale)
 
 
@@ -58,7 +58,7 @@ def test_a_sheet_is_about_square(count, columns):
     assert grid([random_image(8, 8)] * count, scale=1, gap=0).width == columns * 8
 
 
-def test_captions_are_drawn_below_their_picture_and_within_their_cell():
+def test_captions_are_drawn_below_their_image_and_within_their_cell():
     image = np.full((32, 32, 3), 255, np.uint8)
     captions = ["a red circle left of a blue square", "word " * 100, ""]
     plain, captioned = (np.asarray(grid([image] * 3, texts, columns=3)) for texts in (["", "", ""], captions))
@@ -139,16 +139,16 @@ def only_fonts(monkeypatch):
     """Returns a function that sets the font files of the system, in addition to Pillow's built-in font."""
 
     def set_fonts(*files):
-        monkeypatch.setattr(pictures, "_system_font_files", lambda: tuple((str(file), 0) for file in files))
-        pictures._fonts.cache_clear()
-        pictures._warn_about_missing_font.cache_clear()
+        monkeypatch.setattr(images, "_system_font_files", lambda: tuple((str(file), 0) for file in files))
+        images._fonts.cache_clear()
+        images._warn_about_missing_font.cache_clear()
 
     yield set_fonts
-    pictures._fonts.cache_clear()
+    images._fonts.cache_clear()
 
 
 def drawn(text: str) -> str:
-    return pictures._drawable(text, pictures._fonts(13))
+    return images._drawable(text, images._fonts(13))
 
 
 @pytest.mark.parametrize(
@@ -181,11 +181,11 @@ def test_the_packages_font_has_every_ideograph_and_syllable_of_the_national_stan
     cells = (bytes([lead, trail]).decode(codec, "ignore") for lead in leads for trail in range(0xA1, 0xFF))
     standard = {ord(character) for character in cells if character}
     assert len(standard) > 2300
-    assert not standard - TTFont(pictures._OWN_FONT).getBestCmap().keys()
+    assert not standard - TTFont(images._OWN_FONT).getBestCmap().keys()
 
 
 def test_the_packages_font_comes_with_its_licence_and_stays_small():
-    folder = pictures._OWN_FONT.parent
+    folder = images._OWN_FONT.parent
     assert "SIL OPEN FONT LICENSE Version 1.1" in (folder / "OFL.txt").read_text()
     assert sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) < 3_000_000
 
@@ -229,8 +229,8 @@ def test_a_font_that_has_the_characters_draws_them(only_fonts, tmp_path):
 
     only_fonts(tmp_path / "red.ttf")
     assert drawn("a ☃☃ heart") == "a ☃☃ heart"
-    own, _, red = pictures._fonts(13)
-    assert pictures._runs("a ☃☃ b", (own, red)) == [(own, "a "), (red, "☃☃"), (own, " b")]
+    own, _, red = images._fonts(13)
+    assert images._runs("a ☃☃ b", (own, red)) == [(own, "a "), (red, "☃☃"), (own, " b")]
     sheet = np.asarray(grid([np.full((32, 32, 3), 255, np.uint8)], ["☃☃"]))
     dark = (sheet[12 + 160 + 2 :] < 100).all(axis=-1)
     # Two boxes, each 0.8 x 0.7 of the font size of 13 px.
@@ -240,20 +240,20 @@ def test_a_font_that_has_the_characters_draws_them(only_fonts, tmp_path):
 def test_files_that_are_not_fonts_are_passed_over(only_fonts, tmp_path):
     (tmp_path / "broken.ttf").write_bytes(b"not a font")
     only_fonts(tmp_path / "broken.ttf", tmp_path / "absent.ttf")
-    assert len(pictures._fonts(13)) == 2
-    assert isinstance(pictures._fonts(13)[0], ImageFont.FreeTypeFont)
+    assert len(images._fonts(13)) == 2
+    assert isinstance(images._fonts(13)[0], ImageFont.FreeTypeFont)
 
 
 def test_without_fontconfig_fonts_are_still_looked_for(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert pictures._match_font("sans-serif") is None
+    assert images._match_font("sans-serif") is None
 
 
 # --- saving -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make_path", [str, epath.Path, os.fspath], ids=["str", "epath", "fspath"])
-def test_saved_pictures_read_back_and_leave_nothing_beside_them(tmp_path, make_path):
+def test_saved_images_read_back_and_leave_nothing_beside_them(tmp_path, make_path):
     image = random_image(9, 7)
     target = tmp_path / "new" / "folder" / "sheet.png"
     save_png(image, make_path(target))
@@ -262,7 +262,7 @@ def test_saved_pictures_read_back_and_leave_nothing_beside_them(tmp_path, make_p
     assert os.listdir(target.parent) == ["sheet.png"]
 
 
-def test_a_failed_write_keeps_the_old_picture_and_no_leftovers(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_image_and_no_leftovers(tmp_path, monkeypatch):
     target = tmp_path / "sheet.png"
     save_png(random_image(9, 7), target)
     before = target.read_bytes()
@@ -278,7 +278,7 @@ def test_a_failed_write_keeps_the_old_picture_and_no_leftovers(tmp_path, monkeyp
     assert os.listdir(tmp_path) == ["sheet.png"]
 
 
-def test_pictures_are_written_to_a_bucket_under_their_own_name(tmp_path, monkeypatch):
+def test_images_are_written_to_a_bucket_under_their_own_name(tmp_path, monkeypatch):
     def local(path):
         return Path(os.fspath(path).replace("gs://bucket", str(tmp_path)))
 

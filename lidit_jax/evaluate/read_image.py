@@ -3,13 +3,13 @@
 import numpy as np
 from etils import epath
 
-from lidit_jax.data.formats.decoding import BrokenPicture, decode
+from lidit_jax.data.formats.decoding import BrokenImage, decode
 from lidit_jax.errors import UserError
 
 MAX_PIXELS = 1 << 28  # largest accepted image: a 2x2 grid of 8192 x 8192 pixels each
 
 
-def read_picture(file: epath.Path) -> np.ndarray:
+def read_image(file: epath.Path) -> np.ndarray:
     """Reads an image file.
 
     Returns:
@@ -20,7 +20,7 @@ def read_picture(file: epath.Path) -> np.ndarray:
     """
     try:
         return decode(file.read_bytes(), MAX_PIXELS)
-    except BrokenPicture as error:
+    except BrokenImage as error:
         raise UserError(f"{file} is damaged ({error}): replace it") from error
     except OSError as error:
         raise UserError(f"{file} can't be read ({error.strerror or error}): replace it") from error
