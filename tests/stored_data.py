@@ -17,7 +17,7 @@ COUNT = 14
 CLASSES = ("cat", "dog")
 
 
-def image(i: int) -> np.ndarray:
+def numbered_image(i: int) -> np.ndarray:
     return np.full((40, 40 + 20 * (i % 2), 3), 10 * i % 250, np.uint8)
 
 
@@ -30,7 +30,7 @@ def write_tars(folder: pathlib.Path, count: int = COUNT, shards: int = 2) -> pat
     for shard in range(shards):
         files = {}
         for i in range(shard, count, shards):
-            files |= {f"{i:03}.png": encode(image(i)), f"{i:03}.txt": caption(i).encode()}
+            files |= {f"{i:03}.png": encode(numbered_image(i)), f"{i:03}.txt": caption(i).encode()}
             files |= {f"{i:03}.json": json.dumps({"score": i, "license": "free"}).encode()}
         write_tar(folder / f"{shard:05}.tar", files)
     return folder
@@ -46,7 +46,7 @@ def write_array_records(folder: pathlib.Path, texts: bool = True) -> pathlib.Pat
         for i in range(shard, COUNT, 2):
             example = tf_example_pb2.Example()
             feature = example.features.feature
-            feature["image"].bytes_list.value.append(encode(image(i)))
+            feature["image"].bytes_list.value.append(encode(numbered_image(i)))
             feature["score"].float_list.value.append(i)
             if texts:
                 feature["caption"].bytes_list.value.append(caption(i).encode())
@@ -79,7 +79,7 @@ def write_tfds(folder: pathlib.Path, texts: bool = True) -> str:
             def _generate_examples(self):
                 for i in range(COUNT):
                     word = {"caption": caption(i)} if texts else {"label": i % 2}
-                    yield i, {"image": io.BytesIO(encode(image(i))), "score": i, **word}
+                    yield i, {"image": io.BytesIO(encode(numbered_image(i))), "score": i, **word}
 
     builder = Tiny(data_dir=folder, file_format="array_record")
     builder.download_and_prepare()
@@ -90,7 +90,7 @@ def write_folder(folder: pathlib.Path, kind: str) -> pathlib.Path:
     (folder / "images").mkdir(parents=True)
     rows = []
     for i in range(COUNT):
-        (folder / f"images/{i}.png").write_bytes(encode(image(i)))
+        (folder / f"images/{i}.png").write_bytes(encode(numbered_image(i)))
         rows.append({"file_name": f"images/{i}.png", "text": caption(i), "score": i})
     if kind == "jsonl":
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from stored_data import data_of, image
+from stored_data import data_of, numbered_image
 from test_tar_source import encode, write_tar
 
 from lidit_jax.data.open_dataset import open_dataset
@@ -10,7 +10,7 @@ from lidit_jax.errors import UserError
 
 
 def test_samples_that_are_split_or_repeated_are_counted_and_left_out(tmp_path):
-    png = encode(image(0))
+    png = encode(numbered_image(0))
     names = ["a.png", "a.txt", "b.png", "c.png", "c.txt", "b.txt", "a.png", "a.txt", "d.png", "d.txt", "d.txt"]
     with (tmp_path / "0.tar").open("wb") as file:
         for i, name in enumerate(names):
@@ -26,7 +26,7 @@ def test_samples_that_are_split_or_repeated_are_counted_and_left_out(tmp_path):
 def test_too_much_broken_input_stops_the_run(tmp_path, caplog):
     files = {}
     for i in range(1000):
-        files |= {f"{i:04}.png": encode(image(0)) if i < 700 else b"broken", f"{i:04}.txt": b"x"}
+        files |= {f"{i:04}.png": encode(numbered_image(0)) if i < 700 else b"broken", f"{i:04}.txt": b"x"}
     write_tar(tmp_path / "0.tar", files)
     with pytest.raises(UserError, match=r"300 of 1000 samples cannot be used \(unreadable image: 300\).*max_broken"):
         open_dataset(data_of("tar", tmp_path), 8)

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from etils import epath
 from hypothesis import given
-from vqa_models import image, save_blip, save_vilt
+from vqa_models import random_image, save_blip, save_vilt
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate import noun_phrases
@@ -237,7 +237,7 @@ def request(folder, out, **more):
 
 def draw(folder, prompts):
     for number, prompt in enumerate(prompts):
-        save_png(image(number), epath.Path(folder) / "samples" / f"{prompt}_{number:06}.png")
+        save_png(random_image(number), epath.Path(folder) / "samples" / f"{prompt}_{number:06}.png")
     return folder
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import load_config, tiny_config
 from etils import epath
-from stored_data import CLASSES, COUNT, caption, data_of, image, write_array_records, write_tfds
+from stored_data import CLASSES, COUNT, caption, data_of, numbered_image, write_array_records, write_tfds
 from test_tar_source import encode, write_tar
 
 from lidit_jax.config import build
@@ -36,7 +36,7 @@ def test_every_kind_of_source_returns_the_same_images_and_captions(stored, kind)
         assert float(example["metadata"].get("score", example["captions"].get("score"))) == int(text.split()[1])
     assert sorted(found) == sorted(map(caption, range(COUNT)))
     for i in range(COUNT):
-        np.testing.assert_array_equal(found[caption(i)], image(i))
+        np.testing.assert_array_equal(found[caption(i)], numbered_image(i))
     assert set(dataset.captions(5, 0)) <= set(found)
 
 
@@ -60,10 +60,10 @@ def test_classes_become_captions_through_the_template(tmp_path, stored):
     for i in range(COUNT):
         path = tmp_path / f"classes/{CLASSES[i % 2]}"
         path.mkdir(parents=True, exist_ok=True)
-        (path / f"{i}.png").write_bytes(encode(image(i)))
+        (path / f"{i}.png").write_bytes(encode(numbered_image(i)))
     files = {}
     for i in range(COUNT):
-        files |= {f"{i:03}.png": encode(image(i)), f"{i:03}.cls": str(i % 2).encode()}
+        files |= {f"{i:03}.png": encode(numbered_image(i)), f"{i:03}.cls": str(i % 2).encode()}
     (tmp_path / "tar").mkdir()
     write_tar(tmp_path / "tar/0.tar", files)
     template = {"class_template": "a photo of {}"}
@@ -79,7 +79,7 @@ def test_classes_become_captions_through_the_template(tmp_path, stored):
 
 
 def test_broken_rows_of_a_folder_are_counted_by_reason(tmp_path):
-    (tmp_path / "good.png").write_bytes(encode(image(0)))
+    (tmp_path / "good.png").write_bytes(encode(numbered_image(0)))
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.png").write_text("no image")
     rows = [
@@ -144,7 +144,7 @@ def test_damaged_records_are_counted_and_other_files_rejected(tmp_path, stored):
         ({"source": "tar", "path": "nothing://bucket/x.tar"}, "cannot be read: Protocol not known"),
         ({"source": "tfds", "path": "no_such_set"}, "TFDS data set 'no_such_set'"),
         ({"source": "tfds", "split": "validation"}, "split 'validation'"),
-        ({"source": "tfds", "image_key": "image"}, "has the images image: name one with --config.data.image_key"),
+        ({"source": "tfds", "image_key": "photo"}, "has the images image: name one with --config.data.image_key"),
         ({"source": "array_record", "image_key": "jpg"}, r"no feature 'jpg' \(there are caption, image, score\)"),
         ({"source": "array_record", "path": "gs://bucket/x"}, "can only be read from a disk"),
         ({"source": "folder", "path": "{nowhere}"}, "does not exist"),

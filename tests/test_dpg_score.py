@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 from hypothesis import given
-from vqa_models import image, save_vilt
+from vqa_models import random_image, save_vilt
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import cut
@@ -217,7 +217,7 @@ def test_what_has_no_questions_or_no_image_is_left_out_and_said(images, tmp_path
     file = epath.Path(tmp_path / "more.csv")
     lost = ("lost", 1, "4", "entity (x)", "Is it?")
     file.write_text(table([*ROWS[:3], ("undrawn", 1, "0", "entity (x)", "Is it?"), lost]))
-    save_png(image(0), images / "lost.png")
+    save_png(random_image(0), images / "lost.png")
     report = score(request(images, tmp_path, vqa="any", questions=file))
     assert list(report.details["prompts"]) == ["0"]
     assert report.details["average_without_the_first_prompt"] is None
@@ -244,7 +244,7 @@ def test_what_does_not_fit_is_said(images, questions_file, tmp_path, yes_to_odd)
     empty.mkdir()
     with pytest.raises(UserError, match="has no ID.png"):
         score(request(empty, tmp_path, vqa="any", questions=questions_file))
-    save_png(image(0), empty / "other.png")
+    save_png(random_image(0), empty / "other.png")
     with pytest.raises(UserError, match="has no questions about the images"):
         score(request(empty, tmp_path, vqa="any", questions=questions_file))
     (images / "0.jpg").write_bytes(b"")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stored_data import CLASSES, COUNT, data_of, image, write_array_records, write_tars, write_tfds
+from stored_data import CLASSES, COUNT, data_of, numbered_image, write_array_records, write_tars, write_tfds
 from test_tar_source import encode, write_tar
 
 from lidit_jax.data.filters import Candidate, file_name_caption, url_caption
@@ -64,7 +64,7 @@ def test_class_numbers_without_a_name_are_unusable():
 
 
 def test_unused_columns_are_ignored(tmp_path):
-    (tmp_path / "a.png").write_bytes(encode(image(0)))
+    (tmp_path / "a.png").write_bytes(encode(numbered_image(0)))
     table = {
         "file_name": ["a.png"],
         "text": ["words"],
@@ -78,7 +78,7 @@ def test_unused_columns_are_ignored(tmp_path):
 
 
 def test_a_csv_field_that_is_too_long_is_counted(tmp_path):
-    (tmp_path / "a.png").write_bytes(encode(image(0)))
+    (tmp_path / "a.png").write_bytes(encode(numbered_image(0)))
     with (tmp_path / "x.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("file_name", "text"), ("a.png", "x" * ((1 << 20) + 1)), ("a.png", "words")])
     dataset = open_dataset(data_of("folder", tmp_path), 8)
@@ -121,7 +121,12 @@ def test_a_forged_index_is_rebuilt_also_if_texts_are_read(tmp_path, forge):
 
 def test_an_index_with_images_without_texts_is_reused(tmp_path, monkeypatch):
     """Images without texts are the last rows of the index."""
-    members = {"0.png": encode(image(0)), "1.png": encode(image(1)), "1.txt": b"words", "2.png": encode(image(2))}
+    members = {
+        "0.png": encode(numbered_image(0)),
+        "1.png": encode(numbered_image(1)),
+        "1.txt": b"words",
+        "2.png": encode(numbered_image(2)),
+    }
     write_tar(tmp_path / "0.tar", members)
     first = examine(TarShards(tmp_path))
     monkeypatch.setattr(TarShards, "scan", lambda self, shard: pytest.fail("scanned again"))
@@ -150,7 +155,7 @@ def test_a_shard_named_twice_is_read_once(tmp_path):
 
 def test_a_byte_order_mark_is_not_part_of_a_class_name(tmp_path):
     (tmp_path / "names.txt").write_bytes("\ufeffcat\ndog\n".encode())
-    write_tar(tmp_path / "0.tar", {"0.png": encode(image(0)), "0.cls": b"0"})
+    write_tar(tmp_path / "0.tar", {"0.png": encode(numbered_image(0)), "0.cls": b"0"})
     dataset = open_dataset(data_of("tar", tmp_path, class_names=str(tmp_path / "names.txt")), 8)
     assert dataset.source[0]["captions"] == {"class": "cat"}
 
@@ -160,7 +165,7 @@ def test_a_damaged_image_alone_in_its_bucket_is_replaced_from_another(tmp_path):
     data = encode(noise, "JPEG")
     members = {"wide.jpg": data[: len(data) * 2 // 3], "wide.txt": b"wide"}
     for i in range(20):
-        members |= {f"{i}.png": encode(image(0)), f"{i}.txt": b"square"}
+        members |= {f"{i}.png": encode(numbered_image(0)), f"{i}.txt": b"square"}
     write_tar(tmp_path / "0.tar", members)
     dataset = open_dataset(data_of("tar", tmp_path, max_aspect=4.0), 8)
     loader = dataset.batches(4, 0, None, with_captions=True)
@@ -174,7 +179,7 @@ def test_a_damaged_image_alone_in_its_bucket_is_replaced_from_another(tmp_path):
 def test_renamed_classes_are_noticed(tmp_path):
     for name in CLASSES:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "0.png").write_bytes(encode(image(0)))
+        (tmp_path / name / "0.png").write_bytes(encode(numbered_image(0)))
     first = open_dataset(data_of("folder", tmp_path), 8)
     (tmp_path / "cat").rename(tmp_path / "bird")
     second = open_dataset(data_of("folder", tmp_path), 8)

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stored_data import COUNT, caption, data_of, image, write_tars
+from stored_data import COUNT, caption, data_of, numbered_image, write_tars
 from test_tar_source import encode, write_tar
 
 from lidit_jax.data.formats.tar_shards import TarShards
@@ -32,7 +32,7 @@ def test_an_index_is_built_once_and_rebuilt_when_its_shard_changes(tmp_path, mon
     assert again.fingerprint == first.fingerprint
     np.testing.assert_array_equal(again.sizes(), first.sizes())
 
-    write_tar(folder / "00001.tar", {"9.png": encode(image(9)), "9.txt": b"nine"})
+    write_tar(folder / "00001.tar", {"9.png": encode(numbered_image(9)), "9.txt": b"nine"})
     changed = IndexedSource(TarShards(folder), examine(TarShards(folder)))
     assert (len(changed), changed[3]["captions"]) == (4, {"txt": "nine"})
     assert changed.fingerprint != first.fingerprint

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from vqa_models import WORDS, save_blip, save_llava, save_vilt
+from vqa_models import WORDS, random_image, save_blip, save_llava, save_vilt
 
 from lidit_jax.errors import UserError
 from lidit_jax.score.vqa import clean_question, is_yes, load_blip, load_vqa

@@ -9,7 +9,7 @@ _TEXT = """[PAD] [UNK] [CLS] [SEP] [MASK] yes no a an red blue green car apple c
 WORDS = _TEXT.split()
 
 
-def image(seed: int, height: int = 40, width: int = 56) -> np.ndarray:
+def random_image(seed: int, height: int = 40, width: int = 56) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 

@@ -33,7 +33,7 @@ _URL = re.compile(
 )
 _FILE_NAME = re.compile(r"[^/\n]*\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg|heic|psd|pdf|eps|ai|raw|cr2|nef|mp4|mov)", re.I)
 _CAMERA_NAME = re.compile(
-    r"(?:img|dsc[nf]?|pxl|p|dji|gopr|screenshot|image|photo|pict\u0075re|untitled)[\s_-]*[\d\s_-]*\d", re.I
+    r"(?:img|dsc[nf]?|pxl|p|dji|gopr|screenshot|image|photo|picture|untitled)[\s_-]*[\d\s_-]*\d", re.I
 )
 _TAG_SEPARATORS = re.compile(r"[,;|,、;]")
 _MAX_MATCHED_LENGTH = 1000  # characters; matching takes quadratic time, and no URL or file name is longer
