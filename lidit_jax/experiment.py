@@ -119,8 +119,8 @@ class Experiment:
             if not encoder.weights:
                 self._require_recipe(f"encoders.{name}", encoder)
 
-    def _require_recipe(self, where: str, part: EncoderConfig | VAEPartConfig) -> None:
-        if part.model is None or part.train is None and not self._only_shapes:
+    def _require_recipe(self, where: str, section: EncoderConfig | VAEPartConfig) -> None:
+        if section.model is None or section.train is None and not self._only_shapes:
             raise UserError(f"{where}.weights is empty: give --config.{where}.weights=FOLDER")
 
     @functools.cached_property
@@ -170,7 +170,7 @@ class Experiment:
             found["train"] = self.train
         return found
 
-    def cell(self) -> int:
+    def size_multiple(self) -> int:
         """Returns the pixels that both sides of an image must be multiples of: latent cell times patch size."""
         return self.vae_config.downsampling_factor * (self.model.config.patch_size if self.has_lidit else 1)
 
@@ -204,8 +204,8 @@ class Experiment:
     def vae_folder(self) -> epath.Path:
         return epath.Path(self.vae.weights or self.workdir / "vae")
 
-    def training_folder(self, part: str) -> epath.Path:
-        return self.workdir / "training" / part
+    def training_folder(self, name: str) -> epath.Path:
+        return self.workdir / "training" / name
 
     def prompt_tokenizer(self, tokenizer: Any) -> PromptTokenizer:
         text = self.text

@@ -193,11 +193,11 @@ class Pipeline:
 
     def check_size(self, height: int, width: int) -> None:
         """Raises UserError unless both sides are multiples of the latent cell times the patch size."""
-        cell = self.vae.config.downsampling_factor * self.model.config.patch_size
+        multiple = self.vae.config.downsampling_factor * self.model.config.patch_size
         for name, side in (("height", height), ("width", width)):
-            if side < cell or side % cell:
-                below = max(cell, side // cell * cell)
-                raise UserError(f"{name}={side} is not a multiple of {cell}: use {below} or {below + cell}")
+            if side < multiple or side % multiple:
+                below = max(multiple, side // multiple * multiple)
+                raise UserError(f"{name}={side} is not a multiple of {multiple}: use {below} or {below + multiple}")
 
     @functools.cached_property
     def _sample_program(self):

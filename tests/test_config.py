@@ -82,7 +82,7 @@ def test_an_experiment_builds_each_section_once(tmp_path, monkeypatch):
     experiment = Experiment(tiny_config(), epath.Path(tmp_path))
     before = sorted(built)
     assert len(before) == len(set(before)) and {"vae.model", "vae.train", "encoders.llama.train"} <= set(before)
-    experiment.trainings(), experiment.cell(), experiment.check_image_sizes(64)
+    experiment.trainings(), experiment.size_multiple(), experiment.check_image_sizes(64)
     assert dataclasses.is_dataclass(experiment.encoders["llama"].language_model)
     assert sorted(built) == before
 

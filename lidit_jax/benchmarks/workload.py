@@ -167,9 +167,11 @@ def from_config(
         config.train.accumulate = 1
         config.sample.batch_size = batch or config.sample.batch_size
     experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
-    side, cell, vae = experiment.data.resolution, experiment.cell(), experiment.vae_config
-    if side % cell:
-        raise UserError(f"--resolution={side} is not a multiple of {cell}: use {max(cell, side // cell * cell)}")
+    side, multiple, vae = experiment.data.resolution, experiment.size_multiple(), experiment.vae_config
+    if side % multiple:
+        raise UserError(
+            f"--resolution={side} is not a multiple of {multiple}: use {max(multiple, side // multiple * multiple)}"
+        )
     workload = Workload(
         model=experiment.model.config,
         schedule=experiment.schedule,

@@ -112,7 +112,7 @@ def compile_step(
 
 def _buckets(experiment: Experiment, only: str) -> list[Bucket]:
     """Returns the square bucket and the last, which is the most extreme, or only the requested one."""
-    buckets = experiment.data.buckets(experiment.cell())
+    buckets = experiment.data.buckets(experiment.size_multiple())
     if only:
         found = [bucket for bucket in buckets if str(bucket) == only]
         if not found:

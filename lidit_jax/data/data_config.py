@@ -58,8 +58,8 @@ class DataConfig:
         bucket.
       max_aspect: largest ratio of the longer to the shorter side of a bucket; 1 makes all images square.
       bucket_multiple: number of pixels that divides both sides of every bucket; larger values give fewer buckets, and
-        so fewer shapes to compile. It must divide `resolution` and be a multiple of the cell (VAE down-sampling times
-        patch size); 0: the cell itself, which gives the most buckets.
+        so fewer shapes to compile. It must divide `resolution` and be a multiple of the size multiple (VAE down-sampling times
+        patch size); 0: the size multiple itself, which gives the most buckets.
       allow_enlarging: if False, drop images that are smaller than their bucket.
       captions: weight of each caption field (original and synthetic captions mixed); None: the default fields.
       class_template: text around the field "class", e.g. "a photo of {}"; "" for none.
@@ -182,30 +182,30 @@ class DataConfig:
             raise UserError("data.mixture: give every source a weight above 0, or none of them")
         return source_configs
 
-    def buckets(self, cell: int) -> tuple[Bucket, ...]:
+    def buckets(self, size_multiple: int) -> tuple[Bucket, ...]:
         """Returns the aspect-ratio buckets, by ascending aspect; see `make_buckets`.
 
         Args:
-          cell: pixels that both sides of every image must be multiples of (VAE down-sampling times patch size).
+          size_multiple: pixels that both sides of every image must be multiples of (VAE down-sampling times patch size).
 
         Raises:
           UserError: `bucket_multiple` cannot be used (the message lists the values that can), or no bucket fits.
         """
-        multiple = self.bucket_multiple or cell
+        multiple = self.bucket_multiple or size_multiple
         sizes = {
             size: make_buckets(self.resolution, size, self.max_aspect)
-            for size in range(cell, self.resolution + 1, cell)
+            for size in range(size_multiple, self.resolution + 1, size_multiple)
             if self.resolution % size == 0 and 1 <= self.max_aspect <= (self.resolution // size) ** 2
         }
         if not sizes:
-            return make_buckets(self.resolution, cell, self.max_aspect)  # raises the UserError
+            return make_buckets(self.resolution, size_multiple, self.max_aspect)  # raises the UserError
         if multiple not in sizes:
             choices = ", ".join(
                 f"{size} ({len(buckets)} bucket{'s' * (len(buckets) > 1)})" for size, buckets in sizes.items()
             )
             raise UserError(
                 f"data.bucket_multiple={multiple} does not work with data.resolution={self.resolution}, "
-                f"data.max_aspect={self.max_aspect:g} and cells of {cell} px: use one of {choices}"
+                f"data.max_aspect={self.max_aspect:g} and cells of {size_multiple} px: use one of {choices}"
             )
         return sizes[multiple]
 

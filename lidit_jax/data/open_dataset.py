@@ -25,12 +25,12 @@ from lidit_jax.data.streamed.sample_stream import SampleReader
 from lidit_jax.errors import UserError
 
 
-def open_dataset(config: DataConfig, cell: int, held_out: bool = False, with_captions: bool = True) -> Dataset:
+def open_dataset(config: DataConfig, size_multiple: int, held_out: bool = False, with_captions: bool = True) -> Dataset:
     """Opens the data and examines them: filters, buckets and broken samples.
 
     Args:
       config: the `data` section of a config.
-      cell: pixels that both sides of every image must be multiples of (VAE down-sampling times patch size).
+      size_multiple: pixels that both sides of every image must be multiples of (VAE down-sampling times patch size).
       held_out: open the samples held out from training instead of the training samples.
       with_captions: whether captions are trained on; an autoencoder does not use them.
 
@@ -39,8 +39,8 @@ def open_dataset(config: DataConfig, cell: int, held_out: bool = False, with_cap
         field that the config names, or the resolution has no buckets (`DataConfig.buckets`).
     """
     if not config.sequential:
-        return open_indexed_dataset(config, cell, held_out, with_captions)
-    buckets, source_configs = config.buckets(cell), _used_source_configs(config, held_out)
+        return open_indexed_dataset(config, size_multiple, held_out, with_captions)
+    buckets, source_configs = config.buckets(size_multiple), _used_source_configs(config, held_out)
     readers = (
         SampleReader(
             open_shards(source_config, held_out), buckets, tuple(make_filters(source_config, buckets, with_captions))
@@ -51,10 +51,10 @@ def open_dataset(config: DataConfig, cell: int, held_out: bool = False, with_cap
 
 
 def open_indexed_dataset(
-    config: DataConfig, cell: int, held_out: bool = False, with_captions: bool = True
+    config: DataConfig, size_multiple: int, held_out: bool = False, with_captions: bool = True
 ) -> IndexedDataset:
     """Opens the data as `open_dataset` does, with random access even if `config.sequential` is set."""
-    buckets, source_configs = config.buckets(cell), _used_source_configs(config, held_out)
+    buckets, source_configs = config.buckets(size_multiple), _used_source_configs(config, held_out)
     sources = (
         open_source(source_config, buckets, held_out, with_captions) for source_config in source_configs.values()
     )

@@ -48,7 +48,7 @@ def config_reference(config: ConfigDict, name: str, count: int) -> Reference:
       UserError: the config or its data cannot be used.
     """
     experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
-    dataset = open_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    dataset = open_dataset(experiment.data, experiment.size_multiple(), with_captions=experiment.has_lidit)
     if dataset.holds_latents:
         raise UserError(
             "data.source='precomputed' holds latents, no images to compare with: name the source of the images"

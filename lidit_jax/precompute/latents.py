@@ -71,7 +71,7 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
             f"--out={out}: ArrayRecord files can only be written to a local disk; name a local folder and copy it"
         )
     vae_config, params = load_vae(experiment.vae_folder())
-    dataset = open_indexed_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    dataset = open_indexed_dataset(experiment.data, experiment.size_multiple(), with_captions=experiment.has_lidit)
     logger.info("%s", dataset.summary())
     if with_features and not experiment.has_lidit:
         raise UserError("--features: the config trains a VAE alone and has no text encoders; leave --features out")

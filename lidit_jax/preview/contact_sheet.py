@@ -35,7 +35,7 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
     if num_images < 1:
         raise UserError(f"--num_images={num_images} must be at least 1")
     experiment = Experiment(config, out.parent)
-    dataset = open_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    dataset = open_dataset(experiment.data, experiment.size_multiple(), with_captions=experiment.has_lidit)
     if dataset.holds_latents:
         raise UserError("data.source='precomputed' holds latents, no images to show: name the source of the images")
     batch_size = experiment.batch_size() or PER_BATCH

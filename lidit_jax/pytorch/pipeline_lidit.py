@@ -405,11 +405,13 @@ class LIDiTPipeline(DiffusionPipeline):
     def _check_arguments(
         self, height: int, width: int, steps: int, num_images: int, output_type: str, callback_inputs: Sequence[str]
     ) -> None:
-        cell = self.vae_scale_factor * self.transformer.config.patch_size
+        multiple = self.vae_scale_factor * self.transformer.config.patch_size
         for name, side in (("height", height), ("width", width)):
-            if not isinstance(side, int) or side < cell or side % cell:
-                below = max(cell, side // cell * cell) if isinstance(side, int) else cell
-                raise ValueError(f"{name}={side!r:.40} is not a multiple of {cell}: use {below} or {below + cell}")
+            if not isinstance(side, int) or side < multiple or side % multiple:
+                below = max(multiple, side // multiple * multiple) if isinstance(side, int) else multiple
+                raise ValueError(
+                    f"{name}={side!r:.40} is not a multiple of {multiple}: use {below} or {below + multiple}"
+                )
         for name, value in (("num_inference_steps", steps), ("num_images_per_prompt", num_images)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r:.40} must be an integer of at least 1")

@@ -51,7 +51,7 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
     if experiment.has_lidit:
         check_model(mesh, experiment.model.config.hidden_size, experiment.model.config.num_heads)
         experiment.check_encoders()
-    dataset = open_dataset(experiment.data, experiment.cell(), with_captions=experiment.has_lidit)
+    dataset = open_dataset(experiment.data, experiment.size_multiple(), with_captions=experiment.has_lidit)
     if evaluation:
         check_evaluation(evaluation, experiment.data)
     for where, training in experiment.trainings().items():

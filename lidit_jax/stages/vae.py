@@ -191,7 +191,7 @@ class VAEStage:
             return
         if experiment.data.holds_out:
             self.evaluation_data = open_dataset(
-                experiment.data, experiment.cell(), held_out=True, with_captions=experiment.has_lidit
+                experiment.data, experiment.size_multiple(), held_out=True, with_captions=experiment.has_lidit
             )
         else:
             self.evaluation_data = dataset
