@@ -468,6 +468,6 @@ def test_a_run_on_streams_resumes_to_the_losses_of_one_that_never_stopped(traine
     assert "compiling" not in capsys.readouterr().err
     assert losses(tmp_path / "run") == whole + whole[4:]
     lines = (tmp_path / "run/training/lidit/metrics.jsonl").read_text().splitlines()
-    shares = [{key for key in json.loads(line) if key.startswith("group/")} for line in lines]
+    shares = [{key for key in json.loads(line) if key.startswith("bucket/")} for line in lines]
     assert all(shares)
     assert not list(folder.glob("*.index"))

@@ -92,7 +92,7 @@ class BatchStream(grain.DatasetIterator):
     def report(self) -> dict[str, float]:
         """Returns metrics for the log: share of each bucket since the last report, and samples left out so far."""
         batches = self._bucket_counts.total()
-        numbers = {f"group/{bucket}": count / batches for bucket, count in sorted(self._bucket_counts.items())}
+        numbers = {f"bucket/{bucket}": count / batches for bucket, count in sorted(self._bucket_counts.items())}
         self._bucket_counts.clear()
         for name, count in (("broken", self.broken), ("dropped", self.dropped)):
             if count:
