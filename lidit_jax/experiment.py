@@ -39,7 +39,7 @@ from lidit_jax.models.lpips import SMALLEST_SIDE
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.models.vae_tiling import smallest_tile
-from lidit_jax.models.vae_training import VAEPartConfig
+from lidit_jax.models.vae_training import VAESectionConfig
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, place, stored_shardings
 from lidit_jax.pipeline import Pipeline, SampleConfig
@@ -83,7 +83,7 @@ class Experiment:
                 raise UserError(f"config key {section} is missing")
         self.config, self.workdir = config, workdir
         self.data = build(DataConfig, config.data, "data")
-        self.vae = build(VAEPartConfig, config.vae, "vae")
+        self.vae = build(VAESectionConfig, config.vae, "vae")
         self._check_vae()
         if not self.has_lidit:
             return
@@ -119,7 +119,7 @@ class Experiment:
             if not encoder.weights:
                 self._require_recipe(f"encoders.{name}", encoder)
 
-    def _require_recipe(self, where: str, section: EncoderConfig | VAEPartConfig) -> None:
+    def _require_recipe(self, where: str, section: EncoderConfig | VAESectionConfig) -> None:
         if section.model is None or section.train is None and not self._only_shapes:
             raise UserError(f"{where}.weights is empty: give --config.{where}.weights=FOLDER")
 

@@ -179,7 +179,7 @@ def test_base_and_tuned_models_differ_in_their_documents_alone(tmp_path, monkeyp
             seen[task.name] = experiment.config.seed, training, facts["data"], next(stream)
         raise Recorded
 
-    monkeypatch.setattr(language_models, "run_part", record)
+    monkeypatch.setattr(language_models, "train_network", record)
     monkeypatch.setattr(language_models, "TOKENIZER_DOCUMENTS", 200)
     parts = Experiment(runs.parts_config(config), epath.Path(tmp_path))
     for name in FAMILIES:

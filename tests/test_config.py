@@ -17,7 +17,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.vae_config import VAEConfig
-from lidit_jax.models.vae_training import VAEPartConfig
+from lidit_jax.models.vae_training import VAESectionConfig
 from lidit_jax.print_config import format_config, paper_keys
 from lidit_jax.text.load_encoder import EncoderConfig
 from lidit_jax.train_config import TrainConfig
@@ -27,14 +27,14 @@ TRAIN = {"steps": 3, "batch_size": 8, "learning_rate": 1e-3}
 
 def test_sections_within_a_section_become_the_dataclasses_of_its_fields():
     section = ConfigDict({"model": {"block_out_channels": [32, 64]}, "train": TRAIN, "adversarial": {"weight": 0.5}})
-    vae = build(VAEPartConfig, section, "vae")
+    vae = build(VAESectionConfig, section, "vae")
     assert vae.model == VAEConfig(block_out_channels=(32, 64)) and vae.train == TrainConfig(**TRAIN)
     assert vae.adversarial.weight == 0.5 and vae.perceptual.weights == "" and vae.evaluate is None
 
 
 def test_a_section_that_is_absent_or_null_stays_none():
-    assert build(VAEPartConfig, {}, "vae").train is None
-    assert build(VAEPartConfig, {"train": None}, "vae").train is None
+    assert build(VAESectionConfig, {}, "vae").train is None
+    assert build(VAESectionConfig, {"train": None}, "vae").train is None
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_section_that_is_absent_or_null_stays_none():
 )
 def test_errors_name_the_whole_key(section, words):
     with pytest.raises(UserError) as error:
-        build(VAEPartConfig, section, "vae")
+        build(VAESectionConfig, section, "vae")
     assert str(error.value).startswith(words)
 
 

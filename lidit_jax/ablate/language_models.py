@@ -32,7 +32,7 @@ from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.language_model import token_loss
-from lidit_jax.stages.part import on_host, run_part
+from lidit_jax.stages.train_network import on_host, train_network
 from lidit_jax.text.load_encoder import LLM_FAMILIES
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
@@ -86,7 +86,7 @@ def train_encoder(experiment: Experiment, name: str, settings: ConfigDict, mesh:
         rows = rows_of_process(training.batch_size, jax.process_index(), jax.process_count())
         return DocumentStream(corpus, documents, training.batch_size, first, rows)
 
-    state = run_part(experiment, task, training, batches, mesh, rules, {"data": corpus.fingerprint})
+    state = train_network(experiment, task, training, batches, mesh, rules, {"data": corpus.fingerprint})
     params = on_host(state.params, mesh, training.stalled_after)
     if jax.process_index() == 0:
         if isinstance(model, T5Config):

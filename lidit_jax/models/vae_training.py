@@ -74,7 +74,7 @@ class ReconstructionEvaluation:
 
 
 @dataclasses.dataclass(frozen=True)
-class VAEPartConfig:
+class VAESectionConfig:
     """The `vae` section: a VAE from a folder in diffusers' format (`weights`), or one to train in this run.
 
     Attributes:

@@ -9,7 +9,7 @@ from lidit_jax.data.dataset import Dataset
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.stages.part import on_host, run_part
+from lidit_jax.stages.train_network import on_host, train_network
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.train import Task
@@ -89,7 +89,7 @@ def train_language_model(experiment: Experiment, name: str, dataset: Dataset, me
             with_images=False,
         )
 
-    state = run_part(experiment, task, training, batches, mesh, rules, {"data": dataset.fingerprint})
+    state = train_network(experiment, task, training, batches, mesh, rules, {"data": dataset.fingerprint})
     params = on_host(state.params, mesh, training.stalled_after)
     if jax.process_index() == 0:
         save_llm(folder, config, params, tokenizer)

@@ -24,7 +24,7 @@ from lidit_jax.models.vae import AutoencoderKL, DiagonalGaussian, to_model_laten
 from lidit_jax.parallel.rules import ShardingRules, replicate, replicated
 from lidit_jax.parallel.watchdog import watched
 from lidit_jax.pipeline import Pipeline
-from lidit_jax.stages.part import run_part
+from lidit_jax.stages.train_network import train_network
 from lidit_jax.text.encoders import PrecomputedEncoder, PromptEncoder, encode, text_work, tokenize
 from lidit_jax.train import Batch, Evaluate, Task, TrainState
 from lidit_jax.weighted_mean import WeightedMean
@@ -143,7 +143,7 @@ def train_lidit(
 
     facts = {"data": dataset.fingerprint, "frozen": experiment.frozen_digests()}
     initial_params = _initial_params(experiment, mesh, rules)
-    state = run_part(experiment, task, config, batches, mesh, rules, facts, initial_params)
+    state = train_network(experiment, task, config, batches, mesh, rules, facts, initial_params)
     return pipeline, state
 
 

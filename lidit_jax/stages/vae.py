@@ -34,8 +34,8 @@ from lidit_jax.models.vae_loss import (
 )
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.stages import reconstruction
-from lidit_jax.stages.part import on_host, run_part
 from lidit_jax.stages.reconstruction import Autoencoding, evaluate_reconstruction, is_evaluated
+from lidit_jax.stages.train_network import on_host, train_network
 from lidit_jax.train import Evaluate, Task, TrainState
 from lidit_jax.weighted_mean import WeightedMean
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
@@ -261,7 +261,7 @@ class VAEStage:
         facts = {"data": self.dataset.fingerprint}
         if self.lpips is not None:
             facts["perceptual"] = file_digest(perceptual.weights)
-        state = run_part(experiment, task, training, batches, mesh, rules, facts)
+        state = train_network(experiment, task, training, batches, mesh, rules, facts)
         measured = itertools.islice(batches(training.steps), STATISTICS_BATCHES)
         latents = autoencoding.latent_statistics(state.averaged["vae"], measured)
         factors = {"shift_factor": latents.shift_factor, "scaling_factor": latents.scaling_factor}

@@ -19,7 +19,7 @@ from lidit_jax.train_config import TrainConfig
 logger = logging.getLogger(__name__)
 
 
-def run_part(
+def train_network(
     experiment: Experiment,
     task: Task,
     config: TrainConfig,
