@@ -25,13 +25,13 @@ T = TypeVar("T")
 CONFIG_FILE = "config.json"
 MAX_NUMBER = 10**30  # largest int accepted for a float field
 # Keys that may differ when a run resumes, because none changes what a step computes. (`steps` may differ too.)
-FREE_KEYS = (
+CHANGEABLE_FIELDS = (
     *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
     *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
     *("stalled_after", "max_skipped_in_row"),
 )
 # Keys missing from workdirs of earlier versions, with the value that reproduces what those versions did.
-ABSENT_MEANS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}
+LEGACY_DEFAULTS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}
 # Removed keys of earlier versions, as section and name; they never affected results, so they are ignored.
 OBSOLETE_KEYS = (("text", "encode"),)
 
@@ -145,9 +145,11 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, m
                 f"{workdir}: can't be written ({error.strerror or error}); choose another --workdir"
             ) from error
         return
-    before, now = ({**ABSENT_MEANS, **flatten(values)} for values in (read_workdir(workdir), config))
+    before, now = ({**LEGACY_DEFAULTS, **flatten(values)} for values in (read_workdir(workdir), config))
     for key in sorted(before.keys() | now.keys()):
-        is_free = any(part in FREE_KEYS for part in key.split(".")) and (may_grow or not key.startswith("evaluate."))
+        is_free = any(part in CHANGEABLE_FIELDS for part in key.split(".")) and (
+            may_grow or not key.startswith("evaluate.")
+        )
         if before.get(key) == now.get(key) or is_free:
             continue
         if key == "model.position_grid" and now.get("model.position") == "conv":  # which doesn't use it

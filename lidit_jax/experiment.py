@@ -219,7 +219,7 @@ class Experiment:
             if encoder.weights:
                 open_encoder(encoder.weights, self.prompt_tokenizer, dtype=encoder.dtype)
 
-    def stored_encoders(self) -> dict[str, EncoderFingerprint]:
+    def encoder_fingerprints(self) -> dict[str, EncoderFingerprint]:
         """Returns each encoder's fingerprint, which is stored with its precomputed features.
 
         Raises:
@@ -281,7 +281,7 @@ class Experiment:
         frozen = {"vae": vae_params, "encoders": frozen}
         return Pipeline(self.model, self.schedule, encoders, vae, frozen, mesh, rules)
 
-    def drawing_mesh(self, devices: Sequence[jax.Device]) -> tuple[Mesh, ShardingRules] | tuple[None, None]:
+    def sampling_mesh(self, devices: Sequence[jax.Device]) -> tuple[Mesh, ShardingRules] | tuple[None, None]:
         """Returns the mesh and rules for sampling with `pipeline`; (None, None) for fewer than two devices.
 
         Weights are sharded over as many devices as divide the model's width, and images over all devices.
@@ -346,6 +346,6 @@ def load(
         )
     checkpoints = experiment.training_folder(LIDIT) / "checkpoints"
     require_checkpoint(checkpoints)
-    pipeline = experiment.pipeline(*experiment.drawing_mesh(devices))
+    pipeline = experiment.pipeline(*experiment.sampling_mesh(devices))
     params, step = load_weights(checkpoints, weights, pipeline.abstract_params())
     return experiment, pipeline, params, step

@@ -39,7 +39,7 @@ def load_exported(folder: epath.Path, devices: Sequence[jax.Device] = ()) -> tup
       UserError: a component is missing, damaged, or of a newer format.
     """
     experiment = Experiment(read_folder(folder), folder)
-    mesh, rules = experiment.drawing_mesh(devices)
+    mesh, rules = experiment.sampling_mesh(devices)
     pipeline = experiment.pipeline(mesh, rules)
     return experiment, pipeline, load_params(folder, pipeline.abstract_params(), mesh, rules)
 

@@ -75,7 +75,7 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
     logger.info("%s", dataset.summary())
     if with_features and not experiment.has_lidit:
         raise UserError("--features: the config trains a VAE alone and has no text encoders; leave --features out")
-    encoders = experiment.stored_encoders() if with_features else {}
+    encoders = experiment.encoder_fingerprints() if with_features else {}
     plan = Manifest(
         data=dataset.fingerprint,
         vae=folder_digest(experiment.vae_folder()),

@@ -62,7 +62,7 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
             raise UserError("data of latents needs the VAE that encoded them: give --config.vae.weights=FOLDER")
         dataset.check_latents(folder_digest(experiment.vae_folder()))
         if experiment.has_lidit and dataset.stored_prompts():
-            dataset.check_features(experiment.stored_encoders())
+            dataset.check_features(experiment.encoder_fingerprints())
     _check_start(experiment)
     experiment.check_image_sizes(dataset.smallest_side())
     vae_stage = VAEStage(experiment, dataset)
