@@ -64,11 +64,11 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     )
 
 
-def define_drawing() -> Callable[[], dict[str, Any]]:
+def define_sampling() -> Callable[[], dict[str, Any]]:
     """Defines the flags of commands that sample images.
 
     Returns:
-      A function that returns the flags' values as keyword arguments of `sample.draw.Drawing`.
+      A function that returns the flags' values as keyword arguments of `sample.generate.SamplingOptions`.
     """
     sides = "pixels (default: the training resolution)"
     holders = {

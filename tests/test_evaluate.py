@@ -10,7 +10,7 @@ from PIL import Image
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate import drawing
 from lidit_jax.evaluate.benchmarks import GenEval, open_benchmark
-from lidit_jax.evaluate.drawing import Request, draw_benchmark, seed_of
+from lidit_jax.evaluate.generate import Request, generate_benchmark, seed_of
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.text.shared_prompts import SharedPrompts
 
@@ -40,7 +40,7 @@ def request(workdir, benchmark, file, out, **more):
 def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, geneval, tmp_path, monkeypatch):
     out = tmp_path / "out"
     asked = request(trained_workdir, "geneval", geneval, out, num_images=3)
-    draw_benchmark(asked)
+    generate_benchmark(asked)
     of_a_prompt = ["metadata.jsonl", *(f"samples/{i:04}.png" for i in range(3))]
     assert files_of(out) == sorted([*(f"{i:05}/{name}" for i in range(3) for name in of_a_prompt), "drawn_with.json"])
     for i, entry in enumerate(GENEVAL):
@@ -58,7 +58,7 @@ def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, gene
         "write",
         lambda self, out, index, images: (written.append(index), write(self, out, index, images)),
     )
-    draw_benchmark(asked)
+    generate_benchmark(asked)
     assert written == [1]
     assert {name: (out / name).read_bytes() for name in files_of(out)} == before
 
@@ -70,7 +70,7 @@ def test_all_batches_are_drawn_by_one_compilation(trained_workdir, geneval, tmp_
         drawing.experiment, "load", lambda *args: (loaded := load(*args), pipelines.append(loaded[1]))[0]
     )
     monkeypatch.setattr(Pipeline, "__call__", lambda self, *args: (batches.append(len(args[1])), draw(self, *args))[1])
-    draw_benchmark(request(trained_workdir, "geneval", geneval, tmp_path / "out", num_images=4))
+    generate_benchmark(request(trained_workdir, "geneval", geneval, tmp_path / "out", num_images=4))
     assert batches == [2, 1]  # eight images per batch
     [pipeline] = pipelines
     assert pipeline._sample_program._cache_size() == 1
@@ -81,7 +81,7 @@ def test_more_images_of_a_prompt_than_are_drawn_at_once(trained_workdir, tmp_pat
     file.write_text("a red circle\n")
     encode, batches = SharedPrompts.batch, []
     monkeypatch.setattr(SharedPrompts, "batch", lambda self, *a: (batches.append(self.num_images), encode(self, *a))[1])
-    draw_benchmark(request(trained_workdir, "prompts", epath.Path(file), tmp_path / "out", num_images=11))
+    generate_benchmark(request(trained_workdir, "prompts", epath.Path(file), tmp_path / "out", num_images=11))
     assert files_of(tmp_path / "out") == sorted([*(f"00000_{i}.png" for i in range(11)), "drawn_with.json"])
     assert batches == [8, 8]  # no more than `sample.batch_size`
 
@@ -91,7 +91,7 @@ def test_another_model_or_another_way_to_draw_needs_another_folder(trained_workd
     out.mkdir()
     (out / "mine.txt").write_text("not images of a benchmark")
     with pytest.raises(UserError, match=r"is not empty and has no drawn_with\.json"):
-        draw_benchmark(request(trained_workdir, "geneval", geneval, out))
+        generate_benchmark(request(trained_workdir, "geneval", geneval, out))
     assert files_of(out) == ["mine.txt"]
     (out / "mine.txt").unlink()
     asked = request(trained_workdir, "geneval", geneval, out)
@@ -148,7 +148,7 @@ def test_dpg_bench_is_a_grid_of_four_by_id(tmp_path, official):
 def test_a_list_of_prompts_is_drawn(trained_workdir, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\n红色圆形\n", encoding="utf-8")
-    draw_benchmark(request(trained_workdir, "prompts", epath.Path(file), tmp_path / "out"))
+    generate_benchmark(request(trained_workdir, "prompts", epath.Path(file), tmp_path / "out"))
     names = ["00000_0.png", "00000_1.png", "00001_0.png", "00001_1.png", "drawn_with.json"]
     assert files_of(tmp_path / "out") == names
 

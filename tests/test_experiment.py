@@ -23,7 +23,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.models import vae_tiling
 from lidit_jax.models.vae_tiling import decode_in_tiles
-from lidit_jax.sample.draw import Request, draw_to_folder
+from lidit_jax.sample.generate import Request, sample_to_folder
 from lidit_jax.stages.run import run_stages
 from lidit_jax.weights.huggingface_llm import load_llm_encoder
 
@@ -87,7 +87,7 @@ def test_a_t5_takes_an_llms_place_in_a_run(trained_workdir, t5_folder, tmp_path)
     params, step = load_weights(tmp_path / CHECKPOINTS, "params")
     assert step == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
-    draw_to_folder(Request(epath.Path(tmp_path), epath.Path(tmp_path / "out"), prompt="a red circle"))
+    sample_to_folder(Request(epath.Path(tmp_path), epath.Path(tmp_path / "out"), prompt="a red circle"))
     assert Image.open(tmp_path / "out/00000.png").size == (32, 32)
 
 
@@ -104,13 +104,13 @@ def test_sampling_needs_only_the_workdir_and_repeats_itself(trained_workdir, tmp
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\n红色圆形\n", encoding="utf-8")
     for out in ("a", "b"):
-        draw_to_folder(Request(trained_workdir, epath.Path(tmp_path / out), prompts_file=str(prompts), num_images=2))
+        sample_to_folder(Request(trained_workdir, epath.Path(tmp_path / out), prompts_file=str(prompts), num_images=2))
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png"]
     for name in files:
         np.testing.assert_array_equal(Image.open(tmp_path / "a" / name), Image.open(tmp_path / "b" / name))
     # An image depends on its prompt and seed, not on the rest of its batch.
-    draw_to_folder(Request(trained_workdir, epath.Path(tmp_path / "c"), prompt="红色圆形", seed=2))
+    sample_to_folder(Request(trained_workdir, epath.Path(tmp_path / "c"), prompt="红色圆形", seed=2))
     alone = np.asarray(Image.open(tmp_path / "c" / "00000.png"), np.int32)
     together = np.asarray(Image.open(tmp_path / "a" / "00002.png"), np.int32)
     assert np.abs(alone - together).max() <= 1
@@ -118,7 +118,7 @@ def test_sampling_needs_only_the_workdir_and_repeats_itself(trained_workdir, tmp
 
 def test_sampling_generates_sizes_that_training_never_saw(trained_workdir, tmp_path):
     request = Request(trained_workdir, epath.Path(tmp_path / "a"), prompt="", height=24, width=40, guidance_scale=1.0)
-    draw_to_folder(request)
+    sample_to_folder(request)
     assert Image.open(tmp_path / "a" / "00000.png").size == (40, 24)
 
 
@@ -135,7 +135,7 @@ def test_images_decoded_in_slices_or_tiles_equal_those_decoded_at_once(
     monkeypatch.setattr(vae_tiling, "decode_in_tiles", spy)
     for out, pixels in (("once", None), ("parts", decode_pixels)):
         request = Request(trained_workdir, epath.Path(tmp_path / out), prompt="a red circle", num_images=2, height=96)
-        draw_to_folder(dataclasses.replace(request, decode_pixels=pixels))
+        sample_to_folder(dataclasses.replace(request, decode_pixels=pixels))
     once, parts = (np.asarray(Image.open(tmp_path / out / "00001.png"), np.int32) for out in ("once", "parts"))
     assert tiles == ([] if decode_pixels > 96 * 32 else [32])
     assert once.shape == (96, 32, 3)
@@ -161,7 +161,7 @@ def test_images_decoded_in_slices_or_tiles_equal_those_decoded_at_once(
 )
 def test_invalid_sampling_requests_are_reported_and_nothing_is_written(trained_workdir, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        draw_to_folder(Request(trained_workdir, epath.Path(tmp_path / "out"), **changes))
+        sample_to_folder(Request(trained_workdir, epath.Path(tmp_path / "out"), **changes))
     assert not (tmp_path / "out").exists()
 
 
@@ -169,7 +169,7 @@ def test_invalid_sampling_requests_are_reported_and_nothing_is_written(trained_w
 def test_files_without_prompts_are_rejected(trained_workdir, tmp_path, content):
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(UserError, match=r"prompts\.txt"):
-        draw_to_folder(
+        sample_to_folder(
             Request(trained_workdir, epath.Path(tmp_path / "out"), prompts_file=str(tmp_path / "prompts.txt"))
         )
 
@@ -241,7 +241,7 @@ def test_fine_tuning_does_not_start_from_a_model_that_computes_something_else(tr
 
 def test_a_workdir_without_a_run_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
-        draw_to_folder(Request(epath.Path(tmp_path), epath.Path(tmp_path / "out"), prompt="x"))
+        sample_to_folder(Request(epath.Path(tmp_path), epath.Path(tmp_path / "out"), prompt="x"))
 
 
 def test_changed_frozen_weights_are_rejected(trained_workdir, tmp_path):
@@ -431,5 +431,5 @@ def test_the_emoji_config_trains_on_tar_shards_in_several_buckets(tmp_path):
     config.train.update(steps=12, batch_size=8, sample_every=0, log_every=1)
     config.sample.update(tiny.sample)
     run_stages(config, epath.Path(tmp_path / "run"))
-    draw_to_folder(Request(epath.Path(tmp_path / "run"), epath.Path(tmp_path / "out"), prompt="bear face"))
+    sample_to_folder(Request(epath.Path(tmp_path / "run"), epath.Path(tmp_path / "out"), prompt="bear face"))
     assert Image.open(tmp_path / "out/00000.png").size == (64, 64)

@@ -14,7 +14,7 @@ from lidit_jax.checkpoint import load_weights
 from lidit_jax.errors import UserError
 from lidit_jax.export import write
 from lidit_jax.export.read import load_exported, start_from_exported
-from lidit_jax.sample.draw import Request, draw_to_folder
+from lidit_jax.sample.generate import Request, sample_to_folder
 from lidit_jax.stages.run import run_stages
 
 CHECKPOINTS = "training/lidit/checkpoints"
@@ -43,8 +43,8 @@ def test_the_weights_are_bit_identical(trained_workdir, exported):
 
 def test_a_folder_and_its_run_give_the_same_images(trained_workdir, exported, tmp_path):
     asked = {"prompt": "a red circle", "num_images": 2, "steps": 3}
-    draw_to_folder(Request(epath.Path(trained_workdir), epath.Path(tmp_path / "run"), **asked))
-    draw_to_folder(Request(None, epath.Path(tmp_path / "folder"), from_torch=exported, **asked))
+    sample_to_folder(Request(epath.Path(trained_workdir), epath.Path(tmp_path / "run"), **asked))
+    sample_to_folder(Request(None, epath.Path(tmp_path / "folder"), from_torch=exported, **asked))
     for name in ("00000.png", "00001.png"):
         of_run, of_folder = (np.asarray(Image.open(tmp_path / of / name)) for of in ("run", "folder"))
         np.testing.assert_array_equal(of_run, of_folder)
@@ -104,10 +104,10 @@ def test_other_folders_are_rejected(exported, tmp_path):
         load_exported(epath.Path(tmp_path))
     out = epath.Path(tmp_path / "out")
     with pytest.raises(UserError, match="give either --workdir=DIR of a training run or --from_torch=DIR of an export"):
-        draw_to_folder(Request(epath.Path(tmp_path), out, from_torch=exported, prompt="x"))
+        sample_to_folder(Request(epath.Path(tmp_path), out, from_torch=exported, prompt="x"))
     index = json.loads((exported / "model_index.json").read_text())
     index["lidit"]["format_version"] = 99
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="newer"):
-        draw_to_folder(Request(None, out, from_torch=epath.Path(tmp_path), prompt="x"))
+        sample_to_folder(Request(None, out, from_torch=epath.Path(tmp_path), prompt="x"))
     assert not out.exists()

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import open_benchmark
-from lidit_jax.fidelity.drawn_folder import drawn_files
+from lidit_jax.fidelity.image_folder import find_images_and_prompts
 from lidit_jax.fidelity.inception import FIDInception, load_inception
 from lidit_jax.fidelity.reference import config_reference, folder_reference
 from lidit_jax.fidelity.scores import ClipScore, FidelityRequest, FrechetDistance, score_fidelity
@@ -224,10 +224,10 @@ def test_images_and_prompts_are_those_that_a_benchmark_wrote(tmp_path, name, not
     if noted:
         (out / "drawn_with.json").write_text(json.dumps({"benchmark": name, "num_images": num_images}))
     elif not says_itself:
-        assert all(drawn.prompt is None for drawn in drawn_files(out, None))
+        assert all(drawn.prompt is None for drawn in find_images_and_prompts(out, None))
         return
     found = {}
-    for drawn in drawn_files(out, None if says_itself else file):
+    for drawn in find_images_and_prompts(out, None if says_itself else file):
         found.setdefault(drawn.prompt, []).extend(drawn.read())
     assert set(found) == {"a cow", "a red kite"}
     for prompt, expected in zip(("a cow", "a red kite"), images, strict=True):
@@ -239,11 +239,11 @@ def test_sampled_images_have_the_prompts_of_their_file(tmp_path):
     save_png(random_images(1)[0], folder / "grid.png")
     prompts = epath.Path(tmp_path / "prompts.txt")
     prompts.write_text("a cow\n\na red kite\n")
-    assert [drawn.prompt for drawn in drawn_files(folder, prompts)] == ["a cow"] * 2 + ["a red kite"] * 2
-    assert [drawn.file.name for drawn in drawn_files(folder, None)] == [f"{i:05d}.png" for i in range(4)]
+    assert [drawn.prompt for drawn in find_images_and_prompts(folder, prompts)] == ["a cow"] * 2 + ["a red kite"] * 2
+    assert [drawn.file.name for drawn in find_images_and_prompts(folder, None)] == [f"{i:05d}.png" for i in range(4)]
     prompts.write_text("a cow\na red kite\na dog")
     with pytest.raises(UserError, match="has 4 images, which is not a multiple of the 3 prompts"):
-        drawn_files(folder, prompts)
+        find_images_and_prompts(folder, prompts)
 
 
 def test_a_benchmark_that_is_not_drawn_to_its_end_is_said(tmp_path):
@@ -252,16 +252,16 @@ def test_a_benchmark_that_is_not_drawn_to_its_end_is_said(tmp_path):
     prompts = epath.Path(tmp_path / "prompts.txt")
     prompts.write_text("a cow\na red kite")
     with pytest.raises(UserError, match=r"1 of 2 files are missing, such as 00001_0\.png"):
-        drawn_files(folder, prompts)
+        find_images_and_prompts(folder, prompts)
     (folder / "drawn_with.json").write_text('{"benchmark": "geneval", "num_images": 1}')
     with pytest.raises(UserError, match="has no image in a folder `samples`"):
-        drawn_files(folder, None)
+        find_images_and_prompts(folder, None)
     save_png(random_images(1)[0], folder / "00000" / "samples" / "0000.png")
     with pytest.raises(UserError, match=r"metadata\.jsonl is missing"):
-        drawn_files(folder, None)
+        find_images_and_prompts(folder, None)
     (folder / "drawn_with.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
-        drawn_files(folder, prompts)
+        find_images_and_prompts(folder, prompts)
 
 
 def test_a_configs_images_are_those_that_training_sees():

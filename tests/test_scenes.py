@@ -16,7 +16,7 @@ from lidit_jax.data.shapes.layout import QUADRANTS, SceneLayout
 from lidit_jax.data.shapes.rendering import render
 from lidit_jax.data.shapes.scene import DEPTH_RELATIONS, HELD_OUT_PAIRS
 from lidit_jax.errors import UserError
-from lidit_jax.evaluate.drawing import draw_benchmark
+from lidit_jax.evaluate.generate import generate_benchmark
 from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
 from lidit_jax.evaluate.scenes import COUNTS, HELD_OUT, OVERLAP, SceneEvaluation, named_at, report_scenes, score_scenes
 from lidit_jax.score.quarters import mean_by_quarter
@@ -96,30 +96,30 @@ def test_the_held_out_pair_is_counted_apart_from_what_stands_beside_it(prompts):
 def test_shapes_are_drawn_judged_and_judged_again(trained_workdir, tmp_path):
     out = tmp_path / "out"
     asked = request(trained_workdir, "shapes", None, out, num_images=2, num_scenes=3)
-    draw_benchmark(asked)
+    generate_benchmark(asked)
     scores = json.loads((out / "scores.json").read_text())
     assert scores["all scenes"]["scenes"]["total"] == 3 * 3 * 2
     assert scores["three objects"]["objects"]["total"] == 3 * 3 * 2
     assert len(list(out.glob("*_*.png"))) == 4 * 3 * 2
     (out / "00004_1.png").unlink()
     (out / "scores.json").unlink()
-    draw_benchmark(asked)
+    generate_benchmark(asked)
     assert json.loads((out / "scores.json").read_text()) == scores
     (out / "00004_0.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="00004_0.png is damaged"):
-        draw_benchmark(asked)
+        generate_benchmark(asked)
     (out / "00004_0.png").unlink()
     with pytest.raises(UserError, match="00004_0.png can't be read"):
-        draw_benchmark(asked)
+        generate_benchmark(asked)
 
 
 def test_scenes_come_without_a_file_and_other_benchmarks_with_one(trained_workdir, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\n")
     with pytest.raises(UserError, match="leave --file out"):
-        draw_benchmark(request(trained_workdir, "shapes", epath.Path(file), tmp_path / "out"))
+        generate_benchmark(request(trained_workdir, "shapes", epath.Path(file), tmp_path / "out"))
     with pytest.raises(UserError, match="--file is required"):
-        draw_benchmark(request(trained_workdir, "prompts", None, tmp_path / "out"))
+        generate_benchmark(request(trained_workdir, "prompts", None, tmp_path / "out"))
     with pytest.raises(UserError, match="num_scenes=0"):
         ShapesBenchmark(0, 1, QUADRANTS, 32, 32)
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.preview.contact_sheet import draw_contact_sheet
-from lidit_jax.sample.draw import Request, draw_to_folder
+from lidit_jax.sample.generate import Request, sample_to_folder
 from lidit_jax.stages.reconstruction import Autoencoding, LatentMoments, LatentStatistics
 from lidit_jax.stages.run import run_stages
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
@@ -156,7 +156,7 @@ def test_a_vae_run_trains_evaluates_and_exports_a_vae_that_diffusers_loads(tmp_p
     run_stages(tiny_vae_config(), workdir)  # the run is complete
     assert Path(workdir / "reconstruction.json").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="is the run of a VAE alone, without a LI-DiT to sample from"):
-        draw_to_folder(Request(workdir, epath.Path(tmp_path / "out"), prompt="x"))
+        sample_to_folder(Request(workdir, epath.Path(tmp_path / "out"), prompt="x"))
 
     given = tiny_vae_config(weights=str(workdir / "vae"))
     run_stages(given, epath.Path(tmp_path / "judged"))

@@ -13,7 +13,7 @@ from etils import epath
 
 from lidit_jax import cli
 from lidit_jax.evaluate.benchmarks import BENCHMARKS
-from lidit_jax.evaluate.drawing import SHAPES, Request, draw_benchmark
+from lidit_jax.evaluate.generate import SHAPES, Request, generate_benchmark
 from lidit_jax.parallel.hosts import join_hosts
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a training run")
@@ -28,12 +28,12 @@ _MIXED_PAIRS = flags.DEFINE_bool(
     False,
     "one to eight pairs of mixed kinds per prompt, not the paper's four of one kind (positional_bias only, ours)",
 )
-_DRAWING = cli.define_drawing()
+_DRAWING = cli.define_sampling()
 
 
 def main() -> None:
     join_hosts(_DISTRIBUTED.value)
-    draw_benchmark(
+    generate_benchmark(
         Request(
             workdir=epath.Path(cli.require(_WORKDIR.name)),
             benchmark=cli.require(_BENCHMARK.name),

@@ -12,7 +12,7 @@ from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.experiment import Experiment
-from lidit_jax.fidelity.drawn_folder import image_files
+from lidit_jax.fidelity.image_folder import image_files
 from lidit_jax.fidelity.scores import Reference
 
 BATCH = 32  # batch size of the loader

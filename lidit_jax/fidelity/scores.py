@@ -14,8 +14,8 @@ import tqdm
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluate.claimed_folder import check_claim, read_claim
-from lidit_jax.fidelity.drawn_folder import DrawnFile, drawn_files
+from lidit_jax.evaluate.output_folder import check_claim, read_claim
+from lidit_jax.fidelity.image_folder import ImageFile, find_images_and_prompts
 from lidit_jax.files import finite, write_json
 from lidit_jax.score.eval_extra import require_extra
 from lidit_jax.score.load_model import device, load_model, load_processor, model_folder
@@ -48,7 +48,7 @@ class FidelityRequest:
     """Images to score, and the models to score them with.
 
     Attributes:
-      images: folder of images; see `drawn_folder.py`.
+      images: folder of images; see `image_folder.py`.
       out: folder for fidelity.json.
       reference: reference images of FID; None for no FID.
       inception: safetensors file of FID's network; required with `reference`.
@@ -80,7 +80,7 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
         raise UserError("nothing to score: give --inception=FILE for FID, --clip=FOLDER for the CLIP score, or both")
     if (request.inception is None) != (request.reference is None):
         raise UserError("FID needs --inception=FILE and either --reference=DIR or --config=FILE")
-    drawn = drawn_files(request.images, request.prompts_file)
+    drawn = find_images_and_prompts(request.images, request.prompts_file)
     count = sum(file.num_images for file in drawn)
     if request.clip is not None and any(file.prompt is None for file in drawn):
         raise UserError(
@@ -206,7 +206,7 @@ class ClipScore:
         return float(np.mean(self._scores))
 
 
-def _add_images(drawn: Sequence[DrawnFile], count: int, fid: FrechetDistance | None, clip: ClipScore | None) -> None:
+def _add_images(drawn: Sequence[ImageFile], count: int, fid: FrechetDistance | None, clip: ClipScore | None) -> None:
     """Reads each image once and adds it to the scores that are computed."""
     found = ((image, file.prompt) for file in drawn for image in file.read())
     for batch in _batches(_bar(found, count, "scoring")):

@@ -9,7 +9,7 @@ from etils import epath
 
 from lidit_jax import cli
 from lidit_jax.parallel.hosts import join_hosts
-from lidit_jax.sample.draw import Request, draw_to_folder
+from lidit_jax.sample.generate import Request, sample_to_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a training run")
 _FROM_TORCH = flags.DEFINE_string("from_torch", None, "folder that `export` wrote, in place of --workdir")
@@ -19,12 +19,12 @@ _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "UTF-8 text file, one 
 _OUT = flags.DEFINE_string("out", None, "output folder for the images")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "images per prompt")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the first image; further images use consecutive seeds")
-_DRAWING = cli.define_drawing()
+_DRAWING = cli.define_sampling()
 
 
 def main() -> None:
     join_hosts(_DISTRIBUTED.value)
-    draw_to_folder(
+    sample_to_folder(
         Request(
             workdir=_WORKDIR.value and epath.Path(_WORKDIR.value),
             from_torch=_FROM_TORCH.value and epath.Path(_FROM_TORCH.value),

@@ -12,7 +12,7 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE
-from lidit_jax.evaluate.claimed_folder import check_claim, read_claim
+from lidit_jax.evaluate.output_folder import check_claim, read_claim
 from lidit_jax.files import write_json
 from lidit_jax.score.load_model import model_folder
 from lidit_jax.weights.digest import folder_digest

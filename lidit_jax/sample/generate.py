@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawing:
+class SamplingOptions:
     """Sampling options from the command line; None uses the value of the run's config.
 
     Attributes:
@@ -71,7 +71,7 @@ class Drawing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Request(Drawing):
+class Request(SamplingOptions):
     """Prompts to sample images for, and the model to sample from: either `workdir` or `from_torch`.
 
     Attributes:
@@ -93,7 +93,7 @@ class Request(Drawing):
     seed: int = 0
 
 
-def draw_to_folder(request: Request) -> None:
+def sample_to_folder(request: Request) -> None:
     """Writes out/00000.png, … and out/grid.png, in the order of the prompts, with all images of a prompt together.
 
     Raises:

@@ -17,11 +17,11 @@ from lidit_jax import experiment
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, Benchmark, open_benchmark
-from lidit_jax.evaluate.claimed_folder import check_claim, read_claim
+from lidit_jax.evaluate.output_folder import check_claim, read_claim
 from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
 from lidit_jax.experiment import Experiment
 from lidit_jax.files import write_json
-from lidit_jax.sample.draw import Drawing, warn_of_truncated
+from lidit_jax.sample.generate import SamplingOptions, warn_of_truncated
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ SHAPES = "shapes"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request(Drawing):
+class Request(SamplingOptions):
     """Benchmark to generate images for, and the run to sample from.
 
     Attributes:
@@ -69,7 +69,7 @@ class Request(Drawing):
         return ShapesBenchmark(self.num_scenes, self.num_images, data.scene_layout, height, width)
 
 
-def draw_benchmark(request: Request) -> None:
+def generate_benchmark(request: Request) -> None:
     """Generates the missing images of a benchmark, and scores the built-in scenes.
 
     All devices of all hosts sample; the first host writes files and scores. The seed of an image is derived from its

@@ -23,7 +23,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawnFile:
+class ImageFile:
     """File of one generated image, or of a 2x2 grid of four.
 
     Attributes:
@@ -64,7 +64,7 @@ def image_files(folder: epath.Path, flag: str) -> list[epath.Path]:
     return sorted(files, key=str)
 
 
-def drawn_files(folder: epath.Path, prompts_file: epath.Path | None) -> list[DrawnFile]:
+def find_images_and_prompts(folder: epath.Path, prompts_file: epath.Path | None) -> list[ImageFile]:
     """Lists the generated images of a folder with their prompts.
 
     Args:
@@ -85,21 +85,21 @@ def drawn_files(folder: epath.Path, prompts_file: epath.Path | None) -> list[Dra
                 "output folder of python -m lidit_jax.evaluate"
             )
         prompt_of = _prompt_from_name if benchmark == "t2i_compbench" else _prompt_from_metadata
-        return [DrawnFile(file, prompt_of(file)) for file in files]
+        return [ImageFile(file, prompt_of(file)) for file in files]
     if benchmark == "dpg_bench" and prompts_file is None:
-        return [DrawnFile(file, num_images=num_images) for file in files]
+        return [ImageFile(file, num_images=num_images) for file in files]
     if benchmark == "dpg_bench":
         dpg_bench = open_benchmark(benchmark, prompts_file, num_images)
         names = [(dpg_bench.last_file(i), prompt) for i, prompt in enumerate(dpg_bench.prompts)]
-        return [DrawnFile(file, prompt, num_images) for file, prompt in _require_files(folder, names)]
+        return [ImageFile(file, prompt, num_images) for file, prompt in _require_files(folder, names)]
     if benchmark == "prompts" and prompts_file is not None:
         prompts = open_benchmark(benchmark, prompts_file, num_images).prompts
         names = [(f"{i:05}_{j}.png", prompt) for i, prompt in enumerate(prompts) for j in range(num_images)]
-        return [DrawnFile(file, prompt) for file, prompt in _require_files(folder, names)]
+        return [ImageFile(file, prompt) for file, prompt in _require_files(folder, names)]
     sampled = [file for file in files if re.fullmatch(r"\d{5,}\.png", file.name)]  # excludes `sample`'s grid.png
     if sampled and prompts_file is not None:
         return _assign_prompts(folder, sampled, prompts_file)
-    return [DrawnFile(file) for file in sampled or files]
+    return [ImageFile(file) for file in sampled or files]
 
 
 def _read_facts(folder: epath.Path) -> tuple[str, int]:
@@ -116,7 +116,7 @@ def _read_facts(folder: epath.Path) -> tuple[str, int]:
         raise UserError(f"{file} is damaged: generate the benchmark again") from None
 
 
-def _assign_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: epath.Path) -> list[DrawnFile]:
+def _assign_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: epath.Path) -> list[ImageFile]:
     """Assigns prompts to the images of `sample`, which has equally many consecutive images per prompt."""
     prompts = open_benchmark("prompts", prompts_file, 1).prompts
     if len(files) % len(prompts):
@@ -125,7 +125,7 @@ def _assign_prompts(folder: epath.Path, files: list[epath.Path], prompts_file: e
             f"{prompts_file}: name the file that they were generated from"
         )
     per_prompt = len(files) // len(prompts)
-    return [DrawnFile(file, prompts[i // per_prompt]) for i, file in enumerate(files)]
+    return [ImageFile(file, prompts[i // per_prompt]) for i, file in enumerate(files)]
 
 
 def _prompt_from_name(file: epath.Path) -> str:
