@@ -20,7 +20,7 @@ from lidit_jax.models.flops import lidit_forward
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
 from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
-from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, place, replicated, shardings
+from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, put_sharded, replicated, shardings
 from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead, text_work, tokenize
 from lidit_jax.text.shared_prompts import SharedPrompts
 
@@ -186,7 +186,7 @@ class Pipeline:
         if self.mesh is None:
             return arrays
         sharding = batch_sharding(self.mesh, self.rules)
-        return place(arrays, jax.tree.map(lambda _: sharding, arrays))
+        return put_sharded(arrays, jax.tree.map(lambda _: sharding, arrays))
 
     def _mesh_context(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)

@@ -26,7 +26,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.metrics import Metrics, Progress
 from lidit_jax.models.products import reduce_gradients_in
 from lidit_jax.parallel.chips import chip_of
-from lidit_jax.parallel.preemption import Notice, Preempted, listening
+from lidit_jax.parallel.preemption import Notice, Preempted, catch_sigterm
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated, shardings
 from lidit_jax.parallel.watchdog import Watchdog, watched
 from lidit_jax.train_config import TrainConfig
@@ -350,7 +350,7 @@ def train(
     with (
         contextlib.closing(batches(step)) as stream,
         jax.set_mesh(trainer.mesh),
-        listening() as notice,
+        catch_sigterm() as notice,
         watched(config.stalled_after, task.name) as watchdog,
     ):
         if positions:
@@ -368,7 +368,7 @@ def train(
             state, step_metrics = trainer.step(state, task.frozen, batch, key, step)
             step += 1
             pending.append(step_metrics)  # stay on the devices until they are logged: no step waits for the host
-            preempted = notice.reached()
+            preempted = notice.should_stop()
             last = step == config.steps
             if step % config.log_every == 0 or last:
                 _log(metrics, progress, step, pending, stream.report(), config)
@@ -391,7 +391,7 @@ def train(
                     f"{task.name}: stopped by SIGTERM after step {step}, which is saved; run it again to resume"
                 )
         checkpoints.wait()
-        if notice.came:  # while the last step was being evaluated or saved
+        if notice.received:  # while the last step was being evaluated or saved
             raise Preempted(
                 f"{task.name}: stopped by SIGTERM after its last step, which is saved; run it again to resume"
             )
@@ -429,7 +429,7 @@ def _warm_up(
 
     def compiled() -> None:
         watchdog.beat()
-        if notice.reached():  # nothing to save: no step was taken since the start
+        if notice.should_stop():  # nothing to save: no step was taken since the start
             raise Preempted(f"{name}: stopped by SIGTERM before step {step + 1}; run it again to resume")
 
     name, steps = trainer.task.name, range(step, trainer.config.steps)

@@ -26,7 +26,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.metrics import Metrics, Progress, duration
 from lidit_jax.models.layers import Dense
 from lidit_jax.parallel.chips import chip_of
-from lidit_jax.parallel.mesh import fill_in, make_mesh
+from lidit_jax.parallel.mesh import make_mesh, resolve_sizes
 from lidit_jax.parallel.preemption import Preempted
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.train import Task, Trainer, learning_rate, train
@@ -273,13 +273,13 @@ def test_a_missing_mesh_size_is_inferred(data, fsdp, tensor, hole):
     shape = (data, fsdp, tensor)
     sizes = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
     sizes[("data", "fsdp", "tensor")[hole]] = -1
-    assert fill_in(sizes, data * fsdp * tensor) == shape
+    assert resolve_sizes(sizes, data * fsdp * tensor) == shape
 
 
 @pytest.mark.parametrize("sizes", [{"data": 3, "fsdp": -1}, {"data": 16}, {"data": -1, "fsdp": -1}, {"data": 0}])
 def test_meshes_that_do_not_fit_are_rejected(sizes):
     with pytest.raises(UserError, match="mesh"):
-        fill_in(sizes, 8)
+        resolve_sizes(sizes, 8)
 
 
 def test_durations_are_formatted_for_reading():

@@ -27,7 +27,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation
 from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.parallel.mesh import make_mesh
-from lidit_jax.parallel.preemption import Preempted, listening
+from lidit_jax.parallel.preemption import Preempted, catch_sigterm
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.run import run_stages
 
@@ -216,15 +216,15 @@ def _run_in_processes(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, 
     """Runs each job in its own process, with one progress bar over all steps."""
     waiting, working = iter(jobs), {}
     bar = tqdm.tqdm(total=sum(job.steps(config) for job in jobs), unit="step", smoothing=0.02, mininterval=5)
-    with bar, listening() as notice:
+    with bar, catch_sigterm() as notice:
         try:
-            while not notice.came:
+            while not notice.received:
                 for job in _take(waiting, num_processes - len(working)):
                     working[job] = _start(job, out)
                 if not working:
                     return
                 time.sleep(POLL_INTERVAL_S)
-                if notice.came:
+                if notice.received:
                     break
                 for job, process in list(working.items()):
                     if process.poll() is not None:

@@ -32,7 +32,7 @@ from lidit_jax.models.llm import LLM
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.chips import TPUS, Chip
 from lidit_jax.parallel.mesh import check_model, make_mesh
-from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated, stored_shardings
+from lidit_jax.parallel.rules import ShardingRules, batch_sharding, frozen_shardings, num_batch_shards, replicated
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.stages.lidit import lidit_task
 from lidit_jax.text.encoders import FrozenLLM, LLMTextEncoder, PromptEncoder
@@ -312,7 +312,7 @@ def abstract_frozen(
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         params,
-        stored_shardings(params, mesh, rules),
+        frozen_shardings(params, mesh, rules),
     )
     return encoders, {"vae": params, "encoders": frozen}
 

@@ -26,7 +26,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       UserError: the sizes do not multiply to the number of devices, or the number of slices does not divide `data`.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape = fill_in(sizes, len(devices))
+    shape = resolve_sizes(sizes, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         # Allow a mesh axis to take up a part of an axis of the slice's torus.
@@ -62,7 +62,7 @@ def check_model(mesh: Mesh, hidden_size: int, num_heads: int) -> None:
             )
 
 
-def fill_in(sizes: Mapping[str, int], num_devices: int) -> tuple[int, int, int]:
+def resolve_sizes(sizes: Mapping[str, int], num_devices: int) -> tuple[int, int, int]:
     """Returns the sizes in the order of `AXES`, with -1 replaced by the number of devices that remain for it.
 
     Raises:

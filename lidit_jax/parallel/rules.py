@@ -93,7 +93,7 @@ def _divisible_spec(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh | Abst
     return PartitionSpec(*(axis if size % num_shards(mesh, axis) == 0 else None for axis, size in sizes))
 
 
-def stored_shardings(tree: Any, mesh: Mesh, rules: ShardingRules) -> Any:
+def frozen_shardings(tree: Any, mesh: Mesh, rules: ShardingRules) -> Any:
     """Returns shardings for frozen weights that are all-gathered before use (see `replicate`).
 
     A weight is sharded over the mesh axes of `rules.embed` along its longest axis that they divide, and replicated if
@@ -137,7 +137,7 @@ def num_shards(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
-def place(arrays: Any, places: Any) -> Any:
+def put_sharded(arrays: Any, shardings: Any) -> Any:
     """Puts NumPy arrays on the devices with the given shardings.
 
     Args:
