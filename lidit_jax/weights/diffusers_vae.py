@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from lidit_jax.errors import UserError
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import DOWN_BLOCK_TYPE, UP_BLOCK_TYPE, VAEConfig
-from lidit_jax.weights.placing import torch_axes
+from lidit_jax.weights.loading import torch_axes
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, new_folder, read_config
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -48,7 +48,7 @@ def load_vae(folder: str | Path) -> tuple[VAEConfig, dict[str, Any]]:
     flat = {}
     with SafetensorsFolder(folder, WEIGHTS_STEM) as weights:
         names = {path: _stored_name(torch_name(path), weights.names) for path in parameter_shapes(config)}
-        weights.refuse_unexpected(names.values(), OWN_TENSORS)
+        weights.check_no_unused(names.values(), OWN_TENSORS)
         for path, shape in parameter_shapes(config).items():
             axes = torch_axes(len(shape))
             value = weights.read(names[path], tuple(shape[axis] for axis in axes))

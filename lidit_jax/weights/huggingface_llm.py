@@ -24,7 +24,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.models.llm import LLM, CausalLM, LLMConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.weights.huggingface_config import llm_config, norm_offset
-from lidit_jax.weights.placing import Placement, abstract_parameters, place_parameters
+from lidit_jax.weights.loading import Placement, abstract_parameters, place_parameters
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, new_folder, read_config
 
 WEIGHTS_STEM = "model"

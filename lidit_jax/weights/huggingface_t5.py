@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from lidit_jax.errors import UserError
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.weights.placing import Placement, place_parameters
+from lidit_jax.weights.loading import Placement, place_parameters
 from lidit_jax.weights.published_config import parse, positive_integer, positive_number
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, new_folder, read_config
 

@@ -99,7 +99,7 @@ class SafetensorsFolder:
         self.check(name, shape)
         return self._file_of(name).read(name)
 
-    def refuse_unexpected(self, asked_for: Iterable[str], belonging: tuple[str, ...], derived: str = "") -> None:
+    def check_no_unused(self, asked_for: Iterable[str], belonging: tuple[str, ...], derived: str = "") -> None:
         """Checks that the folder has no unused tensor of the model.
 
         A tensor of the model that config.json does not account for means that the two do not belong together, and that

@@ -26,7 +26,7 @@ from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.lidit_config import FUSIONS, LIDiTConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.weights.diffusers_vae import DIFFUSERS_VERSION, WEIGHTS_STEM
-from lidit_jax.weights.placing import Placement, is_stacked, is_transposed, place_parameters, shape_in_file, torch_axes
+from lidit_jax.weights.loading import Placement, is_stacked, is_transposed, place_parameters, shape_in_file, torch_axes
 from lidit_jax.weights.published_config import (
     MAX_BLOCKS,
     check_format_version,

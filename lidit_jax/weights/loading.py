@@ -68,20 +68,20 @@ def place_parameters(
       names: path -> names of its tensors in the folder: a single one, or one per block for a stack.
       placement: where the parameters go.
       dtype: dtype of matrices and biases.
-      belonging: passed to `SafetensorsFolder.refuse_unexpected`.
-      derived: passed to `SafetensorsFolder.refuse_unexpected`.
+      belonging: passed to `SafetensorsFolder.check_no_unused`.
+      derived: passed to `SafetensorsFolder.check_no_unused`.
       norm_offset: added to the norm scales.
 
     Returns:
       A nested dict of arrays.
 
     Raises:
-      UserError: for the reasons of `SafetensorsFolder.read` and `refuse_unexpected`, or a value is not finite.
+      UserError: for the reasons of `SafetensorsFolder.read` and `check_no_unused`, or a value is not finite.
     """
     for path, leaf in boxed.items():  # check all shapes before allocating memory for any
         for name in names[path]:
             weights.check(name, shape_in_file(path, leaf))
-    weights.refuse_unexpected(itertools.chain.from_iterable(names.values()), belonging, derived)
+    weights.check_no_unused(itertools.chain.from_iterable(names.values()), belonging, derived)
     total = sum(weights.num_bytes(name) for tensors in names.values() for name in tensors)
     progress = _Progress(str(weights.folder), total)
     flat = {}
