@@ -170,7 +170,7 @@ class Checkpoints:
 
 def require_checkpoint(folder: str | epath.Path) -> None:
     """Raises UserError unless the folder has a finished checkpoint."""
-    if not steps_taken(folder):
+    if not latest_step(folder):
         raise _no_checkpoint(folder)
 
 
@@ -187,7 +187,7 @@ def check_same_model(given: Any, wanted: Any) -> None:
         )
 
 
-def steps_taken(folder: str | epath.Path) -> int:
+def latest_step(folder: str | epath.Path) -> int:
     """Returns the step of the newest finished checkpoint in the folder, or 0; opens and creates nothing."""
     return max((int(step.name) for step in epath.Path(folder).glob("*") if step.name.isdecimal()), default=0)
 

@@ -21,8 +21,8 @@ from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
 from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, put_sharded, replicated, shardings
-from lidit_jax.text.encoders import PromptEncoder, encode, encode_ahead, text_work, tokenize
-from lidit_jax.text.shared_prompts import SharedPrompts
+from lidit_jax.text.batch_prompts import SharedPrompts
+from lidit_jax.text.encoders import PromptEncoder, encode, encode_batch, text_flops_and_lengths, tokenize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Pipeline:
         rows = self.rows(sampling) * (2 if sampling.is_guided else 1)
         tokens = {name: encoder.tokenizer.max_length for name, encoder in self.encoders.items()}
         encoded = self._shared_prompts(sampling, images_per_prompt).encoded
-        encoding, lengths = text_work(self.encoders, self.frozen["encoders"], encoded, tokens)
+        encoding, lengths = text_flops_and_lengths(self.encoders, self.frozen["encoders"], encoded, tokens)
         factor = self.vae.config.downsampling_factor
         evaluations = len(step_table(sampling.sampler, self.schedule, sampling.steps).timesteps)
         per_evaluation = lidit_forward(self.model.config, rows, height // factor, width // factor, lengths)
@@ -226,7 +226,7 @@ class Pipeline:
         decode_pixels,
         decode_tile,
     ):
-        encoded = encode_ahead(self.encoders, frozen["encoders"], tokens)
+        encoded = encode_batch(self.encoders, frozen["encoders"], tokens)
         encoded = self._on_each_device(_repeat_rows, (encoded, encoded_rows))
         text = encode(self.encoders, frozen["encoders"], encoded)
 

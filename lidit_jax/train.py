@@ -24,7 +24,7 @@ from lidit_jax.checkpoint import Checkpoints
 from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import Metrics, Progress
-from lidit_jax.models.products import reduce_gradients_in
+from lidit_jax.models.sharded_matmul import reduce_gradients_in
 from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.preemption import Notice, Preempted, catch_sigterm
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated, shardings

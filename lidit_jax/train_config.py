@@ -3,7 +3,7 @@
 import dataclasses
 
 from lidit_jax.errors import UserError
-from lidit_jax.models.products import GRADIENT_DTYPES
+from lidit_jax.models.sharded_matmul import GRADIENT_DTYPES
 
 SCHEDULES = ("constant", "cosine")
 

@@ -12,7 +12,7 @@ from lidit_jax.evaluate import drawing
 from lidit_jax.evaluate.benchmarks import GenEval, open_benchmark
 from lidit_jax.evaluate.generate import Request, generate_benchmark, seed_of
 from lidit_jax.pipeline import Pipeline
-from lidit_jax.text.shared_prompts import SharedPrompts
+from lidit_jax.text.batch_prompts import SharedPrompts
 
 GENEVAL = [
     {"tag": "two_object", "include": [{"class": "bench", "count": 1}, {"class": "cow", "count": 1}], "prompt": "a cow"},

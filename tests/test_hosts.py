@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from lidit_jax.checkpoint import steps_taken
+from lidit_jax.checkpoint import latest_step
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.hosts import join_hosts
 from lidit_jax.weights.diffusers_vae import load_vae
@@ -97,7 +97,7 @@ def test_sigterm_at_one_host_saves_on_both_and_one_host_resumes(tmp_path):
     assert [host.returncode for host in hosts] == [0, 0], "\n".join(errors)
     stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", errors[0])[1])
     assert f"after step {stopped}, which is saved" in errors[1]
-    assert steps_taken(tmp_path / "run/training/vae/checkpoints") == stopped
+    assert latest_step(tmp_path / "run/training/vae/checkpoints") == stopped
     alone = start(tmp_path, tmp_path / "run", 4, None, None, f"--config.vae.train.steps={stopped + 2}")
     error = alone.communicate(timeout=600)[1]
     assert alone.returncode == 0, error

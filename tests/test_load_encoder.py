@@ -23,7 +23,7 @@ from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.t5 import T5Encoder
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.text.encoders import LLMTextEncoder, T5TextEncoder, encode, encode_ahead, tokenize, truncated_prompts
+from lidit_jax.text.encoders import LLMTextEncoder, T5TextEncoder, encode, encode_batch, tokenize, truncated_prompts
 from lidit_jax.text.load_encoder import load_encoder, open_encoder
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
@@ -122,7 +122,7 @@ def test_features_are_the_same_in_the_step_and_ahead_of_it(llm_folder, t5_folder
     for name, folder in (("llm", llm_folder), ("t5", t5_folder)):
         encoders[name], frozen[name] = load(folder)
     batch = tokenize(encoders, PROMPTS)
-    ahead = jax.jit(lambda f, b: encode_ahead(encoders, f, b))(frozen, batch)
+    ahead = jax.jit(lambda f, b: encode_batch(encoders, f, b))(frozen, batch)
     assert not any(key.endswith("/tokens") for key in ahead)
     inside, after = (jax.jit(lambda f, b: encode(encoders, f, b))(frozen, b) for b in (batch, ahead))
     for one, other in zip(jax.tree.leaves(inside), jax.tree.leaves(after), strict=True):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lidit_jax.experiment import load
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
+from lidit_jax.text.batch_prompts import SharedPrompts
 from lidit_jax.text.encoders import LLMTextEncoder
-from lidit_jax.text.shared_prompts import SharedPrompts
 
 PROMPTS = ["a red circle", "红色圆形", "a blue square above a green circle"]
 

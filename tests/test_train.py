@@ -19,7 +19,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lidit_jax.checkpoint import Checkpoints, load_weights, steps_taken
+from lidit_jax.checkpoint import Checkpoints, latest_step, load_weights
 from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
@@ -325,7 +325,7 @@ def test_sigterm_saves_the_step_and_the_next_start_resumes_bit_for_bit(tmp_path)
     with pytest.raises(Preempted, match="toy: stopped by SIGTERM after step 7, which is saved; run it again to resume"):
         run(tmp_path / "stopped", make_trainer(), Preempting)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert steps_taken(tmp_path / "stopped/checkpoints") == 7
+    assert latest_step(tmp_path / "stopped/checkpoints") == 7
     assert_equal_trees(whole, run(tmp_path / "stopped", make_trainer()))
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
 
@@ -353,7 +353,7 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_is_kept(tmp_path, monke
     ):
         run(tmp_path, make_trainer())
     monkeypatch.undo()
-    assert steps_taken(tmp_path / "checkpoints") == 5
+    assert latest_step(tmp_path / "checkpoints") == 5
     assert int(run(tmp_path, make_trainer()).step) == 12
 
 
@@ -383,6 +383,6 @@ def test_a_run_killed_while_it_saves_keeps_the_checkpoint_before(tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = [path.name for path in (tmp_path / "killed/checkpoints").iterdir()]
     assert "5" in left and "10" not in left and len(left) > 1  # the unfinished checkpoint is beside it
-    assert steps_taken(tmp_path / "killed/checkpoints") == 5
+    assert latest_step(tmp_path / "killed/checkpoints") == 5
     assert_equal_trees(run(tmp_path / "whole", make_trainer()), run(tmp_path / "killed", make_trainer()))
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")

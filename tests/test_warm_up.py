@@ -12,7 +12,7 @@ import pytest
 from stored_data import data_of, write_tars
 from test_train import ONE_DEVICE, assert_equal_trees, make_trainer, run
 
-from lidit_jax.checkpoint import steps_taken
+from lidit_jax.checkpoint import latest_step
 from lidit_jax.data.assembler import shapes_in_bucket
 from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
@@ -167,7 +167,7 @@ def test_sigterm_during_the_warm_up_ends_it_and_the_next_start_is_the_run_that_n
         with pytest.raises(Preempted, match="toy: stopped by SIGTERM before step 1; run it again to resume"):
             run(tmp_path / "stopped", trainer, Images)
     assert compiled == [((8, 24, 8, 3), 0), ((8, 16, 16, 3), 0), ((8, 24, 8, 3), 1)]
-    assert steps_taken(tmp_path / "stopped/checkpoints") == 0
+    assert latest_step(tmp_path / "stopped/checkpoints") == 0
     resumed = run(tmp_path / "stopped", trainer, Images)
     assert_equal_trees(resumed, run(tmp_path / "whole", trainer, Images))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
-from lidit_jax.models.products import product_precision
+from lidit_jax.models.sharded_matmul import product_precision
 from lidit_jax.models.splash_attention import splash_attention
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.products import add_bias, convolve, matmul
 from lidit_jax.models.rotary import RotaryTables, rotate
+from lidit_jax.models.sharded_matmul import add_bias, convolve, matmul
 
 # Xavier-uniform, as in DiT and its descendants.
 KERNEL_INIT = nn.initializers.xavier_uniform()
@@ -66,7 +66,7 @@ def check_dtype(key: str, dtype: str) -> None:
 class Dense(nn.Module):
     """Linear layer over the last axis, whose kernel has the logical axes `axes`.
 
-    With `dtype` float32 the product has full float32 precision, on accelerators too (`models/products.py`).
+    With `dtype` float32 the product has full float32 precision, on accelerators too (`models/sharded_matmul.py`).
     """
 
     features: int

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
 from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Dense, RMSNorm
-from lidit_jax.models.products import product_precision
 from lidit_jax.models.rotary import DEFAULT_THETA, RopeScaling, rotary_tables, rotate
+from lidit_jax.models.sharded_matmul import product_precision
 
 # Variance 1 / width. At the width of published models this is close to their standard deviation of 0.02; at a toy
 # model's width of 64, a standard deviation of 0.02 would make the blocks' outputs negligible for the first hundred

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
-from lidit_jax.models.products import product_precision
+from lidit_jax.models.sharded_matmul import product_precision
 
 # VGG16's convolutions up to each of the five layers that are compared: (index in torchvision's `features`, channels).
 VGG16_LAYERS = (

@@ -10,7 +10,7 @@ import numpy as np
 
 from lidit_jax.models.attention import dot_product_attention
 from lidit_jax.models.layers import CONV_INIT, Conv, Dense
-from lidit_jax.models.products import add_bias, convolve, product_precision
+from lidit_jax.models.sharded_matmul import add_bias, convolve, product_precision
 
 KERNEL_AXES = ("conv_in", "conv_out")  # logical axes of a convolution's input and output channels
 NORM_EPSILON = 1e-6  # a constant of diffusers' AutoencoderKL, not a config field

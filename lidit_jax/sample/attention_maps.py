@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.models.layers import Attention, rotate_query_and_key
-from lidit_jax.models.products import product_precision
 from lidit_jax.models.rotary import RotaryTables
+from lidit_jax.models.sharded_matmul import product_precision
 
 
 @functools.partial(jax.jit, static_argnums=0)

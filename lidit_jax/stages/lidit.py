@@ -25,7 +25,7 @@ from lidit_jax.parallel.rules import ShardingRules, replicate, replicated
 from lidit_jax.parallel.watchdog import watched
 from lidit_jax.pipeline import Pipeline
 from lidit_jax.stages.train_network import train_network
-from lidit_jax.text.encoders import PrecomputedEncoder, PromptEncoder, encode, text_work, tokenize
+from lidit_jax.text.encoders import PrecomputedEncoder, PromptEncoder, encode, text_flops_and_lengths, tokenize
 from lidit_jax.train import Batch, Evaluate, Task, TrainState
 from lidit_jax.weighted_mean import WeightedMean
 
@@ -94,7 +94,7 @@ def _lidit_flops(
         total += vae_encoder_forward(vae.config, count, height, width)
         height, width = (side // vae.config.downsampling_factor for side in (height, width))
     prompts = {name: batch[f"{name}/mask"].shape[1] for name in encoders}
-    encoding, lengths = text_work(encoders, frozen["encoders"], count, prompts)
+    encoding, lengths = text_flops_and_lengths(encoders, frozen["encoders"], count, prompts)
     return total + encoding + FORWARD_AND_BACKWARD * lidit_forward(model.config, count, height, width, lengths)
 
 

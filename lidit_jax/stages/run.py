@@ -9,7 +9,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from lidit_jax.checkpoint import require_checkpoint, steps_taken
+from lidit_jax.checkpoint import latest_step, require_checkpoint
 from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
@@ -86,7 +86,7 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
 def _check_start(experiment: Experiment) -> None:
     """Raises UserError if a new run starts from weights that do not exist, or that belong to a different model."""
     source = epath.Path(experiment.config.get("start_from") or "")
-    has_begun = experiment.has_lidit and steps_taken(experiment.training_folder(LIDIT) / "checkpoints")
+    has_begun = experiment.has_lidit and latest_step(experiment.training_folder(LIDIT) / "checkpoints")
     if not experiment.config.get("start_from") or has_begun:
         return
     if is_exported(source):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lidit_jax.checkpoint import steps_taken
+from lidit_jax.checkpoint import latest_step
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.experiment import Experiment
@@ -212,7 +212,7 @@ class VAEStage:
         """Returns True if the VAE exists and, in a run of a VAE alone, was trained for the steps in the config."""
         if not self.experiment.vae_folder().exists():
             return False
-        taken = steps_taken(self.experiment.training_folder("vae") / "checkpoints")
+        taken = latest_step(self.experiment.training_folder("vae") / "checkpoints")
         return self.experiment.has_lidit or taken >= self.experiment.vae.train.steps
 
     def _facts(self) -> dict[str, Any]:

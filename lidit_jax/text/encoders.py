@@ -241,7 +241,7 @@ def tokenize(encoders: Mapping[str, PromptEncoder], prompts: Sequence[str]) -> d
     return arrays
 
 
-def encode_ahead(
+def encode_batch(
     encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Runs every encoder on a batch from `tokenize`: replaces "<name>/tokens" by "<name>/encoded"."""
@@ -260,7 +260,7 @@ def encode(
     Args:
       encoders: the encoders by name.
       frozen: their arrays by name.
-      batch: the output of `tokenize`, or of `encode_ahead` if the prompts are encoded already.
+      batch: the output of `tokenize`, or of `encode_batch` if the prompts are encoded already.
 
     Returns:
       One `TextFeatures` per encoder, in the order of `encoders`.
@@ -279,7 +279,7 @@ def truncated_prompts(encoders: Mapping[str, PromptEncoder], prompts: Sequence[s
     return {name: int(encoder.tokenizer(prompts)["truncated"].sum()) for name, encoder in encoders.items()}
 
 
-def text_work(
+def text_flops_and_lengths(
     encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], count: int, prompts: Mapping[str, int]
 ) -> tuple[int, list[TextLengths]]:
     """Computes the FLOPs of encoding `count` prompts, and the lengths of their features.

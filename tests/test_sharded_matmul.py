@@ -23,7 +23,7 @@ from lidit_jax.models.discriminator import PatchDiscriminator
 from lidit_jax.models.layers import Attention, Conv, Dense, LayerConfig
 from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.lpips import LPIPS
-from lidit_jax.models.products import add_bias, convolve, matmul, reduce_gradients_in
+from lidit_jax.models.sharded_matmul import add_bias, convolve, matmul, reduce_gradients_in
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
