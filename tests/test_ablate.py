@@ -78,7 +78,7 @@ def test_the_instruction_goes_with_the_multimodal_llm_in_all_tables_but_the_one_
 
 
 def test_jobs_are_found_by_the_names_they_print():
-    jobs = [runs.Part(name) for name in ("vae", "llama3", "llama3_base", "qwen", "qwen_base", "t5")]
+    jobs = [runs.SharedNetwork(name) for name in ("vae", "llama3", "llama3_base", "qwen", "qwen_base", "t5")]
     jobs += [runs.Run(row, 2) for row in ROWS.values()]
     for job in jobs:
         assert runs.find_job(str(job)) == job
@@ -282,11 +282,11 @@ def test_intervals_are_students():
 
 @pytest.mark.parametrize(
     ("difference", "words"),
-    [((5.0, 6.0, 7.0), "yes"), ((-5.0, -6.0, -7.0), "**reversed**"), ((-1.0, 1.0, 2.0), "not to be told")],
+    [((5.0, 6.0, 7.0), "yes"), ((-5.0, -6.0, -7.0), "**reversed**"), ((-1.0, 1.0, 2.0), "inconclusive")],
 )
 def test_an_ordering_appears_only_outside_of_its_interval(difference, words):
     assert report.verdict(Mean(difference)) == words
-    assert report.verdict(Mean(difference[:1])) == "not to be told"
+    assert report.verdict(Mean(difference[:1])) == "inconclusive"
 
 
 def test_orderings_are_the_papers():
@@ -441,7 +441,7 @@ def test_runs_that_are_judged_otherwise_are_not_put_into_one_table(tmp_path):
 def test_two_processes_do_not_train_the_same(tmp_path):
     import fcntl
 
-    out, job = epath.Path(tmp_path / "out"), runs.Part("vae")
+    out, job = epath.Path(tmp_path / "out"), runs.SharedNetwork("vae")
     claim_workdir(out, load_config("ablation_scenes"))
     lock = job.log(out).with_suffix(".lock")
     lock.parent.mkdir()
@@ -464,7 +464,7 @@ def test_damaged_scores_are_said_in_one_line(tmp_path, text):
 def test_a_folder_that_is_none_of_ablations_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(ConfigDict({"seed": 0}).to_dict()))
     with pytest.raises(UserError, match="is not a folder of ablations"):
-        runs.run_job(epath.Path(tmp_path), runs.Part("vae"))
+        runs.run_job(epath.Path(tmp_path), runs.SharedNetwork("vae"))
 
 
 def test_the_papers_position_embedding_has_a_row_of_its_own():

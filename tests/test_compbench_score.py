@@ -16,9 +16,9 @@ from lidit_jax.evaluate.noun_phrases import split_noun_phrases
 from lidit_jax.images import save_png
 from lidit_jax.score import compbench
 from lidit_jax.score.compbench import attribute_score, category_of, score
+from lidit_jax.score.compbench_rules import SpatialPrompt, iou, parse_spatial, relation_score, spatial_score
 from lidit_jax.score.detectors import Detection
 from lidit_jax.score.results import ScoreRequest
-from lidit_jax.score.spatial_rules import SpatialPrompt, iou, parse_spatial, relation_score, spatial_score
 
 LISTS = ROOT.parent / "shared/data/benchmarks/t2i_compbench"
 needs_lists = pytest.mark.skipif(not LISTS.exists(), reason="T2I-CompBench's lists are not here")

@@ -200,7 +200,7 @@ def orderings(table: Mapping[str, TableRow]) -> list[tuple[TableRow, TableRow]]:
 def verdict(difference: Mean) -> str:
     """Returns "yes" or "**reversed**" if the interval of a difference, positive in the paper, excludes zero."""
     if math.isnan(difference.half_width) or abs(difference.value) <= difference.half_width:
-        return "not to be told"
+        return "inconclusive"
     return "yes" if difference.value > 0 else "**reversed**"
 
 

@@ -42,7 +42,7 @@ JUDGED_KINDS = ("two_objects", "held_out_pairs", "three_objects", "four_objects"
 POLL_INTERVAL_S = 1.0  # between two checks of the processes
 
 
-class Part(NamedTuple):
+class SharedNetwork(NamedTuple):
     """A frozen network that the runs share.
 
     Attributes:
@@ -100,8 +100,8 @@ class Run(NamedTuple):
     def is_done(self, out: epath.Path) -> bool:
         return (self.workdir(out) / SCORES_FILE).exists()
 
-    def parts(self) -> list[Part]:
-        return [Part(VAE), *map(Part, self.row.encoders)]
+    def parts(self) -> list[SharedNetwork]:
+        return [SharedNetwork(VAE), *map(SharedNetwork, self.row.encoders)]
 
     def do(self, config: ConfigDict, out: epath.Path) -> None:
         for part in self.parts():
@@ -113,7 +113,7 @@ class Run(NamedTuple):
         return f"{self.row.name}/{self.seed}"
 
 
-Job = Part | Run
+Job = SharedNetwork | Run
 
 
 def find_job(name: str) -> Job:
@@ -122,7 +122,7 @@ def find_job(name: str) -> Job:
     Raises:
       UserError: there is no such job.
     """
-    jobs = {str(Part(part)): Part(part) for part in (VAE, *FAMILIES)}
+    jobs = {str(SharedNetwork(part)): SharedNetwork(part) for part in (VAE, *FAMILIES)}
     row_name, _, seed = name.rpartition("/")
     rows = {row.name: row for row in ROWS.values()}
     if name in jobs:
@@ -143,8 +143,10 @@ def run_config(config: ConfigDict, run: Run, out: epath.Path) -> ConfigDict:
     del changed["language_models"]
     changed.seed = run.seed
     changed.text.instruction = config.language_models.instruction if run.row.instruction else ""
-    changed.vae = {"weights": str(Part(VAE).folder(out)), "dtype": config.vae.dtype}
-    changed.encoders = {name: {"weights": str(Part(name).folder(out)), "dtype": "float32"} for name in run.row.encoders}
+    changed.vae = {"weights": str(SharedNetwork(VAE).folder(out)), "dtype": config.vae.dtype}
+    changed.encoders = {
+        name: {"weights": str(SharedNetwork(name).folder(out)), "dtype": "float32"} for name in run.row.encoders
+    }
     changed.model.update(run.row.model())
     return changed
 

@@ -20,10 +20,10 @@ from lidit_jax.evaluate.attributes import KINDS
 from lidit_jax.evaluate.benchmarks import T2ICompBench
 from lidit_jax.evaluate.noun_phrases import noun_phrases, splitter_name
 from lidit_jax.evaluate.read_image import read_image
+from lidit_jax.score.compbench_rules import SpatialPrompt, parse_spatial, spatial_score
 from lidit_jax.score.detectors import load_detector
 from lidit_jax.score.report import Report
 from lidit_jax.score.results import ScoreRequest, open_results, require_images_folder
-from lidit_jax.score.spatial_rules import SpatialPrompt, parse_spatial, spatial_score
 from lidit_jax.score.vqa import load_blip
 
 logger = logging.getLogger(__name__)
