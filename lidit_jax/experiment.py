@@ -41,7 +41,7 @@ from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.models.vae_tiling import smallest_tile
 from lidit_jax.models.vae_training import VAESectionConfig
 from lidit_jax.parallel.mesh import make_mesh
-from lidit_jax.parallel.rules import ShardingRules, frozen_shardings, place
+from lidit_jax.parallel.rules import ShardingRules, frozen_shardings, put_sharded
 from lidit_jax.pipeline import Pipeline, SampleConfig
 from lidit_jax.text.encoders import PromptEncoder
 from lidit_jax.text.load_encoder import EncoderConfig, load_encoder, open_encoder, tokenizer_folder
@@ -276,7 +276,7 @@ class Experiment:
         vae_config, vae_params = load_vae(self.vae_folder())
         vae = self.autoencoder(vae_config)
         vae_params = (
-            place(vae_params, frozen_shardings(vae_params, mesh, rules)) if mesh else jax.device_put(vae_params)
+            put_sharded(vae_params, frozen_shardings(vae_params, mesh, rules)) if mesh else jax.device_put(vae_params)
         )
         frozen = {"vae": vae_params, "encoders": frozen}
         return Pipeline(self.model, self.schedule, encoders, vae, frozen, mesh, rules)

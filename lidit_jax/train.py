@@ -331,7 +331,7 @@ def train(
       The state after the last step.
 
     Raises:
-      Preempted: if SIGTERM came; the last step is saved.
+      Preempted: if SIGTERM was received; the last step is saved.
       UserError: after too many non-finite steps in a row, or if the checkpoint's facts differ.
     """
     config, task = trainer.config, trainer.task
@@ -424,7 +424,7 @@ def _warm_up(
       batch: the first batch, the last one taken from the stream.
       step: number of the next step.
       watchdog: told of each compiled program.
-      notice: raises Preempted, between programs, if SIGTERM came.
+      notice: raises Preempted, between programs, if SIGTERM was received.
     """
 
     def compiled() -> None:

@@ -265,9 +265,9 @@ def test_a_trained_t5_is_read_by_transformers_and_by_us(tmp_path, tokenizer):
     ours, loaded = load_t5_encoder(tmp_path / "t5")
     assert ours == config
     features = model.apply({"params": loaded}, tokens, mask)
-    twin = transformers.T5EncoderModel.from_pretrained(tmp_path / "t5")
+    torch_model = transformers.T5EncoderModel.from_pretrained(tmp_path / "t5")
     with torch.no_grad():
-        theirs = twin(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+        theirs = torch_model(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
     np.testing.assert_allclose(np.asarray(features)[mask], theirs[mask], atol=2e-5)
 
 

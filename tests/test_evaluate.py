@@ -8,7 +8,7 @@ from etils import epath
 from PIL import Image
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluate import drawing
+from lidit_jax.evaluate import generate
 from lidit_jax.evaluate.benchmarks import GenEval, open_benchmark
 from lidit_jax.evaluate.generate import Request, generate_benchmark, seed_of
 from lidit_jax.pipeline import Pipeline
@@ -65,9 +65,9 @@ def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, gene
 
 def test_all_batches_are_drawn_by_one_compilation(trained_workdir, geneval, tmp_path, monkeypatch):
     pipelines, batches = [], []
-    load, draw = drawing.experiment.load, Pipeline.__call__
+    load, draw = generate.experiment.load, Pipeline.__call__
     monkeypatch.setattr(
-        drawing.experiment, "load", lambda *args: (loaded := load(*args), pipelines.append(loaded[1]))[0]
+        generate.experiment, "load", lambda *args: (loaded := load(*args), pipelines.append(loaded[1]))[0]
     )
     monkeypatch.setattr(Pipeline, "__call__", lambda self, *args: (batches.append(len(args[1])), draw(self, *args))[1])
     generate_benchmark(request(trained_workdir, "geneval", geneval, tmp_path / "out", num_images=4))
@@ -95,17 +95,17 @@ def test_another_model_or_another_way_to_draw_needs_another_folder(trained_workd
     assert files_of(out) == ["mine.txt"]
     (out / "mine.txt").unlink()
     asked = request(trained_workdir, "geneval", geneval, out)
-    run, _, _, step = drawing.experiment.load(asked.workdir)
+    run, _, _, step = generate.experiment.load(asked.workdir)
     benchmark = open_benchmark("geneval", geneval, 2)
-    facts = drawing._facts(asked, benchmark, run, step)
-    drawing._claim(asked.out, facts)
-    drawing._claim(asked.out, facts)
+    facts = generate._facts(asked, benchmark, run, step)
+    generate._claim(asked.out, facts)
+    generate._claim(asked.out, facts)
     for changed in ({"step": 7}, {"config": "another"}, {"weights": "params"}, {"num_images": 4}):
         with pytest.raises(UserError, match=f"has images of another {next(iter(changed))} "):
-            drawing._claim(asked.out, facts | changed)
+            generate._claim(asked.out, facts | changed)
     (out / "drawn_with.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
-        drawing._claim(asked.out, facts)
+        generate._claim(asked.out, facts)
 
 
 def test_t2i_compbench_names_its_images_by_prompt_and_number(tmp_path):

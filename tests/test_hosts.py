@@ -108,12 +108,12 @@ AT_STEP_3 = """
 import itertools, time
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.preemption import Notice
-steps, reached = itertools.count(1), Notice.reached
+steps, reached = itertools.count(1), Notice.should_stop
 def at_step_3(notice):
     if next(steps) == 3:
         {what}
     return reached(notice)
-Notice.reached = at_step_3
+Notice.should_stop = at_step_3
 """
 # Message of JAX's heartbeat or, inside a collective, of Gloo, which carries messages between CPU hosts.
 GONE = "another task died|Gloo .* failed"

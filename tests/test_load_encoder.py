@@ -27,7 +27,7 @@ from lidit_jax.text.encoders import LLMTextEncoder, T5TextEncoder, encode, encod
 from lidit_jax.text.load_encoder import load_encoder, open_encoder
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
-from lidit_jax.weights import folders, placing
+from lidit_jax.weights import folders, loading
 from lidit_jax.weights.digest import folder_digest
 from lidit_jax.weights.huggingface_llm import save_llm
 
@@ -260,7 +260,7 @@ def test_a_tokenizer_without_an_end_token_is_rejected_by_its_folders_name(llm_fo
 
 
 def test_slow_loading_logs_its_progress(llm_folder, monkeypatch, caplog):
-    monkeypatch.setattr(placing, "LOG_EVERY_S", 0.0)
+    monkeypatch.setattr(loading, "LOG_EVERY_S", 0.0)
     monkeypatch.setattr(logging.getLogger("lidit_jax"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="lidit_jax"):
         load(llm_folder)

@@ -69,7 +69,7 @@ def assert_close(actual, expected, tolerance):
         ({}, {"dtype": "bfloat16"}, 5e-2),
     ],
 )
-def test_the_twin_predicts_what_we_do(text, model, tolerance):
+def test_pytorch_predicts_what_jax_predicts(text, model, tolerance):
     work, _ = tiny_workload(text, **model)
     ours, features = LIDiT(work.model), work.features()
     assert not all(llm.mask.all() for llm in features)  # some prompts are padded
@@ -77,10 +77,10 @@ def test_the_twin_predicts_what_we_do(text, model, tolerance):
     params = random_params(ours, latents, timesteps, features)
     expected = jax.jit(ours.apply)({"params": params}, latents, timesteps, features)
 
-    twin = torch_lidit.from_flax(work.model, work.text_widths, params, dtype=getattr(torch, work.model.dtype))
+    torch_model = torch_lidit.from_flax(work.model, work.text_widths, params, dtype=getattr(torch, work.model.dtype))
     arguments = torch_lidit.channels_first(latents), torch.from_numpy(timesteps)
     with torch.no_grad():
-        actual = twin(*arguments, **workload.torch_features(work, "cpu")).sample
+        actual = torch_model(*arguments, **workload.torch_features(work, "cpu")).sample
     assert_close(actual.movedim(1, -1), expected, tolerance)
 
 
@@ -91,17 +91,17 @@ def random_params(model, *arguments):
     return jax.tree.map(lambda x: 0.2 * random.standard_normal(x.shape, np.float32), shapes)
 
 
-def test_the_twin_learns_what_we_learn(one_device):
+def test_pytorch_learns_what_jax_learns(one_device):
     work, experiment = tiny_workload(ddpm=True)
     config = dataclasses.replace(experiment.train, clip_norm=0.1, weight_decay=1.0)  # both have an effect
     trainer, batch = train_step.make_trainer(work, config, experiment.config.mesh)
     state, key, text = trainer.init(0), jax.random.key(1), workload.torch_features(work, "cpu")
     before = jax.device_get(state.params)
     start = torch_lidit.state_dict_from_flax(work.model, before)
-    twins = []
+    torch_models = []
     for remat in ("none", "full", "dots"):
         model = dataclasses.replace(work.model, remat=remat)
-        twins.append(torch_lidit.Trainer(torch_lidit.from_flax(model, work.text_widths, before), config))
+        torch_models.append(torch_lidit.Trainer(torch_lidit.from_flax(model, work.text_widths, before), config))
     for number in range(2):
         arrays = train_step.random_inputs(work, batch["moments"], key, number)
         [inputs] = torch_lidit.split_steps({name: array[None] for name, array in arrays.items()})
@@ -109,15 +109,15 @@ def test_the_twin_learns_what_we_learn(one_device):
         with jax.set_mesh(trainer.mesh):
             state, metrics = trainer.step(state, trainer.task.frozen, batch, key, number)
         assert metrics["grad_norm"] > config.clip_norm
-        for twin in twins:
-            loss, norm = twin.step(inputs, text, rate)
+        for torch_model in torch_models:
+            loss, norm = torch_model.step(inputs, text, rate)
             assert loss.item() == pytest.approx(float(metrics["loss"].mean), rel=1e-5)
             assert norm.item() == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
     ours = [torch_lidit.state_dict_from_flax(work.model, jax.device_get(tree)) for tree in (state.params, state.ema)]
-    for twin in twins:
-        names = [name for name, _ in twin.model.named_parameters()]
+    for torch_model in torch_models:
+        names = [name for name, _ in torch_model.model.named_parameters()]
         assert set(names) == set(start)
-        for expected, actual in zip(ours, (twin.params, twin.ema), strict=True):
+        for expected, actual in zip(ours, (torch_model.params, torch_model.ema), strict=True):
             for name, now in zip(names, actual, strict=True):
                 assert_close(now.detach().numpy() - start[name], expected[name] - start[name], 1e-2)
 
@@ -133,14 +133,14 @@ def test_contestants_of_sampling_return_the_same_latents(tmp_path):
     arguments = work, "euler", 3, 4.0
     expected = sample.ours(*arguments, folder=tmp_path)()
     assert expected.shape == work.latents_shape
-    assert_close(sample.twin(*arguments, folder=tmp_path, device="cpu", compiled=False)(), expected, 1e-4)
+    assert_close(sample.pytorch(*arguments, folder=tmp_path, device="cpu", compiled=False)(), expected, 1e-4)
 
 
 @pytest.mark.parametrize(
     ("name", "schedule"),
     [("ddim", DDPM()), ("dpmpp_2m", DDPM(prediction="v")), ("euler", RectifiedFlow()), ("heun", RectifiedFlow())],
 )
-def test_the_twin_takes_a_samplers_steps(name, schedule):
+def test_pytorch_takes_the_steps_of_a_jax_sampler(name, schedule):
     class Model(torch.nn.Module):
         def forward(self, x, timesteps, return_dict):
             return (predict(x, timesteps),)

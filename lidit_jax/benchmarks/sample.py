@@ -52,7 +52,7 @@ def main() -> None:
     if np.any(rows.noise_scale):
         raise UserError(f"--sampler={sampler} adds random noise, so latents cannot be compared: use ddim or dpmpp_2m")
     arguments = workload, sampler, steps, guidance_scale
-    results = run_contest(functools.partial(ours, *arguments), functools.partial(twin, *arguments))
+    results = run_contest(functools.partial(ours, *arguments), functools.partial(pytorch, *arguments))
     evaluations, batch = len(rows.timesteps), workload.batch
     flops = evaluations * workload.forward_flops(batch if guidance_scale == 1.0 else 2 * batch)
     print(f"{workload}; {sampler}, guidance {guidance_scale:g}")
@@ -73,7 +73,7 @@ def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *,
       sampler: as in the config's `sample` section.
       steps: sampling steps.
       guidance_scale: as in the config's `sample` section.
-      folder: where the weights are saved for `twin`; None if it does not run.
+      folder: where the weights are saved for `pytorch`; None if it does not run.
     """
     import flax.linen as nn
     import jax
@@ -105,7 +105,7 @@ def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *,
     return lambda: np.asarray(sample_latents(params, text, noise, jnp.float32(guidance_scale)))
 
 
-def twin(
+def pytorch(
     workload: Workload, sampler: str, steps: int, guidance_scale: float, *, folder: Path, device: str, compiled: bool
 ) -> Work:
     """Prepares PyTorch's sampler with the weights that `ours` saved; arguments as there."""

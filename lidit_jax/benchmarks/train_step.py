@@ -49,7 +49,7 @@ def main() -> None:
     workload, experiment = from_flags()
     steps = _STEPS.value
     arguments, mesh = (workload, experiment.train, steps), dict(experiment.config.mesh)
-    results = run_contest(functools.partial(ours, *arguments, mesh=mesh), functools.partial(twin, *arguments))
+    results = run_contest(functools.partial(ours, *arguments, mesh=mesh), functools.partial(pytorch, *arguments))
     flops = steps * FORWARD_AND_BACKWARD * workload.forward_flops(workload.batch)
     print(workload)
     samples, devices = steps * workload.batch, jax.device_count()
@@ -76,7 +76,7 @@ def ours(workload: Workload, config: TrainConfig, steps: int, *, mesh: Mapping[s
       steps: per round.
       mesh: sizes of the device mesh's axes.
       folder: where the weights and the random inputs of the first two rounds (warm-up, and the one whose outputs are
-        compared) are saved for `twin`; None if it does not run.
+        compared) are saved for `pytorch`; None if it does not run.
     """
     trainer, batch = make_trainer(workload, config, mesh)
     state, key = trainer.init(0), jax.random.key(1)
@@ -147,7 +147,7 @@ def random_inputs(workload: Workload, moments: jax.Array, key: jax.Array, number
     return jax.device_get(inputs)
 
 
-def twin(workload: Workload, config: TrainConfig, steps: int, *, folder: Path, device: str, compiled: bool) -> Work:
+def pytorch(workload: Workload, config: TrainConfig, steps: int, *, folder: Path, device: str, compiled: bool) -> Work:
     """Prepares PyTorch's training step with the weights and random inputs that `ours` saved, which it cycles through.
 
     Arguments and the result of a round are as in `ours`.

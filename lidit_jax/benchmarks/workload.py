@@ -48,7 +48,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each contestant is timed"
 _PREFIX_TOKENS = flags.DEFINE_integer(
     "prefix_tokens", 64, "tokens of system prompt and instruction, for LLMs without a local tokenizer", lower_bound=0
 )
-_TWIN = flags.DEFINE_bool("twin", True, "compare with PyTorch")
+_TORCH = flags.DEFINE_bool("torch", True, "compare with PyTorch")
 _COMPILED = flags.DEFINE_bool("compiled", True, "compare with PyTorch under torch.compile, too")
 
 WEIGHTS = "weights.safetensors"
@@ -252,14 +252,14 @@ def torch_features(workload: Workload, device: str, *, with_empty: bool = False)
 # --- the contest -------------------------------------------------------------------------------------------------
 
 
-def run_contest(ours: Callable[..., Work], twin: Callable[..., Work]) -> list[Result]:
+def run_contest(ours: Callable[..., Work], pytorch: Callable[..., Work]) -> list[Result]:
     """Runs the contest between ours and, unless the flags leave it out, PyTorch.
 
     Args:
-      ours: prepares ours: (folder) -> work. Saves in the folder what `twin` needs; the folder is None without a twin.
-      twin: prepares PyTorch: (folder, device, compiled) -> work. Called after `ours`.
+      ours: prepares ours: (folder) -> work. Saves what `pytorch` needs in the folder, None without PyTorch.
+      pytorch: prepares PyTorch: (folder, device, compiled) -> work. Called after `ours`.
     """
-    if not _TWIN.value:
+    if not _TORCH.value:
         print(describe_host(), flush=True)
         return contest([Contestant("lidit_jax", functools.partial(ours, folder=None))], _ROUNDS.value)
     print(describe_host("torch"), flush=True)
@@ -267,7 +267,7 @@ def run_contest(ours: Callable[..., Work], twin: Callable[..., Work]) -> list[Re
     with tempfile.TemporaryDirectory() as name:
         contestants = [Contestant("lidit_jax", functools.partial(ours, folder=Path(name)))]
         for compiled in (False, True) if _COMPILED.value else (False,):
-            prepare = functools.partial(twin, folder=Path(name), device=device, compiled=compiled)
+            prepare = functools.partial(pytorch, folder=Path(name), device=device, compiled=compiled)
             contestants.append(Contestant("PyTorch compiled" if compiled else "PyTorch", prepare))
         return contest(contestants, _ROUNDS.value)
 
@@ -283,13 +283,13 @@ def _torch_device() -> str:
     platform = jax.default_backend()
     if jax.device_count() > 1:
         raise UserError(
-            f"JAX uses {jax.device_count()} devices, but PyTorch uses one: make one device visible, or give --notwin"
+            f"JAX uses {jax.device_count()} devices, but PyTorch uses one: make one device visible, or give --notorch"
         )
     if platform == "cpu":
         return "cpu"
     if platform != "gpu" or not torch.cuda.is_available():
         raise UserError(
-            f"JAX runs on a {platform}, which PyTorch cannot use: install PyTorch's build for it, or give --notwin"
+            f"JAX runs on a {platform}, which PyTorch cannot use: install PyTorch's build for it, or give --notorch"
         )
     return "cuda"
 

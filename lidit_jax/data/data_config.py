@@ -58,8 +58,8 @@ class DataConfig:
         bucket.
       max_aspect: largest ratio of the longer to the shorter side of a bucket; 1 makes all images square.
       bucket_multiple: number of pixels that divides both sides of every bucket; larger values give fewer buckets, and
-        so fewer shapes to compile. It must divide `resolution` and be a multiple of the size multiple (VAE down-sampling times
-        patch size); 0: the size multiple itself, which gives the most buckets.
+        so fewer shapes to compile. It must divide `resolution` and be a multiple of the size multiple (down-sampling of
+        the VAE times patch size); 0: the size multiple itself, which gives the most buckets.
       allow_enlarging: if False, drop images that are smaller than their bucket.
       captions: weight of each caption field (original and synthetic captions mixed); None: the default fields.
       class_template: text around the field "class", e.g. "a photo of {}"; "" for none.
@@ -186,7 +186,7 @@ class DataConfig:
         """Returns the aspect-ratio buckets, by ascending aspect; see `make_buckets`.
 
         Args:
-          size_multiple: pixels that both sides of every image must be multiples of (VAE down-sampling times patch size).
+          size_multiple: number that divides both sides of every image, in pixels (VAE down-sampling times patch size).
 
         Raises:
           UserError: `bucket_multiple` cannot be used (the message lists the values that can), or no bucket fits.

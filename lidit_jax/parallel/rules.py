@@ -142,9 +142,9 @@ def put_sharded(arrays: Any, shardings: Any) -> Any:
 
     Args:
       arrays: tree of arrays, the same and complete in every process.
-      places: the same tree of shardings.
+      shardings: the same tree of shardings.
     """
-    return jax.tree.map(lambda x, to: jax.make_array_from_callback(x.shape, to, x.__getitem__), arrays, places)
+    return jax.tree.map(lambda x, to: jax.make_array_from_callback(x.shape, to, x.__getitem__), arrays, shardings)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

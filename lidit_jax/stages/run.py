@@ -40,7 +40,7 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
 
     Raises:
       UserError: if the config, the data or the weights are invalid or do not fit each other.
-      Preempted: if SIGTERM came; the last step is saved.
+      Preempted: if SIGTERM was received; the last step is saved.
     """
     experiment = Experiment(config, workdir)
     evaluation = build(SceneEvaluation, config.evaluate, "evaluate") if "evaluate" in config else None
