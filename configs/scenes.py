@@ -3,8 +3,8 @@
     python -m lidit_jax.main --config=configs/scenes.py --workdir=runs/scenes           # 64 px, 8x8 tokens
     python -m lidit_jax.main --config=configs/scenes.py:128 --workdir=runs/scenes_128   # 128 px, 16x16 tokens
 
-It is the demo of configs/shapes.py with another layout of the scenes and larger networks: the miniature for everything
-that needs a grid of tokens. All numbers are ours, and no run has been trained to its end yet.
+It is the demo of configs/shapes.py with another layout of the scenes and a deeper LI-DiT: the miniature for everything
+that needs a grid of tokens. All numbers are ours.
 """
 
 from ml_collections import ConfigDict
@@ -36,30 +36,24 @@ def get_config(resolution: str = "64") -> ConfigDict:
     config.vae.model.sample_size = side
     config.vae.train.steps = 2000
     config.model.update(
-        depth=8,
-        hidden_size=256,
-        num_heads=4,  # of 64 channels, as in the demo
-        patch_size=1,  # 64 or 256 tokens
-        position_grid=side // 8,  # tokens along a side
+        depth=6,
+        position_grid=side // 8,  # 64 or 256 tokens
     )
     config.train.update(
-        steps=12_000,  # a guess: no run has been finished yet
-        batch_size=64,
-        learning_rate=1e-3,  # half the demo's: the model is deeper and wider
-        warmup_steps=200,
-        ema_decay=0.999,
-        log_every=100,
-        checkpoint_every=1000,
-        sample_every=4000,
+        steps=3600,
+        warmup_steps=100,
+        ema_decay=0.998,
+        log_every=50,
+        checkpoint_every=600,
+        sample_every=1800,
     )
     config.evaluate = {
         "one_object": 64,
-        "two_objects": 128,
-        "three_objects": 128,
-        "four_objects": 128,
-        "five_objects": 128,
-        "six_objects": 128,
-        "overlapping_objects": 256,
-        "held_out_pairs": 128,
+        "two_objects": 64,
+        "three_objects": 64,
+        "four_objects": 64,
+        "six_objects": 64,
+        "overlapping_objects": 64,
+        "held_out_pairs": 64,
     }
     return config
