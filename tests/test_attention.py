@@ -121,7 +121,8 @@ def test_each_platform_gets_its_kernel():
 
     assert chosen("tpu", 1024, 1024) == chosen("tpu", 256, 256, 72) == "splash"
     assert chosen("tpu", 1024, 300, is_masked=True) == "splash"
-    assert chosen("tpu", 16, 16) == chosen("tpu", 1024, 1024, is_plain=False) == "xla"
+    assert chosen("tpu", 240, 240) == "splash"  # the bucket of 192x320 pixels at 256 px
+    assert chosen("tpu", 16, 16) == chosen("tpu", 128, 256) == chosen("tpu", 1024, 1024, is_plain=False) == "xla"
     assert chosen("tpu", 1024, 1024, dtype=jnp.float32) == "xla"  # the kernel would multiply in bfloat16
     assert chosen("nvidia", 256, 256, 72) == "cudnn"
     assert chosen("nvidia", 256, 256, dtype=jnp.float32) == chosen("nvidia", 256, 256, 160) == "xla"

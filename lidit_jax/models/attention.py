@@ -1,6 +1,7 @@
 """Scaled dot-product attention: the only entry point, which picks the XLA, splash (TPU) or cuDNN kernel."""
 
 import contextlib
+import math
 import re
 
 import jax
@@ -8,11 +9,11 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.sharded_matmul import product_precision
-from lidit_jax.models.splash_attention import splash_attention
+from lidit_jax.models.splash_attention import LANES, splash_attention
 
 IMPLEMENTATIONS = ("auto", "xla", "splash", "cudnn")
-# Smallest number of logits per head for which the TPU kernel pays for its padding (heads to 128 lanes, lengths to
-# blocks).
+# Smallest number of logits per head, with lengths padded to blocks, for which the TPU kernel pays for its padding. They
+# are padded because all buckets of a resolution should use one kernel: at 256 px, images of 192x320 have 240 tokens.
 SPLASH_LOGITS = 256 * 256
 
 
@@ -114,7 +115,8 @@ def select_implementation(platform: str, query: jax.Array, key: jax.Array, *, is
       "splash", "cudnn" or "xla".
     """
     is_float32 = query.dtype == jnp.float32  # kernels multiply in half precision
-    if platform == "tpu" and is_plain and not is_float32 and query.shape[1] * key.shape[1] >= SPLASH_LOGITS:
+    num_logits = math.prod(-(-x.shape[1] // LANES) * LANES for x in (query, key))
+    if platform == "tpu" and is_plain and not is_float32 and num_logits >= SPLASH_LOGITS:
         return "splash"
     # cuDNN needs the key mask expanded to a full [Lq, Lk] bias, which costs most of what flash attention saves.
     fits_cudnn = query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
