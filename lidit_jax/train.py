@@ -445,7 +445,7 @@ def _check_outcome(name: str, state: TrainState) -> None:
     advice = "check the data, or lower the learning rate in a new workdir"
     if int(state.skipped) == step:
         raise UserError(
-            f"{name}: all {step} steps had a loss or gradient that is not finite, and left the weights unchanged: {advice}"
+            f"{name}: the loss or gradient of all {step} steps was not finite, so the weights are unchanged: {advice}"
         )
     if not jax.jit(_are_finite)(state.params):
         raise UserError(f"{name}: weights are not finite after step {step}: {advice}")

@@ -185,7 +185,7 @@ class DataConfig:
             source_configs[name] = build(DataConfig, {**shared, "mixture": None, **changes}, where)
         given = [config.weight is not None for config in source_configs.values()]
         if any(given) and not all(given):
-            raise UserError("data.mixture: give every source a weight, or none of them")
+            raise UserError("data.mixture: give every source a weight above 0, or none of them")
         return source_configs
 
     def buckets(self, size_multiple: int) -> tuple[Bucket, ...]:
