@@ -66,9 +66,9 @@ Count = Annotated[int, at_least(1)]
 CountOrZero = Annotated[int, at_least(0)]
 # Axes of arrays (widths, heads, tokens, rows) and numbers of blocks. Larger values are mistakes, with which tracing or
 # allocating a model would not end.
-Size = Annotated[int, between(1, 2**20)]
-Blocks = Annotated[int, between(1, 1000)]
-BlocksOrZero = Annotated[int, between(0, 1000)]
+Size = Annotated[int, at_least(1), at_most(2**20)]
+Blocks = Annotated[int, at_least(1), at_most(1000)]
+BlocksOrZero = Annotated[int, at_least(0), at_most(1000)]
 Finite = Annotated[float, between(-LARGEST[float], LARGEST[float])]
 Positive = Annotated[float, above(0)]
 NonNegative = Annotated[float, at_least(0)]

@@ -272,7 +272,7 @@ def folder(tmp_path):
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta='1e4'"),
         ({"tie_word_embeddings": 1}, "'tie_word_embeddings' expected bool"),
         ({"vocab_size": VOCAB_SIZE + 1}, r"embed_tokens.weight has shape \(64, 32\), config.json requires \(65, 32\)"),
-        ({"intermediate_size": 2**31 - 1}, "intermediate_size=2147483647 must be from 1 to 1048576"),
+        ({"intermediate_size": 2**31 - 1}, "intermediate_size=2147483647 must be at most 1048576"),
         ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers=2147483647 is not an integer from 1 to 1000"),
         ({"num_hidden_layers": 1000}, "layer_types|num_hidden_layers|is missing"),
         ({"model_type": "llama"}, r"k_proj\.bias' is not part of the model that config.json describes"),

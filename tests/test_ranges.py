@@ -70,7 +70,8 @@ class Section:
         ("count", 1.0, "section.count=1.0 must be an integer"),
         ("count", True, "section.count=True must be an integer"),
         ("count", None, "section.count=None must be an integer"),
-        ("size", -1, "section.size=-1 must be from 1 to 1048576"),
+        ("size", 2**21, "section.size=2097152 must be at most 1048576"),
+        ("size", -1, "section.size=-1 must be at least 1"),
         ("share", 1.5, "section.share=1.5 must be from 0 to 1"),
         ("share", "1", "section.share='1' must be a number"),
         ("rate", 1.0, "section.rate=1.0 must be below 1"),
@@ -78,7 +79,7 @@ class Section:
         ("scale", 0, "section.scale=0 must be above 0"),
         ("scale", math.inf, "section.scale=inf must be a finite number"),
         ("scale", 1e39, "section.scale=1e+39 must be at most 3.4e+38"),
-        ("widths", (8, 0), "section.widths[1]=0 must be from 1 to 1048576"),
+        ("widths", (8, 0), "section.widths[1]=0 must be at least 1"),
         ("shares", {"txt": -1}, "section.shares.txt=-1 must be from 0 to 1"),
     ],
 )

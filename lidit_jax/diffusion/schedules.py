@@ -150,15 +150,13 @@ class DDPM(Schedule):
     zero_terminal_snr: bool = False
 
     def __post_init__(self):
-        check_ranges(self, "diffusion.")
+        check_ranges(self, "")
         if self.beta_schedule not in BETA_SCHEDULES:
             raise UserError(f"unknown beta_schedule {self.beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}")
         if self.prediction not in DDPM_PREDICTIONS:
             raise UserError(f"unknown prediction {self.prediction!r}; choose one of {', '.join(DDPM_PREDICTIONS)}")
         if self.beta_start > self.beta_end:
-            raise UserError(
-                f"diffusion.beta_start={self.beta_start} is larger than beta_end={self.beta_end}: exchange them"
-            )
+            raise UserError(f"beta_start={self.beta_start} is larger than beta_end={self.beta_end}: exchange them")
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UserError(
                 "zero_terminal_snr is ill-posed with prediction='epsilon' (x_0 cannot be recovered from pure noise); "
@@ -233,7 +231,7 @@ class RectifiedFlow(Schedule):
     prediction: ClassVar[str] = "flow"
 
     def __post_init__(self):
-        check_ranges(self, "diffusion.")
+        check_ranges(self, "")
 
     def shift_times(self, times: Any) -> Any:
         """Returns shift s / (1 + (shift - 1) s) for times s, an array or a number in [0, 1]."""
