@@ -84,7 +84,10 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T
     except UserError as error:
         # A dataclass names its fields by its usual section ("train.steps", "VAE config: in_channels"), not by this one.
         its_section = re.compile(rf"^(?:[\w.]+\.|[\w ]+: )?(?=(?:{'|'.join(fields)})\b)")
-        raise UserError(its_section.sub(f"{where}.", str(error))) from error
+        message = str(error)
+        if not message.startswith(f"{where}."):  # as that of a source in a mixture does
+            message = its_section.sub(f"{where}.", message)
+        raise UserError(message) from error
 
 
 def require_section(key: str, value: Any) -> None:
