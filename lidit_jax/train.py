@@ -376,7 +376,7 @@ def train(
                 pending = []
                 watchdog.beat()
             if last:
-                _check_outcome(task.name, state)
+                _check_outcome(trainer, state)
             if config.sample_every and task.evaluate and not preempted and (step % config.sample_every == 0 or last):
                 with progress.paused():
                     values, images = task.evaluate(state, step)
@@ -439,15 +439,15 @@ def _warm_up(
     warm_up(trainer, name, batch, stream.bucket, stream.buckets, steps, compiled)
 
 
-def _check_outcome(name: str, state: TrainState) -> None:
+def _check_outcome(trainer: Trainer, state: TrainState) -> None:
     """Raises UserError if training changed nothing, because all steps were skipped, or ended in non-finite weights."""
-    step = int(state.step)
+    name, step = trainer.task.name, int(state.step)
     advice = "check the data, or lower the learning rate in a new workdir"
     if int(state.skipped) == step:
         raise UserError(
             f"{name}: the loss or gradient of all {step} steps was not finite, so the weights are unchanged: {advice}"
         )
-    if not jax.jit(_are_finite)(state.params):
+    if not jax.jit(_are_finite, out_shardings=replicated(trainer.mesh))(state.params):
         raise UserError(f"{name}: weights are not finite after step {step}: {advice}")
 
 
