@@ -63,6 +63,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T
       UserError: for an unknown key (with the nearest known one), a missing key, a value of the wrong type, or one that
         the dataclass rejects.
     """
+    require_section(where, values)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values = {**_plain(values), **more}
@@ -82,20 +83,32 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T
         return cls(**values)
     except UserError as error:
         # A dataclass names its fields by its usual section ("train.steps", "VAE config: in_channels"), not by this one.
-        its_section = re.compile(rf"^(?:[\w.]+\.|[\w ]+: )(?=(?:{'|'.join(fields)})\b)")
-        raise UserError(its_section.sub(f"{where}.", str(error))) from error
+        its_section = re.compile(rf"^(?:[\w.]+\.|[\w ]+: )?(?=(?:{'|'.join(fields)})\b)")
+        message = str(error)
+        if not message.startswith(f"{where}."):  # as that of a source in a mixture does
+            message = its_section.sub(f"{where}.", message)
+        raise UserError(message) from error
+
+
+def require_section(key: str, value: Any) -> None:
+    """Raises UserError unless the value of a config key is a section."""
+    if not isinstance(value, ConfigDict | Mapping):
+        raise UserError(f"config key {key} is {value!r:.80}: it must be of type dict")
 
 
 def _dataclass_in(hint: Any) -> type | None:
     """Returns the dataclass of an annotation, `X` or `X | None`; None if there is none."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+    return next((option for option in _options(hint) if dataclasses.is_dataclass(option)), None)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """Returns the types of a union, or the only type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
     """Raises UserError unless the value is of the annotated type; the entries of containers are not checked."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    kinds = [typing.get_origin(option) or option for option in options]
+    kinds = [typing.get_origin(option) or option for option in _options(hint)]
     if not all(isinstance(kind, type) for kind in kinds):  # Any, Literal: checked where the value is used
         return
     if float in kinds:

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lidit_jax.checkpoint import load_weights, require_checkpoint
-from lidit_jax.config import build, read_workdir
+from lidit_jax.config import build, read_workdir, require_section
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.stored_features import EncoderFingerprint
 from lidit_jax.diffusion.samplers import step_table
@@ -40,9 +40,10 @@ from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.models.vae_tiling import smallest_tile
 from lidit_jax.models.vae_training import VAESectionConfig
-from lidit_jax.parallel.mesh import make_mesh
+from lidit_jax.parallel.mesh import MeshConfig, make_mesh
 from lidit_jax.parallel.rules import ShardingRules, frozen_shardings, put_sharded
 from lidit_jax.pipeline import Pipeline, SampleConfig
+from lidit_jax.ranges import between, check_value
 from lidit_jax.text.encoders import PromptEncoder
 from lidit_jax.text.load_encoder import EncoderConfig, load_encoder, open_encoder, tokenizer_folder
 from lidit_jax.text.prompts import PromptTokenizer, TextConfig
@@ -56,6 +57,7 @@ LIDIT = "lidit"
 SECTIONS = ("seed", "mesh", "data", "vae")  # required in every config
 LIDIT_SECTIONS = ("text", "encoders", "model", "diffusion", "train", "sample")  # all of them or, for a VAE alone, none
 OPTIONAL_SECTIONS = ("start_from", "evaluate")
+Seed = Annotated[int, between(0, 2**32 - 1)]  # what a random key of JAX keeps of a seed
 
 
 class Experiment:
@@ -81,6 +83,13 @@ class Experiment:
         for section in (*SECTIONS, *(LIDIT_SECTIONS if self.has_lidit else ())):
             if section not in config:
                 raise UserError(f"config key {section} is missing")
+        for key in config:
+            if key not in ("seed", "start_from"):
+                require_section(key, config[key])
+        check_value("seed", config.seed, Seed)
+        if not isinstance(config.get("start_from"), str | None):
+            raise UserError(f"config key start_from is {config.start_from!r:.80}: it must be of type str or null")
+        build(MeshConfig, config.mesh, "mesh")
         self.config, self.workdir = config, workdir
         self.data = build(DataConfig, config.data, "data")
         self.vae = build(VAESectionConfig, config.vae, "vae")

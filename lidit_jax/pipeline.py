@@ -5,14 +5,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from lidit_jax.diffusion.samplers import guided, initial_noise, sample, step_table
+from lidit_jax.diffusion.samplers import MAX_STEPS, guided, initial_noise, sample, step_table
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.errors import UserError
 from lidit_jax.images import to_uint8
@@ -21,6 +21,7 @@ from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, from_model_latents
 from lidit_jax.models.vae_tiling import SMALLEST_TILE, decode_within
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, put_sharded, replicated, shardings
+from lidit_jax.ranges import Count, Size, at_least, between, check_ranges
 from lidit_jax.text.batch_prompts import SharedPrompts
 from lidit_jax.text.encoders import PromptEncoder, encode, encode_batch, text_flops_and_lengths, tokenize
 
@@ -40,16 +41,14 @@ class SampleConfig:
     """
 
     sampler: str
-    steps: int = 25
-    guidance_scale: float = 4.0
-    batch_size: int = 16
-    decode_pixels: int = 1 << 20
-    decode_tile: int = 256
+    steps: Annotated[int, between(1, MAX_STEPS)] = 25
+    guidance_scale: Annotated[float, between(0, 1000)] = 4.0
+    batch_size: Size = 16
+    decode_pixels: Count = 1 << 20
+    decode_tile: Annotated[int, at_least(SMALLEST_TILE)] = 256
 
     def __post_init__(self):
-        for name, least in (("batch_size", 1), ("decode_pixels", 1), ("decode_tile", SMALLEST_TILE)):
-            if getattr(self, name) < least:
-                raise UserError(f"sample.{name}={getattr(self, name)} must be at least {least}")
+        check_ranges(self, "sample.")
 
     @property
     def is_guided(self) -> bool:

@@ -332,7 +332,8 @@ def train(
 
     Raises:
       Preempted: if SIGTERM was received; the last step is saved.
-      UserError: after too many non-finite steps in a row, or if the checkpoint's facts differ.
+      UserError: after too many non-finite steps in a row, if no step was finite, if the weights ended up non-finite, or
+        if the checkpoint's facts differ.
     """
     config, task = trainer.config, trainer.task
     with watched(config.stalled_after, task.name):
@@ -374,6 +375,8 @@ def train(
                 _log(metrics, progress, step, pending, stream.report(), config)
                 pending = []
                 watchdog.beat()
+            if last:
+                _check_outcome(trainer, state)
             if config.sample_every and task.evaluate and not preempted and (step % config.sample_every == 0 or last):
                 with progress.paused():
                     values, images = task.evaluate(state, step)
@@ -434,6 +437,22 @@ def _warm_up(
 
     name, steps = trainer.task.name, range(step, trainer.config.steps)
     warm_up(trainer, name, batch, stream.bucket, stream.buckets, steps, compiled)
+
+
+def _check_outcome(trainer: Trainer, state: TrainState) -> None:
+    """Raises UserError if training changed nothing, because all steps were skipped, or ended in non-finite weights."""
+    name, step = trainer.task.name, int(state.step)
+    advice = "check the data, or lower the learning rate in a new workdir"
+    if int(state.skipped) == step:
+        raise UserError(
+            f"{name}: the loss or gradient of all {step} steps was not finite, so the weights are unchanged: {advice}"
+        )
+    if not jax.jit(_are_finite, out_shardings=replicated(trainer.mesh))(state.params):
+        raise UserError(f"{name}: weights are not finite after step {step}: {advice}")
+
+
+def _are_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def _peak_flops(mesh: Mesh) -> float | None:

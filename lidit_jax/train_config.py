@@ -1,9 +1,21 @@
 """The numbers of one network's training, under `train` in a config."""
 
 import dataclasses
+from typing import Annotated
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.sharded_matmul import GRADIENT_DTYPES
+from lidit_jax.ranges import (
+    Count,
+    CountOrZero,
+    NonNegative,
+    Share,
+    Size,
+    at_least,
+    below,
+    between,
+    check_ranges,
+)
 
 SCHEDULES = ("constant", "cosine")
 
@@ -41,35 +53,33 @@ class TrainConfig:
       keep: number of checkpoints kept.
     """
 
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int = 0
+    steps: Count
+    batch_size: Size
+    learning_rate: Annotated[float, between(0, 10)]
+    warmup_steps: CountOrZero = 0
     schedule: str = "constant"
-    b1: float = 0.9
-    b2: float = 0.99
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    accumulate: int = 1
+    b1: Annotated[float, at_least(0), below(1)] = 0.9
+    b2: Annotated[float, at_least(0), below(1)] = 0.99
+    weight_decay: Annotated[float, between(0, 1000)] = 0.0
+    clip_norm: NonNegative = 1.0
+    accumulate: Count = 1
     gradient_reduction: str = "float32"
-    ema_decay: float = 0.0
-    max_skipped_in_row: int = 20
-    stalled_after: float = 1800.0
+    ema_decay: Share = 0.0
+    max_skipped_in_row: Count = 20
+    stalled_after: Annotated[float, between(0, 1e9)] = 1800.0
     compile_ahead: bool = True
-    log_every: int = 100
-    checkpoint_every: int = 1000
-    sample_every: int = 0
-    keep: int = 2
+    log_every: Count = 100
+    checkpoint_every: Count = 1000
+    sample_every: CountOrZero = 0
+    keep: Count = 2
 
     def __post_init__(self):
+        check_ranges(self, "train.")
         if self.schedule not in SCHEDULES:
             raise UserError(f"train.schedule={self.schedule!r} is unknown: use one of {', '.join(SCHEDULES)}")
         if self.gradient_reduction not in GRADIENT_DTYPES:
             known = ", ".join(GRADIENT_DTYPES)
             raise UserError(f"train.gradient_reduction={self.gradient_reduction!r:.80} is unknown: use one of {known}")
-        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}={getattr(self, name)} must be at least 1")
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"train.batch_size={self.batch_size} is not divisible by train.accumulate={self.accumulate}: "

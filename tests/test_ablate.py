@@ -376,7 +376,7 @@ def ablate(*arguments):
 
 def test_what_is_wrong_is_said_in_one_line_before_anything_is_trained(tmp_path):
     found = ablate("--table=2", "--seeds=0", f"--out={tmp_path}/a")
-    assert (found.returncode, found.stderr) == (2, "error: --seeds=0 must be at least 1\n")
+    assert (found.returncode, found.stderr) == (2, "error: flag --seeds=0: 0 is not a positive integer\n")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "config.json").write_text(json.dumps({"seed": 1}))
     found = ablate("--table=2", f"--out={tmp_path}/b")

@@ -153,10 +153,11 @@ def test_damaged_records_are_counted_and_other_files_rejected(tmp_path, stored):
         ({"source": "tar", "min_side": 50}, "side under 50 px: 14"),
         ({"source": "tar", "class_names": "{nowhere}"}, "data.class_names=.* cannot be read"),
         ({"source": "tar", "held_out_shards": 2}, "has 2 shards, too few to hold some out"),
-        ({"source": "tar", "max_broken": 2.0}, "data.max_broken=2.0 must be a share"),
+        ({"source": "tar", "max_broken": 2.0}, "data.max_broken=2.0 must be from 0 to 1"),
         ({"source": "tar", "mixture": {"one": {"weight": 1.0}, "two": {}}}, "give every source a weight above 0"),
         ({"source": "tar", "mixture": {"one": {"resolution": 64}}}, "data.mixture.one.resolution is unknown"),
         ({"source": "tar", "mixture": {"one": {"min_side": "x"}}}, "data.mixture.one.min_side is 'x'"),
+        ({"source": "tar", "mixture": {"one": {"weight": 0}}}, "data.mixture.one.weight=0 must be above 0"),
     ],
 )
 def test_unusable_data_raise_a_one_line_error(stored, tmp_path, change, message):

@@ -136,8 +136,8 @@ def test_an_index_with_images_without_texts_is_reused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"captions": {"txt": "0.5"}}, "every share must be a number"),
-        ({"captions": {"txt": None}}, "every share must be a number"),
+        ({"captions": {"txt": "0.5"}}, "data.captions.txt='0.5' must be a number"),
+        ({"captions": {"txt": None}}, "data.captions.txt=None must be a number"),
         ({"class_names": "a\0b"}, "cannot be read"),
         ({"path": "{3..1}.tar"}, "names no file: its braces count down"),
     ],

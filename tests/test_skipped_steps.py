@@ -8,6 +8,7 @@ import pytest
 from test_files import strict_json
 from test_train import Numbers, assert_equal_trees, make_trainer, run, still_task
 
+from lidit_jax.checkpoint import latest_step
 from lidit_jax.errors import UserError
 from lidit_jax.train import learning_rate
 
@@ -26,6 +27,20 @@ def test_non_finite_steps_are_skipped_and_counted(tmp_path):
 def test_too_many_non_finite_steps_in_a_row_stop_the_run(tmp_path):
     with pytest.raises(UserError, match="3 steps in a row"):
         run(tmp_path, make_trainer(max_skipped_in_row=3), lambda first: Numbers(first, range(4, 99)))
+
+
+def test_a_run_whose_every_step_was_skipped_does_not_end_in_success(tmp_path):
+    with pytest.raises(UserError, match="toy: the loss or gradient of all 4 steps was not finite"):
+        run(tmp_path, make_trainer(steps=4), lambda first: Numbers(first, range(4)))
+    assert latest_step(tmp_path / "checkpoints") == 0
+    state = run(tmp_path, make_trainer(steps=4), lambda first: Numbers(first, range(1, 4)))
+    assert int(state.skipped) == 3
+
+
+def test_a_run_that_ends_in_weights_that_are_not_finite_does_not_end_in_success(tmp_path):
+    trainer = make_trainer(task=still_task(), learning_rate=10.0, weight_decay=1000.0)
+    with pytest.raises(UserError, match="still: weights are not finite after step 12"):
+        run(tmp_path, trainer)
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,7 @@ def test_a_run_with_every_loss_resumes_to_the_same_weights(tmp_path, lpips_file)
     ("change", "message"),
     [
         (lambda c: c.vae.update(reconstruction="l3"), r"vae\.reconstruction='l3' is unknown: use one of l1, l2"),
-        (lambda c: c.vae.adversarial.update(weight=-1.0), r"vae\.adversarial\.weight=-1.0 must be a finite number"),
+        (lambda c: c.vae.adversarial.update(weight=-1.0), r"vae\.adversarial\.weight=-1.0 must be from 0 to 1000000"),
         (lambda c: c.vae.update(kl_weight=float("nan")), r"vae\.kl_weight=nan must be a finite number"),
         (lambda c: c.vae.adversarial.update(width=10**8), r"vae\.adversarial\.width=100000000 must be from 1 to 1024"),
         (lambda c: c.vae.adversarial.update(layers="3"), r"vae\.adversarial\.layers is '3': it must be of type int"),

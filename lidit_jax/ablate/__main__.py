@@ -25,9 +25,9 @@ from lidit_jax.weights.safetensors_folder import local_folder
 
 _CONFIG = cli.define_config("configs/ablation_scenes.py")
 _TABLE = flags.DEFINE_list("table", None, f"tables of the paper, separated by commas: {', '.join(report.CHOICES)}")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "runs per row")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "runs per row", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "folder for the runs and the tables")
-_JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time")
+_JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1)
 _ONLY = flags.DEFINE_string("only", None, "ROW/SEED or parts/NAME: train only this, with the config in --out")
 
 
@@ -39,9 +39,6 @@ def main() -> None:
         runs.run_job(out, runs.find_job(_ONLY.value))
         return
     tables = report.choose(cli.require_list(_TABLE.name))
-    for flag in (_SEEDS, _JOBS):
-        if flag.value < 1:
-            raise UserError(f"--{flag.name}={flag.value} must be at least 1")
     require_extra("ablate", "matplotlib")
     # This process only supervises; its children need the accelerator, and a TPU can be used by one process at a time.
     jax.config.update("jax_platforms", "cpu")

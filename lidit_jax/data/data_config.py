@@ -1,15 +1,30 @@
 """The `data` section of a config: where samples come from, how they are filtered, bucketed and captioned."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from lidit_jax.config import build
 from lidit_jax.data.buckets import Bucket, make_buckets
 from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.shapes.layout import SceneLayout
 from lidit_jax.errors import UserError
+from lidit_jax.ranges import (
+    Count,
+    CountOrZero,
+    Finite,
+    Positive,
+    Share,
+    Weight,
+    above,
+    at_least,
+    below,
+    between,
+    check_ranges,
+)
+
+MAX_SIDE = 2**16  # pixels of an image
+MAX_WORKERS = 4096
 
 SOURCES = ("shapes", "tar", "array_record", "tfds", "folder", "precomputed")
 # Fields that an entry of `mixture` may set.
@@ -76,42 +91,43 @@ class DataConfig:
     """
 
     source: str
-    resolution: int
+    resolution: Annotated[int, between(1, MAX_SIDE)]
     path: str = ""
     mixture: Mapping[str, Any] | None = None
-    weight: float | None = None
+    weight: Positive | None = None
     split: str = "train"
     data_dir: str = ""
     image_key: str = ""
     class_names: str = ""
     features: bool = True
-    num_examples: int = 1_000_000
+    num_examples: Count = 1_000_000
     layout: str = "quadrants"
     object_shares: Sequence[float] | None = None
-    object_scale: float = 1.0
-    overlaps: float = 0.0
-    held_out_shards: int = 0
+    object_scale: Annotated[float, above(0), below(100)] = 1.0
+    overlaps: Share = 0.0
+    held_out_shards: CountOrZero = 0
     index_dir: str = ""
     sequential: bool = False
-    streams: int = 0
-    shuffle_buffer: int = 0
-    max_aspect: float = 1.0
-    bucket_multiple: int = 0
+    streams: CountOrZero = 0
+    shuffle_buffer: CountOrZero = 0
+    max_aspect: Annotated[float, at_least(1)] = 1.0
+    bucket_multiple: CountOrZero = 0
     allow_enlarging: bool = True
-    captions: Mapping[str, float] | None = None
+    captions: Mapping[str, Weight] | None = None
     class_template: str = ""
-    caption_dropout: float = 0.1
-    min_aesthetic: float | None = None
+    caption_dropout: Share = 0.1
+    min_aesthetic: Finite | None = None
     aesthetic_key: str = "aesthetic"
-    min_side: int = 0
-    drop_aspect_over: float | None = None
+    min_side: CountOrZero = 0
+    drop_aspect_over: Annotated[float, at_least(1)] | None = None
     drop_low_quality_captions: bool = False
-    max_broken: float = 0.2
-    num_threads: int = 2
-    num_workers: int = 0
-    prefetch: int = 4
+    max_broken: Share = 0.2
+    num_threads: Annotated[int, between(0, MAX_WORKERS)] = 2
+    num_workers: Annotated[int, between(0, MAX_WORKERS)] = 0
+    prefetch: Annotated[int, between(0, MAX_WORKERS)] = 4
 
     def __post_init__(self):
+        check_ranges(self, "data.")
         if self.mixture:
             self.source_configs()  # validates every source
             return
@@ -122,13 +138,11 @@ class DataConfig:
             layout.check_canvas(self.resolution, self.resolution)
         if self.source != "shapes" and not self.path:
             raise UserError(f"data.path is empty: give --config.data.path={_PATHS[self.source]}")
-        if self.held_out_shards < 0 or (self.held_out_shards and self.source != "tar"):
+        if self.held_out_shards and self.source != "tar":
             raise UserError(
-                f"data.held_out_shards={self.held_out_shards} must be 0 or more, and 0 unless data.source='tar': "
+                f"data.held_out_shards={self.held_out_shards} must be 0 unless data.source='tar': "
                 "give --config.data.held_out_shards=0"
             )
-        if not 0 <= self.max_broken <= 1:
-            raise UserError(f"data.max_broken={self.max_broken} must be a share of the samples, 0 to 1")
         if self.source == "shapes" and (self.min_aesthetic is not None or self.min_side > self.resolution):
             raise UserError(
                 f"data.source='shapes' has no aesthetic scores and only images of {self.resolution} px: leave out "
@@ -139,9 +153,6 @@ class DataConfig:
                 f"data.sequential requires data.source='tar', not {self.source!r}, which has random access: "
                 "give --config.data.sequential=False"
             )
-        for name in ("num_threads", "num_workers", "prefetch", "streams", "shuffle_buffer"):
-            if getattr(self, name) < 0:
-                raise UserError(f"data.{name}={getattr(self, name)} must not be negative")
         self.chooser(0.0)  # validates the caption options
 
     @property
@@ -173,12 +184,7 @@ class DataConfig:
                     raise UserError(f"config key {where}.{key} is unknown; known are {', '.join(PER_SOURCE)}")
             source_configs[name] = build(DataConfig, {**shared, "mixture": None, **changes}, where)
         given = [config.weight is not None for config in source_configs.values()]
-        if (
-            any(given)
-            and not all(given)
-            or any(given)
-            and not all(0 < config.weight < math.inf for config in source_configs.values())
-        ):
+        if any(given) and not all(given):
             raise UserError("data.mixture: give every source a weight above 0, or none of them")
         return source_configs
 

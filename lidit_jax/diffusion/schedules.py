@@ -12,18 +12,22 @@ import abc
 import dataclasses
 import functools
 import math
-import numbers
-import operator
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lidit_jax.config import build
 from lidit_jax.errors import UserError
+from lidit_jax.ranges import above, at_most, below, between, check_ranges
 
 BETA_SCHEDULES = ("scaled_linear", "linear")
 DDPM_PREDICTIONS = ("epsilon", "v")
+MAX_TIMESTEPS = 1_000_000  # a schedule computes a table of this length at once
+
+_Timesteps = Annotated[int, between(2, MAX_TIMESTEPS)]
+_Beta = Annotated[float, above(0), below(1)]
 
 
 def x0_from_output(prediction: str, output: jax.Array, x: jax.Array, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -61,20 +65,6 @@ def _per_sample(scale: jax.Array, x: jax.Array) -> jax.Array:
 
 def _as_float32(*arrays: jax.Array) -> list[jax.Array]:
     return [jnp.asarray(array, jnp.float32) for array in arrays]
-
-
-def _require_count(name: str, value: int, minimum: int) -> None:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise UserError(f"{name} must be a whole number, got {value!r}") from None
-    if count < minimum:
-        raise UserError(f"{name} must be at least {minimum}, got {value}")
-
-
-def _require_number(name: str, value: float) -> None:
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, got {value!r}")
 
 
 class Schedule(abc.ABC):
@@ -152,25 +142,21 @@ class DDPM(Schedule):
       UserError: if a value is not supported or two do not fit together.
     """
 
-    num_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    num_timesteps: _Timesteps = 1000
+    beta_start: _Beta = 0.00085
+    beta_end: _Beta = 0.012
     beta_schedule: str = "scaled_linear"
     prediction: str = "epsilon"
     zero_terminal_snr: bool = False
 
     def __post_init__(self):
-        _require_count("num_timesteps", self.num_timesteps, minimum=2)
+        check_ranges(self, "")
         if self.beta_schedule not in BETA_SCHEDULES:
             raise UserError(f"unknown beta_schedule {self.beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}")
         if self.prediction not in DDPM_PREDICTIONS:
             raise UserError(f"unknown prediction {self.prediction!r}; choose one of {', '.join(DDPM_PREDICTIONS)}")
-        _require_number("beta_start", self.beta_start)
-        _require_number("beta_end", self.beta_end)
-        if not 0.0 < self.beta_start <= self.beta_end < 1.0:
-            raise UserError(
-                f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}"
-            )
+        if self.beta_start > self.beta_end:
+            raise UserError(f"beta_start={self.beta_start} is larger than beta_end={self.beta_end}: exchange them")
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise UserError(
                 "zero_terminal_snr is ill-posed with prediction='epsilon' (x_0 cannot be recovered from pure noise); "
@@ -237,20 +223,15 @@ class RectifiedFlow(Schedule):
       UserError: if a value is out of range.
     """
 
-    shift: float = 1.0
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    num_timesteps: int = 1000
+    shift: Annotated[float, above(0), at_most(1000)] = 1.0
+    logit_mean: Annotated[float, between(-100, 100)] = 0.0
+    logit_std: Annotated[float, above(0), at_most(100)] = 1.0
+    num_timesteps: _Timesteps = 1000
 
     prediction: ClassVar[str] = "flow"
 
     def __post_init__(self):
-        _require_count("num_timesteps", self.num_timesteps, minimum=2)
-        for name in ("shift", "logit_mean", "logit_std"):
-            _require_number(name, getattr(self, name))
-        for name in ("shift", "logit_std"):
-            if getattr(self, name) <= 0.0:
-                raise UserError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        check_ranges(self, "")
 
     def shift_times(self, times: Any) -> Any:
         """Returns shift s / (1 + (shift - 1) s) for times s, an array or a number in [0, 1]."""
@@ -295,8 +276,8 @@ def resolution_shift(num_pixels: int, base_num_pixels: int) -> float:
 SCHEDULES: dict[str, type[Schedule]] = {"ddpm": DDPM, "rectified_flow": RectifiedFlow}
 
 
-def make_schedule(name: str, **values: Any) -> Schedule:
-    """Builds a schedule from its name and fields.
+def make_schedule(name: Any = None, **values: Any) -> Schedule:
+    """Builds a schedule from the values of the config section `diffusion`.
 
     Args:
       name: a key of `SCHEDULES`.
@@ -305,10 +286,6 @@ def make_schedule(name: str, **values: Any) -> Schedule:
     Raises:
       UserError: if the name or a field is unknown (the message lists the choices), or a value is invalid.
     """
-    if name not in SCHEDULES:
-        raise UserError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
-    fields = [field.name for field in dataclasses.fields(SCHEDULES[name])]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise UserError(f"schedule {name!r} has no {', '.join(unknown)}; it has {', '.join(fields)}")
-    return SCHEDULES[name](**values)
+    if not isinstance(name, str) or name not in SCHEDULES:
+        raise UserError(f"diffusion.name={name!r:.80} is unknown: use one of {', '.join(SCHEDULES)}")
+    return build(SCHEDULES[name], values, "diffusion")

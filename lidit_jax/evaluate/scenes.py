@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -22,6 +22,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.files import write_json
 from lidit_jax.images import grid, save_png
 from lidit_jax.pipeline import Pipeline, SampleConfig
+from lidit_jax.ranges import between, check_ranges
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ COUNTS = {1: "one object", 2: "two objects", 3: "three objects", 4: "four object
 HELD_OUT = "a held-out pair"
 OVERLAP = "overlapping objects"
 LANGUAGES = {"en": "English", "zh": "Chinese"}
+_Prompts = Annotated[int, between(0, 1_000_000)]
 COLUMNS = ("objects", "pair", "color", "shape", "relation", "depth", "place", "size", "scenes")
 
 
@@ -49,19 +51,17 @@ class SceneEvaluation:
       overlapping_objects: scenes in which two objects overlap, with as many objects as in training; layout "free" only.
     """
 
-    two_objects: int = 256
-    held_out_pairs: int = 128
-    three_objects: int = 128
-    four_objects: int = 128
-    one_object: int = 0
-    five_objects: int = 0
-    six_objects: int = 0
-    overlapping_objects: int = 0
+    two_objects: _Prompts = 256
+    held_out_pairs: _Prompts = 128
+    three_objects: _Prompts = 128
+    four_objects: _Prompts = 128
+    one_object: _Prompts = 0
+    five_objects: _Prompts = 0
+    six_objects: _Prompts = 0
+    overlapping_objects: _Prompts = 0
 
     def __post_init__(self):
-        for field, count in dataclasses.asdict(self).items():
-            if count < 0:
-                raise UserError(f"evaluate.{field}={count} must not be negative")
+        check_ranges(self, "evaluate.")
 
     @classmethod
     def of_each(cls, count: int, layout: SceneLayout) -> "SceneEvaluation":

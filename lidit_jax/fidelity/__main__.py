@@ -23,6 +23,7 @@ _NUM_REFERENCE = flags.DEFINE_integer(
     "num_reference",
     None,
     f"largest number of reference images (default: all of a folder, {CONFIG_REFERENCE:,} of a config's data)",
+    lower_bound=2,
 )
 _INCEPTION = flags.DEFINE_string("inception", None, "FID's Inception weights, a .safetensors file")
 _CLIP = flags.DEFINE_string("clip", None, "a CLIP model's folder, or its name on the hub")
@@ -46,8 +47,6 @@ def main() -> None:
 
 
 def _reference() -> Reference | None:
-    if _NUM_REFERENCE.value is not None and _NUM_REFERENCE.value < 2:
-        raise UserError(f"--num_reference={_NUM_REFERENCE.value} must be at least 2")
     if _REFERENCE.value and _CONFIG.value is not None:
         raise UserError("--reference and --config are both given: FID needs only one of them")
     if _REFERENCE.value:

@@ -1,6 +1,7 @@
 """Hyper-parameters of LI-DiT: the `model` section of a config."""
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 
@@ -9,10 +10,14 @@ from lidit_jax.models.attention import check_implementation
 from lidit_jax.models.layers import LayerConfig, check_dtype
 from lidit_jax.models.positions import ROPE, parse_position
 from lidit_jax.models.remat import REMAT_POLICIES
+from lidit_jax.ranges import Blocks, BlocksOrZero, Count, Size, above, at_most, between, check_ranges
 
 FUSIONS = ("collaborative", "concatenate")
 # Fields that change how, not what, the model computes.
 COMPUTE_FIELDS = ("dtype", "attention", "remat", "scan_unroll")
+
+
+_Ratio = Annotated[float, above(0), at_most(1000)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +55,29 @@ class LIDiTConfig:
       UserError: if a value is not supported or two do not fit together.
     """
 
-    depth: int
-    hidden_size: int
-    num_heads: int
-    patch_size: int = 2
-    latent_channels: int = 16
-    mlp_ratio: float = 4.0
+    depth: Blocks
+    hidden_size: Annotated[int, between(4, 2**20)]
+    num_heads: Size
+    patch_size: Annotated[int, between(1, 1024)] = 2
+    latent_channels: Size = 16
+    mlp_ratio: _Ratio = 4.0
     position: str = "conv+sincos+rope"
-    position_grid: int = 16
-    refiner_blocks: int = 2
+    position_grid: Count = 16
+    refiner_blocks: BlocksOrZero = 2
     refiner_gated: bool = True
     refiner_causal: bool = False
     refiner_rotary: bool = True
     refiner_qk_norm: bool = False
-    refiner_mlp_ratio: float = 4.0
+    refiner_mlp_ratio: _Ratio = 4.0
     fusion: str = "collaborative"
-    collaborative_blocks: int = 1
+    collaborative_blocks: BlocksOrZero = 1
     remat: str = "full"
-    scan_unroll: int = 1
+    scan_unroll: Count = 1
     attention: str = "auto"
     dtype: str = "bfloat16"
 
     def __post_init__(self):
+        check_ranges(self, "model.")
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size={self.hidden_size} is not divisible by model.num_heads={self.num_heads}"
@@ -81,10 +87,6 @@ class LIDiTConfig:
                 raise UserError(
                     f"model.{name}={getattr(self, name)} gives a feed-forward width of 0: use a larger value"
                 )
-        if self.hidden_size < 4:
-            raise UserError(f"model.hidden_size={self.hidden_size} is too small: use at least 4")
-        if self.scan_unroll < 1:
-            raise UserError(f"model.scan_unroll={self.scan_unroll} must be at least 1")
         if self.refiner_rotary and self.head_dim % 2:
             raise UserError(
                 f"model.hidden_size / model.num_heads = {self.head_dim} is odd, but rotary positions need an even head "
@@ -95,8 +97,6 @@ class LIDiTConfig:
                 f"model.hidden_size / model.num_heads = {self.head_dim} is not divisible by 4, as 'rope' in "
                 "model.position requires: change one of them, or model.position"
             )
-        if self.position_grid < 1:
-            raise UserError(f"model.position_grid={self.position_grid} must be at least 1")
         check_dtype("model.dtype", self.dtype)
         check_implementation(self.attention)
         if self.fusion not in FUSIONS:

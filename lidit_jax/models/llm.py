@@ -6,7 +6,7 @@ section 5.1); as a language model it runs to its logits.
 """
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import flax.struct
@@ -18,6 +18,17 @@ from lidit_jax.models.attention import dot_product_attention
 from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Dense, RMSNorm
 from lidit_jax.models.rotary import DEFAULT_THETA, RopeScaling, rotary_tables, rotate
 from lidit_jax.models.sharded_matmul import product_precision
+from lidit_jax.ranges import (
+    Blocks,
+    Count,
+    CountOrZero,
+    Epsilon,
+    Size,
+    above,
+    at_most,
+    between,
+    check_ranges,
+)
 
 # Variance 1 / width. At the width of published models this is close to their standard deviation of 0.02; at a toy
 # model's width of 64, a standard deviation of 0.02 would make the blocks' outputs negligible for the first hundred
@@ -28,6 +39,9 @@ KERNEL_INIT = nn.initializers.lecun_normal()
 # The feature is the output of the third-to-last block (paper section 5.1): the blocks after it are neither run nor
 # loaded.
 BLOCKS_AFTER_FEATURE = 2
+MAX_HEAD_DIM = 65_536  # rotary tables of this size are computed before the shape of any tensor is checked
+
+_RopeTheta = Annotated[float, above(1), at_most(1e12)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,28 +82,28 @@ class LLMConfig:
       UserError: if a value is not supported or two do not fit together.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int = 0
-    max_position_embeddings: int = 4096
-    rope_theta: float = DEFAULT_THETA
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Blocks
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Annotated[int, between(0, MAX_HEAD_DIM)] = 0
+    max_position_embeddings: Count = 4096
+    rope_theta: _RopeTheta = DEFAULT_THETA
     rope_scaling: RopeScaling | None = None
-    local_rope_theta: float | None = None
-    rms_norm_eps: float = 1e-6
+    local_rope_theta: _RopeTheta | None = None
+    rms_norm_eps: Epsilon = 1e-6
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
     hidden_act: str = "silu"
     sandwich_norm: bool = False
-    embedding_scale: float = 1.0
-    attention_scale: float = 0.0
-    attention_softcap: float = 0.0
-    sliding_window: int = 0
+    embedding_scale: Annotated[float, above(0), at_most(1e6)] = 1.0
+    attention_scale: Annotated[float, between(0, 1e3)] = 0.0
+    attention_softcap: Annotated[float, between(0, 1e6)] = 0.0
+    sliding_window: CountOrZero = 0
     sliding_layers: tuple[bool, ...] = ()
     tie_word_embeddings: bool = False
     remat: bool = False
@@ -97,17 +111,19 @@ class LLMConfig:
     dtype: str = "bfloat16"
 
     def __post_init__(self):
+        check_ranges(self, "")
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_dim % 2 or not self.head_dim:
+            raise UserError(
+                f"head_dim={self.head_dim} is not a positive even number, as rotary positions require: change it, "
+                f"hidden_size={self.hidden_size} or num_attention_heads={self.num_attention_heads}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        for name in ("rope_theta", "local_rope_theta"):
-            base = getattr(self, name)
-            if base is not None and base <= 1:
-                raise UserError(f"{name}={base}: rotary positions need a base above 1")
         if self.hidden_act not in ACTIVATIONS:
             raise UserError(f"hidden_act={self.hidden_act!r:.80} is not supported: use one of {', '.join(ACTIVATIONS)}")
         if self.sliding_layers and len(self.sliding_layers) != self.num_hidden_layers:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lidit_jax.errors import UserError
+from lidit_jax.ranges import CountOrZero, NonNegative, Positive, check_ranges
 
 DEFAULT_THETA = 10_000.0
 RotaryTables = tuple[jax.Array, jax.Array]  # cos and sin, float32 [L, D]
@@ -39,24 +40,25 @@ class RopeScaling:
     """
 
     rope_type: str = "default"
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    factor: Positive = 1.0
+    original_max_position_embeddings: CountOrZero = 0
+    low_freq_factor: Positive = 1.0
+    high_freq_factor: Positive = 4.0
+    attention_factor: Positive | None = None
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
+    mscale: NonNegative | None = None
+    mscale_all_dim: NonNegative | None = None
     truncate: bool = True
 
     def __post_init__(self):
+        check_ranges(self, "")
         if self.rope_type not in ROPE_TYPES:
             raise UserError(f"rope_type {self.rope_type!r:.80} is not supported: use one of {', '.join(ROPE_TYPES)}")
         if self.rope_type in ("llama3", "yarn") and self.original_max_position_embeddings < 1:
             raise UserError(f"rope_type {self.rope_type!r} needs original_max_position_embeddings of at least 1")
-        if self.rope_type == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
-            raise UserError("rope_type 'llama3' needs 0 < low_freq_factor < high_freq_factor")
+        if self.rope_type == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise UserError("rope_type 'llama3' needs low_freq_factor < high_freq_factor")
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[np.ndarray, float]:

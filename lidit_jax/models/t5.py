@@ -8,6 +8,7 @@ of a masked token within hundreds of steps, while attention that starts nearly u
 
 import dataclasses
 import math
+from typing import Annotated
 
 import flax.linen as nn
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
 from lidit_jax.models.layers import ACTIVATIONS, Dense, RMSNorm
+from lidit_jax.ranges import Blocks, Count, Epsilon, Size, between, check_ranges
 
 EMBEDDING_INIT = nn.initializers.normal(1.0)
 
@@ -44,26 +46,25 @@ class T5Config:
       UserError: if a value is not supported or two do not fit together.
     """
 
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
+    vocab_size: Size
+    d_model: Size
+    d_kv: Size
+    d_ff: Size
+    num_layers: Blocks
+    num_heads: Size
+    relative_attention_num_buckets: Annotated[int, between(4, 2**20)] = 32
+    relative_attention_max_distance: Count = 128
+    layer_norm_epsilon: Epsilon = 1e-6
     activation: str = "relu"
     gated: bool = False
     attention: str = "auto"
     dtype: str = "bfloat16"
 
     def __post_init__(self):
+        check_ranges(self, "")
         if self.activation not in ACTIVATIONS:
             raise UserError(f"activation={self.activation!r:.80} is not supported: use one of {', '.join(ACTIVATIONS)}")
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        if buckets < 4:
-            raise UserError(f"relative_attention_num_buckets={buckets} must be at least 4")
         if distance <= buckets // 4:
             raise UserError(
                 f"relative_attention_max_distance={distance} must be greater than {buckets // 4}, the number of "

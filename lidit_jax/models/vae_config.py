@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from lidit_jax.errors import UserError
+from lidit_jax.ranges import Size, above, at_most, between, check_ranges
 
 DOWN_BLOCK_TYPE = "DownEncoderBlock2D"
 UP_BLOCK_TYPE = "UpDecoderBlock2D"
@@ -12,6 +13,7 @@ UP_BLOCK_TYPE = "UpDecoderBlock2D"
 # Limits for a config.json: larger values are mistakes, with which tracing the model would not end.
 MAX_BLOCKS = 10
 MAX_LAYERS_PER_BLOCK = 32
+_Moment = Annotated[float, between(-1e6, 1e6)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,25 +40,26 @@ class VAEConfig:
       UserError: if a value has the wrong type or is out of range; the message names the field.
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    norm_num_groups: int = 32
+    in_channels: Size = 3
+    out_channels: Size = 3
+    block_out_channels: tuple[Size, ...] = (64,)
+    layers_per_block: Annotated[int, between(1, MAX_LAYERS_PER_BLOCK)] = 1
+    latent_channels: Size = 4
+    norm_num_groups: Size = 32
     mid_block_add_attention: bool = True
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
-    scaling_factor: float = 0.18215
-    shift_factor: float | None = None
-    latents_mean: tuple[float, ...] | None = None
-    latents_std: tuple[float, ...] | None = None
+    scaling_factor: _Moment = 0.18215
+    shift_factor: _Moment | None = None
+    latents_mean: tuple[_Moment, ...] | None = None
+    latents_std: tuple[Annotated[float, above(0), at_most(1e6)], ...] | None = None
     sample_size: int | tuple[int, ...] = 32
 
     def __post_init__(self):
         for name in ("block_out_channels", "latents_mean", "latents_std", "sample_size"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))  # hashable, as a module attribute must be
+        check_ranges(self, "VAE config: ")
         _check_config(self)
 
     @property
@@ -92,10 +95,6 @@ class VAEConfig:
         return vae_config
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
 def _is_count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -104,31 +103,22 @@ def _check_config(config: VAEConfig) -> None:
     def reject(name: str, requirement: str):
         raise UserError(f"VAE config: {name} is {getattr(config, name)!r}; it must be {requirement}")
 
-    for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
-        if not _is_count(getattr(config, name)):
-            reject(name, "a positive integer")
     for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
         if not isinstance(getattr(config, name), bool):
             reject(name, "true or false")
-    if config.layers_per_block > MAX_LAYERS_PER_BLOCK:
-        reject("layers_per_block", f"at most {MAX_LAYERS_PER_BLOCK}")
     widths = config.block_out_channels
-    if not isinstance(widths, tuple) or not 0 < len(widths) <= MAX_BLOCKS or not all(map(_is_count, widths)):
+    if not isinstance(widths, tuple) or not 0 < len(widths) <= MAX_BLOCKS:
         reject("block_out_channels", f"1 to {MAX_BLOCKS} positive integers")
     if any(width % config.norm_num_groups for width in widths):
         reject("block_out_channels", f"multiples of norm_num_groups ({config.norm_num_groups})")
-    if not _is_number(config.scaling_factor) or config.scaling_factor == 0:
+    if config.scaling_factor == 0:
         reject("scaling_factor", "a number other than 0")
-    if config.shift_factor is not None and not _is_number(config.shift_factor):
-        reject("shift_factor", "a number or null")
     for name in ("latents_mean", "latents_std"):
         values = getattr(config, name)
         if values is None:
             continue
-        if not isinstance(values, tuple) or len(values) != config.latent_channels or not all(map(_is_number, values)):
+        if not isinstance(values, tuple) or len(values) != config.latent_channels:
             reject(name, f"null or {config.latent_channels} numbers, one a latent channel")
-    if config.latents_std is not None and min(config.latents_std) <= 0:
-        reject("latents_std", "positive numbers")
     sizes = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,)
     if not sizes or not all(map(_is_count, sizes)):
         reject("sample_size", "a positive integer or two")

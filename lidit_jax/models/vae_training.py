@@ -1,16 +1,13 @@
 """The `vae` section of a config: weights or model, training, the terms of the loss, and the evaluation."""
 
 import dataclasses
+from typing import Annotated
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.models.vae_loss import RECONSTRUCTION_LOSSES
+from lidit_jax.ranges import Count, CountOrZero, Size, Weight, between, check_ranges
 from lidit_jax.train_config import TrainConfig
-
-
-def _check_weight(key: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise UserError(f"{key}={value} must be a finite number of at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +20,10 @@ class PerceptualConfig:
     """
 
     weights: str = ""
-    weight: float = 1.0
+    weight: Weight = 1.0
 
     def __post_init__(self):
-        _check_weight("vae.perceptual.weight", self.weight)
+        check_ranges(self, "vae.perceptual.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +37,13 @@ class AdversarialConfig:
       layers: see `PatchDiscriminator`.
     """
 
-    weight: float = 0.0
-    start: int = 0
-    width: int = 64
-    layers: int = 3
+    weight: Weight = 0.0
+    start: CountOrZero = 0
+    width: Annotated[int, between(1, 1024)] = 64
+    layers: Annotated[int, between(1, 8)] = 3
 
     def __post_init__(self):
-        _check_weight("vae.adversarial.weight", self.weight)
-        for name, least, most in (("start", 0, 2**31 - 1), ("width", 1, 1024), ("layers", 1, 8)):
-            if not least <= getattr(self, name) <= most:
-                raise UserError(f"vae.adversarial.{name}={getattr(self, name)} must be from {least} to {most}")
+        check_ranges(self, "vae.adversarial.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +57,12 @@ class ReconstructionEvaluation:
       sheet: images on the contact sheet.
     """
 
-    num_images: int = 512
-    batch_size: int = 32
-    sheet: int = 16
+    num_images: Count = 512
+    batch_size: Size = 32
+    sheet: Size = 16
 
     def __post_init__(self):
-        for name in ("num_images", "batch_size", "sheet"):
-            if getattr(self, name) < 1:
-                raise UserError(f"vae.evaluate.{name}={getattr(self, name)} must be at least 1")
+        check_ranges(self, "vae.evaluate.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +86,14 @@ class VAESectionConfig:
     model: VAEConfig | None = None
     train: TrainConfig | None = None
     reconstruction: str = "l1"
-    kl_weight: float = 1e-6
+    kl_weight: Weight = 1e-6
     perceptual: PerceptualConfig = PerceptualConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
     evaluate: ReconstructionEvaluation | None = None
 
     def __post_init__(self):
+        check_ranges(self, "vae.")
         if self.reconstruction not in RECONSTRUCTION_LOSSES:
             raise UserError(
                 f"vae.reconstruction={self.reconstruction!r} is unknown: use one of {', '.join(RECONSTRUCTION_LOSSES)}"
             )
-        _check_weight("vae.kl_weight", self.kl_weight)

@@ -1,6 +1,8 @@
 """The device mesh and its axes: `data` (the only one that spans slices), `fsdp` and `tensor`."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -8,8 +10,29 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from lidit_jax.errors import UserError
+from lidit_jax.ranges import between, check_ranges
 
 AXES = ("data", "fsdp", "tensor")
+
+_Devices = Annotated[int, between(-1, 2**20)]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """The `mesh` section of a config: the number of devices along each axis, which `resolve_sizes` completes.
+
+    Attributes:
+      data: devices along the axis `data`; -1 takes the rest of the devices, as for the others.
+      fsdp: devices along the axis `fsdp`.
+      tensor: devices along the axis `tensor`.
+    """
+
+    data: _Devices = 1
+    fsdp: _Devices = 1
+    tensor: _Devices = 1
+
+    def __post_init__(self):
+        check_ranges(self, "mesh.")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -12,7 +12,7 @@ from lidit_jax.preview.contact_sheet import draw_contact_sheet
 
 _CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", None, "PNG file to write")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 40, "images on the sheet")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 40, "images on the sheet", lower_bound=1, upper_bound=1_000_000)
 
 
 def main() -> None:

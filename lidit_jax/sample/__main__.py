@@ -17,8 +17,10 @@ _DISTRIBUTED = cli.define_distributed()
 _PROMPT = flags.DEFINE_string("prompt", None, "prompt to generate images for")
 _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "UTF-8 text file, one prompt per line, in place of --prompt")
 _OUT = flags.DEFINE_string("out", None, "output folder for the images")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "images per prompt")
-_SEED = flags.DEFINE_integer("seed", 0, "seed of the first image; further images use consecutive seeds")
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "images per prompt", lower_bound=1, upper_bound=1_000_000)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "seed of the first image; further images use consecutive seeds", lower_bound=0, upper_bound=2**32 - 1
+)
 _DRAWING = cli.define_sampling()
 
 

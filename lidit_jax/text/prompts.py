@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lidit_jax.errors import UserError
+from lidit_jax.ranges import Size, check_ranges
 
 # The instruction of the paper, section 3.1.
 INSTRUCTION = (
@@ -35,10 +36,13 @@ class TextConfig:
       chat_template: see `PromptTokenizer`.
     """
 
-    max_length: int
+    max_length: Size
     instruction: str
     system_prompt: str = ""
     chat_template: bool = True
+
+    def __post_init__(self):
+        check_ranges(self, "text.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,7 @@ class PromptTokenizer:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    max_length: int
+    max_length: Size
     instruction: str = INSTRUCTION
     system_prompt: str = ""
     chat_template: bool = True
@@ -70,8 +74,7 @@ class PromptTokenizer:
     def __post_init__(self):
         if self.tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no end token (eos_token): set one in its tokenizer_config.json")
-        if self.max_length < 1:
-            raise UserError(f"text.max_length={self.max_length} leaves no room for the end token: use at least 1")
+        check_ranges(self, "text.")
 
     @functools.cached_property
     def largest_token(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lidit_jax.diffusion.samplers import default_spacing
-from lidit_jax.diffusion.schedules import BETA_SCHEDULES, DDPM, RectifiedFlow, Schedule
+from lidit_jax.diffusion.schedules import BETA_SCHEDULES, DDPM, MAX_TIMESTEPS, RectifiedFlow, Schedule
 from lidit_jax.errors import UserError
 from lidit_jax.weights.diffusers_vae import DIFFUSERS_VERSION
 
@@ -50,7 +50,6 @@ DEFAULTS = {
     "shift": 1.0,
 }
 DEFAULT_SPACINGS = {"ddpm": "leading", "ddim": "leading", "dpmpp_2m": "linspace"}
-MAX_TIMESTEPS = 1_000_000  # the schedule computes a table of this length at once
 
 
 def scheduler_class(sampler: str) -> str:

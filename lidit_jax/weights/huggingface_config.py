@@ -37,7 +37,6 @@ SUPPORTED = tuple(dict.fromkeys((*MODEL_TYPES, *MULTIMODAL_TYPES, *LLAVA_TYPES))
 # Required keys: transformers would default to the sizes of one particular model. Only a `text_config` may leave them
 # out, because there the defaults are intended.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-MAX_HEAD_DIM = 65_536  # rotary tables of this size are computed before the shape of any tensor is checked
 
 
 def llm_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: str = "auto") -> LLMConfig:
@@ -60,10 +59,6 @@ def llm_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: s
     if getattr(config, "head_dim", None) is None and hidden_size % num_heads:
         raise UserError(f"{file}: hidden_size={hidden_size} is not divisible by num_attention_heads={num_heads}")
     head_dim = positive_integer(config, "head_dim", file, default=hidden_size // num_heads)
-    if head_dim > MAX_HEAD_DIM:
-        raise UserError(f"{file}: head_dim={head_dim} is larger than {MAX_HEAD_DIM}")
-    if head_dim % 2:
-        raise UserError(f"{file}: head_dim={head_dim} is odd, but rotary positions need an even size")
     sizes = {
         "vocab_size": positive_integer(config, "vocab_size", file),
         "hidden_size": hidden_size,

@@ -48,10 +48,6 @@ class SceneLayout:
                 f"data.object_scale={self.scale} and data.overlaps={self.overlaps} go with data.layout='free' only: "
                 "leave them out"
             )
-        if not 0 < self.scale < 100:
-            raise UserError(f"data.object_scale={self.scale} must be above 0 and below 100: 1 suits images of 64 px")
-        if not 0 <= self.overlaps <= 1:
-            raise UserError(f"data.overlaps={self.overlaps} must be a fraction of the scenes, 0 to 1")
 
     def _check_shares(self, shares: Sequence[float]) -> None:
         is_free = self.name == "free"
