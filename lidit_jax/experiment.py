@@ -133,6 +133,7 @@ class Experiment:
         if self.vae.weights:
             config = VAEConfig.from_dict(read_config(self.vae_folder()))
         else:
+            assert self.vae.model is not None  # see `_require_recipe`
             config = self.vae.model
             if config.latents_mean or config.latents_std:
                 raise UserError("vae.model: leave out latents_mean and latents_std; scaling and shift are measured")
@@ -156,19 +157,16 @@ class Experiment:
 
     def batch_size(self) -> int | None:
         """Returns the batch size of the last trained network; None if a VAE is only evaluated."""
-        if self.has_lidit:
-            return self.train.batch_size
-        return None if self.vae.weights else self.vae.train.batch_size
+        trainings = list(self.trainings().values())
+        return trainings[-1].batch_size if trainings else None
 
     def trainings(self) -> dict[str, TrainConfig]:
         """Returns the training configs of all networks that the run trains, by their path in the config."""
         found = {} if self.vae.weights else {"vae.train": self.vae.train}
         if self.has_lidit:
-            for name, encoder in self.encoders.items():
-                if not encoder.weights:
-                    found[f"encoders.{name}.train"] = encoder.train
+            found |= {f"encoders.{name}.train": e.train for name, e in self.encoders.items() if not e.weights}
             found["train"] = self.train
-        return found
+        return {where: training for where, training in found.items() if training}
 
     def size_multiple(self) -> int:
         """Returns the pixels that both sides of an image must be multiples of: latent cell times patch size."""
@@ -249,7 +247,7 @@ class Experiment:
 
         Args:
           mesh: mesh to shard the weights over; None puts them on the first device.
-          rules: sharding rules; required with a mesh.
+          rules: sharding rules; None is the default rules.
 
         Returns:
           The encoders by name, and their frozen arrays by name.
@@ -269,9 +267,10 @@ class Experiment:
 
         Args:
           mesh: mesh to shard the weights over; None puts everything on the first device.
-          rules: sharding rules; required with a mesh.
+          rules: sharding rules; None is the default rules.
           with_encoders: False leaves out the encoders; the pipeline then can't sample.
         """
+        rules = rules or ShardingRules()
         encoders, frozen = self.load_encoders(mesh, rules) if with_encoders else ({}, {})
         vae_config, vae_params = load_vae(self.vae_folder())
         vae = self.autoencoder(vae_config)

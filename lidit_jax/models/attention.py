@@ -70,8 +70,9 @@ def dot_product_attention(
             raise UserError(
                 "attention='splash' would multiply float32 in bfloat16: use 'auto' or 'xla', or dtype='bfloat16'"
             )
-        options = {"key_mask": key_mask, "is_causal": is_causal, "scale": scale}
-        return splash_attention(query, key, value, **options, interpret=interpret)
+        return splash_attention(
+            query, key, value, key_mask=key_mask, is_causal=is_causal, scale=scale, interpret=interpret
+        )
     if key_mask is not None:
         key_mask = key_mask[:, None, None, :]  # [B, 1, 1, Lk]
         mask = key_mask if mask is None else jnp.logical_and(mask, key_mask)
@@ -90,7 +91,7 @@ def dot_product_attention(
             mask=mask,
             is_causal=is_causal,
             scale=scale,
-            implementation=implementation,
+            implementation="cudnn" if implementation == "cudnn" else "xla",
         )
 
 
