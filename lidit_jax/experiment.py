@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -280,11 +281,15 @@ class Experiment:
         frozen = {"vae": vae_params, "encoders": frozen}
         return Pipeline(self.model, self.schedule, encoders, vae, frozen, mesh, rules)
 
-    def sampling_mesh(self, devices: Sequence[jax.Device]) -> tuple[Mesh, ShardingRules] | tuple[None, None]:
-        """Returns the mesh and rules for sampling with `pipeline`; (None, None) for fewer than two devices.
+    def sampling_mesh(self, devices: Sequence[jax.Device] | None) -> tuple[Mesh, ShardingRules] | tuple[None, None]:
+        """Returns the mesh and rules for sampling with `pipeline`; (None, None) for a single device.
 
         Weights are sharded over as many devices as divide the model's width, and images over all devices.
+
+        Args:
+          devices: the devices; None for all.
         """
+        devices = jax.devices() if devices is None else devices
         if len(devices) < 2:
             return None, None
         fsdp = math.gcd(self.model.config.hidden_size, len(devices))
@@ -299,6 +304,11 @@ class Experiment:
         """Returns the digests of the frozen weights, which checkpoints record instead of the weights."""
         digests = {f"encoders.{name}": self._encoder_digest(name) for name in self.encoders}
         return digests | {"vae": folder_digest(self.vae_folder())}
+
+
+def checkpoint_folder(workdir: epath.Path, name: str) -> epath.Path:
+    """Returns the folder of a trained network's checkpoints in a workdir."""
+    return workdir / "training" / name / "checkpoints"
 
 
 def check_start(config: ConfigDict, theirs: ConfigDict, source: epath.Path) -> None:
@@ -322,29 +332,76 @@ def check_start(config: ConfigDict, theirs: ConfigDict, source: epath.Path) -> N
             )
 
 
-def load(
-    workdir: epath.Path, weights: str = "ema", devices: Sequence[jax.Device] = ()
-) -> tuple[Experiment, Pipeline, Any, int]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A trained LI-DiT: generates images when called.
+
+    Attributes:
+      experiment: its config, whose `data.resolution` and `sample` are the defaults.
+      pipeline: the model with its frozen encoders and VAE.
+      params: LI-DiT's parameters.
+      step: their training step; None for an exported folder, which doesn't state it.
+    """
+
+    experiment: Experiment
+    pipeline: Pipeline
+    params: Any
+    step: int | None = None
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        images_per_prompt: int = 1,
+        **sampling: Any,
+    ) -> np.ndarray:
+        """Generates images.
+
+        Args:
+          prompts: the prompts.
+          seeds: [N], one for each image; N = len(prompts) * images_per_prompt. None is 0, 1, ….
+          height: in pixels; None is the training resolution.
+          width: in pixels; None is the training resolution.
+          images_per_prompt: images for each prompt.
+          **sampling: fields of `SampleConfig` in place of the config's, such as `steps` or `guidance_scale`.
+
+        Returns:
+          uint8 [N, height, width, 3]; the images of one prompt are adjacent.
+
+        Raises:
+          UserError: if a size or sampling option does not fit the model.
+          ValueError: if the number of seeds is not N.
+        """
+        seeds = range(len(prompts) * images_per_prompt) if seeds is None else seeds
+        options = dataclasses.replace(self.experiment.sample, **sampling)
+        options = dataclasses.replace(options, batch_size=min(options.batch_size, len(seeds)))
+        side = self.experiment.data.resolution
+        size = height or side, width or side
+        return self.pipeline(self.params, prompts, seeds, *size, options, images_per_prompt)
+
+
+def load(workdir: str | epath.Path, weights: str = "ema", devices: Sequence[jax.Device] | None = None) -> TrainedModel:
     """Loads a trained run from its workdir.
 
     Args:
       workdir: folder of the run.
       weights: "ema", or "params" for the weights without averaging.
-      devices: devices to shard weights and images over; empty uses the first device only.
-
-    Returns:
-      The experiment, the pipeline, LI-DiT's parameters, and their training step.
+      devices: devices to shard weights and images over; None uses all.
 
     Raises:
       UserError: if the workdir has no config or no checkpoint of LI-DiT, or the checkpoint has no such weights.
     """
+    workdir = epath.Path(workdir)
     experiment = Experiment(read_workdir(workdir), workdir)
     if not experiment.has_lidit:
         raise UserError(
             f"{workdir} is the run of a VAE alone, without a LI-DiT to sample from: name the workdir of one that has"
         )
-    checkpoints = experiment.training_folder(LIDIT) / "checkpoints"
+    checkpoints = checkpoint_folder(workdir, LIDIT)
     require_checkpoint(checkpoints)
     pipeline = experiment.pipeline(*experiment.sampling_mesh(devices))
     params, step = load_weights(checkpoints, weights, pipeline.abstract_params())
-    return experiment, pipeline, params, step
+    return TrainedModel(experiment, pipeline, params, step)
