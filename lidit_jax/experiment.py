@@ -350,7 +350,7 @@ class TrainedModel:
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         seeds: Sequence[int] | None = None,
         *,
         height: int | None = None,
@@ -361,8 +361,8 @@ class TrainedModel:
         """Generates images.
 
         Args:
-          prompts: the prompts.
-          seeds: [N], one for each image; N = len(prompts) * images_per_prompt. None is 0, 1, ….
+          prompts: a prompt, or several.
+          seeds: [N], one for each image; N is the number of prompts times `images_per_prompt`. None is 0, 1, ….
           height: in pixels; None is the training resolution.
           width: in pixels; None is the training resolution.
           images_per_prompt: images for each prompt.
@@ -373,8 +373,11 @@ class TrainedModel:
 
         Raises:
           UserError: if a size or sampling option does not fit the model.
-          ValueError: if the number of seeds is not N.
+          ValueError: if there is no prompt, or the number of seeds is not N.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not prompts:
+            raise ValueError("prompts is empty: give at least one")
         seeds = range(len(prompts) * images_per_prompt) if seeds is None else seeds
         options = dataclasses.replace(self.experiment.sample, **sampling)
         options = dataclasses.replace(options, batch_size=min(options.batch_size, len(seeds)))

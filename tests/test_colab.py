@@ -207,6 +207,17 @@ def test_a_package_that_was_imported_before_its_upgrade_needs_a_restart(install,
         install(make_checkout(tmp_path / "checkout"), upgraded=("numpy",))
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_run_is_kept_on_drive_if_the_user_agrees(monkeypatch, keep):
+    mounted = []
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=SimpleNamespace(mount=mounted.append)))
+    namespace = {"WORKDIR": "runs/shapes", "KEEP_ON_DRIVE": keep}
+    exec(cell_with("workdir").source, namespace)
+    drive = "/content/drive/MyDrive/lidit-jax/"
+    assert str(namespace["workdir"]) == f"{drive if keep else ''}runs/shapes"
+    assert mounted == ["/content/drive"] * keep
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     config = tiny_config()
