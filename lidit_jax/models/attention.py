@@ -143,8 +143,7 @@ def _softcapped_attention(query, key, value, mask, scale, softcap):
     batch, length, num_heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)  # [B, Lq, K, H / K, D]
     precision = product_precision(query.dtype)
-    options = {"precision": precision, "preferred_element_type": jnp.float32}
-    logits = jnp.einsum("bqkgd,bmkd->bkgqm", grouped, key, **options)
+    logits = jnp.einsum("bqkgd,bmkd->bkgqm", grouped, key, precision=precision, preferred_element_type=jnp.float32)
     logits = logits * (head_dim**-0.5 if scale is None else scale)
     logits = softcap * jnp.tanh(logits / softcap)
     if mask is not None:
