@@ -71,6 +71,7 @@ setup(
             "hypothesis>=6.170",
             "ipykernel>=7.4",
             "matplotlib>=3.11.2",
+            "mypy>=2.4",
             "nbclient>=0.11",
             "nbformat>=5.11.1",
             "pytest>=9.2",

@@ -2,15 +2,15 @@
 
 import dataclasses
 import difflib
-import importlib.util
 import json
 import logging
 import re
+import runpy
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -18,9 +18,12 @@ from ml_collections import ConfigDict
 from lidit_jax.errors import UserError
 from lidit_jax.files import write_json
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 CONFIG_FILE = "config.json"
 MAX_NUMBER = 10**30  # largest int accepted for a float field
@@ -44,10 +47,7 @@ def sibling_config(file: str, name: str, *arguments: str) -> ConfigDict:
       name: name of the config, without ".py".
       *arguments: for its `get_config`.
     """
-    specification = importlib.util.spec_from_file_location(name, Path(file).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module.get_config(*arguments)
+    return runpy.run_path(str(Path(file).with_name(f"{name}.py")))["get_config"](*arguments)
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T:
@@ -96,9 +96,11 @@ def require_section(key: str, value: Any) -> None:
         raise UserError(f"config key {key} is {value!r:.80}: it must be of type dict")
 
 
-def _dataclass_in(hint: Any) -> type | None:
+def _dataclass_in(hint: Any) -> "type[DataclassInstance] | None":
     """Returns the dataclass of an annotation, `X` or `X | None`; None if there is none."""
-    return next((option for option in _options(hint) if dataclasses.is_dataclass(option)), None)
+    return next(
+        (option for option in _options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)), None
+    )
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -221,7 +223,7 @@ def _plain(values: Any) -> Any:
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """Returns the values of nested sections by their dotted keys, such as "vae.train.steps"."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in _plain(values).items():
         if isinstance(value, dict) and value:
             flat |= flatten(value, f"{prefix}{key}.")

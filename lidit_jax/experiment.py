@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -142,6 +143,7 @@ class Experiment:
         if self.vae.weights:
             config = VAEConfig.from_dict(read_config(self.vae_folder()))
         else:
+            assert self.vae.model is not None  # see `_require_recipe`
             config = self.vae.model
             if config.latents_mean or config.latents_std:
                 raise UserError("vae.model: leave out latents_mean and latents_std; scaling and shift are measured")
@@ -165,19 +167,16 @@ class Experiment:
 
     def batch_size(self) -> int | None:
         """Returns the batch size of the last trained network; None if a VAE is only evaluated."""
-        if self.has_lidit:
-            return self.train.batch_size
-        return None if self.vae.weights else self.vae.train.batch_size
+        trainings = list(self.trainings().values())
+        return trainings[-1].batch_size if trainings else None
 
     def trainings(self) -> dict[str, TrainConfig]:
         """Returns the training configs of all networks that the run trains, by their path in the config."""
         found = {} if self.vae.weights else {"vae.train": self.vae.train}
         if self.has_lidit:
-            for name, encoder in self.encoders.items():
-                if not encoder.weights:
-                    found[f"encoders.{name}.train"] = encoder.train
+            found |= {f"encoders.{name}.train": e.train for name, e in self.encoders.items() if not e.weights}
             found["train"] = self.train
-        return found
+        return {where: training for where, training in found.items() if training}
 
     def size_multiple(self) -> int:
         """Returns the pixels that both sides of an image must be multiples of: latent cell times patch size."""
@@ -258,7 +257,7 @@ class Experiment:
 
         Args:
           mesh: mesh to shard the weights over; None puts them on the first device.
-          rules: sharding rules; required with a mesh.
+          rules: sharding rules; None is the default rules.
 
         Returns:
           The encoders by name, and their frozen arrays by name.
@@ -278,9 +277,10 @@ class Experiment:
 
         Args:
           mesh: mesh to shard the weights over; None puts everything on the first device.
-          rules: sharding rules; required with a mesh.
+          rules: sharding rules; None is the default rules.
           with_encoders: False leaves out the encoders; the pipeline then can't sample.
         """
+        rules = rules or ShardingRules()
         encoders, frozen = self.load_encoders(mesh, rules) if with_encoders else ({}, {})
         vae_config, vae_params = load_vae(self.vae_folder())
         vae = self.autoencoder(vae_config)
@@ -290,11 +290,15 @@ class Experiment:
         frozen = {"vae": vae_params, "encoders": frozen}
         return Pipeline(self.model, self.schedule, encoders, vae, frozen, mesh, rules)
 
-    def sampling_mesh(self, devices: Sequence[jax.Device]) -> tuple[Mesh, ShardingRules] | tuple[None, None]:
-        """Returns the mesh and rules for sampling with `pipeline`; (None, None) for fewer than two devices.
+    def sampling_mesh(self, devices: Sequence[jax.Device] | None) -> tuple[Mesh, ShardingRules] | tuple[None, None]:
+        """Returns the mesh and rules for sampling with `pipeline`; (None, None) for a single device.
 
         Weights are sharded over as many devices as divide the model's width, and images over all devices.
+
+        Args:
+          devices: the devices; None for all.
         """
+        devices = jax.devices() if devices is None else devices
         if len(devices) < 2:
             return None, None
         fsdp = math.gcd(self.model.config.hidden_size, len(devices))
@@ -309,6 +313,11 @@ class Experiment:
         """Returns the digests of the frozen weights, which checkpoints record instead of the weights."""
         digests = {f"encoders.{name}": self._encoder_digest(name) for name in self.encoders}
         return digests | {"vae": folder_digest(self.vae_folder())}
+
+
+def checkpoint_folder(workdir: epath.Path, name: str) -> epath.Path:
+    """Returns the folder of a trained network's checkpoints in a workdir."""
+    return workdir / "training" / name / "checkpoints"
 
 
 def check_start(config: ConfigDict, theirs: ConfigDict, source: epath.Path) -> None:
@@ -332,29 +341,79 @@ def check_start(config: ConfigDict, theirs: ConfigDict, source: epath.Path) -> N
             )
 
 
-def load(
-    workdir: epath.Path, weights: str = "ema", devices: Sequence[jax.Device] = ()
-) -> tuple[Experiment, Pipeline, Any, int]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A trained LI-DiT: generates images when called.
+
+    Attributes:
+      experiment: its config, whose `data.resolution` and `sample` are the defaults.
+      pipeline: the model with its frozen encoders and VAE.
+      params: LI-DiT's parameters.
+      step: their training step; None for an exported folder, which doesn't state it.
+    """
+
+    experiment: Experiment
+    pipeline: Pipeline
+    params: Any
+    step: int | None = None
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        seeds: Sequence[int] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        images_per_prompt: int = 1,
+        **sampling: Any,
+    ) -> np.ndarray:
+        """Generates images.
+
+        Args:
+          prompts: a prompt, or several.
+          seeds: [N], one for each image; N is the number of prompts times `images_per_prompt`. None is 0, 1, ….
+          height: in pixels; None is the training resolution.
+          width: in pixels; None is the training resolution.
+          images_per_prompt: images for each prompt.
+          **sampling: fields of `SampleConfig` in place of the config's, such as `steps` or `guidance_scale`.
+
+        Returns:
+          uint8 [N, height, width, 3]; the images of one prompt are adjacent.
+
+        Raises:
+          UserError: if a size or sampling option does not fit the model.
+          ValueError: if there is no prompt, or the number of seeds is not N.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not prompts:
+            raise ValueError("prompts is empty: give at least one")
+        seeds = range(len(prompts) * images_per_prompt) if seeds is None else seeds
+        options = dataclasses.replace(self.experiment.sample, **sampling)
+        options = dataclasses.replace(options, batch_size=min(options.batch_size, len(seeds)))
+        side = self.experiment.data.resolution
+        size = height or side, width or side
+        return self.pipeline(self.params, prompts, seeds, *size, options, images_per_prompt)
+
+
+def load(workdir: str | epath.Path, weights: str = "ema", devices: Sequence[jax.Device] | None = None) -> TrainedModel:
     """Loads a trained run from its workdir.
 
     Args:
       workdir: folder of the run.
       weights: "ema", or "params" for the weights without averaging.
-      devices: devices to shard weights and images over; empty uses the first device only.
-
-    Returns:
-      The experiment, the pipeline, LI-DiT's parameters, and their training step.
+      devices: devices to shard weights and images over; None uses all.
 
     Raises:
       UserError: if the workdir has no config or no checkpoint of LI-DiT, or the checkpoint has no such weights.
     """
+    workdir = epath.Path(workdir)
     experiment = Experiment(read_workdir(workdir), workdir)
     if not experiment.has_lidit:
         raise UserError(
             f"{workdir} is the run of a VAE alone, without a LI-DiT to sample from: name the workdir of one that has"
         )
-    checkpoints = experiment.training_folder(LIDIT) / "checkpoints"
+    checkpoints = checkpoint_folder(workdir, LIDIT)
     require_checkpoint(checkpoints)
     pipeline = experiment.pipeline(*experiment.sampling_mesh(devices))
     params, step = load_weights(checkpoints, weights, pipeline.abstract_params())
-    return experiment, pipeline, params, step
+    return TrainedModel(experiment, pipeline, params, step)

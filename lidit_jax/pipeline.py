@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import flax.linen as nn
 import jax
@@ -70,7 +70,7 @@ class Pipeline:
       frozen: {"vae": parameters, "encoders": {name: output of the encoder's `freeze`}}.
       mesh: devices over which the images of a batch are sharded; every process must make the same calls, and gets all
         images. None samples on the first device.
-      rules: sharding rules; None without a mesh.
+      rules: sharding rules of the mesh.
     """
 
     model: LIDiT
@@ -79,7 +79,7 @@ class Pipeline:
     vae: AutoencoderKL
     frozen: Mapping[str, Any]
     mesh: Mesh | None = None
-    rules: ShardingRules | None = None
+    rules: ShardingRules = ShardingRules()
 
     def __call__(
         self,
@@ -205,7 +205,7 @@ class Pipeline:
         return jax.jit(self._sample_under_rules, static_argnames=_STATIC, out_shardings=sharding)
 
     def _sample_under_rules(self, *arguments, **static):
-        with nn.logical_axis_rules(() if self.rules is None else self.rules.pairs()):
+        with nn.logical_axis_rules(() if self.mesh is None else self.rules.pairs()):
             return self._sample_images(*arguments, **static)
 
     def _sample_images(
@@ -241,7 +241,7 @@ class Pipeline:
         keys = jax.vmap(jax.random.key)(seeds)
         factor = self.vae.config.downsampling_factor
         noise = initial_noise(keys, (height // factor, width // factor, self.vae.config.latent_channels))
-        latents = sample(sampler, self.schedule, predict, noise, steps, keys)
+        latents = cast(jax.Array, sample(sampler, self.schedule, predict, noise, steps, keys))  # no trajectory
         latents = from_model_latents(latents, self.vae.config)
         # Each device slices and tiles its own rows: slices of the global batch would be decoded by every device.
         return to_uint8(self._on_each_device(decode, latents, frozen["vae"]))

@@ -252,12 +252,13 @@ class Trainer:
             if ema is not None:
                 decay = jnp.minimum(config.ema_decay, (1.0 + updates_made) / (10.0 + updates_made))
                 ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
-            return state.replace(params=params, ema=ema, opt_state=opt_state)
+            return dataclasses.replace(state, params=params, ema=ema, opt_state=opt_state)
 
         # A branch: selecting element by element would read both trees and copy the donated one.
         finite = jnp.isfinite(loss.mean) & jnp.isfinite(grad_norm)
         state = jax.lax.cond(finite, update, lambda state, grads: state, state, grads)
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             skipped=state.skipped + ~finite,
             skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
@@ -275,8 +276,8 @@ class Trainer:
     def _gradients(self, params, frozen, batch, key, phase):
         """Returns the loss, the metrics, and the gradients of the loss's mean, accumulated over the micro-batches."""
 
-        def loss_of_phase(*arguments):
-            loss, metrics = self.task.loss(*arguments, phase)
+        def loss_of_phase(params, frozen, batch, key):
+            loss, metrics = self.task.loss(params, frozen, batch, key, phase)
             return loss.mean, (loss, metrics)
 
         grad = jax.grad(loss_of_phase, has_aux=True)
@@ -412,7 +413,7 @@ def _first_state(
     if initial_params is not None:
         params = initial_params(trainer.abstract_state().params)
         ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-        state = state.replace(params=params, ema=ema)
+        state = dataclasses.replace(state, params=params, ema=ema)
     return state, ()
 
 
@@ -458,7 +459,7 @@ def _are_finite(tree: Any) -> jax.Array:
 def _peak_flops(mesh: Mesh) -> float | None:
     """Returns the peak bf16 FLOP/s of the mesh; None for unknown chips."""
     chip = chip_of(mesh.devices.flat[0])
-    return chip and chip.flops * mesh.devices.size
+    return chip.flops * mesh.devices.size if chip else None
 
 
 def _log(

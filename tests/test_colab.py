@@ -2,7 +2,15 @@
 
 import ast
 import base64
+import glob
+import importlib.metadata
 import io
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -13,6 +21,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, tiny_config
 from flax.traverse_util import flatten_dict
+from IPython.core.inputtransformer2 import TransformerManager
 from PIL import Image
 
 from lidit_jax.models.layers import Attention, LayerConfig
@@ -98,6 +107,117 @@ def test_the_notebook_is_valid_and_holds_no_outputs():
             assert cell.execution_count is None
 
 
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Returns a function that runs the install cell in `folder`; it returns the arguments of pip, or None."""
+
+    def run(folder, *, repository="", installed=False, tpu=False, driver="", upgraded=()):
+        source = TransformerManager().transform_cell(cell_with("install").source)
+        assert 'REPOSITORY = ""' in source
+        arguments, version = [], importlib.metadata.version
+
+        def version_of(package):
+            if package == "lidit-jax" and not (installed or arguments):
+                raise importlib.metadata.PackageNotFoundError(package)
+            return "0" if package in upgraded else version(package)
+
+        def pip(magic, line):
+            assert magic == "pip"
+            arguments.extend(shlex.split(line.format(**namespace)))
+
+        programs = tmp_path / "programs"
+        programs.mkdir()
+        if driver:
+            (programs / "nvidia-smi").write_text(f"#!/bin/sh\necho {driver}\n")
+            (programs / "nvidia-smi").chmod(0o755)
+        (programs / "git").symlink_to(shutil.which("git"))
+        monkeypatch.setenv("PATH", str(programs))
+        monkeypatch.setattr(glob, "glob", lambda pattern: [pattern] if tpu else [])
+        monkeypatch.setattr(importlib.metadata, "version", version_of)
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.chdir(folder)
+        namespace = {"get_ipython": lambda: SimpleNamespace(run_line_magic=pip)}
+        with warnings.catch_warnings():
+            exec(source.replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}"), namespace)
+        return arguments or None
+
+    return run
+
+
+def cell_with(tag):
+    [cell] = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if tag in cell.metadata.get("tags", ())]
+    return cell
+
+
+def make_checkout(folder):
+    (folder / "lidit_jax").mkdir(parents=True)
+    (folder / "launch").mkdir()
+    for name in ("lidit_jax/__init__.py", "launch/colab.ipynb", "setup.py"):
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("machine", "requirement"),
+    [
+        ({}, "jax"),
+        ({"tpu": True}, "jax[tpu]"),
+        ({"driver": "580.65.06"}, "jax[cuda13]"),
+        ({"driver": "550.54.15"}, "jax[cuda12]"),
+    ],
+    ids=str,
+)
+def test_the_checkout_around_the_notebook_is_installed_with_the_jax_of_the_machine(
+    install, tmp_path, machine, requirement
+):
+    checkout = make_checkout(tmp_path / "a checkout")
+    arguments = install(checkout / "launch", **machine)
+    assert arguments == ["install", "--editable", str(checkout), requirement, "matplotlib"]
+    assert sys.path[0] == str(checkout)
+
+
+def test_an_installed_package_is_used_as_it_is(install, tmp_path):
+    assert install(tmp_path, installed=True) is None
+
+
+def test_outside_of_a_checkout_the_repository_is_cloned(install, tmp_path):
+    repository = make_checkout(tmp_path / "repository")
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message=a"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "content").mkdir()
+    arguments = install(tmp_path / "content", repository=str(repository))
+    assert arguments[2] == str(tmp_path / "content" / "lidit-jax")
+    assert (tmp_path / "content" / "lidit-jax" / "launch" / "colab.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("repository", "message"),
+    [("", "^Set REPOSITORY, in this cell, to the git URL"), ("nowhere", "^nowhere could not be cloned .*nowhere")],
+)
+def test_without_the_code_the_notebook_stops_with_one_line(install, tmp_path, repository, message):
+    with pytest.raises(Exception, match=message) as error:
+        install(tmp_path, repository=repository)
+    [line] = error.value._render_traceback_()
+    assert "\n" not in line
+
+
+def test_a_package_that_was_imported_before_its_upgrade_needs_a_restart(install, tmp_path):
+    with pytest.raises(Exception, match="^numpy was upgraded: choose Runtime > Restart session, then run all cells"):
+        install(make_checkout(tmp_path / "checkout"), upgraded=("numpy",))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_run_is_kept_on_drive_if_the_user_agrees(monkeypatch, keep):
+    mounted = []
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=SimpleNamespace(mount=mounted.append)))
+    namespace = {"WORKDIR": "runs/shapes", "KEEP_ON_DRIVE": keep}
+    exec(cell_with("workdir").source, namespace)
+    drive = "/content/drive/MyDrive/lidit-jax/"
+    assert str(namespace["workdir"]) == f"{drive if keep else ''}runs/shapes"
+    assert mounted == ["/content/drive"] * keep
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     config = tiny_config()
@@ -120,6 +240,10 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()  # raises if a cell raises
 
+    printed = {cell.id: text(cell) for cell in notebook.cells if cell.cell_type == "code"}
+    assert "is installed" in printed["install"]
+    assert "lidit 6/6 (100%)" in printed["train"]
+    assert not [name for name, lines in printed.items() if "Warning" in lines]
     shown = {cell.id: images(cell) for cell in notebook.cells if cell.cell_type == "code"}
     assert {name: len(found) for name, found in shown.items() if found} == {
         "progress": 2,
@@ -131,6 +255,11 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
         for image in found:
             assert min(image.size) > 100
             assert np.asarray(image.convert("L")).std() > 5, "it is blank"
+
+
+def text(cell):
+    """Returns what a cell prints."""
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
 
 
 def images(cell):

@@ -67,7 +67,7 @@ def test_all_batches_are_drawn_by_one_compilation(trained_workdir, geneval, tmp_
     pipelines, batches = [], []
     load, draw = generate.experiment.load, Pipeline.__call__
     monkeypatch.setattr(
-        generate.experiment, "load", lambda *args: (loaded := load(*args), pipelines.append(loaded[1]))[0]
+        generate.experiment, "load", lambda *args: (loaded := load(*args), pipelines.append(loaded.pipeline))[0]
     )
     monkeypatch.setattr(Pipeline, "__call__", lambda self, *args: (batches.append(len(args[1])), draw(self, *args))[1])
     generate_benchmark(request(trained_workdir, "geneval", geneval, tmp_path / "out", num_images=4))
@@ -95,9 +95,9 @@ def test_another_model_or_another_way_to_draw_needs_another_folder(trained_workd
     assert files_of(out) == ["mine.txt"]
     (out / "mine.txt").unlink()
     asked = request(trained_workdir, "geneval", geneval, out)
-    run, _, _, step = generate.experiment.load(asked.workdir)
+    model = generate.experiment.load(asked.workdir)
     benchmark = open_benchmark("geneval", geneval, 2)
-    facts = generate._facts(asked, benchmark, run, step)
+    facts = generate._facts(asked, benchmark, model)
     generate._claim(asked.out, facts)
     generate._claim(asked.out, facts)
     for changed in ({"step": 7}, {"config": "another"}, {"weights": "params"}, {"num_images": 4}):

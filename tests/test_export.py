@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -519,8 +520,8 @@ read_folder("out")
 @pytest.fixture(scope="module")
 def images(workdir):
     """Returns the experiment and images sampled from the workdir itself."""
-    run, pipeline, params, _ = experiment.load(workdir)
-    return run, pipeline(params, PROMPTS, range(2), 32, 48, run.sample)
+    model = experiment.load(workdir, devices=jax.devices()[:1])
+    return model.experiment, model(PROMPTS, height=32, width=48)
 
 
 @pytest.mark.parametrize("saved_by_diffusers", [False, True])
@@ -534,8 +535,7 @@ def test_back_in_jax_the_images_are_bit_identical(folder, images, tmp_path, save
     assert back.schedule == run.schedule
     assert back.sample == run.sample
     assert back.encoder_folder("qwen") == epath.Path(folder) / "text_encoder_2"
-    _, pipeline, params = load_exported(epath.Path(folder))
-    got = pipeline(params, PROMPTS, range(2), 32, 48, back.sample)
+    got = load_exported(folder, jax.devices()[:1])(PROMPTS, height=32, width=48)
     np.testing.assert_array_equal(got, expected)
 
 

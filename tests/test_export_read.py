@@ -36,7 +36,7 @@ def config_of_a_run():
 
 
 def test_the_weights_are_bit_identical(trained_workdir, exported):
-    _, _, params = load_exported(exported)
+    params = load_exported(exported).params
     expected, _ = load_weights(trained_workdir / CHECKPOINTS, "ema")
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 

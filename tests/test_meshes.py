@@ -88,7 +88,8 @@ def test_a_mesh_gives_one_devices_losses_and_resumes_on_fewer_devices(trained_wo
 
 
 def test_a_mesh_generates_one_devices_images(trained_workdir, tmp_path):
-    experiment, alone, params, _ = load(epath.Path(trained_workdir))
+    model = load(trained_workdir, devices=jax.devices()[:1])
+    experiment, alone, params = model.experiment, model.pipeline, model.params
     sampling = dataclasses.replace(experiment.sample, batch_size=3, decode_pixels=3 * 32 * 32)
     prompts, seeds = ["a red circle", "", "a blue square above a green circle"], [5, 6, 7]
     expected = alone(params, prompts, seeds, 32, 32, sampling)

@@ -5,11 +5,10 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lidit_jax.experiment import load
+from lidit_jax.experiment import TrainedModel, load
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.text.batch_prompts import SharedPrompts
@@ -21,7 +20,8 @@ PROMPTS = ["a red circle", "红色圆形", "a blue square above a green circle"]
 @pytest.fixture(scope="module")
 def loaded(trained_workdir):
     """Experiment, pipeline and parameters."""
-    return load(epath.Path(trained_workdir))[:3]
+    model = load(trained_workdir, devices=jax.devices()[:1])
+    return model.experiment, model.pipeline, model.params
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +118,32 @@ def test_a_number_of_seeds_other_than_one_per_image_is_rejected(loaded):
     run, pipeline, params = loaded
     with pytest.raises(ValueError, match="3 seeds for 3 prompts with 4 images each"):
         pipeline(params, PROMPTS, range(3), 32, 32, run.sample, images_per_prompt=4)
+
+
+def test_a_trained_model_needs_only_prompts(loaded):
+    run, pipeline, params = loaded
+    model, side = TrainedModel(*loaded), run.data.resolution
+    images = model(PROMPTS[:2])
+    assert images.shape == (2, side, side, 3)
+    sampling = dataclasses.replace(run.sample, batch_size=2)  # no rows of padding
+    np.testing.assert_array_equal(images, pipeline(params, PROMPTS[:2], [0, 1], side, side, sampling))
+
+
+def test_a_trained_models_options_replace_the_configs(loaded, monkeypatch):
+    run, pipeline, _ = loaded
+    calls = []
+    monkeypatch.setattr(type(pipeline), "__call__", lambda self, *arguments: calls.append(arguments[1:]))
+    TrainedModel(*loaded)(PROMPTS[:1], [7, 8], height=48, images_per_prompt=2, steps=3)
+    sampling = dataclasses.replace(run.sample, steps=3, batch_size=2)
+    assert calls == [(PROMPTS[:1], [7, 8], 48, run.data.resolution, sampling, 2)]
+
+
+def test_a_trained_model_takes_one_prompt_or_several_but_not_none(loaded, monkeypatch):
+    calls = []
+    monkeypatch.setattr(type(loaded[1]), "__call__", lambda self, *arguments: calls.append(arguments[1:3]))
+    model = TrainedModel(*loaded)
+    model(PROMPTS[0])
+    model(PROMPTS)
+    assert calls == [(PROMPTS[:1], range(1)), (PROMPTS, range(3))]
+    with pytest.raises(ValueError, match="prompts is empty"):
+        model([])

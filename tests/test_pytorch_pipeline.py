@@ -89,7 +89,12 @@ def pipe(folder):
 @pytest.fixture(scope="module")
 def loaded(workdir):
     """The model in JAX: (experiment, pipeline, parameters)."""
-    return experiment.load(workdir)[:3]
+    return load_on_one_device(workdir)
+
+
+def load_on_one_device(workdir, weights="ema"):
+    model = experiment.load(workdir, weights, jax.devices()[:1])
+    return model.experiment, model.pipeline, model.params
 
 
 def generate_with_jax(loaded, prompts, height=32, width=32, **sampling):
@@ -142,7 +147,7 @@ def test_without_jax_the_same_noise_gives_the_same_images(tmp_path, t5_folder):
     jobs, ours = [], []
     for name, (config, exports, height, width) in runs(t5_folder).items():
         workdir = make_workdir(tmp_path / name, config)
-        loaded = experiment.load(workdir, exports[0].get("weights", "ema"))[:3]
+        loaded = load_on_one_device(workdir, exports[0].get("weights", "ema"))
         generated = generate_with_jax(loaded, PROMPTS, height, width)
         for options in exports:
             file = tmp_path / str(len(jobs))
@@ -162,7 +167,7 @@ def test_without_jax_the_same_noise_gives_the_same_images(tmp_path, t5_folder):
 
 
 def test_the_demo_after_a_few_steps_gives_the_same_images_without_jax(tmp_path, trained_workdir):
-    loaded = experiment.load(epath.Path(trained_workdir))[:3]
+    loaded = load_on_one_device(trained_workdir)
     folder, noise = export_of(epath.Path(trained_workdir), tmp_path / "folder"), tmp_path / "noise.npy"
     np.save(noise, noise_for(loaded, len(PROMPTS)).numpy())
     call = {"prompt": PROMPTS, "num_inference_steps": 25}

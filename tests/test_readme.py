@@ -89,7 +89,7 @@ def test_ci_finds_the_line_that_installs_and_runs_the_tests():
 
 def test_the_python_example_is_short():
     lines = block_with("experiment.load")[1].splitlines()
-    assert len([line for line in lines if line.strip()]) <= 10
+    assert len([line for line in lines if line.strip()]) <= 6
 
 
 @pytest.mark.slow

@@ -358,6 +358,8 @@ def test_a_wrong_number_of_channels_is_rejected(sd1_folder, method):
         ({"shift_factor": [1]}, "shift_factor"),
         ({"latents_mean": [0.0]}, "latents_mean"),
         ({"latents_std": [1.0, 1.0, 1.0, 0.0]}, "latents_std"),
+        ({"latents_mean": [0.0] * 4}, r"latents_mean is \(0.0, .* and latents_std is None; give both or neither"),
+        ({"latents_std": [1.0] * 4}, r"latents_mean is None and latents_std is \(1.0, .*; give both or neither"),
         ({"sample_size": -1}, "sample_size"),
     ],
 )

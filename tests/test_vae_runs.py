@@ -207,7 +207,10 @@ def test_a_run_with_every_loss_resumes_to_the_same_weights(tmp_path, lpips_file)
         (lambda c: c.vae.adversarial.update(layers="3"), r"vae\.adversarial\.layers is '3': it must be of type int"),
         (lambda c: c.data.update(resolution=None), r"data\.resolution is None: it must be of type int"),
         (lambda c: c.vae.model.update(out_channels=1), "gives 1 channels: images have 3"),
-        (lambda c: c.vae.model.update(latents_mean=(0.0,) * 16), "leave out latents_mean and latents_std"),
+        (
+            lambda c: c.vae.model.update(latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16),
+            "leave out latents_mean and latents_std",
+        ),
         (lambda c: c.vae.adversarial.update(wieght=1.0), r"vae\.adversarial\.wieght is unknown; did you mean 'weight'"),
         (lambda c: c.vae.train.update(steps=0), r"^vae\.train\.steps=0 must be at least 1"),
         (lambda c: c.vae.evaluate.update(num_images=0), r"vae\.evaluate\.num_images=0 must be at least 1"),

@@ -34,12 +34,13 @@ def main() -> None:
     if not out.endswith(".png"):
         raise UserError(f"--out={out} does not end in .png: name a .png file")
     print(describe_host("torch", "diffusers"))
-    run, pipeline, params, _ = experiment.load(epath.Path(workdir))
+    model = experiment.load(workdir, devices=jax.devices()[:1])
+    run, pipeline = model.experiment, model.pipeline
     prompts = [prompt for prompt in _PROMPTS.value for _ in range(_NUM_IMAGES.value)]
     seeds, side = np.arange(len(prompts), dtype=np.uint32), run.data.resolution
 
     def generate_in_jax() -> np.ndarray:
-        return pipeline(params, prompts, seeds, side, side, run.sample)
+        return pipeline(model.params, prompts, seeds, side, side, run.sample)
 
     cells = side // pipeline.vae.config.downsampling_factor
     noise = initial_noise(jax.vmap(jax.random.key)(seeds), (cells, cells, pipeline.vae.config.latent_channels))

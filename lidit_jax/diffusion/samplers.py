@@ -26,7 +26,7 @@ Timestep spacings of DDPM schedules, for n steps of a schedule with T timesteps:
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,14 +69,15 @@ class Sampler:
 
     Attributes:
       schedule: schedule class that the sampler supports.
-      build_table: (schedule, points, eta) -> StepTable; points are timesteps (DDPM) or sigmas (RectifiedFlow), [S].
+      build_table: (schedule of that class, points, eta) -> StepTable; points are timesteps (DDPM) or sigmas
+        (RectifiedFlow), [S].
       spacings: supported timestep spacings, the default first; empty for RectifiedFlow.
       takes_eta: True if the sampler has the parameter `eta`.
       evaluations_per_step: table rows per step (the last step may have fewer).
     """
 
     schedule: type[Schedule]
-    build_table: Callable[[Schedule, np.ndarray, float], StepTable]
+    build_table: Callable[[Any, np.ndarray, float], StepTable]
     spacings: tuple[str, ...] = ()
     takes_eta: bool = False
     evaluations_per_step: int = 1
@@ -94,6 +95,7 @@ def ddpm_timesteps(spacing: str, num_timesteps: int, num_steps: int, steps_offse
     Raises:
       UserError: if the timesteps do not fit in [0, T-1] without repetition.
     """
+    timesteps: np.ndarray
     if spacing == "leading":
         timesteps = np.arange(num_steps)[::-1] * (num_timesteps // num_steps) + steps_offset
     elif spacing == "trailing":
@@ -262,19 +264,19 @@ def step_table(
     """Returns the coefficients of a sampler for a schedule and number of steps; arguments and errors as in `sample`."""
     sampler = _checked_sampler(sampler_name, schedule, eta)
     num_steps = _checked_num_steps(num_steps, schedule)
-    spacing = _checked_spacing(sampler_name, schedule, spacing, steps_offset)
+    resolved_spacing = _checked_spacing(sampler_name, schedule, spacing, steps_offset)
     if isinstance(schedule, RectifiedFlow):
         points = flow_sigmas(schedule, num_steps)
     else:
-        points = ddpm_timesteps(spacing, schedule.num_timesteps, num_steps, steps_offset)
+        points = ddpm_timesteps(resolved_spacing, schedule.num_timesteps, num_steps, steps_offset)
     return sampler.build_table(schedule, points, eta)
 
 
 def default_spacing(sampler_name: str, schedule: Schedule) -> str | None:
     """Returns the default timestep spacing of a sampler for a schedule; None for RectifiedFlow."""
-    spacings = SAMPLERS[sampler_name].spacings
-    if not spacings:
+    if not isinstance(schedule, DDPM):
         return None
+    spacings = SAMPLERS[sampler_name].spacings
     must_start_at_noise = schedule.zero_terminal_snr and spacings[0] == "leading"
     return "trailing" if must_start_at_noise else spacings[0]
 
@@ -295,19 +297,19 @@ def _checked_sampler(sampler_name: str, schedule: Schedule, eta: float) -> Sampl
     return sampler
 
 
-def _checked_spacing(sampler_name: str, schedule: Schedule, spacing: str | None, steps_offset: int) -> str | None:
-    """Validates the timestep spacing and resolves its default; None for RectifiedFlow, which has no choice of it."""
+def _checked_spacing(sampler_name: str, schedule: Schedule, spacing: str | None, steps_offset: int) -> str:
+    """Validates the timestep spacing and resolves its default; "" for RectifiedFlow, which has no choice of it."""
     spacings = SAMPLERS[sampler_name].spacings
     if spacing is not None and spacing not in spacings:
         choices = f"choose one of {', '.join(spacings)}" if spacings else "leave it unset"
         raise UserError(f"sampler {sampler_name!r} has no timestep spacing {spacing!r}; {choices}")
     if spacing is None:
         spacing = default_spacing(sampler_name, schedule)
-    if spacing == "leading" and schedule.zero_terminal_snr:
+    if spacing == "leading" and isinstance(schedule, DDPM) and schedule.zero_terminal_snr:
         raise UserError("a schedule with zero_terminal_snr must be sampled from its last timestep: use 'trailing'")
     if steps_offset and spacing != "leading":
         raise UserError(f"steps_offset={steps_offset} requires 'leading' timestep spacing, not {spacing!r}; leave it 0")
-    return spacing
+    return spacing or ""
 
 
 def _checked_num_steps(num_steps: int, schedule: Schedule) -> int:
@@ -380,9 +382,7 @@ def sample(
     """
     table = step_table(sampler_name, schedule, num_steps, spacing=spacing, steps_offset=steps_offset, eta=eta)
     batch_size, sample_shape = x_init.shape[0], x_init.shape[1:]
-    adds_noise = bool(np.any(table.noise_scale))
-    if adds_noise:
-        _check_keys(sampler_name, keys, batch_size)
+    noise_keys = _checked_keys(sampler_name, keys, batch_size) if np.any(table.noise_scale) else None
 
     def step(carry, row_and_index):
         row, index = row_and_index
@@ -391,8 +391,8 @@ def sample(
         x0 = x0_from_output(schedule.prediction, output, x, row.alpha, row.sigma)
         noise = noise_from_output(schedule.prediction, output, x, row.alpha, row.sigma)
         next_x = _combine(row.next_weights, (x, x0, noise, memory))
-        if adds_noise:
-            next_x += row.noise_scale * step_noise(keys, index, sample_shape)
+        if noise_keys is not None:
+            next_x += row.noise_scale * step_noise(noise_keys, index, sample_shape)
         next_memory = _combine(row.memory_weights, (x, x0, noise))
         return (next_x, next_memory), (x0 if return_trajectory else None)
 
@@ -405,16 +405,18 @@ def sample(
 
 
 def _combine(weights: jax.Array, terms: tuple[jax.Array, ...]) -> jax.Array:
-    return sum(weights[index] * term for index, term in enumerate(terms))
+    products = [weights[index] * term for index, term in enumerate(terms)]
+    return sum(products[1:], start=products[0])
 
 
-def _check_keys(sampler_name: str, keys: jax.Array | None, batch_size: int) -> None:
+def _checked_keys(sampler_name: str, keys: jax.Array | None, batch_size: int) -> jax.Array:
     if keys is None:
         raise UserError(f"sampler {sampler_name!r} adds noise: pass keys, one per sample")
     # Raw uint32 keys (jax.random.PRNGKey) have a trailing axis.
     keys_shape = keys.shape if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else keys.shape[:-1]
     if keys_shape != (batch_size,):
         raise UserError(f"keys must be one per sample, shape ({batch_size},), got {keys_shape}")
+    return keys
 
 
 def guided(predict_both: Predict, guidance_scale: jax.Array | float) -> Predict:

@@ -77,7 +77,10 @@ class Schedule(abc.ABC):
     """
 
     num_timesteps: int
-    prediction: str
+
+    @property
+    @abc.abstractmethod
+    def prediction(self) -> str: ...
 
     @abc.abstractmethod
     def sample_times(self, key: jax.Array, batch_size: int) -> jax.Array:
@@ -273,7 +276,7 @@ def resolution_shift(num_pixels: int, base_num_pixels: int) -> float:
     return math.sqrt(num_pixels / base_num_pixels)
 
 
-SCHEDULES: dict[str, type[Schedule]] = {"ddpm": DDPM, "rectified_flow": RectifiedFlow}
+SCHEDULES: dict[str, type[DDPM | RectifiedFlow]] = {"ddpm": DDPM, "rectified_flow": RectifiedFlow}
 
 
 def make_schedule(name: Any = None, **values: Any) -> Schedule:

@@ -19,7 +19,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, Benchmark, open_benchmark
 from lidit_jax.evaluate.output_folder import check_claim, read_claim
 from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
-from lidit_jax.experiment import Experiment
+from lidit_jax.experiment import Experiment, TrainedModel
 from lidit_jax.files import write_json
 from lidit_jax.sample.generate import SamplingOptions, warn_of_truncated
 
@@ -84,19 +84,19 @@ def generate_benchmark(request: Request) -> None:
     if request.num_images < 1:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
     benchmark = request.open()
-    run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
-    sampling, height, width = request.resolve_options(run, pipeline)
-    facts = _facts(request, benchmark, run, step) | {"height": height, "width": width}
+    model = experiment.load(request.workdir, request.weights)
+    sampling, height, width = request.resolve_options(model)
+    facts = _facts(request, benchmark, model) | {"height": height, "width": width}
     facts |= {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance_scale")}
     _claim(request.out, facts)
     pending = _pending_prompts(request.out, benchmark)
-    warn_of_truncated(run, pipeline, benchmark.prompts)
+    warn_of_truncated(model, benchmark.prompts)
     logger.info(
         "%s: %d prompts, %d to generate; %d images of %dx%d per prompt, from step %d",
-        *(request.benchmark, len(benchmark.prompts), len(pending), request.num_images, width, height, step),
+        *(request.benchmark, len(benchmark.prompts), len(pending), request.num_images, width, height, model.step),
     )
     num_images = request.num_images
-    rows = pipeline.rows(sampling)
+    rows = model.pipeline.rows(sampling)
     prompts_per_batch = max(1, rows // num_images)
     # A constant batch shape, so that a smaller last batch causes no second compilation.
     sampling = dataclasses.replace(sampling, batch_size=min(rows, prompts_per_batch * num_images))
@@ -104,7 +104,7 @@ def generate_benchmark(request: Request) -> None:
         for indices in _batches(pending, prompts_per_batch):
             prompts = [benchmark.prompts[index] for index in indices]
             seeds = [seed_of(prompt, i) for prompt in prompts for i in range(num_images)]
-            images = pipeline(params, prompts, seeds, height, width, sampling, num_images)
+            images = model.pipeline(model.params, prompts, seeds, height, width, sampling, num_images)
             if jax.process_index() == 0:
                 for row, index in enumerate(indices):
                     benchmark.write(request.out, index, images[row * num_images : (row + 1) * num_images])
@@ -120,7 +120,7 @@ def seed_of(prompt: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{index} {prompt}".encode("utf-8", "surrogatepass")).digest()[:4], "big")
 
 
-def _facts(request: Request, benchmark: Benchmark, run: Experiment, step: int) -> dict[str, Any]:
+def _facts(request: Request, benchmark: Benchmark, model: TrainedModel) -> dict[str, Any]:
     """Returns the facts that identify the images of a request: benchmark, prompts, model and step."""
     config = json.dumps(read_workdir(request.workdir).to_dict(), sort_keys=True, default=str)
     prompts = json.dumps(benchmark.prompts)
@@ -129,9 +129,9 @@ def _facts(request: Request, benchmark: Benchmark, run: Experiment, step: int) -
         "prompts": _digest(prompts),
         "num_images": request.num_images,
         "config": _digest(config),
-        "frozen": run.frozen_digests(),
+        "frozen": model.experiment.frozen_digests(),
         "weights": request.weights,
-        "step": step,
+        "step": model.step,
     }
 
 

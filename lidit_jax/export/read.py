@@ -10,10 +10,9 @@ from ml_collections import ConfigDict
 
 from lidit_jax.checkpoint import check_same_model
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import Experiment, check_start
+from lidit_jax.experiment import Experiment, TrainedModel, check_start
 from lidit_jax.export.folder import INDEX_FILE, read_folder
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.pipeline import Pipeline
 from lidit_jax.weights.folders import is_there
 from lidit_jax.weights.torch_lidit import load_lidit
 
@@ -25,23 +24,21 @@ def is_exported(folder: epath.Path) -> bool:
     return is_there(folder / INDEX_FILE)
 
 
-def load_exported(folder: epath.Path, devices: Sequence[jax.Device] = ()) -> tuple[Experiment, Pipeline, Any]:
+def load_exported(folder: str | epath.Path, devices: Sequence[jax.Device] | None = None) -> TrainedModel:
     """Loads an exported folder for sampling.
 
     Args:
       folder: exported folder, on a disk or in a bucket.
       devices: devices to sample on (see `experiment.load`).
 
-    Returns:
-      The experiment, its pipeline, and LI-DiT's parameters.
-
     Raises:
       UserError: a component is missing, damaged, or of a newer format.
     """
+    folder = epath.Path(folder)
     experiment = Experiment(read_folder(folder), folder)
     mesh, rules = experiment.sampling_mesh(devices)
     pipeline = experiment.pipeline(mesh, rules)
-    return experiment, pipeline, load_params(folder, pipeline.abstract_params(), mesh, rules)
+    return TrainedModel(experiment, pipeline, load_params(folder, pipeline.abstract_params(), mesh, rules))
 
 
 def load_params(folder: epath.Path, into: Any, mesh: jax.sharding.Mesh | None, rules: ShardingRules | None) -> Any:

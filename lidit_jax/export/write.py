@@ -22,7 +22,7 @@ from etils import epath
 from lidit_jax.checkpoint import open_weights
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder
 from lidit_jax.export.copying import copy_files, model_files, num_bytes, tokenizer_files
 from lidit_jax.export.folder import (
     INDEX_FILE,
@@ -116,7 +116,7 @@ def export(request: Request) -> None:
     vae = run.vae_folder()
     VAEConfig.from_dict(read_config(vae))
     vae_files = [vae / CONFIG_FILE, *model_files(vae, diffusers_vae.WEIGHTS_STEM)]
-    with open_weights(run.training_folder(LIDIT) / "checkpoints", request.weights) as weights:
+    with open_weights(checkpoint_folder(run.workdir, LIDIT), request.weights) as weights:
         lidit_bytes = weights.num_parameters * DTYPES[request.dtype]
         copied_bytes = num_bytes([*vae_files, *(file for e in encoders for file in (*e.files, *e.tokenizer))])
         _check_space(request.out, lidit_bytes + copied_bytes)

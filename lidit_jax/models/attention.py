@@ -71,8 +71,9 @@ def dot_product_attention(
             raise UserError(
                 "attention='splash' would multiply float32 in bfloat16: use 'auto' or 'xla', or dtype='bfloat16'"
             )
-        options = {"key_mask": key_mask, "is_causal": is_causal, "scale": scale}
-        return splash_attention(query, key, value, **options, interpret=interpret)
+        return splash_attention(
+            query, key, value, key_mask=key_mask, is_causal=is_causal, scale=scale, interpret=interpret
+        )
     if key_mask is not None:
         key_mask = key_mask[:, None, None, :]  # [B, 1, 1, Lk]
         mask = key_mask if mask is None else jnp.logical_and(mask, key_mask)
@@ -91,7 +92,7 @@ def dot_product_attention(
             mask=mask,
             is_causal=is_causal,
             scale=scale,
-            implementation=implementation,
+            implementation="cudnn" if implementation == "cudnn" else "xla",
         )
 
 
@@ -144,8 +145,7 @@ def _softcapped_attention(query, key, value, mask, scale, softcap):
     batch, length, num_heads, head_dim = query.shape
     grouped = query.reshape(batch, length, key.shape[2], -1, head_dim)  # [B, Lq, K, H / K, D]
     precision = product_precision(query.dtype)
-    options = {"precision": precision, "preferred_element_type": jnp.float32}
-    logits = jnp.einsum("bqkgd,bmkd->bkgqm", grouped, key, **options)
+    logits = jnp.einsum("bqkgd,bmkd->bkgqm", grouped, key, precision=precision, preferred_element_type=jnp.float32)
     logits = logits * (head_dim**-0.5 if scale is None else scale)
     logits = softcap * jnp.tanh(logits / softcap)
     if mask is not None:

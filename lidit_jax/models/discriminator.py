@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lidit_jax.models.layers import Conv
+from lidit_jax.models.layers import Conv, partitioned
 
 MAX_WIDTH_MULTIPLIER = 8  # largest layer width as a multiple of the first layer's width
 
@@ -62,8 +62,8 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", _init(_normal_around_one, "norm"), (x.shape[-1],))
-        bias = self.param("bias", _init(nn.initializers.zeros, "norm"), (x.shape[-1],))
+        scale = self.param("scale", partitioned(_normal_around_one, ("norm",)), (x.shape[-1],))
+        bias = self.param("bias", partitioned(nn.initializers.zeros, ("norm",)), (x.shape[-1],))
         x = x.astype(jnp.float32)
         x = x - jnp.mean(x, axis=(0, 1, 2))
         return x * (jax.lax.rsqrt(jnp.mean(x**2, axis=(0, 1, 2)) + 1e-5) * scale) + bias
@@ -72,10 +72,6 @@ class BatchNorm(nn.Module):
 def smallest_side(layers: int) -> int:
     """Returns the smallest image side, in pixels, that contains one complete patch."""
     return 3 * 2**layers
-
-
-def _init(initializer, *axes):
-    return nn.with_logical_partitioning(initializer, axes)
 
 
 def _normal_around_one(key, shape, dtype=jnp.float32):

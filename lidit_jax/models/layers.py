@@ -7,6 +7,7 @@ in `dtype`; normalisation, modulation and the timestep embedding stay in float32
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -28,7 +29,7 @@ DTYPES = ("float32", "bfloat16")
 # Logical axes of the activations between layers, [B, L, C].
 ACTIVATION = ("batch", "length", "embed_activation")
 # Activation functions of published models, by their names in transformers.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": nn.relu,
     "silu": nn.silu,
     "gelu": functools.partial(nn.gelu, approximate=False),
@@ -63,6 +64,12 @@ def check_dtype(key: str, dtype: str) -> None:
         raise UserError(f"{key}={dtype!r:.80} is not supported: use one of {', '.join(DTYPES)}")
 
 
+def partitioned(init: Callable[..., Any], axes: tuple[str | None, ...]) -> Callable[..., jax.Array]:
+    """Returns an initialiser for `Module.param` whose parameter has the logical axes `axes`."""
+    # The initialiser returns a box, which Flax's annotations pass on; `Module.param` returns the array in it.
+    return nn.with_logical_partitioning(init, axes)  # type: ignore[return-value]
+
+
 class Dense(nn.Module):
     """Linear layer over the last axis, whose kernel has the logical axes `axes`.
 
@@ -79,7 +86,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., C_in] -> [..., features] in `dtype`."""
-        kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel_init = partitioned(self.kernel_init, self.axes)
         kernel = self.param("kernel", kernel_init, (x.shape[-1], self.features), jnp.float32)
         y = matmul(x.astype(self.dtype), kernel, self.axes)
         return _with_bias(self, y) if self.use_bias else y
@@ -101,7 +108,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C_in] -> [B, H', W', features] in `dtype`."""
-        kernel_init = nn.with_logical_partitioning(self.kernel_init, (None, None, *self.axes))
+        kernel_init = partitioned(self.kernel_init, (None, None, *self.axes))
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", kernel_init, shape, jnp.float32)
         strides = (self.strides, self.strides)
@@ -111,7 +118,7 @@ class Conv(nn.Module):
 
 def _with_bias(layer: Dense | Conv, y: jax.Array) -> jax.Array:
     """Adds the layer's bias parameter, initialised to zero, to y [..., features]."""
-    bias_init = nn.with_logical_partitioning(ZERO_INIT, (layer.bias_axis,))
+    bias_init = partitioned(ZERO_INIT, (layer.bias_axis,))
     bias = layer.param("bias", bias_init, (layer.features,), jnp.float32)
     return add_bias(y, bias, layer.bias_axis, layer.axes[1])
 
@@ -123,7 +130,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight_init = nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",))
+        weight_init = partitioned(nn.initializers.ones_init(), ("norm",))
         weight = self.param("weight", weight_init, (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)

@@ -107,7 +107,7 @@ class TextCondition(nn.Module):
                 config.refiner_causal,
                 name=f"token_refiner_{i}",
             )
-            branches.append(ltr(x, mask, time + pooled[-1], rotary and rotary[i]))
+            branches.append(ltr(x, mask, time + pooled[-1], rotary[i] if rotary else None))
             masks.append(mask)
 
         if config.fusion == "collaborative":
@@ -118,7 +118,7 @@ class TextCondition(nn.Module):
         branches = [x[:, features.prefix_length :] for x, features in zip(branches, text, strict=True)]
         condition = jnp.concatenate(branches, axis=1)
         mask = jnp.concatenate([features.mask for features in text], axis=1)
-        return condition, mask, sum(pooled)
+        return condition, mask, sum(pooled[1:], start=pooled[0])
 
 
 class FeatureProjection(nn.Module):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Dense, RMSNorm
+from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Dense, RMSNorm, partitioned
 from lidit_jax.models.rotary import DEFAULT_THETA, RopeScaling, rotary_tables, rotate
 from lidit_jax.models.sharded_matmul import product_precision
 from lidit_jax.ranges import (
@@ -268,7 +268,7 @@ class LLM(nn.Module):
 
     def setup(self):
         config = self.config
-        init = nn.with_logical_partitioning(EMBEDDING_INIT, ("vocab", "embed"))
+        init = partitioned(EMBEDDING_INIT, ("vocab", "embed"))
         self.embed_tokens = self.param("embed_tokens", init, (config.vocab_size, config.hidden_size), jnp.float32)
         block = nn.remat(LLMBlock, prevent_cse=False) if config.remat else LLMBlock
         self.layers = nn.scan(

@@ -148,7 +148,7 @@ class CollaborativeRefiner(nn.Module):
             for i, x in enumerate(branches):
                 others = jnp.concatenate(_without(i, branches), axis=1)
                 others_mask = jnp.concatenate(_without(i, key_masks), axis=1)
-                tables = (None, None)
+                tables: tuple[RotaryTables | None, RotaryTables | None] = (None, None)
                 if rotary is not None:
                     tables = (rotary[i], jax.tree.map(lambda *others: jnp.concatenate(others), *_without(i, rotary)))
                 branch = CollaborativeRefinerBranch(self.layers, name=f"block_{block}_branch_{i}")

@@ -17,7 +17,7 @@ import numpy as np
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.layers import ACTIVATIONS, Dense, RMSNorm
+from lidit_jax.models.layers import ACTIVATIONS, Dense, RMSNorm, partitioned
 from lidit_jax.ranges import Blocks, Count, Epsilon, Size, between, check_ranges
 
 EMBEDDING_INIT = nn.initializers.normal(1.0)
@@ -133,7 +133,7 @@ class T5Encoder(nn.Module):
         the padding; the output at padding is meaningless.
         """
         config = self.config
-        init = nn.with_logical_partitioning(EMBEDDING_INIT, ("vocab", "embed"))
+        init = partitioned(EMBEDDING_INIT, ("vocab", "embed"))
         embed_tokens = self.param("embed_tokens", init, (config.vocab_size, config.d_model), jnp.float32)
         blocks = nn.scan(
             T5Block,
@@ -150,7 +150,7 @@ class T5Encoder(nn.Module):
     def _position_bias(self, length: int) -> jax.Array:
         """Returns the relative position bias that every block adds to its logits, [1, H, L, L] in `config.dtype`."""
         config = self.config
-        init = nn.with_logical_partitioning(EMBEDDING_INIT, (None, None))
+        init = partitioned(EMBEDDING_INIT, (None, None))
         table_shape = (config.relative_attention_num_buckets, config.num_heads)
         table = self.param("relative_attention_bias", init, table_shape, jnp.float32)
         bias_by_distance = table[relative_buckets(np.arange(-length + 1, length), config)]  # [2 L - 1, H]

@@ -68,7 +68,7 @@ def from_model_latents(latents: jax.Array, config: VAEConfig) -> jax.Array:
 
 
 def _shift_and_scale(config: VAEConfig) -> tuple[np.ndarray, np.ndarray]:
-    if config.latents_mean is not None and config.latents_std is not None:
+    if config.latents_mean is not None:
         return np.array(config.latents_mean), config.scaling_factor / np.array(config.latents_std)
     return np.array(config.shift_factor or 0.0), np.array(config.scaling_factor)
 

@@ -119,6 +119,11 @@ def _check_config(config: VAEConfig) -> None:
             continue
         if not isinstance(values, tuple) or len(values) != config.latent_channels:
             reject(name, f"null or {config.latent_channels} numbers, one a latent channel")
+    if (config.latents_mean is None) != (config.latents_std is None):
+        raise UserError(
+            f"VAE config: latents_mean is {config.latents_mean!r} and latents_std is {config.latents_std!r}; give both "
+            "or neither"
+        )
     sizes = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,)
     if not sizes or not all(map(_is_count, sizes)):
         reject("sample_size", "a positive integer or two")

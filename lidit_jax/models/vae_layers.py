@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.layers import CONV_INIT, Conv, Dense
+from lidit_jax.models.layers import CONV_INIT, Conv, Dense, partitioned
 from lidit_jax.models.sharded_matmul import add_bias, convolve, product_precision
 
 KERNEL_AXES = ("conv_in", "conv_out")  # logical axes of a convolution's input and output channels
@@ -18,7 +18,7 @@ MAX_SCORES = 4096**2  # attention scores computed at once per image: 64 MB, all 
 
 
 def _bias_init():
-    return nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+    return partitioned(nn.initializers.zeros, ("norm",))
 
 
 def conv(features: int, dtype, name: str | None = None, kernel_size: int = 3, stride: int = 1, padding="SAME") -> Conv:
@@ -57,7 +57,7 @@ class GroupNorm(nn.Module):
     def __call__(self, x: jax.Array, statistics: GroupStatistics | None = None) -> jax.Array:
         """Normalises x `[B, H, W, C]` by `statistics` (tiled decoding) or, if None, by those of x."""
         channels = x.shape[-1]
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (channels,))
+        scale = self.param("scale", partitioned(nn.initializers.ones, ("norm",)), (channels,))
         bias = self.param("bias", _bias_init(), (channels,))
         x = x.astype(jnp.float32)
         if statistics is None:
@@ -196,7 +196,7 @@ class _UpsampleConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel_init = nn.with_logical_partitioning(CONV_INIT, (None, None, *KERNEL_AXES))
+        kernel_init = partitioned(CONV_INIT, (None, None, *KERNEL_AXES))
         kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", _bias_init(), (self.features,))
         return add_bias(upsample_and_convolve(x.astype(self.dtype), kernel), bias, "norm", KERNEL_AXES[1])

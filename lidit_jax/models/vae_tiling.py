@@ -16,7 +16,7 @@ decoding at once. Only the features between two upsamplings grow with the image,
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax
 import flax.linen as nn
@@ -128,7 +128,7 @@ def decode_within(
         return decode_in_tiles(model, params, latents, tile)
 
     def decode(latents: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, latents, method=AutoencoderKL.decode)
+        return _apply(model, params, latents, method=AutoencoderKL.decode)
 
     if batch * pixels <= pixels_at_once:
         return decode(latents)
@@ -158,15 +158,20 @@ def decode_in_tiles(model: AutoencoderKL, params: Any, latents: jax.Array, tile:
         )
     num_stages = len(config.block_out_channels) - 1
     if num_stages == 0:  # no upsampling: the image has the size of the latents
-        return model.apply({"params": params}, latents, method=AutoencoderKL.decode)
+        return _apply(model, params, latents, method=AutoencoderKL.decode)
 
     def decode_one(latents: jax.Array) -> jax.Array:
-        x = model.apply({"params": params}, latents[None], method=AutoencoderKL.decode_low_resolution)
+        x = _apply(model, params, latents[None], method=AutoencoderKL.decode_low_resolution)
         for stage in range(num_stages):
             x = _run_stage(_Stage(model, params, stage, last=stage == num_stages - 1), x, tile // 2, reach)
         return x[0]
 
     return jax.lax.map(decode_one, latents)
+
+
+def _apply(model: AutoencoderKL, params: Any, *inputs: Any, method: Callable[..., jax.Array]) -> jax.Array:
+    """Calls a method of the autoencoder on its parameters; without mutable collections, `apply` returns no tuple."""
+    return cast(jax.Array, model.apply({"params": params}, *inputs, method=method))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +200,8 @@ class _Stage:
             return call(args[0], hook("/".join(norm.path), args[0], norm.num_groups))
 
         with nn.intercept_methods(intercept):
-            x = self.model.apply({"params": self.params}, x, self.index, method=AutoencoderKL.decode_stage)
-            return self.model.apply({"params": self.params}, x, method=AutoencoderKL.decode_output) if self.last else x
+            x = _apply(self.model, self.params, x, self.index, method=AutoencoderKL.decode_stage)
+            return _apply(self.model, self.params, x, method=AutoencoderKL.decode_output) if self.last else x
 
     def norms(self, x: jax.Array) -> list[str]:
         """Returns the paths of the stage's GroupNorms in the order in which they run."""

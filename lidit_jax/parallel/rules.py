@@ -147,6 +147,6 @@ def put_sharded(arrays: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, to: jax.make_array_from_callback(x.shape, to, x.__getitem__), arrays, shardings)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding that replicates an array on every device of the mesh."""
     return NamedSharding(mesh, PartitionSpec())

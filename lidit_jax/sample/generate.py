@@ -10,11 +10,11 @@ from etils import epath
 from lidit_jax import experiment
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import Experiment
+from lidit_jax.experiment import TrainedModel
 from lidit_jax.export.read import load_exported
 from lidit_jax.files import read_text
 from lidit_jax.images import grid, save_png
-from lidit_jax.pipeline import Pipeline, SampleConfig
+from lidit_jax.pipeline import SampleConfig
 from lidit_jax.text.encoders import truncated_prompts
 
 logger = logging.getLogger(__name__)
@@ -46,12 +46,11 @@ class SamplingOptions:
         if self.weights not in ("ema", "params"):
             raise UserError(f"--weights={self.weights}: use ema or params")
 
-    def resolve_options(self, run: Experiment, pipeline: Pipeline) -> tuple[SampleConfig, int, int]:
-        """Resolves the options with the run's config.
+    def resolve_options(self, model: TrainedModel) -> tuple[SampleConfig, int, int]:
+        """Resolves the options with the config of the model.
 
         Args:
-          run: the training run.
-          pipeline: its sampling pipeline.
+          model: the model to sample from.
 
         Returns:
           The sampling options, and height and width of the images in pixels.
@@ -61,12 +60,13 @@ class SamplingOptions:
         """
         overrides = {name: getattr(self, name) for name in ("sampler", "steps", "guidance_scale", "decode_pixels")}
         sampling = dataclasses.replace(
-            run.sample, **{name: value for name, value in overrides.items() if value is not None}
+            model.experiment.sample, **{name: value for name, value in overrides.items() if value is not None}
         )
         # Raises if the sampler and the schedule do not go together.
-        step_table(sampling.sampler, pipeline.schedule, sampling.steps)
-        height, width = self.height or run.data.resolution, self.width or run.data.resolution
-        pipeline.check_size(height, width)
+        step_table(sampling.sampler, model.pipeline.schedule, sampling.steps)
+        resolution = model.experiment.data.resolution
+        height, width = self.height or resolution, self.width or resolution
+        model.pipeline.check_size(height, width)
         return sampling, height, width
 
 
@@ -110,21 +110,26 @@ def sample_to_folder(request: Request) -> None:
     if (request.workdir is None) == (request.from_torch is None):
         raise UserError("give either --workdir=DIR of a training run or --from_torch=DIR of an export")
     if request.from_torch is not None:
-        run, pipeline, params = load_exported(request.from_torch, jax.devices())
-        origin = str(request.from_torch)
+        model, origin = load_exported(request.from_torch), str(request.from_torch)
     else:
-        run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
-        origin = f"step {step}"
-    sampling, height, width = request.resolve_options(run, pipeline)
-    warn_of_truncated(run, pipeline, prompts)
+        model = experiment.load(request.workdir, request.weights)
+        origin = f"step {model.step}"
+    sampling, height, width = request.resolve_options(model)
+    warn_of_truncated(model, prompts)
 
     seeds = [(request.seed + i) % 2**32 for i in range(len(prompts) * request.num_images)]
-    sampling = dataclasses.replace(sampling, batch_size=min(sampling.batch_size, len(seeds)))
     logger.info(
         "sampling %d images of %dx%d with %s, %d steps, guidance %g, from %s",
         *(len(seeds), width, height, sampling.sampler, sampling.steps, sampling.guidance_scale, origin),
     )
-    images = pipeline(params, prompts, seeds, height, width, sampling, request.num_images)
+    images = model(
+        prompts,
+        seeds,
+        height=height,
+        width=width,
+        images_per_prompt=request.num_images,
+        **dataclasses.asdict(sampling),
+    )
     if jax.process_index():  # all hosts sample, only the first one writes
         return
     request.out.mkdir(parents=True, exist_ok=True)
@@ -135,13 +140,13 @@ def sample_to_folder(request: Request) -> None:
     logger.info("%s", request.out / "grid.png")
 
 
-def warn_of_truncated(run: Experiment, pipeline: Pipeline, prompts: Sequence[str]) -> None:
+def warn_of_truncated(model: TrainedModel, prompts: Sequence[str]) -> None:
     """Logs a warning with the number of truncated prompts for each encoder that has any."""
-    for name, count in truncated_prompts(pipeline.encoders, prompts).items():
+    for name, count in truncated_prompts(model.pipeline.encoders, prompts).items():
         if count:
             logger.warning(
                 "%d of %d prompts are longer than text.max_length=%d tokens for %s: their ends are truncated",
-                *(count, len(prompts), run.text.max_length, name),
+                *(count, len(prompts), model.experiment.text.max_length, name),
             )
 
 

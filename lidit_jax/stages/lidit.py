@@ -15,7 +15,7 @@ from lidit_jax.checkpoint import load_weights
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.diffusion.losses import diffusion_loss
 from lidit_jax.diffusion.schedules import Schedule
-from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder
 from lidit_jax.export.read import is_exported, load_params
 from lidit_jax.images import grid, to_float
 from lidit_jax.models.flops import FORWARD_AND_BACKWARD, lidit_forward, vae_encoder_forward
@@ -157,7 +157,7 @@ def _initial_params(experiment: Experiment, mesh: Mesh, rules: ShardingRules) ->
         if is_exported(source):
             logger.info("starting from %s", source)
             return load_params(source, into, mesh, rules)
-        params, step = load_weights(source / "training" / LIDIT / "checkpoints", "ema", into)
+        params, step = load_weights(checkpoint_folder(source, LIDIT), "ema", into)
         logger.info("starting from %s, step %d", source, step)
         return params
 

@@ -1,8 +1,7 @@
 """Runs the stages: trains every network that has no weights yet, LI-DiT last, then evaluates it."""
 
-import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -14,7 +13,7 @@ from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import SceneEvaluation, check_evaluation, evaluate_scenes
-from lidit_jax.experiment import LIDIT, Experiment, check_start
+from lidit_jax.experiment import LIDIT, Experiment, check_start, checkpoint_folder
 from lidit_jax.export.folder import read_folder
 from lidit_jax.export.read import is_exported
 from lidit_jax.parallel.mesh import check_model, make_mesh
@@ -24,6 +23,7 @@ from lidit_jax.stages.language_model import train_language_model
 from lidit_jax.stages.lidit import train_lidit
 from lidit_jax.stages.vae import VAEStage
 from lidit_jax.train import check_batch_size
+from lidit_jax.train_config import TrainConfig
 from lidit_jax.weights.digest import folder_digest
 
 logger = logging.getLogger(__name__)
@@ -45,18 +45,15 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
     experiment = Experiment(config, workdir)
     evaluation = build(SceneEvaluation, config.evaluate, "evaluate") if "evaluate" in config else None
     mesh, rules = make_mesh(config.mesh), ShardingRules()
-    for where, training in experiment.trainings().items():
-        with _prefix_errors(where):
-            check_batch_size(training, mesh, rules)
+    # Before the data is opened, which can take long.
+    _check_trainings(experiment, lambda training: check_batch_size(training, mesh, rules))
     if experiment.has_lidit:
         check_model(mesh, experiment.model.config.hidden_size, experiment.model.config.num_heads)
         experiment.check_encoders()
     dataset = open_dataset(experiment.data, experiment.size_multiple(), with_captions=experiment.has_lidit)
     if evaluation:
         check_evaluation(evaluation, experiment.data)
-    for where, training in experiment.trainings().items():
-        with _prefix_errors(where):
-            dataset.check_batch_size(training.batch_size)
+    _check_trainings(experiment, lambda training: dataset.check_batch_size(training.batch_size))
     if dataset.holds_latents:
         if not experiment.vae.weights:
             raise UserError("data of latents needs the VAE that encoded them: give --config.vae.weights=FOLDER")
@@ -86,20 +83,20 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
 def _check_start(experiment: Experiment) -> None:
     """Raises UserError if a new run starts from weights that do not exist, or that belong to a different model."""
     source = epath.Path(experiment.config.get("start_from") or "")
-    has_begun = experiment.has_lidit and latest_step(experiment.training_folder(LIDIT) / "checkpoints")
+    has_begun = experiment.has_lidit and latest_step(checkpoint_folder(experiment.workdir, LIDIT))
     if not experiment.config.get("start_from") or has_begun:
         return
     if is_exported(source):
         check_start(experiment.config, read_folder(source), source)
         return
-    require_checkpoint(source / "training" / LIDIT / "checkpoints")
+    require_checkpoint(checkpoint_folder(source, LIDIT))
     check_start(experiment.config, read_workdir(source), source)
 
 
-@contextlib.contextmanager
-def _prefix_errors(where: str) -> Iterator[None]:
-    """Prefixes user errors with the path of the config section that they are about."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+def _check_trainings(experiment: Experiment, check: Callable[[TrainConfig], None]) -> None:
+    """Checks the training config of each network; prefixes user errors with the path of the config section."""
+    for where, training in experiment.trainings().items():
+        try:
+            check(training)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None

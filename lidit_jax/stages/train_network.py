@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from lidit_jax.checkpoint import Checkpoints
-from lidit_jax.experiment import Experiment
+from lidit_jax.experiment import Experiment, checkpoint_folder
 from lidit_jax.metrics import Metrics
 from lidit_jax.models.lidit import num_parameters
 from lidit_jax.parallel.rules import ShardingRules, replicated
@@ -44,14 +44,14 @@ def train_network(
     Returns:
       The state after the last step.
     """
-    folder = experiment.training_folder(task.name)
     trainer = Trainer(task, config, mesh, rules)
     params = trainer.abstract_state().params
     for name in task.networks or (task.name,):
         count = num_parameters(params[name] if task.networks else params)
         logger.info("%s: %.2fM parameters", name, count / 1e6)
-    checkpoints = Checkpoints(folder / "checkpoints", experiment.config.to_dict(), config.keep)
-    metrics = Metrics(folder)
+    folder = checkpoint_folder(experiment.workdir, task.name)
+    checkpoints = Checkpoints(folder, experiment.config.to_dict(), config.keep)
+    metrics = Metrics(experiment.training_folder(task.name))
     try:
         return train(
             trainer,

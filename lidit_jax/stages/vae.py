@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from lidit_jax.checkpoint import latest_step
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
-from lidit_jax.experiment import Experiment
+from lidit_jax.experiment import Experiment, checkpoint_folder
 from lidit_jax.images import to_float
 from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
 from lidit_jax.models.image_similarity import psnr
@@ -212,7 +212,7 @@ class VAEStage:
         """Returns True if the VAE exists and, in a run of a VAE alone, was trained for the steps in the config."""
         if not self.experiment.vae_folder().exists():
             return False
-        taken = latest_step(self.experiment.training_folder("vae") / "checkpoints")
+        taken = latest_step(checkpoint_folder(self.experiment.workdir, "vae"))
         return self.experiment.has_lidit or taken >= self.experiment.vae.train.steps
 
     def _facts(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import flax.struct
 import jax
@@ -30,7 +30,8 @@ class PromptEncoder(Protocol):
       tokenizer: turns prompts into tokens and a mask.
     """
 
-    tokenizer: PromptTokenizer
+    @property
+    def tokenizer(self) -> PromptTokenizer: ...
 
     @property
     def hidden_size(self) -> int: ...
@@ -124,7 +125,7 @@ class LLMTextEncoder:
     def encode_prompts(self, frozen: FrozenLLM, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         del mask  # the causal mask already hides the padding on the right
         encoded = self.model.apply({"params": frozen.params}, tokens, frozen.prefix_cache)
-        return jax.lax.stop_gradient(encoded)
+        return jax.lax.stop_gradient(cast(jax.Array, encoded))
 
     def features(self, frozen: FrozenLLM, encoded: jax.Array, mask: jax.Array) -> TextFeatures:
         return TextFeatures(prefix=jax.lax.stop_gradient(frozen.prefix_features), prompt=encoded, mask=mask)
@@ -187,7 +188,8 @@ class T5TextEncoder:
         prefix_shape = (tokens.shape[0], frozen.prefix.shape[0])
         tokens = jnp.concatenate([jnp.broadcast_to(frozen.prefix, prefix_shape), tokens], axis=1)
         mask = jnp.concatenate([jnp.ones(prefix_shape, bool), mask], axis=1)
-        return jax.lax.stop_gradient(T5Encoder(self.config).apply({"params": frozen.params}, tokens, mask))
+        encoded = T5Encoder(self.config).apply({"params": frozen.params}, tokens, mask)
+        return jax.lax.stop_gradient(cast(jax.Array, encoded))
 
     def features(self, frozen: FrozenT5, encoded: jax.Array, mask: jax.Array) -> TextFeatures:
         length = frozen.prefix.shape[0]

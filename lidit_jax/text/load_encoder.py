@@ -1,6 +1,7 @@
 """Loads a prompt encoder, LLM or T5, from a folder in Hugging Face's format."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from lidit_jax.weights.huggingface_llm import load_llm_encoder
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, read_config, read_json_object
 
 # Decoder-only LLMs that a run can train, by the names that transformers gives them.
-LLM_FAMILIES = {"llama": {"attention_bias": False}, "qwen2": {"attention_bias": True}}
+LLM_FAMILIES: dict[str, dict[str, Any]] = {"llama": {"attention_bias": False}, "qwen2": {"attention_bias": True}}
 MODEL_TYPES = (*SUPPORTED, *huggingface_t5.MODEL_TYPES)
 TOKENIZER_FILE = "tokenizer.json"
 DIFFUSERS_ENCODER = re.compile(r"text_encoder(_\d+)?")
@@ -57,6 +58,7 @@ class EncoderConfig:
     @property
     def language_model(self) -> LLMConfig:
         """The LLM to train: `model` with the biases of its family, in `dtype`."""
+        assert self.model is not None  # `Experiment` rejects entries with neither weights nor a model
         return dataclasses.replace(self.model, **LLM_FAMILIES[self.family], dtype=self.dtype)
 
 
@@ -81,13 +83,14 @@ def open_encoder(
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES:
         raise UserError(f"{file}: model_type {model_type!r:.80} is not supported; use one of {', '.join(MODEL_TYPES)}")
+    make_encoder: Callable[[PromptTokenizer], PromptEncoder]
     if model_type in huggingface_t5.MODEL_TYPES:
-        encoder_class, config = T5TextEncoder, huggingface_t5.t5_config(values, file, dtype=dtype)
+        make_encoder = functools.partial(T5TextEncoder, huggingface_t5.t5_config(values, file, dtype=dtype))
     else:
-        encoder_class, config = LLMTextEncoder, llm_config(values, file, dtype=dtype)
+        make_encoder = functools.partial(LLMTextEncoder, llm_config(values, file, dtype=dtype))
     tokenizer = load_tokenizer(tokenizer_folder(folder))
     try:
-        return encoder_class(config, make_prompts(tokenizer))
+        return make_encoder(make_prompts(tokenizer))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
 

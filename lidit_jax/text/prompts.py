@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -122,17 +123,17 @@ class PromptTokenizer:
         # Templates of multi-modal models (LLaVA's) take lists of text and image items, and render a string as nothing.
         errors = []
         for as_list, conversation in itertools.product((False, True), conversations):
-            messages = [
+            messages: list[dict[str, Any]] = [
                 {"role": role, "content": [{"type": "text", "text": text}] if as_list else text}
                 for role, text in conversation
             ]
             try:
                 template = FIXED_DATE_MACRO + self.tokenizer.get_chat_template()
-                text = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+                rendered = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
             except Exception as error:  # a template is a program and can raise anything
                 errors.append(" ".join(str(error).split())[:200])
                 continue
-            before, found, _ = text.partition(PLACEHOLDER)
+            before, found, _ = cast(str, rendered).partition(PLACEHOLDER)  # without `tokenize`, text
             if not found or not before.rstrip().endswith(self.instruction.rstrip()):
                 errors.append("it alters the text of the user's turn")
             elif self.system_prompt.strip() not in before:  # a template may ignore roles that it does not know
