@@ -22,7 +22,7 @@ _WITHOUT_DATA = (*_LINKS, b"3", b"4", b"5", b"6", b"V")  # also devices, folders
 _GNU_SPARSE = b"S"
 _ZEROS_AT_ONCE = 1 << 20
 # Archives end in zeros, and other archives may follow (`cat *.tar`). Looking for those has to end in a file of zeros.
-_MAX_ZEROS = 1 << 26
+_MAX_ZEROS = 1 << 24
 
 
 class Member(NamedTuple):
@@ -117,7 +117,7 @@ def _skip_zeros(file: File, position: int) -> int:
     first = position
     while position < file.size:
         if position - first > _MAX_ZEROS:
-            raise DamagedTar("tar with over 64 MiB of zeros")
+            raise DamagedTar("tar with over 16 MiB of zeros")
         chunk = file.read(position, _ZEROS_AT_ONCE)
         rest = chunk.lstrip(b"\0")
         if rest:

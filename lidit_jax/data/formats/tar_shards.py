@@ -230,11 +230,11 @@ def _samples_of(files: Sequence[_NamedFile]) -> Iterator[_SampleFiles | str]:
         return
     main = samples.pop(key)
     others = [sample for sample in samples.values() if sample.has_image]
-    if len(others) == 1 and not main.has_image:
+    if len(others) == 1 and not main.has_image and not main.files.keys() & others[0].files.keys():
         yield _SampleFiles(key, main.files | others[0].files)
         return
     for found in _without_overlaps([main, *(sample for sample in others if sample.has_image_and_text)]):
-        is_ambiguous = found is main and others and not main.has_image
+        is_ambiguous = found is main and len(others) > 1 and not main.has_image
         yield "several images with one key" if is_ambiguous else found
 
 
