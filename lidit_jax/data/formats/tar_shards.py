@@ -6,11 +6,12 @@ one sample are adjacent, so a sample is one byte range, which is itself a small 
 the json. `_samples_of` states what happens to names of several dots.
 """
 
+import bisect
 import dataclasses
 import io
 import os
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 from lidit_jax.data.formats import tar_headers
@@ -36,6 +37,7 @@ _TEXTS = ("txt", "json", "cls")
 MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES + 4 * MAX_TEXT_BYTES
 _MAX_HEADERS = 256  # headers that are parsed whenever a sample is read
 _CHANGED = "changed since the tar was indexed"
+_SPLIT, _TOO_MANY_FILES = "sample split by another key", "sample of over 256 files"
 
 
 class TarShards:
@@ -97,7 +99,7 @@ class TarShards:
                     if found.end - found.start > MAX_SAMPLE_BYTES:
                         raise Unusable("sample over 260 MiB")
                     if found.num_headers > _MAX_HEADERS:
-                        raise Unusable("sample of over 256 files")
+                        raise Unusable(_TOO_MANY_FILES)
                 except Unusable as reason:
                     yield str(reason)
                 else:
@@ -208,7 +210,26 @@ def _parse_name(member: tar_headers.Member) -> _NamedFile | None:
 
 
 def _samples_of(files: Sequence[_NamedFile]) -> Iterator[_SampleFiles | str]:
-    """Divides adjacent files with the same key into samples, and yields a reason for what cannot be used.
+    """Divides adjacent files with the same key into samples, and yields a reason for each unusable one.
+
+    A sample is only used if its byte range, which may have other files in it, is divided into that sample again.
+    """
+    starts = [file.member.start for file in files]
+    for found in _divide(files):
+        if isinstance(found, str) or not found.files:
+            yield found
+            continue
+        inside = files[bisect.bisect_left(starts, found.start) : bisect.bisect_left(starts, found.end)]
+        if len(inside) > _MAX_HEADERS:
+            yield _TOO_MANY_FILES
+        elif len(inside) == len(files) or [one for one in _divide(inside) if not isinstance(one, str)] == [found]:
+            yield found
+        else:
+            yield _SPLIT
+
+
+def _divide(files: Sequence[_NamedFile]) -> Iterator[_SampleFiles | str]:
+    """Divides adjacent files with the same key by their names.
 
     With KEY.txt and KEY.image.jpg, the sample has both. With KEY.jpg and KEY.mask.png, the mask is ignored. KEY.0.jpg
     and KEY.0.txt beside KEY.1.jpg and KEY.1.txt are a sample of their own, with the key "KEY.0".
@@ -225,28 +246,16 @@ def _samples_of(files: Sequence[_NamedFile]) -> Iterator[_SampleFiles | str]:
     if not samples:
         yield _SampleFiles(key, {})  # counted as a sample without an image
         return
-    if key not in samples:
-        yield from _without_overlaps(samples.values())
+    main = samples.pop(key, None)
+    if main is None:
+        yield from samples.values()
         return
-    main = samples.pop(key)
-    others = [sample for sample in samples.values() if sample.has_image]
-    if len(others) == 1 and not main.has_image and not main.files.keys() & others[0].files.keys():
-        yield _SampleFiles(key, main.files | others[0].files)
+    images = [sample for sample in samples.values() if sample.has_image]
+    if len(images) == 1 and not main.has_image and not main.files.keys() & images[0].files.keys():
+        yield _SampleFiles(key, main.files | images[0].files)
         return
-    for found in _without_overlaps([main, *(sample for sample in others if sample.has_image_and_text)]):
-        is_ambiguous = found is main and len(others) > 1 and not main.has_image
-        yield "several images with one key" if is_ambiguous else found
-
-
-def _without_overlaps(samples: Iterable[_SampleFiles]) -> Iterator[_SampleFiles | str]:
-    """Yields samples in order; instead of one whose files are between those of another, and of that one, the reason."""
-    ordered = sorted(samples, key=lambda sample: sample.start)
-    end_before = 0
-    for number, sample in enumerate(ordered):
-        start_after = ordered[number + 1].start if number + 1 < len(ordered) else sample.end
-        is_split = sample.start < end_before or sample.end > start_after
-        yield "sample split by another key" if is_split else sample
-        end_before = max(end_before, sample.end)
+    yield "several images with one key" if len(images) > 1 and not main.has_image else main
+    yield from (sample for sample in images if sample.has_image_and_text)
 
 
 def _adjacent_files(file: File, start: int, length: int | None) -> Generator[list[_NamedFile], None, int | None]:
@@ -300,7 +309,7 @@ def _group_files(
                 yield "repeated key"
             elif last.key in incomplete or not last.has_image_and_text:
                 # Its other files may follow later, or came earlier.
-                incomplete[last.key] = "sample split by another key" if last.key in incomplete else last
+                incomplete[last.key] = _SPLIT if last.key in incomplete else last
             else:
                 complete_keys.add(last.key)
                 yield last
