@@ -237,7 +237,7 @@ def test_names_with_several_dots_are_read_or_counted(tmp_path, names, captions, 
     assert_read_from_end_to_end(tmp_path / "a.tar", tar_source(tmp_path / "a.tar"))
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
 @given(
     st.lists(
         st.tuples(*map(st.sampled_from, ["ab", ["", ".0", ".1"], ["png", "txt", "json", "npy"]])),
@@ -330,10 +330,10 @@ def test_a_tar_of_zeros_ends(tmp_path):
     "extensions",
     [
         tar_member("x", b"x", b"5 a=\n" * 200_000),
-        tar_member("x", b"x", b"12 path=a.b\n") * 40_000,
-        tar_member("x", b"L", b"a.png\0") * 40_000,
+        tar_member("x", b"x", b"12 path=a.b\n") * 2_000,
+        tar_member("x", b"L", b"a.png\0") * 2_000,
         tar_member("x", b"L", b"a" * 5000 + b".png"),
-        tar_member("x", b"g", b"5 a=\n") * 40_000,
+        tar_member("x", b"g", b"5 a=\n") * 2_000,
         tar_member("x", b"S", b"", sparse_map=(bytes(504) + b"\1" + bytes(7)) * 40_000),
     ],
     ids=["records", "pax headers", "long names", "long name", "global headers", "sparse maps"],
@@ -355,15 +355,13 @@ def test_a_sample_of_too_many_files_is_counted(tmp_path, name):
     assert read_captions(tmp_path / "a.tar") == ({"b": "words"}, {"sample of over 256 files": 1}, {})
 
 
-def test_thousands_of_samples_may_share_the_first_part_of_their_key(tmp_path):
+def test_hundreds_of_samples_may_share_the_first_part_of_their_key(tmp_path):
     """As in a shard of v1.5_00001.png, v1.5_00001.txt and so on."""
     image = encode(SIDE_BY_SIDE)
-    members = [
-        tar_member(f"v1.5_{i}.png", data=image) + tar_member(f"v1.5_{i}.txt", data=b"words") for i in range(2000)
-    ]
+    members = [tar_member(f"v1.5_{i}.png", data=image) + tar_member(f"v1.5_{i}.txt", data=b"words") for i in range(500)]
     (tmp_path / "a.tar").write_bytes(b"".join(members))
     source = tar_source(tmp_path / "a.tar")
-    assert (len(source), source[1500]["key"], source.broken) == (2000, "v1.5_1500", {})
+    assert (len(source), source[400]["key"], source.broken) == (500, "v1.5_400", {})
 
 
 # --- kinds of images --------------------------------------------------------------------------------------------

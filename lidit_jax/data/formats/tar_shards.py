@@ -214,18 +214,17 @@ def _samples_of(files: Sequence[_NamedFile]) -> Iterator[_SampleFiles | str]:
 
     A sample is only used if its byte range, which may have other files in it, is divided into that sample again.
     """
-    starts = [file.member.start for file in files]
-    for found in _divide(files):
+    starts, divided = [file.member.start for file in files], list(_divide(files))
+    for found in divided:
         if isinstance(found, str) or not found.files:
             yield found
             continue
         inside = files[bisect.bisect_left(starts, found.start) : bisect.bisect_left(starts, found.end)]
         if len(inside) > _MAX_HEADERS:
             yield _TOO_MANY_FILES
-        elif len(inside) == len(files) or [one for one in _divide(inside) if not isinstance(one, str)] == [found]:
-            yield found
-        else:
-            yield _SPLIT
+            continue
+        again = divided if len(inside) == len(files) else _divide(inside)
+        yield found if [one for one in again if not isinstance(one, str)] == [found] else _SPLIT
 
 
 def _divide(files: Sequence[_NamedFile]) -> Iterator[_SampleFiles | str]:

@@ -229,6 +229,7 @@ def _read_table(file: BinaryIO, names: Sequence[str]) -> pa.Table:
     metadata, schema = parquet.metadata, parquet.schema_arrow
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     columns = (group.column(number) for group in groups for number in range(metadata.num_columns))
+    columns = (column for column in columns if column.path_in_schema.partition(".")[0] in names)
     num_bytes = 8 * len(_NUMBER_COLUMNS) * metadata.num_rows
     if num_bytes > limit or any(_can_expand(column) for column in columns):
         raise ValueError("too large when it is decompressed")
