@@ -185,3 +185,17 @@ def test_renamed_classes_are_noticed(tmp_path):
     second = open_dataset(data_of("folder", tmp_path), 8)
     assert second.fingerprint != first.fingerprint
     assert sorted(second.captions(2, 0)) == ["bird", "dog"]
+
+
+def nested(depth: int) -> bytes:
+    return b'{"caption": "words", "x": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+def test_json_that_is_nested_too_deeply_is_counted(tmp_path):
+    """At a depth of 980 the parser succeeds, and encoding or pickling the metadata would fail."""
+    files = {}
+    for depth in (10, 500, *range(900, 1000, 10)):
+        files |= {f"{depth}.png": encode(numbered_image(0)), f"{depth}.json": nested(depth)}
+    write_tar(tmp_path / "0.tar", files)
+    dataset = open_dataset(data_of("tar", tmp_path), 8)
+    assert (len(dataset.source), dataset.broken) == (1, {"unreadable json": 11})

@@ -1,5 +1,6 @@
 """The index of a shard is built once, rebuilt if it does not fit, and checked against forgery."""
 
+import json
 import os
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from stored_data import COUNT, caption, data_of, numbered_image, write_tars
 from test_tar_source import encode, write_tar
 
+from lidit_jax.data.filters import no_caption
 from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.indexed import index
 from lidit_jax.data.indexed.index import IndexOptions, examine
@@ -64,6 +66,57 @@ def test_a_forged_index_is_rebuilt(tmp_path, forge):
     found = IndexedSource(TarShards(folder), examine(TarShards(folder)))
     assert found.fingerprint == expected.fingerprint
     np.testing.assert_array_equal(found.sizes(), expected.sizes())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compression": "zstd"},
+        {"compression": "zstd", "use_dictionary": False},
+        {"compression": "gzip"},
+        {"compression": "snappy"},
+        {"use_dictionary": False, "column_encoding": {"captions": "DELTA_BYTE_ARRAY"}},
+        {"use_dictionary": False, "column_encoding": {"captions": "DELTA_LENGTH_BYTE_ARRAY"}},
+    ],
+)
+def test_a_forged_index_that_would_expand_is_rebuilt(tmp_path, caplog, options):
+    folder = write_tars(tmp_path / "tar", 4, shards=1)
+    expected = examine(TarShards(folder), [no_caption])
+    path = folder / "00000.tar.index"
+    table, rows = pq.read_table(path), 32
+    long = json.dumps({"txt": "x" * (1 << 20)})
+    columns = {name: pa.array([2 * i + (name == "end") for i in range(rows)], pa.int64()) for name in ("start", "end")}
+    columns |= {name: pa.array([4] * rows, pa.int64()) for name in ("height", "width")}
+    columns |= {"key": ["key"] * rows, "captions": [long] * rows, "metadata": ["{}"] * rows}
+    pq.write_table(pa.table(columns).replace_schema_metadata(table.schema.metadata), path, **options)
+    allocated = pa.total_allocated_bytes()
+    examined = examine(TarShards(folder), [no_caption])
+    assert pa.total_allocated_bytes() - allocated < 1 << 20
+    assert examined[0].digest == expected[0].digest
+    assert "too large when it is decompressed" in caplog.text
+
+
+def test_a_forged_index_of_too_many_rows_is_rebuilt(tmp_path):
+    folder = write_tars(tmp_path / "tar", 4, shards=1)
+    expected = examine(TarShards(folder))
+    path = folder / "00000.tar.index"
+    zeros = pa.array(np.zeros(2_000_000, np.int64))
+    table = pa.table(dict.fromkeys(("start", "end", "height", "width"), zeros))
+    pq.write_table(table.replace_schema_metadata(pq.read_table(path).schema.metadata), path)
+    assert path.stat().st_size < 100_000
+    assert examine(TarShards(folder))[0].digest == expected[0].digest
+
+
+def test_the_most_compressible_texts_are_read_from_their_index(tmp_path, monkeypatch):
+    """The bound on the expansion of an index is above that of its compression."""
+    image = encode(numbered_image(0))
+    files = {}
+    for i in range(60):
+        files |= {f"{i}.png": image, f"{i}.txt": b"x" * 100_000}
+    write_tar(tmp_path / "0.tar", files)
+    first = examine(TarShards(tmp_path), [no_caption])
+    monkeypatch.setattr(TarShards, "scan", lambda self, shard: pytest.fail("scanned again"))
+    assert examine(TarShards(tmp_path), [no_caption])[0].digest == first[0].digest
 
 
 def test_an_index_with_wrong_places_breaks_its_examples_only(tmp_path):

@@ -8,7 +8,9 @@ import pickle
 import struct
 import tarfile
 import threading
+import time
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -171,6 +173,195 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
     assert prints[0] == prints[1]
     assert prints[2] != prints[0]
     assert prints[3] == prints[0]
+
+
+# --- names and kinds of members ---------------------------------------------------------------------------------
+
+
+def write_members(path: pathlib.Path, names: Sequence[str]) -> pathlib.Path:
+    """Writes a tar of images and texts, which may repeat names; each text is the name of its file."""
+    png = encode(SIDE_BY_SIDE)
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            data = png if name.lower().endswith(".png") else b"{}" if name.endswith(".json") else name.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def read_captions(path: pathlib.Path) -> tuple[dict[str, str], collections.Counter, collections.Counter]:
+    """Returns {key: caption} of the usable samples, and the numbers of broken and dropped ones."""
+    source = tar_source(path)
+    examples = [source[i] for i in range(len(source))]
+    return {one["key"]: one["captions"]["txt"] for one in examples}, source.broken, source.dropped
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_that_are_not_utf_8_stay_distinct(tmp_path, format):
+    names = [b"caf\xe8.png", b"caf\xe8.json", b"caf\xe9.png", b"caf\xe9.txt"]
+    with tarfile.open(tmp_path / "a.tar", "w", format=format, encoding="latin-1") as tar:
+        for name in names:
+            data = encode(SIDE_BY_SIDE) if name.endswith(b"png") else b"{}"
+            info = tarfile.TarInfo(name.decode("latin-1"))
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    captions, broken, dropped = read_captions(tmp_path / "a.tar")
+    assert captions == {"café" if format == tarfile.PAX_FORMAT else "caf\\xe9": "{}"}
+    assert (broken, dropped) == ({}, {"no caption": 1})
+
+
+@pytest.mark.parametrize(
+    ("names", "captions", "broken", "dropped"),
+    [
+        (["a.0.png", "a.0.txt", "a.1.png", "a.1.txt"], {"a.0": "a.0.txt", "a.1": "a.1.txt"}, {}, 0),
+        (["a.b.png", "a.b.txt"], {"a.b": "a.b.txt"}, {}, 0),
+        (["a.image.png", "a.txt"], {"a": "a.txt"}, {}, 0),
+        (["a.txt", "a.image.png", "a.url.txt"], {"a": "a.txt"}, {}, 0),
+        (["a.png", "a.mask.png", "a.txt"], {"a": "a.txt"}, {}, 0),
+        (["a.1.png", "a.1.txt", "a.png", "a.txt"], {"a.1": "a.1.txt", "a": "a.txt"}, {}, 0),
+        (["a.l.png", "a.r.png", "a.txt", "b.png", "b.txt"], {"b": "b.txt"}, {"several images with one key": 1}, 0),
+        (["a.0.png", "a.1.png", "a.0.txt", "b.png", "b.txt"], {"b": "b.txt"}, {"sample split by another key": 1}, 1),
+        (["a.txt", "a.0.png", "a.0.txt"], {"a.0": "a.0.txt"}, {"no image": 1}, 0),
+        (["a.json", "a.0.png", "a.0.txt"], {"a": "a.0.txt"}, {}, 0),
+        (["v1.5_a.png", "v1.5_b.txt", "b.png", "b.txt"], {"b": "b.txt"}, {"no image": 1}, 1),
+        (["a.PNG", "a.TXT"], {"a": "a.TXT"}, {}, 0),
+        (["a.avif", "a.caption", "b.gif", "b.txt", "c.png", "c.txt"], {"c": "c.txt"}, {"no image": 2}, 0),
+        (["a.png", "a.npy", "a.txt", "LICENSE", "._a.png", "__MACOSX/a.txt", ".x/b.png"], {"a": "a.txt"}, {}, 0),
+        (["./a.png", "./a.txt"], {"./a": "./a.txt"}, {}, 0),
+    ],
+)
+def test_names_with_several_dots_are_read_or_counted(tmp_path, names, captions, broken, dropped):
+    found = read_captions(write_members(tmp_path / "a.tar", names))
+    assert found == (captions, broken, {"no caption": dropped} if dropped else {})
+    assert_read_from_end_to_end(tmp_path / "a.tar", tar_source(tmp_path / "a.tar"))
+
+
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@given(
+    st.lists(
+        st.tuples(*map(st.sampled_from, ["ab", ["", ".0", ".1"], ["png", "txt", "json", "npy"]])),
+        min_size=1,
+        max_size=9,
+    )
+)
+def test_no_image_is_lost_uncounted_or_gets_the_caption_of_another(tmp_path_factory, parts):
+    names = ["".join([key, middle, ".", extension]) for key, middle, extension in parts]
+    members = [tar_member(name, data=b"{}" if name.endswith("json") else name.encode()) for name in names]
+    path = tmp_path_factory.getbasetemp() / "names.tar"
+    path.write_bytes(b"".join(members) + bytes(1024))
+    shards, samples, reasons = TarShards(path), [], []
+    for found in shards.scan(0):
+        if isinstance(found, str):
+            reasons.append(found)
+            continue
+        place, sample = found
+        samples.append(sample.key)
+        image, captions = sample.image.read(), sample.captions
+        stem = image.decode().removesuffix(".png")
+        assert captions in ({}, {"txt": stem + ".txt"}, {"txt": stem.partition(".")[0] + ".txt"})
+        [again] = shards.read([(0, *place)])
+        assert (again[:3], again.image.read()) == (sample[:3], image)
+    assert len(samples) == len(set(samples))
+    assert reasons or {key.partition(".")[0] for key in samples} == {key for key, _, _ in parts}
+
+
+def tar_member(name: str, kind: bytes = tarfile.REGTYPE, data: bytes = b"", sparse_map: bytes = b"") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, len(data)
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[482] = bool(sparse_map)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + sparse_map + data + bytes(-len(data) % 512)
+
+
+def pax_records(records: dict[str, str]) -> bytes:
+    lines = []
+    for keyword, value in records.items():
+        line = f" {keyword}={value}\n".encode()
+        length = next(n for n in range(len(line), len(line) + 9) if n == len(line) + len(str(n)))
+        lines.append(str(length).encode() + line)
+    return b"".join(lines)
+
+
+def test_links_and_sparse_files_are_counted_and_what_follows_is_read(tmp_path):
+    png, sparse_map = encode(SIDE_BY_SIDE), bytes(504) + b"\1" + bytes(7) + bytes(512)
+    images = [
+        tar_member("0.png", data=png),
+        tar_member("1.png", tarfile.LNKTYPE),
+        tar_member("2.png", tarfile.SYMTYPE),
+        tar_member("3.png", b"S", png, sparse_map),
+        tar_member("pax", b"x", pax_records({"GNU.sparse.major": "1", "GNU.sparse.name": "4.png", "path": "x/y.png"}))
+        + tar_member("y.png", data=png),
+        tar_member("5.png", b"W", png),
+        tar_member("6.png", data=png),
+    ]
+    members = [image + tar_member(f"{number}.txt", data=b"words") for number, image in enumerate(images)]
+    (tmp_path / "a.tar").write_bytes(b"".join(members) + bytes(1024))
+    captions, broken, _ = read_captions(tmp_path / "a.tar")
+    assert captions == {"0": "words", "6": "words"}
+    assert broken == {
+        "link instead of a file": 2,
+        "sparse file in the tar": 2,
+        "unknown kind of file in the tar": 1,
+    }
+
+
+def test_archives_that_are_appended_are_read(tmp_path):
+    parts = [write_members(tmp_path / "part", [f"{key}.png", f"{key}.txt"]).read_bytes() for key in "abc"]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    expected = {key: f"{key}.txt" for key in "abc"}
+    assert read_captions(tmp_path / "a.tar") == (expected, {}, {})
+    assert_read_from_end_to_end(tmp_path / "a.tar", tar_source(tmp_path / "a.tar"))
+    (tmp_path / "b.tar").write_bytes(b"".join(parts) + os.urandom(600))
+    assert read_captions(tmp_path / "b.tar") == (expected, {"unknown data after the tar": 1}, {})
+
+
+def test_a_tar_of_zeros_ends(tmp_path):
+    start = write_members(tmp_path / "part", ["a.png", "a.txt"]).read_bytes()
+    with (tmp_path / "a.tar").open("wb") as file:
+        file.write(start)
+        file.truncate(1 << 40)
+    assert read_captions(tmp_path / "a.tar") == ({"a": "a.txt"}, {"tar with over 16 MiB of zeros": 1}, {})
+
+
+@pytest.mark.parametrize(
+    "extensions",
+    [
+        tar_member("x", b"x", b"5 a=\n" * 200_000),
+        tar_member("x", b"x", b"12 path=a.b\n") * 2_000,
+        tar_member("x", b"L", b"a.png\0") * 2_000,
+        tar_member("x", b"L", b"a" * 5000 + b".png"),
+        tar_member("x", b"g", b"5 a=\n") * 2_000,
+        tar_member("x", b"S", b"", sparse_map=(bytes(504) + b"\1" + bytes(7)) * 40_000),
+    ],
+    ids=["records", "pax headers", "long names", "long name", "global headers", "sparse maps"],
+)
+def test_headers_that_would_take_long_are_damage(tmp_path, extensions):
+    first = tar_member("0.png", data=encode(SIDE_BY_SIDE)) + tar_member("0.txt", data=b"words")
+    (tmp_path / "a.tar").write_bytes(first + extensions + first + bytes(1024))
+    started = time.process_time()
+    assert read_captions(tmp_path / "a.tar") == ({"0": "words"}, {"damaged tar": 1}, {})
+    assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize("name", ["a.{}.npy", "a.{}.txt", "._{}"])
+def test_a_sample_of_too_many_files_is_counted(tmp_path, name):
+    fillers = b"".join(tar_member(name.format(number)) for number in range(300))
+    image, text = tar_member("a.png", data=encode(SIDE_BY_SIDE)), tar_member("a.txt", data=b"words")
+    other = tar_member("b.png", data=encode(SIDE_BY_SIDE)) + tar_member("b.txt", data=b"words")
+    (tmp_path / "a.tar").write_bytes(image + fillers + text + other)
+    assert read_captions(tmp_path / "a.tar") == ({"b": "words"}, {"sample of over 256 files": 1}, {})
+
+
+def test_hundreds_of_samples_may_share_the_first_part_of_their_key(tmp_path):
+    """As in a shard of v1.5_00001.png, v1.5_00001.txt and so on."""
+    image = encode(SIDE_BY_SIDE)
+    members = [tar_member(f"v1.5_{i}.png", data=image) + tar_member(f"v1.5_{i}.txt", data=b"words") for i in range(500)]
+    (tmp_path / "a.tar").write_bytes(b"".join(members))
+    source = tar_source(tmp_path / "a.tar")
+    assert (len(source), source[400]["key"], source.broken) == (500, "v1.5_400", {})
 
 
 # --- kinds of images --------------------------------------------------------------------------------------------

@@ -1,24 +1,30 @@
 """Decodes images (PNG, JPEG, WebP) to 8-bit RGB, and reads their size from the header alone.
 
-The bytes are untrusted: no other format is tried, and the number of pixels is checked before anything is decoded.
-libjpeg-turbo decodes ordinary JPEGs: it takes two thirds of Pillow's time, can halve an image while decoding it, and
-reports damage that Pillow ignores. Pillow decodes everything else.
+The bytes are untrusted: no other format is tried, and the number of pixels, and whatever else makes decoding slow, is
+checked before anything is decoded. Damage that the format's own library reports makes an image unusable: libjpeg-turbo
+decodes all JPEGs, because Pillow ignores its warnings (it also takes two thirds of the time, and can halve an image
+while decoding it), and the checksums of PNGs are verified here, because Pillow ignores those of the pixels.
 """
 
 import io
+import struct
+import zlib
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
-from lidit_jax.errors import UserError
+from lidit_jax.data.formats.image_headers import (
+    PNG_SIGNATURE,
+    BrokenImage,
+    ImageHeader,
+    exceeds_scans,
+    png_chunks,
+    read_header,
+)
 
-# Pillow has dozens of little-used decoders. The format is detected from the content, not the file name, so a GIF named
-# .png is rejected like any other format.
-_FORMATS = ("PNG", "JPEG", "WEBP")
-_ORIENTATION_TAG = 0x0112
-_TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
 # EXIF orientation -> transform that turns an array [H, W, 3] upright.
 _TO_UPRIGHT = {
     1: lambda image: image,
@@ -30,10 +36,11 @@ _TO_UPRIGHT = {
     7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
     8: lambda image: image.swapaxes(0, 1)[::-1],
 }
-
-
-class BrokenImage(Exception):
-    """An image that cannot be used; the message gives the reason in a few words."""
+# Encoders of progressive JPEGs write about ten scans; each takes as long as a pass over all pixels.
+_MAX_SCANS = 32
+# Chunks that a PNG needs, in order; they and transparency (tRNS) determine its pixels. Texts, colour profiles and the
+# further frames of an animation do not.
+_NEEDED_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 
 
 def read_size(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
@@ -42,9 +49,7 @@ def read_size(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
     Raises:
       BrokenImage: the file is not a PNG, JPEG or WebP, its header is damaged, or it has more than `max_pixels`.
     """
-    image = _open(file, max_pixels)
-    width, height = image.size
-    return (width, height) if _orientation(image) in _TRANSPOSED_ORIENTATIONS else (height, width)
+    return _read_header(file, max_pixels).upright_size
 
 
 def decode(
@@ -67,97 +72,87 @@ def decode(
     Raises:
       BrokenImage: as for `read_size`, or the data are damaged, or the size is not the expected one.
     """
-    size, orientation, image = _upright_jpeg_size(data, max_pixels), 1, None
-    if size is None:
-        image = _open(io.BytesIO(data), max_pixels)
-        orientation = _orientation(image)
-        size = image.size if orientation in _TRANSPOSED_ORIENTATIONS else image.size[::-1]
-    if expected is not None and size != tuple(expected):
+    header = _read_header(io.BytesIO(data), max_pixels)
+    if expected is not None and header.upright_size != tuple(expected):
         raise BrokenImage("changed since it was indexed")
-    if image is None or image.format == "JPEG" and image.mode in ("RGB", "L"):
-        return np.ascontiguousarray(_TO_UPRIGHT[orientation](_decode_jpeg(data, at_least, orientation)))
-    try:
-        image.load()
-        rgb = _to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise anything from struct.error to IndexError on damaged data
-        raise BrokenImage("damaged image") from error
-    return np.ascontiguousarray(_TO_UPRIGHT[orientation](np.array(rgb)))
+    if header.format == "JPEG":
+        image = _decode_jpeg(data, header, at_least)
+    else:
+        image = _decode_with_pillow(_pixels_of_png(data) if header.format == "PNG" else data, header)
+    return np.ascontiguousarray(_TO_UPRIGHT[header.orientation](image))
 
 
-def _upright_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
-    """Returns the height and width of a colour or grey JPEG without EXIF; None for any other image, left to Pillow."""
-    if not data.startswith(b"\xff\xd8\xff") or _has_exif(data):
-        return None
-    try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    if colors not in ("YCbCr", "RGB", "Gray"):
-        return None
-    if height * width > max_pixels:
+def _read_header(file: BinaryIO, max_pixels: int) -> ImageHeader:
+    header = read_header(file)
+    if header.height * header.width > max_pixels:
         raise BrokenImage("too many pixels")
-    return height, width
+    if not header.height * header.width:
+        raise BrokenImage("unreadable image")
+    return header
 
 
-def _has_exif(data: bytes) -> bool:
-    """Returns True if a JPEG has an EXIF segment before its image data, or malformed segments."""
-    position = 2
-    while data[position : position + 1] == b"\xff":
-        kind, length = data[position + 1 : position + 2], int.from_bytes(data[position + 2 : position + 4], "big")
-        if kind == b"\xda":  # start of scan: the image data begin
-            return False
-        if kind == b"\xe1" and data[position + 4 : position + 10] == b"Exif\0\0":
-            return True
-        position += 2 + length
-    return True
-
-
-def _decode_jpeg(data: bytes, at_least: tuple[int, int] | None, orientation: int) -> np.ndarray:
+def _decode_jpeg(data: bytes, header: ImageHeader, at_least: tuple[int, int] | None) -> np.ndarray:
     """Decodes a JPEG as it is stored (not turned upright), at reduced size if `at_least` allows."""
+    if exceeds_scans(data, _MAX_SCANS):
+        raise BrokenImage("JPEG of too many scans")
     scaling = {}
     if at_least:
-        height, width = at_least[::-1] if orientation in _TRANSPOSED_ORIENTATIONS else at_least
+        height, width = at_least[::-1] if header.is_transposed else at_least
         # Scaling factors under 2 are no faster than full size.
         scaling = {"min_height": height, "min_width": width, "min_factor": 2}
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", **scaling)
+        if header.num_channels < 4:
+            return simplejpeg.decode_jpeg(data, "RGB", **scaling)
+        ink = simplejpeg.decode_jpeg(data, "CMYK", **scaling)
     except ValueError as error:
+        raise BrokenImage("damaged image") from error
+    return np.asarray(Image.fromarray(255 - ink, "CMYK").convert("RGB"))  # stored inverted, as Adobe does
+
+
+def _pixels_of_png(data: bytes) -> bytes:
+    """Returns a PNG without the chunks that do not determine its pixels.
+
+    Raises:
+      BrokenImage: a checksum is wrong, the end is missing, or a chunk is out of order or unknown and not optional.
+    """
+    view, kept, needed, previous = memoryview(data), [PNG_SIGNATURE], -1, b""
+    for kind, start, length in _whole_chunks(data):
+        end = start + length + 4
+        if zlib.crc32(view[start - 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            raise BrokenImage("damaged image")
+        if kind[:1].isupper():
+            if kind not in _NEEDED_CHUNKS[needed + 1 :] and not kind == previous == b"IDAT":
+                raise BrokenImage("damaged image")
+            needed = _NEEDED_CHUNKS.index(kind)
+        if kind in _NEEDED_CHUNKS or kind == b"tRNS" and needed < _NEEDED_CHUNKS.index(b"IDAT"):
+            kept.append(view[start - 8 : end])
+        previous = kind
+    return b"".join(kept)
+
+
+def _whole_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    try:
+        for kind, start, length in png_chunks(io.BytesIO(data)):
+            if start + length + 4 > len(data):
+                raise BrokenImage("damaged image")
+            yield kind, start, length
+    except struct.error as error:
         raise BrokenImage("damaged image") from error
 
 
-def _open(file: BinaryIO, max_pixels: int) -> Image.Image:
+def _decode_with_pillow(data: bytes, header: ImageHeader) -> np.ndarray:
     try:
-        image = Image.open(file, formats=_FORMATS)
+        with Image.open(io.BytesIO(data), formats=(header.format,)) as image:
+            if image.size != (header.width, header.height):
+                raise BrokenImage("damaged image")
+            image.load()
+            return np.array(_to_rgb(image))
     except Image.DecompressionBombError as error:
         raise BrokenImage("too many pixels") from error
-    except (MemoryError, UserError):  # the file cannot be read; not the image's fault
+    except (MemoryError, BrokenImage):
         raise
-    except Exception as error:  # as in `decode`
-        raise BrokenImage("unreadable image") from error
-    if image.width * image.height > max_pixels:
-        raise BrokenImage("too many pixels")
-    if not image.width * image.height:
-        raise BrokenImage("unreadable image")
-    return image
-
-
-def _orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 to 8, from what `Image.open` read.
-
-    `getexif` would decode a whole PNG to look for EXIF data at its end.
-    """
-    encoded = image.info.get("exif")
-    if not encoded:
-        return 1
-    exif = Image.Exif()
-    try:
-        exif.load(encoded)
-        orientation = int(exif.get(_ORIENTATION_TAG, 1))
-        return orientation if orientation in _TO_UPRIGHT else 1
-    except Exception:  # damaged EXIF data do not make the image unusable: assume that it is upright
-        return 1
+    except Exception as error:  # Pillow's decoders raise anything from struct.error to IndexError on damaged data
+        raise BrokenImage("damaged image") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

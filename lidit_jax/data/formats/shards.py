@@ -8,6 +8,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_IMAGE_BYTES = 1 << 28
+# Deeper JSON can be parsed, but then fails to be encoded or pickled.
+_MAX_JSON_DEPTH = 100
 # Caption field that holds the class name, for data sets with classes.
 CLASS_FIELD = "class"
 # Fields that img2dataset adds to a sample's json; they are never captions.
@@ -85,9 +87,21 @@ def parse_json(encoded: bytes) -> dict[str, Any]:
         metadata = json.loads(encoded)
     except (ValueError, RecursionError) as error:
         raise Unusable("unreadable json") from error
-    if not isinstance(metadata, dict):
+    if not isinstance(metadata, dict) or _is_too_deep(metadata):
         raise Unusable("unreadable json")
     return metadata
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH):
+        lists = (
+            outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, dict | list)
+        )
+        level = [inner for values in lists for inner in values]
+        if not level:
+            return False
+    return True
 
 
 def decode_text(encoded: bytes) -> str:

@@ -1,8 +1,8 @@
-"""Parses the headers of a tar file: names, offsets and sizes of its regular files, without extracting anything.
+"""Parses the headers of a tar file: names, offsets and sizes of its files, without extracting anything.
 
 Not the standard library's `tarfile`, because shards are untrusted: tarfile silently takes a damaged header in the
 middle for the end of the file, and has had endless loops on forged sizes (CVE-2025-8194).
-Format: POSIX.1-1988 ustar, POSIX.1-2001 pax ("path" and "size") and GNU long names and base-256 sizes.
+Format: POSIX.1-1988 ustar, POSIX.1-2001 pax ("path" and "size") and GNU long names, sparse files and base-256 sizes.
 """
 
 from collections.abc import Iterator
@@ -12,20 +12,30 @@ from lidit_jax.data.formats.files import File
 
 BLOCK = 512
 _MAX_EXTENSION_BYTES = 1 << 20  # of a long name or pax records
+_MAX_RECORDS = 1000  # of a pax header
+_MAX_NAME_BYTES = 1 << 12  # longest path that Linux opens
+_MAX_SPARSE_MAPS = 1 << 10  # blocks that describe one sparse file
+_MAX_EXTENSIONS = 16  # long names, long links and pax headers before one file
 _REGULAR = (b"0", b"\0", b"7")
-_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, directories: ignore their size field
+_LINKS = (b"1", b"2")
+_WITHOUT_DATA = (*_LINKS, b"3", b"4", b"5", b"6", b"V")  # also devices, folders, volume labels: ignore their size field
+_GNU_SPARSE = b"S"
+_ZEROS_AT_ONCE = 1 << 20
+# Archives end in zeros, and other archives may follow (`cat *.tar`). Looking for those has to end in a file of zeros.
+_MAX_ZEROS = 1 << 24
 
 
 class Member(NamedTuple):
-    """A regular file in a tar.
+    """A file in a tar.
 
     Attributes:
-      name: path of the file.
+      name: path of the file; bytes that are not UTF-8 are surrogates, so different names stay different.
       start: offset of its headers in bytes.
       offset: offset of its data in bytes.
       size: size of its data in bytes.
       end: offset of the headers of the next file.
-      complete: False if the tar ends within the file's data.
+      headers: number of headers from the beginning of the walk to its data.
+      fault: why its data cannot be read, in a few words; "" if they can.
     """
 
     name: str
@@ -33,7 +43,8 @@ class Member(NamedTuple):
     offset: int
     size: int
     end: int
-    complete: bool
+    headers: int
+    fault: str = ""
 
 
 class DamagedTar(Exception):
@@ -41,7 +52,7 @@ class DamagedTar(Exception):
 
 
 def walk(file: File, start: int = 0) -> Iterator[Member]:
-    """Yields the regular files of an uncompressed tar, in order, until its end mark or its last byte.
+    """Yields the files of an uncompressed tar, and of tars that are appended to it, in order; no folders or devices.
 
     Args:
       file: the open tar.
@@ -53,61 +64,101 @@ def walk(file: File, start: int = 0) -> Iterator[Member]:
     end = file.size
     if not end:
         raise DamagedTar("empty tar")
-    position, overrides = start, {}
+    position, overrides, headers, extensions, is_appended = start, {}, 0, 0, False
     while position < end:
         header = file.read(position, BLOCK)
         if len(header) < BLOCK:
             raise DamagedTar("truncated tar")
         if not any(header):
-            return
-        _check(header, position)
+            start = position = _skip_zeros(file, position)
+            overrides, extensions, is_appended = {}, 0, True
+            continue
+        _check(header, "not a tar" if not position else "unknown data after the tar" if is_appended else "damaged tar")
+        is_appended = False
+        headers += 1
         kind, data = header[156:157], position + BLOCK
-        size = _number(header[124:136], position)
-        if kind in _WITHOUT_DATA:
-            position, overrides = data, {}
-            start = position
-            continue
-        if kind in (b"L", b"x", b"X"):
-            body = _read_extension(file, data, size)
-            overrides |= _pax_records(body) if kind != b"L" else {"path": body.rstrip(b"\0")}
+        size = _number(header[124:136])
+        if kind in (b"L", b"x", b"X", b"K", b"g"):
+            extensions += 1
+            if extensions > _MAX_EXTENSIONS:
+                raise DamagedTar("damaged tar")
+            overrides |= _read_overrides(file, kind, data, size)
             position = data + _padded(size)
             continue
-        if kind in (b"K", b"g"):
-            if data + size > end:
-                raise DamagedTar("truncated tar")
-            position = data + _padded(size)
-            continue
-        size = int(overrides.get("size", size))
-        name = overrides.get("path", _name(header)).decode("utf-8", "replace")
+        size = 0 if kind in _WITHOUT_DATA else int(overrides.get("size", size))
+        path = overrides.get("path", _name(header))
+        if len(path) > _MAX_NAME_BYTES:
+            raise DamagedTar("damaged tar")
+        name = path.decode("utf-8", "surrogateescape")
+        if kind == _GNU_SPARSE:
+            data = _skip_sparse_maps(file, header, data)
         complete = data + size <= end
         position = data + _padded(size)
-        if kind in _REGULAR and not name.endswith("/") and "sparse" not in overrides:
-            yield Member(name, start, data, size, position, complete)
+        if not name.endswith("/") and (kind not in _WITHOUT_DATA or kind in _LINKS):
+            is_sparse = kind == _GNU_SPARSE or "sparse" in overrides
+            fault = "" if complete else "truncated file"
+            yield Member(name, start, data, size, position, headers, fault or _unread(kind, is_sparse))
         if not complete:
             raise DamagedTar("truncated tar")
-        overrides, start = {}, position
+        overrides, extensions, start = {}, 0, position
 
 
-def _check(header: bytes, position: int) -> None:
-    stored = _number(header[148:156], position)
+def _unread(kind: bytes, is_sparse: bool) -> str:
+    """Returns why files of a kind are not read, or ""."""
+    if kind in _LINKS:
+        return "link instead of a file"
+    if is_sparse:
+        return "sparse file in the tar"
+    return "" if kind in _REGULAR else "unknown kind of file in the tar"
+
+
+def _skip_zeros(file: File, position: int) -> int:
+    """Returns the offset of the first block that is not zero, or the end of the file."""
+    first = position
+    while position < file.size:
+        if position - first > _MAX_ZEROS:
+            raise DamagedTar("tar with over 16 MiB of zeros")
+        chunk = file.read(position, _ZEROS_AT_ONCE)
+        rest = chunk.lstrip(b"\0")
+        if rest:
+            return position + (len(chunk) - len(rest)) // BLOCK * BLOCK
+        if not chunk:
+            break
+        position += len(chunk)
+    return file.size
+
+
+def _skip_sparse_maps(file: File, header: bytes, position: int) -> int:
+    """Returns the offset of the data of a GNU sparse file, after the blocks that continue its map."""
+    block, flag = header, 482
+    for _ in range(_MAX_SPARSE_MAPS):
+        if block[flag : flag + 1] in (b"\0", b""):
+            return position
+        block, flag = file.read(position, BLOCK), 504
+        position += BLOCK
+    raise DamagedTar("damaged tar")
+
+
+def _check(header: bytes, otherwise: str) -> None:
+    """Raises DamagedTar with the reason `otherwise` if the checksum of a header is wrong."""
+    try:
+        stored = _number(header[148:156])
+    except DamagedTar as error:
+        raise DamagedTar(otherwise) from error
     blanked = header[:148] + b" " * 8 + header[156:]
     unsigned = sum(blanked)
     signed = unsigned - 256 * sum(byte > 127 for byte in blanked) if stored != unsigned else stored
     if stored not in (unsigned, signed):  # some old writers add signed bytes
-        raise _damaged(position)
+        raise DamagedTar(otherwise)
 
 
-def _damaged(position: int) -> DamagedTar:
-    return DamagedTar("damaged tar" if position else "not a tar")
-
-
-def _number(field: bytes, position: int) -> int:
+def _number(field: bytes) -> int:
     """Parses a number field: octal digits, or big-endian binary if the first byte is 0x80 (GNU)."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip()
     if digits and not all(0x30 <= digit <= 0x37 for digit in digits):
-        raise _damaged(position)
+        raise DamagedTar("damaged tar")
     return int(digits or b"0", 8)
 
 
@@ -118,28 +169,40 @@ def _name(header: bytes) -> bytes:
     return prefix + b"/" + name if prefix else name
 
 
-def _read_extension(file: File, offset: int, size: int) -> bytes:
+def _read_overrides(file: File, kind: bytes, offset: int, size: int) -> dict[str, bytes]:
+    """Returns what an extension says of the file that follows: "path", "size", "sparse"."""
+    if offset + size > file.size:
+        raise DamagedTar("truncated tar")
+    if kind in (b"K", b"g"):  # the target of a link, and what holds for all files
+        return {}
     if size > _MAX_EXTENSION_BYTES:
         raise DamagedTar("damaged tar")
     body = file.read(offset, size)
     if len(body) < size:
         raise DamagedTar("truncated tar")
-    return body
+    return {"path": body.rstrip(b"\0")} if kind == b"L" else _pax_records(body)
 
 
 def _pax_records(body: bytes) -> dict[str, bytes]:
     r"""Parses the pax records ("LENGTH KEY=VALUE\n") "path" and "size"; adds "sparse" for files stored with holes."""
-    records = {}
-    while body.strip(b"\0"):
-        length, _, _ = body.partition(b" ")
-        if not (length.isdigit() and len(length) < 8 and len(length) + 3 <= int(length) <= len(body)):
+    records, position, end, count = {}, 0, len(body.rstrip(b"\0")), 0
+    while position < end:
+        length, blank, _ = body[position : position + 8].partition(b" ")
+        count += 1
+        if not (blank and length.isdigit() and len(length) + 3 <= int(length) <= len(body) - position):
             raise DamagedTar("damaged tar")
-        keyword, _, value = body[len(length) + 1 : int(length) - 1].partition(b"=")
+        if count > _MAX_RECORDS:
+            raise DamagedTar("damaged tar")
+        keyword, _, value = body[position + len(length) + 1 : position + int(length) - 1].partition(b"=")
         if keyword == b"path" or (keyword == b"size" and value.isdigit() and len(value) < 20):
             records[keyword.decode()] = value
         elif keyword.startswith(b"GNU.sparse."):
             records["sparse"] = b""
-        body = body[int(length) :]
+            if keyword == b"GNU.sparse.name":
+                records["name"] = value
+        position += int(length)
+    if "name" in records:  # the path is that of a file that GNU tar would make up
+        records["path"] = records.pop("name")
     return records
 
 

@@ -3,13 +3,16 @@
 The key of a sample is the path of its files up to the first dot of the file name (the webdataset convention). Files of
 one sample are adjacent, so a sample is one byte range, which is itself a small tar. Its captions are "txt", "class"
 (KEY.cls) and the string fields of its json, except those that img2dataset adds (url, status, sha256 …); its metadata is
-the json.
+the json. `_samples_of` states what happens to names of several dots.
 """
 
+import bisect
+import dataclasses
 import io
 import os
 import re
 from collections.abc import Generator, Iterator, Sequence
+from typing import NamedTuple
 
 from lidit_jax.data.formats import tar_headers
 from lidit_jax.data.formats.files import File, RangeReader, find_files, open_file
@@ -32,7 +35,9 @@ from lidit_jax.errors import UserError
 _IMAGES = ("png", "jpg", "jpeg", "webp")
 _TEXTS = ("txt", "json", "cls")
 MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES + 4 * MAX_TEXT_BYTES
+_MAX_HEADERS = 256  # headers that are parsed whenever a sample is read
 _CHANGED = "changed since the tar was indexed"
+_SPLIT, _TOO_MANY_FILES = "sample split by another key", "sample of over 256 files"
 
 
 class TarShards:
@@ -90,9 +95,11 @@ class TarShards:
                     yield found
                     continue
                 try:
-                    sample = self._sample(file, found.key, found.files, path)
+                    sample = self._sample(file, found, path)
                     if found.end - found.start > MAX_SAMPLE_BYTES:
                         raise Unusable("sample over 260 MiB")
+                    if found.num_headers > _MAX_HEADERS:
+                        raise Unusable(_TOO_MANY_FILES)
                 except Unusable as reason:
                     yield str(reason)
                 else:
@@ -113,18 +120,20 @@ class TarShards:
         try:
             # Repeated file names yield reasons besides the sample.
             [found] = [item for item in _group_files(file) if isinstance(item, _SampleFiles)]
-            return self._sample(file, found.key, found.files)
+            return self._sample(file, found)
         except ValueError:
             return Unusable(_CHANGED)
         except Unusable as reason:
             return reason
 
-    def _sample(self, file: File, key: str, files: dict[str, tar_headers.Member], path: str = "") -> Sample:
+    def _sample(self, file: File, found: "_SampleFiles", path: str = "") -> Sample:
+        files = found.files
         image = next((files[extension] for extension in _IMAGES if extension in files), None)
         if image is None:
             raise Unusable("no image")
-        if not all(member.complete for member in files.values()):
-            raise Unusable("truncated file")
+        fault = next((member.fault for member in files.values() if member.fault), None)
+        if fault:
+            raise Unusable(fault)
         check_image(image.size)
         texts = {extension: _read_text(file, files[extension]) for extension in _TEXTS if extension in files}
         metadata = parse_json(texts["json"]) if "json" in texts else {}
@@ -137,72 +146,179 @@ class TarShards:
             encoded = io.BytesIO(file.read(image.offset, image.size))
         else:
             encoded = io.BufferedReader(_Region(file, path, image.offset, image.size))
+        # Distinct names that are not UTF-8 stay distinct, and the key can be printed and encoded.
+        key = found.key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         return Sample(key, captions_of(values), metadata, encoded)
 
 
-class _SampleFiles:
-    """The files found so far of one sample."""
+class _NamedFile(NamedTuple):
+    """A file of a shard and the parts of its name.
 
-    def __init__(self, key: str, start: int):
-        self.key, self.start, self.end = key, start, start
-        self.files: dict[str, tar_headers.Member] = {}
+    Attributes:
+      key: path up to the first dot of the file name.
+      stem: path up to the last dot of the file name.
+      extension: what follows the last dot, in lower case.
+      member: where the file is.
+    """
+
+    key: str
+    stem: str
+    extension: str
+    member: tar_headers.Member
+
+
+@dataclasses.dataclass
+class _SampleFiles:
+    """The image and the texts of a sample by extension, and the byte range of its files."""
+
+    key: str
+    files: dict[str, tar_headers.Member]
+
+    @property
+    def start(self) -> int:
+        return min(member.start for member in self.files.values())
+
+    @property
+    def end(self) -> int:
+        return max(member.end for member in self.files.values())
+
+    @property
+    def num_headers(self) -> int:
+        numbers = [member.headers for member in self.files.values()]
+        return max(numbers) - min(numbers) + 1
+
+    @property
+    def has_image(self) -> bool:
+        return any(extension in self.files for extension in _IMAGES)
 
     @property
     def has_image_and_text(self) -> bool:
-        return any(extension in self.files for extension in _IMAGES) and any(text in self.files for text in _TEXTS)
+        return self.has_image and any(text in self.files for text in _TEXTS)
+
+
+def _parse_name(member: tar_headers.Member) -> _NamedFile | None:
+    """Parses the name of a file; returns None for hidden files (macOS adds some) and for names without a dot."""
+    folder, slash, name = member.name.rpartition("/")
+    folders = folder.split("/")
+    if any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in folders):
+        return None
+    key, dot, _ = name.partition(".")
+    if not key or not dot:
+        return None
+    stem, _, extension = name.rpartition(".")
+    return _NamedFile(folder + slash + key, folder + slash + stem, extension.lower(), member)
+
+
+def _samples_of(files: Sequence[_NamedFile]) -> Iterator[_SampleFiles | str]:
+    """Divides adjacent files with the same key into samples, and yields a reason for each unusable one.
+
+    A sample is only used if its byte range, which may have other files in it, is divided into that sample again.
+    """
+    starts, divided = [file.member.start for file in files], list(_divide(files))
+    for found in divided:
+        if isinstance(found, str) or not found.files:
+            yield found
+            continue
+        inside = files[bisect.bisect_left(starts, found.start) : bisect.bisect_left(starts, found.end)]
+        if len(inside) > _MAX_HEADERS:
+            yield _TOO_MANY_FILES
+            continue
+        again = divided if len(inside) == len(files) else _divide(inside)
+        yield found if [one for one in again if not isinstance(one, str)] == [found] else _SPLIT
+
+
+def _divide(files: Sequence[_NamedFile]) -> Iterator[_SampleFiles | str]:
+    """Divides adjacent files with the same key by their names.
+
+    With KEY.txt and KEY.image.jpg, the sample has both. With KEY.jpg and KEY.mask.png, the mask is ignored. KEY.0.jpg
+    and KEY.0.txt beside KEY.1.jpg and KEY.1.txt are a sample of their own, with the key "KEY.0".
+    """
+    key, samples = files[0].key, {}
+    for file in files:
+        if file.extension not in _IMAGES + _TEXTS:
+            continue
+        sample = samples.setdefault(file.stem, _SampleFiles(file.stem, {}))
+        if file.extension in sample.files:
+            yield "repeated file name"
+        else:
+            sample.files[file.extension] = file.member
+    if not samples:
+        yield _SampleFiles(key, {})  # counted as a sample without an image
+        return
+    main = samples.pop(key, None)
+    if main is None:
+        yield from samples.values()
+        return
+    images = [sample for sample in samples.values() if sample.has_image]
+    if len(images) == 1 and not main.has_image and not main.files.keys() & images[0].files.keys():
+        yield _SampleFiles(key, main.files | images[0].files)
+        return
+    yield "several images with one key" if len(images) > 1 and not main.has_image else main
+    yield from (sample for sample in images if sample.has_image_and_text)
+
+
+def _adjacent_files(file: File, start: int, length: int | None) -> Generator[list[_NamedFile], None, int | None]:
+    """Yields the adjacent files of each key, and returns the offset of the next section; see `TarShards.scan`.
+
+    Raises:
+      DamagedTar: as `tar_headers.walk` does, after all files before the damage have been yielded.
+    """
+    current: list[_NamedFile] = []
+    try:
+        for member in tar_headers.walk(file, start):
+            named = _parse_name(member)
+            if named is None:
+                continue
+            if not current or named.key != current[0].key:
+                if current:
+                    yield current
+                current = []
+                if length is not None and member.start >= start + length:
+                    return member.start
+            current.append(named)
+    except tar_headers.DamagedTar:
+        if current:
+            yield current
+        raise
+    if current:
+        yield current
+    return None
 
 
 def _group_files(
     file: File, start: int = 0, length: int | None = None
 ) -> Generator[_SampleFiles | str, None, int | None]:
     """Yields each sample when its last file has been read, and a reason for each unusable one; see `TarShards.scan`."""
-    current, incomplete, complete_keys, next_start = None, {}, set(), None
-
-    def finish_current() -> Iterator[_SampleFiles | str]:
-        if current is None:
-            return
-        if current.key in complete_keys:
-            yield "repeated key"
-        elif current.key in incomplete or not current.has_image_and_text:
-            # Its other files may follow later, or came earlier.
-            incomplete[current.key] = "sample split by another key" if current.key in incomplete else current
-        else:
-            complete_keys.add(current.key)
-            yield current
-
-    damage, members = None, tar_headers.walk(file, start)
+    groups, complete_keys, last = _adjacent_files(file, start, length), set(), None
+    incomplete: dict[str, _SampleFiles | str] = {}
+    damage = next_start = None
     while True:
         try:
-            member = next(members)
-        except StopIteration:
+            files = next(groups)
+        except StopIteration as end:
+            next_start = end.value
             break
         except tar_headers.DamagedTar as error:
             damage = str(error)
             break
-        folder, slash, name = member.name.rpartition("/")
-        stem, _, extension = name.partition(".")
-        extension = extension.lower()
-        if not stem or extension not in _IMAGES + _TEXTS:
-            continue
-        key = folder + slash + stem
-        if current is None or key != current.key:
-            yield from finish_current()
-            current = None
-            if length is not None and member.start >= start + length:
-                next_start = member.start
-                break
-            current = _SampleFiles(key, member.start)
-        if extension in current.files:
-            yield "repeated file name"
-        else:
-            current.files[extension], current.end = member, member.end
-    if damage and current is not None and not current.has_image_and_text and current.key not in incomplete:
-        yield "truncated file"
-        current = None
-    yield from finish_current()
-    for found in incomplete.values():
-        # An image without texts is a sample, too.
-        yield "repeated key" if not isinstance(found, str) and found.key in complete_keys else found
+        for last in _samples_of(files):
+            if isinstance(last, str):
+                yield last
+            elif last.key in complete_keys:
+                yield "repeated key"
+            elif last.key in incomplete or not last.has_image_and_text:
+                # Its other files may follow later, or came earlier.
+                incomplete[last.key] = _SPLIT if last.key in incomplete else last
+            else:
+                complete_keys.add(last.key)
+                yield last
+    for key, found in incomplete.items():
+        if isinstance(found, str):
+            yield found
+        elif damage and found is last:
+            yield "truncated file"
+        else:  # an image without texts is a sample, too
+            yield "repeated key" if key in complete_keys else found
     if damage:
         yield damage
     return next_start

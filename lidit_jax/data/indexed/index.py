@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -33,13 +33,19 @@ logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 1 << 26  # default limit for an image
 SUFFIX = ".index"
-_VERSION = 1
+_VERSION = 2
 _NUMBER_COLUMNS = ("start", "end", "height", "width")
 _TEXT_COLUMNS = ("key", "captions", "metadata")
 _SCHEMA = pa.schema(
     [*((name, pa.int64()) for name in _NUMBER_COLUMNS), *((name, pa.string()) for name in _TEXT_COLUMNS)],
 )
 _ROWS_AT_ONCE = 1 << 14
+# Snappy shortens data at most 21-fold, and texts have no dictionary, so an index that would take more memory than this
+# multiple of its size is forged. (With another compression or encoding, 19 KB can become 2 GiB.)
+_COMPRESSION = "snappy"
+_TEXT_ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # the last two are those of nulls
+_MAX_EXPANSION, _EXPANSION_SLACK = 32, 1 << 20
+_TEXTS_AT_ONCE = 64
 _MAX_SAMPLE_BYTES = 1 << 29  # above any format's limit: a forged index must not cause huge reads
 # Starting a process takes as long as reading the headers of a few hundred samples.
 _SHARDS_FOR_PROCESSES = 32
@@ -200,7 +206,7 @@ def _read(path: str, names: Sequence[str], expected: dict[str, Any], not_before:
                 return None
             opened = open(path, "rb")  # noqa: SIM115
         with opened:
-            table = pq.read_table(opened, columns=list(names))
+            table = _read_table(opened, names)
         facts = dict(json.loads(table.schema.metadata[b"facts"]))
     except FileNotFoundError:
         return None
@@ -210,6 +216,38 @@ def _read(path: str, names: Sequence[str], expected: dict[str, Any], not_before:
     if any(facts.get(name) != value for name, value in expected.items()) or not _is_valid(table, facts):
         return None
     return table
+
+
+def _read_table(file: BinaryIO, names: Sequence[str]) -> pa.Table:
+    """Reads columns of a Parquet file that may be forged, in memory proportional to its size.
+
+    Raises:
+      ValueError: the columns expand to more than an index can.
+    """
+    limit = _MAX_EXPANSION * file.seek(0, os.SEEK_END) + _EXPANSION_SLACK
+    parquet = pq.ParquetFile(file)
+    metadata, schema = parquet.metadata, parquet.schema_arrow
+    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
+    columns = (group.column(number) for group in groups for number in range(metadata.num_columns))
+    columns = (column for column in columns if column.path_in_schema.partition(".")[0] in names)
+    num_bytes = 8 * len(_NUMBER_COLUMNS) * metadata.num_rows
+    if num_bytes > limit or any(_can_expand(column) for column in columns):
+        raise ValueError("too large when it is decompressed")
+    batches, num_bytes = [], 0
+    rows = _TEXTS_AT_ONCE if set(names) & set(_TEXT_COLUMNS) else _ROWS_AT_ONCE
+    for batch in parquet.iter_batches(rows, columns=list(names), use_threads=False):
+        num_bytes += batch.nbytes
+        if num_bytes > limit:
+            raise ValueError("too large when it is decompressed")
+        batches.append(batch)
+    schema = pa.schema([schema.field(name) for name in names], metadata=schema.metadata)
+    return pa.Table.from_batches(batches, schema)
+
+
+def _can_expand(column: pq.ColumnChunkMetaData) -> bool:
+    if column.compression not in (_COMPRESSION.upper(), "UNCOMPRESSED"):
+        return True
+    return column.path_in_schema not in _NUMBER_COLUMNS and not set(column.encodings) <= _TEXT_ENCODINGS
 
 
 def _is_valid(table: pa.Table, facts: dict[str, Any]) -> bool:
@@ -247,13 +285,13 @@ def _has_valid_texts(table: pa.Table) -> bool:
     if "captions" not in table.schema.names:
         return True
     try:
-        captions = [json.loads(text) for text in table.column("captions").to_pylist()]
-        metadata = [json.loads(text) for text in table.column("metadata").to_pylist()]
+        for text in table.column("captions"):
+            captions = json.loads(text.as_py())
+            if not isinstance(captions, dict) or not all(isinstance(caption, str) for caption in captions.values()):
+                return False
+        return all(isinstance(json.loads(text.as_py()), dict) for text in table.column("metadata"))
     except (ValueError, RecursionError):
         return False
-    if not all(isinstance(value, dict) for value in (*captions, *metadata)):
-        return False
-    return all(isinstance(text, str) for value in captions for text in value.values())
 
 
 def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, Any]) -> pa.Table:
@@ -289,7 +327,7 @@ def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, An
 def _write(table: pa.Table, path: str) -> None:
     """Writes an index atomically; without write permission, warns once, and the index serves this run alone."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=_ROWS_AT_ONCE)
+    pq.write_table(table, sink, compression=_COMPRESSION, use_dictionary=False, row_group_size=_ROWS_AT_ONCE)
     encoded = sink.getvalue()
     try:
         if is_remote(path):
