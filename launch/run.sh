@@ -15,7 +15,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STOPPED="stopped by SIGTERM"
+STOPPED="stopped by (SIGTERM|Ctrl-C)"
 ALONE="the run's other hosts were not found"
 
 generation=${1:-}
@@ -26,14 +26,6 @@ fi
 shift
 # shellcheck source=/dev/null
 . "launch/env/$generation.sh"
-
-# Compiling takes minutes, and a preempted run restarts on fresh hosts: compiled programs survive only on storage that
-# all hosts share (the first host writes them, the others read them).
-if [ -z "${JAX_COMPILATION_CACHE_DIR+set}" ]; then
-  for argument in "$@"; do
-    case $argument in --workdir=*) export JAX_COMPILATION_CACHE_DIR="${argument#--workdir=}/compiled" ;; esac
-  done
-fi
 
 main=
 interrupted=
@@ -71,7 +63,7 @@ for _ in {1..100}; do # until the last messages are copied
   sleep 0.05
 done
 
-if [ "$status" = 0 ] && grep -qF "$STOPPED" "$scratch/messages"; then
+if [ "$status" = 0 ] && grep -qE "$STOPPED" "$scratch/messages"; then
   status=143
 elif [ "$status" = 2 ] && grep -qF "$ALONE" "$scratch/messages"; then
   status=75

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.host_memory import keep_freed_memory
 from lidit_jax.parallel.hosts import leave
-from lidit_jax.parallel.preemption import Preempted
+from lidit_jax.parallel.preemption import Preempted, interruptible
 
 USER_MISTAKE = 2
 
@@ -24,11 +24,15 @@ USER_MISTAKE = 2
 flags.disclaim_key_flags()
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], resumable: bool = False) -> None:
     """Parses the flags and calls `main`.
 
-    A UserError ends the process with exit code 2, a preemption with 0. Any other exception is raised or, in a
-    distributed run, printed before the process leaves the run with exit code 1.
+    A UserError ends the process with exit code 2, SIGTERM and Ctrl-C with 143 and 130. Any other exception is raised
+    or, in a distributed run, written to a file before the process leaves the run with exit code 1.
+
+    Args:
+      main: the command.
+      resumable: whether the same command resumes; SIGTERM and Ctrl-C then end it with exit code 0.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -40,15 +44,18 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             _exit(str(error))
-        except Preempted as notice:
-            print(notice, file=sys.stderr, flush=True)
         except Exception:
             if not jax.distributed.is_initialized():
                 raise
             traceback.print_exc()
             leave(1)
 
-    app.run(guarded, flags_parser=_parse)
+    try:
+        with interruptible():
+            app.run(guarded, flags_parser=_parse)
+    except Preempted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        sys.exit(0 if resumable else 128 + stop.signal)
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:

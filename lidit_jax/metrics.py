@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -13,6 +14,9 @@ from etils import epath
 
 from lidit_jax.files import finite
 from lidit_jax.images import save_png
+
+
+logger = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -48,7 +52,9 @@ class Metrics:
         if self._writer:
             self._writer.write_images(step, {name: image[None] for name, image in images.items()})
             for name, image in images.items():
-                save_png(image, self.folder / "samples" / f"{name}_{step:07d}.png")
+                file = self.folder / "samples" / f"{name}_{step:07d}.png"
+                save_png(image, file)
+                logger.info("step %d: %s", step, file)
 
     def close(self) -> None:
         if self._writer:

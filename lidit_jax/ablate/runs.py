@@ -235,7 +235,9 @@ def _run_in_processes(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, 
                 done = sum(job.steps(config) for job in jobs if job not in working and job.is_done(out))
                 bar.set_postfix_str(", ".join(map(str, working)), refresh=False)
                 bar.update(done + sum(_steps_taken(job, out) for job in working) - bar.n)
-            raise Preempted("stopped by SIGTERM, all runs saved a checkpoint: run the same command again to resume")
+            raise Preempted(
+                f"stopped by {notice.signal_name}, all runs saved a checkpoint: run the same command again to resume"
+            )
         finally:
             for process in working.values():
                 process.terminate()  # it saves a checkpoint, as at a preemption

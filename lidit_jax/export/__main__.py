@@ -4,10 +4,6 @@
 transformers, without JAX.
 """
 
-import signal
-import sys
-from typing import Any
-
 import jax
 from absl import flags
 from etils import epath
@@ -33,7 +29,6 @@ def main() -> None:
     # An export only reads and writes files. Leave accelerators alone: training may be using them, and those of a pod
     # need all of its hosts.
     jax.config.update("jax_platforms", "cpu")
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)
     export(
         Request(
             workdir=epath.Path(cli.require(_WORKDIR.name)),
@@ -45,12 +40,6 @@ def main() -> None:
             overwrite=_OVERWRITE.value,
         )
     )
-
-
-def _exit_on_sigterm(number: int, frame: Any) -> None:
-    """Exits through every `finally` block, which remove partially written files."""
-    del frame
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

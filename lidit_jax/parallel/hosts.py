@@ -9,6 +9,7 @@ from typing import NoReturn
 import jax
 
 from lidit_jax.errors import UserError
+from lidit_jax.parallel.preemption import forward_ctrl_c
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def join_hosts(wanted: bool | None = None) -> None:
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or pass --distributed=False to run on this "
             "host alone"
         ) from error
+    forward_ctrl_c()
     logger.info("host %d of %d", jax.process_index(), jax.process_count())
 
 
