@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from lidit_jax.checkpoint import Checkpoints
 from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.errors import UserError
-from lidit_jax.metrics import Metrics, Progress
+from lidit_jax.metrics import Metrics, Progress, peak_memory
 from lidit_jax.models.sharded_matmul import reduce_gradients_in
 from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.preemption import Notice, Preempted, activity, catch_sigterm
@@ -316,6 +316,7 @@ def train(
     seed: int,
     facts: Mapping[str, Any],
     initial_params: Callable[[Any], Any] | None = None,
+    later_steps: float = 0.0,
 ) -> TrainState:
     """Trains to `config.steps`, resuming from the newest checkpoint if there is one.
 
@@ -330,6 +331,7 @@ def train(
         data, digests of the frozen networks).
       initial_params: (shapes, dtypes and shardings of the parameters) -> parameters to start from instead of random
         ones, for fine-tuning; called if there is no checkpoint.
+      later_steps: rough work of the run after this network, in steps of this one, for the time left in the log.
 
     Returns:
       The state after the last step.
@@ -349,7 +351,7 @@ def train(
 
     # Created by a program on all devices: a process cannot put an array on another's devices.
     key = jax.jit(lambda: jax.random.key(seed + 1), out_shardings=replicated(trainer.mesh))()
-    progress = Progress(task.name, step, config.steps, config.batch_size, _peak_flops(trainer.mesh))
+    progress = Progress(task.name, step, config.steps, config.batch_size, _peak_flops(trainer.mesh), later_steps)
     pending = []
     with (
         contextlib.closing(batches(step)) as stream,
@@ -494,7 +496,8 @@ def _log(
         values["learning_rate"] = float(taken[-1]["learning_rate"])
     values |= {"skipped": int(rows[-1]["skipped"]), "skipped_in_interval": len(rows) - len(taken)}
     in_row = max(int(row["skipped_in_row"]) for row in rows)
-    metrics.scalars(step, values | progress.speed(step) | dict(report))
+    values |= progress.speed(step) | peak_memory()
+    metrics.scalars(step, values | dict(report))
     progress.print(step, values)
     if in_row >= config.max_skipped_in_row:
         raise UserError(

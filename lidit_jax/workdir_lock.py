@@ -110,15 +110,16 @@ def _lock_in_kernel(file: epath.Path, what: str, stack: contextlib.ExitStack) ->
       UserError: another process has it.
     """
     while True:
-        stream = stack.enter_context(open(file, "a"))
+        held = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        stack.callback(os.close, held)
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _in_use(what, _read(file)) from None
         except OSError:
             return False
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):
+            if os.path.samestat(os.fstat(held), os.stat(file)):
                 return True
         # Its holder removed the file after it was opened here: lock the new one.
 
@@ -153,9 +154,7 @@ def _wait_for_holder(file: epath.Path, what: str, has_kernel_lock: bool) -> None
 
 
 def _in_use(what: str, holder: Mapping[str, Any]) -> UserError:
-    return UserError(
-        f"{what} is in use by {_name(holder)}: wait until it ends, end it there, or choose another folder"
-    )
+    return UserError(f"{what} is in use by {_name(holder)}: wait until it ends, end it there, or choose another folder")
 
 
 def _name(holder: Mapping[str, Any]) -> str:

@@ -179,6 +179,7 @@ def test_sigterm_during_the_warm_up_ends_it_and_the_next_start_is_the_run_that_n
 
     with monkeypatch.context() as changed:
         changed.setattr(trainer, "compile", and_stop)
+        changed.setattr(trainer, "is_compiled", lambda *arguments: False)
         with pytest.raises(Preempted, match="toy: stopped by SIGTERM before step 1; run it again to resume"):
             run(tmp_path / "stopped", trainer, Images)
     assert compiled == [((8, 24, 8, 3), 0), ((8, 16, 16, 3), 0), ((8, 24, 8, 3), 1)]
@@ -191,6 +192,7 @@ def test_the_watchdog_is_beaten_after_every_program(tmp_path, trainer, monkeypat
     beats, compiled = [], []
     monkeypatch.setattr("lidit_jax.train.Watchdog.beat", lambda self: beats.append(len(compiled)))
     compile_one = trainer.compile
+    monkeypatch.setattr(trainer, "is_compiled", lambda *arguments: False)
     monkeypatch.setattr(trainer, "compile", lambda *arguments: compiled.append(compile_one(*arguments)))
     run(tmp_path, trainer, Images)
     assert {1, 2, 3, 4} <= set(beats)

@@ -5,7 +5,6 @@ OUT/parts/                 the frozen language models and the VAE, trained once
 OUT/runs/ROW/SEED/         an ordinary workdir per run (also for `sample --workdir`), with log.txt and scores.json
 """
 
-import fcntl
 import itertools
 import json
 import logging
@@ -30,6 +29,7 @@ from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.preemption import Preempted, catch_sigterm
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.run import run_stages
+from lidit_jax.workdir_lock import lock
 
 logger = logging.getLogger(__name__)
 
@@ -179,13 +179,7 @@ def run_job(out: epath.Path, job: Job) -> None:
     config = read_workdir(out)
     if "language_models" not in config:
         raise UserError(f"--out={out} is not a folder of ablations: run the command without --only first")
-    lock = job.log(out).with_suffix(".lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as held:  # the lock is released whenever and however this process ends
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{job} is being trained by another process: wait until it ends, or end it") from None
+    with lock(job.log(out).with_suffix(".lock"), str(job)):
         job.do(config, out)
 
 
