@@ -237,6 +237,16 @@ def load_weights(folder: str | epath.Path, weights: str, into: Any = None) -> tu
     return restored.state[weights], step
 
 
+def load_facts(folder: str | epath.Path) -> dict[str, Any]:
+    """Returns the facts of the newest checkpoint: digests of the data and of the frozen networks.
+
+    Raises:
+      UserError: if there is no checkpoint.
+    """
+    with _open_newest(folder, "params") as (manager, step, _):
+        return manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())).facts
+
+
 @contextlib.contextmanager
 def open_weights(folder: str | epath.Path, weights: str) -> Iterator["StoredWeights"]:
     """Opens one weight tree of the newest checkpoint, to be read array by array.

@@ -94,6 +94,28 @@ def define_sampling() -> Callable[[], dict[str, Any]]:
     return lambda: {name: flag.value for name, flag in holders.items()}
 
 
+def define_moved_encoders() -> Callable[[], dict[str, str]]:
+    """Defines --encoder=NAME=FOLDER, which may be repeated.
+
+    Returns:
+      A function that returns the folders by name.
+    """
+    holder = flags.DEFINE_multi_string(
+        "encoder", [], "NAME=FOLDER of an LLM whose weights are no longer where the run's config says; may be repeated"
+    )
+
+    def parse() -> dict[str, str]:
+        found = {}
+        for value in holder.value:
+            name, _, folder = value.partition("=")
+            if not (name and folder):
+                raise UserError(f"--encoder={value}: give NAME=FOLDER, with the encoder's name in the config")
+            found[name] = folder
+        return found
+
+    return parse
+
+
 def define_distributed() -> flags.FlagHolder:
     """Defines --distributed, the argument of `hosts.join_hosts`."""
     return flags.DEFINE_bool("distributed", None, "run on several hosts (default: if the environment names several)")

@@ -84,7 +84,7 @@ def generate_benchmark(request: Request) -> None:
     if request.num_images < 1:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
     benchmark = request.open()
-    run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices())
+    run, pipeline, params, step = experiment.load(request.workdir, request.weights, jax.devices(), request.encoders)
     sampling, height, width = request.resolve_options(run, pipeline)
     facts = _facts(request, benchmark, run, step) | {"height": height, "width": width}
     facts |= {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance_scale")}

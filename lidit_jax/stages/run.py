@@ -56,8 +56,9 @@ def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = Fa
         if evaluation:
             check_evaluation(evaluation, experiment.data)
         vae_stage = VAEStage(experiment, dataset)
+        digests = experiment.named_digests(dataset.fingerprint)
     with _lock_workdir(workdir):
-        claim_workdir(workdir, config, write=jax.process_index() == 0)
+        claim_workdir(workdir, config, write=jax.process_index() == 0, digests=digests)
         multihost_utils.sync_global_devices("claimed the workdir")
         logger.info("%s", dataset.summary())
         if keep_compiled:
