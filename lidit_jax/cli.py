@@ -3,7 +3,6 @@
 import logging
 import re
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.host_memory import keep_freed_memory
-from lidit_jax.parallel.hosts import leave
+from lidit_jax.parallel.hosts import leave, leave_with_trace
 from lidit_jax.parallel.preemption import Preempted, interruptible
 
 USER_MISTAKE = 2
@@ -44,11 +44,10 @@ def run(main: Callable[[], None], resumable: bool = False) -> None:
             main()
         except UserError as error:
             _exit(str(error))
-        except Exception:
+        except Exception as error:
             if not jax.distributed.is_initialized():
                 raise
-            traceback.print_exc()
-            leave(1)
+            leave_with_trace(error, _workdir())
 
     try:
         with interruptible():
@@ -203,6 +202,12 @@ def _exit(message: str) -> None:
     if jax.distributed.is_initialized():
         leave(USER_MISTAKE)
     sys.exit(USER_MISTAKE)
+
+
+def _workdir() -> epath.Path | None:
+    """Returns the folder of --workdir, if the command has this flag and the folder exists."""
+    value = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
+    return epath.Path(value) if value and epath.Path(value).exists() else None
 
 
 def _set_up_logging() -> None:

@@ -7,13 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from etils import epath
 
 from lidit_jax.checkpoint import latest_step
 from lidit_jax.errors import UserError
+from lidit_jax.parallel import hosts as hosts_module
 from lidit_jax.parallel.hosts import join_hosts
 from lidit_jax.weights.diffusers_vae import load_vae
 
@@ -132,12 +135,14 @@ def test_a_fault_of_one_host_ends_the_other_with_a_message(tmp_path, fault):
     port, more = free_port(), ["--config.vae.train.steps=5000"]
     if fault == "waits for ever":
         more += ["--config.vae.train.stalled_after=60.0"]  # longer than a busy host needs to compile
-    short_timeout = "from lidit_jax.parallel import hosts\nhosts.HEARTBEAT_TIMEOUT_S = 10\n"
+    short_timeout = "from lidit_jax.parallel import hosts\nhosts.HEARTBEAT_TIMEOUT_S = 30\n"
     config = CONFIG.replace("steps=3,", "steps=3, stalled_after=1800.0,")
     hosts = [
         start(tmp_path, tmp_path / "run", 2, process, port, *more, config=config, before=short_timeout + before)
         for process, before in ((0, ""), (1, code))
     ]
+    hosts[1].wait(300)
+    begun = time.monotonic()
     errors = [host.communicate(timeout=300)[1] for host in hosts]
     assert hosts[0].returncode != 0 and hosts[1].returncode != 0
     if fault == "failed":
@@ -148,7 +153,35 @@ def test_a_fault_of_one_host_ends_the_other_with_a_message(tmp_path, fault):
         )
     else:
         assert re.search(message, errors[0]), errors[0]
+        assert time.monotonic() - begun < 60  # the heartbeat's timeout, and what a busy machine adds
+        assert "Traceback" not in errors[0]
+        assert errors[0].splitlines()[-1].startswith("error: another host of the run stopped or cannot be reached")
+        assert "Traceback" in (tmp_path / "run/trace_host0.txt").read_text()
         assert hosts[1].returncode == status
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (
+            "UNKNOWN: Gloo context initialization failed:\n timed out",
+            "another host of the run stopped or cannot be reach",
+        ),
+        ("INTERNAL: a bug", "RuntimeError: INTERNAL: a bug"),
+    ],
+)
+def test_an_error_of_a_host_is_one_line_and_its_trace_a_file(tmp_path, monkeypatch, capsys, message, line):
+    left = []
+    monkeypatch.setattr(hosts_module, "leave", left.append)
+    for folder in (tmp_path, None, tmp_path / "missing"):
+        try:
+            raise RuntimeError(message)
+        except RuntimeError as error:
+            hosts_module.leave_with_trace(error, folder and epath.Path(folder))
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith(f"error: {line}") and left.pop() == 1
+        assert (len(lines) == 1) == (folder == tmp_path)  # elsewhere the trace comes first
+    assert "Traceback" in (tmp_path / "trace_host0.txt").read_text()
 
 
 def test_hosts_that_cannot_be_reached_are_reported(monkeypatch):

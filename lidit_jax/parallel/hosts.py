@@ -2,11 +2,14 @@
 
 import logging
 import os
+import re
 import sys
 import time
+import traceback
 from typing import NoReturn
 
 import jax
+from etils import epath
 
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.preemption import forward_ctrl_c
@@ -17,6 +20,8 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_TIMEOUT_S = 100
 # Seconds that host 0, which runs the coordination service, stays up so that the others can log why they end.
 SHUTDOWN_DELAY_S = 5.0
+# Errors of collectives (Gloo's, between CPU hosts) and of the coordination service, of which another host is the cause.
+_HOST_GONE = re.compile(r"gloo|another task|coordination.?service|heartbeat|unavailable|socket closed", re.I)
 
 
 def join_hosts(wanted: bool | None = None) -> None:
@@ -48,6 +53,31 @@ def join_hosts(wanted: bool | None = None) -> None:
         ) from error
     forward_ctrl_c()
     logger.info("host %d of %d", jax.process_index(), jax.process_count())
+
+
+def leave_with_trace(error: Exception, folder: epath.Path | None) -> NoReturn:
+    """Ends this process after an error with one line; the stack trace goes into a file.
+
+    Args:
+      error: the error.
+      folder: existing folder for the file; None prints the trace before the line.
+    """
+    trace, reason = "".join(traceback.format_exception(error)), " ".join(str(error).split())[:200]
+    line = f"error: {type(error).__name__}: {reason}"
+    if _HOST_GONE.search(reason):
+        line = (
+            f"error: another host of the run stopped or cannot be reached ({reason}): its log says why; run the same "
+            "command on all hosts again to resume"
+        )
+    try:
+        file = (folder / f"trace_host{jax.process_index()}.txt") if folder else None
+        if file:
+            file.write_text(trace)
+            line += f" (trace: {file})"
+    except OSError:
+        file = None
+    print(line if file else f"{trace}{line}", file=sys.stderr, flush=True)
+    leave(1)
 
 
 def leave(status: int) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 from collections.abc import Iterator
 
 import jax
@@ -15,7 +16,7 @@ from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
-from lidit_jax.evaluate.scenes import SceneEvaluation, check_evaluation, evaluate_scenes
+from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation, check_evaluation, evaluate_scenes
 from lidit_jax.experiment import LIDIT, Experiment, check_start
 from lidit_jax.export.folder import read_folder
 from lidit_jax.export.read import is_exported
@@ -24,6 +25,7 @@ from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.preemption import activity
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.parallel.watchdog import watched
+from lidit_jax.stages import reconstruction
 from lidit_jax.stages.language_model import train_language_model
 from lidit_jax.stages.lidit import train_lidit
 from lidit_jax.stages.vae import VAEStage
@@ -64,6 +66,8 @@ def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = Fa
         if keep_compiled:
             cache_compilations(workdir / COMPILED)
         _train(experiment, dataset, vae_stage, mesh, rules, evaluation)
+    if jax.process_index() == 0:
+        logger.info("%s", _summary(experiment))
 
 
 def _checked_data(experiment: Experiment, mesh: Mesh, rules: ShardingRules) -> Dataset:
@@ -117,6 +121,33 @@ def _train(
             evaluate_scenes(
                 pipeline, state.averaged, experiment.sample, evaluation, dataset, experiment.workdir, watchdog.beat
             )
+
+
+def _summary(experiment: Experiment) -> str:
+    """Returns text on what a finished run left in its workdir, and on the commands that use it."""
+    workdir = experiment.workdir
+    checkpoints = f"training/{LIDIT}/checkpoints"
+    outputs = {
+        checkpoints: f"LI-DiT up to step {latest_step(workdir / checkpoints)}, to sample, resume and fine-tune from",
+        "encoders": "the LLMs, in Hugging Face's format",
+        "vae": "the VAE, in diffusers' format",
+        "training": "logs, TensorBoard events and samples of each network",
+        SCORES_FILE: "scores on unseen prompts",
+        "grid.png": "images of unseen prompts",
+        reconstruction.SCORES_FILE: "scores of the VAE's reconstructions",
+        reconstruction.SHEET_FILE: "the VAE's reconstructions",
+    }
+    found = [f"{name}: {what}" for name, what in outputs.items() if (workdir / name).exists()]
+    lines = [f"finished: {workdir}", *(f"  {entry}" for entry in found)]
+    if experiment.has_lidit:
+        run, images, exported = (shlex.quote(f"{workdir}{end}") for end in ("", "/images", "-torch"))
+        lines += [
+            f'sample: python -m lidit_jax.sample --workdir={run} --out={images} --prompt="…"',
+            f"export to PyTorch: python -m lidit_jax.export --workdir={run} --out={exported}",
+        ]
+    elif not experiment.vae.weights:
+        lines.append(f"train LI-DiT with this VAE: give --config.vae.weights={experiment.vae_folder()}")
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
