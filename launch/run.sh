@@ -6,10 +6,10 @@
 #     0   training is finished
 #     2   mistake in the command; restarting would repeat it
 #    75   the run's other hosts did not appear; restart
-#   143   stopped by SIGTERM, the last step is saved; restart
+#   143   stopped by SIGTERM or Ctrl-C, the last step is saved; restart
 #   else  failure; restart, but not for ever
 #
-# lidit_jax.main itself also exits with 0 after SIGTERM, which tpu_vm.sh or Kubernetes would take for the end of
+# lidit_jax.main itself also exits with 0 when stopped, which tpu_vm.sh or Kubernetes would take for the end of
 # training, and with 2 if hosts are missing, which is no mistake where hosts are preempted. This script tells these
 # cases apart by main's last message.
 set -euo pipefail
