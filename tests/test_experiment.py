@@ -222,7 +222,7 @@ def test_relative_and_absolute_paths_are_the_same(tmp_path, monkeypatch):
     resumed(tmp_path / "run", **{"start_from": "runs/first", "data.path": "./shards"})
     resumed(tmp_path / "run", **{"start_from": f"{tmp_path}/runs/first/", "data.path": f"{tmp_path}/shards"})
     with pytest.raises(UserError, match="start_from was"):
-        resumed(tmp_path / "run", start_from="runs/second")
+        resumed(tmp_path / "run", **{"start_from": "runs/second", "data.path": "shards"})
 
 
 def test_the_digests_name_every_file_of_the_config(trained_workdir, tmp_path):
