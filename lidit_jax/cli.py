@@ -1,5 +1,6 @@
 """Shared code of the command lines: common flags, and user errors as one line and exit code 2."""
 
+import gc
 import logging
 import re
 import sys
@@ -55,6 +56,8 @@ def run(main: Callable[[], None], resumable: bool = False) -> None:
     except Preempted as stop:
         print(stop, file=sys.stderr, flush=True)
         sys.exit(0 if resumable else 128 + stop.signal)
+    finally:
+        gc.freeze()  # or Python's last collection walks through all objects of JAX and TensorFlow, for seconds
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:

@@ -36,7 +36,7 @@ def main() -> None:
         return
     workdir = epath.Path(cli.require(_WORKDIR.name))
     with activity("starting"):
-        join_hosts(_DISTRIBUTED.value)
+        join_hosts(_DISTRIBUTED.value, workdir)
         config = cli.read_config(_CONFIG)
         if _FROM_TORCH.value:
             config = start_from_exported(config, epath.Path(_FROM_TORCH.value))

@@ -13,6 +13,7 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.preemption import forward_ctrl_c
+from lidit_jax.parallel.stderr_relay import relay_stderr
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ SHUTDOWN_DELAY_S = 5.0
 _HOST_GONE = re.compile(r"gloo|another task|coordination.?service|heartbeat|unavailable|socket closed", re.I)
 
 
-def join_hosts(wanted: bool | None = None) -> None:
+def join_hosts(wanted: bool | None = None, workdir: epath.Path | None = None) -> None:
     """Joins this process to a run on several hosts. Must be called before JAX initialises its backend.
 
     On TPU pods, under SLURM and in Kubernetes JAX finds the other hosts by itself (pass `wanted=True`); elsewhere
@@ -33,6 +34,7 @@ def join_hosts(wanted: bool | None = None) -> None:
 
     Args:
       wanted: whether to join other hosts; None joins them only if the environment names them.
+      workdir: folder of the run, for the stack trace if another host is lost; None prints it.
 
     Raises:
       UserError: the other hosts were not found or did not connect.
@@ -52,6 +54,8 @@ def join_hosts(wanted: bool | None = None) -> None:
             "host alone"
         ) from error
     forward_ctrl_c()
+    if workdir is not None:
+        relay_stderr(_trace_file(workdir))
     logger.info("host %d of %d", jax.process_index(), jax.process_count())
 
 
@@ -70,7 +74,7 @@ def leave_with_trace(error: Exception, folder: epath.Path | None) -> NoReturn:
             "command on all hosts again to resume"
         )
     try:
-        file = (folder / f"trace_host{jax.process_index()}.txt") if folder else None
+        file = _trace_file(folder) if folder else None
         if file:
             file.write_text(trace)
             line += f" (trace: {file})"
@@ -78,6 +82,10 @@ def leave_with_trace(error: Exception, folder: epath.Path | None) -> NoReturn:
         file = None
     print(line if file else f"{trace}{line}", file=sys.stderr, flush=True)
     leave(1)
+
+
+def _trace_file(folder: epath.Path) -> epath.Path:
+    return folder / f"trace_host{jax.process_index()}.txt"
 
 
 def leave(status: int) -> NoReturn:
