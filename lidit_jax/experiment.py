@@ -334,8 +334,9 @@ class Experiment:
                 found[f"encoders.{name}.weights"] = self._encoder_digest(name)
         if self.vae.weights:
             found["vae.weights"] = folder_digest(self.vae_folder())
-        if self.vae.perceptual.weights:
-            found["vae.perceptual.weights"] = file_digest(self.vae.perceptual.weights)
+        perceptual = self.vae.perceptual.weights
+        if perceptual and epath.Path(perceptual).exists():  # a finished VAE does not need them any more
+            found["vae.perceptual.weights"] = file_digest(perceptual)
         return found
 
     def frozen_digests(self) -> dict[str, str]:
