@@ -6,16 +6,16 @@
 #     0   training is finished
 #     2   mistake in the command; restarting would repeat it
 #    75   the run's other hosts did not appear; restart
-#   143   stopped by SIGTERM, the last step is saved; restart
+#   143   stopped by SIGTERM or Ctrl-C, the last step is saved; restart
 #   else  failure; restart, but not for ever
 #
-# lidit_jax.main itself also exits with 0 after SIGTERM, which tpu_vm.sh or Kubernetes would take for the end of
+# lidit_jax.main itself also exits with 0 when stopped, which tpu_vm.sh or Kubernetes would take for the end of
 # training, and with 2 if hosts are missing, which is no mistake where hosts are preempted. This script tells these
 # cases apart by main's last message.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-STOPPED="stopped by SIGTERM"
+STOPPED="stopped by (SIGTERM|Ctrl-C)"
 ALONE="the run's other hosts were not found"
 
 generation=${1:-}
@@ -26,14 +26,6 @@ fi
 shift
 # shellcheck source=/dev/null
 . "launch/env/$generation.sh"
-
-# Compiling takes minutes, and a preempted run restarts on fresh hosts: compiled programs survive only on storage that
-# all hosts share (the first host writes them, the others read them).
-if [ -z "${JAX_COMPILATION_CACHE_DIR+set}" ]; then
-  for argument in "$@"; do
-    case $argument in --workdir=*) export JAX_COMPILATION_CACHE_DIR="${argument#--workdir=}/compiled" ;; esac
-  done
-fi
 
 main=
 interrupted=
@@ -71,7 +63,7 @@ for _ in {1..100}; do # until the last messages are copied
   sleep 0.05
 done
 
-if [ "$status" = 0 ] && grep -qF "$STOPPED" "$scratch/messages"; then
+if [ "$status" = 0 ] && grep -qE "$STOPPED" "$scratch/messages"; then
   status=143
 elif [ "$status" = 2 ] && grep -qF "$ALONE" "$scratch/messages"; then
   status=75

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ import tensorstore
 from etils import epath
 
 from lidit_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Errors that retrying cannot fix: disk full, quota, permissions. A broken connection is not one of them.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -73,6 +76,7 @@ class Checkpoints:
             raise UserError(f"{self.folder}: can't be written ({error.strerror}); choose another --workdir") from error
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._being_written: int | None = None  # step of a checkpoint that is not announced yet
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -95,9 +99,11 @@ class Checkpoints:
             config=ocp.args.JsonSave(self.config),
             data=SaveDataPosition(position),
         )
+        self.wait()  # for the checkpoint before, as Orbax would
         with self._writing():
             # Without force, Orbax polls for preemption notices itself, with other step numbers than `preemption.py`.
             self._manager.save(step, args=items, force=True)
+        self._being_written = step
 
     def restore(self, abstract_state: Any, facts: Mapping[str, Any]) -> tuple[Any, Sequence[Mapping[str, Any]]] | None:
         """Restores the newest checkpoint.
@@ -148,6 +154,15 @@ class Checkpoints:
         """
         with self._writing():
             self._manager.wait_until_finished()
+        self.announce()
+
+    def announce(self) -> None:
+        """Logs the path of the newest checkpoint once it is on disk."""
+        if self._being_written is None or self._manager.is_saving_in_progress():
+            return
+        if jax.process_index() == 0:
+            logger.info("saved %s", self.folder / str(self._being_written))
+        self._being_written = None
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -220,6 +235,16 @@ def load_weights(folder: str | epath.Path, weights: str, into: Any = None) -> tu
         )
         restored = manager.restore(step, args=ocp.args.Composite(state=args))
     return restored.state[weights], step
+
+
+def load_facts(folder: str | epath.Path) -> dict[str, Any]:
+    """Returns the facts of the newest checkpoint: digests of the data and of the frozen networks.
+
+    Raises:
+      UserError: if there is no checkpoint.
+    """
+    with _open_newest(folder, "params") as (manager, step, _):
+        return manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())).facts
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """Shared code of the command lines: common flags, and user errors as one line and exit code 2."""
 
+import gc
 import logging
 import re
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.host_memory import keep_freed_memory
-from lidit_jax.parallel.hosts import leave
-from lidit_jax.parallel.preemption import Preempted
+from lidit_jax.parallel.hosts import leave, leave_with_trace
+from lidit_jax.parallel.preemption import Preempted, interruptible
 
 USER_MISTAKE = 2
 
@@ -24,11 +25,15 @@ USER_MISTAKE = 2
 flags.disclaim_key_flags()
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], resumable: bool = False) -> None:
     """Parses the flags and calls `main`.
 
-    A UserError ends the process with exit code 2, a preemption with 0. Any other exception is raised or, in a
-    distributed run, printed before the process leaves the run with exit code 1.
+    A UserError ends the process with exit code 2, SIGTERM and Ctrl-C with 143 and 130. Any other exception is raised
+    or, in a distributed run, written to a file before the process leaves the run with exit code 1.
+
+    Args:
+      main: the command.
+      resumable: whether the same command resumes; SIGTERM and Ctrl-C then end it with exit code 0.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -40,15 +45,19 @@ def run(main: Callable[[], None]) -> None:
             main()
         except UserError as error:
             _exit(str(error))
-        except Preempted as notice:
-            print(notice, file=sys.stderr, flush=True)
-        except Exception:
+        except Exception as error:
             if not jax.distributed.is_initialized():
                 raise
-            traceback.print_exc()
-            leave(1)
+            leave_with_trace(error, _workdir())
 
-    app.run(guarded, flags_parser=_parse)
+    try:
+        with interruptible():
+            app.run(guarded, flags_parser=_parse)
+    except Preempted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        sys.exit(0 if resumable else 128 + stop.signal)
+    finally:
+        gc.freeze()  # or Python's last collection walks through all objects of JAX and TensorFlow, for seconds
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
@@ -85,6 +94,28 @@ def define_sampling() -> Callable[[], dict[str, Any]]:
         "weights": flags.DEFINE_string("weights", "ema", "ema, or params for the weights without averaging"),
     }
     return lambda: {name: flag.value for name, flag in holders.items()}
+
+
+def define_moved_encoders() -> Callable[[], dict[str, str]]:
+    """Defines --encoder=NAME=FOLDER, which may be repeated.
+
+    Returns:
+      A function that returns the folders by name.
+    """
+    holder = flags.DEFINE_multi_string(
+        "encoder", [], "NAME=FOLDER of an LLM whose weights are no longer where the run's config says; may be repeated"
+    )
+
+    def parse() -> dict[str, str]:
+        found = {}
+        for value in holder.value:
+            name, _, folder = value.partition("=")
+            if not (name and folder):
+                raise UserError(f"--encoder={value}: give NAME=FOLDER, with the encoder's name in the config")
+            found[name] = folder
+        return found
+
+    return parse
 
 
 def define_distributed() -> flags.FlagHolder:
@@ -174,6 +205,12 @@ def _exit(message: str) -> None:
     if jax.distributed.is_initialized():
         leave(USER_MISTAKE)
     sys.exit(USER_MISTAKE)
+
+
+def _workdir() -> epath.Path | None:
+    """Returns the folder of --workdir, if the command has this flag and the folder exists."""
+    value = flags.FLAGS["workdir"].value if "workdir" in flags.FLAGS else None
+    return epath.Path(value) if value and epath.Path(value).exists() else None
 
 
 def _set_up_logging() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import logging
+import os
 import re
 import runpy
 import types
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T", bound="DataclassInstance")
 
 CONFIG_FILE = "config.json"
+DIGESTS_FILE = "digests.json"
 MAX_NUMBER = 10**30  # largest int accepted for a float field
 # Keys that may differ when a run resumes, because none changes what a step computes. (`steps` may differ too.)
 CHANGEABLE_FIELDS = (
@@ -33,6 +35,8 @@ CHANGEABLE_FIELDS = (
     *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
     *("stalled_after", "max_skipped_in_row"),
 )
+# Fields that name files, which may move.
+PATH_FIELDS = ("path", "weights", "start_from")
 # Keys missing from workdirs of earlier versions, with the value that reproduces what those versions did.
 LEGACY_DEFAULTS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}
 # Removed keys of earlier versions, as section and name; they never affected results, so they are ignored.
@@ -136,50 +140,83 @@ def nearest(name: str, choices: Any) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(choices)}"
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, may_grow: bool = True) -> None:
-    """Writes the config into a new workdir, or checks that an existing one belongs to the same config.
+def claim_workdir(
+    workdir: epath.Path,
+    config: ConfigDict,
+    write: bool = True,
+    may_grow: bool = True,
+    digests: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the config into a new workdir, or checks that an existing one belongs to the same training.
+
+    What does not change the training may differ: see `CHANGEABLE_FIELDS`; sampling options; and paths, if they name the
+    same place or files of the same digest.
 
     Args:
       workdir: folder of the run.
       config: the config of the run.
       write: whether to write; False only checks, for all but one of the processes that share a workdir.
-      may_grow: whether the steps of the last trained component, and the `evaluate` section, may differ.
+      may_grow: whether the steps of the last trained component, and the `sample` and `evaluate` sections, may differ.
+      digests: digests of the files that the config names, by key.
 
     Raises:
       UserError: if the workdir was made with another config, or can't be written. Nothing is overwritten then.
     """
-    file = workdir / CONFIG_FILE
-    if not file.exists():
-        if not write:
-            return
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_json(file, _plain(config))
-        except OSError as error:
-            raise UserError(
-                f"{workdir}: can't be written ({error.strerror or error}); choose another --workdir"
-            ) from error
+    digests = digests or {}
+    file, digests_file = workdir / CONFIG_FILE, workdir / DIGESTS_FILE
+    digests_before = _read_json(digests_file) if digests_file.exists() else {}
+    if file.exists():
+        before, now = ({**LEGACY_DEFAULTS, **flatten(values)} for values in (read_workdir(workdir), config))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) == now.get(key) or _is_free(key, config, may_grow):
+                continue
+            if _has_moved(key, before.get(key), now.get(key), digests_before.get(key), digests.get(key)):
+                continue
+            raise _another_config(workdir, key, before, now)
+    if not write:
         return
-    before, now = ({**LEGACY_DEFAULTS, **flatten(values)} for values in (read_workdir(workdir), config))
-    for key in sorted(before.keys() | now.keys()):
-        is_free = any(part in CHANGEABLE_FIELDS for part in key.split(".")) and (
-            may_grow or not key.startswith("evaluate.")
-        )
-        if before.get(key) == now.get(key) or is_free:
-            continue
-        if key == "model.position_grid" and now.get("model.position") == "conv":  # which doesn't use it
-            continue
-        if may_grow and key == (
-            "train.steps" if "train" in config else "vae.train.steps"
-        ):  # steps of the last trained component
-            continue
-        resume = f"give --config.{key}={before.get(key)} or " if _is_one_word(before.get(key)) and key in now else ""
-        raise UserError(
-            f"{workdir} belongs to another config: {key} was {before.get(key, 'absent')!r}, "
-            f"now {now.get(key, 'absent')!r}; {resume}use another --workdir"
-        )
-    if write:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if digests.items() - digests_before.items():
+            write_json(digests_file, {**digests, **digests_before})
         write_json(file, _plain(config))
+    except OSError as error:
+        raise UserError(f"{workdir}: can't be written ({error.strerror or error}); choose another --workdir") from error
+
+
+def _is_free(key: str, config: ConfigDict, may_grow: bool) -> bool:
+    """Returns True if a key may differ when a run resumes."""
+    if key == "model.position_grid" and config.model.get("position") == "conv":  # which doesn't use it
+        return True
+    # Steps of the last trained component, and sections that are read after training or for the log.
+    if key == ("train.steps" if "train" in config else "vae.train.steps") or key.startswith(("evaluate.", "sample.")):
+        return may_grow
+    return any(part in CHANGEABLE_FIELDS for part in key.split("."))
+
+
+def _has_moved(key: str, before: Any, now: Any, digest_before: str | None, digest: str | None) -> bool:
+    """Returns True if a key names the same place in another way, or another place with the same files."""
+    if key.rpartition(".")[2] not in PATH_FIELDS or not (before and now):
+        return False
+    if not isinstance(before, str) or not isinstance(now, str):
+        return False
+    if digest is not None and digest == digest_before:
+        return True
+    return "://" not in before + now and os.path.abspath(before) == os.path.abspath(now)
+
+
+def _another_config(workdir: epath.Path, key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> UserError:
+    resume = f"give --config.{key}={before.get(key)} or " if _is_one_word(before.get(key)) and key in now else ""
+    # A run may begin with the weights of one with the same model; a VAE alone can't.
+    start = (
+        ""
+        if key.startswith("model.") or "model.depth" not in now
+        else (f", where --config.start_from={workdir} begins with its weights")
+    )
+    return UserError(
+        f"{workdir} belongs to another config: {key} was {before.get(key, 'absent')!r}, "
+        f"now {now.get(key, 'absent')!r}; {resume}use another --workdir{start}"
+    )
 
 
 def _is_one_word(value: Any) -> bool:
@@ -196,12 +233,7 @@ def read_workdir(workdir: epath.Path) -> ConfigDict:
     file = epath.Path(workdir) / CONFIG_FILE
     if not file.exists():
         raise UserError(f"{workdir}: no {CONFIG_FILE} there; name the --workdir of a training run")
-    try:
-        values = json.loads(file.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise UserError(f"{file}: not a run's config ({error})") from error
+    values = _read_json(file)
     for section, name in OBSOLETE_KEYS:
         if isinstance(values.get(section), dict):
             values[section].pop(name, None)
@@ -210,6 +242,21 @@ def read_workdir(workdir: epath.Path) -> ConfigDict:
         logger.warning("%s is from before model.position: the model has the positions of that time, 'conv'", file)
         model["position"] = "conv"
     return ConfigDict(values)
+
+
+def _read_json(file: epath.Path) -> dict[str, Any]:
+    """Returns the object in a JSON file of a workdir.
+
+    Raises:
+      UserError: if it is none.
+    """
+    try:
+        values = json.loads(file.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise UserError(f"{file}: not a run's file ({error}); restore it, or use another --workdir") from error
+    return values
 
 
 def _plain(values: Any) -> Any:

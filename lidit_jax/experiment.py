@@ -3,6 +3,9 @@
 A workdir is self-contained:
 
     config.json            the config of the run
+    digests.json           digests of the data and weights that the config names
+    run.lock               who runs in the workdir, while it does
+    compiled/              compiled programs, which a resumed run reuses
     encoders/NAME/         an LLM trained by the run, in Hugging Face's format (others are in their `weights` folder)
     vae/                   a VAE trained by the run, in diffusers' format (others are in their `weights` folder)
     training/NAME/         checkpoints, metrics.jsonl, TensorBoard events and samples/ of each trained network
@@ -15,7 +18,7 @@ A config without LI-DiT's sections trains or evaluates a VAE alone.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -25,8 +28,8 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lidit_jax.checkpoint import load_weights, require_checkpoint
-from lidit_jax.config import build, read_workdir, require_section
+from lidit_jax.checkpoint import load_facts, load_weights, require_checkpoint
+from lidit_jax.config import build, flatten, read_workdir, require_section
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.stored_features import EncoderFingerprint
 from lidit_jax.diffusion.samplers import step_table
@@ -50,8 +53,8 @@ from lidit_jax.text.load_encoder import EncoderConfig, load_encoder, open_encode
 from lidit_jax.text.prompts import PromptTokenizer, TextConfig
 from lidit_jax.train_config import TrainConfig
 from lidit_jax.weights.diffusers_vae import load_vae
-from lidit_jax.weights.digest import folder_digest
-from lidit_jax.weights.folders import find_folder
+from lidit_jax.weights.digest import file_digest, folder_digest
+from lidit_jax.weights.folders import HUB_NAME, find_folder, is_there
 from lidit_jax.weights.safetensors_folder import read_config
 
 LIDIT = "lidit"
@@ -309,6 +312,46 @@ class Experiment:
         folder = self.encoder_folder(name)
         return folder_digest(*dict.fromkeys((folder, tokenizer_folder(folder))))
 
+    def check_encoder_folders(self, moved: Collection[str]) -> None:
+        """Checks the encoders' folders of a trained run.
+
+        Args:
+          moved: names of encoders whose folders are no longer those that the run was trained with.
+
+        Raises:
+          UserError: if a folder is missing, or has other weights than the run was trained with.
+        """
+        facts = load_facts(self.training_folder(LIDIT) / "checkpoints") if moved else {}
+        digests = facts.get("frozen", {})
+        for name, encoder in self.encoders.items():
+            weights, key = encoder.weights, f"encoders.{name}"
+            if weights and not HUB_NAME.fullmatch(weights) and not is_there(epath.Path(weights)):
+                raise UserError(
+                    f"{key}.weights={weights}: no such folder; if it was moved, give --encoder={name}=FOLDER"
+                )
+            if name in moved and key in digests and digests[key] != self._encoder_digest(name):
+                raise UserError(
+                    f"--encoder={name}={weights}: the run was trained with other weights or another tokenizer; name "
+                    "the folder that has those"
+                )
+
+    def named_digests(self, data: str) -> dict[str, str]:
+        """Returns the digests of the files that the config names, by config key, to find them where they moved.
+
+        Args:
+          data: fingerprint of the data set, which covers all of its paths.
+        """
+        found = {f"data.{key}": data for key in flatten(self.config.data) if key.rpartition(".")[2] == "path"}
+        for name, encoder in self.encoders.items() if self.has_lidit else ():
+            if encoder.weights:
+                found[f"encoders.{name}.weights"] = self._encoder_digest(name)
+        if self.vae.weights:
+            found["vae.weights"] = folder_digest(self.vae_folder())
+        perceptual = self.vae.perceptual.weights
+        if perceptual and epath.Path(perceptual).exists():  # a finished VAE does not need them any more
+            found["vae.perceptual.weights"] = file_digest(perceptual)
+        return found
+
     def frozen_digests(self) -> dict[str, str]:
         """Returns the digests of the frozen weights, which checkpoints record instead of the weights."""
         digests = {f"encoders.{name}": self._encoder_digest(name) for name in self.encoders}
@@ -395,25 +438,51 @@ class TrainedModel:
         return self.pipeline(self.params, prompts, seeds, *size, options, images_per_prompt)
 
 
-def load(workdir: str | epath.Path, weights: str = "ema", devices: Sequence[jax.Device] | None = None) -> TrainedModel:
+def move_encoders(config: ConfigDict, moved: Mapping[str, str]) -> ConfigDict:
+    """Returns a run's config in which encoders have other folders.
+
+    Args:
+      config: config of the run; changed in place.
+      moved: folders of encoders by name.
+
+    Raises:
+      UserError: the run has no such encoder.
+    """
+    for name, folder in moved.items():
+        if name not in config.get("encoders", {}):
+            known = ", ".join(config.get("encoders", {})) or "none"
+            raise UserError(f"--encoder={name}={folder}: the run has no encoder {name!r}; it has {known}")
+        config.encoders[name].weights = folder
+    return config
+
+
+def load(
+    workdir: str | epath.Path,
+    weights: str = "ema",
+    devices: Sequence[jax.Device] | None = None,
+    encoders: Mapping[str, str] | None = None,
+) -> TrainedModel:
     """Loads a trained run from its workdir.
 
     Args:
       workdir: folder of the run.
       weights: "ema", or "params" for the weights without averaging.
       devices: devices to shard weights and images over; None uses all.
+      encoders: folders of encoders, by name, that are no longer where the config says.
 
     Raises:
-      UserError: if the workdir has no config or no checkpoint of LI-DiT, or the checkpoint has no such weights.
+      UserError: if the workdir has no config or no checkpoint of LI-DiT, or the checkpoint has no such weights; or an
+        encoder's folder is missing or has other weights than the run was trained with.
     """
-    workdir = epath.Path(workdir)
-    experiment = Experiment(read_workdir(workdir), workdir)
+    workdir, moved = epath.Path(workdir), encoders or {}
+    experiment = Experiment(move_encoders(read_workdir(workdir), moved), workdir)
     if not experiment.has_lidit:
         raise UserError(
             f"{workdir} is the run of a VAE alone, without a LI-DiT to sample from: name the workdir of one that has"
         )
     checkpoints = checkpoint_folder(workdir, LIDIT)
     require_checkpoint(checkpoints)
+    experiment.check_encoder_folders(moved)
     pipeline = experiment.pipeline(*experiment.sampling_mesh(devices))
     params, step = load_weights(checkpoints, weights, pipeline.abstract_params())
     return TrainedModel(experiment, pipeline, params, step)

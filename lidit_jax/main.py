@@ -12,6 +12,7 @@ from etils import epath
 from lidit_jax import cli
 from lidit_jax.export.read import start_from_exported
 from lidit_jax.parallel.hosts import join_hosts
+from lidit_jax.parallel.preemption import activity
 from lidit_jax.print_config import format_config
 from lidit_jax.stages.run import run_stages
 
@@ -23,6 +24,9 @@ _FROM_TORCH = flags.DEFINE_string(
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config", False, "print every field of the config with its source (paper, ours, default, command line); exit"
 )
+_COMPILATION_CACHE = flags.DEFINE_bool(
+    "compilation_cache", True, "keep compiled programs in WORKDIR/compiled, or where JAX_COMPILATION_CACHE_DIR says"
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, logs, samples (local or gs://)")
 
 
@@ -30,12 +34,14 @@ def main() -> None:
     if _PRINT_CONFIG.value:
         print(format_config(cli.read_config(_CONFIG), cli.config_file(), cli.config_overrides()))
         return
-    join_hosts(_DISTRIBUTED.value)
-    config = cli.read_config(_CONFIG)
-    if _FROM_TORCH.value:
-        config = start_from_exported(config, epath.Path(_FROM_TORCH.value))
-    run_stages(config, epath.Path(cli.require(_WORKDIR.name)))
+    workdir = epath.Path(cli.require(_WORKDIR.name))
+    with activity("starting"):
+        join_hosts(_DISTRIBUTED.value, workdir)
+        config = cli.read_config(_CONFIG)
+        if _FROM_TORCH.value:
+            config = start_from_exported(config, epath.Path(_FROM_TORCH.value))
+        run_stages(config, workdir, _COMPILATION_CACHE.value)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, resumable=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import time
@@ -13,6 +14,8 @@ from etils import epath
 
 from lidit_jax.files import finite
 from lidit_jax.images import save_png
+
+logger = logging.getLogger(__name__)
 
 
 class Metrics:
@@ -48,7 +51,9 @@ class Metrics:
         if self._writer:
             self._writer.write_images(step, {name: image[None] for name, image in images.items()})
             for name, image in images.items():
-                save_png(image, self.folder / "samples" / f"{name}_{step:07d}.png")
+                file = self.folder / "samples" / f"{name}_{step:07d}.png"
+                save_png(image, file)
+                logger.info("step %d: %s", step, file)
 
     def close(self) -> None:
         if self._writer:
@@ -58,9 +63,17 @@ class Metrics:
 
 
 class Progress:
-    """Prints the progress line: loss, speed, MFU, share of time spent waiting for data, time left."""
+    """Prints the progress line: loss, speed, MFU, memory, share of time spent waiting for data, time left."""
 
-    def __init__(self, name: str, step: int, steps: int, batch_size: int, peak: float | None = None):
+    def __init__(
+        self,
+        name: str,
+        step: int,
+        steps: int,
+        batch_size: int,
+        peak: float | None = None,
+        later_steps: float = 0.0,
+    ):
         """Starts the first interval.
 
         Args:
@@ -69,7 +82,9 @@ class Progress:
           steps: steps in total.
           batch_size: samples in a step, over all devices.
           peak: peak FLOP/s of all devices together; None if unknown.
+          later_steps: rough work of the run after this component, in steps of this one.
         """
+        self._later_steps = later_steps
         self._peak, self._flops = peak, 0.0
         self.name, self.steps, self.batch_size = name, steps, batch_size
         self._step, self._started = step, time.monotonic()
@@ -117,9 +132,13 @@ class Progress:
         if jax.process_index():
             return
         speed = self._speed["samples_per_second"]
-        seconds_left = (self.steps - step) * self.batch_size / max(speed, 1e-9)
+        seconds_per_step = self.batch_size / max(speed, 1e-9)
+        eta = duration((self.steps - step) * seconds_per_step)
+        if self._later_steps:
+            eta += f", all stages about {duration((self.steps - step + self._later_steps) * seconds_per_step)}"
         flops = f"  {self._speed['tflops_per_second']:.3g} TFLOP/s" if "tflops_per_second" in self._speed else ""
         flops += f" (MFU {100 * self._speed['mfu']:.0f}%)" if "mfu" in self._speed else ""
+        memory = f"  memory {values['peak_memory_gb']:.1f} GB" if "peak_memory_gb" in values else ""
         skipped = f"  skipped {values['skipped_in_interval']} ({values['skipped']} in all)" if values["skipped"] else ""
 
         def show(name: str, form: str) -> str:
@@ -128,10 +147,17 @@ class Progress:
         print(
             f"{self.name} {step}/{self.steps} ({100 * step // self.steps}%)  loss {show('loss', '.4f')}  "
             f"grad {show('grad_norm', '.3f')}  lr {show('learning_rate', '.2e')}  {speed:.1f} samples/s{flops}  "
-            f"data wait {100 * self._speed['data_wait']:.0f}%{skipped}  eta {duration(seconds_left)}",
+            f"data wait {100 * self._speed['data_wait']:.0f}%{memory}{skipped}  eta {eta}",
             file=sys.stderr,
             flush=True,
         )
+
+
+def peak_memory() -> dict[str, float]:
+    """Returns "peak_memory_gb", the most that any device of this process has used so far; {} where JAX doesn't know."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]
+    return {"peak_memory_gb": max(peaks) / 1e9} if peaks else {}
 
 
 def duration(seconds: float) -> str:

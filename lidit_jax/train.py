@@ -23,10 +23,10 @@ from jax.sharding import Mesh
 from lidit_jax.checkpoint import Checkpoints
 from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.errors import UserError
-from lidit_jax.metrics import Metrics, Progress
+from lidit_jax.metrics import Metrics, Progress, peak_memory
 from lidit_jax.models.sharded_matmul import reduce_gradients_in
 from lidit_jax.parallel.chips import chip_of
-from lidit_jax.parallel.preemption import Notice, Preempted, catch_sigterm
+from lidit_jax.parallel.preemption import Notice, Preempted, activity, catch_sigterm
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated, shardings
 from lidit_jax.parallel.watchdog import Watchdog, watched
 from lidit_jax.train_config import TrainConfig
@@ -200,6 +200,10 @@ class Trainer:
         """Returns how many of the task's phases have begun at step `number`."""
         return bisect.bisect_right(self.task.phases, number)
 
+    def is_compiled(self, batch: Mapping[str, Any], phase: int) -> bool:
+        """Returns True if `compile` was called for batches of these shapes."""
+        return self._step.is_compiled(batch, phase)
+
     def compile(self, batch: Mapping[str, jax.ShapeDtypeStruct], phase: int) -> None:
         """Compiles the step for batches of these shapes; later steps on such batches use the program.
 
@@ -313,6 +317,7 @@ def train(
     seed: int,
     facts: Mapping[str, Any],
     initial_params: Callable[[Any], Any] | None = None,
+    later_steps: float = 0.0,
 ) -> TrainState:
     """Trains to `config.steps`, resuming from the newest checkpoint if there is one.
 
@@ -327,6 +332,7 @@ def train(
         data, digests of the frozen networks).
       initial_params: (shapes, dtypes and shardings of the parameters) -> parameters to start from instead of random
         ones, for fine-tuning; called if there is no checkpoint.
+      later_steps: rough work of the run after this network, in steps of this one, for the time left in the log.
 
     Returns:
       The state after the last step.
@@ -347,12 +353,13 @@ def train(
 
     # Created by a program on all devices: a process cannot put an array on another's devices.
     key = jax.jit(lambda: jax.random.key(seed + 1), out_shardings=replicated(trainer.mesh))()
-    progress = Progress(task.name, step, config.steps, config.batch_size, _peak_flops(trainer.mesh))
+    progress = Progress(task.name, step, config.steps, config.batch_size, _peak_flops(trainer.mesh), later_steps)
     pending = []
     with (
         contextlib.closing(batches(step)) as stream,
         jax.set_mesh(trainer.mesh),
         catch_sigterm() as notice,
+        activity("the current step"),
         watched(config.stalled_after, task.name) as watchdog,
     ):
         if positions:
@@ -362,9 +369,9 @@ def train(
             waited = time.monotonic()
             batch = trainer.put(next(stream))
             progress.waited(time.monotonic() - waited)
-            if step == first_step and config.compile_ahead:
+            if not trainer.is_compiled(batch, trainer.phase(step)):
                 with progress.paused():
-                    _warm_up(trainer, stream, batch, step, watchdog, notice)
+                    _compile(trainer, stream, batch, step, watchdog, notice, is_first=step == first_step)
             if task.flops:
                 progress.worked(task.flops(batch))
             state, step_metrics = trainer.step(state, task.frozen, batch, key, step)
@@ -374,31 +381,25 @@ def train(
             last = step == config.steps
             if step % config.log_every == 0 or last:
                 _log(metrics, progress, step, pending, stream.report(), config)
+                checkpoints.announce()
                 pending = []
                 watchdog.beat()
             if last:
                 _check_outcome(trainer, state)
             if config.sample_every and task.evaluate and not preempted and (step % config.sample_every == 0 or last):
                 with progress.paused():
-                    values, images = task.evaluate(state, step)
-                    if values:
-                        metrics.scalars(step, values)
-                    metrics.images(step, images)
+                    preempted = _evaluate(task, state, step, metrics, notice)
                 watchdog.beat()
             if step % config.checkpoint_every == 0 or last or preempted:
-                with progress.paused():
+                with progress.paused(), activity(f"saving step {step}"):
                     checkpoints.save(step, state, facts, stream.get_state())
+                    if preempted or last:
+                        checkpoints.wait()
                 watchdog.beat()
             if preempted:
-                checkpoints.wait()
-                raise Preempted(
-                    f"{task.name}: stopped by SIGTERM after step {step}, which is saved; run it again to resume"
-                )
-        checkpoints.wait()
+                raise notice.stopped(task.name, f"after step {step}, which is saved")
         if notice.received:  # while the last step was being evaluated or saved
-            raise Preempted(
-                f"{task.name}: stopped by SIGTERM after its last step, which is saved; run it again to resume"
-            )
+            raise notice.stopped(task.name, "after its last step, which is saved")
     return state
 
 
@@ -417,27 +418,56 @@ def _first_state(
     return state, ()
 
 
-def _warm_up(
-    trainer: Trainer, stream: BatchStream, batch: Batch, step: int, watchdog: Watchdog, notice: Notice
+def _evaluate(task: Task, state: TrainState, step: int, metrics: Metrics, notice: Notice) -> bool:
+    """Evaluates the task and writes the results; returns True if SIGTERM interrupted it."""
+    try:
+        with notice.interrupting(), activity(f"evaluating step {step}"):
+            values, images = task.evaluate(state, step)
+            if values:
+                metrics.scalars(step, values)
+            metrics.images(step, images)
+    except Preempted:
+        return True
+    return False
+
+
+def _compile(
+    trainer: Trainer,
+    stream: BatchStream,
+    batch: Batch,
+    step: int,
+    watchdog: Watchdog,
+    notice: Notice,
+    is_first: bool,
 ) -> None:
-    """Compiles the step for every bucket and phase before step `step`.
+    """Compiles the step `step` for a batch and, with `train.compile_ahead`, for every bucket and phase from then on.
 
     Args:
       trainer: the task and its jitted functions.
       stream: stream of the batches.
-      batch: the first batch, the last one taken from the stream.
-      step: number of the next step.
+      batch: the batch of that step, the last one taken from the stream.
+      step: number of the step, from 0.
       watchdog: told of each compiled program.
-      notice: raises Preempted, between programs, if SIGTERM was received.
+      notice: polled between programs; raises Preempted if SIGTERM was received before the first step.
+      is_first: True before the first step since the start.
     """
+    config, name = trainer.config, trainer.task.name
 
     def compiled() -> None:
         watchdog.beat()
-        if notice.should_stop():  # nothing to save: no step was taken since the start
-            raise Preempted(f"{name}: stopped by SIGTERM before step {step + 1}; run it again to resume")
+        # Without a step since the start there is nothing to save; later on, the step is taken first.
+        if is_first and notice.should_stop():
+            raise notice.stopped(name, f"before step {step + 1}")
 
-    name, steps = trainer.task.name, range(step, trainer.config.steps)
-    warm_up(trainer, name, batch, stream.bucket, stream.buckets, steps, compiled)
+    warm_up(
+        trainer,
+        name,
+        batch,
+        stream.bucket,
+        stream.buckets,
+        range(step, config.steps if config.compile_ahead else step + 1),
+        compiled,
+    )
 
 
 def _check_outcome(trainer: Trainer, state: TrainState) -> None:
@@ -486,7 +516,8 @@ def _log(
         values["learning_rate"] = float(taken[-1]["learning_rate"])
     values |= {"skipped": int(rows[-1]["skipped"]), "skipped_in_interval": len(rows) - len(taken)}
     in_row = max(int(row["skipped_in_row"]) for row in rows)
-    metrics.scalars(step, values | progress.speed(step) | dict(report))
+    values |= progress.speed(step) | peak_memory()
+    metrics.scalars(step, values | dict(report))
     progress.print(step, values)
     if in_row >= config.max_skipped_in_row:
         raise UserError(

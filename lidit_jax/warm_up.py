@@ -1,4 +1,4 @@
-"""Compiles the train step for every bucket before the first step, instead of on a bucket's first batch."""
+"""Compiles the train step, for every bucket before the first step or for each on its first batch, and says so."""
 
 import sys
 import time
@@ -10,6 +10,7 @@ import jax
 from lidit_jax.data.assembler import shapes_in_bucket
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.metrics import duration
+from lidit_jax.parallel.preemption import activity
 
 
 class Program:
@@ -56,6 +57,10 @@ class Program:
         if key not in self._executables:
             self._executables[key] = self.lower(*arguments).compile()
 
+    def is_compiled(self, batch: Mapping[str, Any], *static: Hashable) -> bool:
+        """Returns True if there is an executable for the batch's shapes and the static arguments."""
+        return (batch_key(batch), *static) in self._executables
+
     def _key(self, arguments: Sequence[Any]) -> Hashable:
         return batch_key(arguments[self._batch]), *(arguments[i] for i in self._static)
 
@@ -69,6 +74,8 @@ class Trains(Protocol):
     """The methods of `train.Trainer` that the warm-up calls."""
 
     def phase(self, number: int) -> int: ...
+
+    def is_compiled(self, batch: Mapping[str, Any], phase: int) -> bool: ...
 
     def compile(self, batch: Mapping[str, jax.ShapeDtypeStruct], phase: int) -> None: ...
 
@@ -91,40 +98,50 @@ def warm_up(
     steps: range,
     compiled: Callable[[], None],
 ) -> None:
-    """Compiles the step for each bucket, in order, and for each phase that the remaining steps pass through.
+    """Compiles the step for each bucket, in order, and for each phase that the steps pass through, unless it is.
 
-    Nothing runs and no arrays are allocated. If the run needs a single program, the first step compiles it. On several
-    hosts, all compile the same programs in the same order.
+    Nothing runs and no arrays are allocated. On several hosts, all compile the same programs in the same order.
 
     Args:
       trainer: compiles the step.
       name: name of the trained component, for the progress lines.
       batch: any batch, as passed to the step; shapes that do not depend on the bucket are taken from it.
       bucket: bucket of that batch.
-      buckets: all buckets of the data.
-      steps: the remaining steps.
+      buckets: all buckets of the data; if there is one step only, just the batch's own is compiled.
+      steps: the steps to compile for.
       compiled: called after each program.
     """
-    planned = _plan(trainer, batch, bucket, buckets, steps)
-    if len(planned) < 2:
-        return
+    planned = [
+        program
+        for program in _plan(trainer, batch, bucket, buckets, steps)
+        if not trainer.is_compiled(program.batch, program.phase)
+        and (len(steps) > 1 or batch_key(program.batch) == batch_key(batch))
+    ]
     phases = sorted({program.phase for program in planned})
-    _print(
-        f"{name}: compiling the step for {len(buckets)} bucket{'s' * (len(buckets) > 1)}"
-        f"{f' in {len(phases)} phases' if len(phases) > 1 else ''} before step {steps.start + 1} "
-        "(train.compile_ahead=False compiles each on first use)"
-    )
-    started = time.monotonic()
-    for done, program in enumerate(planned, 1):
-        begun = time.monotonic()
-        trainer.compile(program.batch, program.phase)
-        now = time.monotonic()
-        phase = f", phase {phases.index(program.phase) + 1} of {len(phases)}" if len(phases) > 1 else ""
+    if len(planned) > 1:
         _print(
-            f"{name}: compiling the step for bucket {program.number} of {len(buckets)} ({program.bucket}){phase}: "
-            f"{now - begun:.0f} s, eta {duration((now - started) / done * (len(planned) - done))}"
+            f"{name}: compiling {len(planned)} programs before step {steps.start + 1} "
+            "(train.compile_ahead=False compiles each on first use)"
         )
+    started = time.monotonic()
+    for done, program in enumerate(planned):
+        elapsed = time.monotonic() - started
+        what = _describe(program, len(buckets)) + (
+            f", phase {phases.index(program.phase) + 1} of {len(phases)}" if len(phases) > 1 else ""
+        )
+        _print(f"{name}: {what}" + (f", eta {duration(elapsed / done * (len(planned) - done))}" if done else ""))
+        with activity(what):
+            trainer.compile(program.batch, program.phase)
         compiled()
+    if planned:
+        _print(f"{name}: compiled in {duration(time.monotonic() - started)}")
+
+
+def _describe(program: _Planned, num_buckets: int) -> str:
+    """Returns what compiles, as in "compiling bucket 64x48 (2 of 4)"; batches of text do not depend on the bucket."""
+    if "image" in program.batch or "moments" in program.batch:
+        return f"compiling bucket {program.bucket} ({program.number} of {num_buckets})"
+    return "compiling the step"
 
 
 def _plan(

@@ -32,6 +32,7 @@ from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.t5 import T5Config, T5Encoder
 from lidit_jax.text.prompts import INSTRUCTION, PromptTokenizer
 from lidit_jax.weights.huggingface_t5 import load_t5_encoder, save_t5_encoder
+from lidit_jax.workdir_lock import lock
 
 BASELINE = ROWS["table2_baseline"]
 SCENES = ShapesSource(200, seed=7, layout=SceneLayout(shares=(0, 1, 1, 1)))
@@ -439,16 +440,13 @@ def test_runs_that_are_judged_otherwise_are_not_put_into_one_table(tmp_path):
 
 
 def test_two_processes_do_not_train_the_same(tmp_path):
-    import fcntl
-
     out, job = epath.Path(tmp_path / "out"), runs.SharedNetwork("vae")
     claim_workdir(out, load_config("ablation_scenes"))
-    lock = job.log(out).with_suffix(".lock")
-    lock.parent.mkdir()
-    with open(lock, "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="by another process"):
-            runs.run_job(out, job)
+    with (
+        lock(job.log(out).with_suffix(".lock"), "it"),
+        pytest.raises(UserError, match="parts/vae is in use by process"),
+    ):
+        runs.run_job(out, job)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"all scenes": {"pair": {"correct": 1, "total": 0}}}'])

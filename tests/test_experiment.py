@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, load_config, load_module, tiny_config
+from conftest import ROOT, change_config, load_config, load_module, tiny_config
 from etils import epath
 from PIL import Image
 
@@ -181,6 +181,80 @@ def test_a_workdir_of_another_config_is_rejected_and_kept(trained_workdir):
     with pytest.raises(UserError, match=r"another config: model\.depth was 2, now 3"):
         run_stages(config, trained_workdir)
     assert (trained_workdir / "config.json").read_bytes() == before
+
+
+def resumed(workdir, digests=None, **changes):
+    """Claims a workdir of the tiny config again, with changed values by dotted key."""
+    config = tiny_config()
+    with config.unlocked():
+        for key, value in changes.items():
+            config.update_from_flattened_dict({key: value})
+    claim_workdir(epath.Path(workdir), config, digests=digests)
+
+
+def test_sampling_options_and_intervals_may_change_when_a_run_resumes(tmp_path):
+    resumed(tmp_path)
+    resumed(tmp_path, **{"sample.steps": 7, "sample.guidance_scale": 2.0, "train.log_every": 3, "train.keep": 1})
+    assert read_workdir(epath.Path(tmp_path)).sample.steps == 7
+
+
+def test_a_change_of_the_training_names_start_from(tmp_path):
+    resumed(tmp_path)
+    words = "train.batch_size was 8, now 16; give --config.train.batch_size=8 or use another --workdir, where "
+    with pytest.raises(UserError, match=re.escape(f"{words}--config.start_from={tmp_path} begins with its weights")):
+        resumed(tmp_path, **{"train.batch_size": 16})
+    with pytest.raises(UserError, match="use another --workdir$"):  # start_from needs the same model
+        resumed(tmp_path, **{"model.depth": 3})
+
+
+@pytest.mark.parametrize("key", ["data.path", "encoders.llama.weights", "vae.weights"])
+def test_files_that_moved_are_accepted_if_their_digests_are_equal(tmp_path, key):
+    resumed(tmp_path, {key: "d1"}, **{key: "/old/folder"})
+    resumed(tmp_path, {key: "d1"}, **{key: "/new/folder"})
+    with pytest.raises(UserError, match=re.escape(f"{key} was '/new/folder', now '/other'")):
+        resumed(tmp_path, {key: "d2"}, **{key: "/other"})
+    with pytest.raises(UserError, match="now ''"):
+        resumed(tmp_path, {}, **{key: ""})
+
+
+def test_relative_and_absolute_paths_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    resumed(tmp_path / "run", **{"start_from": "runs/first", "data.path": "./shards"})
+    resumed(tmp_path / "run", **{"start_from": f"{tmp_path}/runs/first/", "data.path": f"{tmp_path}/shards"})
+    with pytest.raises(UserError, match="start_from was"):
+        resumed(tmp_path / "run", **{"start_from": "runs/second", "data.path": "shards"})
+
+
+def test_the_digests_name_every_file_of_the_config(trained_workdir, tmp_path):
+    config = tiny_config()
+    config.encoders.llama.weights = str(trained_workdir / "encoders/llama")
+    config.vae.weights = str(trained_workdir / "vae")
+    with config.unlocked():
+        config.data.mixture = {"a": {"path": "x"}}
+    digests = Experiment(config, epath.Path(tmp_path)).named_digests("data")
+    assert digests.pop("data.mixture.a.path") == "data"
+    assert sorted(digests) == ["encoders.llama.weights", "vae.weights"]
+
+
+def test_sampling_takes_encoders_from_where_they_moved(trained_workdir, tmp_path):
+    import shutil
+
+    workdir, moved = epath.Path(tmp_path / "run"), tmp_path / "moved"
+    shutil.copytree(trained_workdir, workdir)
+    shutil.move(workdir / "encoders/llama", moved)
+    change_config(
+        workdir,
+        encoders=json.loads((workdir / "config.json").read_text())["encoders"]
+        | {"llama": {"weights": "/gone/llama", "dtype": "float32"}},
+    )
+    with pytest.raises(UserError, match="no such folder; if it was moved, give --encoder=llama=FOLDER"):
+        experiment.load(workdir)
+    step = experiment.load(workdir, encoders={"llama": str(moved)}).step
+    assert step == 6
+    with pytest.raises(UserError, match="trained with other weights"):
+        experiment.load(workdir, encoders={"llama": str(workdir / "encoders/qwen")})
+    with pytest.raises(UserError, match="the run has no encoder 'bert'; it has llama, qwen"):
+        experiment.load(workdir, encoders={"bert": str(moved)})
 
 
 def without_position(workdir, copy):

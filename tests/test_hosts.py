@@ -7,13 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from etils import epath
 
 from lidit_jax.checkpoint import latest_step
 from lidit_jax.errors import UserError
+from lidit_jax.parallel import hosts as hosts_module
 from lidit_jax.parallel.hosts import join_hosts
 from lidit_jax.weights.diffusers_vae import load_vae
 
@@ -115,9 +118,8 @@ def at_step_3(notice):
     return reached(notice)
 Notice.should_stop = at_step_3
 """
-# Message of JAX's heartbeat or, inside a collective, of Gloo, which carries messages between CPU hosts.
-GONE = "another task died|Gloo .* failed"
-# Fault of host 1 -> (code that causes it, exit status of host 1, message with which host 0 ends).
+GONE = "another host of the run stopped or cannot be reached"
+# Fault of a host -> (code that causes it, its exit status, message with which the other host ends).
 FAULTS = {
     "killed": (AT_STEP_3.format(what="import os; os.kill(os.getpid(), 9)"), -9, GONE),
     "failed": (AT_STEP_3.format(what="raise UserError('its disk is gone')"), 2, GONE),
@@ -126,29 +128,85 @@ FAULTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_one_host_ends_the_other_with_a_message(tmp_path, fault):
+@pytest.mark.parametrize(("fault", "faulty"), [*((fault, 1) for fault in FAULTS), ("killed", 0)])
+def test_a_fault_of_one_host_ends_the_other_with_a_message(tmp_path, fault, faulty):
     code, status, message = FAULTS[fault]
     port, more = free_port(), ["--config.vae.train.steps=5000"]
     if fault == "waits for ever":
         more += ["--config.vae.train.stalled_after=60.0"]  # longer than a busy host needs to compile
-    short_timeout = "from lidit_jax.parallel import hosts\nhosts.HEARTBEAT_TIMEOUT_S = 10\n"
+    short_timeout = "from lidit_jax.parallel import hosts\nhosts.HEARTBEAT_TIMEOUT_S = 30\n"
     config = CONFIG.replace("steps=3,", "steps=3, stalled_after=1800.0,")
     hosts = [
         start(tmp_path, tmp_path / "run", 2, process, port, *more, config=config, before=short_timeout + before)
-        for process, before in ((0, ""), (1, code))
+        for process, before in enumerate(("", code) if faulty else (code, ""))
     ]
+    hosts[faulty].wait(300)
+    begun = time.monotonic()
     errors = [host.communicate(timeout=300)[1] for host in hosts]
     assert hosts[0].returncode != 0 and hosts[1].returncode != 0
     if fault == "failed":
-        assert "error: its disk is gone" in errors[1]
+        assert "error: its disk is gone" in errors[faulty]
     if fault == "waits for ever":  # the host that notices first prints where it waits
         assert any(message in error and re.search("in train|in at_step_3", error) for error in errors), "\n".join(
             errors
         )
+        return
+    assert hosts[faulty].returncode == status
+    survivor = errors[1 - faulty]
+    assert time.monotonic() - begun < 60, survivor  # seconds, and what a busy machine adds
+    assert "Traceback" not in survivor and "stack trace" not in survivor
+    assert survivor.splitlines()[-1].startswith(f"error: {message}")
+    assert re.search("Traceback|stack trace", (tmp_path / f"run/trace_host{1 - faulty}.txt").read_text())
+
+
+RELAYED = """
+import os, sys
+from etils import epath
+from lidit_jax.parallel.stderr_relay import ABORT, relay_stderr
+relay_stderr(epath.Path(sys.argv[1]))
+print("before", file=sys.stderr, flush=True)
+os.write(2, b"W1 a warning\\nF2 client.h] " + ABORT + b". This most likely\\n")
+os.write(2, b"*** Check failure stack trace: ***\\n    @ 0x7f\\n")
+os.abort()
+"""
+
+
+@pytest.mark.parametrize("folder", [".", "missing"])
+def test_an_abort_of_jax_is_one_line_and_its_trace_a_file(tmp_path, folder):
+    file = tmp_path / folder / "trace.txt"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", RELAYED, str(file)], env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGABRT
+    lines = done.stderr.splitlines()
+    assert lines[:2] == ["before", "W1 a warning"] and lines[-1].startswith(f"error: {GONE}")
+    if folder == ".":
+        assert len(lines) == 3 and file.read_text().splitlines()[-1] == "    @ 0x7f"
     else:
-        assert re.search(message, errors[0]), errors[0]
-        assert hosts[1].returncode == status
+        assert "    @ 0x7f" in lines and "can't be written: No such file" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (
+            "UNKNOWN: Gloo context initialization failed:\n timed out",
+            "another host of the run stopped or cannot be reach",
+        ),
+        ("INTERNAL: a bug", "RuntimeError: INTERNAL: a bug"),
+    ],
+)
+def test_an_error_of_a_host_is_one_line_and_its_trace_a_file(tmp_path, monkeypatch, capsys, message, line):
+    left = []
+    monkeypatch.setattr(hosts_module, "leave", left.append)
+    for folder in (tmp_path, None, tmp_path / "missing"):
+        try:
+            raise RuntimeError(message)
+        except RuntimeError as error:
+            hosts_module.leave_with_trace(error, folder and epath.Path(folder))
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith(f"error: {line}") and left.pop() == 1
+        assert (len(lines) == 1) == (folder == tmp_path)  # elsewhere the trace comes first
+    assert "Traceback" in (tmp_path / "trace_host0.txt").read_text()
 
 
 def test_hosts_that_cannot_be_reached_are_reported(monkeypatch):

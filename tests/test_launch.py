@@ -18,6 +18,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from lidit_jax.parallel.preemption import STOP_SIGNALS, Notice, Preempted
+
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("**/*.sh"))
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
@@ -424,19 +426,14 @@ def test_run_tells_how_main_itself_ended(tmp_path):
 
 def test_what_run_listens_for_is_what_main_says():
     script = (LAUNCH / "run.sh").read_text()
-    for name, file in (("STOPPED", "train.py"), ("ALONE", "parallel/hosts.py")):
-        words = re.search(f'^{name}="(.+)"$', script, re.MULTILINE)[1]
-        assert words in (ROOT / "lidit_jax" / file).read_text()
-
-
-def test_run_keeps_compiled_programs_beside_the_checkpoints(tmp_path):
-    executable(tmp_path / "python", '#!/usr/bin/env bash\necho "$JAX_COMPILATION_CACHE_DIR"\n')
-    command = ["bash", str(LAUNCH / "run.sh"), "v4", *MAIN]
-    for given, expected in ((None, "gs://bucket/10b/compiled"), ("/cache", "/cache"), ("", "")):
-        environment = {**os.environ, "PYTHON": str(tmp_path / "python")}
-        environment |= {} if given is None else {"JAX_COMPILATION_CACHE_DIR": given}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == expected
+    stopped, alone = (re.search(f'^{name}="(.+)"$', script, re.MULTILINE)[1] for name in ("STOPPED", "ALONE"))
+    for number in STOP_SIGNALS:
+        notice = Notice()
+        notice.number = number
+        assert re.search(stopped, str(notice.stopped("lidit", "before step 1")))
+        with pytest.raises(Preempted, match=stopped):
+            Notice().handle(number)
+    assert alone in (ROOT / "lidit_jax/parallel/hosts.py").read_text()
 
 
 def test_run_wants_a_generation():

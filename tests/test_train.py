@@ -1,11 +1,13 @@
 """The training loop on a toy task: steps, skipping, accumulation, sharding, checkpoints and exact resuming."""
 
+import dataclasses
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import flax.linen as nn
@@ -23,7 +25,7 @@ from lidit_jax.checkpoint import Checkpoints, latest_step, load_weights
 from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
-from lidit_jax.metrics import Metrics, Progress, duration
+from lidit_jax.metrics import Metrics, Progress, duration, peak_memory
 from lidit_jax.models.layers import Dense
 from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.mesh import make_mesh, resolve_sizes
@@ -162,6 +164,22 @@ def test_a_mesh_computes_the_losses_and_weights_of_one_device(tmp_path, sizes):
 def test_a_checkpoint_of_eight_devices_restores_on_one(tmp_path):
     eight = run(tmp_path, make_trainer({"data": 2, "fsdp": 2, "tensor": 2}))
     assert_equal_trees(eight.params, run(tmp_path, make_trainer()).params)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 4, "tensor": 1}, ONE_DEVICE])
+def test_a_run_on_two_by_two_devices_goes_on_with_one_by_four_and_with_one(tmp_path, sizes):
+    run(tmp_path / "moved", make_trainer({"data": 2, "fsdp": 2, "tensor": 1}, steps=7))
+    moved = run(tmp_path / "moved", make_trainer(sizes))
+    stayed = run(tmp_path / "stayed", make_trainer())
+    assert int(moved.step) == 12
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+        jax.device_get(moved.params),
+        jax.device_get(stayed.params),
+    )
+    found, expected = losses(tmp_path / "moved"), losses(tmp_path / "stayed")
+    assert list(found) == list(expected)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), 1e-5)
 
 
 def test_gradients_are_clipped_to_the_norm_before_adam_sees_them():
@@ -310,6 +328,46 @@ def test_mfu_is_model_flops_over_the_peak_of_the_chips(monkeypatch, capsys):
 def test_chips_are_known_by_their_kind(kind, name):
     assert chip_of(types.SimpleNamespace(device_kind=kind)).name == name
     assert chip_of(jax.devices()[0]) is None
+
+
+def test_the_time_left_covers_the_stages_to_come_and_says_that_it_is_rough(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("lidit_jax.metrics.time.monotonic", lambda: now[0])
+    progress = Progress("llama", 0, 10, 4, later_steps=110.0)
+    now[0] += 4
+    progress.speed(4)
+    values = {"loss": 1, "grad_norm": 1, "learning_rate": 1, "skipped": 0, "peak_memory_gb": 12.34}
+    progress.print(4, values)
+    assert capsys.readouterr().err.endswith("memory 12.3 GB  eta 0m06s, all stages about 1m56s\n")
+
+
+def test_peak_memory_is_that_of_the_fullest_device_where_it_is_known(monkeypatch):
+    devices = [types.SimpleNamespace(memory_stats=lambda n=n: n and {"peak_bytes_in_use": n}) for n in (3e9, 5e9, None)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert peak_memory() == {"peak_memory_gb": 5.0}
+    monkeypatch.setattr(jax, "local_devices", lambda: devices[2:])
+    assert peak_memory() == {}
+
+
+def test_every_checkpoint_is_announced_with_its_path_when_it_is_written(tmp_path, caplog):
+    caplog.set_level("INFO", "lidit_jax")
+    run(tmp_path, make_trainer(keep=5))
+    saved = [message for message in caplog.messages if message.startswith("saved ")]
+    assert saved == [f"saved {tmp_path}/checkpoints/{step}" for step in (5, 10, 12)]
+
+
+def test_sigterm_while_a_step_is_evaluated_saves_the_step(tmp_path):
+    trainer = make_trainer(sample_every=4)
+
+    def evaluate(state, step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        raise AssertionError
+
+    stopping = make_trainer(sample_every=4, task=dataclasses.replace(trainer.task, evaluate=evaluate))
+    with pytest.raises(Preempted, match="toy: stopped by SIGTERM after step 4, which is saved"):
+        run(tmp_path, stopping)
+    assert latest_step(tmp_path / "checkpoints") == 4
 
 
 def test_sigterm_saves_the_step_and_the_next_start_resumes_bit_for_bit(tmp_path):

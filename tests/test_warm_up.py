@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import signal
 
@@ -121,7 +122,8 @@ def test_without_a_warm_up_each_program_is_compiled_on_first_use_and_computes_th
 def test_one_bucket_is_compiled_once_and_at_its_first_step(tmp_path, capsys):
     seen, steps = compiled_by(tmp_path, trainer_of(steps=3), BUCKETS[:1])
     assert steps == 1 and seen[1:] == [seen[1]] * 2
-    assert "compiling" not in capsys.readouterr().err
+    lines = [line for line in capsys.readouterr().err.splitlines() if "compil" in line]
+    assert lines == ["toy: compiling bucket 24x8 (1 of 1)", lines[1]] and lines[1].startswith("toy: compiled in 0m")
 
 
 def test_batches_without_images_have_one_shape_for_all_buckets(tmp_path, capsys):
@@ -139,17 +141,30 @@ def test_batches_without_images_have_one_shape_for_all_buckets(tmp_path, capsys)
     with compilations() as compiled:
         run(tmp_path, trainer, Words)
     assert sum("_take_step" in name for name in compiled) == 1
-    assert "compiling" not in capsys.readouterr().err
+    assert capsys.readouterr().err.count("toy: compiling the step\n") == 1
 
 
-def test_the_progress_lines_show_bucket_size_seconds_and_time_left(tmp_path, trainer, capsys):
+def test_the_progress_lines_show_what_compiles_before_it_does(tmp_path, capsys):
+    run(tmp_path, trainer_of(phases=(2,)), Images)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "compil" in line]
+    assert lines[0].startswith("toy: compiling 4 programs before step 1 (train.compile_ahead=False compiles each")
+    assert lines[1] == "toy: compiling bucket 24x8 (1 of 2), phase 1 of 2"
+    assert lines[4].startswith("toy: compiling bucket 16x16 (2 of 2), phase 2 of 2, eta 0m")
+    assert lines[5].startswith("toy: compiled in 0m") and len(lines) == 6
+
+
+def test_compiling_on_first_use_is_said_and_counts_in_no_speed(tmp_path, capsys, monkeypatch):
+    trainer, clock = trainer_of(steps=4, compile_ahead=False), [0.0]
+    monkeypatch.setattr("lidit_jax.metrics.time.monotonic", lambda: clock[0])
+    compile_one, take = trainer.compile, trainer.step
+    monkeypatch.setattr(trainer, "compile", lambda *a: clock.__setitem__(0, clock[0] + 1000) or compile_one(*a))
+    monkeypatch.setattr(trainer, "step", lambda *a: clock.__setitem__(0, clock[0] + 1) or take(*a))
     run(tmp_path, trainer, Images)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "compiling" in line]
-    assert lines[0].startswith("toy: compiling the step for 2 buckets in 2 phases before step 1 (train.compile_ahead=")
-    assert lines[1].startswith("toy: compiling the step for bucket 1 of 2 (24x8), phase 1 of 2: ")
-    assert lines[1].partition(" s, eta ")[2].startswith("0m")
-    assert lines[4].startswith("toy: compiling the step for bucket 2 of 2 (16x16), phase 2 of 2: ")
-    assert lines[4].endswith(" s, eta 0m00s") and len(lines) == 5
+    error = capsys.readouterr().err
+    assert [f"compiling bucket {bucket} ({i} of 2)" in error for i, bucket in enumerate(BUCKETS, 1)] == [True] * 2
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["samples_per_second"] for line in lines] == [8.0] * 4
+    assert "eta 0m03s" in error
 
 
 def test_sigterm_during_the_warm_up_ends_it_and_the_next_start_is_the_run_that_never_stopped(
@@ -164,6 +179,7 @@ def test_sigterm_during_the_warm_up_ends_it_and_the_next_start_is_the_run_that_n
 
     with monkeypatch.context() as changed:
         changed.setattr(trainer, "compile", and_stop)
+        changed.setattr(trainer, "is_compiled", lambda *arguments: False)
         with pytest.raises(Preempted, match="toy: stopped by SIGTERM before step 1; run it again to resume"):
             run(tmp_path / "stopped", trainer, Images)
     assert compiled == [((8, 24, 8, 3), 0), ((8, 16, 16, 3), 0), ((8, 24, 8, 3), 1)]
@@ -176,6 +192,7 @@ def test_the_watchdog_is_beaten_after_every_program(tmp_path, trainer, monkeypat
     beats, compiled = [], []
     monkeypatch.setattr("lidit_jax.train.Watchdog.beat", lambda self: beats.append(len(compiled)))
     compile_one = trainer.compile
+    monkeypatch.setattr(trainer, "is_compiled", lambda *arguments: False)
     monkeypatch.setattr(trainer, "compile", lambda *arguments: compiled.append(compile_one(*arguments)))
     run(tmp_path, trainer, Images)
     assert {1, 2, 3, 4} <= set(beats)

@@ -5,7 +5,6 @@ OUT/parts/                 the frozen language models and the VAE, trained once
 OUT/runs/ROW/SEED/         an ordinary workdir per run (also for `sample --workdir`), with log.txt and scores.json
 """
 
-import fcntl
 import itertools
 import json
 import logging
@@ -30,6 +29,7 @@ from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.preemption import Preempted, catch_sigterm
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.run import run_stages
+from lidit_jax.workdir_lock import lock
 
 logger = logging.getLogger(__name__)
 
@@ -179,13 +179,7 @@ def run_job(out: epath.Path, job: Job) -> None:
     config = read_workdir(out)
     if "language_models" not in config:
         raise UserError(f"--out={out} is not a folder of ablations: run the command without --only first")
-    lock = job.log(out).with_suffix(".lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as held:  # the lock is released whenever and however this process ends
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{job} is being trained by another process: wait until it ends, or end it") from None
+    with lock(job.log(out).with_suffix(".lock"), str(job)):
         job.do(config, out)
 
 
@@ -235,7 +229,9 @@ def _run_in_processes(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, 
                 done = sum(job.steps(config) for job in jobs if job not in working and job.is_done(out))
                 bar.set_postfix_str(", ".join(map(str, working)), refresh=False)
                 bar.update(done + sum(_steps_taken(job, out) for job in working) - bar.n)
-            raise Preempted("stopped by SIGTERM, all runs saved a checkpoint: run the same command again to resume")
+            raise Preempted(
+                f"stopped by {notice.signal_name}, all runs saved a checkpoint: run the same command again to resume"
+            )
         finally:
             for process in working.values():
                 process.terminate()  # it saves a checkpoint, as at a preemption

@@ -30,6 +30,7 @@ _MIXED_PAIRS = flags.DEFINE_bool(
     False,
     "one to eight pairs of mixed kinds per prompt, not the paper's four of one kind (positional_bias only, ours)",
 )
+_ENCODERS = cli.define_moved_encoders()
 _DRAWING = cli.define_sampling()
 
 
@@ -44,6 +45,7 @@ def main() -> None:
             num_images=_NUM_IMAGES.value,
             num_scenes=_NUM_SCENES.value,
             mixed_pairs=_MIXED_PAIRS.value,
+            encoders=_ENCODERS(),
             **_DRAWING(),
         )
     )

@@ -4,10 +4,6 @@
 transformers, without JAX.
 """
 
-import signal
-import sys
-from typing import Any
-
 import jax
 from absl import flags
 from etils import epath
@@ -26,6 +22,7 @@ _TEXT_ENCODERS = flags.DEFINE_string(
     "refer by name to those on the Hugging Face hub)",
 )
 _MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "largest size of a file of LI-DiT's weights")
+_ENCODERS = cli.define_moved_encoders()
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a previous export")
 
 
@@ -33,7 +30,6 @@ def main() -> None:
     # An export only reads and writes files. Leave accelerators alone: training may be using them, and those of a pod
     # need all of its hosts.
     jax.config.update("jax_platforms", "cpu")
-    signal.signal(signal.SIGTERM, _exit_on_sigterm)
     export(
         Request(
             workdir=epath.Path(cli.require(_WORKDIR.name)),
@@ -43,14 +39,9 @@ def main() -> None:
             text_encoders=_TEXT_ENCODERS.value,
             max_shard_gb=_MAX_SHARD_GB.value,
             overwrite=_OVERWRITE.value,
+            encoders=_ENCODERS(),
         )
     )
-
-
-def _exit_on_sigterm(number: int, frame: Any) -> None:
-    """Exits through every `finally` block, which remove partially written files."""
-    del frame
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

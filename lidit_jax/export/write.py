@@ -22,7 +22,7 @@ from etils import epath
 from lidit_jax.checkpoint import open_weights
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder
+from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder, move_encoders
 from lidit_jax.export.copying import copy_files, model_files, num_bytes, tokenizer_files
 from lidit_jax.export.folder import (
     INDEX_FILE,
@@ -71,6 +71,7 @@ class Request:
         refers to those on the Hugging Face hub.
       max_shard_gb: largest size of a file of LI-DiT's weights, in 10^9 bytes.
       overwrite: whether to replace a previous export.
+      encoders: folders of encoders, by name, that are no longer where the run's config says.
     """
 
     workdir: epath.Path
@@ -80,6 +81,7 @@ class Request:
     text_encoders: str | None = None
     max_shard_gb: float = 5.0
     overwrite: bool = False
+    encoders: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +108,12 @@ def export(request: Request) -> None:
       UserError: an option is invalid or a file is missing or damaged, before anything is written; or the disk is full.
     """
     _check_request(request)
-    run = Experiment(read_workdir(request.workdir), request.workdir)
+    run = Experiment(move_encoders(read_workdir(request.workdir), request.encoders), request.workdir)
     if not run.has_lidit:
         raise UserError(
             f"{request.workdir} trained only a VAE, which is already in diffusers' format: {run.vae_folder()}"
         )
+    run.check_encoder_folders(request.encoders)
     _check_not_used(request.out, run)
     encoders = [_text_encoder(run, name, request.text_encoders) for name in run.encoders]
     vae = run.vae_folder()

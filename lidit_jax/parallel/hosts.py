@@ -2,13 +2,18 @@
 
 import logging
 import os
+import re
 import sys
 import time
+import traceback
 from typing import NoReturn
 
 import jax
+from etils import epath
 
 from lidit_jax.errors import UserError
+from lidit_jax.parallel.preemption import forward_ctrl_c
+from lidit_jax.parallel.stderr_relay import relay_stderr
 
 logger = logging.getLogger(__name__)
 
@@ -16,9 +21,11 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_TIMEOUT_S = 100
 # Seconds that host 0, which runs the coordination service, stays up so that the others can log why they end.
 SHUTDOWN_DELAY_S = 5.0
+# Errors of collectives (Gloo's, between CPU hosts) and of the coordination service, of which another host is the cause.
+_HOST_GONE = re.compile(r"gloo|another task|coordination.?service|heartbeat|unavailable|socket closed", re.I)
 
 
-def join_hosts(wanted: bool | None = None) -> None:
+def join_hosts(wanted: bool | None = None, workdir: epath.Path | None = None) -> None:
     """Joins this process to a run on several hosts. Must be called before JAX initialises its backend.
 
     On TPU pods, under SLURM and in Kubernetes JAX finds the other hosts by itself (pass `wanted=True`); elsewhere
@@ -27,6 +34,7 @@ def join_hosts(wanted: bool | None = None) -> None:
 
     Args:
       wanted: whether to join other hosts; None joins them only if the environment names them.
+      workdir: folder of the run, for the stack trace if another host is lost; None prints it.
 
     Raises:
       UserError: the other hosts were not found or did not connect.
@@ -45,7 +53,39 @@ def join_hosts(wanted: bool | None = None) -> None:
             "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or pass --distributed=False to run on this "
             "host alone"
         ) from error
+    forward_ctrl_c()
+    if workdir is not None:
+        relay_stderr(_trace_file(workdir))
     logger.info("host %d of %d", jax.process_index(), jax.process_count())
+
+
+def leave_with_trace(error: Exception, folder: epath.Path | None) -> NoReturn:
+    """Ends this process after an error with one line; the stack trace goes into a file.
+
+    Args:
+      error: the error.
+      folder: existing folder for the file; None prints the trace before the line.
+    """
+    trace, reason = "".join(traceback.format_exception(error)), " ".join(str(error).split())[:200]
+    line = f"error: {type(error).__name__}: {reason}"
+    if _HOST_GONE.search(reason):
+        line = (
+            f"error: another host of the run stopped or cannot be reached ({reason}): its log says why; run the same "
+            "command on all hosts again to resume"
+        )
+    try:
+        file = _trace_file(folder) if folder else None
+        if file:
+            file.write_text(trace)
+            line += f" (trace: {file})"
+    except OSError:
+        file = None
+    print(line if file else f"{trace}{line}", file=sys.stderr, flush=True)
+    leave(1)
+
+
+def _trace_file(folder: epath.Path) -> epath.Path:
+    return folder / f"trace_host{jax.process_index()}.txt"
 
 
 def leave(status: int) -> NoReturn:

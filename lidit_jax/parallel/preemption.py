@@ -1,60 +1,224 @@
-"""Handles preemption: SIGTERM announces it, on cloud TPUs some thirty seconds before the host is taken away."""
+"""Stops a run on SIGTERM, which announces a preemption, and on Ctrl-C: training saves its step first.
+
+On cloud TPUs, SIGTERM comes some thirty seconds before the host is taken away. Where a loop can save, it polls a
+`Notice`; everywhere else the signal raises `Preempted` in the main thread. A second Ctrl-C ends the process at once.
+"""
 
 import contextlib
 import itertools
+import multiprocessing
+import os
 import signal
+import socket
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import FrameType
 
-import jax
-from jax.experimental import multihost_utils
-
-
-class Preempted(Exception):
-    """Raised when training stopped after a preemption notice and its state is saved; the message says where."""
+STOP_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+REMINDER_S = 3.0  # seconds after a signal at which the process says what it still waits for
 
 
-_sync_points = itertools.count()  # calls of `Notice.should_stop` by this process on several hosts
+class Preempted(BaseException):
+    """Raised when a run stops on SIGTERM or Ctrl-C; the message says what is saved.
+
+    Like KeyboardInterrupt it is no `Exception`: a library that handles failures must not take it for one.
+
+    Attributes:
+      signal: number of the signal.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM):
+        super().__init__(message)
+        self.signal = number
 
 
 class Notice:
-    """Preemption notice of this run; on several hosts, all of them act on it at the same step."""
+    """Notice of a signal that stops this process; on several hosts, all of them act on it at the same step."""
 
     def __init__(self):
-        self._received = threading.Event()
+        self.number: int | None = None
+        self.activity = ""
+        self._polling = 0  # loops that poll; the signal raises nothing while there is one
+        self._sync_points = itertools.count()  # calls of `should_stop` on several hosts
 
     def should_stop(self) -> bool:
         """Returns True if the run should save and stop at this step. Every host must call it at every step.
 
         On several hosts, one host's notice makes it return True on all of them at the same step.
         """
+        import jax  # here: the command lines import this module before they parse their flags
+        from jax.experimental import multihost_utils
+
         if jax.process_count() > 1:
             # JAX's coordination service receives the signal. The numbers passed to it must rise through all stages of
             # a run; step numbers start again with each stage.
-            return multihost_utils.reached_preemption_sync_point(next(_sync_points))
-        return self._received.is_set()
+            return multihost_utils.reached_preemption_sync_point(next(self._sync_points))
+        return self.received
 
     @property
     def received(self) -> bool:
-        """True if this process has received the signal; asks no other host."""
-        return self._received.is_set()
+        """True if this process has received a signal; asks no other host."""
+        return self.number is not None
 
-    def _listen(self, number: int, frame: object) -> None:
-        del number, frame
-        self._received.set()
+    @property
+    def signal_name(self) -> str:
+        """Name of the signal; of other hosts' notices only SIGTERM is known."""
+        return STOP_SIGNALS[self.number or signal.SIGTERM]
+
+    def stopped(self, name: str, where: str) -> Preempted:
+        """Returns the exception to raise when a loop stops.
+
+        Args:
+          name: name of the trained component.
+          where: as in "after step 7, which is saved".
+        """
+        message = f"{name}: stopped by {self.signal_name} {where}; run it again to resume"
+        return Preempted(message, self.number or signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def polled(self) -> Iterator[None]:
+        """Lets the body poll this notice, instead of being interrupted by it."""
+        self._raise_if_received()
+        self._polling += 1
+        try:
+            yield
+        finally:
+            self._polling -= 1
+        self._raise_if_received()
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Makes the signal raise `Preempted` in the body, within `polled`, as outside of it."""
+        polling, self._polling = self._polling, 0
+        try:
+            self._raise_if_received()
+            yield
+        finally:
+            self._polling = polling
+
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
+        """Handles a signal in the main thread."""
+        del frame
+        if not self.received:
+            self.number = number
+            self._raise_if_received()
+
+    def _raise_if_received(self) -> None:
+        if self.received and not self._polling:
+            where = f" while {self.activity}; run it again to resume" if self.activity else ""
+            raise Preempted(f"stopped by {self.signal_name}{where}", self.number)
+
+
+_notice = Notice()
+
+
+@contextlib.contextmanager
+def activity(what: str) -> Iterator[None]:
+    """Names what this process does in the body, for the message if a signal stops it there.
+
+    Args:
+      what: as in "loading the encoders".
+    """
+    before, _notice.activity = _notice.activity, what
+    try:
+        yield
+    finally:
+        _notice.activity = before
 
 
 @contextlib.contextmanager
 def catch_sigterm() -> Iterator[Notice]:
-    """Turns SIGTERM into a `Notice` while the context is open, instead of letting it end the process."""
-    notice = Notice()
-    # Only the main thread may set signal handlers; elsewhere, as in some notebooks, SIGTERM still ends the process. On
-    # several hosts JAX's coordination service handles the signal.
-    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-        yield notice
+    """Turns SIGTERM and Ctrl-C into a `Notice` that the body polls, instead of letting them end the process."""
+    with _handlers(), _notice.polled():
+        yield _notice
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Raises `Preempted` at SIGTERM or Ctrl-C, except where `catch_sigterm` polls. For the whole of a command."""
+    # SIGTERM during the interpreter's shutdown must not change the exit status of a command that is done.
+    with _handlers({signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_DFL}):
+        yield
+
+
+def forward_ctrl_c() -> None:
+    """Makes Ctrl-C count as SIGTERM, which JAX's coordination service handles on several hosts."""
+    signal.signal(signal.SIGINT, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+
+
+def ignore_ctrl_c(*arguments: object) -> None:
+    """Ignores Ctrl-C in a worker process: the terminal sends it to all processes, and the main one decides."""
+    del arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _handlers(after: Mapping[int, signal.Handlers] | None = None) -> Iterator[None]:
+    """Installs the signal handlers, unless an outer context or, on several hosts, JAX has installed some.
+
+    Args:
+      after: handlers to leave behind; None restores those from before.
+    """
+    # Only the main thread may set signal handlers; elsewhere, as in some notebooks, the signals still end the process.
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN)
+        or _has_several_hosts()
+    ):
+        yield
         return
-    before = signal.signal(signal.SIGTERM, notice._listen)
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    before = {number: signal.signal(number, _notice.handle) for number in STOP_SIGNALS}
+    # Python runs handlers between two bytecodes, so not while XLA compiles; the descriptor is written at once.
+    before_fd = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
+    listener = threading.Thread(target=_listen, args=(theirs,), name="signals", daemon=True)
+    listener.start()
     try:
-        yield notice
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in (after or before).items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before_fd)
+        ours.close()
+        listener.join()
+        theirs.close()
+        _notice.number = None
+
+
+def _listen(signals: socket.socket) -> None:
+    """Says what a stopping process still waits for, and ends it at the second signal if that is Ctrl-C.
+
+    Args:
+      signals: gets the number of each signal as a byte, and is closed at the end.
+    """
+    first, said = None, None
+    while True:
+        try:
+            numbers = signals.recv(64)
+        except TimeoutError:
+            if said != _notice.activity:
+                said = _notice.activity
+                _print(f"{STOP_SIGNALS[first]}: waiting for {said or 'this'} to end (Ctrl-C ends it at once)")
+            continue
+        if not numbers:
+            return
+        for number in numbers:
+            if first is not None and number == signal.SIGINT:
+                _print("killed by Ctrl-C; the last checkpoint is kept")
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+                os._exit(128 + number)
+            if first is None and number in STOP_SIGNALS:
+                first = number
+                signals.settimeout(REMINDER_S)
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _has_several_hosts() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()

@@ -21,6 +21,7 @@ _NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "images per prompt", lower_b
 _SEED = flags.DEFINE_integer(
     "seed", 0, "seed of the first image; further images use consecutive seeds", lower_bound=0, upper_bound=2**32 - 1
 )
+_ENCODERS = cli.define_moved_encoders()
 _DRAWING = cli.define_sampling()
 
 
@@ -35,6 +36,7 @@ def main() -> None:
             prompts_file=_PROMPTS_FILE.value,
             num_images=_NUM_IMAGES.value,
             seed=_SEED.value,
+            encoders=_ENCODERS(),
             **_DRAWING(),
         )
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 from etils import epath
@@ -32,6 +32,7 @@ class SamplingOptions:
       sampler: name of the sampler.
       decode_pixels: see `SampleConfig`.
       weights: "ema" for the averaged weights or "params" for the current ones.
+      encoders: folders of encoders, by name, that are no longer where the run's config says.
     """
 
     height: int | None = None
@@ -41,6 +42,7 @@ class SamplingOptions:
     sampler: str | None = None
     decode_pixels: int | None = None
     weights: str = "ema"
+    encoders: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.weights not in ("ema", "params"):
@@ -112,7 +114,7 @@ def sample_to_folder(request: Request) -> None:
     if request.from_torch is not None:
         model, origin = load_exported(request.from_torch), str(request.from_torch)
     else:
-        model = experiment.load(request.workdir, request.weights)
+        model = experiment.load(request.workdir, request.weights, encoders=request.encoders)
         origin = f"step {model.step}"
     sampling, height, width = request.resolve_options(model)
     warn_of_truncated(model, prompts)

@@ -1,35 +1,43 @@
 """Runs the stages: trains every network that has no weights yet, LI-DiT last, then evaluates it."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
 
 import jax
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lidit_jax.checkpoint import latest_step, require_checkpoint
 from lidit_jax.config import build, claim_workdir, read_workdir
+from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
-from lidit_jax.evaluate.scenes import SceneEvaluation, check_evaluation, evaluate_scenes
+from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation, check_evaluation, evaluate_scenes
 from lidit_jax.experiment import LIDIT, Experiment, check_start, checkpoint_folder
 from lidit_jax.export.folder import read_folder
 from lidit_jax.export.read import is_exported
+from lidit_jax.parallel.compilation_cache import COMPILED, cache_compilations
 from lidit_jax.parallel.mesh import check_model, make_mesh
+from lidit_jax.parallel.preemption import activity
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.parallel.watchdog import watched
+from lidit_jax.stages import reconstruction
 from lidit_jax.stages.language_model import train_language_model
 from lidit_jax.stages.lidit import train_lidit
 from lidit_jax.stages.vae import VAEStage
 from lidit_jax.train import check_batch_size
 from lidit_jax.train_config import TrainConfig
 from lidit_jax.weights.digest import folder_digest
+from lidit_jax.workdir_lock import LOCK_FILE, lock
 
 logger = logging.getLogger(__name__)
 
 
-def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
+def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = False) -> None:
     """Trains every network that has no weights yet, LI-DiT last, and evaluates the result if the config asks for it.
 
     Everything that can be checked is checked before anything is written or trained.
@@ -37,22 +45,44 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
     Args:
       config: the config of the run.
       workdir: folder of the run.
+      keep_compiled: whether to keep compiled programs in the workdir.
 
     Raises:
       UserError: if the config, the data or the weights are invalid or do not fit each other.
       Preempted: if SIGTERM was received; the last step is saved.
     """
-    experiment = Experiment(config, workdir)
-    evaluation = build(SceneEvaluation, config.evaluate, "evaluate") if "evaluate" in config else None
-    mesh, rules = make_mesh(config.mesh), ShardingRules()
+    with activity("checking the config and the data"):
+        experiment = Experiment(config, workdir)
+        evaluation = build(SceneEvaluation, config.evaluate, "evaluate") if "evaluate" in config else None
+        mesh, rules = make_mesh(config.mesh), ShardingRules()
+        dataset = _checked_data(experiment, mesh, rules)
+        if evaluation:
+            check_evaluation(evaluation, experiment.data)
+        vae_stage = VAEStage(experiment, dataset)
+        digests = experiment.named_digests(dataset.fingerprint)
+    with _lock_workdir(workdir):
+        claim_workdir(workdir, config, write=jax.process_index() == 0, digests=digests)
+        multihost_utils.sync_global_devices("claimed the workdir")
+        logger.info("%s", dataset.summary())
+        if keep_compiled:
+            cache_compilations(workdir / COMPILED)
+        _train(experiment, dataset, vae_stage, mesh, rules, evaluation)
+    if jax.process_index() == 0:
+        logger.info("%s", _summary(experiment))
+
+
+def _checked_data(experiment: Experiment, mesh: Mesh, rules: ShardingRules) -> Dataset:
+    """Opens the data set, and checks that it, the config and the weights fit each other.
+
+    Raises:
+      UserError: if they do not.
+    """
     # Before the data is opened, which can take long.
     _check_trainings(experiment, lambda training: check_batch_size(training, mesh, rules))
     if experiment.has_lidit:
         check_model(mesh, experiment.model.config.hidden_size, experiment.model.config.num_heads)
         experiment.check_encoders()
     dataset = open_dataset(experiment.data, experiment.size_multiple(), with_captions=experiment.has_lidit)
-    if evaluation:
-        check_evaluation(evaluation, experiment.data)
     _check_trainings(experiment, lambda training: dataset.check_batch_size(training.batch_size))
     if dataset.holds_latents:
         if not experiment.vae.weights:
@@ -62,22 +92,70 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
             dataset.check_features(experiment.encoder_fingerprints())
     _check_start(experiment)
     experiment.check_image_sizes(dataset.smallest_side())
-    vae_stage = VAEStage(experiment, dataset)
-    claim_workdir(workdir, config, write=jax.process_index() == 0)
-    multihost_utils.sync_global_devices("claimed the workdir")
-    logger.info("%s", dataset.summary())
+    return dataset
 
+
+def _train(
+    experiment: Experiment,
+    dataset: Dataset,
+    vae_stage: VAEStage,
+    mesh: Mesh,
+    rules: ShardingRules,
+    evaluation: SceneEvaluation | None,
+) -> None:
+    """Trains the networks one after the other, and evaluates the last one."""
     for name, encoder in experiment.encoders.items() if experiment.has_lidit else ():
         if not encoder.weights:
-            train_language_model(experiment, name, dataset, mesh, rules)
-    vae_stage.run(mesh, rules)
-    del vae_stage  # frees its images and its frozen network
+            with activity(f"training the encoder {name}"):
+                train_language_model(experiment, name, dataset, mesh, rules)
+    with activity("training the VAE"):
+        vae_stage.run(mesh, rules)
     if not experiment.has_lidit:
         return
-    pipeline, state = train_lidit(experiment, dataset, mesh, rules)
+    with activity("preparing to train LI-DiT"):
+        pipeline, state = train_lidit(experiment, dataset, mesh, rules)
     if evaluation:
-        with watched(experiment.train.stalled_after, "evaluate") as watchdog:
-            evaluate_scenes(pipeline, state.averaged, experiment.sample, evaluation, dataset, workdir, watchdog.beat)
+        with activity("evaluating"), watched(experiment.train.stalled_after, "evaluate") as watchdog:
+            evaluate_scenes(
+                pipeline, state.averaged, experiment.sample, evaluation, dataset, experiment.workdir, watchdog.beat
+            )
+
+
+def _summary(experiment: Experiment) -> str:
+    """Returns text on what a finished run left in its workdir, and on the commands that use it."""
+    workdir = experiment.workdir
+    checkpoints = f"training/{LIDIT}/checkpoints"
+    outputs = {
+        checkpoints: f"LI-DiT up to step {latest_step(workdir / checkpoints)}, to sample, resume and fine-tune from",
+        "encoders": "the LLMs, in Hugging Face's format",
+        "vae": "the VAE, in diffusers' format",
+        "training": "logs, TensorBoard events and samples of each network",
+        SCORES_FILE: "scores on unseen prompts",
+        "grid.png": "images of unseen prompts",
+        reconstruction.SCORES_FILE: "scores of the VAE's reconstructions",
+        reconstruction.SHEET_FILE: "the VAE's reconstructions",
+    }
+    found = [f"{name}: {what}" for name, what in outputs.items() if (workdir / name).exists()]
+    lines = [f"finished: {workdir}", *(f"  {entry}" for entry in found)]
+    if experiment.has_lidit:
+        run, images, exported = (shlex.quote(f"{workdir}{end}") for end in ("", "/images", "-torch"))
+        lines += [
+            f'sample: python -m lidit_jax.sample --workdir={run} --out={images} --prompt="…"',
+            f"export to PyTorch: python -m lidit_jax.export --workdir={run} --out={exported}",
+        ]
+    elif not experiment.vae.weights:
+        lines.append(f"train LI-DiT with this VAE: give --config.vae.weights={experiment.vae_folder()}")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _lock_workdir(workdir: epath.Path) -> Iterator[None]:
+    """Locks the workdir on the first host, for all of them."""
+    if jax.process_index():
+        yield
+        return
+    with lock(workdir / LOCK_FILE, str(workdir)):
+        yield
 
 
 def _check_start(experiment: Experiment) -> None:

@@ -13,6 +13,7 @@ from lidit_jax.metrics import Metrics
 from lidit_jax.models.lidit import num_parameters
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.parallel.watchdog import watched
+from lidit_jax.stages.work_left import later_steps
 from lidit_jax.train import Task, Trainer, TrainState, train
 from lidit_jax.train_config import TrainConfig
 
@@ -61,6 +62,7 @@ def train_network(
             seed=experiment.config.seed,
             facts=facts,
             initial_params=initial_params,
+            later_steps=later_steps(experiment, task.name),
         )
     finally:
         with watched(config.stalled_after, task.name):

@@ -207,6 +207,7 @@ class VAEStage:
             self._train(autoencoding, mesh, rules)
         if self.images:
             self._evaluate(autoencoding, mesh)
+        self.images, self.lpips = [], None  # frees them before LI-DiT is trained
 
     def _is_finished(self) -> bool:
         """Returns True if the VAE exists and, in a run of a VAE alone, was trained for the steps in the config."""

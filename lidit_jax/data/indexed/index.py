@@ -28,6 +28,7 @@ from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.files import is_remote, modification_time, remote_filesystem
 from lidit_jax.data.formats.shards import Place, Sample, Shards
 from lidit_jax.errors import UserError
+from lidit_jax.parallel.preemption import ignore_ctrl_c
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ def examine(
 def _in_processes(examine_shard, order: Sequence[int]) -> Iterator[tuple[int, ExaminedShard]]:
     workers = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, initializer=ignore_ctrl_c) as pool:
         yield from pool.map(examine_shard, order, chunksize=max(1, min(16, len(order) // (4 * workers))))
 
 

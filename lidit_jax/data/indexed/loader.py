@@ -17,6 +17,7 @@ from lidit_jax.data.buckets import Bucket, assign
 from lidit_jax.data.indexed.batch_plan import BatchPlan
 from lidit_jax.data.sources import BrokenExample, Example, Source
 from lidit_jax.errors import UserError
+from lidit_jax.parallel.preemption import ignore_ctrl_c
 
 # Grain needs a number of batches: more than any run trains for.
 _ENDLESS = 1 << 48
@@ -182,7 +183,8 @@ class Loader(BatchStream):
                 # Grain reads absl flags for its workers, which fails if no flags were parsed, as in Colab and in tests.
                 if not flags.FLAGS.is_parsed():
                     flags.FLAGS.mark_as_parsed()
-                batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
+                options = grain.MultiprocessingOptions(num_workers=self._num_workers)
+                batches = batches.mp_prefetch(options, worker_init_fn=ignore_ctrl_c)
             self._batches = iter(batches)
         self._batches.start_prefetch()
 

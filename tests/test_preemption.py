@@ -1,0 +1,141 @@
+"""SIGTERM and Ctrl-C end a command in one line, wherever they come; processes stand for commands."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from lidit_jax.parallel.preemption import Notice, Preempted, activity, catch_sigterm
+
+COMMAND = """
+import sys, time
+from lidit_jax.parallel import preemption
+from lidit_jax.parallel.preemption import Preempted, activity, catch_sigterm, interruptible
+
+def ready():
+    print("ready", flush=True)
+
+def main():
+    {body}
+
+try:
+    with interruptible():
+        main()
+except Preempted as stop:
+    print(stop, file=sys.stderr, flush=True)
+    sys.exit(0)
+"""
+
+
+def start(body, command=COMMAND):
+    """Starts a process that runs `body`, and waits until it prints "ready"."""
+    code = command.format(body=body.strip().replace("\n", "\n    "))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, text=True, **pipes)
+    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    return process
+
+
+def end(process):
+    """Returns the exit status and what was written to stderr."""
+    error = process.communicate(timeout=60)[1]
+    return process.returncode, error
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_signal_ends_whatever_does_not_poll_in_one_line(number, name):
+    process = start("with activity('loading the encoders'):\n    ready()\n    time.sleep(60)")
+    process.send_signal(number)
+    assert end(process) == (0, f"stopped by {name} while loading the encoders; run it again to resume\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_loop_that_polls_ends_at_its_next_step(number):
+    body = "with catch_sigterm() as notice:\n    ready()\n    while not notice.received:\n        time.sleep(0.01)"
+    process = start(body + "\n    raise notice.stopped('toy', 'after step 7')")
+    process.send_signal(number)
+    status, error = end(process)
+    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
+    assert (status, error) == (0, f"toy: stopped by {name} after step 7; run it again to resume\n")
+
+
+WAITS = "with catch_sigterm() as notice, activity('saving step 7'):\n    ready()\n    time.sleep({})"
+
+
+def test_what_a_stopping_process_waits_for_is_said():
+    process = start("preemption.REMINDER_S = 0.2\n" + WAITS.format(1.5))
+    process.send_signal(signal.SIGTERM)
+    status, error = end(process)
+    assert (status, error.splitlines()[:-1]) == (
+        0,
+        ["SIGTERM: waiting for saving step 7 to end (Ctrl-C ends it at once)"],
+    )
+    assert error.splitlines()[-1].startswith("stopped by SIGTERM")
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_ctrl_c_after_a_signal_kills(first):
+    process = start(WAITS.format(60))
+    process.send_signal(first)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert end(process) == (130, "killed by Ctrl-C; the last checkpoint is kept\n")
+
+
+def test_sigterm_twice_does_not_kill():
+    process = start(WAITS.format(1))
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert end(process) == (0, "stopped by SIGTERM\n")
+
+
+def test_a_signal_after_the_end_changes_nothing():
+    process = start("import atexit\natexit.register(time.sleep, 1)\natexit.register(ready)")
+    process.send_signal(signal.SIGTERM)
+    assert end(process) == (0, "")
+
+
+def test_a_signal_that_came_between_two_loops_is_raised_at_the_next():
+    notice = Notice()
+    with pytest.raises(Preempted, match="stopped by SIGTERM"):
+        notice.handle(signal.SIGTERM)
+    with pytest.raises(Preempted), notice.polled():  # the first was swallowed, as exceptions in __del__ are
+        raise AssertionError
+
+
+def test_evaluations_are_interrupted_within_a_loop_that_polls():
+    with catch_sigterm() as notice:
+        with pytest.raises(Preempted), notice.interrupting(), activity("evaluating"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert notice.received
+        notice.number = None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+CLI = """
+import sys, time
+from lidit_jax import cli
+
+def ready():
+    print("ready", flush=True)
+
+def main():
+    {body}
+
+cli.run(main, resumable="--resumable" in sys.argv.pop())
+"""
+
+
+@pytest.mark.parametrize(("resumable", "status"), [(True, 0), (False, 143)])
+def test_commands_that_resume_end_with_0_and_others_with_143(resumable, status):
+    argument = f"sys.argv.append('{'--resumable' if resumable else ''}')\n"
+    process = start("ready()\ntime.sleep(60)", "import sys\n" + argument + CLI)
+    process.send_signal(signal.SIGTERM)
+    assert end(process) == (status, "stopped by SIGTERM\n")

@@ -1,0 +1,92 @@
+"""What a run says and leaves beside its weights: the lock, kept programs, the time left, and the summary at the end."""
+
+import jax
+import pytest
+from conftest import load_config, tiny_config
+from etils import epath
+
+from lidit_jax.errors import UserError
+from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.parallel import compilation_cache
+from lidit_jax.parallel.compilation_cache import cache_compilations
+from lidit_jax.stages.run import _summary, run_stages
+from lidit_jax.stages.work_left import later_steps
+from lidit_jax.workdir_lock import LOCK_FILE, lock
+
+
+def test_a_second_run_in_a_workdir_is_refused_and_writes_nothing(tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    with lock(workdir / LOCK_FILE, "it"):
+        with pytest.raises(UserError, match=r"run is in use by process \d+ on host .* since .*: wait until it ends"):
+            run_stages(tiny_config(), workdir)
+        assert [path.name for path in workdir.iterdir()] == [LOCK_FILE]
+    assert list(workdir.iterdir()) == []
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """The settings of JAX that are changed, by name."""
+    found = {}
+    monkeypatch.setattr(jax.config, "update", found.__setitem__)
+    monkeypatch.setattr(compilation_cache, "reset_cache", lambda: None)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    return found
+
+
+def test_programs_are_kept_apart_for_each_kind_of_cpu_and_within_a_limit(settings, monkeypatch):
+    cache_compilations(epath.Path("/run/compiled"))
+    folder = settings["jax_compilation_cache_dir"]
+    assert folder.startswith("/run/compiled/cpu-") and settings["jax_compilation_cache_max_size"] == 8 << 30
+    monkeypatch.setattr(compilation_cache.platform, "machine", lambda: "another")
+    cache_compilations(epath.Path("/run/compiled"))
+    assert settings["jax_compilation_cache_dir"] != folder
+
+
+def test_programs_of_accelerators_are_kept_in_buckets(settings, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    cache_compilations(epath.Path("gs://bucket/run/compiled"))
+    assert settings["jax_compilation_cache_dir"] == "gs://bucket/run/compiled"
+    assert settings["jax_compilation_cache_max_size"] == -1
+    assert settings["jax_persistent_cache_enable_xla_caches"] == "none"
+
+
+@pytest.mark.parametrize("given", ["/cache", ""])
+def test_the_environment_says_where_programs_are_kept(settings, monkeypatch, given):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
+    cache_compilations(epath.Path("/run/compiled"))
+    assert settings == {}
+
+
+def test_cpus_of_several_hosts_keep_no_programs(settings, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    cache_compilations(epath.Path("/run/compiled"))
+    assert settings == {}
+
+
+def test_the_work_left_is_that_of_the_stages_to_come(tmp_path):
+    demo = Experiment(load_config("shapes"), epath.Path(tmp_path))
+    left = [later_steps(demo, name) for name in ("llama", "qwen", "vae", LIDIT)]
+    assert left[0] == pytest.approx(left[1] + 250)  # the two LLMs are alike
+    assert left[2] > 0 and left[3] == 0 == later_steps(demo, "another")
+    # LI-DiT's 1,350 steps take about two thirds of the demo's time.
+    assert 0.5 < left[2] / (left[2] + 1600) < 0.95
+
+
+def test_the_summary_names_what_there_is_and_the_next_commands(tmp_path):
+    workdir = epath.Path(tmp_path / "my run")
+    for folder in ("vae", "training/lidit/checkpoints/7"):
+        (workdir / folder).mkdir(parents=True)
+    lines = _summary(Experiment(tiny_config(), workdir)).splitlines()
+    assert lines[0] == f"finished: {workdir}"
+    assert lines[1] == "  training/lidit/checkpoints: LI-DiT up to step 7, to sample, resume and fine-tune from"
+    assert not any("scores.json" in line for line in lines)
+    assert f"python -m lidit_jax.sample --workdir='{workdir}' --out='{workdir}/images'" in lines[-2]
+    assert f"python -m lidit_jax.export --workdir='{workdir}'" in lines[-1]
+
+
+def test_the_summary_of_a_vae_says_how_to_use_it(tmp_path):
+    config = load_config("vae")
+    config.data.path = "shards"
+    (tmp_path / "vae").mkdir()
+    lines = _summary(Experiment(config, epath.Path(tmp_path))).splitlines()
+    assert lines[-1] == f"train LI-DiT with this VAE: give --config.vae.weights={tmp_path}/vae"
