@@ -28,7 +28,7 @@ MAX_NUMBER = 10**30  # largest int accepted for a float field
 CHANGEABLE_FIELDS = (
     *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
     *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
-    *("stalled_after", "max_skipped_in_row"),
+    *("stalled_after", "max_skipped_in_row", "strict_restore"),
 )
 # Keys missing from workdirs of earlier versions, with the value that reproduces what those versions did.
 LEGACY_DEFAULTS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}

@@ -233,7 +233,7 @@ class Experiment:
                 )
             encoder = open_encoder(config.weights, self.prompt_tokenizer, dtype=config.dtype)
             found[name] = EncoderFingerprint(
-                digest=self._encoder_digest(name),
+                digest=self.encoder_digest(name),
                 text=encoder.tokenizer.digest,
                 dtype=config.dtype,
                 hidden_size=encoder.hidden_size,
@@ -291,14 +291,14 @@ class Experiment:
         fsdp = math.gcd(self.model.config.hidden_size, len(devices))
         return make_mesh({"data": -1, "fsdp": fsdp}, devices), ShardingRules()
 
-    def _encoder_digest(self, name: str) -> str:
+    def encoder_digest(self, name: str) -> str:
         """Returns the digest of an LLM and its tokenizer, which may be in a folder of its own (exported folders)."""
         folder = self.encoder_folder(name)
         return folder_digest(*dict.fromkeys((folder, tokenizer_folder(folder))))
 
     def frozen_digests(self) -> dict[str, str]:
         """Returns the digests of the frozen weights, which checkpoints record instead of the weights."""
-        digests = {f"encoders.{name}": self._encoder_digest(name) for name in self.encoders}
+        digests = {f"encoders.{name}": self.encoder_digest(name) for name in self.encoders}
         return digests | {"vae": folder_digest(self.vae_folder())}
 
 
@@ -347,5 +347,5 @@ def load(
     checkpoints = experiment.training_folder(LIDIT) / "checkpoints"
     require_checkpoint(checkpoints)
     pipeline = experiment.pipeline(*experiment.sampling_mesh(devices))
-    params, step = load_weights(checkpoints, weights, pipeline.abstract_params())
+    params, step = load_weights(checkpoints, weights, pipeline.abstract_params(), experiment.train.strict_restore)
     return experiment, pipeline, params, step

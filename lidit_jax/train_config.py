@@ -39,6 +39,7 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints.
       sample_every: steps between evaluations by `Task.evaluate`; 0 for none.
       keep: number of checkpoints kept.
+      strict_restore: what a damaged newest checkpoint leads to: True stops, False uses the newest intact one.
     """
 
     steps: int
@@ -60,6 +61,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     sample_every: int = 0
     keep: int = 2
+    strict_restore: bool = False
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:

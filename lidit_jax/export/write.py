@@ -116,7 +116,8 @@ def export(request: Request) -> None:
     vae = run.vae_folder()
     VAEConfig.from_dict(read_config(vae))
     vae_files = [vae / CONFIG_FILE, *model_files(vae, diffusers_vae.WEIGHTS_STEM)]
-    with open_weights(run.training_folder(LIDIT) / "checkpoints", request.weights) as weights:
+    checkpoints = run.training_folder(LIDIT) / "checkpoints"
+    with open_weights(checkpoints, request.weights, run.train.strict_restore) as weights:
         lidit_bytes = weights.num_parameters * DTYPES[request.dtype]
         copied_bytes = num_bytes([*vae_files, *(file for e in encoders for file in (*e.files, *e.tokenizer))])
         _check_space(request.out, lidit_bytes + copied_bytes)

@@ -50,7 +50,7 @@ def train_network(
     for name in task.networks or (task.name,):
         count = num_parameters(params[name] if task.networks else params)
         logger.info("%s: %.2fM parameters", name, count / 1e6)
-    checkpoints = Checkpoints(folder / "checkpoints", experiment.config.to_dict(), config.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", experiment.config.to_dict(), config.keep, config.strict_restore)
     metrics = Metrics(folder)
     try:
         return train(
