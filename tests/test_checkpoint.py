@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from etils.epath import backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -249,3 +250,31 @@ def test_hosts_share_the_verification(copy):
         except DamagedError:
             found += 1
     assert found == 1
+
+
+def test_checkpoints_in_a_bucket_are_finished_and_verified(copy, monkeypatch):
+    """In an object store, whose folders can't be renamed, a file marks a finished checkpoint."""
+
+    class Bucket:
+        def __getattr__(self, function):
+            def call(path, *arguments, **options):
+                arguments = [str(argument).replace("gs://bucket", str(copy)) for argument in arguments]
+                result = getattr(backend.os_backend, function)(
+                    str(path).replace("gs://bucket", str(copy)), *arguments, **options
+                )
+                return [file.replace(str(copy), "gs://bucket") for file in result] if function == "glob" else result
+
+            return call
+
+    monkeypatch.setattr(backend, "tf_backend", Bucket())
+    bucket = epath.Path("gs://bucket")
+    assert finished_steps(bucket) == [7, 3]
+    (copy / "7" / MANIFEST_FILE).unlink()
+    assert not verify(bucket / "7")
+    write_manifest(bucket / "7")
+    assert verify(bucket / "7")
+    flip(copy / "7", "state/d/*")
+    with pytest.raises(DamagedError, match="other contents"):
+        verify(bucket / "7")
+    (copy / "7/commit_success.txt").unlink()
+    assert finished_steps(bucket) == [3]
