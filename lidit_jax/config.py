@@ -185,7 +185,7 @@ def read_workdir(workdir: epath.Path) -> ConfigDict:
         values = json.loads(file.read_text())
         if not isinstance(values, dict):
             raise ValueError("not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a run's config ({error})") from error
     for section, name in OBSOLETE_KEYS:
         if isinstance(values.get(section), dict):

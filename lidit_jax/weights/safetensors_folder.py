@@ -21,6 +21,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.weights.safetensors_file import SafetensorsFile
 
 CONFIG_FILE = "config.json"
+MAX_JSON = 64 << 20  # bytes; the index of a large model's shards has about one
 
 
 class SafetensorsFolder:
@@ -178,9 +179,13 @@ def read_json_object(file: epath.Path) -> dict[str, Any]:
     """Returns the contents of a JSON file whose outermost value is an object.
 
     Raises:
-      UserError: the file is missing, unreadable, or not a JSON object.
+      UserError: the file is missing, unreadable, larger than `MAX_JSON`, or not a JSON object.
     """
     try:
+        if (size := file.stat().length) > MAX_JSON:
+            raise UserError(
+                f"{file} has {size >> 20} MiB, too large for a config or an index: at most {MAX_JSON >> 20}"
+            )
         values = json.loads(file.read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing; use a folder in Hugging Face's layout") from error
