@@ -14,6 +14,7 @@ A config without LI-DiT's sections trains or evaluates a VAE alone.
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lidit_jax.checkpoint import load_weights, require_checkpoint
+from lidit_jax.checkpoint import load_weights, read_facts, require_checkpoint
 from lidit_jax.config import build, read_workdir
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.stored_features import EncoderFingerprint
@@ -51,6 +52,8 @@ from lidit_jax.weights.diffusers_vae import load_vae
 from lidit_jax.weights.digest import folder_digest
 from lidit_jax.weights.folders import find_folder
 from lidit_jax.weights.safetensors_folder import read_config
+
+logger = logging.getLogger(__name__)
 
 LIDIT = "lidit"
 SECTIONS = ("seed", "mesh", "data", "vae")  # required in every config
@@ -348,4 +351,13 @@ def load(
     require_checkpoint(checkpoints)
     pipeline = experiment.pipeline(*experiment.sampling_mesh(devices))
     params, step = load_weights(checkpoints, weights, pipeline.abstract_params(), experiment.train.strict_restore)
+    _compare_frozen(experiment, checkpoints / str(step))
     return experiment, pipeline, params, step
+
+
+def _compare_frozen(experiment: Experiment, checkpoint: epath.Path) -> None:
+    """Logs a line for each frozen network that is not the one LI-DiT was trained with."""
+    recorded = read_facts(checkpoint).get("frozen")
+    for name, digest in experiment.frozen_digests().items() if isinstance(recorded, dict) else ():
+        if recorded.get(name, digest) != digest:
+            logger.warning("%s has changed since LI-DiT was trained with it: images differ from those of the run", name)

@@ -10,7 +10,7 @@ from lidit_jax.check.workdir import check_workdir
 from lidit_jax.checkpoint import Checkpoints
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import Experiment
+from lidit_jax.experiment import Experiment, _compare_frozen
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,22 @@ def test_the_command_prints_the_lines_and_ends_in_an_error_if_one_is_damaged(wor
     finally:
         file.write_bytes(content)
     assert "damaged: facts/metadata has 0 bytes" in capsys.readouterr().out
+
+
+def test_sampling_says_which_network_has_changed(workdir, caplog):
+    checkpoint = workdir / "training/lidit/checkpoints/9"
+    run = Experiment(read_workdir(workdir), workdir)
+    _compare_frozen(run, checkpoint)
+    assert not caplog.records
+    file = workdir / "vae/diffusion_pytorch_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
+    try:
+        _compare_frozen(run, checkpoint)
+    finally:
+        file.write_bytes(content)
+    [record] = caplog.records
+    assert record.getMessage().startswith("vae has changed since LI-DiT was trained with it")
 
 
 def test_a_folder_without_a_run_is_rejected(tmp_path):
