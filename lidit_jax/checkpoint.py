@@ -418,13 +418,14 @@ def _load_newest(folder: str | epath.Path, strict: bool, load: Callable[[epath.P
     require_checkpoint(folder)
     problems = []
     for step in finished_steps(folder):
+        if problems:
+            logger.warning("%s: %s: trying the one of step %d", folder, problems[-1], step)
         try:
             return _load_verified(folder / str(step), load)
         except DamagedError as error:
             problems.append(f"the checkpoint of step {step} is damaged ({error})")
         if strict:
             raise UserError(f"{folder}: {problems[0]}: copy it again, or set train.strict_restore=False to use another")
-        logger.warning("%s: %s: using the one before", folder, problems[-1])
     raise UserError(f"{folder}: no checkpoint is intact: {'; '.join(problems)}: copy them again")
 
 
@@ -442,7 +443,7 @@ def _load_verified(folder: epath.Path, load: Callable[[epath.Path], T]) -> T:
         if _PASSING.search(str(error)):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        if not has_manifest:
+        if not has_manifest and jax.process_count() == 1:  # others could have read it
             raise DamagedError(f"it can't be read: {reason}") from error
         raise UserError(
             f"{folder.parent}: the checkpoint of step {folder.name} belongs to another model or another version of "
@@ -468,7 +469,8 @@ def verify_checkpoint(folder: epath.Path) -> bool:
     damage, has_manifest = "", False
     try:
         has_manifest = verify(folder, jax.process_index(), jax.process_count())
-        if not has_manifest and read_facts(folder).get(MANIFEST_FACT):
+        had_manifest = read_facts(folder).get(MANIFEST_FACT)
+        if had_manifest and not has_manifest:
             raise DamagedError(f"{MANIFEST_FILE} is missing")
     except DamagedError as error:
         damage = str(error)

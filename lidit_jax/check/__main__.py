@@ -3,6 +3,7 @@
 Prints one line for each. Exits with code 0 if all are intact and 2 if one is damaged; changes nothing.
 """
 
+import jax
 from absl import flags
 from etils import epath
 
@@ -15,6 +16,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a training run (loca
 
 def main() -> None:
     workdir = epath.Path(cli.require(_WORKDIR.name))
+    jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to a run in progress
     damaged = 0
     for finding in check_workdir(workdir):
         print(finding, flush=True)
