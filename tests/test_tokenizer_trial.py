@@ -13,24 +13,28 @@ from lidit_jax.text.prompts import MAX_CHARACTERS, PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
 
 
-def make_folder(folder, template=None, normalizer=None):
+def make_folder(folder, template=None, normalizer=None, chat_template_file=None):
     tokenizer = train_tokenizer(["a red circle above a blue square", "Describe the objects:"], 300)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     if normalizer:
         values = json.loads((folder / "tokenizer.json").read_text())
         (folder / "tokenizer.json").write_text(json.dumps(values | {"normalizer": normalizer}))
+    if chat_template_file:
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": chat_template_file}))
     return epath.Path(folder)
 
 
 GROWING = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 10}
+LONG = "{{ 'x' * 20000000000 }}"
 COSTLY = {
     "normalizer": ({"normalizer": {"type": "Sequence", "normalizers": [GROWING] * 9}}, "more than 300 MiB"),
     "loop": (
         {"template": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"},
         "more than 2 seconds",
     ),
-    "long text": ({"template": "{{ 'x' * 20000000000 }}"}, "more than 300 MiB"),
+    "long text": ({"template": LONG}, "more than 300 MiB"),
+    "chat_template.json": ({"chat_template_file": LONG}, "more than 300 MiB"),
 }
 
 

@@ -14,12 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from etils import epath
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lidit_jax.errors import UserError
 from lidit_jax.text.prompts import INSTRUCTION, MAX_CHARACTERS, PromptTokenizer
+from lidit_jax.weights.safetensors_folder import read_json_object
 
-CPU_SECONDS = 15  # the tokenizers of published models, with up to 260,000 tokens, take up to 3
+CPU_SECONDS = 15  # a tokenizer with 260,000 tokens, as many as the largest published ones have, takes 3
 MEMORY = 2 << 30  # bytes beyond those of the imports
 WALL_SECONDS = 600  # of a process that waits for the processor
 OUT_OF_MEMORY = 3  # exit code
@@ -41,7 +43,16 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
     tokenizer(list(PROBE_TEXTS), split_special_tokens=True, verbose=False)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _chat_template_file(epath.Path(folder)) or None
     return tokenizer
+
+
+def _chat_template_file(folder: epath.Path) -> str:
+    """Returns the chat template from chat_template.json, where older multi-modal models keep it, or ""."""
+    file = folder / "chat_template.json"
+    template = read_json_object(file).get("chat_template") if file.exists() else None
+    return template if isinstance(template, str) else ""
 
 
 def try_tokenizer(folder: Path, files: re.Pattern) -> None:
