@@ -1,5 +1,7 @@
 """`python -m lidit_jax.check`: one line for each checkpoint and frozen network, exit code 0 or 2."""
 
+import logging
+
 import jax.numpy as jnp
 import pytest
 from etils import epath
@@ -66,7 +68,8 @@ def test_the_command_prints_the_lines_and_ends_in_an_error_if_one_is_damaged(wor
     assert "damaged: facts/metadata has 0 bytes" in capsys.readouterr().out
 
 
-def test_sampling_says_which_network_has_changed(workdir, caplog):
+def test_sampling_says_which_network_has_changed(workdir, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lidit_jax"), "propagate", True)
     checkpoint = workdir / "training/lidit/checkpoints/9"
     run = Experiment(read_workdir(workdir), workdir)
     _compare_frozen(run, checkpoint)

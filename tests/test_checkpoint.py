@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 from etils.epath import backend
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lidit_jax import manifest
@@ -55,6 +55,12 @@ def copy(saved, tmp_path):
     return epath.Path(shutil.copytree(saved, tmp_path / "checkpoints"))
 
 
+@pytest.fixture(autouse=True)
+def propagated(monkeypatch):
+    """The command lines stop the propagation of log lines, in this process too if a test runs one."""
+    monkeypatch.setattr(logging.getLogger("lidit_jax"), "propagate", True)
+
+
 def restore(folder, strict=False):
     checkpoints = Checkpoints(folder, {}, strict=strict)
     try:
@@ -84,7 +90,7 @@ def test_every_file_that_is_restored_from_is_in_the_manifest(saved):
 FLIPS = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=4)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.integers(0, 999), FLIPS), min_size=1, max_size=3))
 def test_flipped_bytes_never_give_other_values(saved, flips):
     files = sorted(file for file in (saved / "7").rglob("*") if file.is_file())
