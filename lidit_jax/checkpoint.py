@@ -439,6 +439,8 @@ def _load_verified(folder: epath.Path, load: Callable[[epath.Path], T]) -> T:
     has_manifest = verify_checkpoint(folder)
     try:
         result = load(folder)
+    except UserError:  # a ValueError
+        raise
     except _UNREADABLE as error:
         if _PASSING.search(str(error)):
             raise

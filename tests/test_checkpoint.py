@@ -195,6 +195,18 @@ def test_a_damaged_step_is_saved_again(copy):
     assert_is_of(restore(copy)[0], 7)
 
 
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_other_facts_are_said_and_are_no_damage(copy, has_manifest):
+    if not has_manifest:
+        (copy / "7" / MANIFEST_FILE).unlink()
+        (copy / "7/facts/metadata").write_text(json.dumps(FACTS))
+    checkpoints = Checkpoints(copy, {})
+    with pytest.raises(UserError, match=r"checkpoints: the checkpoint of step 7 was trained with data = 'random"):
+        checkpoints.restore(abstract_state(), {"data": "others"})
+    checkpoints.close()
+    assert finished_steps(copy) == [7, 3]
+
+
 def test_a_checkpoint_from_before_manifests_is_read_and_said(copy, caplog):
     (copy / "7" / MANIFEST_FILE).unlink()
     (copy / "7/facts/metadata").write_text(json.dumps(FACTS))
