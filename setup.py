@@ -63,6 +63,7 @@ setup(
         "tokenizers>=0.23",
         "tqdm>=4.70",
         "transformers>=5.23",
+        "xxhash>=4.1",  # checksums of checkpoints, at the speed of memory
     ],
     extras_require={
         "test": [

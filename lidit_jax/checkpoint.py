@@ -2,7 +2,8 @@
 
 A checkpoint has four items: `state` (step, parameters, EMA, optimiser), `facts` (JSON: the fingerprint of the data, the
 digests of the frozen networks), `config` (JSON), and `data`, the position of each process in the data (JSON, one file
-for each process).
+for each process). Its manifest (`manifest.py`) is verified before anything of it is used; a damaged one is passed over
+for the one before.
 """
 
 import contextlib
@@ -12,8 +13,8 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import flax
 import jax
@@ -21,8 +22,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from jax.experimental import multihost_utils
 
 from lidit_jax.errors import UserError
+from lidit_jax.manifest import MANIFEST_FILE, DamagedError, verify, write_manifest
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +40,15 @@ _DISK_ERROR_TEXT = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC"
 # a single chunk, the 14 GB stack of a 10B model would take twice that memory to read one block.
 LARGE_STACK_BYTES = 64 << 20
 READ_BYTES = 256 << 20  # read at a time from a stacked array, if its chunks are no larger
+MANIFEST_FACT = "manifest"  # fact of a checkpoint that had a manifest when it was saved
+# What Orbax, TensorStore and json raise for damaged files. Errors of devices and of networks are others.
+_UNREADABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, RecursionError),
+    *(TypeError, ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError),
+)
+# Statuses in TensorStore's ValueErrors that are not about the files.
+_PASSING = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|UNAUTHENTICATED|PERMISSION")
+_STEP = re.compile(r"[1-9][0-9]{0,17}")  # name of a checkpoint's folder
 
 
 class DataPositionHandler(ocp.CheckpointHandler):
@@ -67,14 +83,31 @@ class RestoreDataPositions(ocp.args.CheckpointArgs):
 class Checkpoints:
     """The checkpoints of one trained component, in `folder`."""
 
-    def __init__(self, folder: str | epath.Path, config: Mapping[str, Any], keep: int = 2):
+    def __init__(self, folder: str | epath.Path, config: Mapping[str, Any], keep: int = 2, strict: bool = False):
+        """Opens the folder, and creates it if it does not exist.
+
+        Args:
+          folder: folder of the checkpoints.
+          config: config of the run, which each checkpoint records.
+          keep: number of checkpoints kept.
+          strict: True raises if the newest checkpoint is damaged, False restores the newest intact one.
+
+        Raises:
+          UserError: if the folder can't be written.
+        """
         self.folder = epath.Path(folder).resolve()
         self.config = dict(config)
+        self._strict, self._saving = strict, 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: can't be written ({error.strerror}); choose another --workdir") from error
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        # Called on the first host, in the thread that saves, when all hosts have written their files and before the
+        # checkpoint gets its final name.
+        manifest = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, async_options=manifest
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._being_written: int | None = None  # step of a checkpoint that is not announced yet
 
@@ -88,25 +121,27 @@ class Checkpoints:
           step: number of steps taken.
           state: tree of arrays.
           facts: JSON-serialisable facts that a resumed run must agree with.
-          position: position of this process in the data, JSON-serialisable.
+          position: position of this process in the data, JSON-serialisable, with `step` as its "next_batch".
 
         Raises:
           UserError: if the disk is full or not writable.
         """
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_save_args, state)),
-            facts=ocp.args.JsonSave(dict(facts)),
+            facts=ocp.args.JsonSave({**facts, MANIFEST_FACT: True}),
             config=ocp.args.JsonSave(self.config),
             data=SaveDataPosition(position),
         )
         self.wait()  # for the checkpoint before, as Orbax would
         with self._writing():
             # Without force, Orbax polls for preemption notices itself, with other step numbers than `preemption.py`.
+            self._manager.wait_until_finished()  # as `save` does: `_saving` belongs to the save before until then
+            self._saving = step
             self._manager.save(step, args=items, force=True)
         self._being_written = step
 
     def restore(self, abstract_state: Any, facts: Mapping[str, Any]) -> tuple[Any, Sequence[Mapping[str, Any]]] | None:
-        """Restores the newest checkpoint.
+        """Restores the newest intact checkpoint, and renames damaged newer ones, so that they can be saved again.
 
         Args:
           abstract_state: shapes, dtypes and shardings of the state.
@@ -117,34 +152,55 @@ class Checkpoints:
           is no checkpoint.
 
         Raises:
-          UserError: if the checkpoint was made with other facts (other data, other frozen weights), or does not fit.
+          UserError: if the checkpoint was made with other facts (other data, other frozen weights), or does not fit; if
+            no checkpoint is intact; or, if `strict`, the newest is damaged.
         """
-        step = self.latest_step()
-        if step is None:
+        steps = finished_steps(self.folder)
+        if not steps:
             return None
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(
+
+        def load(folder: epath.Path) -> tuple[int, Any, Sequence[Mapping[str, Any]]]:
+            step = int(folder.name)
+            self._check_facts(step, read_facts(folder), facts)
+            positions = DataPositionHandler().restore(folder / "data")
+            found = [position.get("next_batch") for position in positions]
+            if not found or any(type(number) is not int or number != step for number in found):
+                raise ValueError(f"its data positions are {found!r:.80} instead of {step}")
+            args = ocp.args.PyTreeRestore(
                 abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)
-            ),
-            facts=ocp.args.JsonRestore(),
-            data=RestoreDataPositions(),
-        )
-        try:
-            restored = self._manager.restore(step, args=args)
-            if not restored.data:
-                raise ValueError("it has no data position")
-        except (ValueError, KeyError, RecursionError) as error:
-            raise UserError(
-                f"{self.folder}: the checkpoint of step {step} belongs to another model or another version of this "
-                f"program ({' '.join(str(error).split())[:200]}); use another --workdir"
-            ) from error
+            )
+            return step, ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args), positions
+
+        step, state, positions = _load_newest(self.folder, self._strict, load)
+        self._set_aside([damaged for damaged in steps if damaged > step])
+        return state, positions
+
+    def _check_facts(self, step: int, recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         for name, value in facts.items():
-            if restored.facts.get(name) != value:
+            if recorded.get(name) != value:
                 raise UserError(
                     f"{self.folder}: the checkpoint of step {step} was trained with {name} = "
-                    f"{restored.facts.get(name)!r}, now it is {value!r}: change it back or use another --workdir"
+                    f"{recorded.get(name)!r:.300}, now it is {value!r:.300}: change it back or use another --workdir"
                 )
-        return restored.state, restored.data
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Renames damaged checkpoints from STEP to damaged-STEP, on the first host."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            with self._writing():
+                for step in steps:
+                    target = self.folder / f"damaged-{step}"
+                    if target.exists():  # the same step, damaged again
+                        target.rmtree()
+                    (self.folder / str(step)).rename(target)
+                    logger.warning("%s: renamed to %s", self.folder / str(step), target.name)
+        multihost_utils.sync_global_devices("renamed damaged checkpoints")
+        self._manager.reload()
+
+    def _write_manifest(self) -> None:
+        unfinished = self.folder / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
+        write_manifest(unfinished if unfinished.exists() else self.folder / str(self._saving))
 
     def wait(self) -> None:
         """Waits until everything is on disk.
@@ -186,11 +242,7 @@ class Checkpoints:
 def require_checkpoint(folder: str | epath.Path) -> None:
     """Raises UserError unless the folder has a finished checkpoint."""
     if not latest_step(folder):
-        raise _no_checkpoint(folder)
-
-
-def _no_checkpoint(folder: str | epath.Path) -> UserError:
-    return UserError(f"{folder}: no finished checkpoint there: train first, or give the --workdir of a run")
+        raise UserError(f"{folder}: no finished checkpoint there: train first, or give the --workdir of a run")
 
 
 def check_same_model(given: Any, wanted: Any) -> None:
@@ -204,26 +256,37 @@ def check_same_model(given: Any, wanted: Any) -> None:
 
 def latest_step(folder: str | epath.Path) -> int:
     """Returns the step of the newest finished checkpoint in the folder, or 0; opens and creates nothing."""
-    return max((int(step.name) for step in epath.Path(folder).glob("*") if step.name.isdecimal()), default=0)
+    return max(finished_steps(folder), default=0)
 
 
-def load_weights(folder: str | epath.Path, weights: str, into: Any = None) -> tuple[Any, int]:
-    """Loads one weight tree of the newest checkpoint, without the optimiser state.
+def finished_steps(folder: str | epath.Path) -> list[int]:
+    """Returns the steps of the finished checkpoints in the folder, newest first; opens and creates nothing."""
+    steps = [path for path in epath.Path(folder).glob("*") if _STEP.fullmatch(path.name)]
+    if str(folder).startswith("gs://"):  # where folders can't be renamed, a file marks those that are finished
+        steps = [path for path in steps if (path / "commit_success.txt").exists()]
+    return sorted((int(path.name) for path in steps), reverse=True)
+
+
+def load_weights(folder: str | epath.Path, weights: str, into: Any = None, strict: bool = False) -> tuple[Any, int]:
+    """Loads one weight tree of the newest intact checkpoint, without the optimiser state.
 
     Args:
       folder: folder of the `Checkpoints`.
       weights: "params" or "ema".
       into: tree of `jax.ShapeDtypeStruct` with shardings to load into; None loads the stored tree onto the first
         device.
+      strict: True raises if the newest checkpoint is damaged.
 
     Returns:
       The tree as nested dicts of arrays, and the step.
 
     Raises:
-      UserError: if there is no checkpoint, it has no such weights, or their names or shapes differ from `into`.
+      UserError: if there is no intact checkpoint, it has no such weights, or their names or shapes differ from `into`.
     """
-    with _open_newest(folder, weights) as (manager, step, tree):
+
+    def load(step_folder: epath.Path) -> tuple[Any, int]:
         first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        tree = _metadata(step_folder, weights)
         abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=first_device), tree)
         if into is not None:
             check_same_model(abstract, into)
@@ -233,37 +296,34 @@ def load_weights(folder: str | epath.Path, weights: str, into: Any = None) -> tu
             restore_args=ocp.checkpoint_utils.construct_restore_args({weights: abstract}),
             partial_restore=True,
         )
-        restored = manager.restore(step, args=ocp.args.Composite(state=args))
-    return restored.state[weights], step
+        state = ocp.PyTreeCheckpointHandler().restore(step_folder / "state", args=args)
+        return state[weights], int(step_folder.name)
 
-
-def load_facts(folder: str | epath.Path) -> dict[str, Any]:
-    """Returns the facts of the newest checkpoint: digests of the data and of the frozen networks.
-
-    Raises:
-      UserError: if there is no checkpoint.
-    """
-    with _open_newest(folder, "params") as (manager, step, _):
-        return manager.restore(step, args=ocp.args.Composite(facts=ocp.args.JsonRestore())).facts
+    return _load_newest(folder, strict, load)
 
 
 @contextlib.contextmanager
-def open_weights(folder: str | epath.Path, weights: str) -> Iterator["StoredWeights"]:
-    """Opens one weight tree of the newest checkpoint, to be read array by array.
+def open_weights(folder: str | epath.Path, weights: str, strict: bool = False) -> Iterator["StoredWeights"]:
+    """Opens one weight tree of the newest intact checkpoint, to be read array by array.
 
     Args:
       folder: folder of the `Checkpoints`.
       weights: "params" or "ema".
+      strict: True raises if the newest checkpoint is damaged.
 
     Yields:
       The arrays by path; nothing is read before an array is asked for.
 
     Raises:
-      UserError: if there is no checkpoint, or it has no such weights.
+      UserError: if there is no intact checkpoint, or it has no such weights.
     """
-    with _open_newest(folder, weights) as (_, step, tree):
-        flat, context = flax.traverse_util.flatten_dict(tree), ocp.type_handlers.get_ts_context()
-        yield StoredWeights({path: StoredArray(leaf, context) for path, leaf in flat.items()}, step)
+    context = ocp.type_handlers.get_ts_context()
+
+    def load(step_folder: epath.Path) -> StoredWeights:
+        flat = flax.traverse_util.flatten_dict(_metadata(step_folder, weights))
+        return StoredWeights({path: StoredArray(leaf, context) for path, leaf in flat.items()}, int(step_folder.name))
+
+    yield _load_newest(folder, strict, load)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,25 +417,121 @@ class StoredArray:
             ) from error
 
 
-@contextlib.contextmanager
-def _open_newest(
-    folder: str | epath.Path, weights: str
-) -> Iterator[tuple[ocp.CheckpointManager, int, Mapping[str, Any]]]:
-    """Opens the newest checkpoint: yields Orbax's manager, the step, and the arrays' metadata as nested dicts."""
+def _load_newest(folder: str | epath.Path, strict: bool, load: Callable[[epath.Path], T]) -> T:
+    """Returns what `load` returns for the newest intact checkpoint, after one line about each damaged newer one.
+
+    Args:
+      folder: folder of the `Checkpoints`.
+      strict: True raises if the newest checkpoint is damaged.
+      load: (folder of a checkpoint) -> result; called after the checkpoint is verified.
+
+    Raises:
+      UserError: if there is no checkpoint, none is intact, or an intact one does not fit; `load` may raise others.
+    """
     folder = epath.Path(folder).resolve()
     require_checkpoint(folder)
-    handlers = {"state": ocp.PyTreeCheckpointHandler()}
-    handlers |= {name: ocp.JsonCheckpointHandler() for name in ("facts", "config")}
-    handlers["data"] = DataPositionHandler()  # without it, Orbax warns about unknown items
-    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
-        step = manager.latest_step()
-        if step is None:  # in an object store, the folder may exist before its checkpoint is finished
-            raise _no_checkpoint(folder)
-        tree = manager.item_metadata(step)["state"].tree
-        if tree.get(weights) is None:
-            available = ", ".join(name for name in ("params", "ema") if tree.get(name) is not None)
-            raise UserError(f"{folder}: the checkpoint has no {weights!r} weights; it has {available}")
-        yield manager, step, tree[weights]
+    problems = []
+    for step in finished_steps(folder):
+        if problems:
+            logger.warning("%s: %s: trying the one of step %d", folder, problems[-1], step)
+        try:
+            return _load_verified(folder / str(step), load)
+        except DamagedError as error:
+            problems.append(f"the checkpoint of step {step} is damaged ({error})")
+        if strict:
+            raise UserError(f"{folder}: {problems[0]}: copy it again, or set train.strict_restore=False to use another")
+    raise UserError(f"{folder}: no checkpoint is intact: {'; '.join(problems)}: copy them again")
+
+
+def _load_verified(folder: epath.Path, load: Callable[[epath.Path], T]) -> T:
+    """Returns what `load` returns for a checkpoint, after verifying it.
+
+    Raises:
+      DamagedError: if it is not what was saved.
+      UserError: if it is, but can't be loaded.
+    """
+    has_manifest = verify_checkpoint(folder)
+    try:
+        result = load(folder)
+    except UserError:  # a ValueError
+        raise
+    except _UNREADABLE as error:
+        if _PASSING.search(str(error)):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if not has_manifest and jax.process_count() == 1:  # others could have read it
+            raise DamagedError(f"it can't be read: {reason}") from error
+        raise UserError(
+            f"{folder.parent}: the checkpoint of step {folder.name} belongs to another model or another version of "
+            f"this program ({reason}); use another --workdir"
+        ) from error
+    if not has_manifest:
+        logger.warning("%s: has no %s (from an earlier version), so it was not verified", folder, MANIFEST_FILE)
+    return result
+
+
+def verify_checkpoint(folder: epath.Path) -> bool:
+    """Verifies a checkpoint; each host reads a part of its files, and all of them come to the same result.
+
+    Args:
+      folder: folder of the checkpoint.
+
+    Returns:
+      True, or False if it is from an earlier version, without a manifest.
+
+    Raises:
+      DamagedError: if it is not what was saved.
+    """
+    damage, has_manifest = "", False
+    try:
+        has_manifest = verify(folder, jax.process_index(), jax.process_count())
+        had_manifest = read_facts(folder).get(MANIFEST_FACT)
+        if had_manifest and not has_manifest:
+            raise DamagedError(f"{MANIFEST_FILE} is missing")
+    except DamagedError as error:
+        damage = str(error)
+    if damage := _first_of_hosts(damage):
+        raise DamagedError(damage)
+    return has_manifest
+
+
+def _first_of_hosts(message: str) -> str:
+    """Returns the message of the first host whose message is not empty."""
+    if jax.process_count() == 1:
+        return message
+    encoded = np.zeros(400, np.uint8)
+    mine = np.frombuffer(message.encode("utf-8", "replace")[:400], np.uint8)
+    encoded[: len(mine)] = mine
+    messages = [
+        bytes(row).rstrip(b"\0").decode("utf-8", "replace") for row in multihost_utils.process_allgather(encoded)
+    ]
+    return next(filter(None, messages), "")
+
+
+def read_facts(folder: epath.Path) -> Mapping[str, Any]:
+    """Returns the facts of a checkpoint.
+
+    Raises:
+      DamagedError: if they can't be read.
+    """
+    try:
+        facts = ocp.JsonCheckpointHandler().restore(folder / "facts")
+    except _UNREADABLE as error:
+        raise DamagedError(f"its facts can't be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(facts, dict):
+        raise DamagedError(f"its facts are {facts!r:.80}, not an object")
+    return facts
+
+
+def _metadata(folder: epath.Path, weights: str) -> Mapping[str, Any]:
+    """Returns the metadata of the arrays of one weight tree of a checkpoint, as nested dicts."""
+    tree = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+    if not isinstance(tree, Mapping):
+        raise ValueError("its state is not a tree of names")
+    if tree.get(weights) is None:
+        available = ", ".join(name for name in ("params", "ema") if tree.get(name) is not None)
+        raise UserError(f"{folder.parent}: the checkpoint has no {weights!r} weights; it has {available}")
+    return tree[weights]
 
 
 def _save_args(array: jax.Array) -> ocp.SaveArgs:

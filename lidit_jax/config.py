@@ -33,7 +33,7 @@ MAX_NUMBER = 10**30  # largest int accepted for a float field
 CHANGEABLE_FIELDS = (
     *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
     *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
-    *("stalled_after", "max_skipped_in_row"),
+    *("stalled_after", "max_skipped_in_row", "strict_restore"),
 )
 # Fields that name files, which may move.
 PATH_FIELDS = ("path", "weights", "start_from")
@@ -254,7 +254,7 @@ def _read_json(file: epath.Path) -> dict[str, Any]:
         values = json.loads(file.read_text())
         if not isinstance(values, dict):
             raise ValueError("not an object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a run's file ({error}); restore it, or use another --workdir") from error
     return values
 

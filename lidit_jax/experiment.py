@@ -17,6 +17,7 @@ A config without LI-DiT's sections trains or evaluates a VAE alone.
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lidit_jax.checkpoint import load_facts, load_weights, require_checkpoint
+from lidit_jax.checkpoint import load_weights, read_facts, require_checkpoint
 from lidit_jax.config import build, flatten, read_workdir, require_section
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.stored_features import EncoderFingerprint
@@ -56,6 +57,8 @@ from lidit_jax.weights.diffusers_vae import load_vae
 from lidit_jax.weights.digest import file_digest, folder_digest
 from lidit_jax.weights.folders import HUB_NAME, find_folder, is_there
 from lidit_jax.weights.safetensors_folder import read_config
+
+logger = logging.getLogger(__name__)
 
 LIDIT = "lidit"
 SECTIONS = ("seed", "mesh", "data", "vae")  # required in every config
@@ -244,7 +247,7 @@ class Experiment:
                 )
             encoder = open_encoder(config.weights, self.prompt_tokenizer, dtype=config.dtype)
             found[name] = EncoderFingerprint(
-                digest=self._encoder_digest(name),
+                digest=self.encoder_digest(name),
                 text=encoder.tokenizer.digest,
                 dtype=config.dtype,
                 hidden_size=encoder.hidden_size,
@@ -307,32 +310,18 @@ class Experiment:
         fsdp = math.gcd(self.model.config.hidden_size, len(devices))
         return make_mesh({"data": -1, "fsdp": fsdp}, devices), ShardingRules()
 
-    def _encoder_digest(self, name: str) -> str:
+    def encoder_digest(self, name: str) -> str:
         """Returns the digest of an LLM and its tokenizer, which may be in a folder of its own (exported folders)."""
         folder = self.encoder_folder(name)
         return folder_digest(*dict.fromkeys((folder, tokenizer_folder(folder))))
 
-    def check_encoder_folders(self, moved: Collection[str]) -> None:
-        """Checks the encoders' folders of a trained run.
-
-        Args:
-          moved: names of encoders whose folders are no longer those that the run was trained with.
-
-        Raises:
-          UserError: if a folder is missing, or has other weights than the run was trained with.
-        """
-        facts = load_facts(self.training_folder(LIDIT) / "checkpoints") if moved else {}
-        digests = facts.get("frozen", {})
+    def check_encoder_folders(self) -> None:
+        """Raises UserError if an encoder's folder is missing."""
         for name, encoder in self.encoders.items():
-            weights, key = encoder.weights, f"encoders.{name}"
+            weights = encoder.weights
             if weights and not HUB_NAME.fullmatch(weights) and not is_there(epath.Path(weights)):
                 raise UserError(
-                    f"{key}.weights={weights}: no such folder; if it was moved, give --encoder={name}=FOLDER"
-                )
-            if name in moved and key in digests and digests[key] != self._encoder_digest(name):
-                raise UserError(
-                    f"--encoder={name}={weights}: the run was trained with other weights or another tokenizer; name "
-                    "the folder that has those"
+                    f"encoders.{name}.weights={weights}: no such folder; if it was moved, give --encoder={name}=FOLDER"
                 )
 
     def named_digests(self, data: str) -> dict[str, str]:
@@ -344,7 +333,7 @@ class Experiment:
         found = {f"data.{key}": data for key in flatten(self.config.data) if key.rpartition(".")[2] == "path"}
         for name, encoder in self.encoders.items() if self.has_lidit else ():
             if encoder.weights:
-                found[f"encoders.{name}.weights"] = self._encoder_digest(name)
+                found[f"encoders.{name}.weights"] = self.encoder_digest(name)
         if self.vae.weights:
             found["vae.weights"] = folder_digest(self.vae_folder())
         perceptual = self.vae.perceptual.weights
@@ -354,7 +343,7 @@ class Experiment:
 
     def frozen_digests(self) -> dict[str, str]:
         """Returns the digests of the frozen weights, which checkpoints record instead of the weights."""
-        digests = {f"encoders.{name}": self._encoder_digest(name) for name in self.encoders}
+        digests = {f"encoders.{name}": self.encoder_digest(name) for name in self.encoders}
         return digests | {"vae": folder_digest(self.vae_folder())}
 
 
@@ -482,7 +471,32 @@ def load(
         )
     checkpoints = checkpoint_folder(workdir, LIDIT)
     require_checkpoint(checkpoints)
-    experiment.check_encoder_folders(moved)
+    experiment.check_encoder_folders()
     pipeline = experiment.pipeline(*experiment.sampling_mesh(devices))
-    params, step = load_weights(checkpoints, weights, pipeline.abstract_params())
+    params, step = load_weights(checkpoints, weights, pipeline.abstract_params(), experiment.train.strict_restore)
+    compare_frozen(experiment, checkpoints / str(step), moved)
     return TrainedModel(experiment, pipeline, params, step)
+
+
+def compare_frozen(experiment: Experiment, checkpoint: epath.Path, moved: Collection[str] = ()) -> None:
+    """Compares the frozen networks with those that LI-DiT was trained with; logs a line for each one that has changed.
+
+    Args:
+      experiment: the experiment.
+      checkpoint: folder of one of LI-DiT's checkpoints, which records the digests.
+      moved: names of encoders whose folders are no longer those of the run.
+
+    Raises:
+      UserError: if a moved encoder is not the one that LI-DiT was trained with.
+    """
+    recorded = read_facts(checkpoint).get("frozen")
+    for key, digest in experiment.frozen_digests().items() if isinstance(recorded, dict) else ():
+        if recorded.get(key, digest) == digest:
+            continue
+        name = key.removeprefix("encoders.")
+        if name in moved:
+            raise UserError(
+                f"--encoder={name}={experiment.encoders[name].weights}: the run was trained with other weights or "
+                "another tokenizer; name the folder that has those"
+            )
+        logger.warning("%s has changed since LI-DiT was trained with it: images differ from those of the run", key)

@@ -409,6 +409,12 @@ def _first_state(
     """Returns the newest checkpoint's state, or an initial one, and the data positions that belong to it."""
     found = checkpoints.restore(trainer.abstract_state(), facts)
     if found is not None:
+        restored, positions = found
+        if int(restored.step) != (expected := positions[0]["next_batch"]):
+            raise UserError(
+                f"{checkpoints.folder}: the checkpoint of step {expected} says that {int(restored.step)} steps were "
+                "taken: it is damaged; copy it again"
+            )
         return found
     state = trainer.init(seed)
     if initial_params is not None:

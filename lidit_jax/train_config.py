@@ -51,6 +51,7 @@ class TrainConfig:
       checkpoint_every: steps between checkpoints.
       sample_every: steps between evaluations by `Task.evaluate`; 0 for none.
       keep: number of checkpoints kept.
+      strict_restore: what a damaged newest checkpoint leads to: True stops, False uses the newest intact one.
     """
 
     steps: Count
@@ -72,6 +73,7 @@ class TrainConfig:
     checkpoint_every: Count = 1000
     sample_every: CountOrZero = 0
     keep: Count = 2
+    strict_restore: bool = False
 
     def __post_init__(self):
         check_ranges(self, "train.")

@@ -11,6 +11,7 @@ from lidit_jax.data.broken_count import BrokenCount
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 
+MAX_BATCHES = 1 << 48  # batches of a stream; the position of a later one is damaged
 STATISTICS = "statistics"  # key of the statistics within a batch; removed before the batch is returned
 
 
@@ -129,16 +130,18 @@ class BatchStream(grain.DatasetIterator):
           UserError: the states were saved with other data, or are damaged.
         """
         for state in states:
+            if not isinstance(state, Mapping):
+                raise UserError(f"the checkpoint's position in the data is damaged ({state!r:.80})")
             if state.get("fingerprint") != self.fingerprint:
                 raise UserError(
                     f"the data (fingerprint {self.fingerprint}) are not those of the checkpoint "
                     f"({state.get('fingerprint')!r:.80}): use the same data and filters, or start a new workdir"
                 )
-        numbers = {state.get("next_batch") for state in states}
-        [number] = numbers if len(numbers) == 1 else [None]
-        if type(number) is not int or number < 0:
+        numbers = [state.get("next_batch") for state in states]
+        are_equal = bool(numbers) and all(number == numbers[0] for number in numbers)
+        if not are_equal or type(numbers[0]) is not int or not 0 <= numbers[0] < MAX_BATCHES:
             raise UserError(f"the checkpoint's position in the data is damaged (next batches {numbers!r:.80})")
-        return number
+        return numbers[0]
 
     def close(self) -> None:
         """Ends threads and workers; the iterator cannot be used afterwards."""

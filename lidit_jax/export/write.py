@@ -22,7 +22,7 @@ from etils import epath
 from lidit_jax.checkpoint import open_weights
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder, move_encoders
+from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder, compare_frozen, move_encoders
 from lidit_jax.export.copying import copy_files, model_files, num_bytes, tokenizer_files
 from lidit_jax.export.folder import (
     INDEX_FILE,
@@ -113,13 +113,15 @@ def export(request: Request) -> None:
         raise UserError(
             f"{request.workdir} trained only a VAE, which is already in diffusers' format: {run.vae_folder()}"
         )
-    run.check_encoder_folders(request.encoders)
+    run.check_encoder_folders()
     _check_not_used(request.out, run)
     encoders = [_text_encoder(run, name, request.text_encoders) for name in run.encoders]
     vae = run.vae_folder()
     VAEConfig.from_dict(read_config(vae))
     vae_files = [vae / CONFIG_FILE, *model_files(vae, diffusers_vae.WEIGHTS_STEM)]
-    with open_weights(checkpoint_folder(run.workdir, LIDIT), request.weights) as weights:
+    checkpoints = checkpoint_folder(run.workdir, LIDIT)
+    with open_weights(checkpoints, request.weights, run.train.strict_restore) as weights:
+        compare_frozen(run, checkpoints / str(weights.step), request.encoders)
         lidit_bytes = weights.num_parameters * DTYPES[request.dtype]
         copied_bytes = num_bytes([*vae_files, *(file for e in encoders for file in (*e.files, *e.tokenizer))])
         _check_space(request.out, lidit_bytes + copied_bytes)

@@ -4,12 +4,14 @@ PyTorch is imported inside functions: the rest of this package works without it.
 """
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.weights.folders import find_folder, is_there
+from lidit_jax.text.tokenizer_trial import try_tokenizer
+from lidit_jax.weights.folders import TOKENIZER_FILES, find_folder, is_there
 
 
 @functools.cache
@@ -76,6 +78,8 @@ def load_processor(class_name: str, flag: str, name: str, **options: Any) -> Any
     import transformers
 
     folder = model_folder(flag, name)
+    if (folder / "tokenizer.json").exists():
+        try_tokenizer(Path(folder), TOKENIZER_FILES)
     try:
         return getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True, **options)
     except Exception as error:  # of many types, as above

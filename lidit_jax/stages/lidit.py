@@ -157,7 +157,7 @@ def _initial_params(experiment: Experiment, mesh: Mesh, rules: ShardingRules) ->
         if is_exported(source):
             logger.info("starting from %s", source)
             return load_params(source, into, mesh, rules)
-        params, step = load_weights(checkpoint_folder(source, LIDIT), "ema", into)
+        params, step = load_weights(checkpoint_folder(source, LIDIT), "ema", into, experiment.train.strict_restore)
         logger.info("starting from %s, step %d", source, step)
         return params
 

@@ -124,9 +124,11 @@ def _train(
 def _summary(experiment: Experiment) -> str:
     """Returns text on what a finished run left in its workdir, and on the commands that use it."""
     workdir = experiment.workdir
-    checkpoints = f"training/{LIDIT}/checkpoints"
+    checkpoints = checkpoint_folder(workdir, LIDIT)
     outputs = {
-        checkpoints: f"LI-DiT up to step {latest_step(workdir / checkpoints)}, to sample, resume and fine-tune from",
+        str(checkpoints.relative_to(workdir)): (
+            f"LI-DiT up to step {latest_step(checkpoints)}, to sample, resume and fine-tune from"
+        ),
         "encoders": "the LLMs, in Hugging Face's format",
         "vae": "the VAE, in diffusers' format",
         "training": "logs, TensorBoard events and samples of each network",

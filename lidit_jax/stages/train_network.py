@@ -51,7 +51,7 @@ def train_network(
         count = num_parameters(params[name] if task.networks else params)
         logger.info("%s: %.2fM parameters", name, count / 1e6)
     folder = checkpoint_folder(experiment.workdir, task.name)
-    checkpoints = Checkpoints(folder, experiment.config.to_dict(), config.keep)
+    checkpoints = Checkpoints(folder, experiment.config.to_dict(), config.keep, config.strict_restore)
     metrics = Metrics(experiment.training_folder(task.name))
     try:
         return train(

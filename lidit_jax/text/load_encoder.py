@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.layers import check_dtype
@@ -16,19 +16,19 @@ from lidit_jax.models.llm import LLMConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.text.encoders import LLMTextEncoder, PromptEncoder, T5TextEncoder
 from lidit_jax.text.prompts import PromptTokenizer
+from lidit_jax.text.tokenizer_trial import read_tokenizer, try_tokenizer
 from lidit_jax.train_config import TrainConfig
 from lidit_jax.weights import huggingface_t5
-from lidit_jax.weights.folders import find_folder, local_tokenizer_files
+from lidit_jax.weights.folders import TOKENIZER_FILES, find_folder, local_tokenizer_files
 from lidit_jax.weights.huggingface_config import SUPPORTED, llm_config
 from lidit_jax.weights.huggingface_llm import load_llm_encoder
-from lidit_jax.weights.safetensors_folder import CONFIG_FILE, read_config, read_json_object
+from lidit_jax.weights.safetensors_folder import CONFIG_FILE, read_config
 
 # Decoder-only LLMs that a run can train, by the names that transformers gives them.
 LLM_FAMILIES: dict[str, dict[str, Any]] = {"llama": {"attention_bias": False}, "qwen2": {"attention_bias": True}}
 MODEL_TYPES = (*SUPPORTED, *huggingface_t5.MODEL_TYPES)
 TOKENIZER_FILE = "tokenizer.json"
 DIFFUSERS_ENCODER = re.compile(r"text_encoder(_\d+)?")
-PROBE_TEXTS = ["", " a b", "红色", "😀", "\x00", "\u0f00 xyz"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,23 +145,14 @@ def load_tokenizer(folder: Any) -> PreTrainedTokenizerBase:
         file = files / TOKENIZER_FILE
         if not file.is_file():
             raise UserError(f"{folder}: no {TOKENIZER_FILE} in this folder; use one that save_pretrained wrote")
-        chat_template = _chat_template_file(epath.Path(files))
+        try_tokenizer(files, TOKENIZER_FILES)
         # For a damaged file the tokenizers library raises a bare Exception, or panics with a BaseException.
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(files))
-            tokenizer(PROBE_TEXTS, split_special_tokens=True, verbose=False)  # some damage shows only in use
+            return read_tokenizer(files)
+        except UserError:
+            raise
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{folder}/{TOKENIZER_FILE}: not a valid tokenizer ({reason})") from error
-    if chat_template and not tokenizer.chat_template:
-        tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-def _chat_template_file(folder: epath.Path) -> str:
-    """Returns the chat template from chat_template.json, where older multi-modal models keep it, or ""."""
-    file = folder / "chat_template.json"
-    template = read_json_object(file).get("chat_template") if file.exists() else None
-    return template if isinstance(template, str) else ""

@@ -22,6 +22,8 @@ INSTRUCTION = (
 # Some chat templates (LLaMA 3.2's) insert today's date, which would change the prefix every day. A fixed date, LLaMA's
 # default, keeps the prefix constant.
 FIXED_DATE_MACRO = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+# Longer prompts are cut before they are tokenized: what a tokenizer does with a text may cost much more than the text.
+MAX_CHARACTERS = 1 << 16
 # Marks the prompt's position in a rendered chat template; private-use characters do not occur in templates.
 PLACEHOLDER = "\ue000prompt\ue001"
 
@@ -130,6 +132,8 @@ class PromptTokenizer:
             try:
                 template = FIXED_DATE_MACRO + self.tokenizer.get_chat_template()
                 rendered = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+            except MemoryError:
+                raise
             except Exception as error:  # a template is a program and can raise anything
                 errors.append(" ".join(str(error).split())[:200])
                 continue
@@ -171,8 +175,8 @@ class PromptTokenizer:
         mask = np.zeros(shape, bool)
         truncated = np.zeros(len(prompts), bool)
         texts = [p if not p or p.startswith(" ") else f"{self.separator}{p}" for p in prompts]
-        for row, ids in enumerate(self._encode(texts)):
-            truncated[row] = len(ids) > self.max_length - 1
+        for row, ids in enumerate(self._encode([text[:MAX_CHARACTERS] for text in texts])):
+            truncated[row] = len(ids) > self.max_length - 1 or len(texts[row]) > MAX_CHARACTERS
             ids = [*ids[: self.max_length - 1], self.tokenizer.eos_token_id]
             tokens[row, : len(ids)] = ids
             mask[row, : len(ids)] = True

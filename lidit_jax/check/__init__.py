@@ -1,0 +1,1 @@
+"""`python -m lidit_jax.check`: verifies the checkpoints and frozen networks of a workdir."""

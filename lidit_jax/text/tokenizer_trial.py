@@ -1,0 +1,117 @@
+"""Tries a tokenizer and its chat template in a process of its own, with limits on time and memory.
+
+A tokenizer is a program as much as a file: a few kilobytes can hold a normaliser that turns a letter into gigabytes, a
+regular expression that takes years, or a chat template that never ends. What stays within the limits on the texts
+here, which are longer than prompts, stays within them on prompts.
+"""
+
+import hashlib
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from etils import epath
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lidit_jax.errors import UserError
+from lidit_jax.text.prompts import INSTRUCTION, MAX_CHARACTERS, PromptTokenizer
+from lidit_jax.weights.safetensors_folder import read_json_object
+
+CPU_SECONDS = 15  # a tokenizer with 260,000 tokens, as many as the largest published ones have, takes 3
+MEMORY = 2 << 30  # bytes beyond those of the imports
+WALL_SECONDS = 600  # of a process that waits for the processor
+OUT_OF_MEMORY = 3  # exit code
+# Some damage of a file shows only in use.
+PROBE_TEXTS = ("", " a b", "红色", "😀", "\x00", "\u0f00 xyz")
+_MIXED = (
+    "A red circle, 3 blue squares (above it): the sign says «Grüße!» 一只红色的猫 😀\n\t--- x=1.5e-7; aaaaaaaaaaaaaaaa "
+)
+LONG_TEXTS = ((_MIXED * (MAX_CHARACTERS // len(_MIXED) + 1))[:MAX_CHARACTERS], *(c * 5000 for c in "a \n0!红"))
+
+_passed: set[str] = set()  # digests of the files of tokenizers that this process has tried
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Reads a tokenizer and uses it, without limits.
+
+    Raises:
+      Exception: of many types, or a BaseException of the tokenizers library, if a file is damaged.
+    """
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
+    tokenizer(list(PROBE_TEXTS), split_special_tokens=True, verbose=False)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _chat_template_file(epath.Path(folder)) or None
+    return tokenizer
+
+
+def _chat_template_file(folder: epath.Path) -> str:
+    """Returns the chat template from chat_template.json, where older multi-modal models keep it, or ""."""
+    file = folder / "chat_template.json"
+    template = read_json_object(file).get("chat_template") if file.exists() else None
+    return template if isinstance(template, str) else ""
+
+
+def try_tokenizer(folder: Path, files: re.Pattern) -> None:
+    """Tries the tokenizer of a local folder, once for the same files.
+
+    Args:
+      folder: folder of the tokenizer.
+      files: matches the names of the files that a tokenizer is loaded from.
+
+    Raises:
+      UserError: if it takes more time or memory than the limits. Other errors are left to those who read it.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(file for file in folder.iterdir() if files.fullmatch(file.name)):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    if digest.hexdigest() in _passed:
+        return
+    # The packages are found as here, whatever the working directory.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    environment["TOKENIZERS_PARALLELISM"] = "false"  # threads take address space
+    command = [sys.executable, "-P", "-m", __name__, str(folder.resolve()), str(CPU_SECONDS), str(MEMORY)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WALL_SECONDS)
+        code, output = done.returncode, done.stderr.strip()
+    except subprocess.TimeoutExpired:
+        code, output = -signal.SIGXCPU, ""
+    if code in (OUT_OF_MEMORY, -signal.SIGABRT):
+        reason = f"take more than {MEMORY >> 20} MiB of memory"
+    elif code in (-signal.SIGXCPU, -signal.SIGKILL):
+        reason = f"take more than {CPU_SECONDS} seconds"
+    else:
+        reason = f"end the process that uses them with exit code {code} {output.splitlines()[-1:]}"
+    if code:
+        raise UserError(f"{folder}: the tokenizer and its chat template {reason}: use other ones")
+    _passed.add(digest.hexdigest())
+
+
+def _main(folder: Path, cpu_seconds: int, memory: int) -> int:
+    """Limits this process, and tries the tokenizer; returns the exit code."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
+    if pages:  # other systems don't limit the address space
+        limit = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + cpu_seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        tokenizer = read_tokenizer(folder)
+        tokenizer(list(LONG_TEXTS), split_special_tokens=True, verbose=False)
+        for system_prompt in ("", INSTRUCTION):
+            PromptTokenizer(tokenizer, 8, INSTRUCTION * 6, system_prompt).prefix()
+    except MemoryError:
+        return OUT_OF_MEMORY
+    except BaseException as error:  # whoever reads it says what is wrong
+        return OUT_OF_MEMORY if "memory" in str(error).lower() else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
