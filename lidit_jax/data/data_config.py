@@ -36,8 +36,8 @@ class DataConfig:
       weight: in a mixture, this source's share of the samples, in any unit; None for every source: in proportion to
         their numbers of samples.
       split, data_dir: split and data folder of a "tfds" source.
-      image_key: feature that holds the image in a "tfds" or "array_record" source; "": the only image feature (tfds)
-        or "image" (array_record).
+      image_key: feature that holds the image in a "tfds" or "array_record" source; "": the only image feature or
+        the one called "image" (tfds), or "image" (array_record).
       class_names: file with one class name per line, for sources whose classes are numbers.
       features: use the prompts' features of a "precomputed" source, if its folder has them.
       num_examples: number of scenes of a "shapes" source.
