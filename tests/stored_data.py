@@ -114,5 +114,17 @@ def write_folder(folder: pathlib.Path, kind: str) -> pathlib.Path:
     return folder
 
 
+def write_parquet(folder: pathlib.Path, count: int = COUNT, shards: int = 2, **options) -> pathlib.Path:
+    """Writes images as Hugging Face data sets embed them."""
+    folder.mkdir(exist_ok=True)
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for shard in range(shards):
+        numbers = range(shard, count, shards)
+        images = [{"bytes": encode(numbered_image(i)), "path": f"{i}.png"} for i in numbers]
+        columns = {"image": pa.array(images, image), "text": list(map(caption, numbers)), "score": list(numbers)}
+        pq.write_table(pa.table(columns), folder / f"{shard:05}.parquet", **{"row_group_size": 3, **options})
+    return folder
+
+
 def data_of(source: str, path, **more) -> DataConfig:
     return build(DataConfig, {"source": source, "path": str(path), "resolution": 32, "max_aspect": 2.0, **more}, "data")

@@ -27,7 +27,7 @@ from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 from lidit_jax.stages.run import run_stages
 
-KINDS = ("tar", "array_record", "tfds", "jsonl", "csv", "parquet")
+KINDS = ("tar", "embedded", "array_record", "tfds", "jsonl", "csv", "parquet")
 
 
 # --- kinds of sources -------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_unusable_data_raise_a_one_line_error(stored, tmp_path, change, message)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["array_record", "tfds", "jsonl"])
+@pytest.mark.parametrize("kind", ["embedded", "array_record", "tfds", "jsonl"])
 def test_the_emoji_config_trains_on_every_kind_of_source(stored, tmp_path, kind):
     config, tiny = load_config("emoji"), tiny_config()
     config.data.update(source=stored[kind].source, path=stored[kind].path)
