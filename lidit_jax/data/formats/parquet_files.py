@@ -5,7 +5,7 @@ import dataclasses
 import io
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,26 @@ class UnreadableFile(Exception):
     """A file that the disk or the network does not provide; not the fault of its content."""
 
 
+class Chunk(NamedTuple):
+    """A column chunk, the values of one column in a row group.
+
+    Attributes:
+      path: the column, or the field of a struct column ("image.bytes").
+      start: its first byte in the file.
+      end: its end.
+      num_values: number of values, including nulls.
+      uncompressed_size: size of its pages, uncompressed; as all of these, it need not be true.
+      is_compressed: False if the sizes of its pages do not show that they are compressed.
+    """
+
+    path: str
+    start: int
+    end: int
+    num_values: int
+    uncompressed_size: int
+    is_compressed: bool
+
+
 @dataclasses.dataclass(frozen=True)
 class Footer:
     """Footer of a file.
@@ -56,23 +76,39 @@ class Footer:
         """Returns the row group of a row."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
-    def chunks(self, group: int, columns: Sequence[str]) -> list[pq.ColumnChunkMetaData]:
-        """Returns the column chunks of a row group below the columns or fields ("image.bytes") that are named."""
-        row_group = self.metadata.row_group(group)
-        found = [row_group.column(i) for i in range(row_group.num_columns)]
-        return [
-            c
-            for c in found
-            if any(c.path_in_schema == name or c.path_in_schema.startswith(f"{name}.") for name in columns)
-        ]
+    def chunks(self, group: int, columns: Sequence[str]) -> list[Chunk]:
+        """Returns the column chunks of a row group below the columns or fields ("image.bytes") that are named.
+
+        Raises:
+          DamagedParquet: the file lacks one of them, or the footer is damaged.
+        """
+        try:
+            row_group = self.metadata.row_group(group)
+            chunks = [_chunk(row_group.column(i)) for i in range(row_group.num_columns)]
+        except Exception as error:  # pyarrow raises OSError, ValueError and others on damaged data
+            raise DamagedParquet("damaged Parquet footer") from error
+        found = []
+        for name in columns:
+            named = [chunk for chunk in chunks if f"{chunk.path}.".startswith(f"{name}.")]
+            if not named:
+                raise DamagedParquet(f"no column {name!r}"[:200])
+            found += named
+        return found
 
 
-def chunk_range(chunk: pq.ColumnChunkMetaData) -> tuple[int, int]:
-    """Returns the first byte and the end of a column chunk in its file."""
+def _chunk(chunk: pq.ColumnChunkMetaData) -> Chunk:
     start = chunk.data_page_offset
     if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
         start = chunk.dictionary_page_offset
-    return start, start + chunk.total_compressed_size
+    return Chunk(
+        chunk.path_in_schema,
+        start,
+        start + chunk.total_compressed_size,
+        chunk.num_values,
+        chunk.total_uncompressed_size,
+        # Its codec is not read: an unknown one would abort the process.
+        chunk.total_compressed_size != chunk.total_uncompressed_size,
+    )
 
 
 class ParquetFiles:
@@ -131,7 +167,7 @@ class ParquetFiles:
         try:
             metadata = pq.read_metadata(pa.BufferReader(tail[-length:]))
             counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        except Exception as error:  # pyarrow raises OSError, ValueError and others on damaged data
+        except Exception as error:  # as in `Footer.chunks`
             raise DamagedParquet("damaged Parquet footer") from error
         if any(count < 0 for count in counts) or sum(counts) > _MAX_ROWS:
             raise DamagedParquet("damaged Parquet footer")
@@ -168,7 +204,7 @@ class ParquetFiles:
             file.prepare(footer.chunks(group, (*columns, *image)))
             for names, limit in ((columns, MAX_TEXT_PAGE_BYTES), (image, MAX_PAGE_BYTES)):
                 for chunk in footer.chunks(group, names):
-                    check_pages(file.at, *chunk_range(chunk), chunk.num_values, limit)
+                    check_pages(file.at, chunk.start, chunk.end, chunk.num_values, limit)
             parquet = pq.ParquetFile(
                 pa.PythonFile(file, mode="r"),
                 metadata=footer.metadata,
@@ -186,7 +222,7 @@ class ParquetFiles:
             raise
         except DamagedPages as error:
             raise DamagedParquet(str(error)) from error
-        except Exception as error:  # as in `_read_footer`
+        except Exception as error:  # as in `Footer.chunks`
             raise DamagedParquet("damaged Parquet file") from error
         if count != footer.metadata.row_group(group).num_rows:
             raise DamagedParquet("damaged Parquet file")
@@ -200,14 +236,14 @@ class _GroupFile(io.RawIOBase):
         self._files, self._number, self._size = files, number, size
         self._position, self._segments = 0, {}
 
-    def prepare(self, chunks: Sequence[pq.ColumnChunkMetaData]) -> None:
+    def prepare(self, chunks: Sequence[Chunk]) -> None:
         """Checks where column chunks lie, and reads them if they are small.
 
         Raises:
           DamagedParquet: a chunk lies outside the file.
           UnreadableFile: the file cannot be read.
         """
-        ranges = sorted(chunk_range(chunk) for chunk in chunks)
+        ranges = sorted((chunk.start, chunk.end) for chunk in chunks)
         if any(not 4 <= start < end <= self._size for start, end in ranges):
             raise DamagedParquet("damaged Parquet footer")
         merged: list[list[int]] = []

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from lidit_jax.data.formats.files import find_files, select_shards
-from lidit_jax.data.formats.parquet_files import DamagedParquet, Footer, ParquetFiles, UnreadableFile, chunk_range
+from lidit_jax.data.formats.parquet_files import Chunk, DamagedParquet, Footer, ParquetFiles, UnreadableFile
 from lidit_jax.data.formats.record_shards import flatten, make_sample
 from lidit_jax.data.formats.shards import CLASS_FIELD, Place, Sample, Unusable, class_name, names_digest
 from lidit_jax.errors import UserError
@@ -117,7 +117,7 @@ class ParquetShards:
                 if length is not None and scanned >= length:
                     return int(footer.starts[group])
                 yield from self._scan_group(shard, footer, group)
-                scanned += sum(c.total_compressed_size for c in footer.chunks(group, self._columns.image))
+                scanned += sum(chunk.end - chunk.start for chunk in footer.chunks(group, self._columns.image))
                 group += 1
         except DamagedParquet as reason:
             yield str(reason)
@@ -180,13 +180,13 @@ class ParquetShards:
         the row group once.
         """
         footer = self._files.footer(shard)
-        [chunk] = footer.chunks(group, self._columns.image[:1])
-        if chunk.compression != "UNCOMPRESSED":
+        chunk = footer.chunks(group, self._columns.image[:1])[0]
+        if chunk.is_compressed:
             return None
         if (shard, group) not in self._image_ranges:
             rows = self._files.rows(shard, group, (), self._columns.image[:1])
             images = (_image_bytes(row[self._columns.key]) for row in rows)
-            self._image_ranges[shard, group] = _find_ranges(self._files, shard, chunk_range(chunk), images)
+            self._image_ranges[shard, group] = _find_ranges(self._files, shard, chunk, images)
         ranges = self._image_ranges[shard, group][list(wanted)].tolist()
         if any(end == 0 for _, end in ranges):
             return None
@@ -198,8 +198,12 @@ class ParquetShards:
     def warn_of_slow_access(self) -> None:
         """Warns if reading a single image means decompressing many."""
         footer = self._files.footer(self._first)
-        chunks = [c for g in range(len(footer.starts) - 1) for c in footer.chunks(g, self._columns.image[:1])]
-        size = max((c.total_uncompressed_size for c in chunks if c.compression != "UNCOMPRESSED"), default=0)
+        groups = range(len(footer.starts) - 1)
+        try:
+            chunks = [chunk for group in groups for chunk in footer.chunks(group, self._columns.image[:1])]
+        except DamagedParquet:  # counted when it is read
+            return
+        size = max((chunk.uncompressed_size for chunk in chunks if chunk.is_compressed), default=0)
         if size > _SLOW_GROUP_BYTES:
             _log.warning(
                 "%s: its images are compressed in row groups of up to %d MB, which are decompressed to read one of "
@@ -348,17 +352,17 @@ def _image_bytes(value: Any) -> bytes | None:
     return encoded if isinstance(encoded, bytes) else None
 
 
-def _find_ranges(files: ParquetFiles, shard: int, chunk: tuple[int, int], images: Iterator[bytes | None]) -> np.ndarray:
+def _find_ranges(files: ParquetFiles, shard: int, chunk: Chunk, images: Iterator[bytes | None]) -> np.ndarray:
     """Returns the byte range of every image in an uncompressed column chunk, int64 [rows, 2]; (0, 0) if not found.
 
     Images follow one another in the order of the rows, with only page headers, indices and lengths between them; a
     repeated one may be stored once.
     """
-    ranges, (position, end) = [], chunk
+    ranges, position = [], chunk.start
     for image in images:
         found = -1
         if image:
-            window = files.read(shard, position, min(position + len(image) + _BETWEEN_IMAGES, end))
+            window = files.read(shard, position, min(position + len(image) + _BETWEEN_IMAGES, chunk.end))
             found = window.find(image)
         if found < 0:
             ranges.append((0, 0))
