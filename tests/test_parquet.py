@@ -412,7 +412,7 @@ def test_a_damaged_file_is_counted_and_the_others_are_used(tmp_path, damage, rea
     assert "\n" not in str(error.value)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_change_of_bytes_raises_anything_but_a_one_line_error(tmp_path, data):
     path = tmp_path / "x.parquet"

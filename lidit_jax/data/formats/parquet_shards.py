@@ -240,8 +240,8 @@ class ParquetShards:
                 return _columns(schema, image_key or self._sniff(shard, schema), path)
             except (DamagedParquet, UnreadableFile, pa.ArrowException) as error:
                 reason = error
-        count = f" (and none of {len(self.paths) - 1} more files)" if len(self.paths) > 1 else ""
-        raise UserError(f"{self.paths[0]!r}{count} can be read: {reason}")
+        more = f" (nor can any of the other {len(self.paths) - 1} files)" if len(self.paths) > 1 else ""
+        raise UserError(f"{path!r} cannot be read: {reason}{more}; check data.path and the files")
 
     def _sniff(self, shard: int, schema: pa.Schema) -> str:
         """Returns the only column whose first values are images.
