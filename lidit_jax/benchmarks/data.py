@@ -3,7 +3,7 @@
 Tar shards of JPEGs whose shorter side is about 512 px become batches of 256 px squares. The limit is a bare loop that
 decodes and downsizes images held in memory with the fastest decoder and resizer installed here, without any reading,
 shuffling or batching. All contestants use the same shards, and one thread unless `--workers` says otherwise.
-With `--parquet` the same images are read from Parquet files as well, as Hugging Face's `datasets` writes them and with the
+With `--parquet` the same images are read from Parquet files as well, as the library `datasets` writes them and with the
 images uncompressed. With `--memory=200000` our loader alone loads that many samples, and its resident memory is printed
 ten times.
 """
