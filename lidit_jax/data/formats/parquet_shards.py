@@ -5,7 +5,9 @@ The other columns are captions and metadata: see `ParquetShards`.
 """
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -151,26 +153,22 @@ class ParquetShards:
             first = int(self._files.footer(shard).starts[group])
             try:
                 rows = self._rows(shard, group, sorted({row for _, row in wanted}))
-            except DamagedParquet:
-                continue
-            except UnreadableFile:
-                rows = {}
+            except (DamagedParquet, UnreadableFile):
+                rows = dict.fromkeys((row for _, row in wanted), Unusable("unreadable file"))
             for i, row in wanted:
-                found[i] = self._sample(shard, first + row, rows[row]) if row in rows else Unusable("unreadable file")
+                if row in rows:
+                    values = rows[row]
+                    found[i] = values if isinstance(values, Unusable) else self._sample(shard, first + row, values)
         return found
 
     def _rows(self, shard: int, group: int, wanted: Sequence[int]) -> dict[int, dict[str, Any]]:
-        """Returns rows of a row group, counted from its first."""
+        """Returns rows of a row group, counted from its first, without those that follow damage."""
         images = self._uncompressed_images(shard, group, wanted)
         if images is None:
-            return self._cache.rows(
-                (shard, group, True),
-                lambda: self._files.rows(shard, group, self._columns.others, self._columns.image),
-                wanted,
-            )
-        rows = self._cache.rows(
-            (shard, group, False), lambda: self._files.rows(shard, group, self._columns.others), wanted
-        )
+            read = functools.partial(self._files.rows, shard, group, self._columns.others, self._columns.image)
+            return self._cache.rows((shard, group, True), read, wanted)
+        read = functools.partial(self._files.rows, shard, group, self._columns.others)
+        rows = self._cache.rows((shard, group, False), read, wanted)
         return {row: rows.get(row, {}) | {self._columns.key: images[row]} for row in wanted}
 
     def _uncompressed_images(self, shard: int, group: int, wanted: Sequence[int]) -> dict[int, bytes] | None:
@@ -185,10 +183,11 @@ class ParquetShards:
             return None
         if (shard, group) not in self._image_ranges:
             rows = self._files.rows(shard, group, (), self._columns.image[:1])
-            images = (_image_bytes(row[self._columns.key]) for row in rows)
+            images = (_image_bytes(row[self._columns.key]) for row in _until_damage(rows))
             self._image_ranges[shard, group] = _find_ranges(self._files, shard, chunk, images)
-        ranges = self._image_ranges[shard, group][list(wanted)].tolist()
-        if any(end == 0 for _, end in ranges):
+        stored = self._image_ranges[shard, group]
+        ranges = stored[[row for row in wanted if row < len(stored)]].tolist()
+        if len(ranges) < len(wanted) or any(end == 0 for _, end in ranges):
             return None
         found = self._files.ranges.read([(shard, start, end) for start, end in ranges])
         if any(isinstance(data, OSError) for data in found):
@@ -347,6 +346,12 @@ def _class_labels(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
         return {}
 
 
+def _until_damage(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the rows that can be read."""
+    with contextlib.suppress(DamagedParquet):
+        yield from rows
+
+
 def _image_bytes(value: Any) -> bytes | None:
     encoded = value.get("bytes") if isinstance(value, Mapping) else value
     return encoded if isinstance(encoded, bytes) else None
@@ -398,7 +403,7 @@ class _RowCache:
                 rows = self._groups[key][0]
                 return {number: rows[number] for number in wanted if number < len(rows)}
         found, rows, size = {}, [], 0
-        for number, row in enumerate(read()):
+        for number, row in enumerate(_until_damage(read())):
             if number in wanted:
                 found[number] = row
             if rows is not None:
