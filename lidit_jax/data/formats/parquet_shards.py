@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from lidit_jax.errors import UserError
 
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet$")
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
-_SNIFFED_ROWS = 16
+_SNIFFED_GROUPS, _SNIFFED_ROWS = 4, 16
 _MAX_DEPTH = 4  # of nested columns
 _BETWEEN_IMAGES = 1 << 14  # bytes between two stored images, at most: page headers may hold statistics
 _SLOW_GROUP_BYTES = 1 << 21  # compressed row groups above which random access is slow
@@ -258,14 +259,13 @@ class ParquetShards:
         raise UserError(f"{self.paths[shard]!r} has the image columns {names}: name one with --config.data.image_key")
 
     def _holds_images(self, shard: int, name: str, field: str) -> bool:
-        if not len(self._files.footer(shard).starts) > 1:
-            return False
-        rows = self._files.rows(shard, 0, (), (field,))
-        try:
-            values = [_image_bytes(row[name]) for row, _ in zip(rows, range(_SNIFFED_ROWS), strict=False)]
-        finally:
-            rows.close()
-        return any(value is not None and value.startswith(_MAGIC) for value in values)
+        """Returns True if the first values of a column that can be read include an image."""
+        for group in range(min(len(self._files.footer(shard).starts) - 1, _SNIFFED_GROUPS)):
+            rows = _until_damage(self._files.rows(shard, group, (), (field,)))
+            values = [_image_bytes(row[name]) for row in itertools.islice(rows, _SNIFFED_ROWS)]
+            if any(value is not None and value.startswith(_MAGIC) for value in values):
+                return True
+        return False
 
     def _unreadable(self, shard: int, error: UnreadableFile) -> UserError:
         return UserError(f"cannot read {self.paths[shard]!r}: {error}")
