@@ -280,7 +280,7 @@ def test_in_every_epoch_of_a_stream_each_row_comes_once(parquet):
     assert drawn == dict.fromkeys(map(caption, range(60)), 2)
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stop=st.integers(1, 30), hosts=st.sampled_from([(1, 4), (4, 1), (2, 2)]), part=st.sampled_from([1, 500, 1 << 26])
 )
