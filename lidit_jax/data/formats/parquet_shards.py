@@ -94,7 +94,7 @@ class ParquetShards:
         self._image_ranges: dict[tuple[int, int], np.ndarray] = {}  # (shard, group) -> int64 [rows, 2]
 
     def __getstate__(self):
-        return self.__dict__ | {"_cache": _RowCache(), "_image_ranges": {}}
+        return self.__dict__ | {"_image_ranges": {}}
 
     def size(self, shard: int) -> int:
         try:
@@ -379,12 +379,15 @@ def _find_ranges(files: ParquetFiles, shard: int, chunk: Chunk, images: Iterator
 
 
 class _RowCache:
-    """Rows of row groups that were read last, in bounded memory."""
+    """Rows of row groups that were read last, in bounded memory. Pickled without them."""
 
     def __init__(self):
         self._lock = threading.Lock()
         self._groups: collections.OrderedDict[tuple, tuple[list[dict[str, Any]], int]] = collections.OrderedDict()
         self._bytes = 0
+
+    def __reduce__(self):
+        return _RowCache, ()
 
     def rows(self, key: tuple, read, wanted: Sequence[int]) -> dict[int, dict[str, Any]]:
         """Returns rows of a row group.
