@@ -131,11 +131,12 @@ def lpips_file(vgg_tensors, tmp_path_factory):
 @pytest.fixture(scope="session")
 def stored(tmp_path_factory):
     """Data configs of the same images in every storage format."""
-    from stored_data import data_of, write_array_records, write_folder, write_tars, write_tfds
+    from stored_data import data_of, write_array_records, write_folder, write_parquet, write_tars, write_tfds
 
     folder = tmp_path_factory.mktemp("stored")
     return {
         "tar": data_of("tar", write_tars(folder / "tar")),
+        "embedded": data_of("parquet", write_parquet(folder / "embedded")),
         "array_record": data_of("array_record", write_array_records(folder / "records")),
         "tfds": data_of("tfds", write_tfds(folder / "tfds")),
         **{kind: data_of("folder", write_folder(folder / kind, kind)) for kind in ("jsonl", "csv", "parquet")},

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -60,9 +62,20 @@ def write_array_records(folder: pathlib.Path, texts: bool = True) -> pathlib.Pat
 def write_tfds(folder: pathlib.Path, texts: bool = True) -> str:
     import tensorflow_datasets as tfds
 
-    folder.mkdir()
     words = {"caption": tfds.features.Text()} if texts else {"label": tfds.features.ClassLabel(names=CLASSES)}
+    features = tfds.features.FeaturesDict({"image": tfds.features.Image(), "score": np.float32, **words})
+    samples = []
+    for i in range(COUNT):
+        word = {"caption": caption(i)} if texts else {"label": i % 2}
+        samples.append({"image": io.BytesIO(encode(numbered_image(i))), "score": i, **word})
+    return write_tfds_samples(folder, features, samples)
 
+
+def write_tfds_samples(folder: pathlib.Path, features, samples: Sequence[dict[str, Any]]) -> str:
+    """Prepares a TFDS data set and returns its folder."""
+    import tensorflow_datasets as tfds
+
+    folder.mkdir(exist_ok=True)
     with tfds.core.registered.skip_registration():
 
         class Tiny(tfds.core.GeneratorBasedBuilder):
@@ -70,16 +83,13 @@ def write_tfds(folder: pathlib.Path, texts: bool = True) -> str:
             pkg_dir_path = folder
 
             def _info(self):
-                features = {"image": tfds.features.Image(), "score": np.float32, **words}
-                return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+                return self.dataset_info_from_configs(features=features)
 
             def _split_generators(self, manager):
-                return {"train": self._generate_examples()}
+                return {"train": enumerate(samples)}
 
             def _generate_examples(self):
-                for i in range(COUNT):
-                    word = {"caption": caption(i)} if texts else {"label": i % 2}
-                    yield i, {"image": io.BytesIO(encode(numbered_image(i))), "score": i, **word}
+                raise NotImplementedError
 
     builder = Tiny(data_dir=folder, file_format="array_record")
     builder.download_and_prepare()
@@ -101,6 +111,18 @@ def write_folder(folder: pathlib.Path, kind: str) -> pathlib.Path:
             writer.writerows(rows)
     else:
         pq.write_table(pa.Table.from_pylist(rows), folder / "some.parquet")
+    return folder
+
+
+def write_parquet(folder: pathlib.Path, count: int = COUNT, shards: int = 2, **options) -> pathlib.Path:
+    """Writes images as Hugging Face data sets embed them."""
+    folder.mkdir(exist_ok=True)
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for shard in range(shards):
+        numbers = range(shard, count, shards)
+        images = [{"bytes": encode(numbered_image(i)), "path": f"{i}.png"} for i in numbers]
+        columns = {"image": pa.array(images, image), "text": list(map(caption, numbers)), "score": list(numbers)}
+        pq.write_table(pa.table(columns), folder / f"{shard:05}.parquet", **{"row_group_size": 3, **options})
     return folder
 
 

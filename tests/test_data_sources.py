@@ -1,6 +1,7 @@
 """All kinds of sources return the same images and captions; their errors; training on each of them."""
 
 import collections
+import io
 import json
 import pathlib
 
@@ -8,7 +9,16 @@ import numpy as np
 import pytest
 from conftest import load_config, tiny_config
 from etils import epath
-from stored_data import CLASSES, COUNT, caption, data_of, numbered_image, write_array_records, write_tfds
+from stored_data import (
+    CLASSES,
+    COUNT,
+    caption,
+    data_of,
+    numbered_image,
+    write_array_records,
+    write_tfds,
+    write_tfds_samples,
+)
 from test_tar_source import encode, write_tar
 
 from lidit_jax.config import build
@@ -17,7 +27,7 @@ from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 from lidit_jax.stages.run import run_stages
 
-KINDS = ("tar", "array_record", "tfds", "jsonl", "csv", "parquet")
+KINDS = ("tar", "embedded", "array_record", "tfds", "jsonl", "csv", "parquet")
 
 
 # --- kinds of sources -------------------------------------------------------------------------------------------
@@ -134,6 +144,78 @@ def test_damaged_records_are_counted_and_other_files_rejected(tmp_path, stored):
         open_dataset(data_of("array_record", tmp_path), 8)
 
 
+def test_features_of_records_that_are_neither_image_nor_text_are_ignored(tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    writer = ArrayRecordWriter(str(tmp_path / "x.array_record"), "group_size:1")
+    for texts in ([b"one"], [b"one", b"two"], [b"K\xe4se"]):
+        example = tf_example_pb2.Example()
+        feature = example.features.feature
+        feature["image"].bytes_list.value.append(encode(numbered_image(0)))
+        feature["caption"].bytes_list.value.extend(texts)
+        feature["mask"].bytes_list.value.append(encode(numbered_image(1)))
+        feature["raw_mask"].bytes_list.value.append(bytes(100))
+        feature["audio"].float_list.value.extend([0.5] * 100)
+        feature["box"].float_list.value.extend([0.0, 0.0, 1.0, 1.0])
+        feature["score"].float_list.value.append(3)
+        feature["empty"].SetInParent()
+        writer.write(example.SerializeToString())
+    writer.close()
+    dataset = open_dataset(data_of("array_record", tmp_path), 8)
+    assert dataset.broken == {"caption not in UTF-8": 1}
+    found = dataset.source.describe(range(2))
+    assert [example["captions"] for example in found] == [
+        {"caption": "one"},
+        {"caption/0": "one", "caption/1": "two"},
+    ]
+    assert [example["metadata"] for example in found] == [{"score": 3.0}] * 2
+
+
+def test_features_of_tfds_that_are_neither_image_nor_text_are_not_decoded(tmp_path):
+    import tensorflow_datasets as tfds
+
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "mask": tfds.features.Image(shape=(None, None, 1)),
+            "audio": tfds.features.Audio(),
+            "video": tfds.features.Video(shape=(None, 8, 8, 3)),
+            "box": tfds.features.BBoxFeature(),
+            "tensor": tfds.features.Tensor(shape=(100, 100), dtype=np.float32),
+            "ragged": tfds.features.Sequence(tfds.features.Sequence(np.int64)),
+            "objects": tfds.features.Sequence({"label": tfds.features.ClassLabel(names=CLASSES), "area": np.int64}),
+            "captions": tfds.features.Sequence({"text": tfds.features.Text(), "id": np.int64}),
+            "about": {"title": tfds.features.Text(), "score": np.float32},
+            "label": tfds.features.ClassLabel(names=CLASSES),
+        }
+    )
+    sample = {
+        "image": io.BytesIO(encode(numbered_image(0))),
+        "mask": np.zeros((300, 300, 1), np.uint8),
+        "audio": np.zeros(1000, np.int64),
+        "video": np.zeros((2, 8, 8, 3), np.uint8),
+        "box": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
+        "tensor": np.zeros((100, 100), np.float32),
+        "ragged": [[1, 2], [3]],
+        "objects": [{"label": "cat", "area": 5}] * 3,
+        "captions": [{"text": "one", "id": 1}, {"text": "two", "id": 2}],
+        "about": {"title": "a title", "score": 4},
+        "label": "dog",
+    }
+    path = write_tfds_samples(tmp_path, features, [sample])
+    [example] = open_dataset(data_of("tfds", path), 8).source.describe([0])
+    assert example["captions"] == {
+        "captions/text/0": "one",
+        "captions/text/1": "two",
+        "about/title": "a title",
+        "class": "dog",
+    }
+    assert example["metadata"] == {"about/score": 4.0}
+    with pytest.raises(UserError, match="has the images image, mask: name one with --config.data.image_key"):
+        open_dataset(data_of("tfds", path, image_key="photo"), 8)
+
+
 # --- invalid configs --------------------------------------------------------------------------------------------
 
 
@@ -173,7 +255,7 @@ def test_unusable_data_raise_a_one_line_error(stored, tmp_path, change, message)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["array_record", "tfds", "jsonl"])
+@pytest.mark.parametrize("kind", ["embedded", "array_record", "tfds", "jsonl"])
 def test_the_emoji_config_trains_on_every_kind_of_source(stored, tmp_path, kind):
     config, tiny = load_config("emoji"), tiny_config()
     config.data.update(source=stored[kind].source, path=stored[kind].path)

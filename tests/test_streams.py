@@ -420,8 +420,8 @@ def test_a_failing_disk_is_not_taken_for_a_broken_image(shards, monkeypatch):
     loader.close()
 
 
-def test_only_tars_can_be_streamed(stored):
-    with pytest.raises(UserError, match="data.sequential requires data.source='tar', not 'folder'"):
+def test_only_tar_and_parquet_files_can_be_streamed(stored):
+    with pytest.raises(UserError, match="data.sequential requires data.source='tar' or 'parquet', not 'folder'"):
         data_of("folder", stored["jsonl"].path, sequential=True)
     with pytest.raises(UserError, match="the filters leave none of the 14 samples of .*: loosen them"):
         open_dataset(streamed(stored["tar"].path, min_side=100), 8)

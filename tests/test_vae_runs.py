@@ -216,7 +216,10 @@ def test_a_run_with_every_loss_resumes_to_the_same_weights(tmp_path, lpips_file)
         (lambda c: c.vae.evaluate.update(num_images=0), r"vae\.evaluate\.num_images=0 must be at least 1"),
         (lambda c: c.vae.perceptual.update(weights="/nowhere.safetensors"), "nowhere.safetensors is missing"),
         (lambda c: c.data.update(resolution=1), "resolution=1 is not a multiple of 2: use 2"),
-        (lambda c: c.data.update(held_out_shards=1), r"unless data\.source='tar': give .*held_out_shards=0"),
+        (
+            lambda c: c.data.update(held_out_shards=1),
+            r"unless data\.source='tar' or 'parquet': give .*held_out_shards=0",
+        ),
         (lambda c: c.vae.adversarial.update(weight=1.0, layers=4), "sides of 48 pixels, some have 32: raise data"),
         (lambda c: c.update(sample={"sampler": "euler"}), "config key text is missing"),
     ],

@@ -3,7 +3,9 @@
 Tar shards of JPEGs whose shorter side is about 512 px become batches of 256 px squares. The limit is a bare loop that
 decodes and downsizes images held in memory with the fastest decoder and resizer installed here, without any reading,
 shuffling or batching. All contestants use the same shards, and one thread unless `--workers` says otherwise.
-With `--memory=200000` our loader alone loads that many samples, and its resident memory is printed ten times.
+With `--parquet` the same images are read from Parquet files as well, as the library `datasets` writes them and with the
+images uncompressed. With `--memory=200000` our loader alone loads that many samples, and its resident memory is printed
+ten times.
 """
 
 import concurrent.futures
@@ -19,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import simplejpeg
 from absl import flags
 from PIL import Image
@@ -43,6 +47,7 @@ _SHORTER = flags.DEFINE_list("shorter", ["512", "512"], "smallest and largest sh
 _MEMORY = flags.DEFINE_integer(
     "memory", 0, "print our loader's memory while it loads so many samples; 0 runs the benchmark", lower_bound=0
 )
+_PARQUET = flags.DEFINE_bool("parquet", False, "also read the images from Parquet files")
 _SEQUENTIAL = flags.DEFINE_bool("sequential", False, "with --memory: read shards in sequence, without their indexes")
 
 SIDE = 256
@@ -77,6 +82,11 @@ def main() -> None:
             "limit": functools.partial(limit, decoder=fastest),
             "webdataset": webdataset,
         }
+        if _PARQUET.value:
+            for compression in ("snappy", "none"):
+                files = write_parquet(Path(folder), compression)
+                for name, sequential in ((f"parquet, {compression}", False), (f"{compression}, sequential", True)):
+                    prepare_functions[name] = functools.partial(ours, sequential=sequential, parquet=str(files))
         contestants = [
             Contestant(name, functools.partial(prepare, *arguments)) for name, prepare in prepare_functions.items()
         ]
@@ -117,12 +127,26 @@ def write_shards(folder: Path, count: int, shorter: Sequence[int]) -> None:
                     tar.addfile(info, io.BytesIO(data))
 
 
+def write_parquet(folder: Path, compression: str) -> Path:
+    """Writes the images of a folder's tar shards to Parquet files with row groups of 100; returns the files' folder."""
+    parquet = folder / compression
+    parquet.mkdir()
+    for path in sorted(folder.glob("*.tar")):
+        images = [{"bytes": data, "path": None} for data in read_jpegs(str(path.parent), path.name)]
+        table = pa.table({"image": images, "text": ["a picture"] * len(images)})
+        pq.write_table(table, parquet / f"{path.stem}.parquet", row_group_size=100, compression=compression)
+    return parquet
+
+
 # --- contestants ------------------------------------------------------------------------------------------------
 
 
-def ours(folder: str, samples: int, batch: int, workers: int, sequential: bool = False) -> Callable[[], np.ndarray]:
+def ours(
+    folder: str, samples: int, batch: int, workers: int, sequential: bool = False, parquet: str = ""
+) -> Callable[[], np.ndarray]:
     """Prepares our loader: random access through the shards' indexes, or `sequential` reading without them."""
-    config = DataConfig("tar", SIDE, folder, sequential=sequential, num_threads=workers, prefetch=2 * workers)
+    source, path = ("parquet", parquet) if parquet else ("tar", folder)
+    config = DataConfig(source, SIDE, path, sequential=sequential, num_threads=workers, prefetch=2 * workers)
     dataset = open_dataset(config, 8)
     start = itertools.count(0, samples // batch)
 
@@ -184,10 +208,10 @@ def _crop_and_resize(image: Image.Image) -> np.ndarray:
 # --- decoders ---------------------------------------------------------------------------------------------------
 
 
-def read_jpegs(folder: str) -> list[bytes]:
+def read_jpegs(folder: str, pattern: str = "*.tar") -> list[bytes]:
     """Reads all JPEG files of a folder's shards."""
     jpegs = []
-    for path in sorted(Path(folder).glob("*.tar")):
+    for path in sorted(Path(folder).glob(pattern)):
         with tarfile.open(path) as tar:
             jpegs += [tar.extractfile(member).read() for member in tar if member.name.endswith("jpg")]
     return jpegs

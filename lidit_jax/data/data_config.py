@@ -26,7 +26,9 @@ from lidit_jax.ranges import (
 MAX_SIDE = 2**16  # pixels of an image
 MAX_WORKERS = 4096
 
-SOURCES = ("shapes", "tar", "array_record", "tfds", "folder", "precomputed")
+SOURCES = ("shapes", "tar", "parquet", "array_record", "tfds", "folder", "precomputed")
+# Sources of shards that can be read from end to end, or held out.
+_SHARDED = ("tar", "parquet")
 # Fields that an entry of `mixture` may set.
 PER_SOURCE = (
     *("source", "path", "split", "data_dir", "image_key", "class_names", "num_examples", "held_out_shards", "features"),
@@ -40,19 +42,21 @@ class DataConfig:
     """The `data` section of a config.
 
     Attributes:
-      source: "shapes" (built in), "tar" (img2dataset or webdataset shards), "array_record" (of tf.train.Example),
-        "tfds" (a TensorFlow Datasets data set), "folder" (images with a captions file, or one folder per class) or
-        "precomputed" (latents written by `python -m lidit_jax.precompute`).
+      source: "shapes" (built in), "tar" (img2dataset or webdataset shards), "parquet" (files with embedded images, as
+        of Hugging Face data sets), "array_record" (of tf.train.Example), "tfds" (a TensorFlow Datasets data set),
+        "folder" (images with a captions file, or one folder per class) or "precomputed" (latents written by
+        `python -m lidit_jax.precompute`).
       resolution: side of the square bucket in pixels; buckets of other aspect ratios have about the same area.
-      path: folder, file, glob pattern or brace range, on a disk or, for "tar", at any fsspec URL; for "tfds", the name
-        of the data set.
+      path: folder, file, glob pattern or brace range, on a disk or, for "tar" and "parquet", at any fsspec URL
+        (gs://…, hf://…); for "tfds", the name of the data set.
       mixture: several sources, by name; each entry holds the fields that differ from this section, of those in
         `PER_SOURCE`.
       weight: in a mixture, this source's share of the samples, in any unit; None for every source: in proportion to
         their numbers of samples.
-      split, data_dir: split and data folder of a "tfds" source.
-      image_key: feature that holds the image in a "tfds" or "array_record" source; "": the only image feature (tfds)
-        or "image" (array_record).
+      split: split of a "tfds" source, or of a "parquet" source whose folder holds several.
+      data_dir: data folder of a "tfds" source.
+      image_key: column or feature that holds the image in a "parquet", "tfds" or "array_record" source; "": the only
+        column with images (parquet), the only image feature or the one called "image" (tfds), "image" (array_record).
       class_names: file with one class name per line, for sources whose classes are numbers.
       features: use the prompts' features of a "precomputed" source, if its folder has them.
       num_examples: number of scenes of a "shapes" source.
@@ -61,11 +65,12 @@ class DataConfig:
       object_shares: for "shapes", how often scenes have 1, 2, … objects, in any unit; None: the layout's default.
       object_scale: for layout "free", factor on the size of objects; 1 suits 64 px, larger images need less.
       overlaps: for layout "free", share of the scenes of two or more objects where one partly hides another.
-      held_out_shards: for "tar", number of shards, from the last, that are kept from training for evaluation. A
-        "shapes" source needs none: its held-out scenes are never training scenes.
+      held_out_shards: for "tar" and "parquet", number of shards, from the last, that are kept from training for
+        evaluation. A "shapes" source needs none: its held-out scenes are never training scenes.
       index_dir: folder for the shards' indexes; "": each index lies beside its shard.
-      sequential: for "tar", read shards from end to end without indexes. Training starts at once, and every byte is
-        read once per epoch; but shuffling happens only within buffers, and unusable samples are counted only when met.
+      sequential: for "tar" and "parquet", read shards from end to end without indexes. Training starts at once, and
+        every byte is read once per epoch; but shuffling happens only within buffers, and unusable samples are counted
+        only when met.
       streams: for sequential reading, number of streams that the shards are dealt to; each provides fixed rows of every
         batch. It must divide the batch size and be a multiple of the number of hosts. 0: the largest divisor of the
         batch size that is at most 256 and leaves every stream a shard.
@@ -138,9 +143,9 @@ class DataConfig:
             layout.check_canvas(self.resolution, self.resolution)
         if self.source != "shapes" and not self.path:
             raise UserError(f"data.path is empty: give --config.data.path={_PATHS[self.source]}")
-        if self.held_out_shards and self.source != "tar":
+        if self.held_out_shards and self.source not in _SHARDED:
             raise UserError(
-                f"data.held_out_shards={self.held_out_shards} must be 0 unless data.source='tar': "
+                f"data.held_out_shards={self.held_out_shards} must be 0 unless data.source='tar' or 'parquet': "
                 "give --config.data.held_out_shards=0"
             )
         if self.source == "shapes" and (self.min_aesthetic is not None or self.min_side > self.resolution):
@@ -148,10 +153,10 @@ class DataConfig:
                 f"data.source='shapes' has no aesthetic scores and only images of {self.resolution} px: leave out "
                 f"data.min_aesthetic (now {self.min_aesthetic}) and data.min_side (now {self.min_side})"
             )
-        if self.sequential and self.source != "tar":
+        if self.sequential and self.source not in _SHARDED:
             raise UserError(
-                f"data.sequential requires data.source='tar', not {self.source!r}, which has random access: "
-                "give --config.data.sequential=False"
+                f"data.sequential requires data.source='tar' or 'parquet', not {self.source!r}, which has random "
+                "access: give --config.data.sequential=False"
             )
         self.chooser(0.0)  # validates the caption options
 
@@ -229,6 +234,7 @@ class DataConfig:
 
 _PATHS = {
     "tar": "FOLDER_OF_TAR_SHARDS",
+    "parquet": "FOLDER_OF_PARQUET_FILES",
     "array_record": "FOLDER_OF_ARRAY_RECORD_FILES",
     "tfds": "NAME_OF_THE_DATA_SET",
     "folder": "FOLDER_OF_IMAGES",

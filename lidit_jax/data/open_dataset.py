@@ -11,6 +11,7 @@ from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.filters import Filter
 from lidit_jax.data.formats.folder_shards import FolderShards
+from lidit_jax.data.formats.parquet_shards import ParquetShards
 from lidit_jax.data.formats.record_shards import ArrayRecordShards, TfdsShards
 from lidit_jax.data.formats.shards import Shards
 from lidit_jax.data.formats.tar_shards import TarShards
@@ -79,6 +80,8 @@ def open_source(config: DataConfig, buckets: Sequence[Bucket], held_out: bool, w
         captions = [functools.partial(filters.no_caption, fields=config.chooser(0.0).used)] if with_captions else []
         return PrecomputedSource(config.path, buckets, captions, config.features and with_captions)
     shards = open_shards(config, held_out)
+    if isinstance(shards, ParquetShards):
+        shards.warn_of_slow_access()
     # Each process begins at another shard, so that together they build every missing index once.
     first = len(shards.paths) * jax.process_index() // jax.process_count()
     chosen = make_filters(config, buckets, with_captions)
@@ -86,11 +89,14 @@ def open_source(config: DataConfig, buckets: Sequence[Bucket], held_out: bool, w
 
 
 def open_shards(config: DataConfig, held_out: bool = False) -> Shards:
-    """Returns the reader of the files at `config.path`, for a tar, array_record, tfds or folder source."""
+    """Returns the reader of the files at `config.path`, for any source but shapes and precomputed."""
     names = _class_names(config.class_names) if config.class_names else ()
+    first_held_out = -config.held_out_shards or None
+    chosen = slice(first_held_out, None) if held_out else slice(first_held_out)
     if config.source == "tar":
-        first_held_out = -config.held_out_shards or None
-        return TarShards(config.path, names, slice(first_held_out, None) if held_out else slice(first_held_out))
+        return TarShards(config.path, names, chosen)
+    if config.source == "parquet":
+        return ParquetShards(config.path, config.image_key, names, config.split, chosen)
     if config.source == "array_record":
         return ArrayRecordShards(config.path, config.image_key or "image", names)
     if config.source == "tfds":

@@ -180,6 +180,21 @@ def find_files(path: str | os.PathLike, kind: str, name: re.Pattern[str]) -> tup
     return tuple(sorted(set(expanded)))
 
 
+def select_shards(path: str | os.PathLike, found: Sequence[str], shards: slice | None) -> tuple[str, ...]:
+    """Returns a slice of the files that a path names; None: all.
+
+    Raises:
+      UserError: the slice is empty.
+    """
+    selected = tuple(found[shards] if shards else found)
+    if not selected:
+        raise UserError(
+            f"{os.fspath(path)!r} has {len(found)} shards, too few to hold some out: "
+            "lower --config.data.held_out_shards"
+        )
+    return selected
+
+
 def _at_least_one(files: list[str], otherwise: str) -> tuple[str, ...]:
     if not files:
         raise UserError(f"{otherwise}: check data.path")

@@ -5,13 +5,13 @@ import io
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from lidit_jax.data.captions import USUAL_FIELDS
 from lidit_jax.data.formats.files import find_files, is_remote
 from lidit_jax.data.formats.shards import (
     CLASS_FIELD,
-    MAX_TEXT_BYTES,
     Place,
     Sample,
     Unusable,
@@ -32,9 +32,9 @@ _MAX_VALUES = 64  # per feature, e.g. several captions
 class ArrayRecordShards:
     """ArrayRecord files of tf.train.Example; see `Shards`.
 
-    The feature `image_key` holds the encoded image. Every other bytes feature is a caption, or captions "name/0",
-    "name/1", … if it has several values; numbers are metadata. If class names are given, a number in "class" or "label"
-    is a class.
+    The feature `image_key` holds the encoded image. Every other bytes feature that is text is a caption, or captions
+    "name/0", "name/1", … if it has several values; single numbers are metadata. If class names are given, a number in
+    "class" or "label" is a class. Other features, such as masks, tensors and bounding boxes, are ignored.
     """
 
     def __init__(self, path: str | os.PathLike, image_key: str = "image", class_names: Sequence[str] = ()):
@@ -67,23 +67,42 @@ class ArrayRecordShards:
         return [self._parse(shard, number) for shard, number, _ in places]
 
     def _parse(self, shard: int, number: int) -> Sample | Unusable:
-        from google.protobuf.message import DecodeError
-        from tensorflow_datasets.proto import tf_example_pb2  # takes a second to import
-
         try:
-            features = tf_example_pb2.Example.FromString(self._readers.read(shard, number)).features.feature
-            values = {name: _values(feature) for name, feature in features.items()}
+            values = parse_example(self._readers.read(shard, number))
             key = f"{os.path.basename(self.paths[shard])}#{number}"
             return make_sample(key, flatten(values), self._image_key, self._class_names)
-        except DecodeError:
-            return Unusable("not a tf.train.Example")
         except Unusable as reason:
             return reason
 
 
-def _values(feature) -> list[Any]:
-    kind = feature.WhichOneof("kind")
-    return list(getattr(feature, kind).value[:_MAX_VALUES]) if kind else []
+def parse_example(record: bytes, names: Collection[str] | None = None) -> dict[str, Any]:
+    """Returns the texts, images and single numbers of a tf.train.Example; lists of numbers are left out unread.
+
+    Args:
+      record: the encoded example.
+      names: features to return; None: all.
+
+    Raises:
+      Unusable: the record is not a tf.train.Example.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2  # takes a second to import
+
+    try:
+        features = tf_example_pb2.Example.FromString(record).features.feature
+    except DecodeError as error:
+        raise Unusable("not a tf.train.Example") from error
+    found = {}
+    for name in features if names is None else names:
+        if name not in features:  # looking it up would add it
+            continue
+        kind = features[name].WhichOneof("kind")
+        values = getattr(features[name], kind).value if kind else ()
+        if kind == "bytes_list":
+            found[name] = list(values[:_MAX_VALUES])
+        elif len(values) == 1:
+            found[name] = values[0]
+    return found
 
 
 class RecordReaders:
@@ -143,7 +162,8 @@ class RecordReaders:
 class TfdsShards:
     """One split of a TFDS data set, prepared as ArrayRecord files; see `Shards`.
 
-    Texts are captions, and so is the name of a class label (field "class"); numbers are metadata.
+    Texts are captions, and so is the name of a class label (field "class"); single numbers are metadata. Other features
+    (masks and further images, audio, video, tensors, bounding boxes) are not decoded.
     """
 
     def __init__(self, name: str, split: str, data_dir: str = "", image_key: str = ""):
@@ -153,21 +173,24 @@ class TfdsShards:
           name: name in TFDS ("imagenet2012:5.1.0"), or the folder of a prepared data set.
           split: a split ("train"), or a slice of one ("train[:90%]").
           data_dir: folder of prepared data sets; "": the default of TFDS.
-          image_key: feature with the image; required if there are several images.
+          image_key: feature with the image; "": the only image, or the one called "image".
 
         Raises:
           UserError: the data set is unknown, not prepared or in another format, or lacks the image or the split.
         """
         self._name, self._split, self._data_dir = name, split, data_dir
         builder, info = self._builder
-        images, labels = _image_and_label_features(info)
-        if image_key and image_key not in images or len(images) != 1 and not image_key:
+        images, labels, others = _usable_features(info)
+        if not image_key:
+            image_key = "image" if "image" in images else images.pop() if len(images) == 1 else ""
+        if image_key not in images:
             raise UserError(
                 f"data set {name!r} has the images {', '.join(sorted(images)) or '(none)'}: "
                 "name one with --config.data.image_key"
             )
-        self._image_key = image_key or images.pop()
+        self._image_key = image_key
         self._labels = labels
+        self._names = (self._image_key, *labels, *others)
         self.settings = self._image_key
         self.paths = (str(builder.data_path / re.sub(r"[^\w.+-]", "_", split)),)
         _ = self._records  # raises if the split or its format is wrong
@@ -191,9 +214,9 @@ class TfdsShards:
     def _records(self):
         tfds = _import_tfds()
         builder, _ = self._builder
-        decoders = _nested(self._image_key, tfds.decode.SkipDecoding())
+        # TFDS would decode every feature: with a segmentation mask that takes a hundred times longer.
         try:
-            return builder.as_data_source(self._split, decoders=decoders)
+            return builder.as_data_source(self._split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
         except Exception as error:  # as above: not prepared, no such split, another file format
             raise UserError(
                 f"TFDS data set {self._name!r}, split {self._split!r}: {' '.join(str(error).split())[:200]} "
@@ -212,12 +235,11 @@ class TfdsShards:
 
     def _parse(self, number: int) -> Sample | Unusable:
         try:
-            record = self._records[number]
+            values = flatten(parse_example(self._records[number], self._names))
         except MemoryError:
             raise
-        except Exception:  # TFDS decoders raise many types, protobuf's among them
+        except Exception:  # each version of the reader raises its own types
             return Unusable("damaged record")
-        values = flatten(record)
         try:
             for name, names in self._labels.items():
                 field, label = CLASS_FIELD if len(self._labels) == 1 else name, values.pop(name, None)
@@ -235,43 +257,49 @@ def _import_tfds():
     return tfds
 
 
-def _image_and_label_features(info) -> tuple[set[str], dict[str, tuple[str, ...]]]:
-    """Returns the names of the image features, and {name: class names} of the class labels."""
+def _usable_features(info) -> tuple[set[str], dict[str, tuple[str, ...]], list[str]]:
+    """Returns the features that samples are made of, by their names in a record.
+
+    Returns:
+      The images, {name: class names} of the class labels, and the texts (or sequences of texts) and single numbers.
+    """
     tfds = _import_tfds()
-    images, labels = set(), {}
+    images, labels, others = set(), {}, []
 
-    def visit(features: Mapping[str, Any], prefix: str) -> None:
+    def visit(features: Mapping[str, Any], prefix: str, in_sequence: bool) -> None:
         for name, feature in features.items():
-            if isinstance(feature, tfds.features.Image):
-                images.add(prefix + name)
+            path, sequence = prefix + name, in_sequence
+            while type(feature) is tfds.features.Sequence:
+                feature, sequence = feature.feature, True
+            if isinstance(feature, tfds.features.FeaturesDict):
+                visit(feature, f"{path}/", sequence)
+            elif isinstance(feature, tfds.features.Text):
+                others.append(path)
+            elif sequence:
+                continue
+            elif isinstance(feature, tfds.features.Image):
+                images.add(path)
             elif isinstance(feature, tfds.features.ClassLabel):
-                labels[prefix + name] = tuple(feature.names or ())
-            elif isinstance(feature, tfds.features.FeaturesDict):
-                visit(feature, f"{prefix}{name}/")
+                labels[path] = tuple(feature.names or ())
+            elif isinstance(feature, tfds.features.Tensor) and feature.shape == ():
+                others.append(path)
 
-    visit(info.features, "")
-    return images, labels
-
-
-def _nested(path: str, value: Any) -> dict[str, Any]:
-    for name in reversed(path.split("/")):
-        value = {name: value}
-    return value
+    visit(info.features, "", False)
+    return images, labels, others
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Flattens nested dicts, lists and arrays to keys "a/b" and "a/0", "a/1", ….
+    """Flattens nested dicts and lists of texts to keys "a/b" and "a/0", "a/1", …; lists of anything else are left out.
 
-    A list of one value is replaced by the value.
+    A list of one text is replaced by the text.
     """
-    if hasattr(values, "tolist"):  # numpy's scalars and arrays
-        values = values.tolist()
     if isinstance(values, Mapping):
         items = [(str(name), value) for name, value in values.items()]
-    elif isinstance(values, list | tuple):
-        if len(values) == 1:
-            return flatten(values[0], prefix)
-        items = [(str(number), value) for number, value in enumerate(values[:_MAX_VALUES])]
+    elif isinstance(values, list):
+        texts = [value for value in values[:_MAX_VALUES] if isinstance(value, bytes | str)]
+        if len(texts) == 1:
+            return {prefix: texts[0]}
+        items = [(str(number), text) for number, text in enumerate(texts)]
     else:
         return {prefix: values}
     flat = {}
@@ -285,12 +313,13 @@ def make_sample(key: str, values: Mapping[str, Any], image_key: str, class_names
 
     Args:
       key: key of the sample.
-      values: flat values; bytes and texts other than the image are captions, the rest is metadata.
+      values: flat values; texts, also as bytes, are captions, bytes that are no text are ignored, and the rest is
+        metadata.
       image_key: key of the image.
       class_names: names of the classes, by number.
 
     Raises:
-      Unusable: there is no image, a text is not UTF-8, or a class has no name.
+      Unusable: there is no image, a usual caption field is not UTF-8, or a class has no name.
     """
     values = dict(values)
     image = values.pop(image_key, None)
@@ -303,9 +332,14 @@ def make_sample(key: str, values: Mapping[str, Any], image_key: str, class_names
         if isinstance(value, int) and name in _LABELS and class_names:
             texts[CLASS_FIELD] = class_name(value, class_names)
         elif isinstance(value, bytes):
-            if len(value) > MAX_TEXT_BYTES:
-                continue  # another image, or a mask
-            texts[name] = decode_text(value)
+            try:
+                text = decode_text(value)
+            except Unusable:
+                if name.split("/")[0] in USUAL_FIELDS:
+                    raise
+                continue  # another image, a mask, audio, …
+            if "\0" not in text:
+                texts[name] = text
         elif isinstance(value, str):
             texts[name] = value
         else:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 MAX_TEXT_BYTES = 1 << 20
@@ -65,6 +65,25 @@ class Shards(Protocol):
 
     def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
         """Reads the sample at each (shard, *place), or returns why it can no longer be read."""
+        ...
+
+
+class SequentialShards(Shards, Protocol):
+    """Shards that can also be read from end to end, in sections."""
+
+    def scan(
+        self, shard: int, start: int = 0, length: int | None = None
+    ) -> Generator[tuple[Place, Sample] | str, None, int | None]:
+        """Scans a section of a shard, as `Shards.scan` does a whole one.
+
+        Args:
+          shard: index of the shard.
+          start: start of the section: 0, or what scanning the previous section returned.
+          length: about the length of the section in bytes; None: to the end of the shard.
+
+        Returns:
+          Start of the next section; None at the end of the shard.
+        """
         ...
 
 

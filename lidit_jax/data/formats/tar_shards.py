@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 from lidit_jax.data.formats import tar_headers
-from lidit_jax.data.formats.files import File, RangeReader, find_files, open_file
+from lidit_jax.data.formats.files import File, RangeReader, find_files, open_file, select_shards
 from lidit_jax.data.formats.shards import (
     CLASS_FIELD,
     MAX_IMAGE_BYTES,
@@ -54,13 +54,7 @@ class TarShards:
         Raises:
           UserError: the path does not exist, holds no tar, or the slice is empty.
         """
-        found = find_files(path, ".tar", re.compile(r"\.tar$"))
-        self.paths = found[shards] if shards else found
-        if not self.paths:
-            raise UserError(
-                f"{os.fspath(path)!r} has {len(found)} shards, too few to hold some out: "
-                "lower --config.data.held_out_shards"
-            )
+        self.paths = select_shards(path, find_files(path, ".tar", re.compile(r"\.tar$")), shards)
         self._class_names = tuple(class_names)
         self.settings = names_digest(class_names)
         self._files = RangeReader(self.paths)

@@ -331,6 +331,8 @@ def _write(table: pa.Table, path: str) -> None:
     pq.write_table(table, sink, compression=_COMPRESSION, use_dictionary=False, row_group_size=_ROWS_AT_ONCE)
     encoded = sink.getvalue()
     try:
+        if path.startswith("hf://"):
+            raise OSError(f"{path!r} would be a commit to the data set's repository")
         if is_remote(path):
             filesystem, name = remote_filesystem(path)
             filesystem.pipe_file(name, encoded.to_pybytes())  # objects appear only when complete

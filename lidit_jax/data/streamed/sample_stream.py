@@ -17,8 +17,8 @@ import numpy as np
 from lidit_jax.data.buckets import Bucket, assign
 from lidit_jax.data.filters import Candidate, Filter, first_reason
 from lidit_jax.data.formats import decoding
-from lidit_jax.data.formats.shards import Sample, Unusable
-from lidit_jax.data.formats.tar_shards import MAX_SAMPLE_BYTES, TarShards
+from lidit_jax.data.formats.shards import Sample, SequentialShards, Unusable
+from lidit_jax.data.formats.tar_shards import MAX_SAMPLE_BYTES
 from lidit_jax.data.indexed.index import MAX_PIXELS
 from lidit_jax.data.sources import BrokenExample, Example, decode_to_bucket, without_image
 from lidit_jax.errors import UserError
@@ -88,7 +88,7 @@ class SampleReader:
       max_pixels: larger images count as broken.
     """
 
-    shards: TarShards
+    shards: SequentialShards
     buckets: tuple[Bucket, ...]
     filters: tuple[Filter, ...] = ()
     max_pixels: int = MAX_PIXELS
