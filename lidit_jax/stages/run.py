@@ -1,7 +1,6 @@
 """Runs the stages: trains every network that has no weights yet, LI-DiT last, then evaluates it."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 
 import jax
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 from lidit_jax.checkpoint import latest_step, require_checkpoint
 from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.data.open_dataset import open_dataset
+from lidit_jax.data_report import log_data, log_prompts
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import SceneEvaluation, check_evaluation, evaluate_scenes
 from lidit_jax.experiment import LIDIT, Experiment, check_start
@@ -25,8 +25,6 @@ from lidit_jax.stages.lidit import train_lidit
 from lidit_jax.stages.vae import VAEStage
 from lidit_jax.train import check_batch_size
 from lidit_jax.weights.digest import folder_digest
-
-logger = logging.getLogger(__name__)
 
 
 def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
@@ -68,11 +66,13 @@ def run_stages(config: ConfigDict, workdir: epath.Path) -> None:
     vae_stage = VAEStage(experiment, dataset)
     claim_workdir(workdir, config, write=jax.process_index() == 0)
     multihost_utils.sync_global_devices("claimed the workdir")
-    logger.info("%s", dataset.summary())
+    captions = log_data(experiment, dataset)
 
     for name, encoder in experiment.encoders.items() if experiment.has_lidit else ():
         if not encoder.weights:
             train_language_model(experiment, name, dataset, mesh, rules)
+    if experiment.has_lidit:
+        log_prompts(experiment, captions, experiment.encoders)
     vae_stage.run(mesh, rules)
     del vae_stage  # frees its images and its frozen network
     if not experiment.has_lidit:

@@ -92,7 +92,8 @@ def of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
       UserError: all folders are other splits.
     """
     splits = [name for name in names if _split_of(name)]
-    chosen = [name for name in splits if name == split or _split_of(name) == _split_of(split)]
+    chosen = [name for name in splits if name == split]
+    chosen = chosen or [name for name in splits if _split_of(name) == _split_of(split)]
     others = [name for name in names if name not in splits]
     if splits and not chosen and not others:
         raise UserError(
