@@ -1,7 +1,9 @@
 """Captions files: JSONL, CSV (separated by commas, semicolons, tabs or bars) and Parquet; each row names an image."""
 
+import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -139,13 +141,12 @@ def _json_lines(file: str) -> Iterator[bytes]:
 
 
 def _first_keys(lines: Iterator[bytes]) -> tuple[str, ...]:
-    """Returns the keys of the first row that is a JSON object."""
-    for _, line in zip(range(_ROWS_LOOKED_AT), lines, strict=False):
-        try:
-            return tuple(key for key, value in parse_json(line).items() if not isinstance(value, dict))
-        except Unusable:
-            continue
-    return ()
+    """Returns the keys of the first rows, of which any may be malformed."""
+    keys: dict[str, None] = {}
+    for line in itertools.islice(lines, _ROWS_LOOKED_AT):
+        with contextlib.suppress(Unusable):
+            keys |= dict.fromkeys(key for key, value in parse_json(line).items() if not isinstance(value, dict))
+    return tuple(keys)
 
 
 # --- CSV ----------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class FolderShards:
         self._parts: list[_Table] | list[_Images]
         if tables:
             self._parts, self.paths = [_Table(table) for table in tables], tuple(tables)
-            logger.info("%s: captions from %s", path, ", ".join(os.path.relpath(t, path) for t in tables[:10]))
+            logger.info("captions from %s", ", ".join(tables[:10]))
         else:
             images = _Images(path, find_images(path, split))
             self._parts, self.paths = [images], (images.path,)
