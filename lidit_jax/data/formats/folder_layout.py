@@ -54,11 +54,15 @@ def find_tables(folder: str, split: str, levels: int = 2) -> list[str]:
     found = _tables_in(folder, split)
     if found or not levels:
         return found
-    return [
-        table
+    below = {
+        name: find_tables(os.path.join(folder, name), split, levels - 1 if _is_neutral(name) else 0)
         for name in of_split(folder, _folders_in(folder), split)
-        for table in find_tables(os.path.join(folder, name), split, levels - 1 if _is_neutral(name) else 0)
-    ]
+    }
+    tables = [table for found in below.values() for table in found]
+    without = [name for name, found in below.items() if not found]
+    if tables and without:
+        logger.info("%s: left out %s, which have no captions file", folder, ", ".join(without[:10]))
+    return tables
 
 
 def _folders_in(folder: str) -> list[str]:
