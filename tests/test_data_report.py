@@ -66,16 +66,16 @@ def test_captions_shares_left_out_truncated_prompts_and_the_prefix_are_logged(co
     assert "left out by filters no caption: 1 (25.0%)" in text
     assert text.count("caption: '") == 3 and "caption: 'a star'" in text and "…'" in text
     assert "llm: 66.7% of prompts (3 sampled) are longer than text.max_length=8 tokens and truncated" in text
-    assert "llm: before every prompt, as plain text (no chat template): 'Describe the objects:'" in text
+    assert "llm: before every prompt, as plain text (no chat template): ' Describe the objects:'" in text
 
 
 def test_the_chat_template_that_is_used_is_logged(config, caplog, tmp_path):
     (tmp_path / "llm/chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     text = report(config, caplog)
-    assert r"before every prompt, in the tokenizer's chat template: '<|user|>\nDescribe the objects:'" in text
+    assert r"before every prompt, in the tokenizer's chat template: ' <|user|>\nDescribe the objects:'" in text
     caplog.clear()
     config.text.chat_template = False
-    assert "as plain text (text.chat_template=False): 'Describe the objects:'" in report(config, caplog)
+    assert "as plain text (text.chat_template=False): ' Describe the objects:'" in report(config, caplog)
 
 
 def test_only_the_first_host_reports(config, caplog, monkeypatch):
@@ -86,7 +86,7 @@ def test_only_the_first_host_reports(config, caplog, monkeypatch):
 def test_preview_reports_the_same(config, caplog, tmp_path):
     caplog.set_level(logging.INFO, logger="lidit_jax")
     draw_contact_sheet(config, epath.Path(tmp_path / "sheet.png"), 4)
-    for said in ("no caption: 1 (25.0%)", "caption: 'a star'", "llm: 66.7% of prompts", "'Describe the objects:'"):
+    for said in ("no caption: 1 (25.0%)", "caption: 'a star'", "llm: 66.7% of prompts", "' Describe the objects:'"):
         assert said in caplog.text
 
 
