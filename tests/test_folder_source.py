@@ -16,7 +16,9 @@ from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
+from lidit_jax.evaluate.benchmarks import open_benchmark
 from lidit_jax.fidelity.image_folder import image_files
+from lidit_jax.score import compbench, dpg, positional_bias
 
 COUNT = 4
 ROWS = "\n".join(f"{i}.png,a scene {i}" for i in range(COUNT))
@@ -218,3 +220,14 @@ def test_hidden_shards_are_skipped_unless_named(tmp_path):
     for path in (tmp_path, f"{tmp_path}/*.tar", f"{tmp_path}/{{0,1}}*.tar"):
         assert TarShards(path).paths == (str(tmp_path / "0.tar"),)
     assert TarShards(tmp_path / "._0.tar").paths == (str(tmp_path / "._0.tar"),)
+
+
+def test_hidden_files_are_no_generated_images_and_no_prompts(tmp_path):
+    write_images(tmp_path, ["7.png", "._7.png", "samples/a cat_000000.png", "samples/._a cat_000000.png"])
+    for name in ("7.txt", "._7.txt"):
+        (tmp_path / name).write_text("a cat")
+    folder = epath.Path(tmp_path)
+    assert list(dpg._find_images(folder)) == ["7"]
+    assert [image.name for image in compbench.find_images(folder)] == ["a cat_000000.png"]
+    assert positional_bias._samples(folder) == ["a cat_000000.png"]
+    assert open_benchmark("dpg_bench", folder, 1).prompts == ["a cat"]
