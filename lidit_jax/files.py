@@ -1,7 +1,10 @@
-"""Small files: JSON written atomically, and text files named by users."""
+"""Small files: JSON written atomically, text files named by users, and which files of a folder are hidden."""
 
+import codecs
 import json
 import math
+import os
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -9,6 +12,9 @@ from etils import epath
 from lidit_jax.errors import UserError
 
 MAX_BYTES = 64 << 20
+# Entries that operating systems and other programs add to folders, besides those whose names start with a dot (._NAME,
+# .ipynb_checkpoints, .Trash, …).
+_ADDED_ENTRIES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 
 
 def finite(value: Any) -> Any:
@@ -41,7 +47,7 @@ def write_json(file: epath.Path, value: Any, indent: int | None = 2) -> None:
 
 
 def read_text(file: epath.Path, named: str, what: str) -> str:
-    """Reads a UTF-8 text file, without its byte-order mark.
+    """Reads a text file in UTF-8 or UTF-16, without its byte-order mark.
 
     Args:
       file: the file to read.
@@ -49,11 +55,52 @@ def read_text(file: epath.Path, named: str, what: str) -> str:
       what: what the file should contain, e.g. "a list of prompts", for error messages.
 
     Raises:
-      UserError: if it is larger than `MAX_BYTES`, or not UTF-8.
+      UserError: if it is larger than `MAX_BYTES`, or in neither encoding.
     """
     if file.stat().length > MAX_BYTES:
         raise UserError(f"{named} is larger than {MAX_BYTES >> 20} MiB: check that it is {what}")
+    encoded = file.read_bytes()
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return encoded.decode(text_encoding(encoded))
     except UnicodeDecodeError as error:
         raise UserError(f"{named} is not UTF-8 (byte {error.start}): if it is {what}, save it as UTF-8") from None
+
+
+def text_encoding(start: bytes) -> str:
+    """Returns the encoding of a text from its first bytes: UTF-16 if these say so, else UTF-8 ("utf-8-sig")."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    # Without a byte-order mark, every other byte of an ASCII character is zero.
+    if len(start) > 1 and (start[0] == 0) != (start[1] == 0):
+        return "utf-16-le" if start[0] else "utf-16-be"
+    return "utf-8-sig"
+
+
+def split_lines(text: str) -> list[str]:
+    r"""Splits a text into lines, which only \n and \r\n end.
+
+    `str.splitlines` also splits at characters that occur within prompts, such as U+2028, \x0b, \x0c and \x85.
+    """
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines if lines[-1] else lines[:-1]
+
+
+def is_hidden(name: str) -> bool:
+    """Returns True if a file or folder of this name was not put there by the user, such as "._0.jpg" and "__MACOSX"."""
+    return name.startswith(".") or name in _ADDED_ENTRIES
+
+
+def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walks through a local folder as `os.walk` does, in the order of names, without hidden entries.
+
+    Links to folders are followed; a folder that several links lead to is visited once.
+    """
+    visited = set()
+    for directory, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(directory)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield directory, folders, sorted(name for name in names if not is_hidden(name))

@@ -1,9 +1,16 @@
 import collections
+import dataclasses
+import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from stored_data import data_of, numbered_image
+from test_tar_source import encode, write_tar
 
 from lidit_jax.data.captions import CaptionChooser
+from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 
 BOTH = {"original": "alt text", "synthetic": "a long description"}
@@ -88,3 +95,93 @@ def test_joined_captions_keep_their_templates_and_a_single_one_is_unchanged():
     assert draw(chooser, {"class": "cat"}, 10) == {"a photo of cat": 1}
     assert set(draw(chooser, {"class": "cat", "txt": "b"}, 40)) == {"a photo of cat = b", "b = a photo of cat"}
     assert draw(CaptionChooser(dropout=1.0, join=True), {"a": "x"}, 10) == {"": 1}
+
+
+# --- lists of captions --------------------------------------------------------------------------------------------
+
+
+def test_the_texts_of_a_list_share_the_weight_of_their_field():
+    captions = {"caption/0": "one", "caption/1": "two", "txt": "three", "url": "no"}
+    shares = draw(CaptionChooser({"caption": 1, "txt": 1}), captions)
+    assert shares == {"one": pytest.approx(0.25, abs=0.03), "two": pytest.approx(0.25, abs=0.03),
+                      "three": pytest.approx(0.5, abs=0.03)}  # fmt: skip
+    assert draw(CaptionChooser({"caption/1": 1}), captions, 20) == {"two": 1}
+
+
+def test_a_list_of_classes_is_filled_into_its_template():
+    chooser = CaptionChooser({"class": 1}, templates={"class": "a photo of {class}"})
+    assert chooser.filled({"class/0": "cat", "class/1": "dog", "url": "x"}) == {
+        "class/0": "a photo of cat",
+        "class/1": "a photo of dog",
+    }
+
+
+# --- which texts are captions, in every source --------------------------------------------------------------------
+
+TEXTS = {"NSFW": "UNLIKELY", "LICENSE": "?", "source": "https://a.b/c", "original": "0.jpg"}
+
+
+@pytest.fixture(scope="module")
+def half_captioned(tmp_path_factory):
+    """Data sets of eight samples, of which every second one has texts but no caption."""
+    folder = tmp_path_factory.mktemp("half_captioned")
+    rows, files = [], {}
+    (folder / "files").mkdir()
+    (folder / "table").mkdir()
+    (folder / "tar").mkdir()
+    for i in range(8):
+        image, texts = encode(numbered_image(i)), TEXTS | {"caption": [f"first {i}", f"second {i}"] if i % 2 else None}
+        files |= {f"{i}.png": image, f"{i}.json": json.dumps(texts).encode(), f"{i}.txt": b""}
+        for part in ("files", "table"):
+            (folder / part / f"{i}.png").write_bytes(image)
+        (folder / f"files/{i}.json").write_text(json.dumps(texts))
+        rows.append({"file_name": f"{i}.png"} | texts)
+    write_tar(folder / "tar/0.tar", files)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "table/metadata.parquet")
+    return {
+        "tar": data_of("tar", folder / "tar"),
+        "streamed": data_of("tar", folder / "tar", sequential=True),
+        "files": data_of("folder", folder / "files"),
+        "table": data_of("folder", folder / "table"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["tar", "streamed", "files", "table"])
+def test_a_text_that_is_not_a_caption_never_becomes_one(half_captioned, kind):
+    dataset = open_dataset(half_captioned[kind], 8)
+    assert dataset.dropped == {"no caption": 4}
+    assert "captions from caption (4), not from the other texts LICENSE, NSFW, original, source" in dataset.summary()
+    assert "no caption: 4 (50.0%)" in dataset.summary()
+    loader = dataset.batches(4, 0, None, with_captions=True)
+    found = {text for _ in range(12) for text in next(loader)["caption"]}
+    loader.close()
+    assert found == {f"{which} {i}" for i in (1, 3, 5, 7) for which in ("first", "second")}
+    # The language models' text joins all captions, and nothing else.
+    loader = dataset.batches(4, 0, None, with_captions=True, with_images=False, join_captions=True)
+    assert all(set(text.split()) <= {"first", "second", "=", *"1357"} for text in next(loader)["caption"])
+    loader.close()
+
+
+def test_which_caption_of_a_list_is_chosen_depends_on_the_batch_alone(half_captioned):
+    def captions(first: int) -> list[str]:
+        loader = open_dataset(half_captioned["tar"], 8).batches(4, 3, None, with_captions=True, first=first)
+        texts = [next(loader)["caption"] for _ in range(3)]
+        loader.close()
+        return texts
+
+    assert captions(0)[1:] == captions(1)[:2]
+
+
+def test_texts_become_captions_if_the_config_names_them(half_captioned):
+    config = dataclasses.replace(half_captioned["tar"], captions={"original": 1.0})
+    dataset = open_dataset(config, 8)
+    assert set(dataset.captions(8, 0)) == {"0.jpg"}
+    with pytest.raises(UserError, match="data.captions names 'synthetic', which no sample has"):
+        open_dataset(dataclasses.replace(config, captions={"original": 1.0, "synthetic": 1.0}), 8)
+
+
+def test_data_without_any_caption_say_which_texts_there_are(tmp_path):
+    write_tar(tmp_path / "0.tar", {"0.png": encode(numbered_image(0)), "0.json": json.dumps(TEXTS).encode()})
+    for more in ({}, {"sequential": True}):
+        with pytest.raises(UserError, match="none of the 1 samples .* has a caption .*there are texts LICENSE, NSFW"):
+            open_dataset(data_of("tar", tmp_path, **more), 8)

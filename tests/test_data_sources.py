@@ -231,7 +231,7 @@ def test_features_of_tfds_that_are_neither_image_nor_text_are_not_decoded(tmp_pa
         ({"source": "array_record", "path": "gs://bucket/x"}, "can only be read from a disk"),
         ({"source": "folder", "path": "{nowhere}"}, "does not exist"),
         ({"source": "tar", "captions": {"txt": 1, "synthetic": 1}}, "data.captions names 'synthetic', which no sample"),
-        ({"source": "tar", "min_aesthetic": 4.7}, "no aesthetic: 14; there are captions license, txt; metadata lic"),
+        ({"source": "tar", "min_aesthetic": 4.7}, "no aesthetic: 14; there are texts license, txt; metadata lic"),
         ({"source": "tar", "min_side": 50}, "side under 50 px: 14"),
         ({"source": "tar", "class_names": "{nowhere}"}, "data.class_names=.* cannot be read"),
         ({"source": "tar", "held_out_shards": 2}, "has 2 shards, too few to hold some out"),

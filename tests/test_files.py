@@ -1,4 +1,4 @@
-"""Written JSON is valid for every parser: no NaN, no infinities."""
+"""Written JSON is valid for every parser (no NaN, no infinities); how text files are read."""
 
 import json
 import math
@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lidit_jax.files import finite
+from lidit_jax.evaluate.benchmarks import open_benchmark
+from lidit_jax.files import finite, read_text, split_lines
 from lidit_jax.metrics import Metrics
+from lidit_jax.sample.generate import Request, read_prompts
 from lidit_jax.score.report import Report, write_report
 
 
@@ -38,3 +40,19 @@ def test_a_reports_details_are_strict_json_as_its_columns_are(tmp_path):
     written = strict_json((tmp_path / "report.json").read_text())
     assert written["columns"] == {"average": None}
     assert written["details"] == {"by pairs": {"2": [None, 1.0]}}
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x85", "\r"])
+def test_only_line_feeds_end_a_line(tmp_path, inside):
+    assert split_lines(f"a{inside}b\r\nc\n\nd") == [f"a{inside}b", "c", "", "d"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(f"a{inside}b\r\nc\n".encode())
+    request = Request(workdir=None, out=epath.Path(tmp_path), prompts_file=str(file))
+    assert read_prompts(request) == [f"a{inside}b", "c"]
+    assert open_benchmark("prompts", epath.Path(file), 1).prompts == [f"a{inside}b", "c"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_text_files_may_be_in_utf_8_or_utf_16(tmp_path, encoding):
+    (tmp_path / "x.txt").write_bytes("a 图\r\nb".encode(encoding))
+    assert read_text(epath.Path(tmp_path / "x.txt"), "x.txt", "a text") == "a 图\r\nb"

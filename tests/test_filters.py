@@ -3,6 +3,7 @@ import functools
 import pytest
 
 from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.captions import USUAL_FIELDS
 from lidit_jax.data.filters import (
     CAPTION_FILTERS,
     Candidate,
@@ -106,6 +107,9 @@ def test_the_first_reason_counts():
     assert first_reason(candidate(""), []) is None
 
 
-def test_without_named_fields_the_default_ones_are_checked():
-    assert url_caption(Candidate({"txt": "a dog", "source_page": "https://a.b/c"}, {}, 9, 9)) is None
-    assert url_caption(Candidate({"title": "https://a.b/c"}, {}, 9, 9)) == "caption is a URL"
+def test_every_text_of_a_list_is_checked_and_without_fields_every_text():
+    texts = Candidate({"caption/0": "a dog", "caption/1": "https://a.b/c", "page": "b.jpg"}, {}, 9, 9)
+    assert url_caption(texts, fields=("caption",)) == "caption is a URL"
+    assert file_name_caption(texts, fields=("caption",)) is None
+    assert file_name_caption(texts) == "caption is a file name"
+    assert no_caption(Candidate({"url": "https://a.b/c"}, {}, 9, 9), fields=USUAL_FIELDS) == "no caption"

@@ -154,7 +154,8 @@ def test_a_path_without_tars_raises_a_one_line_error(tmp_path, name, says):
 
 def test_a_tar_without_captions_says_what_was_found(tmp_path):
     tar = write_tar(tmp_path / "a.tar", {f"{i}.png": encode(SIDE_BY_SIDE) for i in range(3)})
-    with pytest.raises(UserError, match=r"leave none of the 3 samples.*no caption: 3; there are captions \(none\)"):
+    message = r"none of the 3 samples.*has a caption \(no caption: 3; there are texts \(none\)"
+    with pytest.raises(UserError, match=message):
         tar_source(tar)
 
 

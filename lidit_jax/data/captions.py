@@ -1,6 +1,7 @@
 """Chooses the caption of an example: mixed caption fields, templates, and dropout for classifier-free guidance."""
 
 import dataclasses
+import re
 import string
 from collections.abc import Collection, Mapping
 
@@ -8,21 +9,32 @@ import numpy as np
 
 from lidit_jax.errors import UserError
 
-# Default caption fields. If an example has any of them, its other texts, such as a licence, are not captions.
-USUAL_FIELDS = ("txt", "caption", "text", "class")
+# Caption fields of stored data whose config names none. Other texts of a sample, such as its URL or licence, are never
+# captions. In alphabetical order, in which they are sampled.
+USUAL_FIELDS = ("Caption", "TEXT", "Text", "caption", "captions", "captions/text", "class", "text", "txt")
+
+
+def list_field(name: str) -> str:
+    """Returns the field of a text: "caption" for "caption/1", the second text of a list, and "caption" for itself."""
+    return re.sub(r"/[0-9]+$", "", name)
 
 
 def fields_of(captions: Mapping[str, str], fields: Collection[str] | None) -> list[str]:
-    """Returns the caption fields of an example that training may use.
+    """Returns the names of the captions of an example.
 
     Args:
-      captions: {field: text}; blank texts are ignored.
-      fields: allowed fields; None: those of `USUAL_FIELDS`, or all fields if the example has none of these.
+      captions: {name: text}; blank texts are ignored, and "caption/0", "caption/1", … are the field "caption".
+      fields: fields that are captions; None: all.
     """
-    present = [field for field in captions if captions[field].strip()]
-    if fields is not None:
-        return [field for field in present if field in fields]
-    return [field for field in present if field in USUAL_FIELDS] or present
+    present = [name for name in captions if captions[name].strip()]
+    if fields is None:
+        return present
+    return [name for name in present if is_used(name, fields)]
+
+
+def is_used(name: str, fields: Collection[str]) -> bool:
+    """Returns True if a text is of one of the fields, or is one of the list that is a field."""
+    return name in fields or list_field(name) in fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +43,8 @@ class CaptionChooser:
 
     Attributes:
       fields: weight of each field, in any unit (paper, 5.1: original and synthetic captions mixed; their shares are not
-        given). The share of a field that an example lacks goes to those it has; weight 0 excludes a field. None: the
-        default fields with equal weights, see `fields_of`.
+        given). The share of a field that an example lacks goes to those it has; weight 0 excludes a field. The texts of
+        a list share the weight of their field. None: all fields with equal weights.
       dropout: probability of the empty caption, from which the model learns the unconditional prediction
         (classifier-free guidance, Ho & Salimans 2022).
       templates: text around a field, e.g. {"class": "a photo of {class}"} (paper, 5.1: its ImageNet ablations); a
@@ -75,12 +87,12 @@ class CaptionChooser:
         """Samples a caption; with probability `dropout`, the empty one.
 
         Args:
-          captions: {field: text}.
+          captions: {name: text}.
           rng: generator of the random numbers.
 
         Returns:
-          (field, text): the sampled field with its text, or None with the empty caption or with all captions, joined
-          by " = ".
+          (name, text): name and text of the sampled caption; or None with the empty caption, or with all captions,
+          joined by " = ".
 
         Raises:
           UserError: the example has none of the fields, or lacks a field that its template names.
@@ -91,35 +103,37 @@ class CaptionChooser:
             return None, ""
         shares = self._shares(captions)
         if self.join:
-            fields = rng.permutation(list(shares)).tolist()
-            return None, " = ".join(self._fill(field, captions) for field in fields)
+            names = rng.permutation(list(shares)).tolist()
+            return None, " = ".join(self._fill(name, captions) for name in names)
         bounds = np.cumsum(list(shares.values()))
         sampled = min(int(np.searchsorted(bounds, position * bounds[-1], side="right")), len(bounds) - 1)
-        field = list(shares)[sampled]
-        return field, self._fill(field, captions)
+        name = list(shares)[sampled]
+        return name, self._fill(name, captions)
 
     def _shares(self, captions: Mapping[str, str]) -> dict[str, float]:
-        """Returns the weights of the fields that the example has."""
-        present = fields_of(captions, self.used)
-        if not present:
-            wanted = sorted(self.used or USUAL_FIELDS)
+        """Returns the weights of the captions that the example has."""
+        texts: dict[str, list[str]] = {}  # names by field
+        for name in sorted(fields_of(captions, self.used)):
+            texts.setdefault(name if name in (self.used or ()) else list_field(name), []).append(name)
+        if not texts:
             raise UserError(
-                f"an example has captions {sorted(captions)} but none of the fields {wanted}: "
+                f"an example has captions {sorted(captions)} but none of the fields {sorted(self.used or ())}: "
                 "name its fields, or filter out examples without a caption"
             )
-        if self.fields is None:
-            return dict.fromkeys(sorted(present), 1.0)
-        return {field: share for field, share in self.fields.items() if field in present}
+        weights = dict.fromkeys(sorted(texts), 1.0) if self.fields is None else self.fields
+        fields = [field for field in weights if field in texts]
+        return {name: weights[field] / len(texts[field]) for field in fields for name in texts[field]}
 
     def filled(self, captions: Mapping[str, str]) -> dict[str, str]:
-        """Returns every caption that can be sampled, in its template: {field: text}."""
-        return {field: self._fill(field, captions) for field in fields_of(captions, self.used)}
+        """Returns every caption that can be sampled, in its template: {name: text}."""
+        return {name: self._fill(name, captions) for name in fields_of(captions, self.used)}
 
-    def _fill(self, field: str, captions: Mapping[str, str]) -> str:
+    def _fill(self, name: str, captions: Mapping[str, str]) -> str:
+        field = list_field(name)
         if field not in self.templates:
-            return captions[field]
+            return captions[name]
         try:
-            return self.templates[field].format_map(captions)
+            return self.templates[field].format_map({**captions, field: captions[name]})
         except KeyError as error:
             raise UserError(
                 f"caption template {self.templates[field]!r} names {error}, which an example lacks"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from lidit_jax.config import build
 from lidit_jax.data.buckets import Bucket, make_buckets
-from lidit_jax.data.captions import CaptionChooser
+from lidit_jax.data.captions import USUAL_FIELDS, CaptionChooser
 from lidit_jax.data.shapes.layout import SceneLayout
 from lidit_jax.errors import UserError
 from lidit_jax.ranges import (
@@ -53,7 +53,8 @@ class DataConfig:
         `PER_SOURCE`.
       weight: in a mixture, this source's share of the samples, in any unit; None for every source: in proportion to
         their numbers of samples.
-      split: split of a "tfds" source, or of a "parquet" source whose folder holds several.
+      split: split of a "tfds" source, or of a "parquet" or "folder" source that has several (files or folders named
+        train, validation and test).
       data_dir: data folder of a "tfds" source.
       image_key: column or feature that holds the image in a "parquet", "tfds" or "array_record" source; "": the only
         column with images (parquet), the only image feature or the one called "image" (tfds), "image" (array_record).
@@ -81,7 +82,9 @@ class DataConfig:
         so fewer shapes to compile. It must divide `resolution` and be a multiple of the size multiple (down-sampling of
         the VAE times patch size); 0: the size multiple itself, which gives the most buckets.
       allow_enlarging: if False, drop images that are smaller than their bucket.
-      captions: weight of each caption field (original and synthetic captions mixed); None: the default fields.
+      captions: weight of each caption field (original and synthetic captions mixed). Other texts of a sample are never
+        captions. None: the usual fields (`captions.USUAL_FIELDS`); for "shapes" and "precomputed", which hold nothing
+        but captions, all.
       class_template: text around the field "class", e.g. "a photo of {}"; "" for none.
       caption_dropout: probability of the empty prompt, for classifier-free guidance.
       min_aesthetic: lowest score that is kept; None keeps all.
@@ -229,7 +232,10 @@ class DataConfig:
         """Returns the caption chooser of this source; see `CaptionChooser` for the arguments."""
         # Precomputed captions already include their template.
         template = "" if self.source == "precomputed" else self.class_template.replace("{}", "{class}")
-        return CaptionChooser(self.captions, dropout, {"class": template} if template else {}, join)
+        fields = self.captions
+        if fields is None and self.source not in ("shapes", "precomputed"):
+            fields = dict.fromkeys(USUAL_FIELDS, 1.0)
+        return CaptionChooser(fields, dropout, {"class": template} if template else {}, join)
 
 
 _PATHS = {

@@ -10,7 +10,7 @@ import numpy as np
 from lidit_jax.data.assembler import Assembler, Tokenize
 from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.data.buckets import Bucket
-from lidit_jax.data.captions import CaptionChooser
+from lidit_jax.data.captions import CaptionChooser, is_used, list_field
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.stored_features import StoredPrompts
 from lidit_jax.errors import UserError
@@ -23,6 +23,8 @@ class Dataset(abc.ABC):
       buckets: the buckets' sizes.
       broken: number of samples that could not be used, by reason.
       dropped: number of samples that filters dropped, by reason.
+      num_examined: number of samples that were examined, including those.
+      fields: number of examined samples with each text field, for each source whose fields were counted.
     """
 
     def __init__(
@@ -45,24 +47,29 @@ class Dataset(abc.ABC):
         self.config, self.buckets = config, buckets
         self.broken: collections.Counter[str] = collections.Counter()
         self.dropped: collections.Counter[str] = collections.Counter()
+        self.num_examined = 0
+        self.fields: dict[str, collections.Counter[str]] = {}
         self._with_captions = with_captions
         self._source_configs = source_configs
         self._weights = None if held_out else config.weights()
 
-    def _check_fields(self, found: Mapping[str, int], no_samples: str = "no sample") -> None:
+    def _check_fields(self, no_samples: str = "no sample") -> None:
         """Raises UserError if the config names a caption field that no sample has.
 
         Args:
-          found: number of samples with each caption field; if empty, nothing is checked.
           no_samples: subject of the error message.
         """
+        found = set().union(*self.fields.values())
         if not self._with_captions or not found:
             return
         named = {
-            field for source_config in self._source_configs.values() for field in source_config.chooser(0.0).used or ()
+            field
+            for source_config in self._source_configs.values()
+            for field in source_config.chooser(0.0).used or ()
+            if source_config.captions is not None
         }
         for field in sorted(named):
-            if field not in found:
+            if list_field(field) not in found:
                 available = ", ".join(sorted(found)[:20]) or "none"
                 raise UserError(
                     f"data.captions names {field!r}, which {no_samples} has (there are {available}): "
@@ -72,14 +79,25 @@ class Dataset(abc.ABC):
     def _choosers(self, dropout: float, join: bool = False) -> tuple[CaptionChooser, ...]:
         return tuple(source_config.chooser(dropout, join) for source_config in self._source_configs.values())
 
+    def _describe_captions(self) -> list[str]:
+        """Returns log text on which texts are captions and which are not, for each source whose fields were counted."""
+        if not self._with_captions:
+            return []
+        lines = []
+        for name, found in self.fields.items():
+            used = self._source_configs[name].chooser(0.0).used
+            captions = {field: count for field, count in found.items() if used is None or is_used(field, used)}
+            named = ", ".join(f"{field} ({count})" for field, count in sorted(captions.items()))
+            others = ", ".join(sorted(found.keys() - captions.keys())[:20])
+            of_source = f" of {name}" if len(self._source_configs) > 1 else ""
+            not_used = f", not from the other texts {others} (data.captions names more)" if others else ""
+            lines.append(f"captions{of_source} from {named or 'none'}{not_used}")
+        return lines
+
     def _describe_left_out(self) -> list[str]:
-        """Returns log text on the samples that filters dropped and on the broken ones."""
+        """Returns log text on the samples that filters dropped and on the broken ones, with their shares."""
         found = (("left out by filters", self.dropped), ("broken", self.broken))
-        return [
-            f"{what} {', '.join(f'{reason}: {count}' for reason, count in sorted(reasons.items()))}"
-            for what, reasons in found
-            if reasons
-        ]
+        return [f"{what} {with_shares(reasons, self.num_examined)}" for what, reasons in found if reasons]
 
     @property
     @abc.abstractmethod
@@ -167,6 +185,11 @@ class Dataset(abc.ABC):
     def _loader(
         self, assembler: Assembler, batch_size: int, first: int, process_index: int, process_count: int
     ) -> BatchStream: ...
+
+
+def with_shares(reasons: Mapping[str, int], total: int) -> str:
+    """Returns log text on counts by reason, each with its share of `total` samples: "no caption: 3 (50.0%)"."""
+    return ", ".join(f"{reason}: {count} ({count / total:.1%})" for reason, count in sorted(reasons.items()))
 
 
 def spread(total: int, count: int) -> Sequence[int]:

@@ -2,8 +2,7 @@
 
 A filter takes a `Candidate` and returns None to keep it, or the reason for dropping it in a few words. Its settings are
 keyword arguments: `functools.partial(aesthetic_score, minimum=5.0)` is a filter too. Caption filters check the fields
-that training samples from (None: see `captions.fields_of`); a single bad caption drops the sample, because training
-could sample it.
+that training samples from (None: all); a single bad caption drops the sample, because training could sample it.
 """
 
 import math
@@ -27,6 +26,8 @@ class Candidate(NamedTuple):
 
 
 Filter = Callable[[Candidate], str | None]
+
+NO_CAPTION = "no caption"  # reason for dropping a sample
 
 _URL = re.compile(
     r"(?:https?://|www\.)\S+|\b[\w-]+(?:\.[\w-]+)*\.(?:com|net|org|info|io|cn|de|ru|uk|jp)\b(?:/\S*)?", re.I
@@ -73,7 +74,7 @@ def aspect(candidate: Candidate, *, maximum: float) -> str | None:
 
 def no_caption(candidate: Candidate, *, fields: Sequence[str] | None = None) -> str | None:
     """Drops samples whose caption fields are all missing or blank."""
-    return None if any(_texts(candidate, fields)) else "no caption"
+    return None if any(_texts(candidate, fields)) else NO_CAPTION
 
 
 def url_caption(candidate: Candidate, *, fields: Sequence[str] | None = None) -> str | None:

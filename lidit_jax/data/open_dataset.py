@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import jax
+from etils import epath
 
 from lidit_jax.data import filters
 from lidit_jax.data.buckets import Bucket
@@ -24,6 +25,7 @@ from lidit_jax.data.sources import Source
 from lidit_jax.data.streamed.dataset import StreamedDataset
 from lidit_jax.data.streamed.sample_stream import SampleReader
 from lidit_jax.errors import UserError
+from lidit_jax.files import read_text, split_lines
 
 
 def open_dataset(config: DataConfig, size_multiple: int, held_out: bool = False, with_captions: bool = True) -> Dataset:
@@ -101,7 +103,7 @@ def open_shards(config: DataConfig, held_out: bool = False) -> Shards:
         return ArrayRecordShards(config.path, config.image_key or "image", names)
     if config.source == "tfds":
         return TfdsShards(config.path, config.split, config.data_dir, config.image_key)
-    return FolderShards(config.path, names)
+    return FolderShards(config.path, names, config.split)
 
 
 def make_filters(config: DataConfig, buckets: Sequence[Bucket], with_captions: bool) -> list[Filter]:
@@ -138,9 +140,9 @@ def _used_source_configs(config: DataConfig, held_out: bool) -> Mapping[str, Dat
 @functools.lru_cache(maxsize=8)
 def _class_names(file: str) -> tuple[str, ...]:
     try:
-        with open(file, encoding="utf-8-sig") as lines:
-            names = tuple(line.strip() for line in lines)
-    except (OSError, ValueError) as error:  # not UTF-8, or a name with a NUL
+        text = read_text(epath.Path(file), f"data.class_names={file!r}", "a list of class names")
+        names = tuple(line.strip() for line in split_lines(text))
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         raise UserError(f"data.class_names={file!r} cannot be read: {error}") from error
     while names and not names[-1]:
         names = names[:-1]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
+from lidit_jax.data.filters import NO_CAPTION
 from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.shards import Sample
 from lidit_jax.errors import UserError
@@ -75,7 +76,7 @@ def no_samples_error(
       num_samples: number of samples in them.
       broken: number of samples that cannot be used, by reason.
       dropped: number of samples that filters dropped, by reason.
-      fields: caption fields that the samples have.
+      fields: text fields that the samples have.
       keys: metadata keys that the samples have.
     """
     reasons = ", ".join(f"{reason}: {count}" for reason, count in (broken + dropped).most_common())
@@ -84,10 +85,15 @@ def no_samples_error(
         return UserError(
             f"no usable sample in {place} ({reasons or 'it is empty'}): each needs an image and its caption"
         )
-    captions, metadata = (", ".join(sorted(names)[:20]) or "(none)" for names in (fields, keys))
+    texts, metadata = (", ".join(sorted(names)[:20]) or "(none)" for names in (fields, keys))
+    found = f"there are texts {texts}; metadata {metadata}"
+    if set(dropped) == {NO_CAPTION}:
+        return UserError(
+            f"none of the {num_samples} samples of {place} has a caption ({reasons}; {found}): name the texts that are "
+            "captions with --config.data.captions.NAME=1, or add captions"
+        )
     return UserError(
-        f"the filters leave none of the {num_samples} samples of {place} ({reasons}; there are captions {captions}; "
-        f"metadata {metadata}): loosen them"
+        f"the filters leave none of the {num_samples} samples of {place} ({reasons}; {found}): loosen them"
     )
 
 

@@ -21,7 +21,7 @@ from etils import epath
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.adjective_pairs import PositionalBias, parse_prompt
 from lidit_jax.evaluate.attributes import KINDS
-from lidit_jax.files import read_text, write_json
+from lidit_jax.files import is_hidden, read_text, split_lines, write_json
 from lidit_jax.images import save_png
 
 MAX_NAME = 255  # longest file name in bytes
@@ -228,7 +228,7 @@ def open_benchmark(name: str, file: epath.Path, num_images: int, mixed_pairs: bo
 
 def _lines(file: epath.Path) -> list[tuple[int, str]]:
     """Returns (line number from 1, line) for all lines that are not blank."""
-    return [(number, line) for number, line in enumerate(_read(file).splitlines(), 1) if line.strip()]
+    return [(number, line) for number, line in enumerate(split_lines(_read(file)), 1) if line.strip()]
 
 
 def _read(file: epath.Path) -> str:
@@ -273,4 +273,5 @@ def _dpg_entry(file: epath.Path, number: int, line: str) -> tuple[str, str]:
 
 def _read_prompt_folder(folder: epath.Path) -> list[tuple[str, str]]:
     """Returns (id, prompt) for each file ID.txt of a folder."""
-    return [(file.stem, _read(file).strip()) for file in sorted(folder.glob("*.txt"), key=str)]
+    files = sorted((file for file in folder.glob("*.txt") if not is_hidden(file.name)), key=str)
+    return [(file.stem, _read(file).strip()) for file in files]

@@ -8,15 +8,18 @@ anything else             PNG, JPEG or WebP files at any depth, without prompts
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
 
+from lidit_jax.data.formats.files import is_remote
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut, open_benchmark
 from lidit_jax.evaluate.read_image import read_image
+from lidit_jax.files import is_hidden, walk
 from lidit_jax.weights.folders import is_there
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -57,11 +60,21 @@ def image_files(folder: epath.Path, flag: str) -> list[epath.Path]:
     """
     if not is_there(folder) or not folder.is_dir():
         raise UserError(f"--{flag}={folder}: no such folder; name a folder of images")
-    paths = [parent_folder / name for parent_folder, _, names in folder.walk() for name in names]
-    files = [file for file in paths if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    paths = [parent_folder / name for parent_folder, _, names in _walk(folder) for name in names]
+    files = [file for file in paths if file.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f"--{flag}={folder} has no image in it ({', '.join(SUFFIXES)}): name a folder of images")
     return sorted(files, key=str)
+
+
+def _walk(folder: epath.Path) -> Iterator[tuple[epath.Path, list[str], list[str]]]:
+    """Walks through a folder on a disk or in a bucket, without hidden entries; see `files.walk`."""
+    if not is_remote(os.fspath(folder)):
+        yield from ((epath.Path(parent), folders, names) for parent, folders, names in walk(os.fspath(folder)))
+        return
+    for parent, folders, names in folder.walk():
+        if not any(map(is_hidden, parent.relative_to(folder).parts)):
+            yield parent, folders, [name for name in names if not is_hidden(name)]
 
 
 def find_images_and_prompts(folder: epath.Path, prompts_file: epath.Path | None) -> list[ImageFile]:

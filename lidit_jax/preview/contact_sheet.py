@@ -8,9 +8,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax.data.open_dataset import open_dataset
+from lidit_jax.data_report import log_data, log_prompts
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.images import grid, save_png
+from lidit_jax.weights.folders import is_there
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +21,7 @@ PER_BATCH = 8  # images shown per batch: several batches show several buckets
 
 
 def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> None:
-    """Writes a contact sheet and logs buckets, filters and loader speed.
+    """Writes a contact sheet and logs buckets, filters, captions, prompts and loader speed.
 
     Args:
       config: config of a training run.
@@ -53,7 +55,9 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
         captions = [caption or "(dropped)" for caption in batch.get("caption", [" "] * batch_size)]
         images += list(batch["image"][:per_batch])
         labels += [f"[{width}x{height}] {caption}" for caption in captions[:per_batch]]
-    logger.info("%s", dataset.summary())
+    captions = log_data(experiment, dataset)
+    if experiment.has_lidit:
+        log_prompts(experiment, captions, _encoders_at_hand(experiment))
     try:
         save_png(grid(images[:num_images], labels[:num_images], columns=PER_BATCH), out)
     except OSError as error:
@@ -67,3 +71,12 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
             logger.info("while reading: %s %s", kind, ", ".join(f"{r}: {n}" for r, n in sorted(reasons.items())))
     batches.close()
     logger.info("contact sheet: %s", out)
+
+
+def _encoders_at_hand(experiment: Experiment) -> list[str]:
+    """Returns the encoders whose folder exists: others are trained by the run, or would have to be downloaded."""
+    return [
+        name
+        for name, encoder in experiment.encoders.items()
+        if encoder.weights and is_there(epath.Path(encoder.weights))
+    ]

@@ -12,7 +12,7 @@ from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import TrainedModel
 from lidit_jax.export.read import load_exported
-from lidit_jax.files import read_text
+from lidit_jax.files import read_text, split_lines
 from lidit_jax.images import grid, save_png
 from lidit_jax.pipeline import SampleConfig
 from lidit_jax.text.encoders import truncated_prompts
@@ -166,7 +166,7 @@ def read_prompts(request: Request) -> list[str]:
     if not file.exists() or file.is_dir():
         raise UserError(f"--prompts_file={file}: no such file; name a text file of prompts")
     text = read_text(file, f"--prompts_file={file}", "a list of prompts")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in split_lines(text) if line.strip()]
     if not prompts:
         raise UserError(f"--prompts_file={file} has no prompt in it: write one per line")
     return prompts

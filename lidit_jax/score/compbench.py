@@ -20,6 +20,7 @@ from lidit_jax.evaluate.attributes import KINDS
 from lidit_jax.evaluate.benchmarks import T2ICompBench
 from lidit_jax.evaluate.noun_phrases import noun_phrases, splitter_name
 from lidit_jax.evaluate.read_image import read_image
+from lidit_jax.files import is_hidden
 from lidit_jax.score.compbench_rules import SpatialPrompt, parse_spatial, spatial_score
 from lidit_jax.score.detectors import load_detector
 from lidit_jax.score.report import Report
@@ -84,7 +85,7 @@ def find_images(folder: epath.Path) -> list[GeneratedImage]:
     """
     samples = folder / "samples"
     names = [file.name for file in samples.glob("*.png")] if samples.is_dir() else []
-    matches = [match for match in map(_NAME.fullmatch, names) if match]
+    matches = [match for name in names if not is_hidden(name) and (match := _NAME.fullmatch(name))]
     if not matches:
         raise UserError(
             f"--images={folder} has no samples/PROMPT_000000.png: name a folder that python -m lidit_jax.evaluate "

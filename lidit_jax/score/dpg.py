@@ -21,6 +21,7 @@ from etils import epath
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut
 from lidit_jax.evaluate.read_image import read_image
+from lidit_jax.files import is_hidden
 from lidit_jax.score.dpg_questions import Questions, read_questions
 from lidit_jax.score.report import Report
 from lidit_jax.score.results import ScoreRequest, open_results, require_images_folder
@@ -114,7 +115,8 @@ def _find_images(folder: epath.Path) -> dict[str, epath.Path]:
     Raises:
       UserError: there is no image, or an id has two.
     """
-    files = [file for file in sorted(folder.iterdir(), key=str) if file.suffix.lower() in SUFFIXES]
+    found = (file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not is_hidden(file.name))
+    files = sorted(found, key=str)
     if not files:
         raise UserError(
             f"--images={folder} has no ID.png: name a folder that python -m lidit_jax.evaluate --benchmark=dpg_bench "

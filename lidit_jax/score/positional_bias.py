@@ -16,6 +16,7 @@ from etils import epath
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.adjective_pairs import METADATA_FILE, SAMPLES, Pair, read_pairs
 from lidit_jax.evaluate.read_image import read_image
+from lidit_jax.files import is_hidden
 from lidit_jax.score.eval_extra import png_of
 from lidit_jax.score.quarters import QUARTER_NAMES, QUARTERS, interval_by_quarter, mean_by_quarter, mean_over_prompts
 from lidit_jax.score.report import Report
@@ -171,4 +172,5 @@ def _find_prompts(folder: epath.Path) -> dict[str, list[Pair]]:
 
 def _samples(folder: epath.Path) -> list[str]:
     samples = folder / SAMPLES
-    return sorted(file.name for file in samples.glob("*.png")) if samples.is_dir() else []
+    names = [file.name for file in samples.glob("*.png")] if samples.is_dir() else []
+    return sorted(name for name in names if not is_hidden(name))

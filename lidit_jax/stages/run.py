@@ -15,6 +15,7 @@ from lidit_jax.checkpoint import latest_step, require_checkpoint
 from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
+from lidit_jax.data_report import log_data, log_prompts
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation, check_evaluation, evaluate_scenes
 from lidit_jax.experiment import LIDIT, Experiment, check_start, checkpoint_folder
@@ -63,10 +64,17 @@ def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = Fa
     with _lock_workdir(workdir):
         claim_workdir(workdir, config, write=jax.process_index() == 0, digests=digests)
         multihost_utils.sync_global_devices("claimed the workdir")
-        logger.info("%s", dataset.summary())
+        captions = log_data(experiment, dataset)
         if keep_compiled:
             cache_compilations(workdir / COMPILED)
-        _train(experiment, dataset, vae_stage, mesh, rules, evaluation)
+        if experiment.has_lidit:
+            _train_encoders(experiment, dataset, mesh, rules)
+            log_prompts(experiment, captions, experiment.encoders)
+        with activity("training the VAE"):
+            vae_stage.run(mesh, rules)
+        del vae_stage  # frees its images and its frozen network
+        if experiment.has_lidit:
+            _train_lidit(experiment, dataset, mesh, rules, evaluation)
     if jax.process_index() == 0:
         logger.info("%s", _summary(experiment))
 
@@ -95,23 +103,17 @@ def _checked_data(experiment: Experiment, mesh: Mesh, rules: ShardingRules) -> D
     return dataset
 
 
-def _train(
-    experiment: Experiment,
-    dataset: Dataset,
-    vae_stage: VAEStage,
-    mesh: Mesh,
-    rules: ShardingRules,
-    evaluation: SceneEvaluation | None,
-) -> None:
-    """Trains the networks one after the other, and evaluates the last one."""
-    for name, encoder in experiment.encoders.items() if experiment.has_lidit else ():
+def _train_encoders(experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules) -> None:
+    for name, encoder in experiment.encoders.items():
         if not encoder.weights:
             with activity(f"training the encoder {name}"):
                 train_language_model(experiment, name, dataset, mesh, rules)
-    with activity("training the VAE"):
-        vae_stage.run(mesh, rules)
-    if not experiment.has_lidit:
-        return
+
+
+def _train_lidit(
+    experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules, evaluation: SceneEvaluation | None
+) -> None:
+    """Trains LI-DiT, and evaluates it if the config asks for it."""
     with activity("preparing to train LI-DiT"):
         pipeline, state = train_lidit(experiment, dataset, mesh, rules)
     if evaluation:

@@ -97,6 +97,15 @@ class PromptTokenizer:
         """
         return np.asarray(self._prefix, np.int32)
 
+    def prefix_text(self) -> str:
+        """Returns the text before every prompt, with its special tokens; raises as `prefix` does."""
+        return self.tokenizer.decode(self._prefix, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    @property
+    def uses_chat_template(self) -> bool:
+        """True if the prefix is rendered by the tokenizer's chat template."""
+        return bool(self.chat_template and self.tokenizer.chat_template)
+
     @functools.cached_property
     def digest(self) -> str:
         """Hash (16 hexadecimal digits) of the prefix tokens, the separator and the maximum prompt length."""
@@ -105,7 +114,7 @@ class PromptTokenizer:
 
     @functools.cached_property
     def _prefix(self) -> list[int]:
-        if self.chat_template and self.tokenizer.chat_template:
+        if self.uses_chat_template:
             # Special tokens in the rendered template are parsed as such; the template includes any begin token.
             text = _replace_unpaired_surrogates(self._chat_prefix())
             return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from lidit_jax.errors import UserError
+from lidit_jax.files import is_hidden
 
 _MAX_FILES = 1_000_000
 _OPEN_FILES_PER_THREAD = 16
@@ -147,7 +148,7 @@ def modification_time(path: str) -> float | None:
 
 
 def find_files(path: str | os.PathLike, kind: str, name: re.Pattern[str]) -> tuple[str, ...]:
-    """Returns the files that a path names, sorted.
+    """Returns the files that a path names, sorted; hidden ones (`files.is_hidden`) only if the path names them.
 
     Args:
       path: a folder, a single file, a glob pattern or a brace range.
@@ -160,7 +161,7 @@ def find_files(path: str | os.PathLike, kind: str, name: re.Pattern[str]) -> tup
     path = os.fspath(path)
     filesystem = _Remote(path) if is_remote(path) else _Local()
     if filesystem.is_folder(path):
-        found = [file for file in filesystem.listed(path) if name.search(file)]
+        found = [file for file in filesystem.listed(path) if name.search(file) and _is_visible(file, path)]
         return _at_least_one(found, f"folder {path!r} holds no {kind} file")
     if filesystem.exists(path):
         return (path,)
@@ -168,8 +169,8 @@ def find_files(path: str | os.PathLike, kind: str, name: re.Pattern[str]) -> tup
     if len(expanded) > _MAX_FILES:
         raise UserError(f"data path {path!r} names more than {_MAX_FILES} files: check the numbers in its braces")
     if any(character in path for character in "*?["):
-        return _at_least_one([file for pattern in expanded for file in filesystem.matching(pattern)],
-                             f"no file matches {path!r}")  # fmt: skip
+        found = [file for pattern in expanded for file in filesystem.matching(pattern) if _is_visible(file, pattern)]
+        return _at_least_one(found, f"no file matches {path!r}")
     if not expanded:
         raise UserError(f"data path {path!r} names no file: its braces count down, so write the lower number first")
     missing = [file for file in expanded if not filesystem.exists(file)]
@@ -193,6 +194,12 @@ def select_shards(path: str | os.PathLike, found: Sequence[str], shards: slice |
             "lower --config.data.held_out_shards"
         )
     return selected
+
+
+def _is_visible(file: str, path: str) -> bool:
+    """Returns True unless a part of the file's path that `path` does not spell out is hidden."""
+    spelled_out = path.split("/")
+    return not any(is_hidden(part) for part in file.split("/") if part not in spelled_out)
 
 
 def _at_least_one(files: list[str], otherwise: str) -> tuple[str, ...]:

@@ -1,14 +1,15 @@
-"""Folders of images with their captions in one JSONL, CSV or Parquet file, or with one folder per class."""
+"""Folders of images with captions files, with a text beside each image, or with one folder per class."""
 
-import csv
 import hashlib
 import io
-import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lidit_jax.data.formats.caption_tables import read_table
 from lidit_jax.data.formats.files import is_remote
+from lidit_jax.data.formats.folder_layout import ImageFile, find_images, find_tables, images_folder, is_inside, locate
 from lidit_jax.data.formats.shards import (
     CLASS_FIELD,
     MAX_TEXT_BYTES,
@@ -18,32 +19,35 @@ from lidit_jax.data.formats.shards import (
     captions_of,
     check_image,
     class_name,
+    decode_text,
     names_digest,
     parse_json,
     scan_numbered,
 )
 from lidit_jax.errors import UserError
 
-_CAPTION_FILES = (".jsonl", ".csv", ".parquet")
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp")
-# Names of the column with the image file: first the one of Hugging Face's ImageFolder, then other common ones.
-FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
+logger = logging.getLogger(__name__)
+
+_ROWS_LOOKED_AT = 100
 
 
 class FolderShards:
-    """A single shard: the rows of a captions file, or the images of class folders; see `Shards`.
+    """One shard per captions file, or a single one of the images themselves; see `Shards`.
 
-    A row names its image in the column "file_name", relative to the folder of the captions file; its other texts are
-    captions, and its other values metadata. All rows are kept in memory.
+    A row of a captions file names its image in the column "file_name", relative to the folder of the captions file or
+    to a folder beside it. Its texts and lists of texts may be captions, and all its values are metadata. Without a
+    captions file, the captions are the files KEY.txt, KEY.caption and KEY.json beside the images or, if no image has
+    one, the names of the folders. All rows are kept in memory.
     """
 
-    def __init__(self, path: str | os.PathLike, class_names: Sequence[str] = ()):
-        """Reads the captions file or lists the class folders.
+    def __init__(self, path: str | os.PathLike, class_names: Sequence[str] = (), split: str = "train"):
+        """Reads the captions files or lists the images.
 
         Args:
-          path: the captions file; or its folder, if it is the only captions file or is called "metadata" or "captions";
-            or a folder of folders, each named after its class.
+          path: a captions file; or a folder that has one (if it has several, one must be called "metadata" or
+            "captions"); or a folder of such folders; or a folder of images.
           class_names: names of the classes that rows give as numbers.
+          split: split to read of a folder of folders that are called train, validation and test.
 
         Raises:
           UserError: the path does not exist, is remote, has no captions, or cannot be read.
@@ -55,131 +59,129 @@ class FolderShards:
             raise UserError(f"data path {path!r} does not exist: give a folder of images, or its captions file")
         self._class_names = tuple(class_names)
         self.settings = names_digest(class_names)
-        file = _captions_file(path) if os.path.isdir(path) else path
-        self._folder = path if file is None else os.path.dirname(os.path.abspath(file))
-        self.paths = (file or os.path.join(path, "classes"),)
-        self._rows = _class_rows(path) if file is None else _read_rows(file)
-        if file is None:  # no captions file whose modification time would change when classes are renamed
-            self.settings += hashlib.sha256(b"\n".join(self._rows)).hexdigest()[:16]
+        tables = find_tables(path, split) if os.path.isdir(path) else [path]
+        self._parts: list[_Table] | list[_Images]
+        if tables:
+            self._parts, self.paths = [_Table(table) for table in tables], tuple(tables)
+            logger.info("captions from %s", ", ".join(tables[:10]))
+        else:
+            images = _Images(path, find_images(path, split))
+            self._parts, self.paths = [images], (images.path,)
+            self.settings += images.digest()  # no captions file whose modification time would change
 
     def size(self, shard: int) -> int:
-        del shard
-        return len(self._rows)
+        return len(self._parts[shard])
 
     def scan(self, shard: int) -> Iterator[tuple[Place, Sample] | str]:
-        return scan_numbered(shard, len(self._rows), self.read)
+        return scan_numbered(shard, len(self._parts[shard]), self.read)
 
     def read(self, places: Sequence[tuple[int, *Place]]) -> list[Sample | Unusable]:
-        return [self._sample(number) for _, number, _ in places]
+        return [self._sample(shard, number) for shard, number, _ in places]
 
-    def _sample(self, number: int) -> Sample | Unusable:
+    def _sample(self, shard: int, number: int) -> Sample | Unusable:
+        part = self._parts[shard]
         try:
-            if number >= len(self._rows):
+            if number >= len(part):
                 raise Unusable("changed since it was indexed")
-            values = parse_json(self._rows[number])
-            column = next((name for name in FILE_COLUMNS if isinstance(values.get(name), str)), None)
-            if column is None:
-                raise Unusable(f"no column {FILE_COLUMNS[0]!r}")
-            name = values.pop(column)
-            texts = {key: value for key, value in values.items() if isinstance(value, str)}
-            if any("\udc80" <= character <= "\udcff" for text in texts.values() for character in text):
+            name, values, metadata = part.read(number)
+            if isinstance(values.get(CLASS_FIELD), int | str):
+                values = values | {CLASS_FIELD: class_name(values[CLASS_FIELD], self._class_names)}
+            texts = [text for text in values.values() if isinstance(text, str)]
+            if any("\udc80" <= character <= "\udcff" for text in texts for character in text):
                 raise Unusable("caption not in UTF-8")
-            if any(len(text) > MAX_TEXT_BYTES for text in texts.values()):
+            captions = captions_of(values)
+            if any(len(text) > MAX_TEXT_BYTES for text in captions.values()):
                 raise Unusable("text over 1 MiB")
-            if CLASS_FIELD in values and isinstance(values[CLASS_FIELD], int | str):
-                texts[CLASS_FIELD] = class_name(values[CLASS_FIELD], self._class_names)
-            return Sample(name, captions_of(texts), values, self._image(name))
+            return Sample(name, captions, metadata, _read_image(part.folder, name))
         except Unusable as reason:
             return reason
 
-    def _image(self, name: str) -> io.BytesIO:
-        inside = os.path.normpath(name)
-        if os.path.isabs(inside) or inside.split(os.sep)[0] == "..":
-            raise Unusable("file outside the folder")
-        path = os.path.join(self._folder, inside)
-        try:
-            check_image(os.path.getsize(path))
-            with open(path, "rb") as file:
-                return io.BytesIO(file.read())
-        except (OSError, ValueError) as error:
-            raise Unusable("no image") from error
+
+class _Table:
+    """The rows of a captions file, with the folder that their images are in."""
+
+    def __init__(self, path: str):
+        self._table = read_table(path)
+        self.folder = images_folder(path, self._first_names())
+
+    def __len__(self) -> int:
+        return len(self._table.rows)
+
+    def read(self, number: int) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """Returns the image's name, the values that hold its texts, and the metadata."""
+        name, values = self._table.row(number)
+        return name, values, values
+
+    def _first_names(self) -> list[str]:
+        names = []
+        for number in range(min(len(self), _ROWS_LOOKED_AT)):
+            try:
+                names.append(self._table.row(number)[0])
+            except Unusable:
+                continue
+        return names
 
 
-def _captions_file(folder: str) -> str | None:
-    names = sorted(name for name in os.listdir(folder) if name.endswith(_CAPTION_FILES))
-    called = [name for name in names if os.path.splitext(name)[0] in ("metadata", "captions")]
-    if len(names) > 1 and len(called) != 1:
-        raise UserError(f"{folder!r} has several captions files ({', '.join(names[:5])}): name one as data.path")
-    chosen = called or names
-    return os.path.join(folder, chosen[0]) if chosen else None
+class _Images:
+    """The images of a folder, with their texts or classes."""
+
+    def __init__(self, folder: str, images: Sequence[ImageFile]):
+        self.folder, self._images = folder, tuple(images)
+        self._have_texts = any(image.texts for image in images)
+        self.path = os.path.join(folder, "texts" if self._have_texts else "classes")
+        classes = {image.class_name for image in images} - {""}
+        named = f"the names of {len(classes)} class folders" if classes else "none"
+        logger.info("%s: captions from %s", folder, "the texts beside the images" if self._have_texts else named)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def digest(self) -> str:
+        """Returns a digest of the images' names and classes, and of the times at which their texts were written."""
+        digest = hashlib.sha256()
+        for image in self._images:
+            written = [os.stat(self._text_file(image, suffix)).st_mtime_ns for suffix in image.texts]
+            digest.update(repr((*image, written)).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
+
+    def read(self, number: int) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """Returns the image's name, the values that hold its texts, and the metadata."""
+        image = self._images[number]
+        values: dict[str, Any] = {CLASS_FIELD: image.class_name} if image.class_name else {}
+        metadata: dict[str, Any] = {}
+        for suffix in image.texts:
+            text = _read_text(self._text_file(image, suffix))
+            if suffix == ".json":
+                metadata = parse_json(text)
+                values |= metadata
+            else:
+                values[suffix.removeprefix(".")] = decode_text(text)
+        return image.name, values, metadata
+
+    def _text_file(self, image: ImageFile, suffix: str) -> str:
+        return os.path.join(self.folder, os.path.splitext(image.name)[0] + suffix)
 
 
-def _class_rows(folder: str) -> list[bytes]:
-    rows = []
-    for directory, folders, files in os.walk(folder):
-        folders.sort()
-        if directory == folder:
-            continue
-        name = os.path.relpath(directory, folder)
-        for file in sorted(files):
-            if file.lower().endswith(_IMAGES):
-                row = {FILE_COLUMNS[0]: os.path.join(name, file), CLASS_FIELD: name.split(os.sep)[0]}
-                rows.append(json.dumps(row).encode())
-    if not rows:
-        raise UserError(
-            f"{folder!r} has neither a captions file (.jsonl, .csv or .parquet) nor folders of images named after "
-            "their class: add one of them"
-        )
-    return rows
-
-
-def _read_rows(file: str) -> list[bytes]:
-    """Returns each row as an encoded JSON object; malformed rows stay as they are and are counted when parsed."""
+def _read_text(path: str) -> bytes:
     try:
-        if file.endswith(".jsonl"):
-            with open(file, "rb") as lines:
-                return [line for line in lines if line.strip()]
-        if file.endswith(".csv"):
-            return list(_csv_rows(file))
-        if file.endswith(".parquet"):
-            return list(_parquet_rows(file))
-    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:  # pyarrow raises the first four
-        raise UserError(f"cannot read {file!r}: {' '.join(str(error).split())[:150]}") from error
-    raise UserError(f"{file!r} is not a captions file: it must be a .jsonl, .csv or .parquet")
+        with open(path, "rb") as file:
+            encoded = file.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise Unusable("unreadable text") from error
+    if len(encoded) > MAX_TEXT_BYTES:
+        raise Unusable("text over 1 MiB")
+    return encoded
 
 
-_MAX_FIELD = 1 << 30
-
-
-def _csv_rows(file: str) -> Iterator[bytes]:
-    limit = csv.field_size_limit(_MAX_FIELD)  # overlong texts are counted as broken later and must not raise here
+def _read_image(folder: str, name: str) -> io.BytesIO:
+    if not is_inside(folder, name):
+        raise Unusable("file outside the folder")
     try:
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            for row in csv.DictReader(lines):
-                values = {name: value for name, value in row.items() if isinstance(name, str) and value is not None}
-                yield json.dumps(values).encode()
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _parquet_rows(file: str) -> Iterator[bytes]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    parquet = pq.ParquetFile(file)
-    # Other columns, such as dates or images, are not used and may hold values that Python cannot represent.
-    plain = (
-        pa.types.is_string,
-        pa.types.is_large_string,
-        pa.types.is_integer,
-        pa.types.is_floating,
-        pa.types.is_boolean,
-    )
-    columns = [field.name for field in parquet.schema_arrow if any(is_plain(field.type) for is_plain in plain)]
-    for batch in parquet.iter_batches(batch_size=4096, columns=columns):
-        for row in batch.to_pylist():
-            yield json.dumps({name: value for name, value in row.items() if _is_plain(value)}).encode()
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, str | int | float | bool)
+        path = locate(folder, name)
+        if path is None:
+            raise Unusable("no image")
+        check_image(os.path.getsize(path))
+        with open(path, "rb") as file:
+            return io.BytesIO(file.read())
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise Unusable("no image") from error

@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+from lidit_jax.files import text_encoding
+
 MAX_TEXT_BYTES = 1 << 20
+MAX_LIST = 64  # texts that are read of a list of captions
 MAX_IMAGE_BYTES = 1 << 28
 # Deeper JSON can be parsed, but then fails to be encoded or pickled.
 _MAX_JSON_DEPTH = 100
@@ -21,7 +24,8 @@ class Sample(NamedTuple):
 
     Attributes:
       key: name of the sample, for messages.
-      captions: {field: text}, stripped and not empty.
+      captions: {name: text}, stripped and not empty. Which of them are captions is decided for all samples at once
+        (`DataConfig.captions`); texts of a list have the names "caption/0", "caption/1", ….
       metadata: further values.
       image: the encoded image, positioned at its start. While scanning it reads lazily: reading the header of the
         image reads no more of the file than that.
@@ -124,22 +128,32 @@ def _is_too_deep(value: Any) -> bool:
 
 
 def decode_text(encoded: bytes) -> str:
-    """Decodes UTF-8 and drops a byte-order mark.
+    """Decodes UTF-8, or UTF-16, and drops a byte-order mark.
 
     Raises:
-      Unusable: the text is too long or not UTF-8.
+      Unusable: the text is too long or in neither encoding.
     """
     if len(encoded) > MAX_TEXT_BYTES:
         raise Unusable("text over 1 MiB")
     try:
-        return encoded.decode("utf-8-sig")
+        return encoded.decode(text_encoding(encoded))
     except UnicodeDecodeError as error:
         raise Unusable("caption not in UTF-8") from error
 
 
 def captions_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the texts among the values of a sample, without blank ones and img2dataset's bookkeeping."""
-    texts = {name: value for name, value in values.items() if isinstance(value, str) and name not in _BOOKKEEPING}
+    """Returns the texts among the values of a sample, without blank ones and img2dataset's bookkeeping.
+
+    The texts of a list get the names "name/0", "name/1", ….
+    """
+    texts: dict[str, str] = {}
+    for name, value in values.items():
+        if name in _BOOKKEEPING:
+            continue
+        if isinstance(value, str):
+            texts[name] = value
+        elif isinstance(value, list):
+            texts |= {f"{name}/{i}": text for i, text in enumerate(value[:MAX_LIST]) if isinstance(text, str)}
     texts = {_replace_surrogates(name): _replace_surrogates(text).strip() for name, text in texts.items()}
     return {name: text for name, text in texts.items() if text}
 

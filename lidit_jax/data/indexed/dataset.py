@@ -1,6 +1,5 @@
 """Data sets with random access: globally shuffled; batch k is a function of k alone."""
 
-import collections
 import logging
 from collections.abc import Iterable, Mapping
 
@@ -53,17 +52,16 @@ class IndexedDataset(Dataset):
           UserError: too many samples are broken, or no sample has a caption field that the config names.
         """
         super().__init__(config, buckets, source_configs, held_out, with_captions)
-        fields: collections.Counter[str] = collections.Counter()
-        self._sources, num_samples = [], 0
-        for source in sources:
+        self._sources = []
+        for name, source in zip(source_configs, sources, strict=True):
             self._sources.append(source)
             if isinstance(source, IndexedSource):
                 self.broken += source.broken
                 self.dropped += source.dropped
-                num_samples += source.num_samples
-                fields += source.fields
-        check_broken(num_samples, self.broken, config.max_broken)
-        self._check_fields(fields)
+                self.num_examined += source.num_samples
+                self.fields[name] = source.fields
+        check_broken(self.num_examined, self.broken, config.max_broken)
+        self._check_fields()
         self.source: Source = self._sources[0] if len(self._sources) == 1 else ConcatenatedSource(self._sources)
         self.bucket_of_example = assign(self.source.sizes(), self.buckets)
 
@@ -87,7 +85,7 @@ class IndexedDataset(Dataset):
                 for name, count, weight in zip(self._source_configs, counts, rows, strict=True)
             ]
             lines.append(f"mixed of {'; '.join(mixed)}")
-        return "; ".join(lines + self._describe_left_out())
+        return "; ".join(lines + self._describe_captions() + self._describe_left_out())
 
     @property
     def holds_latents(self) -> bool:

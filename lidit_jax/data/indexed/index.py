@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tqdm
 
+from lidit_jax.data.captions import list_field
 from lidit_jax.data.filters import Candidate, Filter, first_reason
 from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.files import is_remote, modification_time, remote_filesystem
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 1 << 26  # default limit for an image
 SUFFIX = ".index"
-_VERSION = 2
+_VERSION = 2  # version 1 has no lists of captions, and may expand without bound
 _NUMBER_COLUMNS = ("start", "end", "height", "width")
 _TEXT_COLUMNS = ("key", "captions", "metadata")
 _SCHEMA = pa.schema(
@@ -64,7 +65,7 @@ class ExaminedShard:
         counts once.
       dropped: number of samples that filters dropped, by reason.
       num_samples: number of all samples, including broken ones.
-      fields: number of samples with each caption field; counted only if there are filters.
+      fields: number of samples with each text field; counted only if there are filters.
       keys: number of samples with each metadata key; counted only if there are filters.
       digest: digest of the samples kept, without their pixels.
     """
@@ -169,7 +170,7 @@ def _filtered(table: pa.Table, filters: Sequence[Filter]):
     columns = [table.column(name).to_pylist() for name in ("captions", "metadata", "height", "width")]
     for row, (captions, metadata, height, width) in enumerate(zip(*columns, strict=True)):
         candidate = Candidate(json.loads(captions), json.loads(metadata), height, width)
-        fields.update(candidate.captions.keys())
+        fields.update({list_field(name) for name in candidate.captions})
         keys.update(candidate.metadata.keys())
         reason = first_reason(candidate, filters)
         if reason is None:

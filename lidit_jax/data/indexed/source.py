@@ -21,7 +21,7 @@ class IndexedSource(Source):
         counts once.
       dropped: number of samples that filters dropped, by reason.
       num_samples: number of all samples, including those.
-      fields: number of samples with each caption field, before filtering; counted only if there are filters.
+      fields: number of samples with each text field, before filtering; counted only if there are filters.
       keys: number of samples with each metadata key, before filtering; counted only if there are filters.
       fingerprint: digest of keys, captions, metadata and the images' places and sizes, but not of their pixels.
     """

@@ -19,6 +19,7 @@ import numpy as np
 from lidit_jax.data.assembler import Assembler
 from lidit_jax.data.broken_count import check_broken
 from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.captions import list_field
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset, spread
 from lidit_jax.data.formats.files import is_remote
@@ -68,25 +69,22 @@ class StreamedDataset(Dataset):
             raise UserError(
                 "data.sequential: the mixture's sources have unknown numbers of samples: give each a weight"
             )
-        self._readers, self._samples, num_samples = [], [], 0
-        fields: collections.Counter[str] = collections.Counter()
-        for reader in readers:
-            samples, statistics = _read_first_samples(reader)
+        self._readers, self._samples = [], []
+        for name, reader in zip(source_configs, readers, strict=True):
+            samples, statistics, self.fields[name] = _read_first_samples(reader)
             self.broken.update(reason for _, reason in statistics.broken)
             self.dropped += statistics.dropped
-            num_samples += statistics.read
-            fields.update(field for entry in samples for field in entry.sample.captions)
+            self.num_examined += statistics.read
             self._readers.append(reader)
             self._samples.append(samples)
-        check_broken(num_samples, self.broken, config.max_broken)
-        self._check_fields(fields, f"none of the first {num_samples} samples")
+        check_broken(self.num_examined, self.broken, config.max_broken)
+        self._check_fields(f"none of the first {self.num_examined} samples")
         counts = np.array(
             [np.bincount([e.bucket for e in samples], minlength=len(self.buckets)) for samples in self._samples]
         )
         weights = np.array(self._weights or [1.0] * len(counts))
         # [sources, buckets], share of all rows.
         self._shares = counts / counts.sum(1, keepdims=True) * (weights / weights.sum())[:, None]
-        self._num_samples = num_samples
 
     @property
     def fingerprint(self) -> str:
@@ -107,9 +105,9 @@ class StreamedDataset(Dataset):
             f"{bucket} {100 * share:.0f}%" for bucket, share in zip(self.buckets, shares, strict=True) if share
         ]
         shards = sum(len(reader.shards.paths) for reader in self._readers)
-        lines = [f"data: {shards} shards, read from end to end; of the first {self._num_samples} samples: buckets "
+        lines = [f"data: {shards} shards, read from end to end; of the first {self.num_examined} samples: buckets "
                  f"{', '.join(bucket_shares)}"]  # fmt: skip
-        return "; ".join(lines + self._describe_left_out())
+        return "; ".join(lines + self._describe_captions() + self._describe_left_out())
 
     def check_batch_size(self, batch_size: int) -> None:
         rows_of_process(batch_size, jax.process_index(), jax.process_count())
@@ -203,11 +201,11 @@ class StreamedDataset(Dataset):
         )
 
 
-def _read_first_samples(reader: SampleReader) -> tuple[list[Entry], ReadStatistics]:
+def _read_first_samples(reader: SampleReader) -> tuple[list[Entry], ReadStatistics, collections.Counter[str]]:
     """Reads the first samples of some shards, without their images.
 
     Returns:
-      The usable samples, and statistics of all samples read.
+      The usable samples; and, of all samples read, statistics and the number with each text field.
 
     Raises:
       UserError: no sample can be used.
@@ -224,7 +222,7 @@ def _read_first_samples(reader: SampleReader) -> tuple[list[Entry], ReadStatisti
                 statistics.broken.append((reader.shards.paths[shard], found))
                 continue
             place, sample = found
-            fields.update(sample.captions.keys())
+            fields.update({list_field(name) for name in sample.captions})
             keys.update(sample.metadata.keys())
             entry = reader.check(0, (shard, *place), sample, statistics, with_image=False)
             if entry is not None:
@@ -236,4 +234,4 @@ def _read_first_samples(reader: SampleReader) -> tuple[list[Entry], ReadStatisti
     if not entries:
         broken = collections.Counter(reason for _, reason in total.broken)
         raise no_samples_error(reader.shards.paths, total.read, broken, total.dropped, fields, keys)
-    return entries, total
+    return entries, total, fields

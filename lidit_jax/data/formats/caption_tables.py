@@ -1,0 +1,241 @@
+"""Captions files: JSONL, CSV (separated by commas, semicolons, tabs or bars) and Parquet; each row names an image."""
+
+import contextlib
+import csv
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lidit_jax.data.formats.shards import Unusable, parse_json
+from lidit_jax.errors import UserError
+from lidit_jax.files import text_encoding
+
+# Names of the column with the image file: first the one of Hugging Face's ImageFolder, then other common ones. Case is
+# ignored.
+FILE_COLUMNS = (
+    *("file_name", "filename", "file", "image", "path", "image_file_name", "image_file", "image_name", "image_path"),
+    *("file_path", "filepath"),
+)
+_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+_SEPARATORS = ",;\t|"
+_MAX_FIELD = 1 << 30  # overlong texts are counted as broken when their row is read, and must not raise here
+# Binary columns with larger values on average hold something other than text, such as embedded images.
+_MAX_BINARY_TEXT = 1 << 14
+_TOO_LONG = b"row with more values than columns"  # stands for such a row
+_ROWS_AT_ONCE = 4096
+_ROWS_LOOKED_AT = 100  # to find the columns of a JSONL file
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionTable:
+    """The rows of a captions file.
+
+    Attributes:
+      path: path of the file.
+      column: name of the column with the image file.
+      rows: each row as an encoded JSON object; malformed rows as they are.
+    """
+
+    path: str
+    column: str
+    rows: Sequence[bytes]
+
+    def row(self, number: int) -> tuple[str, dict[str, Any]]:
+        """Returns the image file that a row names, and its other values.
+
+        Raises:
+          Unusable: the row is malformed or names no file.
+        """
+        if self.rows[number] == _TOO_LONG:
+            raise Unusable("row with more values than columns")
+        values = parse_json(self.rows[number])
+        name = values.pop(self.column, None)
+        if not isinstance(name, str) or not name.strip():
+            raise Unusable(f"no column {self.column!r}")
+        return name.strip(), values
+
+
+def is_table(name: str) -> bool:
+    """Returns True if a file of this name may be a captions file; captions.txt is what Kaggle calls a CSV file."""
+    return _suffix(name) in _SUFFIXES or name.lower() == "captions.txt"
+
+
+def file_column(columns: Iterable[str]) -> str | None:
+    """Returns the column with the image file; None if there is none."""
+    by_name = {column.lower(): column for column in columns}
+    return next((by_name[name] for name in FILE_COLUMNS if name in by_name), None)
+
+
+def columns_of(file: str) -> tuple[str, ...]:
+    """Returns the names of the columns with texts or numbers; none for a file that is not a readable table."""
+    try:
+        if _suffix(file) == ".parquet":
+            return tuple(_parquet_columns(pq.ParquetFile(file)))
+        if _suffix(file) == ".jsonl":
+            return _first_keys(_json_lines(file))
+        with _open_text(file) as lines:
+            return tuple(_csv_reader(lines).fieldnames or ())
+    except (OSError, ValueError, csv.Error):  # pyarrow's errors are the first two
+        return ()
+
+
+def read_table(file: str) -> CaptionTable:
+    """Reads a captions file.
+
+    Raises:
+      UserError: the file cannot be read, or no column names the images.
+    """
+    if _suffix(file) not in (*_SUFFIXES, ".txt"):
+        raise UserError(f"{file!r} is not a captions file: it must be a .jsonl, .csv, .tsv or .parquet")
+    columns = columns_of(file)
+    column = file_column(columns)
+    try:
+        if column is None and columns:
+            raise missing_column(file, columns)
+        rows = list(_rows(file))
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:  # pyarrow raises the first four
+        raise UserError(f"cannot read {file!r}: {' '.join(str(error).split())[:150]}") from error
+    return CaptionTable(file, column or FILE_COLUMNS[0], rows)
+
+
+def _rows(file: str) -> Iterator[bytes]:
+    readers = {".jsonl": _json_lines, ".parquet": _parquet_rows}
+    return readers.get(_suffix(file), _csv_rows)(file)
+
+
+def _suffix(file: str) -> str:
+    return os.path.splitext(file)[1].lower()
+
+
+def missing_column(file: str, columns: Sequence[str]) -> UserError:
+    """Returns the error to raise if no column of a captions file names the images."""
+    found = ", ".join(columns[:20])[:200]
+    return UserError(
+        f"{file!r} has no column {FILE_COLUMNS[0]!r} (or image, path, …) with the images' file names, only {found}: "
+        "rename the column that has them"
+    )
+
+
+def _open_text(file: str, newline: str = "") -> TextIO:
+    with open(file, "rb") as opened:
+        encoding = text_encoding(opened.read(2))
+    # A text that is not UTF-8 makes its own row unusable, not the file.
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "replace"
+    return open(file, encoding=encoding, errors=errors, newline=newline)
+
+
+# --- JSONL --------------------------------------------------------------------------------------------------------
+
+
+def _json_lines(file: str) -> Iterator[bytes]:
+    with _open_text(file, newline="\n") as lines:
+        for line in lines:
+            if line.strip():
+                yield line.encode("utf-8", "surrogateescape")
+
+
+def _first_keys(lines: Iterator[bytes]) -> tuple[str, ...]:
+    """Returns the keys of the first rows, of which any may be malformed."""
+    keys: dict[str, None] = {}
+    for line in itertools.islice(lines, _ROWS_LOOKED_AT):
+        with contextlib.suppress(Unusable):
+            keys |= dict.fromkeys(key for key, value in parse_json(line).items() if not isinstance(value, dict))
+    return tuple(keys)
+
+
+# --- CSV ----------------------------------------------------------------------------------------------------------
+
+
+def _csv_reader(lines: TextIO) -> csv.DictReader:
+    """Returns a reader of the rows, with the separator that finds a column of image files in the first line."""
+    header = lines.readline()
+    names = {
+        separator: [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
+        for separator in _SEPARATORS
+    }
+    separator = next((separator for separator in _SEPARATORS if file_column(names[separator])), ",")
+    return csv.DictReader(lines, names[separator], delimiter=separator, skipinitialspace=True)
+
+
+def _csv_rows(file: str) -> Iterator[bytes]:
+    limit = csv.field_size_limit(_MAX_FIELD)
+    try:
+        with _open_text(file) as lines:
+            for row in _csv_reader(lines):
+                if any(row.pop(None, ())):  # a separator within a text without quotation marks
+                    yield _TOO_LONG
+                else:
+                    yield json.dumps({name: value for name, value in row.items() if value is not None}).encode()
+    finally:
+        csv.field_size_limit(limit)
+
+
+# --- Parquet ------------------------------------------------------------------------------------------------------
+
+
+def _parquet_rows(file: str) -> Iterator[bytes]:
+    parquet = pq.ParquetFile(file)
+    for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=_parquet_columns(parquet)):
+        for row in batch.to_pylist():
+            yield json.dumps({name: _decoded(value) for name, value in row.items()}).encode()
+
+
+def _parquet_columns(parquet: pq.ParquetFile) -> list[str]:
+    """Returns the columns of texts, lists of texts, and numbers.
+
+    Others, such as dates and images, are not used and may hold values that Python cannot represent.
+    """
+    sizes: dict[str, int] = {}
+    for group in range(parquet.metadata.num_row_groups):
+        for i in range(parquet.metadata.num_columns):
+            column = parquet.metadata.row_group(group).column(i)
+            name = column.path_in_schema.partition(".")[0]
+            sizes[name] = sizes.get(name, 0) + column.total_uncompressed_size
+    limit = _MAX_BINARY_TEXT * max(parquet.metadata.num_rows, 1)
+    return [
+        field.name
+        for field in parquet.schema_arrow
+        if _is_plain(field.type) or _is_binary(_value_type(field.type)) and sizes.get(field.name, 0) <= limit
+    ]
+
+
+def _value_type(kind: pa.DataType) -> pa.DataType:
+    """Returns the type of the values that a dictionary encodes or a list holds."""
+    while (
+        pa.types.is_dictionary(kind)
+        or pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+    ):
+        kind = kind.value_type
+    return kind
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Returns True for texts, lists of texts, and numbers that are not in a list, such as an embedding."""
+    value = _value_type(kind)
+    is_text = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
+    is_number = pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_boolean(value)
+    return is_text or is_number and (value == kind or pa.types.is_dictionary(kind))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+
+
+def _decoded(value: Any) -> Any:
+    """Decodes binary values; None for those that are not UTF-8, and so no text."""
+    if isinstance(value, list):
+        return [_decoded(entry) for entry in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
+    return value
