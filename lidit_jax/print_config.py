@@ -12,6 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax.config import flatten
+from lidit_jax.config_fields import with_defaults
 from lidit_jax.experiment import Experiment
 from lidit_jax.text.load_encoder import EncoderConfig
 
@@ -57,7 +58,7 @@ def _resolve(config: ConfigDict) -> dict[str, Any]:
     if run.has_lidit:
         sections |= {"text": run.text, "model": run.model.config, "train": run.train, "sample": run.sample}
         sections |= {"encoders": run.encoders}
-    resolved = config.to_dict()
+    resolved = with_defaults(config)
     for name in resolved:
         if name in sections:
             resolved[name] = _as_dict(sections[name])

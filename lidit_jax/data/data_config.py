@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lidit_jax.config import build
 from lidit_jax.data.buckets import Bucket, make_buckets
@@ -78,7 +77,7 @@ class DataConfig:
     source: str
     resolution: int
     path: str = ""
-    mixture: Mapping[str, Any] | None = None
+    mixture: Mapping[str, "DataConfig"] | None = None
     weight: float | None = None
     split: str = "train"
     data_dir: str = ""

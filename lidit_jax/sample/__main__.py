@@ -1,4 +1,6 @@
-"""Samples images: `python -m lidit_jax.sample --workdir=DIR --prompt="a red circle left of a blue square" --out=DIR`.
+"""Samples images from prompts.
+
+    python -m lidit_jax.sample --workdir=runs/shapes --prompt="a red circle left of a blue square" --out=out
 
 Writes a PNG per image and `grid.png`. Needs only the workdir of a training run. All devices are used; on a pod, run the
 command with --distributed on every host.
@@ -8,8 +10,6 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.parallel.hosts import join_hosts
-from lidit_jax.sample.generate import Request, sample_to_folder
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a training run")
 _FROM_TORCH = flags.DEFINE_string("from_torch", None, "folder that `export` wrote, in place of --workdir")
@@ -23,6 +23,9 @@ _DRAWING = cli.define_sampling()
 
 
 def main() -> None:
+    from lidit_jax.parallel.hosts import join_hosts
+    from lidit_jax.sample.generate import Request, sample_to_folder
+
     join_hosts(_DISTRIBUTED.value)
     sample_to_folder(
         Request(
