@@ -159,10 +159,11 @@ def from_config(
     with config.unlocked():
         config.data.path = config.data.get("path") or "unused"
         config.data.resolution = resolution or config.data.resolution
-        config.model.dtype = dtype or config.model.dtype
-        config.train.batch_size = batch or config.train.batch_size
         config.train.accumulate = 1
-        config.sample.batch_size = batch or config.sample.batch_size
+        if dtype:
+            config.model.dtype = dtype
+        if batch:
+            config.train.batch_size = config.sample.batch_size = batch
     experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
     side, multiple, vae = experiment.data.resolution, experiment.size_multiple(), experiment.vae_config
     if side % multiple:

@@ -86,19 +86,20 @@ def start_from_exported(config: ConfigDict, folder: epath.Path) -> ConfigDict:
             f"{', '.join(exported.encoders)}: use the same names"
         )
     check_start(config, exported, folder)
+    stated = with_defaults(config)
     for section in ("text", "diffusion"):
         for key, value in exported[section].items():
-            if config[section].get(key, value) != value:
+            if stated[section].get(key, value) != value:
                 logger.warning(
                     "%s was trained with %s.%s=%r, training continues with %r",
                     folder,
                     section,
                     key,
                     value,
-                    config[section][key],
+                    stated[section][key],
                 )
-    config.start_from = str(folder)
-    with config.unlocked():  # the config may lack the `weights` fields
+    with config.unlocked():  # the config may lack these fields
+        config.start_from = str(folder)
         config.vae.weights = config.vae.get("weights") or exported.vae.weights
         for name, encoder in config.encoders.items():
             encoder.weights = encoder.get("weights") or exported.encoders[name].weights
