@@ -1,7 +1,12 @@
 """Small files: JSON written atomically, and text files named by users."""
 
+import contextlib
 import json
 import math
+import os
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -36,8 +41,40 @@ def write_json(file: epath.Path, value: Any, indent: int | None = 2) -> None:
       OSError: if the file cannot be written; an existing one is kept.
     """
     temporary = file.parent / f".{file.name}.new"
-    temporary.write_text(json.dumps(value, indent=indent) + "\n")
-    temporary.replace(file)
+    try:
+        temporary.write_text(json.dumps(value, indent=indent) + "\n")
+        temporary.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_unused(folder: epath.Path) -> bool:
+    """Returns True if a folder is missing or holds nothing but what an interrupted write has left in it."""
+    return not folder.exists() or all(re.fullmatch(r"\..+\.(new|tmp)", entry.name) for entry in folder.iterdir())
+
+
+def check_writable(folder: epath.Path, named: str) -> None:
+    """Raises UserError if a local folder can't be written or created, or its disk is full; creates nothing.
+
+    Args:
+      folder: the folder; others than local ones are not checked.
+      named: how the user named it, e.g. "--out=x", for error messages.
+    """
+    if "://" in os.fspath(folder):
+        return
+    place = Path(folder).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{named}: {place} is a file: name a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        is_read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        reason = "is on a read-only file system" if is_read_only else "is not yours to write"
+        raise UserError(f"{named}: {place} {reason}: name another folder")
+    if not shutil.disk_usage(place).free:
+        raise UserError(f"{named}: the disk of {place} is full: free disk space or name another folder")
 
 
 def read_text(file: epath.Path, named: str, what: str) -> str:

@@ -24,6 +24,9 @@ from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_sh
 from lidit_jax.text.batch_prompts import SharedPrompts
 from lidit_jax.text.encoders import PromptEncoder, encode, encode_batch, text_flops_and_lengths, tokenize
 
+MAX_SEED = 2**63 - 1
+MAX_GUIDANCE = 1000.0  # scales in use are below 20; far above 1000, float32 overflows
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
@@ -47,6 +50,8 @@ class SampleConfig:
     decode_tile: int = 256
 
     def __post_init__(self):
+        if not 0 <= self.guidance_scale <= MAX_GUIDANCE:
+            raise UserError(f"sample.guidance_scale={self.guidance_scale} must be from 0 to {MAX_GUIDANCE:g}")
         for name, least in (("batch_size", 1), ("decode_pixels", 1), ("decode_tile", SMALLEST_TILE)):
             if getattr(self, name) < least:
                 raise UserError(f"sample.{name}={getattr(self, name)} must be at least {least}")
@@ -91,6 +96,7 @@ class Pipeline:
         width: int,
         sampling: SampleConfig,
         images_per_prompt: int = 1,
+        negative_prompt: str = "",
     ) -> np.ndarray:
         """Samples `images_per_prompt` images for each prompt.
 
@@ -99,11 +105,12 @@ class Pipeline:
         Args:
           params: LI-DiT's parameters.
           prompts: the prompts.
-          seeds: [N], one for each image; N = len(prompts) * images_per_prompt.
+          seeds: [N], one for each image, from 0 to `MAX_SEED`; N = len(prompts) * images_per_prompt.
           height: in pixels.
           width: in pixels.
           sampling: sampler, steps, guidance and batch size.
           images_per_prompt: images for each prompt.
+          negative_prompt: what classifier-free guidance leads away from; "" as in training.
 
         Returns:
           uint8 [N, height, width, 3]; the images of one prompt are adjacent.
@@ -123,8 +130,8 @@ class Pipeline:
             batch_seeds = [*seeds[start : start + rows]]
             count = len(batch_seeds)
             batch_seeds += [0] * (rows - count)  # one shape, so one compilation
-            to_encode, encoded_rows = shared.batch(prompts, start)
-            inputs = tokenize(self.encoders, to_encode), encoded_rows, np.asarray(batch_seeds, np.uint32)
+            to_encode, encoded_rows = shared.batch(prompts, start, negative_prompt)
+            inputs = tokenize(self.encoders, to_encode), encoded_rows, _seed_words(batch_seeds)
             with self._mesh_context():
                 batch = self._sample_program(
                     params, self.frozen, *self._shard_rows(inputs), scale, **_static(sampling, height, width)
@@ -163,7 +170,7 @@ class Pipeline:
     ) -> jax.stages.Lowered:
         """Lowers the program that samples one batch, from shapes instead of arrays; see `compile/compile_step.py`."""
         to_encode, encoded_rows = self._shared_prompts(sampling, images_per_prompt).batch([], 0)
-        inputs = tokenize(self.encoders, to_encode), encoded_rows, np.zeros(self.rows(sampling), np.uint32)
+        inputs = tokenize(self.encoders, to_encode), encoded_rows, _seed_words([0] * self.rows(sampling))
         sharding = None if self.mesh is None else batch_sharding(self.mesh, self.rules)
         inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)
         with self._mesh_context():
@@ -239,7 +246,7 @@ class Pipeline:
         if is_guided:
             predict = guided(predict, guidance_scale)
 
-        keys = jax.vmap(jax.random.key)(seeds)
+        keys = jax.vmap(_key)(seeds)
         factor = self.vae.config.downsampling_factor
         noise = initial_noise(keys, (height // factor, width // factor, self.vae.config.latent_channels))
         latents = sample(sampler, self.schedule, predict, noise, steps, keys)
@@ -254,6 +261,18 @@ class Pipeline:
         sharded = PartitionSpec(self.rules.batch)
         specs = sharded, *[PartitionSpec() for _ in shared]
         return jax.shard_map(function, in_specs=specs, out_specs=sharded, check_vma=False)(rows, *shared)
+
+
+def _seed_words(seeds: Sequence[int]) -> np.ndarray:
+    """Returns the high and low 32 bits of each seed, uint32 [N, 2]: without x64, JAX has no larger integers."""
+    return np.asarray([divmod(int(seed), 1 << 32) for seed in seeds], np.uint32)
+
+
+def _key(words: jax.Array) -> jax.Array:
+    """Returns the key of a seed, which is `jax.random.key(seed)` below 2^32; words uint32 [2], high and low."""
+    high, low = words
+    key = jax.random.key(low)
+    return jax.lax.select(high == 0, key, jax.random.fold_in(key, high))
 
 
 def _repeat_rows(rows: tuple[Any, jax.Array]) -> Any:

@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax.checkpoint import check_same_model
+from lidit_jax.config_fields import with_defaults
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment, check_start
 from lidit_jax.export.folder import INDEX_FILE, read_folder
@@ -86,9 +87,9 @@ def start_from_exported(config: ConfigDict, folder: epath.Path) -> ConfigDict:
             f"{', '.join(exported.encoders)}: use the same names"
         )
     check_start(config, exported, folder)
-    stated = with_defaults(config)
+    stated, theirs = with_defaults(config), with_defaults(exported)
     for section in ("text", "diffusion"):
-        for key, value in exported[section].items():
+        for key, value in theirs[section].items():
             if stated[section].get(key, value) != value:
                 logger.warning(
                     "%s was trained with %s.%s=%r, training continues with %r",

@@ -26,7 +26,7 @@ from lidit_jax.data.sources import BrokenExample
 from lidit_jax.data.stored_features import FEATURES
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
-from lidit_jax.files import write_json
+from lidit_jax.files import check_writable, is_unused, write_json
 from lidit_jax.images import to_float
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.mesh import make_mesh
@@ -70,6 +70,7 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
         raise UserError(
             f"--out={out}: ArrayRecord files can only be written to a local disk; name a local folder and copy it"
         )
+    check_writable(out, f"--out={out}")
     vae_config, params = load_vae(experiment.vae_folder())
     dataset = open_indexed_dataset(experiment.data, experiment.size_multiple(), with_captions=experiment.has_lidit)
     logger.info("%s", dataset.summary())
@@ -154,7 +155,7 @@ def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Ou
             if name == MANIFEST:
                 return None
             return _plan_outputs(dataset)
-    if out.exists() and any(out.iterdir()):
+    if not is_unused(out):
         raise UserError(f"{out} is not empty and holds no latents: use another --out")
     multihost_utils.sync_global_devices("checked the folder")
     if jax.process_index() == 0:
