@@ -44,8 +44,8 @@ class SharedPrompts:
           negative_prompt: prompt of the unconditional rows, and of the padding.
 
         Returns:
-          The prompts to encode, [shards x E], padded with the negative prompt; and for each row the index of its prompt among
-          the E encoded prompts of its shard, int32 [R or 2R].
+          The prompts to encode, [shards x E], padded with the negative prompt; and for each row the index of its prompt
+          among the E encoded prompts of its shard, int32 [R or 2R].
         """
         to_encode, indices = [], []
         for rows in self._prompt_of_row(start):
