@@ -184,7 +184,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
             words = _take_overrides(words)
         _, *rest = flags.FLAGS([program, *words])
         if rest:
-            quote = f"; quote a pattern: '{_pattern(rest)}'" if len(rest) > 1 and "." in rest[0] else ""
+            quote = "; if the shell expanded a pattern, quote it" if re.search(r"[./]", rest[0]) else ""
             raise UserError(f"unexpected argument {rest[0]!r}: every option is a flag, --name=value{quote}")
         if "config" in flags.FLAGS and flags.FLAGS["config"].value:
             find_config(flags.FLAGS["config"].value)  # a misspelt name is said before anything is imported

@@ -94,8 +94,8 @@ def _defaults(cls: type) -> dict[str, Any]:
 def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
     """Sets the fields that the command line gives, whether the config states them or not.
 
-    `None` removes an entry of a section whose names are free, as in `--config.encoders.qwen=None`; a field of a new
-    entry adds it.
+    `None` removes an optional section, or an entry of a section whose names are free, as in
+    `--config.encoders.qwen=None`; a field of a new entry adds it.
 
     Args:
       config: the config to modify.
@@ -124,7 +124,7 @@ def _apply(config: ConfigDict, key: str, text: str) -> None:
         section = section[parent]
         if not isinstance(section, ConfigDict):
             raise UserError(f"config key {key} is unknown: {'.'.join(parents[: depth + 1])} is not a section")
-    is_free = _entry_hint(hint) is not None
+    is_free = _entry_hint(hint) is not None or not parents and name in OPTIONAL_SECTIONS
     hint = _hint_of(hint, key, len(parents), config)
     if is_free and text.lower() in _NONE_WORDS:
         if name not in section:
@@ -261,11 +261,12 @@ def _hint_of(hint: Hint, key: str, depth: int, config: ConfigDict) -> Hint:
 
 
 def find_fields(name: str, config: ConfigDict) -> list[str]:
-    """Returns the dotted keys of the fields with this name or these initials, in any section, shortest first."""
+    """Returns the dotted keys of the fields with this name or these initials in any section, the likeliest first."""
     keys = list(_known_keys(config))
     names = {key.split(".")[-1] for key in keys}
     found = name if name in names else near(name, names)
-    return sorted((key for key in keys if key.split(".")[-1] == found), key=lambda key: (key.count("."), key))
+    matches = (key for key in keys if key.split(".")[-1] == found)
+    return sorted(matches, key=lambda key: (key.count("."), not key.startswith("train."), key))
 
 
 def _elsewhere(key: str, config: ConfigDict) -> str:
