@@ -187,7 +187,8 @@ def earlier_images(out: epath.Path) -> list[str]:
     ours = {name for name in present if re.fullmatch(r"\d{5,}\.png", name) or name in (GRID_FILE, LIST_FILE)}
     if ours - listed:
         raise UserError(
-            f"--out={out} has images that are not in a {LIST_FILE}, such as {min(ours - listed)}: name another folder"
+            f"--out={out} has images that are not listed in {LIST_FILE}, such as {min(ours - listed)}: name another "
+            "folder"
         )
     return sorted(ours)
 
