@@ -52,8 +52,13 @@ def sibling_config(file: str, name: str, *arguments: str) -> ConfigDict:
       name: name of the config, without ".py": a file in the same folder or, if there is none, one of this project's.
       *arguments: for its `get_config`.
     """
+    return _run_config_file(sibling_file(file, name), *arguments)
+
+
+def sibling_file(file: str | Path, name: str) -> Path:
+    """Returns the file that `sibling_config` loads."""
     sibling = Path(file).with_name(f"{name}.py")
-    return _run_config_file(sibling if sibling.exists() else find_config(name)[0], *arguments)
+    return sibling if sibling.exists() else find_config(name)[0]
 
 
 def load_config(text: str) -> ConfigDict:

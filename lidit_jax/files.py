@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,27 @@ def write_json(file: epath.Path, value: Any, indent: int | None = 2) -> None:
     Raises:
       OSError: if the file cannot be written; an existing one is kept.
     """
+    write_bytes(file, (json.dumps(value, indent=indent) + "\n").encode())
+
+
+def write_bytes(file: epath.Path, data: bytes) -> None:
+    """Writes a file atomically.
+
+    Raises:
+      OSError: if the file cannot be written; an existing one is kept, and nothing else is left.
+    """
+    with new_file(file) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def new_file(file: epath.Path) -> Iterator[epath.Path]:
+    """Gives a path to write to, which becomes `file` at the end; it is removed if an exception is raised instead."""
     temporary = file.parent / f".{file.name}.new"
     try:
-        temporary.write_text(json.dumps(value, indent=indent) + "\n")
+        yield temporary
         temporary.replace(file)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
         raise

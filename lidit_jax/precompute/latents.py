@@ -26,7 +26,7 @@ from lidit_jax.data.sources import BrokenExample
 from lidit_jax.data.stored_features import FEATURES
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
-from lidit_jax.files import check_writable, is_unused, write_json
+from lidit_jax.files import check_writable, is_unused, new_file, write_json
 from lidit_jax.images import to_float
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.mesh import make_mesh
@@ -219,23 +219,22 @@ def _write_output(
     from array_record.python.array_record_module import ArrayRecordWriter
 
     chooser = dataset.config.chooser(0.0)
-    temporary = file.parent / f".{file.name}.new"
-    writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
-    for examples in _examples(dataset, output, encode.rows):
-        good = [example for example in examples if not isinstance(example, BrokenExample)]
-        bad = [(e.key, e.reason) for e in examples if isinstance(e, BrokenExample)]
-        broken.add(len(examples), bad)
-        if good:
-            moments = encode(np.stack([example["image"] for example in good]))
-            captions = [chooser.filled(example["captions"]) for example in good]
-            features = _caption_features(captions, encode_captions) if encode_captions else [({}, [])] * len(good)
-            for example, texts, example_moments, example_features in zip(
-                good, captions, moments, features, strict=True
-            ):
-                writer.write(to_record(example["key"], texts, example_moments, *example_features))
-        bar.update(len(examples))
-    writer.close()
-    temporary.replace(file)
+    with new_file(file) as temporary:
+        writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
+        for examples in _examples(dataset, output, encode.rows):
+            good = [example for example in examples if not isinstance(example, BrokenExample)]
+            bad = [(e.key, e.reason) for e in examples if isinstance(e, BrokenExample)]
+            broken.add(len(examples), bad)
+            if good:
+                moments = encode(np.stack([example["image"] for example in good]))
+                captions = [chooser.filled(example["captions"]) for example in good]
+                features = _caption_features(captions, encode_captions) if encode_captions else [({}, [])] * len(good)
+                for example, texts, example_moments, example_features in zip(
+                    good, captions, moments, features, strict=True
+                ):
+                    writer.write(to_record(example["key"], texts, example_moments, *example_features))
+            bar.update(len(examples))
+        writer.close()
 
 
 def _caption_features(
