@@ -81,6 +81,8 @@ class Experiment:
         for section in (*SECTIONS, *(LIDIT_SECTIONS if self.has_lidit else ())):
             if section not in config:
                 raise UserError(f"config key {section} is missing")
+        if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
+            raise UserError(f"config key seed is {config.seed!r}: it must be a whole number from 0 to {2**32 - 1}")
         self.config, self.workdir = config, workdir
         self.data = build(DataConfig, config.data, "data")
         self.vae = build(VAESectionConfig, config.vae, "vae")
