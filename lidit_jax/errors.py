@@ -1,7 +1,9 @@
 """The exception for mistakes that users can correct, and the system's errors in one line."""
 
 import errno
+import os
 import re
+import traceback
 from collections.abc import Iterator
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -31,10 +33,20 @@ def describe_system_error(error: BaseException) -> str | None:
             return f"{place}{reason}: free disk space, then run the same command again"
         if number in _FORBIDDEN:
             return f"{place}{cause.strerror}: name a place that can be read and written"
-        if "Unable to initialize backend" in str(cause):
-            reason = " ".join(str(cause).split())[:300]
-            return f"JAX has no device to run on ({reason}): check JAX_PLATFORMS and how JAX is installed"
+        if "Unable to initialize backend" in str(cause) or _is_raised_in(cause, "xla_bridge.py"):
+            # Without the platform's plugin JAX fails an assertion that has no text.
+            reason = " ".join(str(cause).split())[:300] or "its platform is not installed"
+            platforms = os.environ.get("JAX_PLATFORMS", "")
+            return (
+                f"JAX_PLATFORMS={platforms!r} gives JAX no device to run on ({reason}): leave it out, or install "
+                'JAX for it, as in pip install -e ".[cuda]"'
+            )
     return None
+
+
+def _is_raised_in(error: BaseException, module: str) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and os.path.basename(frames[-1].filename) == module
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -351,8 +351,13 @@ def test_outputs_are_checked_before_work_begins(tmp_path, monkeypatch):
 
 
 def test_a_missing_accelerator_is_one_line():
+    program = "import jax\nfrom lidit_jax import cli\ncli.run(lambda: print(jax.devices()))"
+    done = python("-c", program, env={"JAX_PLATFORMS": "cuda"})
+    if done.returncode:  # there is no GPU here
+        assert done.returncode == 2 and "JAX_PLATFORMS='cuda' gives JAX no device" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
     error = RuntimeError("Unable to initialize backend 'cuda': no devices\n(you may need to uninstall)")
-    assert "\n" not in describe_system_error(error) and "check JAX_PLATFORMS" in describe_system_error(error)
+    assert "\n" not in describe_system_error(error) and "no device to run on (Unable" in describe_system_error(error)
     assert describe_system_error(RuntimeError("a bug")) is None
     wrapped = ValueError("could not save")
     wrapped.__cause__ = OSError(errno.EROFS, "Read-only file system", "/x")
