@@ -61,10 +61,17 @@ def new_file(file: epath.Path) -> Iterator[epath.Path]:
     try:
         yield temporary
         temporary.replace(file)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
+        name_file(error, file)
         raise
+
+
+def name_file(error: BaseException, file: os.PathLike) -> None:
+    """Adds the file to an error of the system that names none, as a write to a full disk does not."""
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = os.fspath(file)
 
 
 def is_unused(folder: epath.Path) -> bool:

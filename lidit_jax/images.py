@@ -19,6 +19,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from lidit_jax.errors import UserError
+from lidit_jax.files import name_file
 
 _SHEET_COLOR = (255, 255, 255)
 _FRAME_COLOR = (222, 222, 222)
@@ -139,6 +140,9 @@ def save_png(image: Image.Image | np.ndarray, path: epath.PathLike, text: Mappin
     try:
         temporary.write_bytes(file.getvalue())
         os.replace(temporary, path)
+    except OSError as error:
+        name_file(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -320,7 +320,7 @@ def test_a_failed_write_leaves_nothing_that_makes_a_retry_fail(tmp_path, monkeyp
     out = epath.Path(tmp_path)
 
     def full(*arguments, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "x.json"))
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     monkeypatch.setattr(type(out), "replace", full)
