@@ -262,7 +262,7 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict, write: bool = True, m
             f"{workdir} belongs to another config: {key} was {before.get(key, 'absent')!r}, "
             f"now {now.get(key, 'absent')!r}; {resume}use another --workdir"
         )
-    if write:
+    if write and flatten(stored) != flatten(resolved):  # the workdir of a finished run may be read-only
         write_json(file, _plain(resolved))
 
 

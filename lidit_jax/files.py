@@ -64,14 +64,14 @@ def new_file(file: epath.Path) -> Iterator[epath.Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
-        name_file(error, file)
+        name_file(error, file, temporary)
         raise
 
 
-def name_file(error: BaseException, file: os.PathLike) -> None:
-    """Adds the file to an error of the system that names none, as a write to a full disk does not."""
-    if isinstance(error, OSError) and error.filename is None:
-        error.filename = os.fspath(file)
+def name_file(error: BaseException, file: os.PathLike, temporary: os.PathLike) -> None:
+    """Names the file in an error of the system that names its temporary file or, as at a full disk, none."""
+    if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
+        error.filename, error.filename2 = os.fspath(file), None
 
 
 def is_unused(folder: epath.Path) -> bool:

@@ -141,7 +141,7 @@ def save_png(image: Image.Image | np.ndarray, path: epath.PathLike, text: Mappin
         temporary.write_bytes(file.getvalue())
         os.replace(temporary, path)
     except OSError as error:
-        name_file(error, path)
+        name_file(error, path, temporary)
         raise
     finally:
         temporary.unlink(missing_ok=True)
