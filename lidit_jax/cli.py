@@ -313,10 +313,16 @@ def _is_distributed() -> bool:
     return jax is not None and jax.distributed.is_initialized()
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Returns False for the stack traces of a full disk, which Orbax logs in every thread and then raises."""
+    return not (record.exc_info and record.exc_info[1] and describe_system_error(record.exc_info[1]))
+
+
 def _set_up_logging() -> None:
     """Shows warnings only from libraries, whose routine messages would bury the progress line."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.use_absl_handler()
+    absl_logging.get_absl_handler().addFilter(_is_news)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("lidit_jax")

@@ -71,7 +71,7 @@ def new_file(file: epath.Path) -> Iterator[epath.Path]:
 def name_file(error: BaseException, file: os.PathLike, temporary: os.PathLike) -> None:
     """Names the file in an error of the system that names its temporary file or, as at a full disk, none."""
     if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
-        error.filename, error.filename2 = os.fspath(file), None
+        error.filename = os.fspath(file)
 
 
 def is_unused(folder: epath.Path) -> bool:

@@ -364,6 +364,26 @@ def test_a_missing_accelerator_is_one_line():
     assert describe_system_error(wrapped).startswith("/x: Read-only file system")
 
 
+def test_a_full_disk_is_one_line_after_a_library_has_logged_it_in_every_thread():
+    program = """
+import errno, logging, threading
+from absl import logging as absl_logging
+from lidit_jax import cli
+
+def fail():
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device", "run/x")
+    except OSError:
+        absl_logging.exception("a thread failed")
+        raise
+
+cli.run(fail)
+"""
+    done = python("-c", program)
+    expected = "error: run/x: No space left on device: free disk space, then run the same command again\n"
+    assert (done.returncode, done.stderr) == (2, expected)
+
+
 def test_pngs_carry_text(tmp_path):
     save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / "x.png", {"prompt": "红色圆形", "seed": "3"})
     assert Image.open(tmp_path / "x.png").text == {"prompt": "红色圆形", "seed": "3"}
