@@ -30,7 +30,9 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    packages=find_packages(include=["lidit_jax", "lidit_jax.*"]),
+    packages=[*find_packages(include=["lidit_jax", "lidit_jax.*"]), "lidit_jax.configs"],
+    package_dir={"lidit_jax.configs": "configs"},  # installed beside the modules, so that --config=shapes finds them
+    entry_points={"console_scripts": ["lidit = lidit_jax.console:main"]},
     package_data={"lidit_jax": ["py.typed", "fonts/*"]},
     python_requires=">=3.11",
     install_requires=[

@@ -13,24 +13,16 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.start_from = ""
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}  # ours
 
     config.data = {
         "source": "tar",
         "path": "",  # to fill in; the paper: 30M pairs
-        "index_dir": "",  # "": indexes are written beside the data
-        "sequential": False,  # True reads shards from end to end, without indexes
-        "streams": 0,  # of sequential reading; 0: the most that divide the batch, up to 256
-        "shuffle_buffer": 0,  # of sequential reading; 0: four batches of every bucket
-        "features": True,  # of precomputed: use stored encoder features, if there are any
         "resolution": 256,  # paper
         "max_aspect": 2.0,  # ours; the paper buckets by aspect ratio and states no limit
         "bucket_multiple": 64,  # ours: 3 buckets; 0 means 16 px (latent cell times patch) and gives 9
         "captions": {"txt": 0.5, "synthetic": 0.5},  # ours: equal shares; the paper mixes original and synthetic
-        "caption_dropout": 0.1,  # ours
         "min_aesthetic": 4.7,  # paper
-        "aesthetic_key": "aesthetic",  # ours: the name that img2dataset gives LAION's score
         "min_side": 256,  # ours; the paper drops low resolutions and states no limit
         "drop_low_quality_captions": True,  # paper: URLs and tags
         "num_workers": 16,  # ours
@@ -44,14 +36,11 @@ def get_config() -> ConfigDict:
             "Describe the image by detailing the color, shape, size, texture, quantity, text, and spatial "
             "relationships of the objects:"
         ),
-        "chat_template": True,  # ours: the tokenizer's template, if it has one
     }
     # `model` is for `lidit_jax.compile` without weights; encoders with weights take their sizes from the folder.
     config.encoders = {
         "llama3": {  # paper: LLaMA3-8B, multi-modally tuned
             "weights": "",
-            "dtype": "bfloat16",
-            "family": "llama",
             "model": {
                 "vocab_size": 128_256,
                 "hidden_size": 4096,
@@ -64,7 +53,6 @@ def get_config() -> ConfigDict:
         },
         "qwen": {  # paper: Qwen1.5-7B, multi-modally tuned
             "weights": "",
-            "dtype": "bfloat16",
             "family": "qwen2",
             "model": {
                 "vocab_size": 151_936,
@@ -79,7 +67,6 @@ def get_config() -> ConfigDict:
     }
     config.vae = {
         "weights": "",  # to fill in; the paper: 8x, 16 channels, the authors' own
-        "dtype": "bfloat16",
         "model": {  # for `compile`, as above; ours: the widths of SD 3's VAE
             "block_out_channels": (128, 256, 512, 512),
             "layers_per_block": 2,
@@ -89,65 +76,41 @@ def get_config() -> ConfigDict:
         },
     }
 
+    # The default mlp_ratio of 4 gives blocks of 0.93B parameters, the 1B of the name.
     config.model = {
         "depth": 28,  # paper
         "hidden_size": 1152,  # paper
         "num_heads": 16,  # paper
         "patch_size": 2,  # paper
         "position": "conv+sincos+rope",  # ours; the paper: "conv"
-        "position_grid": 16,  # ours: tokens along a side at 256 px
         "latent_channels": 16,  # paper
-        "mlp_ratio": 4.0,  # ours: gives blocks of 0.93B parameters, the 1B of the name
         "refiner_blocks": 2,  # paper
         "refiner_gated": True,  # paper
         "refiner_causal": False,  # paper
-        "refiner_rotary": True,  # ours
         "refiner_qk_norm": True,  # ours: attention logits are unbounded without it in bfloat16
-        "refiner_mlp_ratio": 4.0,  # ours
         "fusion": "collaborative",  # paper
         "collaborative_blocks": 1,  # paper
-        "remat": "full",  # ours
-        "attention": "auto",
         "dtype": "bfloat16",  # paper: mixed precision
     }
-    # ours: the schedule of Stable Diffusion, as the paper states none
+    # The paper states no betas: the defaults are those of Stable Diffusion.
     config.diffusion = {
         "name": "ddpm",  # paper
-        "num_timesteps": 1000,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
         "prediction": "epsilon",  # paper
-        "zero_terminal_snr": False,
     }
     config.train = {
         "steps": 500_000,  # paper
         "batch_size": 2048,  # paper
         "learning_rate": 1e-4,  # ours: that of the paper's ablations, as none is stated for the 1B
         "warmup_steps": 1000,  # ours, as all below
-        "schedule": "constant",
-        "b1": 0.9,
         "b2": 0.95,
         "weight_decay": 0.01,
-        "clip_norm": 1.0,
-        "accumulate": 1,
-        "gradient_reduction": "float32",  # dtype of the reduction over devices; "bfloat16" halves its bytes
         "ema_decay": 0.9999,
-        "max_skipped_in_row": 20,
-        "stalled_after": 1800.0,
-        "compile_ahead": True,  # compile the step of every bucket before the first step
-        "log_every": 100,
         "checkpoint_every": 2500,
         "sample_every": 5000,
         "keep": 3,
     }
     config.sample = {  # ours
         "sampler": "dpmpp_2m",
-        "steps": 25,
         "guidance_scale": 6.0,
-        "batch_size": 16,
-        # Batches with more pixels are decoded in slices, larger images in tiles with sides of `decode_tile` pixels.
-        "decode_pixels": 1024 * 1024,
-        "decode_tile": 256,
     }
     return config

@@ -33,24 +33,16 @@ def get_config(row: str = "") -> ConfigDict:
 
     config = ConfigDict()
     config.seed = 0
-    config.start_from = ""
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}  # ours
     config.data = {
         "source": "tar",
         "path": "",  # to fill in; paper: ImageNet and 1.3M pairs of CC12M
-        "class_names": "",  # to fill in if ImageNet's classes are numbers: a file with one name per line
-        "index_dir": "",  # "": indexes are written beside the data
-        "sequential": False,  # True reads shards from end to end, without indexes
-        "streams": 0,  # of sequential reading; 0: the most that divide the batch, up to 256
-        "shuffle_buffer": 0,  # of sequential reading; 0: four batches of every bucket
-        "features": True,  # of precomputed: use stored encoder features, if there are any
         "resolution": 256,  # paper
         "max_aspect": 2.0,  # ours
         "bucket_multiple": 64,  # ours: 3 buckets; 0 means 16 px (latent cell times patch) and gives 9
         # ours: equal shares; the paper mixes original (CC12M's, ImageNet's class) and synthetic captions
         "captions": {"txt": 0.5, "class": 0.5, "synthetic": 0.5},
         "class_template": "a photo of {}",  # paper
-        "caption_dropout": 0.1,  # ours
         "num_workers": 16,  # ours
     }
     config.text = {
@@ -60,48 +52,34 @@ def get_config(row: str = "") -> ConfigDict:
         # Ours: a template is an instruction of its own, and a base LLM was not trained on one.
         "chat_template": with_instruction and is_tuned,
     }
-    config.encoders = {name: {"weights": "", "dtype": "bfloat16"} for name in rows[row].encoders}
-    config.vae = {"weights": "", "dtype": "bfloat16"}  # to fill in; the paper: 8x, 16 channels
+    config.encoders = {name: {"weights": ""} for name in rows[row].encoders}
+    config.vae = {"weights": ""}  # to fill in; the paper: 8x, 16 channels
     config.model = {
         "depth": 28,  # paper: LI-DiT-1B unless said otherwise (5.1), as the rest of Table 7
         "hidden_size": 1152,  # paper
         "num_heads": 16,  # paper
         "patch_size": 2,  # paper
         "position": "conv" if row == POSITION_CONV else "conv+sincos+rope",  # ours, but for "conv", the paper's
-        "position_grid": 16,  # ours: tokens along a side at 256 px
         "latent_channels": 16,  # paper
-        "mlp_ratio": 4.0,
-        "refiner_rotary": True,  # ours
         "refiner_qk_norm": True,  # ours: attention logits are unbounded without it in bfloat16
-        "refiner_mlp_ratio": 4.0,
         "collaborative_blocks": 1,  # paper
-        "remat": "full",
-        "attention": "auto",
         "dtype": "bfloat16",  # paper
         **rows[row].model(),  # what the row changes
     }
-    config.diffusion = {"name": "ddpm", "prediction": "epsilon", "beta_schedule": "scaled_linear"}
+    config.diffusion = {"name": "ddpm", "prediction": "epsilon"}
     config.train = {
         "steps": 300_000,  # paper
         "batch_size": 256,  # paper
         "learning_rate": 1e-4,  # paper
         "warmup_steps": 1000,  # ours, as all below
-        "schedule": "constant",
         "b2": 0.95,
         "weight_decay": 0.01,
-        "clip_norm": 1.0,
         "ema_decay": 0.9999,
-        "compile_ahead": True,  # compile the step of every bucket before the first step
         "checkpoint_every": 5000,
         "sample_every": 10_000,
     }
     config.sample = {  # ours
         "sampler": "dpmpp_2m",
-        "steps": 25,
         "guidance_scale": 6.0,
-        "batch_size": 16,
-        # Batches with more pixels are decoded in slices, larger images in tiles with sides of `decode_tile` pixels.
-        "decode_pixels": 1024 * 1024,
-        "decode_tile": 256,
     }
     return config

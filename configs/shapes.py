@@ -12,22 +12,17 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.start_from = ""
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
 
     config.data = {
         "source": "shapes",
-        "num_examples": 1_000_000,
         "resolution": 32,
         "captions": {"en": 0.6, "zh": 0.4},
-        "caption_dropout": 0.1,
     }
 
     config.text = {
         "max_length": 28,
-        "system_prompt": "",
         "instruction": "Describe the objects:",
-        "chat_template": True,
     }
     # The names sort into the order of the model's branches, since a ConfigDict sorts its keys.
     language_model = {
@@ -47,11 +42,9 @@ def get_config() -> ConfigDict:
         "warmup_steps": 30,
         "schedule": "cosine",
         "weight_decay": 0.01,
-        "log_every": 100,
     }
     config.encoders = {
         name: {
-            "weights": "",
             "dtype": "float32",
             "family": family,
             "model": dict(language_model),  # copied, so that overriding one does not change the other
@@ -61,17 +54,14 @@ def get_config() -> ConfigDict:
     }
 
     config.vae = {
-        "weights": "",
         "dtype": "float32",
         "model": {
             "block_out_channels": (16, 16, 32, 64),
-            "layers_per_block": 1,
             "latent_channels": 16,  # paper
             "norm_num_groups": 8,
             "use_quant_conv": False,
             "use_post_quant_conv": False,
             "mid_block_add_attention": False,
-            "sample_size": 32,
         },
         "train": {
             "steps": 1600,
@@ -93,19 +83,11 @@ def get_config() -> ConfigDict:
         "patch_size": 1,
         "position": "conv+sincos+rope",  # "conv" is the paper's
         "position_grid": 4,  # tokens along a side
-        "latent_channels": 16,
-        "mlp_ratio": 4.0,
         "refiner_blocks": 2,  # paper
-        "refiner_gated": True,
-        "refiner_causal": False,
-        "refiner_rotary": True,
-        "refiner_qk_norm": False,
         "refiner_mlp_ratio": 1.0,
-        "fusion": "collaborative",
         "collaborative_blocks": 1,  # paper
         "remat": "none",
         "scan_unroll": 4,
-        "attention": "auto",
         "dtype": "float32",
     }
     # Most training samples are nearly pure noise, where the prompt decides the layout: this takes longest to learn.
@@ -116,8 +98,6 @@ def get_config() -> ConfigDict:
         "learning_rate": 2e-3,
         "warmup_steps": 50,
         "schedule": "cosine",
-        "weight_decay": 0.0,
-        "clip_norm": 1.0,
         "ema_decay": 0.995,
         "log_every": 50,
         "checkpoint_every": 400,
@@ -128,9 +108,6 @@ def get_config() -> ConfigDict:
         "steps": 20,
         "guidance_scale": 1.5,
         "batch_size": 64,
-        # Batches with more pixels are decoded in slices, larger images in tiles with sides of `decode_tile` pixels.
-        "decode_pixels": 1024 * 1024,
-        "decode_tile": 256,
     }
     config.evaluate = {"two_objects": 256, "held_out_pairs": 128, "three_objects": 128, "four_objects": 128}
     return config

@@ -25,25 +25,13 @@ def get_config(path: str = "") -> ConfigDict:
         "source": "tar" if path else "shapes",
         "path": path,
         "held_out_shards": 1 if path else 0,
-        "index_dir": "",  # "": indexes are written beside the shards
-        "sequential": False,  # True reads shards from end to end, without indexes
-        "streams": 0,  # of sequential reading; 0: the most that divide the batch, up to 256
-        "shuffle_buffer": 0,  # of sequential reading; 0: four batches of every bucket
         "resolution": 64,  # ours; 256 is usual
-        "max_aspect": 1.0,
-        "bucket_multiple": 0,  # 0 means the latent cell, 8 px
-        "min_side": 0,
-        "num_threads": 2,
-        "num_workers": 0,
     }
 
     config.vae = {
-        # A folder in diffusers' format: its VAE is evaluated as it is, not trained.
-        "weights": "",
         "dtype": "float32",
         "model": {
             "block_out_channels": (16, 32, 64, 64),  # 8x: paper; widths ours, (128, 256, 512, 512) is usual
-            "layers_per_block": 1,  # ours; 2 is usual
             "latent_channels": 16,  # paper
             "norm_num_groups": 8,  # ours; 32 is usual
             "use_quant_conv": False,
@@ -57,21 +45,14 @@ def get_config(path: str = "") -> ConfigDict:
             "learning_rate": 2e-3,
             "warmup_steps": 100,
             "schedule": "cosine",
-            "b1": 0.9,
-            "b2": 0.99,
-            "clip_norm": 1.0,
             "ema_decay": 0.99,
-            "compile_ahead": True,  # compile the step of every bucket before the first step
-            "log_every": 100,
-            "checkpoint_every": 1000,
             "sample_every": 1000,
         },
         "reconstruction": "l2",
         "kl_weight": 1e-4,
-        # safetensors file with LPIPS on VGG16, see docs/vae.md; without it, the perceptual loss is off.
-        "perceptual": {"weights": "", "weight": 1.0},
-        # Latent diffusion has weight 0.5 and starts at step 50,001; a few thousand steps are too short for it.
-        "adversarial": {"weight": 0.0, "start": 0, "width": 64, "layers": 3},
-        "evaluate": {"num_images": 512, "batch_size": 32, "sheet": 16},
+        # The perceptual loss is off without --config.vae.perceptual.weights=FILE, see docs/vae.md.
+        # The adversarial loss is off. Latent diffusion gives it weight 0.5 and starts it at step 50,001; a few thousand
+        # steps are too short for it.
+        "evaluate": {"num_images": 512},
     }
     return config

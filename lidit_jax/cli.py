@@ -1,25 +1,46 @@
-"""Shared code of the command lines: common flags, and user errors as one line and exit code 2."""
+"""Shared code of the command lines: common flags, and user errors as one line and exit code 2.
+
+A command imports what takes long (JAX, TensorFlow, transformers) in its `main`, after the flags are parsed: `--help`
+and a misspelt flag answer at once.
+"""
 
 import gc
 import logging
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from lidit_jax.errors import UserError
-from lidit_jax.parallel.host_memory import keep_freed_memory
-from lidit_jax.parallel.hosts import leave, leave_with_trace
+from lidit_jax.config import expand_home, find_config, load_config, near
+from lidit_jax.errors import UserError, describe_system_error
 from lidit_jax.parallel.preemption import Preempted, interruptible
 
 USER_MISTAKE = 2
+
+# Names that other programs give to flags of these commands.
+_OTHER_NAMES = {
+    "cfg": "guidance",
+    "cfg_scale": "guidance",
+    "guidance_scale": "guidance",
+    "n": "num_images",
+    "num_samples": "num_images",
+    "num_inference_steps": "steps",
+    "output": "out",
+    "output_dir": "out",
+    "prompts": "prompts_file",
+    "checkpoint": "workdir",
+}
+_FREE_TEXT = ("prompt", "negative_prompt")  # flags whose value is never a path
+_HELP = ("help", "h", "helpshort", "helpfull")
+_OVERRIDE = re.compile(r"--?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+_overrides: dict[str, str] = {}  # values of --config.path.to.key, by key
 
 # Flags defined here belong to the command line that asks for them, and appear in its --help.
 flags.disclaim_key_flags()
@@ -28,8 +49,9 @@ flags.disclaim_key_flags()
 def run(main: Callable[[], None], resumable: bool = False) -> None:
     """Parses the flags and calls `main`.
 
-    A UserError ends the process with exit code 2, SIGTERM and Ctrl-C with 143 and 130. Any other exception is raised
-    or, in a distributed run, written to a file before the process leaves the run with exit code 1.
+    A UserError, and a failure of the system such as a full disk, ends the process with exit code 2, SIGTERM and Ctrl-C
+    with 143 and 130. Any other exception is raised or, in a distributed run, written to a file before the process
+    leaves the run with exit code 1.
 
     Args:
       main: the command.
@@ -37,17 +59,22 @@ def run(main: Callable[[], None], resumable: bool = False) -> None:
     """
 
     def guarded(argv: Sequence[str]) -> None:
+        del argv  # `_parse` leaves nothing
         _set_up_logging()
+        from lidit_jax.parallel.host_memory import keep_freed_memory
+
         keep_freed_memory()
         try:
-            if len(argv) > 1:
-                raise UserError(f"unexpected argument {argv[1]!r}: every option is a flag, --name=value")
             main()
         except UserError as error:
-            _exit(str(error))
+            (_end if describe_system_error(error) else _exit)(str(error))
         except Exception as error:
-            if not jax.distributed.is_initialized():
+            if reason := describe_system_error(error):
+                _end(reason)
+            if not _is_distributed():
                 raise
+            from lidit_jax.parallel.hosts import leave_with_trace
+
             leave_with_trace(error, _workdir())
 
     try:
@@ -61,15 +88,16 @@ def run(main: Callable[[], None], resumable: bool = False) -> None:
 
 
 def define_config(default: str | None = None) -> flags.FlagHolder:
-    """Defines --config=FILE.py[:ARGUMENT], whose values --config.path.to.key=value overrides.
+    """Defines --config=FILE.py[:ARGUMENT] or --config=NAME[:ARGUMENT]; --config.path.to.key=value sets a field.
 
     Args:
-      default: default config, as a path in the repository; it is found from any working directory.
+      default: default config, by its name.
     """
-    if default and not Path(default).exists():
-        default = str(Path(__file__).resolve().parents[1] / default)
-    return config_flags.DEFINE_config_file(
-        "config", default, "config file, such as configs/shapes.py, with its argument after a colon"
+    return flags.DEFINE_string(
+        "config",
+        default,
+        "config file, or the name of one in configs/, such as shapes, with its argument after a colon; "
+        "--config.SECTION.FIELD=VALUE changes a field",
     )
 
 
@@ -124,28 +152,29 @@ def define_distributed() -> flags.FlagHolder:
 
 
 def read_config(holder: flags.FlagHolder) -> ConfigDict:
-    """Returns the parsed config.
+    """Returns the config that --config names, with the values of the command line.
 
     Raises:
-      UserError: if --config is missing, or its file does not exist.
+      UserError: if --config is missing, its file does not exist or fails, or a value does not fit its field.
     """
+    from lidit_jax.config_fields import apply_overrides
+
     if holder.value is None:
         raise UserError("--config is required, for example --config=configs/shapes.py")
-    try:
-        holder.value.keys()  # ml_collections raises for a missing file only on first use
-    except OSError:
-        raise UserError(f"{flags.FLAGS['config'].config_filename}: no such config file") from None
-    return holder.value
+    config = load_config(holder.value)
+    apply_overrides(config, _overrides)
+    expand_home(config)
+    return config.lock()
 
 
 def config_file() -> Path:
     """Returns the file that --config names, without its argument."""
-    return Path(re.sub(r"(?<=\.py):.*", "", config_flags.get_config_filename(flags.FLAGS["config"])))
+    return find_config(flags.FLAGS["config"].value)[0]
 
 
 def config_overrides() -> list[str]:
     """Returns the keys that the command line sets, as in --config.train.steps=3."""
-    return list(config_flags.get_override_values(flags.FLAGS["config"]))
+    return list(_overrides)
 
 
 def require(name: str) -> str:
@@ -172,38 +201,131 @@ def require_list(name: str) -> list[str]:
     return values
 
 
+# --- parsing -------------------------------------------------------------------------------------------------------
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; prints the help or an error, and exits, if it asks for help or has a mistake."""
+    program, *words = argv
+    if any(word.lstrip("-") in _HELP for word in words if word.startswith("-")):
+        print(_help(program))
+        sys.exit(0)
     try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _exit(_exception_line(str(error)))
-    except (KeyError, AttributeError) as error:
-        if "config" not in flags.FLAGS:
-            raise
-        _exit(_unknown_key_message(str(error)))
-    except OSError:  # the config file does not exist, and one of its values is overridden
-        _exit("the file of --config does not exist: give one of configs/")
+        words = list(map(_expand_home, words))
+        _check_repeated(words)
+        if "config" in flags.FLAGS:
+            words = _take_overrides(words)
+        _, *rest = flags.FLAGS([program, *words])
+        if rest:
+            quote = "; if the shell expanded a pattern, quote it" if re.search(r"[./]", rest[0]) else ""
+            raise UserError(f"unexpected argument {rest[0]!r}: every option is a flag, --name=value{quote}")
+        if "config" in flags.FLAGS and flags.FLAGS["config"].value:
+            find_config(flags.FLAGS["config"].value)  # a misspelt name is said before anything is imported
+    except flags.UnrecognizedFlagError as error:
+        _exit(f"unknown flag --{error.flagname}{_flag_hint(program, error.flagname, words)}")
+    except (flags.Error, UserError) as error:
+        _exit(str(error))
+    return [program]
 
 
-def _unknown_key_message(message: str) -> str:
-    """Rewords ml_collections' message about a key that the config does not have."""
-    suggestion = re.search(r'Did you mean "(.+?)" instead of "(.+?)"', message)
-    if suggestion:
-        return f"config key {suggestion[2]!r} is unknown; did you mean {suggestion[1]!r}?"
-    return f"config key {message} is unknown"
+def _take_overrides(words: Sequence[str]) -> list[str]:
+    """Moves --config.path.to.key=value, or --config.path.to.key value, to `_overrides`; returns the other words."""
+    _overrides.clear()
+    others, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            return [*others, word, *rest]
+        match = _OVERRIDE.fullmatch(word)
+        if not match:
+            others.append(word)
+            continue
+        key, value = match.groups()
+        if value is None:
+            has_value = rest and (not rest[0].startswith("-") or re.match(r"-[\d.]", rest[0]))
+            value = rest.pop(0) if has_value else "true"
+        _overrides[key] = value
+    return others
 
 
-def _exception_line(message: str) -> str:
-    """Returns the last line of a message that includes a config file's stack trace: the exception raised there."""
-    if "Traceback" not in message:
-        return message
-    return message.strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")
+def _expand_home(word: str) -> str:
+    """Expands `~` in the value of a flag, where shells leave it alone."""
+    name, equals, value = word.partition("=")
+    if equals and value.startswith("~") and name.lstrip("-") not in _FREE_TEXT:
+        return f"{name}={os.path.expanduser(value)}"
+    return word
 
 
-def _exit(message: str) -> None:
+def _check_repeated(words: Iterable[str]) -> None:
+    """Raises UserError if a shell has expanded a pattern into several flags: only the last would count."""
+    given: dict[str, list[str]] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals:
+            given.setdefault(name, []).append(value)
+    for name, values in given.items():
+        looks_alike = len({re.sub(r"\d+", "0", value) for value in values}) == 1 and re.search(r"[^\d.e+-]", values[0])
+        if len(set(values)) > 1 and (name.endswith(".path") or looks_alike):
+            raise UserError(
+                f"{name} is given {len(values)} times, with {values[0]!r} and {values[-1]!r}: if the shell expanded a "
+                f"pattern, quote it: '{name}={_pattern(values)}'"
+            )
+
+
+def _pattern(values: Sequence[str]) -> str:
+    """Returns the brace pattern that a shell may have expanded to these values."""
+    first, last = values[0], values[-1]
+    start = os.path.commonprefix([first, last])
+    start = start.rstrip("0123456789")
+    end = os.path.commonprefix([first[len(start) :][::-1], last[len(start) :][::-1]])[::-1].lstrip("0123456789")
+    low, high = (value[len(start) : len(value) - len(end)] for value in (first, last))
+    if low.isdecimal() and high.isdecimal():
+        return f"{start}{{{low}..{high}}}{end}"
+    return f"{start}{{{','.join(value[len(start) : len(value) - len(end)] for value in values)}}}{end}"
+
+
+# --- help and hints ------------------------------------------------------------------------------------------------
+
+
+def _help(program: str) -> str:
+    """Returns the command's description, which has an example, and its flags."""
+    lines = [(sys.modules["__main__"].__doc__ or "").strip(), "", "Flags:"]
+    for flag in _flags_of(program):
+        default = "" if flag.value is None or flag.boolean and not flag.value else f" (default: {flag.value})"
+        lines.append(f"  --{flag.name}".ljust(20) + f" {flag.help}{default}")
+    return "\n".join(lines)
+
+
+def _flags_of(program: str) -> list[flags.Flag]:
+    return sorted(flags.FLAGS.get_key_flags_for_module(program), key=lambda flag: flag.name)
+
+
+def _flag_hint(program: str, name: str, words: Sequence[str]) -> str:
+    """Returns the flag, or the field of the config, that an unknown flag probably stands for."""
+    known = [flag.name for flag in _flags_of(program)]
+    plain = name.replace("-", "_")
+    found = _OTHER_NAMES.get(plain)
+    found = found if found in known else near(plain.rpartition(".")[2], known)
+    field = next(_config_fields(plain, words), None) if "config" in known and found != plain else None
+    if field and (not found or field.endswith(f".{plain}")):
+        return f"; did you mean --config.{field}?"
+    return f"; did you mean --{found}?" if found else f"; the flags are {', '.join(f'--{flag}' for flag in known)}"
+
+
+def _config_fields(name: str, words: Sequence[str]) -> Iterator[str]:
+    """Yields the fields of this name in the config that a command line names."""
+    from lidit_jax.config_fields import find_fields
+
+    default = flags.FLAGS["config"].default
+    named = next((word.partition("=")[2] for word in words if re.match("--?config=", word)), default)
+    if named:
+        yield from find_fields(name, load_config(named))
+
+
+def _exit(message: str) -> NoReturn:
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
-        leave(USER_MISTAKE)
+    if _is_distributed():
+        _leave(USER_MISTAKE)
     sys.exit(USER_MISTAKE)
 
 
@@ -213,10 +335,33 @@ def _workdir() -> epath.Path | None:
     return epath.Path(value) if value and epath.Path(value).exists() else None
 
 
+def _end(message: str) -> NoReturn:
+    """Prints an error as the last line: ends the process without what libraries do, and print, at an orderly exit."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    _leave(USER_MISTAKE)
+
+
+def _leave(status: int) -> NoReturn:
+    from lidit_jax.parallel.hosts import leave
+
+    leave(status)
+
+
+def _is_distributed() -> bool:
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Returns False for the stack traces of a full disk, which Orbax logs in every thread and then raises."""
+    return not (record.exc_info and record.exc_info[1] and describe_system_error(record.exc_info[1]))
+
+
 def _set_up_logging() -> None:
     """Shows warnings only from libraries, whose routine messages would bury the progress line."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.use_absl_handler()
+    absl_logging.get_absl_handler().addFilter(_is_news)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("lidit_jax")

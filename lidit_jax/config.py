@@ -2,14 +2,16 @@
 
 import dataclasses
 import difflib
+import inspect
 import json
 import logging
 import os
 import re
 import runpy
+import traceback
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,6 +30,11 @@ T = TypeVar("T", bound="DataclassInstance")
 
 CONFIG_FILE = "config.json"
 DIGESTS_FILE = "digests.json"
+# Folders of this project's configs: in an installed package and in a checkout.
+_PACKAGE = Path(__file__).resolve().parent
+CONFIG_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+# Fields of any section that name a file or folder.
+PATH_FIELDS = ("path", "data_dir", "class_names", "index_dir", "start_from", "weights")
 MAX_NUMBER = 10**30  # largest int accepted for a float field
 # Keys that may differ when a run resumes, because none changes what a step computes. (`steps` may differ too.)
 CHANGEABLE_FIELDS = (
@@ -44,14 +51,88 @@ OBSOLETE_KEYS = (("text", "encode"),)
 
 
 def sibling_config(file: str, name: str, *arguments: str) -> ConfigDict:
-    """Loads NAME.py from the folder of another config file, for that file to modify.
+    """Loads another config for a config file to modify.
 
     Args:
-      file: the other config's `__file__`.
-      name: name of the config, without ".py".
+      file: the `__file__` of the config file that modifies it.
+      name: name of the config, without ".py": a file in the same folder or, if there is none, one of this project's.
       *arguments: for its `get_config`.
     """
-    return runpy.run_path(str(Path(file).with_name(f"{name}.py")))["get_config"](*arguments)
+    return _run_config_file(sibling_file(file, name), *arguments)
+
+
+def sibling_file(file: str | Path, name: str) -> Path:
+    """Returns the file that `sibling_config` loads."""
+    sibling = Path(file).with_name(f"{name}.py")
+    return sibling if sibling.exists() else find_config(name)[0]
+
+
+def load_config(text: str) -> ConfigDict:
+    """Loads the config that a command line names; see `find_config`.
+
+    Raises:
+      UserError: the file does not exist or fails; or it takes no argument, but there is one.
+    """
+    file, arguments = find_config(text)
+    return _run_config_file(file, *arguments)
+
+
+def find_config(text: str) -> tuple[Path, tuple[str, ...]]:
+    """Finds the config file that a command line names.
+
+    Args:
+      text: a file, as in "configs/scenes.py:128", or the name of one of this project's configs, as in "scenes:128",
+        each with or without an argument after a colon. "configs/NAME.py" is found from any working directory.
+
+    Returns:
+      The file, and the argument if there is one.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    match = re.fullmatch(r"(.+?\.py|[^:]+)(?::(.*))?", text, re.DOTALL)
+    name, argument = match.groups() if match else (text, None)
+    arguments = () if argument is None else (argument,)
+    own = {file.stem: file for folder in CONFIG_FOLDERS for file in sorted(folder.glob("*.py"))}
+    file = Path(name).expanduser()
+    if file.suffix == ".py" and file.is_file():
+        return file, arguments
+    is_own = file.parent == Path() and not file.suffix or file.parent.name == "configs" and file.suffix == ".py"
+    if is_own and file.stem in own:
+        return own[file.stem], arguments
+    if is_own:
+        raise UserError(f"--config={text}: there is no config {file.stem!r}{nearest(file.stem, own)}")
+    raise UserError(f"--config={text}: no such config file; give a .py file, or one of {', '.join(own)}")
+
+
+def _run_config_file(file: Path, *arguments: str) -> ConfigDict:
+    try:
+        get_config = runpy.run_path(str(file)).get("get_config")
+        if get_config is None:
+            raise UserError(f"{file} has no function get_config: add one that returns a ConfigDict")
+        if len(arguments) > len(inspect.signature(get_config).parameters):
+            raise UserError(f"{file} takes no argument: leave out :{':'.join(arguments)}")
+        config = get_config(*arguments)
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{file}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f"{file}, line {lines[-1]}" if lines else f"{file}"
+        raise UserError(f"{where}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{file}: get_config returns {type(config).__name__}: return a ConfigDict")
+    return config
+
+
+def expand_home(config: ConfigDict) -> None:
+    """Expands `~` at the start of every path in a config."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            expand_home(value)
+        elif key in PATH_FIELDS and isinstance(value, str):
+            config[key] = os.path.expanduser(value)
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T:
@@ -123,21 +204,34 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
             raise UserError(f"config key {key} is {value!r:.40}…: no number that can be computed with")
     is_flag = isinstance(value, bool) and bool not in kinds
     if is_flag or not isinstance(value, tuple(kinds)):
-        names = " or ".join(_type_name(kind) for kind in dict.fromkeys(kinds))
+        names = " or ".join(type_name(kind) for kind in dict.fromkeys(kinds))
         raise UserError(f"config key {key} is {value!r:.80}: it must be of type {names}")
 
 
-def _type_name(kind: type) -> str:
+def type_name(kind: type) -> str:
     """Returns a type's name as it is written in configs."""
     if kind is types.NoneType:
         return "null"
     return "dict" if dataclasses.is_dataclass(kind) else kind.__name__
 
 
-def nearest(name: str, choices: Any) -> str:
+def near(name: str, choices: Iterable[str]) -> str | None:
+    """Returns the choice that a name most likely stands for: its initials, its beginning, or a near spelling of it."""
+    name, choices = name.lower().replace("-", "_"), list(choices)
+    for choice in choices:
+        if name == "".join(word[0] for word in choice.split("_") if word):
+            return choice
+    for choice in choices:
+        if len(name) > 2 and choice.startswith(f"{name}_"):
+            return choice
+    return next(iter(difflib.get_close_matches(name, choices, n=1)), None)
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
     """Returns "; did you mean 'x'?" with the nearest choice or, if none is near, a list of all choices."""
-    matches = difflib.get_close_matches(name, list(choices), n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; known are {', '.join(choices)}"
+    choices = list(choices)
+    found = near(name, choices)
+    return f"; did you mean {found!r}?" if found else f"; known are {', '.join(choices)}"
 
 
 def claim_workdir(
@@ -152,6 +246,8 @@ def claim_workdir(
     What does not change the training may differ: see `CHANGEABLE_FIELDS`; sampling options; and paths, if they name the
     same place or files of the same digest.
 
+    Fields that a config does not state count, and are written, with their defaults.
+
     Args:
       workdir: folder of the run.
       config: the config of the run.
@@ -162,13 +258,17 @@ def claim_workdir(
     Raises:
       UserError: if the workdir was made with another config, or can't be written. Nothing is overwritten then.
     """
+    from lidit_jax.config_fields import with_defaults  # the sections' modules import this one
+
     digests = digests or {}
     file, digests_file = workdir / CONFIG_FILE, workdir / DIGESTS_FILE
     digests_before = _read_json(digests_file) if digests_file.exists() else {}
-    if file.exists():
-        before, now = ({**LEGACY_DEFAULTS, **flatten(values)} for values in (read_workdir(workdir), config))
+    stored = with_defaults(read_workdir(workdir)) if file.exists() else None
+    resolved = with_defaults(config)
+    if stored is not None:
+        before, now = ({**LEGACY_DEFAULTS, **flatten(values)} for values in (stored, resolved))
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) == now.get(key) or _is_free(key, config, may_grow):
+            if before.get(key) == now.get(key) or _is_free(key, now, may_grow):
                 continue
             if _has_moved(key, before.get(key), now.get(key), digests_before.get(key), digests.get(key)):
                 continue
@@ -179,17 +279,19 @@ def claim_workdir(
         workdir.mkdir(parents=True, exist_ok=True)
         if digests.items() - digests_before.items():
             write_json(digests_file, {**digests, **digests_before})
-        write_json(file, _plain(config))
+        if stored is None or flatten(stored) != flatten(resolved):  # the workdir of a finished run may be read-only
+            write_json(file, _plain(resolved))
     except OSError as error:
         raise UserError(f"{workdir}: can't be written ({error.strerror or error}); choose another --workdir") from error
 
 
-def _is_free(key: str, config: ConfigDict, may_grow: bool) -> bool:
+def _is_free(key: str, now: Mapping[str, Any], may_grow: bool) -> bool:
     """Returns True if a key may differ when a run resumes."""
-    if key == "model.position_grid" and config.model.get("position") == "conv":  # which doesn't use it
+    if key == "model.position_grid" and now.get("model.position") == "conv":  # which doesn't use it
         return True
     # Steps of the last trained component, and sections that are read after training or for the log.
-    if key == ("train.steps" if "train" in config else "vae.train.steps") or key.startswith(("evaluate.", "sample.")):
+    last_steps = "train.steps" if "train.steps" in now else "vae.train.steps"
+    if key == last_steps or key.startswith(("evaluate.", "sample.")):
         return may_grow
     return any(part in CHANGEABLE_FIELDS for part in key.split("."))
 
@@ -208,11 +310,8 @@ def _has_moved(key: str, before: Any, now: Any, digest_before: str | None, diges
 def _another_config(workdir: epath.Path, key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> UserError:
     resume = f"give --config.{key}={before.get(key)} or " if _is_one_word(before.get(key)) and key in now else ""
     # A run may begin with the weights of one with the same model; a VAE alone can't.
-    start = (
-        ""
-        if key.startswith("model.") or "model.depth" not in now
-        else (f", where --config.start_from={workdir} begins with its weights")
-    )
+    can_start = not key.startswith("model.") and "model.depth" in now
+    start = f", where --config.start_from={workdir} begins with its weights" if can_start else ""
     return UserError(
         f"{workdir} belongs to another config: {key} was {before.get(key, 'absent')!r}, "
         f"now {now.get(key, 'absent')!r}; {resume}use another --workdir{start}"

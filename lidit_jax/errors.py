@@ -1,4 +1,14 @@
-"""The exception for mistakes that users can correct."""
+"""The exception for mistakes that users can correct, and the system's errors in one line."""
+
+import errno
+import os
+import re
+import traceback
+from collections.abc import Iterator
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+_FULL_TEXT = re.compile(r"no space left|quota exceeded|ENOSPC|RESOURCE_EXHAUSTED.*(?:write|writing)", re.I)
 
 
 class UserError(ValueError):
@@ -7,3 +17,42 @@ class UserError(ValueError):
     Raised anywhere in the library. The command lines print the message and exit with code 2 (`cli.py`), so nobody has
     to read a stack trace to find a misspelt key.
     """
+
+
+def describe_system_error(error: BaseException) -> str | None:
+    """Returns one line about a full disk, missing permissions or a missing accelerator; None for any other error.
+
+    Libraries wrap and rephrase the errors of the system, so the causes and the texts count too.
+    """
+    for cause in _causes(error):
+        number = getattr(cause, "errno", None)
+        place = getattr(cause, "filename", None)
+        place = f"{place}: " if place else ""
+        if number in _FULL or _FULL_TEXT.search(str(cause)):
+            reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
+            return f"{place}{reason}: free disk space, then run the same command again"
+        if number in _FORBIDDEN:
+            return f"{place}{cause.strerror}: name a place that can be read and written"
+        if "Unable to initialize backend" in str(cause) or _is_raised_in(cause, "xla_bridge.py"):
+            # Without the platform's plugin JAX fails an assertion that has no text.
+            reason = " ".join(str(cause).split())[:300] or "its platform is not installed"
+            platforms = os.environ.get("JAX_PLATFORMS", "")
+            return (
+                f"JAX_PLATFORMS={platforms!r} gives JAX no device to run on ({reason}): leave it out, or install "
+                'JAX for it, as in pip install -e ".[cuda]"'
+            )
+    return None
+
+
+def _is_raised_in(error: BaseException, module: str) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and os.path.basename(frames[-1].filename) == module
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an exception and those that it was raised from, at most 20."""
+    for _ in range(20):
+        if error is None:
+            return
+        yield error
+        error = error.__cause__ or error.__context__

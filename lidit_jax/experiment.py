@@ -397,6 +397,7 @@ class TrainedModel:
         height: int | None = None,
         width: int | None = None,
         images_per_prompt: int = 1,
+        negative_prompt: str = "",
         **sampling: Any,
     ) -> np.ndarray:
         """Generates images.
@@ -407,6 +408,7 @@ class TrainedModel:
           height: in pixels; None is the training resolution.
           width: in pixels; None is the training resolution.
           images_per_prompt: images for each prompt.
+          negative_prompt: what guidance leads away from.
           **sampling: fields of `SampleConfig` in place of the config's, such as `steps` or `guidance_scale`.
 
         Returns:
@@ -424,7 +426,9 @@ class TrainedModel:
         options = dataclasses.replace(options, batch_size=min(options.batch_size, len(seeds)))
         side = self.experiment.data.resolution
         size = height or side, width or side
-        return self.pipeline(self.params, prompts, seeds, *size, options, images_per_prompt)
+        return self.pipeline(
+            self.params, prompts, seeds, *size, options, images_per_prompt, negative_prompt=negative_prompt
+        )
 
 
 def move_encoders(config: ConfigDict, moved: Mapping[str, str]) -> ConfigDict:

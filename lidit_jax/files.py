@@ -1,10 +1,14 @@
 """Small files: JSON written atomically, text files named by users, and which files of a folder are hidden."""
 
 import codecs
+import contextlib
 import json
 import math
 import os
+import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -41,9 +45,64 @@ def write_json(file: epath.Path, value: Any, indent: int | None = 2) -> None:
     Raises:
       OSError: if the file cannot be written; an existing one is kept.
     """
+    write_bytes(file, (json.dumps(value, indent=indent) + "\n").encode())
+
+
+def write_bytes(file: epath.Path, data: bytes) -> None:
+    """Writes a file atomically.
+
+    Raises:
+      OSError: if the file cannot be written; an existing one is kept, and nothing else is left.
+    """
+    with new_file(file) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def new_file(file: epath.Path) -> Iterator[epath.Path]:
+    """Gives a path to write to, which becomes `file` at the end; it is removed if an exception is raised instead."""
     temporary = file.parent / f".{file.name}.new"
-    temporary.write_text(json.dumps(value, indent=indent) + "\n")
-    temporary.replace(file)
+    try:
+        yield temporary
+        temporary.replace(file)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            temporary.unlink(missing_ok=True)
+        name_file(error, file, temporary)
+        raise
+
+
+def name_file(error: BaseException, file: os.PathLike, temporary: os.PathLike) -> None:
+    """Names the file in an error of the system that names its temporary file or, as at a full disk, none."""
+    if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
+        error.filename = os.fspath(file)
+
+
+def is_unused(folder: epath.Path) -> bool:
+    """Returns True if a folder is missing or holds nothing but what an interrupted write has left in it."""
+    return not folder.exists() or all(re.fullmatch(r"\..+\.(new|tmp)", entry.name) for entry in folder.iterdir())
+
+
+def check_writable(folder: epath.Path, named: str) -> None:
+    """Raises UserError if a local folder can't be written or created, or its disk is full; creates nothing.
+
+    Args:
+      folder: the folder; others than local ones are not checked.
+      named: how the user named it, e.g. "--out=x", for error messages.
+    """
+    if "://" in os.fspath(folder):
+        return
+    place = Path(folder).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{named}: {place} is a file: name a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        is_read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        reason = "is on a read-only file system" if is_read_only else "is not yours to write"
+        raise UserError(f"{named}: {place} {reason}: name another folder")
+    if not shutil.disk_usage(place).free:
+        raise UserError(f"{named}: the disk of {place} is full: free disk space or name another folder")
 
 
 def read_text(file: epath.Path, named: str, what: str) -> str:

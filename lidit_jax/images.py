@@ -9,16 +9,17 @@ import re
 import secrets
 import subprocess
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from lidit_jax.errors import UserError
+from lidit_jax.files import name_file
 
 _SHEET_COLOR = (255, 255, 255)
 _FRAME_COLOR = (222, 222, 222)
@@ -115,18 +116,21 @@ def grid(
     return sheet
 
 
-def save_png(image: Image.Image | np.ndarray, path: epath.PathLike) -> None:
+def save_png(image: Image.Image | np.ndarray, path: epath.PathLike, text: Mapping[str, str] | None = None) -> None:
     """Writes a PNG file atomically and creates its folder if necessary.
 
     Args:
       image: a Pillow image or uint8 [H, W, 3].
       path: local path, or an object in cloud storage (gs://…), which appears only when it is complete.
+      text: text chunks of the file, by keyword of up to 79 Latin-1 characters; None for none.
 
     Raises:
       OSError: the path cannot be written; an existing file is kept.
     """
-    file = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, "PNG")
+    file, chunks = io.BytesIO(), PngImagePlugin.PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_itxt(keyword, value.encode("utf-8", "replace").decode())
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, "PNG", pnginfo=chunks)
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if "://" in str(path):
@@ -136,6 +140,9 @@ def save_png(image: Image.Image | np.ndarray, path: epath.PathLike) -> None:
     try:
         temporary.write_bytes(file.getvalue())
         os.replace(temporary, path)
+    except OSError as error:
+        name_file(error, path, temporary)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,6 +1,6 @@
 """Trains the networks of a config.
 
-    python -m lidit_jax.main --config=configs/shapes.py --workdir=DIR [--config.path.to.key=value …]
+    python -m lidit_jax.main --config=configs/shapes.py --workdir=runs/shapes --config.train.batch_size=64
 
 Run the same command again to resume from the last checkpoint, also after SIGTERM, on which training saves and exits. On
 a pod, run it on every host.
@@ -10,11 +10,7 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.export.read import start_from_exported
-from lidit_jax.parallel.hosts import join_hosts
 from lidit_jax.parallel.preemption import activity
-from lidit_jax.print_config import format_config
-from lidit_jax.stages.run import run_stages
 
 _CONFIG = cli.define_config()
 _DISTRIBUTED = cli.define_distributed()
@@ -31,6 +27,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints,
 
 
 def main() -> None:
+    from lidit_jax.export.read import start_from_exported
+    from lidit_jax.parallel.hosts import join_hosts
+    from lidit_jax.print_config import format_config
+    from lidit_jax.stages.run import run_stages
+
     if _PRINT_CONFIG.value:
         print(format_config(cli.read_config(_CONFIG), cli.config_file(), cli.config_overrides()))
         return

@@ -25,6 +25,9 @@ from lidit_jax.ranges import Count, Size, at_least, between, check_ranges
 from lidit_jax.text.batch_prompts import SharedPrompts
 from lidit_jax.text.encoders import PromptEncoder, encode, encode_batch, text_flops_and_lengths, tokenize
 
+MAX_SEED = 2**63 - 1
+MAX_GUIDANCE = 1000  # scales in use are below 20; far above 1000, float32 overflows
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
@@ -42,7 +45,7 @@ class SampleConfig:
 
     sampler: str
     steps: Annotated[int, between(1, MAX_STEPS)] = 25
-    guidance_scale: Annotated[float, between(0, 1000)] = 4.0
+    guidance_scale: Annotated[float, between(0, MAX_GUIDANCE)] = 4.0
     batch_size: Size = 16
     decode_pixels: Count = 1 << 20
     decode_tile: Annotated[int, at_least(SMALLEST_TILE)] = 256
@@ -90,6 +93,7 @@ class Pipeline:
         width: int,
         sampling: SampleConfig,
         images_per_prompt: int = 1,
+        negative_prompt: str = "",
     ) -> np.ndarray:
         """Samples `images_per_prompt` images for each prompt.
 
@@ -98,11 +102,12 @@ class Pipeline:
         Args:
           params: LI-DiT's parameters.
           prompts: the prompts.
-          seeds: [N], one for each image; N = len(prompts) * images_per_prompt.
+          seeds: [N], one for each image, from 0 to `MAX_SEED`; N = len(prompts) * images_per_prompt.
           height: in pixels.
           width: in pixels.
           sampling: sampler, steps, guidance and batch size.
           images_per_prompt: images for each prompt.
+          negative_prompt: what classifier-free guidance leads away from; "" as in training.
 
         Returns:
           uint8 [N, height, width, 3]; the images of one prompt are adjacent.
@@ -122,8 +127,8 @@ class Pipeline:
             batch_seeds = [*seeds[start : start + rows]]
             count = len(batch_seeds)
             batch_seeds += [0] * (rows - count)  # one shape, so one compilation
-            to_encode, encoded_rows = shared.batch(prompts, start)
-            inputs = tokenize(self.encoders, to_encode), encoded_rows, np.asarray(batch_seeds, np.uint32)
+            to_encode, encoded_rows = shared.batch(prompts, start, negative_prompt)
+            inputs = tokenize(self.encoders, to_encode), encoded_rows, _seed_words(batch_seeds)
             with self._mesh_context():
                 batch = self._sample_program(
                     params, self.frozen, *self._shard_rows(inputs), scale, **_static(sampling, height, width)
@@ -162,7 +167,7 @@ class Pipeline:
     ) -> jax.stages.Lowered:
         """Lowers the program that samples one batch, from shapes instead of arrays; see `compile/compile_step.py`."""
         to_encode, encoded_rows = self._shared_prompts(sampling, images_per_prompt).batch([], 0)
-        inputs = tokenize(self.encoders, to_encode), encoded_rows, np.zeros(self.rows(sampling), np.uint32)
+        inputs = tokenize(self.encoders, to_encode), encoded_rows, _seed_words([0] * self.rows(sampling))
         sharding = None if self.mesh is None else batch_sharding(self.mesh, self.rules)
         inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), inputs)
         with self._mesh_context():
@@ -238,7 +243,7 @@ class Pipeline:
         if is_guided:
             predict = guided(predict, guidance_scale)
 
-        keys = jax.vmap(jax.random.key)(seeds)
+        keys = jax.vmap(_key)(seeds)
         factor = self.vae.config.downsampling_factor
         noise = initial_noise(keys, (height // factor, width // factor, self.vae.config.latent_channels))
         latents = cast(jax.Array, sample(sampler, self.schedule, predict, noise, steps, keys))  # no trajectory
@@ -253,6 +258,18 @@ class Pipeline:
         sharded = PartitionSpec(self.rules.batch)
         specs = sharded, *[PartitionSpec() for _ in shared]
         return jax.shard_map(function, in_specs=specs, out_specs=sharded, check_vma=False)(rows, *shared)
+
+
+def _seed_words(seeds: Sequence[int]) -> np.ndarray:
+    """Returns the high and low 32 bits of each seed, uint32 [N, 2]: without x64, JAX has no larger integers."""
+    return np.asarray([divmod(int(seed), 1 << 32) for seed in seeds], np.uint32)
+
+
+def _key(words: jax.Array) -> jax.Array:
+    """Returns the key of a seed, which is `jax.random.key(seed)` below 2^32; words uint32 [2], high and low."""
+    high, low = words
+    key = jax.random.key(low)
+    return jax.lax.select(high == 0, key, jax.random.fold_in(key, high))
 
 
 def _repeat_rows(rows: tuple[Any, jax.Array]) -> Any:

@@ -11,7 +11,8 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from lidit_jax.config import flatten
+from lidit_jax.config import flatten, sibling_file
+from lidit_jax.config_fields import with_defaults
 from lidit_jax.experiment import Experiment
 from lidit_jax.text.load_encoder import EncoderConfig
 
@@ -57,7 +58,7 @@ def _resolve(config: ConfigDict) -> dict[str, Any]:
     if run.has_lidit:
         sections |= {"text": run.text, "model": run.model.config, "train": run.train, "sample": run.sample}
         sections |= {"encoders": run.encoders}
-    resolved = config.to_dict()
+    resolved = with_defaults(config)
     for name in resolved:
         if name in sections:
             resolved[name] = _as_dict(sections[name])
@@ -88,8 +89,9 @@ def paper_keys(file: Path) -> set[str]:
     lines = source.splitlines()
     keys: set[str] = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "sibling_config":
-            keys |= paper_keys(Path(file).with_name(f"{ast.literal_eval(node.args[1])}.py"))
+        is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "sibling_config"
+        if is_call and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+            keys |= paper_keys(sibling_file(file, node.args[1].value))
     for key, line in _stated_keys(ast.parse(source)):
         above = comments.get(line - 1, "") if lines[line - 2].lstrip().startswith("#") else ""
         is_paper = any(comment.startswith("paper") for comment in (comments.get(line, ""), above))
@@ -99,8 +101,8 @@ def paper_keys(file: Path) -> set[str]:
 
 def _stated_keys(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """Yields the key and line of each value that `get_config` assigns to `config` literally, in order."""
-    [function] = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "get_config"]
-    for node in function.body:
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "get_config"]
+    for node in functions[0].body if functions else ():  # a file may import its get_config
         if isinstance(node, ast.Assign):
             yield from _keys_of(_path(node.targets[0]), node.value, node.lineno)
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):

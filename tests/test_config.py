@@ -87,6 +87,15 @@ def test_an_experiment_builds_each_section_once(tmp_path, monkeypatch):
     assert sorted(built) == before
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5, "0", None])
+def test_a_seed_that_would_not_count_in_full_is_rejected(seed):
+    config = tiny_config()
+    with config.ignore_type():
+        config.seed = seed
+    with pytest.raises(UserError, match="config key seed is .*: it must be a whole number from 0 to 4294967295"):
+        Experiment(config, epath.Path("unused"))
+
+
 # --- configs that start from another, and where a value comes from ------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """Complete runs of the tiny demo: training, resuming, sampling, fine-tuning, and users' mistakes."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -100,20 +101,50 @@ def test_an_encoder_that_does_not_fit_is_rejected_before_anything_is_trained(tra
     assert not (tmp_path / "run").exists()
 
 
-def test_sampling_needs_only_the_workdir_and_repeats_itself(trained_workdir, tmp_path):
+def test_sampling_needs_only_the_workdir_and_repeats_itself(trained_workdir, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\n红色圆形\n", encoding="utf-8")
     for out in ("a", "b"):
         sample_to_folder(Request(trained_workdir, epath.Path(tmp_path / out), prompts_file=str(prompts), num_images=2))
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
-    assert files == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png"]
-    for name in files:
+    assert files == ["00000.png", "00001.png", "00002.png", "00003.png", "grid.png", "images.json"]
+    for name in files[:-1]:
         np.testing.assert_array_equal(Image.open(tmp_path / "a" / name), Image.open(tmp_path / "b" / name))
     # An image depends on its prompt and seed, not on the rest of its batch.
     sample_to_folder(Request(trained_workdir, epath.Path(tmp_path / "c"), prompt="红色圆形", seed=2))
     alone = np.asarray(Image.open(tmp_path / "c" / "00000.png"), np.int32)
     together = np.asarray(Image.open(tmp_path / "a" / "00002.png"), np.int32)
     assert np.abs(alone - together).max() <= 1
+    # Each file says how to generate it again, and so does the list.
+    text = Image.open(tmp_path / "a" / "00002.png").text
+    listed = json.loads((tmp_path / "a" / "images.json").read_text())
+    assert (text["prompt"], text["seed"]) == ("红色圆形", "2") and json.loads(text["settings"]) == listed["settings"]
+    assert listed["images"][2] == {"file": "00002.png", "prompt": "红色圆形", "seed": 2}
+    # Images of an earlier call are replaced, all of them; if that fails, nothing is left of either.
+    request = Request(trained_workdir, epath.Path(tmp_path / "a"), prompt="x")
+    sample_to_folder(request)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["00000.png", "grid.png", "images.json"]
+
+    def full(*arguments, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lidit_jax.sample.generate.write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        sample_to_folder(request)
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_guidance_leads_away_from_a_negative_prompt(trained_workdir, tmp_path):
+    def image(**options):
+        sample_to_folder(Request(trained_workdir, epath.Path(tmp_path / "out"), prompt="a red circle", **options))
+        return np.asarray(Image.open(tmp_path / "out" / "00000.png"))
+
+    plain = image(guidance_scale=3.0)
+    assert (image(guidance_scale=3.0, negative_prompt="a blue square") != plain).any()
+    np.testing.assert_array_equal(image(guidance_scale=3.0, negative_prompt=""), plain)
+    # At 1 the negative prompt's prediction has the weight 0.
+    with pytest.raises(UserError, match="--negative_prompt has no effect without guidance"):
+        image(guidance_scale=1.0, negative_prompt="a blue square")
 
 
 def test_sampling_generates_sizes_that_training_never_saw(trained_workdir, tmp_path):
@@ -156,6 +187,11 @@ def test_images_decoded_in_slices_or_tiles_equal_those_decoded_at_once(
         ({"prompt": "x", "decode_pixels": 0}, "decode_pixels=0 must be at least 1"),
         ({"prompt": "x", "num_images": 0}, "num_images"),
         ({"prompt": "x", "seed": -1}, "seed"),
+        ({"prompt": "x", "seed": 2**63}, f"seed={2**63} must be from 0 to {2**63 - 1}"),
+        ({"prompt": "x", "seed": 2**63 - 1, "num_images": 2}, f"from 0 to {2**63 - 2}, for 2 images"),
+        ({"prompt": "x", "height": 0}, "--height=0 must be at least 1"),
+        ({"prompt": "x", "guidance_scale": float("nan")}, "--guidance=nan must be from 0 to 1000"),
+        ({"prompt": "x", "guidance_scale": 1e38}, r"--guidance=1e\+38 must be from 0 to 1000"),
         ({"prompt": "x", "weights": "best"}, "ema or params"),
     ],
 )
@@ -436,11 +472,11 @@ def command(*arguments, **kwargs):
     [
         (["lidit_jax.main", "--config=configs/shapes.py", "--config.modle.depth=3"], "did you mean 'model'"),
         (["lidit_jax.main", "--config=configs/shapes.py", "--config.train.stesp=3"], "did you mean 'steps'"),
-        (["lidit_jax.main", "--config=configs/shape.py", "--workdir=x"], "no such config file"),
+        (["lidit_jax.main", "--config=configs/shape.py", "--workdir=x"], "did you mean 'shapes'"),
         (["lidit_jax.main", "--config=configs/shapes.py"], "--workdir is required"),
         (["lidit_jax.main", "--config=configs/shapes.py", "--config.train.steps=many"], "train.steps"),
         (["lidit_jax.main", "--config=configs/ablation.py:table9", "--workdir=x"], "table2_baseline"),
-        (["lidit_jax.sample", "--workdri=x"], "Did you mean"),
+        (["lidit_jax.sample", "--workdri=x"], "did you mean --workdir"),
         (["lidit_jax.sample", "--workdir=nowhere", "--prompt=x", "--out=out"], "no config.json"),
         (["lidit_jax.preview", "--config=configs/emoji.py", "--out=sheet.jpg"], "name a .png"),
     ],

@@ -11,10 +11,19 @@ from hypothesis import strategies as st
 from lidit_jax.experiment import TrainedModel, load
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
+from lidit_jax.pipeline import MAX_SEED, _key, _seed_words
 from lidit_jax.text.batch_prompts import SharedPrompts
 from lidit_jax.text.encoders import LLMTextEncoder
 
 PROMPTS = ["a red circle", "红色圆形", "a blue square above a green circle"]
+
+
+def test_seeds_have_63_bits_and_those_of_32_keep_their_keys():
+    small, large = [0, 1, 7, 2**32 - 1], [2**32, 2**32 + 1, 2**33, MAX_SEED]
+    keys = jax.random.key_data(jax.vmap(_key)(_seed_words(small + large)))
+    expected = jax.random.key_data(jax.vmap(jax.random.key)(np.asarray(small, np.uint32)))
+    np.testing.assert_array_equal(keys[:4], expected)
+    assert len({tuple(key) for key in keys.tolist()}) == len(small + large)
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,14 @@ combinations. The base LM is trained on captions alone; the tuned one, which sta
 also on descriptions that the instruction asks for, as text and without images.
 """
 
-import jax
 from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.ablate import report, runs
 from lidit_jax.errors import UserError
-from lidit_jax.score.eval_extra import require_extra
-from lidit_jax.weights.safetensors_folder import local_folder
 
-_CONFIG = cli.define_config("configs/ablation_scenes.py")
-_TABLE = flags.DEFINE_list("table", None, f"tables of the paper, separated by commas: {', '.join(report.CHOICES)}")
+_CONFIG = cli.define_config("ablation_scenes")
+_TABLE = flags.DEFINE_list("table", None, "tables of the paper, separated by commas: 2, 3, 4, 5, 6, figure3")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "runs per row", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "folder for the runs and the tables")
 _JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1)
@@ -32,6 +28,12 @@ _ONLY = flags.DEFINE_string("only", None, "ROW/SEED or parts/NAME: train only th
 
 
 def main() -> None:
+    import jax
+
+    from lidit_jax.ablate import report, runs
+    from lidit_jax.score.eval_extra import require_extra
+    from lidit_jax.weights.safetensors_folder import local_folder
+
     out = epath.Path(local_folder(cli.require(_OUT.name)).resolve())
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file: name a folder")

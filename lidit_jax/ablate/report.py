@@ -16,7 +16,7 @@ from lidit_jax.ablate.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5, TABLES
 from lidit_jax.ablate.runs import Run
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import COUNTS, SCORES_FILE, named_at
-from lidit_jax.files import write_json
+from lidit_jax.files import write_bytes, write_json
 from lidit_jax.score.eval_extra import png_of
 from lidit_jax.score.quarters import QUARTER_NAMES, QUARTERS
 
@@ -107,9 +107,7 @@ def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: 
     text += _places_markdown(labels, results)
     values = {row.name: result.to_json() for row, result in results.items()}
     write_json(out / "tables.json", {"seeds": seeds, "unit": "per cent", "rows": values})
-    temporary = out / ".tables.md"
-    temporary.write_text(text)
-    temporary.replace(out / "tables.md")
+    write_bytes(out / "tables.md", text.encode())
     for name, table in tables.items():
         if name != FIGURE_3:
             _plot_table(out / f"table{name}.png", name, table, results)
@@ -301,6 +299,4 @@ def _plot_places(file: epath.Path, labels: Mapping[Row, str], results: Mapping[R
 
 
 def _save(figure: Any, file: epath.Path) -> None:
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_bytes(png_of(figure))
-    temporary.replace(file)
+    write_bytes(file, png_of(figure))

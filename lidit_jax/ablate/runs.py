@@ -25,6 +25,7 @@ from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation
 from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.models.vae_training import VAESectionConfig
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.preemption import Preempted, catch_sigterm
 from lidit_jax.parallel.rules import ShardingRules
@@ -143,7 +144,10 @@ def run_config(config: ConfigDict, run: Run, out: epath.Path) -> ConfigDict:
     del changed["language_models"]
     changed.seed = run.seed
     changed.text.instruction = config.language_models.instruction if run.row.instruction else ""
-    changed.vae = {"weights": str(SharedNetwork(VAE).folder(out)), "dtype": config.vae.dtype}
+    changed.vae = {
+        "weights": str(SharedNetwork(VAE).folder(out)),
+        "dtype": config.vae.get("dtype", VAESectionConfig.dtype),
+    }
     changed.encoders = {
         name: {"weights": str(SharedNetwork(name).folder(out)), "dtype": "float32"} for name in run.row.encoders
     }

@@ -7,7 +7,6 @@ the config has.
 import dataclasses
 import functools
 import re
-import runpy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from lidit_jax.pytorch import transformer_lidit
 
 # Flags of both command lines.
-_CONFIG = cli.define_config()  # default: the demo
+_CONFIG = cli.define_config("shapes")
 _BATCH = flags.DEFINE_integer("batch", None, "samples per batch (default: the config's)", lower_bound=1)
 _RESOLUTION = flags.DEFINE_integer(
     "resolution", None, "side of the images in pixels (default: the config's)", lower_bound=1
@@ -123,10 +122,8 @@ class Workload:
 
 def from_flags() -> tuple[Workload, Experiment]:
     """Calls `from_config` with the command line's values; the config defaults to the demo's, configs/shapes.py."""
-    demo = Path("configs/shapes.py")
-    is_demo = _CONFIG.value is None and demo.exists()
     return from_config(
-        runpy.run_path(str(demo))["get_config"]() if is_demo else cli.read_config(_CONFIG),
+        cli.read_config(_CONFIG),
         batch=_BATCH.value,
         resolution=_RESOLUTION.value,
         dtype=_DTYPE.value,
@@ -162,10 +159,11 @@ def from_config(
     with config.unlocked():
         config.data.path = config.data.get("path") or "unused"
         config.data.resolution = resolution or config.data.resolution
-        config.model.dtype = dtype or config.model.dtype
-        config.train.batch_size = batch or config.train.batch_size
         config.train.accumulate = 1
-        config.sample.batch_size = batch or config.sample.batch_size
+        if dtype:
+            config.model.dtype = dtype
+        if batch:
+            config.train.batch_size = config.sample.batch_size = batch
     experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
     side, multiple, vae = experiment.data.resolution, experiment.size_multiple(), experiment.vae_config
     if side % multiple:

@@ -1,4 +1,6 @@
-"""Compiles the train step for a TPU slice without one: `python -m lidit_jax.compile --config=… --topology=v5p:8x8x4`.
+"""Compiles the train step for a TPU slice without having one.
+
+    python -m lidit_jax.compile --config=configs/10b.py --topology=v5p:8x8x4
 
 Compiles the step for the square bucket and for the most extreme one, and reports the one that needs more memory;
 `--bucket=640x384` compiles that one alone. `--program=sample` compiles the sampling of images instead; `--weights`
@@ -8,12 +10,10 @@ of a step. Needs no TPU, but the TPU compiler: `pip install -e ".[tpu]"`. Exit c
 
 import sys
 
-import jax
 from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.compile.compile_step import compile_step, where_weights_go
 from lidit_jax.errors import UserError
 from lidit_jax.files import write_json
 
@@ -36,6 +36,10 @@ _JSON = flags.DEFINE_string("json", None, "JSON file to write all numbers to")
 
 
 def main() -> None:
+    import jax
+
+    from lidit_jax.compile.compile_step import compile_step, where_weights_go
+
     jax.config.update("jax_platforms", "cpu")  # otherwise libtpu tries to start a TPU
     if _JSON.value and not epath.Path(_JSON.value).parent.is_dir():
         raise UserError(f"--json={_JSON.value}: its folder does not exist, create it first")

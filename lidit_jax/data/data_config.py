@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 from lidit_jax.config import build
 from lidit_jax.data.buckets import Bucket, make_buckets
@@ -101,7 +101,7 @@ class DataConfig:
     source: str
     resolution: Annotated[int, between(1, MAX_SIDE)]
     path: str = ""
-    mixture: Mapping[str, Any] | None = None
+    mixture: Mapping[str, "DataConfig"] | None = None
     weight: Positive | None = None
     split: str = "train"
     data_dir: str = ""

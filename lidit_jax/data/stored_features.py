@@ -18,6 +18,7 @@ from etils import epath
 
 from lidit_jax.data.sources import Example
 from lidit_jax.errors import UserError
+from lidit_jax.files import write_bytes
 
 FEATURES = "features.safetensors"
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -84,9 +85,7 @@ class ConstantFeatures:
         """Writes the features to a safetensors file, atomically."""
         tensors = {f"{name}/prefix": array for name, array in self.prefix.items()}
         tensors |= {f"{name}/empty": array for name, array in self.empty.items()}
-        temporary = file.parent / f".{file.name}.new"
-        temporary.write_bytes(safetensors.numpy.save({n: np.ascontiguousarray(a) for n, a in tensors.items()}))
-        temporary.replace(file)
+        write_bytes(file, safetensors.numpy.save({n: np.ascontiguousarray(a) for n, a in tensors.items()}))
 
     @classmethod
     def read(cls, file: epath.Path, encoders: Mapping[str, EncoderFingerprint]) -> "ConstantFeatures":

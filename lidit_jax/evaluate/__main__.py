@@ -1,4 +1,6 @@
-"""Generates benchmark images: `python -m lidit_jax.evaluate --workdir=DIR --benchmark=geneval --file=FILE --out=DIR`.
+"""Generates the images of a benchmark.
+
+    python -m lidit_jax.evaluate --workdir=runs/shapes --benchmark=shapes --num_images=1 --out=DIR
 
 --file is the benchmark's own file: GenEval's evaluation_metadata.jsonl, one of T2I-CompBench's lists, DPG-Bench's
 prompts, the folder of T2I-CompBench's lists for positional_bias, or any list of prompts. positional_bias makes prompts
@@ -12,13 +14,11 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.evaluate.benchmarks import BENCHMARKS
-from lidit_jax.evaluate.generate import SHAPES, Request, generate_benchmark
-from lidit_jax.parallel.hosts import join_hosts
 
+_BENCHMARKS = ("geneval", "t2i_compbench", "dpg_bench", "positional_bias", "prompts", "shapes")
 _WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a training run")
 _DISTRIBUTED = cli.define_distributed()
-_BENCHMARK = flags.DEFINE_string("benchmark", None, f"benchmark: {', '.join((*BENCHMARKS, SHAPES))}")
+_BENCHMARK = flags.DEFINE_string("benchmark", None, f"benchmark: {', '.join(_BENCHMARKS)}")
 _FILE = flags.DEFINE_string("file", None, "file or folder with the benchmark's prompts; none for shapes")
 _OUT = flags.DEFINE_string("out", None, "output folder for the images")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "images per prompt", lower_bound=1, upper_bound=1_000_000)
@@ -35,6 +35,9 @@ _DRAWING = cli.define_sampling()
 
 
 def main() -> None:
+    from lidit_jax.evaluate.generate import Request, generate_benchmark
+    from lidit_jax.parallel.hosts import join_hosts
+
     join_hosts(_DISTRIBUTED.value)
     generate_benchmark(
         Request(

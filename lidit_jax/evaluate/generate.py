@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 
 from lidit_jax import experiment
 from lidit_jax.config import read_workdir
+from lidit_jax.config_fields import with_defaults
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, Benchmark, open_benchmark
 from lidit_jax.evaluate.output_folder import check_claim, read_claim
@@ -122,7 +123,7 @@ def seed_of(prompt: str, index: int) -> int:
 
 def _facts(request: Request, benchmark: Benchmark, model: TrainedModel) -> dict[str, Any]:
     """Returns the facts that identify the images of a request: benchmark, prompts, model and step."""
-    config = json.dumps(read_workdir(request.workdir).to_dict(), sort_keys=True, default=str)
+    config = json.dumps(with_defaults(read_workdir(request.workdir)), sort_keys=True, default=str)
     prompts = json.dumps(benchmark.prompts)
     return {
         "benchmark": request.benchmark,

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from lidit_jax.errors import UserError
+from lidit_jax.files import check_writable, is_unused
 
 
 def read_claim(out: epath.Path, name: str) -> dict[str, Any] | None:
@@ -22,11 +23,10 @@ def read_claim(out: epath.Path, name: str) -> dict[str, Any] | None:
     Raises:
       UserError: `out` is a file or a folder with other content, or the file of facts is damaged.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file: name a folder")
+    check_writable(out, f"--out={out}")
     file = out / name
     if not file.exists():
-        if out.exists() and any(out.iterdir()):
+        if not is_unused(out):
             raise UserError(f"--out={out} is not empty and has no {name}: name another folder")
         return None
     try:

@@ -1,24 +1,24 @@
-"""Command line that exports a run to PyTorch: `python -m lidit_jax.export --workdir=DIR --out=DIR`.
+"""Exports a run to PyTorch.
+
+    python -m lidit_jax.export --workdir=runs/shapes --out=shapes-torch
 
 `DiffusionPipeline.from_pretrained(OUT, trust_remote_code=True)` then loads the folder with torch, diffusers and
 transformers, without JAX.
 """
 
-import jax
 from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.export.write import DTYPES, TEXT_ENCODERS, WEIGHTS, Request, export
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
 _OUT = flags.DEFINE_string("out", None, "local folder to write, new or empty")
-_WEIGHTS = flags.DEFINE_string("weights", "ema", f"weights of LI-DiT: {' or '.join(WEIGHTS)} (the raw ones)")
-_DTYPE = flags.DEFINE_string("dtype", "float32", f"dtype of LI-DiT's weights: {' or '.join(DTYPES)}")
+_WEIGHTS = flags.DEFINE_string("weights", "ema", "weights of LI-DiT: ema or params (the raw ones)")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "dtype of LI-DiT's weights: float32 or bfloat16")
 _TEXT_ENCODERS = flags.DEFINE_string(
     "text_encoders",
     None,
-    f"how to export LLMs that the run did not train: {' or '.join(TEXT_ENCODERS)} (default: copy those in folders, "
+    "how to export LLMs that the run did not train: copy or reference (default: copy those in folders, "
     "refer by name to those on the Hugging Face hub)",
 )
 _MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "largest size of a file of LI-DiT's weights")
@@ -27,6 +27,10 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a previous export")
 
 
 def main() -> None:
+    import jax
+
+    from lidit_jax.export.write import Request, export
+
     # An export only reads and writes files. Leave accelerators alone: training may be using them, and those of a pod
     # need all of its hosts.
     jax.config.update("jax_platforms", "cpu")

@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax.checkpoint import check_same_model
+from lidit_jax.config_fields import with_defaults
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment, TrainedModel, check_start
 from lidit_jax.export.folder import INDEX_FILE, read_folder
@@ -83,19 +84,20 @@ def start_from_exported(config: ConfigDict, folder: epath.Path) -> ConfigDict:
             f"{', '.join(exported.encoders)}: use the same names"
         )
     check_start(config, exported, folder)
+    stated, theirs = with_defaults(config), with_defaults(exported)
     for section in ("text", "diffusion"):
-        for key, value in exported[section].items():
-            if config[section].get(key, value) != value:
+        for key, value in theirs[section].items():
+            if stated[section].get(key, value) != value:
                 logger.warning(
                     "%s was trained with %s.%s=%r, training continues with %r",
                     folder,
                     section,
                     key,
                     value,
-                    config[section][key],
+                    stated[section][key],
                 )
-    config.start_from = str(folder)
-    with config.unlocked():  # the config may lack the `weights` fields
+    with config.unlocked():  # the config may lack these fields
+        config.start_from = str(folder)
         config.vae.weights = config.vae.get("weights") or exported.vae.weights
         for name, encoder in config.encoders.items():
             encoder.weights = encoder.get("weights") or exported.encoders[name].weights

@@ -1,4 +1,6 @@
-"""Computes FID and CLIP score: `python -m lidit_jax.fidelity --images=DIR --inception=FILE --clip=DIR --out=DIR …`.
+"""Computes FID and CLIP score.
+
+    python -m lidit_jax.fidelity --images=DIR --reference=DIR --inception=FILE.safetensors --clip=DIR --out=OUT
 
 --images is the output folder of `evaluate` or `sample`, or any folder of images. FID compares its images with those
 of --reference=DIR or, given --config=configs/X.py, with the training images of that config. --inception is a
@@ -6,13 +8,16 @@ safetensors file with the weights of FID's Inception network. The CLIP score nee
 or from --prompts_file=FILE. Each score can be computed alone. The scores are written to fidelity.json in --out.
 """
 
+from typing import TYPE_CHECKING
+
 from absl import flags
 from etils import epath
 
 from lidit_jax import cli
 from lidit_jax.errors import UserError
-from lidit_jax.fidelity.reference import config_reference, folder_reference
-from lidit_jax.fidelity.scores import FidelityRequest, Reference, score_fidelity
+
+if TYPE_CHECKING:
+    from lidit_jax.fidelity.scores import Reference
 
 CONFIG_REFERENCE = 10_000  # default number of reference images of a config, whose data may be endless
 
@@ -34,6 +39,8 @@ _OUT = flags.DEFINE_string("out", None, "output folder for the scores")
 
 
 def main() -> None:
+    from lidit_jax.fidelity.scores import FidelityRequest, score_fidelity
+
     score_fidelity(
         FidelityRequest(
             images=epath.Path(cli.require(_IMAGES.name)),
@@ -46,14 +53,15 @@ def main() -> None:
     )
 
 
-def _reference() -> Reference | None:
+def _reference() -> "Reference | None":
+    from lidit_jax.fidelity.reference import config_reference, folder_reference
+
     if _REFERENCE.value and _CONFIG.value is not None:
         raise UserError("--reference and --config are both given: FID needs only one of them")
     if _REFERENCE.value:
         return folder_reference(epath.Path(_REFERENCE.value), _NUM_REFERENCE.value)
     if _CONFIG.value is not None:
-        name = flags.FLAGS["config"].config_filename
-        return config_reference(cli.read_config(_CONFIG), name, _NUM_REFERENCE.value or CONFIG_REFERENCE)
+        return config_reference(cli.read_config(_CONFIG), _CONFIG.value, _NUM_REFERENCE.value or CONFIG_REFERENCE)
     return None
 
 

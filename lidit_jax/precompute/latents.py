@@ -26,7 +26,7 @@ from lidit_jax.data.sources import BrokenExample
 from lidit_jax.data.stored_features import FEATURES
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
-from lidit_jax.files import write_json
+from lidit_jax.files import check_writable, is_unused, new_file, write_json
 from lidit_jax.images import to_float
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.mesh import make_mesh
@@ -70,6 +70,7 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
         raise UserError(
             f"--out={out}: ArrayRecord files can only be written to a local disk; name a local folder and copy it"
         )
+    check_writable(out, f"--out={out}")
     vae_config, params = load_vae(experiment.vae_folder())
     dataset = open_indexed_dataset(experiment.data, experiment.size_multiple(), with_captions=experiment.has_lidit)
     logger.info("%s", dataset.summary())
@@ -154,7 +155,7 @@ def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Ou
             if name == MANIFEST:
                 return None
             return _plan_outputs(dataset)
-    if out.exists() and any(out.iterdir()):
+    if not is_unused(out):
         raise UserError(f"{out} is not empty and holds no latents: use another --out")
     multihost_utils.sync_global_devices("checked the folder")
     if jax.process_index() == 0:
@@ -218,23 +219,22 @@ def _write_output(
     from array_record.python.array_record_module import ArrayRecordWriter
 
     chooser = dataset.config.chooser(0.0)
-    temporary = file.parent / f".{file.name}.new"
-    writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
-    for examples in _examples(dataset, output, encode.rows):
-        good = [example for example in examples if not isinstance(example, BrokenExample)]
-        bad = [(e.key, e.reason) for e in examples if isinstance(e, BrokenExample)]
-        broken.add(len(examples), bad)
-        if good:
-            moments = encode(np.stack([example["image"] for example in good]))
-            captions = [chooser.filled(example["captions"]) for example in good]
-            features = _caption_features(captions, encode_captions) if encode_captions else [({}, [])] * len(good)
-            for example, texts, example_moments, example_features in zip(
-                good, captions, moments, features, strict=True
-            ):
-                writer.write(to_record(example["key"], texts, example_moments, *example_features))
-        bar.update(len(examples))
-    writer.close()
-    temporary.replace(file)
+    with new_file(file) as temporary:
+        writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
+        for examples in _examples(dataset, output, encode.rows):
+            good = [example for example in examples if not isinstance(example, BrokenExample)]
+            bad = [(e.key, e.reason) for e in examples if isinstance(e, BrokenExample)]
+            broken.add(len(examples), bad)
+            if good:
+                moments = encode(np.stack([example["image"] for example in good]))
+                captions = [chooser.filled(example["captions"]) for example in good]
+                features = _caption_features(captions, encode_captions) if encode_captions else [({}, [])] * len(good)
+                for example, texts, example_moments, example_features in zip(
+                    good, captions, moments, features, strict=True
+                ):
+                    writer.write(to_record(example["key"], texts, example_moments, *example_features))
+            bar.update(len(examples))
+        writer.close()
 
 
 def _caption_features(

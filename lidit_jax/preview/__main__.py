@@ -1,4 +1,6 @@
-"""Shows training batches: `python -m lidit_jax.preview --config=configs/emoji.py --out=sheet.png`.
+"""Shows training batches.
+
+    python -m lidit_jax.preview --config=configs/emoji.py --config.data.path=FOLDER_OF_TAR_SHARDS --out=sheet.png
 
 Writes a contact sheet of training batches: images after resizing and cropping, the sampled captions, and the bucket
 sizes. Logs the fraction of each bucket, the examples left out with the reasons, and the speed of the loader.
@@ -8,7 +10,6 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.preview.contact_sheet import draw_contact_sheet
 
 _CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", None, "PNG file to write")
@@ -16,6 +17,8 @@ _NUM_IMAGES = flags.DEFINE_integer("num_images", 40, "images on the sheet", lowe
 
 
 def main() -> None:
+    from lidit_jax.preview.contact_sheet import draw_contact_sheet
+
     draw_contact_sheet(cli.read_config(_CONFIG), epath.Path(cli.require(_OUT.name)), _NUM_IMAGES.value)
 
 

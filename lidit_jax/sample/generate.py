@@ -1,23 +1,31 @@
 """Implementation of the `sample` command: generates a folder of images from prompts and a workdir."""
 
+import contextlib
 import dataclasses
+import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
-from lidit_jax import experiment
+from lidit_jax import __version__, experiment
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import TrainedModel
 from lidit_jax.export.read import load_exported
-from lidit_jax.files import read_text, split_lines
+from lidit_jax.files import check_writable, read_text, split_lines, write_json
 from lidit_jax.images import grid, save_png
-from lidit_jax.pipeline import SampleConfig
+from lidit_jax.pipeline import MAX_GUIDANCE, MAX_SEED, SampleConfig
 from lidit_jax.text.encoders import truncated_prompts
 
 logger = logging.getLogger(__name__)
+
+GRID_FILE = "grid.png"
+LIST_FILE = "images.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,11 @@ class SamplingOptions:
     def __post_init__(self):
         if self.weights not in ("ema", "params"):
             raise UserError(f"--weights={self.weights}: use ema or params")
+        for name in ("height", "width", "steps", "decode_pixels"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name}={getattr(self, name)} must be at least 1")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= MAX_GUIDANCE:
+            raise UserError(f"--guidance={self.guidance_scale:g} must be from 0 to {MAX_GUIDANCE:g}")
 
     def resolve_options(self, model: TrainedModel) -> tuple[SampleConfig, int, int]:
         """Resolves the options with the config of the model.
@@ -82,6 +95,7 @@ class Request(SamplingOptions):
       from_torch: folder that `export` wrote.
       prompt: a prompt; or give `prompts_file`.
       prompts_file: UTF-8 text file with one prompt per line.
+      negative_prompt: see `Pipeline`.
       num_images: images per prompt.
       seed: seed of the first image; further images use consecutive seeds.
     """
@@ -91,6 +105,7 @@ class Request(SamplingOptions):
     from_torch: epath.Path | None = None
     prompt: str | None = None
     prompts_file: str | None = None
+    negative_prompt: str = ""
     num_images: int = 1
     seed: int = 0
 
@@ -98,16 +113,21 @@ class Request(SamplingOptions):
 def sample_to_folder(request: Request) -> None:
     """Writes out/00000.png, … and out/grid.png, in the order of the prompts, with all images of a prompt together.
 
+    Each PNG carries its prompt, seed and settings, and out/images.json has those of all. Images of an earlier call in
+    the same folder are replaced.
+
     Raises:
       UserError: the request is invalid; raised before any image is sampled or written.
+      OSError: the images can't be written; those of this call are removed.
     """
     prompts = read_prompts(request)
     if request.num_images < 1:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
-    if not 0 <= request.seed < 2**32:
-        raise UserError(f"--seed={request.seed} must be from 0 to {2**32 - 1}")
-    if request.out.exists() and not request.out.is_dir():
-        raise UserError(f"--out={request.out} is a file: name a folder")
+    count = len(prompts) * request.num_images
+    if not 0 <= request.seed <= MAX_SEED - count + 1:
+        raise UserError(f"--seed={request.seed} must be from 0 to {MAX_SEED - count + 1}, for {count} images")
+    check_writable(request.out, f"--out={request.out}")
+    earlier = earlier_images(request.out)
 
     if (request.workdir is None) == (request.from_torch is None):
         raise UserError("give either --workdir=DIR of a training run or --from_torch=DIR of an export")
@@ -117,9 +137,11 @@ def sample_to_folder(request: Request) -> None:
         model = experiment.load(request.workdir, request.weights, encoders=request.encoders)
         origin = f"step {model.step}"
     sampling, height, width = request.resolve_options(model)
-    warn_of_truncated(model, prompts)
+    if request.negative_prompt and not sampling.is_guided:
+        raise UserError("--negative_prompt has no effect without guidance: give --guidance above 1, or leave it out")
+    warn_of_truncated(model, [*prompts, *filter(None, [request.negative_prompt])])
 
-    seeds = [(request.seed + i) % 2**32 for i in range(len(prompts) * request.num_images)]
+    seeds = [request.seed + i for i in range(count)]
     logger.info(
         "sampling %d images of %dx%d with %s, %d steps, guidance %g, from %s",
         *(len(seeds), width, height, sampling.sampler, sampling.steps, sampling.guidance_scale, origin),
@@ -130,16 +152,86 @@ def sample_to_folder(request: Request) -> None:
         height=height,
         width=width,
         images_per_prompt=request.num_images,
+        negative_prompt=request.negative_prompt,
         **dataclasses.asdict(sampling),
     )
     if jax.process_index():  # all hosts sample, only the first one writes
         return
-    request.out.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        save_png(image, request.out / f"{i:05d}.png")
+    settings = {
+        "negative_prompt": request.negative_prompt,
+        "height": height,
+        "width": width,
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance_scale,
+        "model": str(request.workdir or request.from_torch),
+        "weights": request.weights,
+        "origin": origin,
+        "version": __version__,
+    }
     captions = [prompt for prompt in prompts for _ in range(request.num_images)]
-    save_png(grid(list(images), captions), request.out / "grid.png")
-    logger.info("%s", request.out / "grid.png")
+    _write_images(request.out, images, captions, seeds, settings, earlier)
+    logger.info("%s", request.out / GRID_FILE)
+
+
+def earlier_images(out: epath.Path) -> list[str]:
+    """Returns the names of the files that an earlier `sample` has written into a folder.
+
+    Raises:
+      UserError: the folder has files of these names that no `sample` has listed, or its list is damaged.
+    """
+    if not out.exists():
+        return []
+    present = {entry.name for entry in out.iterdir()}
+    listed = set()
+    if LIST_FILE in present:
+        try:
+            listed = {entry["file"] for entry in json.loads((out / LIST_FILE).read_text())["images"]}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{out / LIST_FILE} is damaged: name another --out, or remove it") from None
+        listed |= {LIST_FILE, GRID_FILE}
+    ours = {name for name in present if re.fullmatch(r"\d{5,}\.png", name) or name in (GRID_FILE, LIST_FILE)}
+    if ours - listed:
+        raise UserError(
+            f"--out={out} has images that are not listed in {LIST_FILE}, such as {min(ours - listed)}: name another "
+            "folder"
+        )
+    return sorted(ours)
+
+
+def _write_images(
+    out: epath.Path,
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+    earlier: Sequence[str],
+) -> None:
+    """Replaces the files of an earlier call by images, contact sheet and list; leaves none of them if that fails."""
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    if earlier:
+        logger.info("replacing the %d files of an earlier sample in %s", len(earlier), out)
+    for name in earlier:
+        (out / name).unlink(missing_ok=True)
+    text = {"settings": json.dumps(settings, ensure_ascii=False)}
+    names = [f"{i:05d}.png" for i in range(len(images))]
+    listed = [
+        {"file": name, "prompt": caption, "seed": seed}
+        for name, caption, seed in zip(names, captions, seeds, strict=True)
+    ]
+    try:
+        for image, entry in zip(images, listed, strict=True):
+            save_png(image, out / entry["file"], {"prompt": entry["prompt"], "seed": str(entry["seed"])} | text)
+        save_png(grid(list(images), captions), out / GRID_FILE)
+        write_json(out / LIST_FILE, {"settings": settings, "images": listed})
+    except OSError:
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            for name in (*names, GRID_FILE):
+                (out / name).unlink(missing_ok=True)
+            if is_new:
+                out.rmdir()
+        raise
 
 
 def warn_of_truncated(model: TrainedModel, prompts: Sequence[str]) -> None:

@@ -1,4 +1,6 @@
-"""Scores generated images: `python -m lidit_jax.score --benchmark=geneval --images=DIR --out=OUT --detector=…`.
+"""Scores generated images.
+
+    python -m lidit_jax.score --benchmark=t2i_compbench --images=DIR --out=OUT --vqa=Salesforce/blip-vqa-base
 
 DIR holds the images that `python -m lidit_jax.evaluate`, or any other generator, wrote in the layout of the official
 scorer. The scoring models are transformers', in PyTorch. Writes to OUT results.json, with one result per image, and
@@ -11,6 +13,7 @@ interrupted run.
     positional_bias  --vqa=Salesforce/blip-vqa-base
 """
 
+import importlib
 import logging
 
 from absl import flags
@@ -18,19 +21,11 @@ from etils import epath
 
 from lidit_jax import cli
 from lidit_jax.errors import UserError
-from lidit_jax.score import compbench, dpg, geneval, positional_bias
-from lidit_jax.score.eval_extra import require_extra
-from lidit_jax.score.report import write_report
-from lidit_jax.score.results import ScoreRequest
 
 logger = logging.getLogger("lidit_jax.score")  # not __name__, "__main__" here: only the package's logs are shown
 
-SCORERS = {
-    "geneval": geneval.score,
-    "t2i_compbench": compbench.score,
-    "dpg_bench": dpg.score,
-    "positional_bias": positional_bias.score,
-}
+# Modules of `lidit_jax.score` whose `score` scores a benchmark.
+SCORERS = {"geneval": "geneval", "t2i_compbench": "compbench", "dpg_bench": "dpg", "positional_bias": "positional_bias"}
 
 _BENCHMARK = flags.DEFINE_string("benchmark", None, ", ".join(SCORERS))
 _IMAGES = flags.DEFINE_string("images", None, "folder of the generated images")
@@ -44,6 +39,10 @@ _MODEL_NAME = flags.DEFINE_string("model_name", "ours", "name of the model that 
 
 
 def main() -> None:
+    from lidit_jax.score.eval_extra import require_extra
+    from lidit_jax.score.report import write_report
+    from lidit_jax.score.results import ScoreRequest
+
     if cli.require(_BENCHMARK.name) not in SCORERS:
         raise UserError(f"--benchmark={_BENCHMARK.value}: use one of {', '.join(SCORERS)}")
     require_extra("scoring", "matplotlib", "torch", "transformers")
@@ -57,7 +56,7 @@ def main() -> None:
         file=epath.Path(_FILE.value) if _FILE.value else None,
         questions=epath.Path(_QUESTIONS.value) if _QUESTIONS.value else None,
     )
-    report = SCORERS[request.benchmark](request)
+    report = importlib.import_module(f"lidit_jax.score.{SCORERS[request.benchmark]}").score(request)
     logger.info("\n%s\n%s", write_report(report, request.out, _MODEL_NAME.value), request.out)
 
 

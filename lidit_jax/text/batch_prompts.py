@@ -35,22 +35,23 @@ class SharedPrompts:
         """Number of prompts to encode per batch on all devices, the same for every batch: one compilation."""
         return self.shards * self._encoded_per_shard
 
-    def batch(self, prompts: Sequence[str], start: int) -> tuple[list[str], np.ndarray]:
+    def batch(self, prompts: Sequence[str], start: int, negative_prompt: str = "") -> tuple[list[str], np.ndarray]:
         """Selects the prompts of a batch.
 
         Args:
           prompts: all prompts of the run.
           start: index of the batch's first image.
+          negative_prompt: prompt of the unconditional rows, and of the padding.
 
         Returns:
-          The prompts to encode, [shards x E], padded with empty prompts; and for each row the index of its prompt among
-          the E encoded prompts of its shard, int32 [R or 2R].
+          The prompts to encode, [shards x E], padded with the negative prompt; and for each row the index of its prompt
+          among the E encoded prompts of its shard, int32 [R or 2R].
         """
         to_encode, indices = [], []
         for rows in self._prompt_of_row(start):
             distinct, index_of_row = np.unique(rows, return_inverse=True)
             padding = [NO_PROMPT] * (self._encoded_per_shard - len(distinct))
-            to_encode += [prompts[i] if 0 <= i < len(prompts) else "" for i in [*distinct, *padding]]
+            to_encode += [prompts[i] if 0 <= i < len(prompts) else negative_prompt for i in [*distinct, *padding]]
             indices.append(index_of_row)
         return to_encode, np.concatenate(indices).astype(np.int32)
 
