@@ -177,6 +177,14 @@ def config_overrides() -> list[str]:
     return list(_overrides)
 
 
+def write_text(text: str) -> None:
+    """Writes a text to the standard output, as far as anybody reads it: `| head` stops early."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again at its exit
+
+
 def require(name: str) -> str:
     """Returns the value of a required string flag.
 
@@ -208,7 +216,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     """Parses the command line; prints the help or an error, and exits, if it asks for help or has a mistake."""
     program, *words = argv
     if any(word.lstrip("-") in _HELP for word in words if word.startswith("-")):
-        print(_help(program))
+        write_text(_help(program))
         sys.exit(0)
     try:
         words = list(map(_expand_home, words))

@@ -42,8 +42,6 @@ CHANGEABLE_FIELDS = (
     *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
     *("stalled_after", "max_skipped_in_row", "strict_restore"),
 )
-# Fields that name files, which may move.
-PATH_FIELDS = ("path", "weights", "start_from")
 # Keys missing from workdirs of earlier versions, with the value that reproduces what those versions did.
 LEGACY_DEFAULTS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}
 # Removed keys of earlier versions, as section and name; they never affected results, so they are ignored.

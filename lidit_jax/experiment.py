@@ -494,7 +494,9 @@ def compare_frozen(experiment: Experiment, checkpoint: epath.Path, moved: Collec
       UserError: if a moved encoder is not the one that LI-DiT was trained with.
     """
     recorded = read_facts(checkpoint).get("frozen")
-    for key, digest in experiment.frozen_digests().items() if isinstance(recorded, dict) else ():
+    if not isinstance(recorded, dict):  # of an early version
+        return
+    for key, digest in experiment.frozen_digests().items():
         if recorded.get(key, digest) == digest:
             continue
         name = key.removeprefix("encoders.")

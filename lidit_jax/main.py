@@ -33,7 +33,7 @@ def main() -> None:
     from lidit_jax.stages.run import run_stages
 
     if _PRINT_CONFIG.value:
-        print(format_config(cli.read_config(_CONFIG), cli.config_file(), cli.config_overrides()))
+        cli.write_text(format_config(cli.read_config(_CONFIG), cli.config_file(), cli.config_overrides()))
         return
     workdir = epath.Path(cli.require(_WORKDIR.name))
     with activity("starting"):

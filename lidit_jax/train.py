@@ -388,7 +388,7 @@ def train(
                 _check_outcome(trainer, state)
             if config.sample_every and task.evaluate and not preempted and (step % config.sample_every == 0 or last):
                 with progress.paused():
-                    preempted = _evaluate(task, state, step, metrics, notice)
+                    preempted = _evaluate(task.evaluate, state, step, metrics, notice)
                 watchdog.beat()
             if step % config.checkpoint_every == 0 or last or preempted:
                 with progress.paused(), activity(f"saving step {step}"):
@@ -424,11 +424,11 @@ def _first_state(
     return state, ()
 
 
-def _evaluate(task: Task, state: TrainState, step: int, metrics: Metrics, notice: Notice) -> bool:
+def _evaluate(evaluate: Evaluate, state: TrainState, step: int, metrics: Metrics, notice: Notice) -> bool:
     """Evaluates the task and writes the results; returns True if SIGTERM interrupted it."""
     try:
         with notice.interrupting(), activity(f"evaluating step {step}"):
-            values, images = task.evaluate(state, step)
+            values, images = evaluate(state, step)
             if values:
                 metrics.scalars(step, values)
             metrics.images(step, images)

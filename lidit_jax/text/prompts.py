@@ -99,7 +99,8 @@ class PromptTokenizer:
 
     def prefix_text(self) -> str:
         """Returns the text before every prompt, with its special tokens; raises as `prefix` does."""
-        return self.tokenizer.decode(self._prefix, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(self._prefix, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return cast(str, text)  # of one sequence
 
     @property
     def uses_chat_template(self) -> bool:
