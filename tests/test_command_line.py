@@ -233,10 +233,9 @@ def test_help_has_an_example_and_exits_0_without_heavy_imports(command):
     assert not imported & set(HEAVY)
 
 
-@pytest.mark.parametrize("command", ["--help", "--config=shapes --print_config"])
-def test_output_that_nobody_reads_to_its_end_is_no_error(command):
+def test_output_that_nobody_reads_to_its_end_is_no_error():
     """As in `… | head -1`."""
-    run = f"{sys.executable} -m lidit_jax.main {command} | true; exit ${{PIPESTATUS[0]}}"
+    run = f"{sys.executable} -m lidit_jax.main --help | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
