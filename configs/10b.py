@@ -4,7 +4,7 @@
         --config.data.path="gs://BUCKET/shards/{00000..99999}.tar" \
         --config.encoders.llama3.weights=FOLDER --config.encoders.qwen.weights=FOLDER --config.vae.weights=FOLDER
 
-It is configs/1b.py but for what follows; over 1B image-text pairs (paper). `--print_config` shows all of it.
+It differs from configs/1b.py in what follows; `--print_config` prints all fields. The paper's data has over 1B pairs.
 """
 
 from ml_collections import ConfigDict

@@ -5,8 +5,8 @@
         --config.data.path="gs://BUCKET/shards/{00000..02999}.tar" \
         --config.encoders.llama3.weights=FOLDER --config.encoders.qwen.weights=FOLDER --config.vae.weights=FOLDER
 
-It is configs/10b.py but for what follows; `model.position_grid` stays 32, so that layouts are kept. The data is a
-high-quality subset (paper).
+It differs from configs/10b.py in what follows; `model.position_grid` stays 32, so that layouts are kept. The paper's
+data is a high-quality subset.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
         --config.data.path="gs://BUCKET/shards/{00000..02999}.tar" \
         --config.encoders.llama3.weights=FOLDER --config.encoders.qwen.weights=FOLDER --config.vae.weights=FOLDER
 
-The paper's LLMs are multi-modal fine-tunes, and its VAE was trained by its authors; give the folders of yours.
+The paper's LLMs are multi-modal fine-tunes, and its VAE was trained by its authors; give the folders of your own.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,9 @@
-"""Image-text pairs from any folder of tar shards, with networks small enough for a CPU or Colab.
+"""A small model of your own image-text pairs, with networks small enough for a CPU or Colab.
 
     python -m lidit_jax.main --config=configs/emoji.py --workdir=runs/emoji --config.data.path=FOLDER_OF_TAR_SHARDS
 
-Written for a thousand captioned emoji of about 190 px; LLMs and VAE are trained on them too. All numbers are ours.
+The data may come from any source in docs/data.md. The sizes are for a thousand captioned emoji of about 190 px, on
+which the LLMs and the VAE are trained too. All numbers are ours.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ def get_config() -> ConfigDict:
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
 
     config.data = {
-        "source": "tar",  # or array_record, tfds, folder
+        "source": "tar",  # or parquet, folder, array_record, tfds
         "path": "",  # to fill in
         "resolution": 64,
         "max_aspect": 2.0,

@@ -3,8 +3,8 @@
     python -m lidit_jax.main --config=configs/scenes.py --workdir=runs/scenes           # 64 px, 8x8 tokens
     python -m lidit_jax.main --config=configs/scenes.py:128 --workdir=runs/scenes_128   # 128 px, 16x16 tokens
 
-It is the demo of configs/shapes.py with another layout of the scenes and a deeper LI-DiT: the miniature for everything
-that needs a grid of tokens. All numbers are ours.
+It is the demo of configs/shapes.py with another layout of the scenes and a deeper LI-DiT, for experiments that need a
+larger grid of tokens. All numbers are ours.
 """
 
 from ml_collections import ConfigDict

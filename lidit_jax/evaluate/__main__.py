@@ -31,7 +31,7 @@ _MIXED_PAIRS = flags.DEFINE_bool(
     "one to eight pairs of mixed kinds per prompt, not the paper's four of one kind (positional_bias only, ours)",
 )
 _ENCODERS = cli.define_moved_encoders()
-_DRAWING = cli.define_sampling()
+_SAMPLING = cli.define_sampling()
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
             num_scenes=_NUM_SCENES.value,
             mixed_pairs=_MIXED_PAIRS.value,
             encoders=_ENCODERS(),
-            **_DRAWING(),
+            **_SAMPLING(),
         )
     )
 

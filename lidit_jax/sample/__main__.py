@@ -22,7 +22,7 @@ _OUT = flags.DEFINE_string("out", None, "output folder for the images")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "images per prompt", lower_bound=1, upper_bound=1_000_000)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the first image; further images use consecutive seeds", lower_bound=0)
 _ENCODERS = cli.define_moved_encoders()
-_DRAWING = cli.define_sampling()
+_SAMPLING = cli.define_sampling()
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
             num_images=_NUM_IMAGES.value,
             seed=_SEED.value,
             encoders=_ENCODERS(),
-            **_DRAWING(),
+            **_SAMPLING(),
         )
     )
 
