@@ -1,7 +1,7 @@
 """Report on what a run trains on, logged by `main` before training and by `preview`.
 
-It says what the data are and what is left out, shows captions, and says how every encoder sees them: what precedes a
-prompt and how many prompts are truncated.
+It describes the data and what is left out of them, shows captions, and states for every encoder what precedes a prompt
+and how many prompts are truncated.
 """
 
 import logging

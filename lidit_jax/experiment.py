@@ -4,7 +4,7 @@ A workdir is self-contained:
 
     config.json            the config of the run
     digests.json           digests of the data and weights that the config names
-    run.lock               who runs in the workdir, while it does
+    run.lock               the process that runs in the workdir, while it does
     compiled/              compiled programs, which a resumed run reuses
     encoders/NAME/         an LLM trained by the run, in Hugging Face's format (others are in their `weights` folder)
     vae/                   a VAE trained by the run, in diffusers' format (others are in their `weights` folder)
@@ -64,7 +64,7 @@ LIDIT = "lidit"
 SECTIONS = ("seed", "mesh", "data", "vae")  # required in every config
 LIDIT_SECTIONS = ("text", "encoders", "model", "diffusion", "train", "sample")  # all of them or, for a VAE alone, none
 OPTIONAL_SECTIONS = ("start_from", "evaluate")
-Seed = Annotated[int, between(0, 2**32 - 1)]  # what a random key of JAX keeps of a seed
+Seed = Annotated[int, between(0, 2**32 - 1)]  # JAX's random keys ignore higher bits
 
 
 class Experiment:
@@ -337,7 +337,7 @@ class Experiment:
         if self.vae.weights:
             found["vae.weights"] = folder_digest(self.vae_folder())
         perceptual = self.vae.perceptual.weights
-        if perceptual and epath.Path(perceptual).exists():  # a finished VAE does not need them any more
+        if perceptual and epath.Path(perceptual).exists():  # a finished VAE no longer needs them
             found["vae.perceptual.weights"] = file_digest(perceptual)
         return found
 

@@ -60,7 +60,7 @@ def write_bytes(file: epath.Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def new_file(file: epath.Path) -> Iterator[epath.Path]:
-    """Gives a path to write to, which becomes `file` at the end; it is removed if an exception is raised instead."""
+    """Yields a path to write to, which is renamed to `file` at the end, or removed if an exception is raised."""
     temporary = file.parent / f".{file.name}.new"
     try:
         yield temporary
@@ -73,13 +73,13 @@ def new_file(file: epath.Path) -> Iterator[epath.Path]:
 
 
 def name_file(error: BaseException, file: os.PathLike, temporary: os.PathLike) -> None:
-    """Names the file in an error of the system that names its temporary file or, as at a full disk, none."""
+    """Sets the file name of an OSError that names its temporary file or, as for a full disk, no file."""
     if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
         error.filename = os.fspath(file)
 
 
 def is_unused(folder: epath.Path) -> bool:
-    """Returns True if a folder is missing or holds nothing but what an interrupted write has left in it."""
+    """Returns True if a folder is missing or holds only what interrupted writes have left in it."""
     return not folder.exists() or all(re.fullmatch(r"\..+\.(new|tmp)", entry.name) for entry in folder.iterdir())
 
 

@@ -1,8 +1,7 @@
 """Manifests of checkpoints: the size and checksum of every file, written when a save is complete, verified before use.
 
 A checksum finds accidents (a failing disk, an interrupted copy, a file edited by hand), not an attacker, who would
-write a manifest that fits. Nothing that a manifest says is ever opened: its names are only compared with the names that
-the folder has.
+write a manifest that fits. No path in a manifest is ever opened: its names are only compared with those in the folder.
 """
 
 import concurrent.futures
@@ -28,7 +27,7 @@ WRITTEN_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 class DamagedError(Exception):
-    """A checkpoint that is not what was saved; the message says what differs."""
+    """A checkpoint that differs from what was saved; the message says how."""
 
 
 def write_manifest(folder: epath.Path) -> None:
@@ -90,7 +89,7 @@ def files_of(folder: epath.Path) -> dict[str, epath.Path]:
     """Returns the files of a checkpoint that its manifest lists, by their path in the folder, sorted.
 
     Raises:
-      DamagedError: there is something else than files and folders. A link could lead out of the folder.
+      DamagedError: there is something other than files and folders. A link could lead out of the folder.
     """
     files, folders = {}, [(folder, "")]
     while folders:
@@ -123,7 +122,7 @@ def _read(file: epath.Path) -> Mapping[str, Mapping[str, Any]] | None:
     """Returns the entries of a manifest by file, or None if it does not exist.
 
     Raises:
-      DamagedError: it is not a manifest, or one of a newer version.
+      DamagedError: it is not a manifest, or of another version.
     """
     if not file.exists():
         return None

@@ -8,7 +8,7 @@
         def __post_init__(self):
             check_ranges(self, "train.")
 
-They are checked in `__post_init__`, so that they also hold for values that do not come from a config file, such as
+They are checked in `__post_init__`, so they also hold for values that do not come from a config file, such as
 those of published models and of flags. NaN and infinity are in no range.
 """
 
@@ -73,7 +73,7 @@ Finite = Annotated[float, between(-LARGEST[float], LARGEST[float])]
 Positive = Annotated[float, above(0)]
 NonNegative = Annotated[float, at_least(0)]
 Epsilon = Annotated[float, above(0), at_most(1)]
-# Of a term of the loss, or of one choice among several.
+# Weight of a term of the loss, or of one choice among several.
 Weight = Annotated[float, between(0, 1e6)]
 Share = Annotated[float, between(0, 1)]
 

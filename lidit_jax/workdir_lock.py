@@ -1,4 +1,4 @@
-"""Locks a folder for one process: a second run in a workdir would overwrite the first one's checkpoints."""
+"""Locks a workdir for one process: a second run in it would overwrite the first one's checkpoints."""
 
 import contextlib
 import datetime
@@ -31,9 +31,10 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def lock(file: epath.Path, what: str) -> Iterator[None]:
     """Holds a lock file while the context is open, and removes it at the end.
 
-    On a local disk the kernel releases the lock whenever and however its process ends. In a bucket, and on a network
-    disk whose hosts do not see each other's locks, the holder changes the file every `BEAT_S` seconds: one that does
-    not change is that of a dead process. There, two processes that start in the same second may both get the lock.
+    On a local disk the kernel releases the lock whenever and however its process ends. For buckets, and for network
+    disks whose hosts do not see each other's locks, the holder changes the file every `BEAT_S` seconds: a file that
+    does not change belongs to a dead process. There, two processes that start in the same second may both get the
+    lock.
 
     Args:
       file: the lock file; its folder is created.
@@ -96,7 +97,7 @@ class _Holder:
 
     def _write(self) -> None:
         self._beats += 1
-        # In place: the kernel's lock is of this very file, which a rename would replace.
+        # In place: the kernel's lock belongs to this very file, which a rename would replace.
         self._file.write_text(json.dumps({**self._facts, "beat": self._beats}))
 
     def _is_ours(self) -> bool:
@@ -167,7 +168,7 @@ def _name(holder: Mapping[str, Any]) -> str:
 
 
 def _this_process() -> dict[str, Any]:
-    """Returns the facts by which a process is known; "boot" tells hosts of one name apart."""
+    """Returns the facts that identify this process; "boot" tells hosts with the same name apart."""
     boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
     return {"pid": os.getpid(), "host": platform.node(), "boot": boot}
 

@@ -33,7 +33,7 @@ def fields_of(captions: Mapping[str, str], fields: Collection[str] | None) -> li
 
 
 def is_used(name: str, fields: Collection[str]) -> bool:
-    """Returns True if a text is of one of the fields, or is one of the list that is a field."""
+    """Returns True if a text belongs to one of the fields, by its own name or as an entry of a list."""
     return name in fields or list_field(name) in fields
 
 

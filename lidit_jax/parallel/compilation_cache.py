@@ -14,20 +14,20 @@ MAX_BYTES = 8 << 30  # on a disk; the programs used least recently are removed
 
 
 def cache_compilations(folder: epath.Path) -> None:
-    """Turns on JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR is set, be it to "".
+    """Turns on JAX's persistent compilation cache, unless JAX_COMPILATION_CACHE_DIR is set (also if empty).
 
-    On several hosts the first one writes; the others read if the folder is shared. A cache that can't be read or
-    written costs a warning.
+    On several hosts the first one writes; the others read if the folder is shared. If it can't be read or
+    written, JAX logs a warning.
 
     Args:
-      folder: where compiled programs are kept.
+      folder: folder of the compiled programs.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     if jax.default_backend() == "cpu":
-        if jax.process_count() > 1:  # the program of one process is not that of another
+        if jax.process_count() > 1:  # the processes compile different programs
             return
-        # Programs for a CPU use all of its instructions: another one may not have them, and JAX's key omits them.
+        # Programs use all instructions of the CPU. Another CPU may lack some, and JAX's cache key omits them.
         folder /= _cpu_kind()
     is_remote = "://" in str(folder)
     reset_cache()  # JAX decides at its first compilation whether there is a cache
@@ -38,7 +38,7 @@ def cache_compilations(folder: epath.Path) -> None:
 
 
 def _cpu_kind() -> str:
-    """Returns a folder name that equals those of other hosts only if their CPUs have the same instructions."""
+    """Returns a folder name that hosts share only if their CPUs have the same instructions."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     features = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})

@@ -22,7 +22,7 @@ REMINDER_S = 3.0  # seconds after a signal at which the process says what it sti
 class Preempted(BaseException):
     """Raised when a run stops on SIGTERM or Ctrl-C; the message says what is saved.
 
-    Like KeyboardInterrupt it is no `Exception`: a library that handles failures must not take it for one.
+    Like KeyboardInterrupt, it is no `Exception`, so that libraries do not handle it as a failure.
 
     Attributes:
       signal: number of the signal.
@@ -136,7 +136,7 @@ def catch_sigterm() -> Iterator[Notice]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Raises `Preempted` at SIGTERM or Ctrl-C, except where `catch_sigterm` polls. For the whole of a command."""
+    """Raises `Preempted` at SIGTERM or Ctrl-C, except where `catch_sigterm` polls. For a whole command."""
     # SIGTERM during the interpreter's shutdown must not change the exit status of a command that is done.
     with _handlers({signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_DFL}):
         yield
@@ -188,7 +188,7 @@ def _handlers(after: Mapping[int, signal.Handlers] | None = None) -> Iterator[No
 
 
 def _listen(signals: socket.socket) -> None:
-    """Says what a stopping process still waits for, and ends it at the second signal if that is Ctrl-C.
+    """Prints what a stopping process still waits for, and ends it at the second signal if that is Ctrl-C.
 
     Args:
       signals: gets the number of each signal as a byte, and is closed at the end.

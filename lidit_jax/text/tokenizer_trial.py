@@ -1,8 +1,8 @@
 """Tries a tokenizer and its chat template in a process of its own, with limits on time and memory.
 
-A tokenizer is a program as much as a file: a few kilobytes can hold a normaliser that turns a letter into gigabytes, a
-regular expression that takes years, or a chat template that never ends. What stays within the limits on the texts
-here, which are longer than prompts, stays within them on prompts.
+A tokenizer is as much a program as a file: a few kilobytes can hold a normaliser that turns a letter into gigabytes, a
+regular expression that takes years, or a chat template that never ends. The texts tried here are as long as prompts can
+be, so a tokenizer that stays within the limits here also does so in use.
 """
 
 import hashlib
@@ -108,7 +108,7 @@ def _main(folder: Path, cpu_seconds: int, memory: int) -> int:
             PromptTokenizer(tokenizer, 8, INSTRUCTION * 6, system_prompt).prefix()
     except MemoryError:
         return OUT_OF_MEMORY
-    except BaseException as error:  # whoever reads it says what is wrong
+    except BaseException as error:  # reported when the tokenizer is read in earnest
         return OUT_OF_MEMORY if "memory" in str(error).lower() else 0
     return 0
 

@@ -62,7 +62,7 @@ class CaptionTable:
 
 
 def is_table(name: str) -> bool:
-    """Returns True if a file of this name may be a captions file; captions.txt is what Kaggle calls a CSV file."""
+    """Returns True if a file of this name may be a captions file; Kaggle calls its CSV files captions.txt."""
     return _suffix(name) in _SUFFIXES or name.lower() == "captions.txt"
 
 

@@ -110,14 +110,14 @@ def of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
 
 
 def _split_of(name: str) -> str | None:
-    """Returns the split that a name stands for, "train", "validation" or "test"; None if it is none's."""
+    """Returns the split that a name stands for, "train", "validation" or "test"; None for other names."""
     return _SPLITS.get(re.sub(r"[-_]?[0-9]*$", "", name.lower()))
 
 
 def find_images(folder: str, split: str) -> list[ImageFile]:
     """Lists the images of a folder at any depth, in the order of their names.
 
-    Texts beside images are their captions; only where no image has any, the folders name classes.
+    Texts beside images are their captions. Only if no image has one are the folders taken for classes.
 
     Raises:
       UserError: there is no image or no such split, or the only captions are in a file that does not name the images.
@@ -177,7 +177,7 @@ def images_folder(table: str, names: Sequence[str]) -> str:
 def locate(folder: str, name: str) -> str | None:
     """Returns the path of an image that a captions file names; None if there is no such file.
 
-    Backslashes separate folders where no file has them in its name, and a name may lack its ending.
+    Backslashes may separate folders, and a name may lack its suffix.
     """
     for spelling in dict.fromkeys((name, name.replace("\\", "/"))):
         path = os.path.join(folder, spelling)
@@ -190,7 +190,7 @@ def locate(folder: str, name: str) -> str | None:
 def is_inside(folder: str, name: str) -> bool:
     """Returns True if a name, relative to the folder or absolute, is of a file inside the folder.
 
-    Links count as what they are called, not as what they lead to.
+    Links are judged by their own path, not by that of their target.
     """
     for spelling in (name, name.replace("\\", "/")):
         path = os.path.normpath(os.path.join(folder, spelling))

@@ -1,7 +1,7 @@
 """Reads the size and the orientation of a PNG, JPEG or WebP from its header, at a bounded cost.
 
 The bytes are untrusted. Pillow's parsers decompress texts and colour profiles, keep every segment and every EXIF entry,
-and allocate a canvas of the size that a WebP claims. Here nothing is decompressed or kept, and a header of too many
+and allocate a canvas of the size that a WebP claims. Here nothing is decompressed or kept, and a header with too many
 parts is rejected.
 """
 
@@ -28,7 +28,7 @@ class BrokenImage(Exception):
 
 
 class ImageHeader(NamedTuple):
-    """What a header says of an image.
+    """Facts that the header of an image states.
 
     Attributes:
       format: format of the file.
@@ -131,7 +131,7 @@ def _read_jpeg(file: BinaryIO) -> ImageHeader:
 
 
 def _jpeg_segments(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
-    """Yields the (marker, start of the data, length of the data) of the segments before the first scan, and of that."""
+    """Yields the (marker, start of the data, length of the data) of the segments up to the first scan's."""
     position, marker, count = 2, 0, 0
     while marker != _START_OF_SCAN:
         file.seek(position)
@@ -205,7 +205,7 @@ def _webp_chunks(file: BinaryIO) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _orientation(exif: bytes) -> int:
-    """Returns the orientation that EXIF data (a TIFF header and its first directory) state; 1 if they are damaged."""
+    """Returns the orientation in EXIF data (a TIFF header and its first directory); 1 if there is none."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:
         return 1

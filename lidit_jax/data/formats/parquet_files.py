@@ -1,4 +1,4 @@
-"""Reads rows of Parquet files, on a disk or through fsspec; memory is bounded also if the files are forged."""
+"""Reads rows of Parquet files, on a disk or through fsspec, in bounded memory even if the files are forged."""
 
 import collections
 import dataclasses
@@ -26,11 +26,11 @@ _TEXT_ROWS_AT_ONCE = 16
 
 
 class DamagedParquet(Exception):
-    """A Parquet file that cannot be read, or not beyond some row; the message gives the reason in a few words."""
+    """A Parquet file that cannot be read, at all or from some row on; the message gives the reason in a few words."""
 
 
 class UnreadableFile(Exception):
-    """A file that the disk or the network does not provide; not the fault of its content."""
+    """A file that the disk or the network fails to provide, whatever it contains."""
 
 
 class Chunk(NamedTuple):
@@ -41,8 +41,8 @@ class Chunk(NamedTuple):
       start: its first byte in the file.
       end: its end.
       num_values: number of values, including nulls.
-      uncompressed_size: size of its pages, uncompressed; as all of these, it need not be true.
-      is_compressed: False if the sizes of its pages do not show that they are compressed.
+      uncompressed_size: size of its pages when uncompressed. Like all of these values, it may be forged.
+      is_compressed: True if the sizes of its pages show that they are compressed.
     """
 
     path: str
@@ -77,7 +77,7 @@ class Footer:
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
     def chunks(self, group: int, columns: Sequence[str]) -> list[Chunk]:
-        """Returns the column chunks of a row group below the columns or fields ("image.bytes") that are named.
+        """Returns the column chunks of a row group that belong to the given columns or fields ("image.bytes").
 
         Raises:
           DamagedParquet: the file lacks one of them, or the footer is damaged.
@@ -229,7 +229,7 @@ class ParquetFiles:
 
 
 class _GroupFile(io.RawIOBase):
-    """A Parquet file from which pyarrow reads one row group; small column chunks are read in advance, together."""
+    """A Parquet file from which pyarrow reads one row group; small column chunks are read together in advance."""
 
     def __init__(self, files: ParquetFiles, number: int, size: int):
         super().__init__()

@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """What the columns of the files are used for.
+    """Roles of the columns of the files.
 
     Attributes:
       key: column of the image.
@@ -163,7 +163,7 @@ class ParquetShards:
         return found
 
     def _rows(self, shard: int, group: int, wanted: Sequence[int]) -> dict[int, dict[str, Any]]:
-        """Returns rows of a row group, counted from its first, without those that follow damage."""
+        """Returns rows of a row group by their number in it, without those after damage."""
         images = self._uncompressed_images(shard, group, wanted)
         if images is None:
             read = functools.partial(self._files.rows, shard, group, self._columns.others, self._columns.image)
@@ -175,8 +175,8 @@ class ParquetShards:
     def _uncompressed_images(self, shard: int, group: int, wanted: Sequence[int]) -> dict[int, bytes] | None:
         """Returns images of rows that are stored as they are, each read as one byte range.
 
-        Returns None if the row group must be decompressed for one of the rows. Where the images lie is found by reading
-        the row group once.
+        Returns None if the row group must be decompressed for one of the rows. The row group is read once to find the
+        images' byte ranges.
         """
         footer = self._files.footer(shard)
         chunk = footer.chunks(group, self._columns.image[:1])[0]
@@ -196,7 +196,7 @@ class ParquetShards:
         return dict(zip(wanted, found, strict=True))
 
     def warn_of_slow_access(self) -> None:
-        """Warns if reading a single image means decompressing many."""
+        """Logs a warning if reading a single image means decompressing many."""
         footer = self._files.footer(self._first)
         groups = range(len(footer.starts) - 1)
         try:
@@ -379,7 +379,7 @@ def _find_ranges(files: ParquetFiles, shard: int, chunk: Chunk, images: Iterator
 
 
 class _RowCache:
-    """Rows of row groups that were read last, in bounded memory. Pickled without them."""
+    """Cache of the rows of the row groups read last, in bounded memory. It is pickled empty."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -430,7 +430,7 @@ class _RowCache:
 
 
 def _memory(value: Any) -> int:
-    """Returns about how many bytes a value takes."""
+    """Returns an estimate of the bytes that a value takes in memory."""
     if isinstance(value, Mapping):
         return 200 + sum(map(_memory, value.values()))
     if isinstance(value, list):

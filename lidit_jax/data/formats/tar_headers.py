@@ -170,10 +170,10 @@ def _name(header: bytes) -> bytes:
 
 
 def _read_overrides(file: File, kind: bytes, offset: int, size: int) -> dict[str, bytes]:
-    """Returns what an extension says of the file that follows: "path", "size", "sparse"."""
+    """Returns the values that an extension header sets for the next file: "path", "size", "sparse"."""
     if offset + size > file.size:
         raise DamagedTar("truncated tar")
-    if kind in (b"K", b"g"):  # the target of a link, and what holds for all files
+    if kind in (b"K", b"g"):  # the target of a link, and records for all files
         return {}
     if size > _MAX_EXTENSION_BYTES:
         raise DamagedTar("damaged tar")
