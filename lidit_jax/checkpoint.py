@@ -2,8 +2,8 @@
 
 A checkpoint has four items: `state` (step, parameters, EMA, optimiser), `facts` (JSON: the fingerprint of the data, the
 digests of the frozen networks), `config` (JSON), and `data`, the position of each process in the data (JSON, one file
-for each process). Its manifest (`manifest.py`) is verified before anything of it is used; a damaged one is passed over
-for the one before.
+for each process). Its manifest (`manifest.py`) is verified before the checkpoint is used; if it is damaged, the one before
+is used.
 """
 
 import contextlib
@@ -27,8 +27,6 @@ from jax.experimental import multihost_utils
 from lidit_jax.errors import UserError
 from lidit_jax.manifest import MANIFEST_FILE, DamagedError, verify, write_manifest
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -41,12 +39,12 @@ _DISK_ERROR_TEXT = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC"
 LARGE_STACK_BYTES = 64 << 20
 READ_BYTES = 256 << 20  # read at a time from a stacked array, if its chunks are no larger
 MANIFEST_FACT = "manifest"  # fact of a checkpoint that had a manifest when it was saved
-# What Orbax, TensorStore and json raise for damaged files. Errors of devices and of networks are others.
+# What Orbax, TensorStore and json raise for damaged files; devices and networks raise other errors.
 _UNREADABLE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, RecursionError),
     *(TypeError, ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError),
 )
-# Statuses in TensorStore's ValueErrors that are not about the files.
+# Statuses in TensorStore's ValueErrors that do not mean damage.
 _PASSING = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|UNAUTHENTICATED|PERMISSION")
 _STEP = re.compile(r"[1-9][0-9]{0,17}")  # name of a checkpoint's folder
 
@@ -447,8 +445,8 @@ def _load_verified(folder: epath.Path, load: Callable[[epath.Path], T]) -> T:
     """Returns what `load` returns for a checkpoint, after verifying it.
 
     Raises:
-      DamagedError: if it is not what was saved.
-      UserError: if it is, but can't be loaded.
+      DamagedError: if it differs from what was saved.
+      UserError: if it is intact, but can't be loaded.
     """
     has_manifest = verify_checkpoint(folder)
     try:
@@ -480,7 +478,7 @@ def verify_checkpoint(folder: epath.Path) -> bool:
       True, or False if it is from an earlier version, without a manifest.
 
     Raises:
-      DamagedError: if it is not what was saved.
+      DamagedError: if it differs from what was saved.
     """
     damage, has_manifest = "", False
     try:

@@ -114,6 +114,7 @@ def test_the_readmes_blocks_run_in_order_and_write_what_it_says(tmp_path):
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         *(f"{i:05}.png" for i in range(8)),
         "grid.png",
+        "images.json",
         "prompts.png",
     ]
     assert np.asarray(Image.open(tmp_path / "out" / "00000.png")).shape == (32, 32, 3)

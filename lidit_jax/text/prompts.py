@@ -22,7 +22,7 @@ INSTRUCTION = (
 # Some chat templates (LLaMA 3.2's) insert today's date, which would change the prefix every day. A fixed date, LLaMA's
 # default, keeps the prefix constant.
 FIXED_DATE_MACRO = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-# Longer prompts are cut before they are tokenized: what a tokenizer does with a text may cost much more than the text.
+# Longer prompts are truncated before they are tokenised, which may cost far more than their length suggests.
 MAX_CHARACTERS = 1 << 16
 # Marks the prompt's position in a rendered chat template; private-use characters do not occur in templates.
 PLACEHOLDER = "\ue000prompt\ue001"
