@@ -2,8 +2,8 @@
 
 A checkpoint has four items: `state` (step, parameters, EMA, optimiser), `facts` (JSON: the fingerprint of the data, the
 digests of the frozen networks), `config` (JSON), and `data`, the position of each process in the data (JSON, one file
-for each process). Its manifest (`manifest.py`) is verified before the checkpoint is used; if it is damaged, the one before
-is used.
+for each process). Its manifest (`manifest.py`) is verified before the checkpoint is used; instead of a damaged
+one, the one before is used.
 """
 
 import contextlib
