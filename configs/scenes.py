@@ -40,12 +40,12 @@ def get_config(resolution: str = "64") -> ConfigDict:
         position_grid=side // 8,  # 64 or 256 tokens
     )
     config.train.update(
-        steps=3600,
+        steps=12_000,  # after 3,600, positions and colours are learned, shapes are not
         warmup_steps=100,
         ema_decay=0.998,
         log_every=50,
-        checkpoint_every=600,
-        sample_every=1800,
+        checkpoint_every=1000,
+        sample_every=4000,
     )
     config.evaluate = {
         "one_object": 64,

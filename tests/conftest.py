@@ -1,8 +1,10 @@
 """Shared fixtures; JAX is set up before its import to run on the CPU, as eight devices for the sharding tests."""
 
+import gc
 import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +28,24 @@ hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_compiled_programs():
+    """Drops the programs that the tests of a file have compiled: they fill several gigabytes by the end of a run."""
+    yield
+    if "jax" in sys.modules and _resident_bytes() > 1.5e9:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+
+
+def _resident_bytes() -> int:
+    """Returns the memory of this process, which only Linux tells; 0 elsewhere."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def load_module(name: str) -> ModuleType:
