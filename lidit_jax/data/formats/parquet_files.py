@@ -82,18 +82,26 @@ class Footer:
         Raises:
           DamagedParquet: the file lacks one of them, or the footer is damaged.
         """
-        try:
-            row_group = self.metadata.row_group(group)
-            chunks = [_chunk(row_group.column(i)) for i in range(row_group.num_columns)]
-        except Exception as error:  # pyarrow raises OSError, ValueError and others on damaged data
-            raise DamagedParquet("damaged Parquet footer") from error
-        found = []
+        chunks, found = column_chunks(self.metadata, group), []
         for name in columns:
             named = [chunk for chunk in chunks if f"{chunk.path}.".startswith(f"{name}.")]
             if not named:
                 raise DamagedParquet(f"no column {name!r}"[:200])
             found += named
         return found
+
+
+def column_chunks(metadata: pq.FileMetaData, group: int) -> list[Chunk]:
+    """Returns all column chunks of a row group.
+
+    Raises:
+      DamagedParquet: the footer is damaged.
+    """
+    try:
+        row_group = metadata.row_group(group)
+        return [_chunk(row_group.column(i)) for i in range(row_group.num_columns)]
+    except Exception as error:  # pyarrow raises OSError, ValueError and others on damaged data
+        raise DamagedParquet("damaged Parquet footer") from error
 
 
 def _chunk(chunk: pq.ColumnChunkMetaData) -> Chunk:
@@ -167,7 +175,7 @@ class ParquetFiles:
         try:
             metadata = pq.read_metadata(pa.BufferReader(tail[-length:]))
             counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        except Exception as error:  # as in `Footer.chunks`
+        except Exception as error:  # as in `column_chunks`
             raise DamagedParquet("damaged Parquet footer") from error
         if any(count < 0 for count in counts) or sum(counts) > _MAX_ROWS:
             raise DamagedParquet("damaged Parquet footer")
@@ -222,7 +230,7 @@ class ParquetFiles:
             raise
         except DamagedPages as error:
             raise DamagedParquet(str(error)) from error
-        except Exception as error:  # as in `Footer.chunks`
+        except Exception as error:  # as in `column_chunks`
             raise DamagedParquet("damaged Parquet file") from error
         if count != footer.metadata.row_group(group).num_rows:
             raise DamagedParquet("damaged Parquet file")
