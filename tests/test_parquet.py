@@ -310,6 +310,23 @@ def test_a_position_between_row_groups_is_rejected(parquet):
             list(shards.scan(0, start, 1))
 
 
+def test_a_section_never_ends_where_it_began(tmp_path):
+    table = pa.table({"image": images(3), "text": list("abc")})
+    with pq.ParquetWriter(tmp_path / "x.parquet", table.schema) as writer:
+        for rows in (table[:0], table[:2], table[:0], table[2:]):
+            writer.write_table(rows)
+    shards, starts = ParquetShards(tmp_path), [0]
+    while starts[-1] is not None and len(starts) < 9:
+        section = shards.scan(0, starts[-1], 1)
+        while True:
+            try:
+                next(section)
+            except StopIteration as end:
+                starts.append(end.value)
+                break
+    assert starts == [0, 2, None]
+
+
 def test_indexed_batches_are_equal_for_any_number_of_hosts_and_resume(parquet, monkeypatch):
     dataset = open_dataset(data_of("parquet", parquet), 8)
     loader = loader_on(dataset, monkeypatch)
@@ -442,6 +459,32 @@ def test_a_page_that_would_expand_too_far_is_not_decompressed(tmp_path, monkeypa
     write(tmp_path / "x.parquet", {"image": images(3), "text": ["x" * (3 << 20)] * 3}, compression="zstd")
     monkeypatch.setattr(parquet_files, "MAX_TEXT_PAGE_BYTES", 1 << 20)
     assert list(ParquetShards(tmp_path).scan(0)) == ["Parquet page over 1 MiB"]
+
+
+def test_a_text_over_1_mib_is_left_out_or_breaks_its_sample_if_it_is_a_caption(tmp_path):
+    long = "x" * ((1 << 20) + 1)
+    write(tmp_path / "x.parquet", {"image": images(3), "text": ["a", long, "c"], "html": ["", "", long]})
+    found = [one if isinstance(one, str) else one[1].captions for one in ParquetShards(tmp_path).scan(0)]
+    assert found == [{"text": "a"}, "text over 1 MiB", {"text": "c"}]
+
+
+def test_a_missing_image_column_is_counted_once_a_file(tmp_path):
+    write(tmp_path / "a.parquet", {"image": images(2), "text": ["a", "b"]})
+    write(tmp_path / "b.parquet", {"photo": images(2), "text": ["a", "b"]}, row_group_size=1)
+    assert list(ParquetShards(tmp_path).scan(1)) == ["no column 'image.bytes'"]
+
+
+def test_texts_that_are_lost_after_indexing_break_their_samples_only(tmp_path):
+    file = write(tmp_path / "x.parquet", {"image": images(2), "text": ["some words"] * 2}, compression="none")
+    shards = ParquetShards(tmp_path)
+    [sample] = shards.read([(0, 0, 1)])
+    assert sample.captions == {"text": "some words"}
+    content = bytearray(file.read_bytes())
+    start = pq.read_metadata(file).row_group(0).column(2).data_page_offset
+    content[start : start + 8] = b"\xff" * 8
+    file.write_bytes(content)
+    shards = ParquetShards(tmp_path)
+    assert all(isinstance(one, Unusable) for one in shards.read([(0, 0, 1), (0, 1, 2)]))
 
 
 def test_one_large_image_for_many_rows_does_not_fill_the_memory(tmp_path):

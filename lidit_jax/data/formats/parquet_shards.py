@@ -1,7 +1,7 @@
 """Parquet files with embedded images, as Hugging Face data sets and img2dataset store them.
 
 A row is a sample. Its image is a binary column, or a struct column with a field "bytes" (Hugging Face's Image feature).
-The other columns are captions and metadata: see `ParquetShards`.
+The other columns are texts and metadata: see `ParquetShards`.
 """
 
 import collections
@@ -59,8 +59,8 @@ class Columns:
 class ParquetShards:
     """Parquet files with an image in every row; see `Shards` and `SequentialShards`.
 
-    Texts (also dictionary-encoded, binary, or lists of texts) are captions, single numbers metadata; fields of structs
-    are named "json/caption". Other columns are not read. Class labels are captions if their names are known.
+    Texts (also dictionary-encoded, binary, or in lists) may be captions, single numbers are metadata; fields of structs
+    are named "json/caption". Other columns are not read. The name of a class label is the text "class".
     """
 
     def __init__(
@@ -117,10 +117,12 @@ class ParquetShards:
                 raise UserError(f"{self.paths[shard]!r} has no row group at row {start}: it has changed")
             scanned = 0
             while group < len(footer.starts) - 1:
-                if length is not None and scanned >= length:
+                # Row groups may be empty: a section that began and ended at the same row would be scanned forever.
+                if length is not None and scanned >= length and footer.starts[group] > start:
                     return int(footer.starts[group])
+                chunks = footer.chunks(group, self._columns.image)
                 yield from self._scan_group(shard, footer, group)
-                scanned += sum(chunk.end - chunk.start for chunk in footer.chunks(group, self._columns.image))
+                scanned += sum(chunk.end - chunk.start for chunk in chunks)
                 group += 1
         except DamagedParquet as reason:
             yield str(reason)
@@ -168,9 +170,11 @@ class ParquetShards:
         if images is None:
             read = functools.partial(self._files.rows, shard, group, self._columns.others, self._columns.image)
             return self._cache.rows((shard, group, True), read, wanted)
-        read = functools.partial(self._files.rows, shard, group, self._columns.others)
-        rows = self._cache.rows((shard, group, False), read, wanted)
-        return {row: rows.get(row, {}) | {self._columns.key: images[row]} for row in wanted}
+        rows = dict.fromkeys(wanted, {})
+        if self._columns.others:
+            read = functools.partial(self._files.rows, shard, group, self._columns.others)
+            rows = self._cache.rows((shard, group, False), read, wanted)
+        return {row: values | {self._columns.key: images[row]} for row, values in rows.items()}
 
     def _uncompressed_images(self, shard: int, group: int, wanted: Sequence[int]) -> dict[int, bytes] | None:
         """Returns images of rows that are stored as they are, each read as one byte range.
