@@ -62,13 +62,12 @@ class Dataset(abc.ABC):
         found = set().union(*self.fields.values())
         if not self._with_captions or not found:
             return
-        named = {
-            field
-            for source_config in self._source_configs.values()
-            for field in source_config.chooser(0.0).used or ()
-            if source_config.captions is not None
-        }
-        for field in sorted(named):
+        named, not_counted = set(), set()
+        for name, source_config in self._source_configs.items():
+            fields = named if name in self.fields else not_counted
+            if source_config.captions is not None:
+                fields.update(source_config.chooser(0.0).used)
+        for field in sorted(named - not_counted):
             if list_field(field) not in found:
                 available = ", ".join(sorted(found)[:20]) or "none"
                 raise UserError(
