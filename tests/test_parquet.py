@@ -166,6 +166,13 @@ def test_splits_in_one_folder_are_not_mixed(tmp_path):
         ParquetShards(tmp_path, split="validation")
 
 
+def test_files_called_like_splits_are_not_mixed(tmp_path):
+    for name in ("train", "test", "val"):
+        write(tmp_path / f"{name}.parquet", {"image": images(1), "text": ["a"]})
+    assert [pathlib.Path(path).name for path in ParquetShards(tmp_path).paths] == ["train.parquet"]
+    assert [pathlib.Path(path).name for path in ParquetShards(tmp_path, split="validation").paths] == ["val.parquet"]
+
+
 def test_the_last_files_can_be_held_out(tmp_path):
     write_parquet(tmp_path)
     config = data_of("parquet", tmp_path, held_out_shards=1)

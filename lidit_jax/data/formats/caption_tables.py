@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lidit_jax.data.formats.parquet_files import is_binary, is_number, is_text
 from lidit_jax.data.formats.shards import MAX_TEXT_BYTES, Unusable, parse_json
 from lidit_jax.errors import UserError
 from lidit_jax.files import text_encoding
@@ -222,7 +223,7 @@ def _parquet_columns(parquet: pq.ParquetFile) -> list[str]:
     return [
         field.name
         for field in parquet.schema_arrow
-        if _is_plain(field.type) or _is_binary(_value_type(field.type)) and sizes.get(field.name, 0) <= limit
+        if _is_plain(field.type) or is_binary(_value_type(field.type)) and sizes.get(field.name, 0) <= limit
     ]
 
 
@@ -241,13 +242,7 @@ def _value_type(kind: pa.DataType) -> pa.DataType:
 def _is_plain(kind: pa.DataType) -> bool:
     """Returns True for texts, lists of texts, and numbers that are not in a list, such as an embedding."""
     value = _value_type(kind)
-    is_text = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
-    is_number = pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_boolean(value)
-    return is_text or is_number and (value == kind or pa.types.is_dictionary(kind))
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return is_text(value) or is_number(value) and (value == kind or pa.types.is_dictionary(kind))
 
 
 def _decoded(value: Any) -> Any:

@@ -22,12 +22,22 @@ import numpy as np
 import pyarrow as pa
 
 from lidit_jax.data.formats.files import find_files, select_shards
-from lidit_jax.data.formats.parquet_files import Chunk, DamagedParquet, Footer, ParquetFiles, UnreadableFile
+from lidit_jax.data.formats.folder_layout import split_of
+from lidit_jax.data.formats.parquet_files import (
+    Chunk,
+    DamagedParquet,
+    Footer,
+    ParquetFiles,
+    UnreadableFile,
+    is_binary,
+    is_number,
+    is_text,
+)
 from lidit_jax.data.formats.record_shards import flatten, make_sample
 from lidit_jax.data.formats.shards import CLASS_FIELD, Place, Sample, Unusable, class_name, names_digest
 from lidit_jax.errors import UserError
 
-_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet$")
+_NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet$")
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 _SNIFFED_GROUPS, _SNIFFED_ROWS = 4, 16
 _MAX_DEPTH = 4  # of nested columns
@@ -77,7 +87,7 @@ class ParquetShards:
           path: a folder of .parquet files, one file, a glob pattern or a brace range, also at an fsspec URL.
           image_key: column of the image; "": the only column with images.
           class_names: names of the classes that a column "class" or "label" gives as numbers.
-          split: if the folder holds several splits (SPLIT-00000-of-00010.parquet), the one to use.
+          split: if the folder holds several splits (SPLIT-00000-of-00010.parquet, train.parquet), the one to use.
           shards: slice of the sorted files to use; None: all.
 
         Raises:
@@ -277,16 +287,26 @@ class ParquetShards:
 
 def _files_of_split(files: Sequence[str], split: str, path: str | os.PathLike) -> Sequence[str]:
     """Returns the files of one split if their names tell several splits apart."""
-    matches = [_SPLIT.match(os.path.basename(file)) for file in files]
-    splits = {match[1] for match in matches if match}
-    if len(splits) < 2:
+    split_of_file = {file: _split_of_file(os.path.basename(file)) for file in files}
+    splits = set(split_of_file.values()) - {None}
+    if len({split_of(name) or name for name in splits}) < 2:
         return files
-    chosen = tuple(file for file, match in zip(files, matches, strict=True) if match and match[1] == split)
+    chosen = {split} & splits or {name for name in splits if split_of(name) and split_of(name) == split_of(split)}
     if not chosen:
         raise UserError(
             f"{os.fspath(path)!r} has the splits {', '.join(sorted(splits)[:20])}: name one with --config.data.split"
         )
-    return chosen
+    found = tuple(file for file in files if split_of_file[file] in chosen)
+    _log.info("%s: left out %d files (data.split=%r)", path, len(files) - len(found), split)
+    return found
+
+
+def _split_of_file(name: str) -> str | None:
+    """Returns the split that a file belongs to by its name, such as "train-00000-of-00010.parquet"."""
+    if match := _NUMBERED.match(name):
+        return match[1]
+    stem = os.path.splitext(name)[0]
+    return stem if split_of(stem) else None
 
 
 def _columns(schema: pa.Schema, image_key: str, path: str) -> Columns:
@@ -302,11 +322,11 @@ def _columns(schema: pa.Schema, image_key: str, path: str) -> Columns:
 
 def _image_fields(field: pa.Field) -> tuple[str, ...]:
     """Returns the fields to read for an image in a column; () if the column cannot hold images."""
-    if _is_binary(field.type):
+    if is_binary(field.type):
         return (field.name,)
     if pa.types.is_struct(field.type):
-        names = [child.name for child in field.type if child.name == "bytes" and _is_binary(child.type)]
-        names += [child.name for child in field.type if child.name == "path" and _is_text(child.type)]
+        names = [child.name for child in field.type if child.name == "bytes" and is_binary(child.type)]
+        names += [child.name for child in field.type if child.name == "path" and is_text(child.type)]
         if names[:1] == ["bytes"]:
             return tuple(f"{field.name}.{name}" for name in names)
     return ()
@@ -321,19 +341,8 @@ def _plain_fields(field: pa.Field, path: str, depth: int = 0) -> list[str]:
     if any(is_list(kind) for is_list in lists):
         inner = kind.value_type
         inner = inner.value_type if pa.types.is_dictionary(inner) else inner
-        return [path] if _is_text(inner) or _is_binary(inner) else []
-    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
-    if _is_text(kind) or _is_binary(kind) or any(is_number(kind) for is_number in numbers):
-        return [path]
-    return []
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+        return [path] if is_text(inner) or is_binary(inner) else []
+    return [path] if is_text(kind) or is_binary(kind) or is_number(kind) else []
 
 
 def _describe(schema: pa.Schema) -> list[str]:
