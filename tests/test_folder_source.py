@@ -224,6 +224,14 @@ def test_links_that_lead_nowhere_are_counted(tmp_path):
     assert (dataset.captions(9, 0), dataset.broken) == (["a dog"], {"unreadable text": 1, "no image": 1})
 
 
+def test_names_that_are_not_utf8_stay_distinct_and_can_be_encoded(tmp_path):
+    for i, name in enumerate((b"\xe9", b"\xe8")):
+        path = os.fsencode(tmp_path) + b"/" + name
+        pathlib.Path(os.fsdecode(path + b".png")).write_bytes(encode(numbered_image(i)))
+        pathlib.Path(os.fsdecode(path + b".txt")).write_text("a dog")
+    assert [one["key"] for one in opened(tmp_path).source.describe([0, 1])] == ["\\xe8.png", "\\xe9.png"]
+
+
 def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path):
     write_images(tmp_path, ["cat/0.png", "dog/1.png"])
     visited = walk(str(tmp_path))

@@ -18,7 +18,7 @@ from stored_data import CLASSES, COUNT, caption, data_of, numbered_image, write_
 from test_streams import captions_of, loader_on
 from test_tar_source import encode
 
-from lidit_jax.data.formats import files, parquet_files, parquet_shards
+from lidit_jax.data.formats import files, parquet_files, row_cache
 from lidit_jax.data.formats.parquet_shards import ParquetShards
 from lidit_jax.data.formats.shards import Unusable
 from lidit_jax.data.open_dataset import open_dataset
@@ -238,7 +238,7 @@ def test_slow_random_access_is_said(tmp_path, caplog):
 
 def test_row_groups_that_are_too_large_to_keep_are_read_up_to_the_row(tmp_path, monkeypatch):
     write_parquet(tmp_path, shards=1, row_group_size=100, compression="snappy")
-    monkeypatch.setattr(parquet_shards, "_CACHED_GROUP_BYTES", 300)
+    monkeypatch.setattr(row_cache, "_CACHED_GROUP_BYTES", 300)
     shards = ParquetShards(tmp_path)
     found = shards.read([(0, row, row + 1) for row in (9, 2, 13)])
     assert [sample.captions["text"] for sample in found] == [caption(9), caption(2), caption(13)]
@@ -247,7 +247,7 @@ def test_row_groups_that_are_too_large_to_keep_are_read_up_to_the_row(tmp_path, 
 
 def test_the_cache_of_row_groups_stays_within_its_limit(tmp_path, monkeypatch):
     write_parquet(tmp_path, shards=1, compression="snappy")
-    monkeypatch.setattr(parquet_shards, "_CACHE_BYTES", 5000)
+    monkeypatch.setattr(row_cache, "_CACHE_BYTES", 5000)
     shards = ParquetShards(tmp_path)
     for row in range(COUNT):
         [sample] = shards.read([(0, row, row + 1)])

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lidit_jax.data.formats.parquet_files import is_binary, is_number, is_text
+from lidit_jax.data.formats.parquet_columns import is_binary, is_number, is_text
 from lidit_jax.data.formats.shards import MAX_TEXT_BYTES, Unusable, parse_json
 from lidit_jax.errors import UserError
 from lidit_jax.files import text_encoding

@@ -23,6 +23,7 @@ from lidit_jax.data.formats.shards import (
     decode_text,
     names_digest,
     parse_json,
+    printable,
     scan_numbered,
 )
 from lidit_jax.errors import UserError
@@ -92,7 +93,8 @@ class FolderShards:
                 raise Unusable("caption not in UTF-8")
             captions = captions_of(values)
             check_text(max(map(len, captions.values()), default=0))
-            return Sample(name, captions, metadata, _read_image(part.folder, name))
+            image = _read_image(part.folder, name)  # so the name is that of a file
+            return Sample(printable(name), captions, metadata, image)
         except Unusable as reason:
             return reason
 

@@ -1,6 +1,7 @@
 """Reads rows of Parquet files, on a disk or through fsspec; memory is bounded also if the files are forged."""
 
 import collections
+import contextlib
 import dataclasses
 import io
 import threading
@@ -236,6 +237,12 @@ class ParquetFiles:
             raise DamagedParquet("damaged Parquet file")
 
 
+def until_damage(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the rows that can be read."""
+    with contextlib.suppress(DamagedParquet):
+        yield from rows
+
+
 class _GroupFile(io.RawIOBase):
     """A Parquet file from which pyarrow reads one row group; small column chunks are read in advance, together."""
 
@@ -293,21 +300,3 @@ class _GroupFile(io.RawIOBase):
         data = self.at(self._position, self._size - self._position if size < 0 else size)
         self._position += len(data)
         return data
-
-
-# --- types of columns -------------------------------------------------------------------------------------------
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Returns True for the types of texts."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def is_binary(kind: pa.DataType) -> bool:
-    """Returns True for the types of byte strings."""
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def is_number(kind: pa.DataType) -> bool:
-    """Returns True for the types of numbers that metadata may have."""
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)

@@ -22,6 +22,7 @@ from lidit_jax.data.formats.shards import (
     class_name,
     decode_text,
     names_digest,
+    printable,
     scan_numbered,
 )
 from lidit_jax.errors import UserError
@@ -70,7 +71,7 @@ class ArrayRecordShards:
     def _parse(self, shard: int, number: int) -> Sample | Unusable:
         try:
             values = parse_example(self._readers.read(shard, number))
-            key = f"{os.path.basename(self.paths[shard])}#{number}"
+            key = f"{printable(os.path.basename(self.paths[shard]))}#{number}"
             return make_sample(key, flatten(values), self._image_key, self._class_names)
         except Unusable as reason:
             return reason

@@ -159,6 +159,11 @@ def captions_of(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if text}
 
 
+def printable(name: str) -> str:
+    r"""Returns the name of a file with bytes that are not UTF-8 as "\xe9": distinct, and safe to print and encode."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _replace_surrogates(text: str) -> str:
     """Replaces unpaired surrogates, which JSON can hold and tokenizers reject."""
     return text.encode("utf-8", "replace").decode()

@@ -30,6 +30,7 @@ from lidit_jax.data.formats.shards import (
     decode_text,
     names_digest,
     parse_json,
+    printable,
 )
 from lidit_jax.errors import UserError
 from lidit_jax.files import is_hidden
@@ -142,9 +143,7 @@ class TarShards:
             encoded = io.BytesIO(file.read(image.offset, image.size))
         else:
             encoded = io.BufferedReader(_Region(file, path, image.offset, image.size))
-        # Distinct names that are not UTF-8 stay distinct, and the key can be printed and encoded.
-        key = found.key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        return Sample(key, captions_of(values), metadata, encoded)
+        return Sample(printable(found.key), captions_of(values), metadata, encoded)
 
 
 class _NamedFile(NamedTuple):

@@ -323,11 +323,10 @@ def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, An
         except decoding.BrokenImage as error:
             broken[str(error)] += 1
             continue
-        key = sample.key.encode("utf-8", "replace").decode()  # file names need not be UTF-8
         texts = [json.dumps(sample.captions), json.dumps(sample.metadata, default=str)]
-        for name, value in zip(_SCHEMA.names, (start, end, height, width, key, *texts), strict=True):
+        for name, value in zip(_SCHEMA.names, (start, end, height, width, sample.key, *texts), strict=True):
             rows[name].append(value)
-        for part in (key, *texts, repr((start, end, height, width))):
+        for part in (sample.key, *texts, repr((start, end, height, width))):
             digest.update(len(part).to_bytes(8, "big") + part.encode())
     facts = facts | {"broken": broken, "digest": digest.hexdigest()}
     return pa.table(rows, schema=_SCHEMA.with_metadata({"facts": json.dumps(facts)}))
