@@ -14,6 +14,7 @@ from stored_data import data_of, numbered_image
 from test_tar_source import encode, write_tar
 
 from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.formats import caption_tables
 from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
@@ -98,6 +99,14 @@ def test_a_caption_that_holds_the_separator_is_counted_and_not_cut(tmp_path):
     (write_images(tmp_path) / "captions.csv").write_text("image,caption\n0.png,a dog, a cat\n1.png,a bird\n")
     dataset = opened(tmp_path)
     assert (dataset.captions(9, 0), dataset.broken) == (["a bird"], {"row with more values than columns": 1})
+
+
+def test_a_forged_captions_file_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(caption_tables, "_EXPANSION_SLACK", 1 << 20)
+    names, texts = ["0.png"] * 1000, ["x" * 10_000] * 1000
+    pq.write_table(pa.table({"image": names, "caption": texts}), write_images(tmp_path) / "metadata.parquet")
+    with pytest.raises(UserError, match="metadata.parquet' would take more than 1 MiB in memory"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lidit_jax.data.formats.parquet_columns import is_binary, is_number, is_text
+from lidit_jax.data.formats.parquet_files import DamagedParquet, ParquetFiles, UnreadableFile
 from lidit_jax.data.formats.shards import MAX_TEXT_BYTES, Unusable, parse_json
 from lidit_jax.errors import UserError
 from lidit_jax.files import text_encoding
@@ -29,7 +30,8 @@ _SEPARATORS = ",;\t|"
 _MAX_BINARY_TEXT = 1 << 14
 # These stand for rows that cannot be used.
 _OVERLONG, _TOO_MANY_VALUES = b"row over 1 MiB", b"row with more values than columns"
-_ROWS_AT_ONCE = 4096
+# A file whose rows take more memory than this multiple of its size, and this much, is forged.
+_MAX_EXPANSION, _EXPANSION_SLACK = 32, 1 << 30
 _ROWS_LOOKED_AT = 100  # to find the columns of a JSONL file
 
 
@@ -99,10 +101,23 @@ def read_table(file: str) -> CaptionTable:
     try:
         if column is None and columns:
             raise missing_column(file, columns)
-        rows = list(_rows(file))
-    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:  # pyarrow raises the first four
+        rows = _read_rows(file)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error, DamagedParquet, UnreadableFile) as error:
         raise UserError(f"cannot read {file!r}: {' '.join(str(error).split())[:150]}") from error
     return CaptionTable(file, column or FILE_COLUMNS[0], rows)
+
+
+def _read_rows(file: str) -> list[bytes]:
+    limit = _MAX_EXPANSION * os.path.getsize(file) + _EXPANSION_SLACK
+    rows, num_bytes = [], 0
+    for row in _rows(file):
+        rows.append(row)
+        num_bytes += len(row)
+        if num_bytes > limit:
+            raise UserError(f"{file!r} would take more than {limit >> 20} MiB in memory: check that it is not forged")
+    return rows
 
 
 def _rows(file: str) -> Iterator[bytes]:
@@ -202,9 +217,9 @@ def _next_csv_row(reader: csv.DictReader) -> bytes | None:
 
 
 def _parquet_rows(file: str) -> Iterator[bytes]:
-    parquet = pq.ParquetFile(file)
-    for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=_parquet_columns(parquet)):
-        for row in batch.to_pylist():
+    files, columns = ParquetFiles([file]), _parquet_columns(pq.ParquetFile(file))
+    for group in range(len(files.footer(0).starts) - 1):
+        for row in files.rows(0, group, columns):
             yield json.dumps({name: _decoded(value) for name, value in row.items()}).encode()
 
 

@@ -208,6 +208,8 @@ class ParquetFiles:
           UnreadableFile: the file cannot be read.
         """
         footer = self.footer(number)
+        if footer.starts[group] == footer.starts[group + 1]:  # writers may store no pages for no rows
+            return
         file = _GroupFile(self, number, footer.file_size)
         try:
             file.prepare(footer.chunks(group, (*columns, *image)))
