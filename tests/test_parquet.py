@@ -476,6 +476,20 @@ def test_a_text_over_1_mib_is_left_out_or_breaks_its_sample_if_it_is_a_caption(t
     assert found == [{"text": "a"}, "text over 1 MiB", {"text": "c"}]
 
 
+@pytest.mark.parametrize("compression", ["snappy", "none"])
+def test_files_may_lack_columns_of_the_first_one(tmp_path, compression):
+    write(tmp_path / "a.parquet", {"image": images(1), "text": ["a"], "license": ["x"]}, compression=compression)
+    write(tmp_path / "b.parquet", {"image": images(2), "text": ["b", "c"]}, compression=compression)
+    write(tmp_path / "c.parquet", {"image": images(1)}, compression=compression)
+    shards = ParquetShards(tmp_path)
+    assert [sample.captions for _, sample in shards.scan(1)] == [{"text": "b"}, {"text": "c"}]
+    assert [one.captions for one in shards.read([(1, 1, 2), (2, 0, 1), (0, 0, 1)])] == [
+        {"text": "c"},
+        {},
+        {"text": "a", "license": "x"},
+    ]
+
+
 def test_a_missing_image_column_is_counted_once_a_file(tmp_path):
     write(tmp_path / "a.parquet", {"image": images(2), "text": ["a", "b"]})
     write(tmp_path / "b.parquet", {"photo": images(2), "text": ["a", "b"]}, row_group_size=1)

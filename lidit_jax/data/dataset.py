@@ -89,7 +89,7 @@ class Dataset(abc.ABC):
             named = ", ".join(f"{field} ({count})" for field, count in sorted(captions.items()))
             others = ", ".join(sorted(found.keys() - captions.keys())[:20])
             of_source = f" of {name}" if len(self._source_configs) > 1 else ""
-            not_used = f", not from the other texts {others} (data.captions names more)" if others else ""
+            not_used = f", not from the other texts {others} (unless data.captions names them)" if others else ""
             lines.append(f"captions{of_source} from {named or 'none'}{not_used}")
         return lines
 

@@ -197,7 +197,8 @@ class ParquetFiles:
         Args:
           number: index of the file.
           group: index of the row group.
-          columns: columns, or fields of struct columns ("json.caption"), to read as texts and numbers.
+          columns: columns, or fields of struct columns ("json.caption"), to read as texts and numbers; those that the
+            file lacks are left out.
           image: columns or fields of the image, in which large values are expected.
 
         Yields:
@@ -212,6 +213,11 @@ class ParquetFiles:
             return
         file = _GroupFile(self, number, footer.file_size)
         try:
+            paths = [f"{chunk.path}." for chunk in column_chunks(footer.metadata, group)]
+            columns = [name for name in columns if any(path.startswith(f"{name}.") for path in paths)]
+            if not columns and not image:
+                yield from ({} for _ in range(footer.starts[group + 1] - footer.starts[group]))
+                return
             file.prepare(footer.chunks(group, (*columns, *image)))
             for names, limit in ((columns, MAX_TEXT_PAGE_BYTES), (image, MAX_PAGE_BYTES)):
                 for chunk in footer.chunks(group, names):
