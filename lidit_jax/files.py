@@ -153,9 +153,16 @@ def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """Walks through a local folder as `os.walk` does, in the order of names, without hidden entries.
 
     Links to folders are followed; a folder that several links lead to is visited once.
+
+    Raises:
+      OSError: a folder cannot be read.
     """
+
+    def fail(error: OSError) -> None:  # by default, `os.walk` leaves out what it cannot read
+        raise error
+
     visited = set()
-    for directory, folders, names in os.walk(folder, followlinks=True):
+    for directory, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         status = os.stat(directory)
         if (status.st_dev, status.st_ino) in visited:
             folders.clear()

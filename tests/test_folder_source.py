@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pathlib
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,11 +14,13 @@ from stored_data import data_of, numbered_image
 from test_tar_source import encode, write_tar
 
 from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.formats import caption_tables
 from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import open_benchmark
 from lidit_jax.fidelity.image_folder import image_files
+from lidit_jax.files import walk
 from lidit_jax.score import compbench, dpg, positional_bias
 
 COUNT = 4
@@ -96,6 +99,28 @@ def test_a_caption_that_holds_the_separator_is_counted_and_not_cut(tmp_path):
     (write_images(tmp_path) / "captions.csv").write_text("image,caption\n0.png,a dog, a cat\n1.png,a bird\n")
     dataset = opened(tmp_path)
     assert (dataset.captions(9, 0), dataset.broken) == (["a bird"], {"row with more values than columns": 1})
+
+
+def test_a_forged_captions_file_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(caption_tables, "_EXPANSION_SLACK", 1 << 20)
+    names, texts = ["0.png"] * 1000, ["x" * 10_000] * 1000
+    pq.write_table(pa.table({"image": names, "caption": texts}), write_images(tmp_path) / "metadata.parquet")
+    with pytest.raises(UserError, match="metadata.parquet' would take more than 1 MiB in memory"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_rows_of_any_length_are_counted_and_the_others_are_read(tmp_path, suffix):
+    rows = [["0.png", "a scene 0"], ["1.png", "x" * (5 << 19)], ["2.png", "a scene 2"]]
+    if suffix == "jsonl":
+        lines = [json.dumps({"file_name": file, "caption": text}) for file, text in rows]
+    else:
+        not_closed = ["3.png", '"' + ("y" * 100_000 + "\n") * 11]
+        lines = ["file_name,caption", *map(",".join, [*rows, not_closed]), "3.png,a scene 3"]
+    (write_images(tmp_path) / f"metadata.{suffix}").write_text("\n".join(lines))
+    dataset = opened(tmp_path)
+    assert dataset.broken == {"row over 1 MiB": 1 if suffix == "jsonl" else 2}
+    assert sorted(dataset.captions(9, 0)) == ["a scene 0", "a scene 2", "a scene 3"][: 2 if suffix == "jsonl" else 3]
 
 
 @pytest.mark.parametrize("images", ["images", "Images", "flickr30k_images"])
@@ -197,6 +222,32 @@ def test_links_are_followed_once(tmp_path):
     os.symlink(tmp_path / "elsewhere/dogs", tmp_path / "data/dog")
     os.symlink(tmp_path / "data", tmp_path / "data/cat/loop")
     assert collections.Counter(captions(tmp_path / "data")) == {"cat": COUNT, "dog": COUNT}
+
+
+def test_links_that_lead_nowhere_are_counted(tmp_path):
+    write_images(tmp_path, ["0.png", "1.png"])
+    (tmp_path / "0.txt").write_text("a dog")
+    os.symlink(tmp_path / "gone.txt", tmp_path / "1.txt")
+    os.symlink(tmp_path / "gone.png", tmp_path / "2.png")
+    dataset = opened(tmp_path)
+    assert (dataset.captions(9, 0), dataset.broken) == (["a dog"], {"unreadable text": 1, "no image": 1})
+
+
+def test_names_that_are_not_utf8_stay_distinct_and_can_be_encoded(tmp_path):
+    for i, name in enumerate((b"\xe9", b"\xe8")):
+        path = os.fsencode(tmp_path) + b"/" + name
+        pathlib.Path(os.fsdecode(path + b".png")).write_bytes(encode(numbered_image(i)))
+        pathlib.Path(os.fsdecode(path + b".txt")).write_text("a dog")
+    assert [one["key"] for one in opened(tmp_path).source.describe([0, 1])] == ["\\xe8.png", "\\xe9.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path):
+    write_images(tmp_path, ["cat/0.png", "dog/1.png"])
+    visited = walk(str(tmp_path))
+    next(visited)
+    shutil.rmtree(tmp_path / "dog")
+    with pytest.raises(FileNotFoundError, match="dog"):
+        list(visited)
 
 
 HIDDEN = (".ipynb_checkpoints", "__MACOSX", ".Trash", ".Trash-1000")

@@ -13,6 +13,7 @@ from lidit_jax.config import build
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.indexed.batch_plan import BatchPlan
 from lidit_jax.data.open_dataset import open_dataset
+from lidit_jax.errors import UserError
 
 
 @settings(derandomize=True, max_examples=40)
@@ -77,6 +78,15 @@ def test_mixed_sources_keep_their_own_captions_and_filters_and_do_not_depend_on_
     resumed = dataset.batches(8, 0, None, with_captions=True, caption_dropout=0.2, first=13)
     assert [next(resumed)["caption"] for _ in range(5)] == captions[13:18]
     resumed.close()
+
+
+def test_the_captions_of_a_source_whose_texts_are_not_counted_are_not_missing(stored):
+    mixture = {"pairs": {"captions": {"txt": 1.0}}, "scenes": {"source": "shapes", "captions": {"en": 1.0}}}
+    config = build(DataConfig, vars(stored["tar"]) | {"mixture": mixture, "num_examples": 4}, "data")
+    assert len(open_dataset(config, 8).source) == COUNT + 4
+    mixture["pairs"]["captions"] = {"text": 1.0, "txt": 1.0}
+    with pytest.raises(UserError, match="data.captions names 'text', which no sample has"):
+        open_dataset(build(DataConfig, vars(config) | {"mixture": mixture}, "data"), 8)
 
 
 def test_a_mixture_without_weights_is_its_sources_one_after_the_other(stored):

@@ -18,7 +18,7 @@ from stored_data import CLASSES, COUNT, caption, data_of, numbered_image, write_
 from test_streams import captions_of, loader_on
 from test_tar_source import encode
 
-from lidit_jax.data.formats import files, parquet_files, parquet_shards
+from lidit_jax.data.formats import files, parquet_files, row_cache
 from lidit_jax.data.formats.parquet_shards import ParquetShards
 from lidit_jax.data.formats.shards import Unusable
 from lidit_jax.data.open_dataset import open_dataset
@@ -166,6 +166,13 @@ def test_splits_in_one_folder_are_not_mixed(tmp_path):
         ParquetShards(tmp_path, split="validation")
 
 
+def test_files_called_like_splits_are_not_mixed(tmp_path):
+    for name in ("train", "test", "val"):
+        write(tmp_path / f"{name}.parquet", {"image": images(1), "text": ["a"]})
+    assert [pathlib.Path(path).name for path in ParquetShards(tmp_path).paths] == ["train.parquet"]
+    assert [pathlib.Path(path).name for path in ParquetShards(tmp_path, split="validation").paths] == ["val.parquet"]
+
+
 def test_the_last_files_can_be_held_out(tmp_path):
     write_parquet(tmp_path)
     config = data_of("parquet", tmp_path, held_out_shards=1)
@@ -231,7 +238,7 @@ def test_slow_random_access_is_said(tmp_path, caplog):
 
 def test_row_groups_that_are_too_large_to_keep_are_read_up_to_the_row(tmp_path, monkeypatch):
     write_parquet(tmp_path, shards=1, row_group_size=100, compression="snappy")
-    monkeypatch.setattr(parquet_shards, "_CACHED_GROUP_BYTES", 300)
+    monkeypatch.setattr(row_cache, "_CACHED_GROUP_BYTES", 300)
     shards = ParquetShards(tmp_path)
     found = shards.read([(0, row, row + 1) for row in (9, 2, 13)])
     assert [sample.captions["text"] for sample in found] == [caption(9), caption(2), caption(13)]
@@ -240,7 +247,7 @@ def test_row_groups_that_are_too_large_to_keep_are_read_up_to_the_row(tmp_path, 
 
 def test_the_cache_of_row_groups_stays_within_its_limit(tmp_path, monkeypatch):
     write_parquet(tmp_path, shards=1, compression="snappy")
-    monkeypatch.setattr(parquet_shards, "_CACHE_BYTES", 5000)
+    monkeypatch.setattr(row_cache, "_CACHE_BYTES", 5000)
     shards = ParquetShards(tmp_path)
     for row in range(COUNT):
         [sample] = shards.read([(0, row, row + 1)])
@@ -308,6 +315,24 @@ def test_a_position_between_row_groups_is_rejected(parquet):
     for start in (2, 1000, 1 << 61):
         with pytest.raises(UserError, match=f"has no row group at row {start}"):
             list(shards.scan(0, start, 1))
+
+
+def test_row_groups_may_be_empty_and_sections_never_end_where_they_began(tmp_path):
+    table = pa.table({"image": images(3), "text": list("abc")})
+    with pq.ParquetWriter(tmp_path / "x.parquet", table.schema) as writer:
+        for rows in (table[:0], table[:2], table[:0], table[2:]):
+            writer.write_table(rows)
+    shards, starts = ParquetShards(tmp_path), [0]
+    assert [one[1].captions["text"] for one in shards.scan(0)] == ["a", "b", "c"]
+    while starts[-1] is not None and len(starts) < 9:
+        section = shards.scan(0, starts[-1], 1)
+        while True:
+            try:
+                next(section)
+            except StopIteration as end:
+                starts.append(end.value)
+                break
+    assert starts == [0, 2, None]
 
 
 def test_indexed_batches_are_equal_for_any_number_of_hosts_and_resume(parquet, monkeypatch):
@@ -442,6 +467,46 @@ def test_a_page_that_would_expand_too_far_is_not_decompressed(tmp_path, monkeypa
     write(tmp_path / "x.parquet", {"image": images(3), "text": ["x" * (3 << 20)] * 3}, compression="zstd")
     monkeypatch.setattr(parquet_files, "MAX_TEXT_PAGE_BYTES", 1 << 20)
     assert list(ParquetShards(tmp_path).scan(0)) == ["Parquet page over 1 MiB"]
+
+
+def test_a_text_over_1_mib_is_left_out_or_breaks_its_sample_if_it_is_a_caption(tmp_path):
+    long = "x" * ((1 << 20) + 1)
+    write(tmp_path / "x.parquet", {"image": images(3), "text": ["a", long, "c"], "html": ["", "", long]})
+    found = [one if isinstance(one, str) else one[1].captions for one in ParquetShards(tmp_path).scan(0)]
+    assert found == [{"text": "a"}, "text over 1 MiB", {"text": "c"}]
+
+
+@pytest.mark.parametrize("compression", ["snappy", "none"])
+def test_files_may_lack_columns_of_the_first_one(tmp_path, compression):
+    write(tmp_path / "a.parquet", {"image": images(1), "text": ["a"], "license": ["x"]}, compression=compression)
+    write(tmp_path / "b.parquet", {"image": images(2), "text": ["b", "c"]}, compression=compression)
+    write(tmp_path / "c.parquet", {"image": images(1)}, compression=compression)
+    shards = ParquetShards(tmp_path)
+    assert [sample.captions for _, sample in shards.scan(1)] == [{"text": "b"}, {"text": "c"}]
+    assert [one.captions for one in shards.read([(1, 1, 2), (2, 0, 1), (0, 0, 1)])] == [
+        {"text": "c"},
+        {},
+        {"text": "a", "license": "x"},
+    ]
+
+
+def test_a_missing_image_column_is_counted_once_a_file(tmp_path):
+    write(tmp_path / "a.parquet", {"image": images(2), "text": ["a", "b"]})
+    write(tmp_path / "b.parquet", {"photo": images(2), "text": ["a", "b"]}, row_group_size=1)
+    assert list(ParquetShards(tmp_path).scan(1)) == ["no column 'image.bytes'"]
+
+
+def test_texts_that_are_lost_after_indexing_break_their_samples_only(tmp_path):
+    file = write(tmp_path / "x.parquet", {"image": images(2), "text": ["some words"] * 2}, compression="none")
+    shards = ParquetShards(tmp_path)
+    [sample] = shards.read([(0, 0, 1)])
+    assert sample.captions == {"text": "some words"}
+    content = bytearray(file.read_bytes())
+    start = pq.read_metadata(file).row_group(0).column(2).data_page_offset
+    content[start : start + 8] = b"\xff" * 8
+    file.write_bytes(content)
+    shards = ParquetShards(tmp_path)
+    assert all(isinstance(one, Unusable) for one in shards.read([(0, 0, 1), (0, 1, 2)]))
 
 
 def test_one_large_image_for_many_rows_does_not_fill_the_memory(tmp_path):

@@ -167,7 +167,8 @@ def test_what_does_not_belong_together_is_refused(config, latents, trained_workd
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values: values | {"format": 3}, "format 3 is unknown, this version reads 1 to 2"),
+        (lambda values: values | {"format": 4}, "format 4 is unknown, this version reads 1 to 3"),
+        (lambda values: values | {"format": 2}, "of format 2, which holds texts that are no captions"),
         (lambda values: values | {"files": [["../x", 0, 3]]}, "invalid values"),
         (lambda values: values | {"files": [["001-000000.array_record", 99, 3]]}, "invalid values"),
         (lambda values: values | {"dtype": "object"}, "invalid values"),

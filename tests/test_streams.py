@@ -13,6 +13,8 @@ from conftest import tiny_config
 from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from stored_data import data_of, write_tars
 from test_precompute import losses
 from test_tar_source import encode, write_tar
@@ -234,6 +236,25 @@ def test_unusable_samples_are_counted_and_replaced(tmp_path):
     assert loader.broken["damaged image"] > 0
     assert loader.dropped["aesthetic under 4.7"] > 9
     loader.close()
+
+
+def test_an_image_file_far_larger_than_its_pixels_is_read_when_it_is_used(tmp_path):
+    image = Image.fromarray(np.full((40, 40, 3), 7, np.uint8))
+    encoded, texts = io.BytesIO(), PngInfo()
+    texts.add_text("Comment", "x" * (3 << 19))
+    image.save(encoded, "PNG", pnginfo=texts)
+    write_tar(tmp_path / "0.tar", {"0.png": encoded.getvalue(), "0.txt": b"a"})
+    dataset = open_dataset(streamed(tmp_path), 8)
+    [reader] = dataset._readers
+    scanned = reader.shards.scan(0)
+    place, sample = next(scanned)
+    assert not reader.check(0, (0, *place), sample, sample_stream.ReadStatistics()).sample.image.getvalue()
+    [found] = dataset.images(1)
+    loader = dataset.batches(2, 0, None)
+    np.testing.assert_array_equal(next(loader)["image"], [found, found])
+    assert not loader.broken
+    loader.close()
+    assert (found == 7).all()
 
 
 def test_too_much_broken_input_stops_the_stream(tmp_path):

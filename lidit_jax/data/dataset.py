@@ -62,13 +62,12 @@ class Dataset(abc.ABC):
         found = set().union(*self.fields.values())
         if not self._with_captions or not found:
             return
-        named = {
-            field
-            for source_config in self._source_configs.values()
-            for field in source_config.chooser(0.0).used or ()
-            if source_config.captions is not None
-        }
-        for field in sorted(named):
+        named, not_counted = set(), set()
+        for name, source_config in self._source_configs.items():
+            fields = named if name in self.fields else not_counted
+            if source_config.captions is not None:
+                fields.update(source_config.chooser(0.0).used)
+        for field in sorted(named - not_counted):
             if list_field(field) not in found:
                 available = ", ".join(sorted(found)[:20]) or "none"
                 raise UserError(
@@ -90,7 +89,7 @@ class Dataset(abc.ABC):
             named = ", ".join(f"{field} ({count})" for field, count in sorted(captions.items()))
             others = ", ".join(sorted(found.keys() - captions.keys())[:20])
             of_source = f" of {name}" if len(self._source_configs) > 1 else ""
-            not_used = f", not from the other texts {others} (data.captions names more)" if others else ""
+            not_used = f", not from the other texts {others} (unless data.captions names them)" if others else ""
             lines.append(f"captions{of_source} from {named or 'none'}{not_used}")
         return lines
 

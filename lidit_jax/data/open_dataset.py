@@ -80,7 +80,10 @@ def open_source(config: DataConfig, buckets: Sequence[Bucket], held_out: bool, w
     if config.source == "precomputed":
         # Image filters were applied when the latents were computed; only the caption still has to be checked.
         captions = [functools.partial(filters.no_caption, fields=config.chooser(0.0).used)] if with_captions else []
-        return PrecomputedSource(config.path, buckets, captions, config.features and with_captions)
+        source = PrecomputedSource(config.path, buckets, captions, config.features and with_captions)
+        if with_captions and config.captions is None:
+            source.check_captions()
+        return source
     shards = open_shards(config, held_out)
     if isinstance(shards, ParquetShards):
         shards.warn_of_slow_access()

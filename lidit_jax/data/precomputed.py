@@ -29,7 +29,7 @@ from lidit_jax.data.sources import BrokenExample, Example, Source
 from lidit_jax.data.stored_features import FEATURES, ConstantFeatures, EncoderFingerprint, load_tensors
 from lidit_jax.errors import UserError
 
-FORMAT = 2  # format 1 has no features
+FORMAT = 3  # format 1 has no features; formats 1 and 2 hold all texts of a sample, also those that are no captions
 MANIFEST, PLAN = "manifest.json", "plan.json"
 DTYPES = ("float16", "float32")
 
@@ -48,6 +48,7 @@ class Manifest:
       encoders: encoders whose features are stored, by name.
       files: (file name, index of its bucket, number of records) of each file; empty in a plan.
       left_out: number of examples left out because their image was broken.
+      format: `FORMAT` of the version that wrote the folder.
     """
 
     data: str
@@ -59,10 +60,11 @@ class Manifest:
     encoders: Mapping[str, EncoderFingerprint] = dataclasses.field(default_factory=dict)
     files: tuple[tuple[str, int, int], ...] = ()
     left_out: int = 0
+    format: int = FORMAT
 
     def to_json(self) -> dict[str, Any]:
         """Returns the manifest as JSON values, as `read` expects them in the file."""
-        return {"format": FORMAT, **dataclasses.asdict(self)}
+        return dataclasses.asdict(self)
 
     @classmethod
     def read(cls, file: epath.Path) -> "Manifest":
@@ -73,7 +75,7 @@ class Manifest:
         """
         try:
             values = json.loads(file.read_text())
-            version = values.pop("format")
+            version = values["format"] = int(values["format"])
             if version not in range(1, FORMAT + 1):
                 raise UserError(
                     f"{file}: format {version} is unknown, this version reads 1 to {FORMAT}: use the one that wrote it"
@@ -118,7 +120,7 @@ class PrecomputedSource(Source):
           UserError: the folder is missing, incomplete or empty, a file is missing or has lost records, or the buckets
             differ.
         """
-        path = epath.Path(folder)
+        path, self._folder = epath.Path(folder), folder
         if not (path / MANIFEST).exists() and (path / PLAN).exists():
             raise UserError(f"{folder}: incomplete: run `python -m lidit_jax.precompute` again to resume it")
         self.manifest = Manifest.read(path / MANIFEST)
@@ -142,6 +144,14 @@ class PrecomputedSource(Source):
         bucket_of_example = np.repeat([bucket for _, bucket, _ in self.manifest.files], counts)
         self._sizes = np.array(self.manifest.buckets, np.int32)[bucket_of_example]
         self.fingerprint = f"latents of {self.manifest.data} by {self.manifest.vae} in {self.manifest.dtype}"
+
+    def check_captions(self) -> None:
+        """Raises UserError if the folder's format does not tell captions from other texts."""
+        if self.manifest.format < 3:
+            raise UserError(
+                f"{self._folder}: of format {self.manifest.format}, which holds texts that are no captions, too: name "
+                "those that are with --config.data.captions.NAME=1, or compute the latents again"
+            )
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -12,7 +12,9 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lidit_jax.data.formats.shards import Unusable, parse_json
+from lidit_jax.data.formats.parquet_columns import is_binary, is_number, is_text
+from lidit_jax.data.formats.parquet_files import DamagedParquet, ParquetFiles, UnreadableFile
+from lidit_jax.data.formats.shards import MAX_TEXT_BYTES, Unusable, parse_json
 from lidit_jax.errors import UserError
 from lidit_jax.files import text_encoding
 
@@ -24,11 +26,12 @@ FILE_COLUMNS = (
 )
 _SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 _SEPARATORS = ",;\t|"
-_MAX_FIELD = 1 << 30  # overlong texts are counted as broken when their row is read, and must not raise here
 # Binary columns with larger values on average hold something other than text, such as embedded images.
 _MAX_BINARY_TEXT = 1 << 14
-_TOO_LONG = b"row with more values than columns"  # stands for such a row
-_ROWS_AT_ONCE = 4096
+# These stand for rows that cannot be used.
+_OVERLONG, _TOO_MANY_VALUES = b"row over 1 MiB", b"row with more values than columns"
+# A file whose rows take more memory than this multiple of its size, and this much, is forged.
+_MAX_EXPANSION, _EXPANSION_SLACK = 32, 1 << 30
 _ROWS_LOOKED_AT = 100  # to find the columns of a JSONL file
 
 
@@ -52,8 +55,8 @@ class CaptionTable:
         Raises:
           Unusable: the row is malformed or names no file.
         """
-        if self.rows[number] == _TOO_LONG:
-            raise Unusable("row with more values than columns")
+        if self.rows[number] in (_OVERLONG, _TOO_MANY_VALUES):
+            raise Unusable(self.rows[number].decode())
         values = parse_json(self.rows[number])
         name = values.pop(self.column, None)
         if not isinstance(name, str) or not name.strip():
@@ -79,8 +82,8 @@ def columns_of(file: str) -> tuple[str, ...]:
             return tuple(_parquet_columns(pq.ParquetFile(file)))
         if _suffix(file) == ".jsonl":
             return _first_keys(_json_lines(file))
-        with _open_text(file) as lines:
-            return tuple(_csv_reader(lines).fieldnames or ())
+        with _open_text(file) as text:
+            return tuple(_csv_reader(text).fieldnames or ())
     except (OSError, ValueError, csv.Error):  # pyarrow's errors are the first two
         return ()
 
@@ -98,10 +101,23 @@ def read_table(file: str) -> CaptionTable:
     try:
         if column is None and columns:
             raise missing_column(file, columns)
-        rows = list(_rows(file))
-    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:  # pyarrow raises the first four
+        rows = _read_rows(file)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error, DamagedParquet, UnreadableFile) as error:
         raise UserError(f"cannot read {file!r}: {' '.join(str(error).split())[:150]}") from error
     return CaptionTable(file, column or FILE_COLUMNS[0], rows)
+
+
+def _read_rows(file: str) -> list[bytes]:
+    limit = _MAX_EXPANSION * os.path.getsize(file) + _EXPANSION_SLACK
+    rows, num_bytes = [], 0
+    for row in _rows(file):
+        rows.append(row)
+        num_bytes += len(row)
+        if num_bytes > limit:
+            raise UserError(f"{file!r} would take more than {limit >> 20} MiB in memory: check that it is not forged")
+    return rows
 
 
 def _rows(file: str) -> Iterator[bytes]:
@@ -130,13 +146,23 @@ def _open_text(file: str, newline: str = "") -> TextIO:
     return open(file, encoding=encoding, errors=errors, newline=newline)
 
 
+def _lines(text: TextIO) -> Iterator[str]:
+    """Yields lines; a line that is longer than a text may be is replaced by one that is too long, whatever it held."""
+    while line := text.readline(MAX_TEXT_BYTES + 1):
+        yield line if len(line) <= MAX_TEXT_BYTES else "x" * (MAX_TEXT_BYTES + 1)
+        while len(line) > MAX_TEXT_BYTES and not line.endswith(("\n", "\r")):
+            line = text.readline(MAX_TEXT_BYTES + 1)
+
+
 # --- JSONL --------------------------------------------------------------------------------------------------------
 
 
 def _json_lines(file: str) -> Iterator[bytes]:
-    with _open_text(file, newline="\n") as lines:
-        for line in lines:
-            if line.strip():
+    with _open_text(file, newline="\n") as text:
+        for line in _lines(text):
+            if len(line) > MAX_TEXT_BYTES:
+                yield _OVERLONG
+            elif line.strip():
                 yield line.encode("utf-8", "surrogateescape")
 
 
@@ -152,9 +178,10 @@ def _first_keys(lines: Iterator[bytes]) -> tuple[str, ...]:
 # --- CSV ----------------------------------------------------------------------------------------------------------
 
 
-def _csv_reader(lines: TextIO) -> csv.DictReader:
+def _csv_reader(text: TextIO) -> csv.DictReader:
     """Returns a reader of the rows, with the separator that finds a column of image files in the first line."""
-    header = lines.readline()
+    lines = _lines(text)
+    header = next(lines, "")
     names = {
         separator: [name.strip() for name in next(csv.reader([header], delimiter=separator), [])]
         for separator in _SEPARATORS
@@ -164,25 +191,35 @@ def _csv_reader(lines: TextIO) -> csv.DictReader:
 
 
 def _csv_rows(file: str) -> Iterator[bytes]:
-    limit = csv.field_size_limit(_MAX_FIELD)
+    limit = csv.field_size_limit(MAX_TEXT_BYTES)
     try:
-        with _open_text(file) as lines:
-            for row in _csv_reader(lines):
-                if any(row.pop(None, ())):  # a separator within a text without quotation marks
-                    yield _TOO_LONG
-                else:
-                    yield json.dumps({name: value for name, value in row.items() if value is not None}).encode()
+        with _open_text(file) as text:
+            reader = _csv_reader(text)
+            while (row := _next_csv_row(reader)) is not None:
+                yield row
     finally:
         csv.field_size_limit(limit)
+
+
+def _next_csv_row(reader: csv.DictReader) -> bytes | None:
+    try:
+        row = next(reader)
+    except StopIteration:
+        return None
+    except csv.Error:  # a value over the limit: perhaps a quotation mark is not closed
+        return _OVERLONG
+    if any(row.pop(None, ())):  # a separator within a text without quotation marks
+        return _TOO_MANY_VALUES
+    return json.dumps({name: value for name, value in row.items() if value is not None}).encode()
 
 
 # --- Parquet ------------------------------------------------------------------------------------------------------
 
 
 def _parquet_rows(file: str) -> Iterator[bytes]:
-    parquet = pq.ParquetFile(file)
-    for batch in parquet.iter_batches(batch_size=_ROWS_AT_ONCE, columns=_parquet_columns(parquet)):
-        for row in batch.to_pylist():
+    files, columns = ParquetFiles([file]), _parquet_columns(pq.ParquetFile(file))
+    for group in range(len(files.footer(0).starts) - 1):
+        for row in files.rows(0, group, columns):
             yield json.dumps({name: _decoded(value) for name, value in row.items()}).encode()
 
 
@@ -201,7 +238,7 @@ def _parquet_columns(parquet: pq.ParquetFile) -> list[str]:
     return [
         field.name
         for field in parquet.schema_arrow
-        if _is_plain(field.type) or _is_binary(_value_type(field.type)) and sizes.get(field.name, 0) <= limit
+        if _is_plain(field.type) or is_binary(_value_type(field.type)) and sizes.get(field.name, 0) <= limit
     ]
 
 
@@ -220,13 +257,7 @@ def _value_type(kind: pa.DataType) -> pa.DataType:
 def _is_plain(kind: pa.DataType) -> bool:
     """Returns True for texts, lists of texts, and numbers that are not in a list, such as an embedding."""
     value = _value_type(kind)
-    is_text = pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)
-    is_number = pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_boolean(value)
-    return is_text or is_number and (value == kind or pa.types.is_dictionary(kind))
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return is_text(value) or is_number(value) and (value == kind or pa.types.is_dictionary(kind))
 
 
 def _decoded(value: Any) -> Any:

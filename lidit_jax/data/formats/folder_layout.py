@@ -73,7 +73,7 @@ def _folders_in(folder: str) -> list[str]:
 
 def _is_neutral(name: str) -> bool:
     """Returns True if the name of a folder says nothing about its images, such as "train" and "images"."""
-    return _split_of(name) is not None or name.lower() in _IMAGE_FOLDERS
+    return split_of(name) is not None or name.lower() in _IMAGE_FOLDERS
 
 
 def _tables_in(folder: str, split: str) -> list[str]:
@@ -82,7 +82,7 @@ def _tables_in(folder: str, split: str) -> list[str]:
     names = [name for name in names if file_column(columns_of(os.path.join(folder, name)))]
     called = [name for name in names if os.path.splitext(name)[0].lower() in _TABLE_NAMES]
     if not called and len(names) > 1:
-        names = [name for name in names if _split_of(os.path.splitext(name)[0]) == _split_of(split)] or names
+        names = [name for name in names if split_of(os.path.splitext(name)[0]) == split_of(split)] or names
     chosen = called or names
     if len(chosen) > 1:
         raise UserError(f"{folder!r} has several captions files ({', '.join(chosen[:5])}): name one as data.path")
@@ -95,9 +95,9 @@ def of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
     Raises:
       UserError: all folders are other splits.
     """
-    splits = [name for name in names if _split_of(name)]
+    splits = [name for name in names if split_of(name)]
     chosen = [name for name in splits if name == split]
-    chosen = chosen or [name for name in splits if _split_of(name) == _split_of(split)]
+    chosen = chosen or [name for name in splits if split_of(name) == split_of(split)]
     others = [name for name in names if name not in splits]
     if splits and not chosen and not others:
         raise UserError(
@@ -109,7 +109,7 @@ def of_split(folder: str, names: Sequence[str], split: str) -> list[str]:
     return chosen or others
 
 
-def _split_of(name: str) -> str | None:
+def split_of(name: str) -> str | None:
     """Returns the split that a name stands for, "train", "validation" or "test"; None for other names."""
     return _SPLITS.get(re.sub(r"[-_]?[0-9]*$", "", name.lower()))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lidit_jax.data.formats.caption_tables import read_table
-from lidit_jax.data.formats.files import is_remote
+from lidit_jax.data.formats.files import is_remote, modification_time
 from lidit_jax.data.formats.folder_layout import ImageFile, find_images, find_tables, images_folder, is_inside, locate
 from lidit_jax.data.formats.shards import (
     CLASS_FIELD,
@@ -18,10 +18,12 @@ from lidit_jax.data.formats.shards import (
     Unusable,
     captions_of,
     check_image,
+    check_text,
     class_name,
     decode_text,
     names_digest,
     parse_json,
+    printable,
     scan_numbered,
 )
 from lidit_jax.errors import UserError
@@ -90,9 +92,9 @@ class FolderShards:
             if any("\udc80" <= character <= "\udcff" for text in texts for character in text):
                 raise Unusable("caption not in UTF-8")
             captions = captions_of(values)
-            if any(len(text) > MAX_TEXT_BYTES for text in captions.values()):
-                raise Unusable("text over 1 MiB")
-            return Sample(name, captions, metadata, _read_image(part.folder, name))
+            check_text(max(map(len, captions.values()), default=0))
+            image = _read_image(part.folder, name)  # so the name is that of a file
+            return Sample(printable(name), captions, metadata, image)
         except Unusable as reason:
             return reason
 
@@ -140,7 +142,7 @@ class _Images:
         """Returns a digest of the images' names and classes, and of the times at which their texts were written."""
         digest = hashlib.sha256()
         for image in self._images:
-            written = [os.stat(self._text_file(image, suffix)).st_mtime_ns for suffix in image.texts]
+            written = [modification_time(self._text_file(image, suffix)) for suffix in image.texts]
             digest.update(repr((*image, written)).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
@@ -168,8 +170,7 @@ def _read_text(path: str) -> bytes:
             encoded = file.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
         raise Unusable("unreadable text") from error
-    if len(encoded) > MAX_TEXT_BYTES:
-        raise Unusable("text over 1 MiB")
+    check_text(len(encoded))
     return encoded
 
 

@@ -1,6 +1,7 @@
 """Reads rows of Parquet files, on a disk or through fsspec, in bounded memory even if the files are forged."""
 
 import collections
+import contextlib
 import dataclasses
 import io
 import threading
@@ -82,18 +83,26 @@ class Footer:
         Raises:
           DamagedParquet: the file lacks one of them, or the footer is damaged.
         """
-        try:
-            row_group = self.metadata.row_group(group)
-            chunks = [_chunk(row_group.column(i)) for i in range(row_group.num_columns)]
-        except Exception as error:  # pyarrow raises OSError, ValueError and others on damaged data
-            raise DamagedParquet("damaged Parquet footer") from error
-        found = []
+        chunks, found = column_chunks(self.metadata, group), []
         for name in columns:
             named = [chunk for chunk in chunks if f"{chunk.path}.".startswith(f"{name}.")]
             if not named:
                 raise DamagedParquet(f"no column {name!r}"[:200])
             found += named
         return found
+
+
+def column_chunks(metadata: pq.FileMetaData, group: int) -> list[Chunk]:
+    """Returns all column chunks of a row group.
+
+    Raises:
+      DamagedParquet: the footer is damaged.
+    """
+    try:
+        row_group = metadata.row_group(group)
+        return [_chunk(row_group.column(i)) for i in range(row_group.num_columns)]
+    except Exception as error:  # pyarrow raises OSError, ValueError and others on damaged data
+        raise DamagedParquet("damaged Parquet footer") from error
 
 
 def _chunk(chunk: pq.ColumnChunkMetaData) -> Chunk:
@@ -167,7 +176,7 @@ class ParquetFiles:
         try:
             metadata = pq.read_metadata(pa.BufferReader(tail[-length:]))
             counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        except Exception as error:  # as in `Footer.chunks`
+        except Exception as error:  # as in `column_chunks`
             raise DamagedParquet("damaged Parquet footer") from error
         if any(count < 0 for count in counts) or sum(counts) > _MAX_ROWS:
             raise DamagedParquet("damaged Parquet footer")
@@ -188,7 +197,8 @@ class ParquetFiles:
         Args:
           number: index of the file.
           group: index of the row group.
-          columns: columns, or fields of struct columns ("json.caption"), to read as texts and numbers.
+          columns: columns, or fields of struct columns ("json.caption"), to read as texts and numbers; those that the
+            file lacks are left out.
           image: columns or fields of the image, in which large values are expected.
 
         Yields:
@@ -199,8 +209,15 @@ class ParquetFiles:
           UnreadableFile: the file cannot be read.
         """
         footer = self.footer(number)
+        if footer.starts[group] == footer.starts[group + 1]:  # writers may store no pages for no rows
+            return
         file = _GroupFile(self, number, footer.file_size)
         try:
+            paths = [f"{chunk.path}." for chunk in column_chunks(footer.metadata, group)]
+            columns = [name for name in columns if any(path.startswith(f"{name}.") for path in paths)]
+            if not columns and not image:
+                yield from ({} for _ in range(footer.starts[group + 1] - footer.starts[group]))
+                return
             file.prepare(footer.chunks(group, (*columns, *image)))
             for names, limit in ((columns, MAX_TEXT_PAGE_BYTES), (image, MAX_PAGE_BYTES)):
                 for chunk in footer.chunks(group, names):
@@ -222,10 +239,16 @@ class ParquetFiles:
             raise
         except DamagedPages as error:
             raise DamagedParquet(str(error)) from error
-        except Exception as error:  # as in `Footer.chunks`
+        except Exception as error:  # as in `column_chunks`
             raise DamagedParquet("damaged Parquet file") from error
         if count != footer.metadata.row_group(group).num_rows:
             raise DamagedParquet("damaged Parquet file")
+
+
+def until_damage(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the rows that can be read."""
+    with contextlib.suppress(DamagedParquet):
+        yield from rows
 
 
 class _GroupFile(io.RawIOBase):

@@ -1,12 +1,10 @@
 """Parquet files with embedded images, as Hugging Face data sets and img2dataset store them.
 
 A row is a sample. Its image is a binary column, or a struct column with a field "bytes" (Hugging Face's Image feature).
-The other columns are captions and metadata: see `ParquetShards`.
+The other columns are texts and metadata: see `ParquetShards`.
 """
 
 import collections
-import contextlib
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -14,7 +12,6 @@ import json
 import logging
 import os
 import re
-import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,45 +19,35 @@ import numpy as np
 import pyarrow as pa
 
 from lidit_jax.data.formats.files import find_files, select_shards
-from lidit_jax.data.formats.parquet_files import Chunk, DamagedParquet, Footer, ParquetFiles, UnreadableFile
+from lidit_jax.data.formats.folder_layout import split_of
+from lidit_jax.data.formats.parquet_columns import Columns, choose_columns, describe, image_fields
+from lidit_jax.data.formats.parquet_files import (
+    Chunk,
+    DamagedParquet,
+    Footer,
+    ParquetFiles,
+    UnreadableFile,
+    until_damage,
+)
 from lidit_jax.data.formats.record_shards import flatten, make_sample
-from lidit_jax.data.formats.shards import CLASS_FIELD, Place, Sample, Unusable, class_name, names_digest
+from lidit_jax.data.formats.row_cache import RowCache
+from lidit_jax.data.formats.shards import CLASS_FIELD, Place, Sample, Unusable, class_name, names_digest, printable
 from lidit_jax.errors import UserError
 
-_SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet$")
+_NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet$")
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 _SNIFFED_GROUPS, _SNIFFED_ROWS = 4, 16
-_MAX_DEPTH = 4  # of nested columns
 _BETWEEN_IMAGES = 1 << 14  # bytes between two stored images, at most: page headers may hold statistics
 _SLOW_GROUP_BYTES = 1 << 21  # compressed row groups above which random access is slow
-_CACHE_BYTES = 1 << 28
-_CACHED_GROUP_BYTES = 1 << 26
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """Roles of the columns of the files.
-
-    Attributes:
-      key: column of the image.
-      image: columns or fields to read for the image; the first holds its bytes.
-      others: columns or fields ("json.caption") with texts and single numbers.
-      labels: class names of the integer columns that Hugging Face's metadata call class labels.
-    """
-
-    key: str
-    image: tuple[str, ...]
-    others: tuple[str, ...]
-    labels: Mapping[str, tuple[str, ...]]
 
 
 class ParquetShards:
     """Parquet files with an image in every row; see `Shards` and `SequentialShards`.
 
-    Texts (also dictionary-encoded, binary, or lists of texts) are captions, single numbers metadata; fields of structs
-    are named "json/caption". Other columns are not read. Class labels are captions if their names are known.
+    Texts (also dictionary-encoded, binary, or in lists) may be captions, single numbers are metadata; fields of structs
+    are named "json/caption". Other columns are not read. The name of a class label is the text "class".
     """
 
     def __init__(
@@ -77,7 +64,7 @@ class ParquetShards:
           path: a folder of .parquet files, one file, a glob pattern or a brace range, also at an fsspec URL.
           image_key: column of the image; "": the only column with images.
           class_names: names of the classes that a column "class" or "label" gives as numbers.
-          split: if the folder holds several splits (SPLIT-00000-of-00010.parquet), the one to use.
+          split: if the folder holds several splits (SPLIT-00000-of-00010.parquet, train.parquet), the one to use.
           shards: slice of the sorted files to use; None: all.
 
         Raises:
@@ -90,7 +77,7 @@ class ParquetShards:
         self._columns = self._find_columns(image_key)
         facts = json.dumps([self._columns.image, self._columns.others, sorted(self._columns.labels.items())])
         self.settings = f"{hashlib.sha256(facts.encode()).hexdigest()[:16]} {names_digest(class_names)}"
-        self._cache = _RowCache()
+        self._cache = RowCache()
         self._image_ranges: dict[tuple[int, int], np.ndarray] = {}  # (shard, group) -> int64 [rows, 2]
 
     def __getstate__(self):
@@ -117,10 +104,12 @@ class ParquetShards:
                 raise UserError(f"{self.paths[shard]!r} has no row group at row {start}: it has changed")
             scanned = 0
             while group < len(footer.starts) - 1:
-                if length is not None and scanned >= length:
+                # Row groups may be empty: a section that began and ended at the same row would be scanned forever.
+                if length is not None and scanned >= length and footer.starts[group] > start:
                     return int(footer.starts[group])
+                chunks = footer.chunks(group, self._columns.image)
                 yield from self._scan_group(shard, footer, group)
-                scanned += sum(chunk.end - chunk.start for chunk in footer.chunks(group, self._columns.image))
+                scanned += sum(chunk.end - chunk.start for chunk in chunks)
                 group += 1
         except DamagedParquet as reason:
             yield str(reason)
@@ -168,9 +157,11 @@ class ParquetShards:
         if images is None:
             read = functools.partial(self._files.rows, shard, group, self._columns.others, self._columns.image)
             return self._cache.rows((shard, group, True), read, wanted)
-        read = functools.partial(self._files.rows, shard, group, self._columns.others)
-        rows = self._cache.rows((shard, group, False), read, wanted)
-        return {row: rows.get(row, {}) | {self._columns.key: images[row]} for row in wanted}
+        rows = dict.fromkeys(wanted, {})
+        if self._columns.others:
+            read = functools.partial(self._files.rows, shard, group, self._columns.others)
+            rows = self._cache.rows((shard, group, False), read, wanted)
+        return {row: values | {self._columns.key: images[row]} for row, values in rows.items()}
 
     def _uncompressed_images(self, shard: int, group: int, wanted: Sequence[int]) -> dict[int, bytes] | None:
         """Returns images of rows that are stored as they are, each read as one byte range.
@@ -184,7 +175,7 @@ class ParquetShards:
             return None
         if (shard, group) not in self._image_ranges:
             rows = self._files.rows(shard, group, (), self._columns.image[:1])
-            images = (_image_bytes(row[self._columns.key]) for row in _until_damage(rows))
+            images = (_image_bytes(row[self._columns.key]) for row in until_damage(rows))
             self._image_ranges[shard, group] = _find_ranges(self._files, shard, chunk, images)
         stored = self._image_ranges[shard, group]
         ranges = stored[[row for row in wanted if row < len(stored)]].tolist()
@@ -225,7 +216,7 @@ class ParquetShards:
                 if isinstance(flat.get(name), int) and not (self._class_names and name in ("class", "label")):
                     field = CLASS_FIELD if len(self._columns.labels) == 1 else name
                     flat[field] = class_name(flat.pop(name), names)
-            name = f"{os.path.basename(self.paths[shard])}#{row}"
+            name = f"{printable(os.path.basename(self.paths[shard]))}#{row}"
             return make_sample(name, flat | {key: encoded}, key, self._class_names)
         except Unusable as reason:
             return reason
@@ -237,7 +228,7 @@ class ParquetShards:
             try:
                 schema = self._files.footer(shard).metadata.schema.to_arrow_schema()
                 self._first = shard
-                return _columns(schema, image_key or self._sniff(shard, schema), path)
+                return choose_columns(schema, image_key or self._sniff(shard, schema), path)
             except (DamagedParquet, UnreadableFile, pa.ArrowException) as error:
                 reason = error
         more = f" (nor can any of the other {len(self.paths) - 1} files)" if len(self.paths) > 1 else ""
@@ -249,19 +240,19 @@ class ParquetShards:
         Raises:
           UserError: there is none, or there are several.
         """
-        candidates = {field.name: _image_fields(field) for field in schema if _image_fields(field)}
+        candidates = {field.name: image_fields(field) for field in schema if image_fields(field)}
         columns = {name for name, fields in candidates.items() if self._holds_images(shard, name, fields[0])}
         if not columns:  # perhaps the first images are missing or damaged
             columns = {name for name, fields in candidates.items() if len(fields) == 2}
         if len(columns) == 1:
             return columns.pop()
-        names = ", ".join(sorted(columns)) or "(none; there are " + ", ".join(_describe(schema)) + ")"
+        names = ", ".join(sorted(columns)) or "(none; there are " + ", ".join(describe(schema)) + ")"
         raise UserError(f"{self.paths[shard]!r} has the image columns {names}: name one with --config.data.image_key")
 
     def _holds_images(self, shard: int, name: str, field: str) -> bool:
         """Returns True if the first values of a column that can be read include an image."""
         for group in range(min(len(self._files.footer(shard).starts) - 1, _SNIFFED_GROUPS)):
-            rows = _until_damage(self._files.rows(shard, group, (), (field,)))
+            rows = until_damage(self._files.rows(shard, group, (), (field,)))
             values = [_image_bytes(row[name]) for row in itertools.islice(rows, _SNIFFED_ROWS)]
             if any(value is not None and value.startswith(_MAGIC) for value in values):
                 return True
@@ -273,83 +264,26 @@ class ParquetShards:
 
 def _files_of_split(files: Sequence[str], split: str, path: str | os.PathLike) -> Sequence[str]:
     """Returns the files of one split if their names tell several splits apart."""
-    matches = [_SPLIT.match(os.path.basename(file)) for file in files]
-    splits = {match[1] for match in matches if match}
-    if len(splits) < 2:
+    split_of_file = {file: _split_of_file(os.path.basename(file)) for file in files}
+    splits = set(split_of_file.values()) - {None}
+    if len({split_of(name) or name for name in splits}) < 2:
         return files
-    chosen = tuple(file for file, match in zip(files, matches, strict=True) if match and match[1] == split)
+    chosen = {split} & splits or {name for name in splits if split_of(name) and split_of(name) == split_of(split)}
     if not chosen:
         raise UserError(
             f"{os.fspath(path)!r} has the splits {', '.join(sorted(splits)[:20])}: name one with --config.data.split"
         )
-    return chosen
+    found = tuple(file for file in files if split_of_file[file] in chosen)
+    _log.info("%s: left out %d files (data.split=%r)", path, len(files) - len(found), split)
+    return found
 
 
-def _columns(schema: pa.Schema, image_key: str, path: str) -> Columns:
-    image = _image_fields(schema.field(image_key)) if image_key in schema.names else ()
-    if not image:
-        raise UserError(
-            f"data.image_key={image_key!r} is not an image column of {path!r}: it must be of type binary, or a struct "
-            f"with a binary field 'bytes' (there are {', '.join(_describe(schema))})"
-        )
-    others = [name for field in schema if field.name != image_key for name in _plain_fields(field, field.name)]
-    return Columns(image_key, image, tuple(others), _class_labels(schema))
-
-
-def _image_fields(field: pa.Field) -> tuple[str, ...]:
-    """Returns the fields to read for an image in a column; () if the column cannot hold images."""
-    if _is_binary(field.type):
-        return (field.name,)
-    if pa.types.is_struct(field.type):
-        names = [child.name for child in field.type if child.name == "bytes" and _is_binary(child.type)]
-        names += [child.name for child in field.type if child.name == "path" and _is_text(child.type)]
-        if names[:1] == ["bytes"]:
-            return tuple(f"{field.name}.{name}" for name in names)
-    return ()
-
-
-def _plain_fields(field: pa.Field, path: str, depth: int = 0) -> list[str]:
-    """Returns the fields of a column that hold texts, lists of texts, or single numbers."""
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if pa.types.is_struct(kind) and depth < _MAX_DEPTH:
-        return [name for child in kind for name in _plain_fields(child, f"{path}.{child.name}", depth + 1)]
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
-    if any(is_list(kind) for is_list in lists):
-        inner = kind.value_type
-        inner = inner.value_type if pa.types.is_dictionary(inner) else inner
-        return [path] if _is_text(inner) or _is_binary(inner) else []
-    numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
-    if _is_text(kind) or _is_binary(kind) or any(is_number(kind) for is_number in numbers):
-        return [path]
-    return []
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def _describe(schema: pa.Schema) -> list[str]:
-    return [f"{field.name} ({str(field.type)[:40]})" for field in schema][:20]
-
-
-def _class_labels(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
-    """Returns the names of class labels, from the metadata that the library `datasets` writes; {} if there are none."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        labels = {name: feature for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
-        return {name: tuple(map(str, feature["names"])) for name, feature in labels.items()}
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):  # missing, or by another writer
-        return {}
-
-
-def _until_damage(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yields the rows that can be read."""
-    with contextlib.suppress(DamagedParquet):
-        yield from rows
+def _split_of_file(name: str) -> str | None:
+    """Returns the split that a file belongs to by its name, such as "train-00000-of-00010.parquet"."""
+    if match := _NUMBERED.match(name):
+        return match[1]
+    stem = os.path.splitext(name)[0]
+    return stem if split_of(stem) else None
 
 
 def _image_bytes(value: Any) -> bytes | None:
@@ -376,63 +310,3 @@ def _find_ranges(files: ParquetFiles, shard: int, chunk: Chunk, images: Iterator
             ranges.append((position, position + len(image)))
             position += len(image)
     return np.array(ranges, np.int64).reshape(-1, 2)
-
-
-class _RowCache:
-    """Cache of the rows of the row groups read last, in bounded memory. It is pickled empty."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._groups: collections.OrderedDict[tuple, tuple[list[dict[str, Any]], int]] = collections.OrderedDict()
-        self._bytes = 0
-
-    def __reduce__(self):
-        return _RowCache, ()
-
-    def rows(self, key: tuple, read, wanted: Sequence[int]) -> dict[int, dict[str, Any]]:
-        """Returns rows of a row group.
-
-        Args:
-          key: identifies the row group.
-          read: returns an iterator over its rows.
-          wanted: ascending numbers of the rows.
-
-        Returns:
-          {number: row}, without rows that do not exist.
-        """
-        with self._lock:
-            if key in self._groups:
-                self._groups.move_to_end(key)
-                rows = self._groups[key][0]
-                return {number: rows[number] for number in wanted if number < len(rows)}
-        found, rows, size = {}, [], 0
-        for number, row in enumerate(_until_damage(read())):
-            if number in wanted:
-                found[number] = row
-            if rows is not None:
-                rows.append(row)
-                size += _memory(row)
-                if size > _CACHED_GROUP_BYTES:
-                    rows = None
-            if rows is None and number >= wanted[-1]:
-                return found
-        if rows is not None:
-            self._add(key, rows, size)
-        return found
-
-    def _add(self, key: tuple, rows: list[dict[str, Any]], size: int) -> None:
-        with self._lock:
-            if key not in self._groups:
-                self._groups[key] = rows, size
-                self._bytes += size
-            while self._bytes > _CACHE_BYTES:
-                self._bytes -= self._groups.popitem(last=False)[1][1]
-
-
-def _memory(value: Any) -> int:
-    """Returns an estimate of the bytes that a value takes in memory."""
-    if isinstance(value, Mapping):
-        return 200 + sum(map(_memory, value.values()))
-    if isinstance(value, list):
-        return 100 + sum(map(_memory, value))
-    return 100 + (len(value) if isinstance(value, bytes | str) else 0)

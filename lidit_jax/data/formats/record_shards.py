@@ -12,29 +12,31 @@ from lidit_jax.data.captions import USUAL_FIELDS
 from lidit_jax.data.formats.files import find_files, is_remote
 from lidit_jax.data.formats.shards import (
     CLASS_FIELD,
+    MAX_LIST,
     Place,
     Sample,
     Unusable,
     captions_of,
     check_image,
+    check_text,
     class_name,
     decode_text,
     names_digest,
+    printable,
     scan_numbered,
 )
 from lidit_jax.errors import UserError
 
 ARRAY_RECORD = re.compile(r"\.array_?record(-\d+-of-\d+)?$")
 _LABELS = ("class", "label")
-_MAX_VALUES = 64  # per feature, e.g. several captions
 
 
 class ArrayRecordShards:
     """ArrayRecord files of tf.train.Example; see `Shards`.
 
-    The feature `image_key` holds the encoded image. Every other bytes feature that is text is a caption, or captions
-    "name/0", "name/1", … if it has several values; single numbers are metadata. If class names are given, a number in
-    "class" or "label" is a class. Other features, such as masks, tensors and bounding boxes, are ignored.
+    The feature `image_key` holds the encoded image. Every other bytes feature that is text may be a caption; its values
+    are named "name/0", "name/1", … if there are several. Single numbers are metadata. If class names are given, a
+    number in "class" or "label" is a class. Other features, such as masks, tensors and bounding boxes, are ignored.
     """
 
     def __init__(self, path: str | os.PathLike, image_key: str = "image", class_names: Sequence[str] = ()):
@@ -69,7 +71,7 @@ class ArrayRecordShards:
     def _parse(self, shard: int, number: int) -> Sample | Unusable:
         try:
             values = parse_example(self._readers.read(shard, number))
-            key = f"{os.path.basename(self.paths[shard])}#{number}"
+            key = f"{printable(os.path.basename(self.paths[shard]))}#{number}"
             return make_sample(key, flatten(values), self._image_key, self._class_names)
         except Unusable as reason:
             return reason
@@ -99,7 +101,7 @@ def parse_example(record: bytes, names: Collection[str] | None = None) -> dict[s
         kind = features[name].WhichOneof("kind")
         values = getattr(features[name], kind).value if kind else ()
         if kind == "bytes_list":
-            found[name] = list(values[:_MAX_VALUES])
+            found[name] = list(values[:MAX_LIST])
         elif len(values) == 1:
             found[name] = values[0]
     return found
@@ -162,8 +164,8 @@ class RecordReaders:
 class TfdsShards:
     """One split of a TFDS data set, prepared as ArrayRecord files; see `Shards`.
 
-    Texts are captions, and so is the name of a class label (field "class"); single numbers are metadata. Other features
-    (masks and further images, audio, video, tensors, bounding boxes) are not decoded.
+    Texts may be captions, and so may the name of a class label (field "class"); single numbers are metadata. Other
+    features (masks and further images, audio, video, tensors, bounding boxes) are not decoded.
     """
 
     def __init__(self, name: str, split: str, data_dir: str = "", image_key: str = ""):
@@ -296,7 +298,7 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(values, Mapping):
         items = [(str(name), value) for name, value in values.items()]
     elif isinstance(values, list):
-        texts = [value for value in values[:_MAX_VALUES] if isinstance(value, bytes | str)]
+        texts = [value for value in values[:MAX_LIST] if isinstance(value, bytes | str)]
         if len(texts) == 1:
             return {prefix: texts[0]}
         items = [(str(number), text) for number, text in enumerate(texts)]
@@ -313,13 +315,12 @@ def make_sample(key: str, values: Mapping[str, Any], image_key: str, class_names
 
     Args:
       key: key of the sample.
-      values: flat values; texts, also as bytes, are captions, bytes that are no text are ignored, and the rest is
-        metadata.
+      values: flat values: texts, also as bytes; bytes that are no text, which are ignored; and metadata.
       image_key: key of the image.
       class_names: names of the classes, by number.
 
     Raises:
-      Unusable: there is no image, a usual caption field is not UTF-8, or a class has no name.
+      Unusable: there is no image, a usual caption field is not UTF-8 or too long, or a class has no name.
     """
     values = dict(values)
     image = values.pop(image_key, None)
@@ -331,17 +332,22 @@ def make_sample(key: str, values: Mapping[str, Any], image_key: str, class_names
     for name, value in values.items():
         if isinstance(value, int) and name in _LABELS and class_names:
             texts[CLASS_FIELD] = class_name(value, class_names)
-        elif isinstance(value, bytes):
+        elif isinstance(value, bytes | str):
             try:
-                text = decode_text(value)
+                text = _text_of(value)
             except Unusable:
                 if name.split("/")[0] in USUAL_FIELDS:
                     raise
-                continue  # another image, a mask, audio, …
+                continue  # another image, a mask, audio, a document, …
             if "\0" not in text:
                 texts[name] = text
-        elif isinstance(value, str):
-            texts[name] = value
         else:
             metadata[name] = value
     return Sample(key, captions_of(texts), metadata, io.BytesIO(image))
+
+
+def _text_of(value: bytes | str) -> str:
+    if isinstance(value, bytes):
+        return decode_text(value)
+    check_text(len(value))
+    return value

@@ -133,8 +133,7 @@ def decode_text(encoded: bytes) -> str:
     Raises:
       Unusable: the text is too long or in neither encoding.
     """
-    if len(encoded) > MAX_TEXT_BYTES:
-        raise Unusable("text over 1 MiB")
+    check_text(len(encoded))
     try:
         return encoded.decode(text_encoding(encoded))
     except UnicodeDecodeError as error:
@@ -142,7 +141,9 @@ def decode_text(encoded: bytes) -> str:
 
 
 def captions_of(values: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the texts among the values of a sample, without blank ones and img2dataset's bookkeeping.
+    """Returns the texts among the values of a sample, some of which are captions.
+
+    Blank texts and img2dataset's bookkeeping are left out.
 
     The texts of a list get the names "name/0", "name/1", ….
     """
@@ -156,6 +157,11 @@ def captions_of(values: Mapping[str, Any]) -> dict[str, str]:
             texts |= {f"{name}/{i}": text for i, text in enumerate(value[:MAX_LIST]) if isinstance(text, str)}
     texts = {_replace_surrogates(name): _replace_surrogates(text).strip() for name, text in texts.items()}
     return {name: text for name, text in texts.items() if text}
+
+
+def printable(name: str) -> str:
+    r"""Returns the name of a file with bytes that are not UTF-8 as "\xe9": distinct, and safe to print and encode."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _replace_surrogates(text: str) -> str:
@@ -185,6 +191,12 @@ def class_name(value: int | str, names: Sequence[str]) -> str:
 def names_digest(names: Sequence[str]) -> str:
     """Returns a digest of the class names; "" if there are none."""
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] if names else ""
+
+
+def check_text(size: int) -> None:
+    """Raises Unusable if a text of `size` bytes or characters is too long."""
+    if size > MAX_TEXT_BYTES:
+        raise Unusable("text over 1 MiB")
 
 
 def check_image(size: int) -> None:

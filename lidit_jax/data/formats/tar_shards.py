@@ -1,9 +1,9 @@
 """Tar shards of image-text pairs, as img2dataset and webdataset write them: KEY.png|jpg|jpeg|webp with its texts.
 
 The key of a sample is the path of its files up to the first dot of the file name (the webdataset convention). Files of
-one sample are adjacent, so a sample is one byte range, which is itself a small tar. Its captions are "txt", "class"
-(KEY.cls) and the string fields of its json, except those that img2dataset adds (url, status, sha256 …); its metadata is
-the json. `_samples_of` states what happens to names of several dots.
+one sample are adjacent, so a sample is one byte range, which is itself a small tar. Its texts, of which some are
+captions, are "txt", "class" (KEY.cls), and the strings and lists of strings in its json; its metadata is the json.
+`_divide` states what happens to names of several dots.
 """
 
 import bisect
@@ -25,12 +25,15 @@ from lidit_jax.data.formats.shards import (
     Unusable,
     captions_of,
     check_image,
+    check_text,
     class_name,
     decode_text,
     names_digest,
     parse_json,
+    printable,
 )
 from lidit_jax.errors import UserError
+from lidit_jax.files import is_hidden
 
 _IMAGES = ("png", "jpg", "jpeg", "webp")
 _TEXTS = ("txt", "json", "cls")
@@ -140,9 +143,7 @@ class TarShards:
             encoded = io.BytesIO(file.read(image.offset, image.size))
         else:
             encoded = io.BufferedReader(_Region(file, path, image.offset, image.size))
-        # Distinct names that are not UTF-8 stay distinct, and the key can be printed and encoded.
-        key = found.key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        return Sample(key, captions_of(values), metadata, encoded)
+        return Sample(printable(found.key), captions_of(values), metadata, encoded)
 
 
 class _NamedFile(NamedTuple):
@@ -191,10 +192,10 @@ class _SampleFiles:
 
 
 def _parse_name(member: tar_headers.Member) -> _NamedFile | None:
-    """Parses the name of a file; returns None for hidden files (macOS adds some) and for names without a dot."""
+    """Parses the name of a file; returns None for hidden files (`files.is_hidden`) and for names without a dot."""
     folder, slash, name = member.name.rpartition("/")
     folders = folder.split("/")
-    if any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in folders):
+    if any(is_hidden(part) and part not in (".", "..") for part in folders):
         return None
     key, dot, _ = name.partition(".")
     if not key or not dot:
@@ -319,8 +320,7 @@ def _group_files(
 
 
 def _read_text(file: File, member: tar_headers.Member) -> bytes:
-    if member.size > MAX_TEXT_BYTES:
-        raise Unusable("text over 1 MiB")
+    check_text(member.size)
     return file.read(member.offset, member.size)
 
 

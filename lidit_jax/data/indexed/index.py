@@ -27,6 +27,8 @@ from lidit_jax.data.captions import list_field
 from lidit_jax.data.filters import Candidate, Filter, first_reason
 from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.files import is_remote, modification_time, remote_filesystem
+from lidit_jax.data.formats.parquet_files import column_chunks
+from lidit_jax.data.formats.parquet_pages import check_pages
 from lidit_jax.data.formats.shards import Place, Sample, Shards
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.preemption import ignore_ctrl_c
@@ -44,7 +46,6 @@ _SCHEMA = pa.schema(
 _ROWS_AT_ONCE = 1 << 14
 # Snappy shortens data at most 21-fold, and texts have no dictionary, so an index that would take more memory than this
 # multiple of its size is forged. (With another compression or encoding, 19 KB can become 2 GiB.)
-_COMPRESSION = "snappy"
 _TEXT_ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # the last two are those of nulls
 _MAX_EXPANSION, _EXPANSION_SLACK = 32, 1 << 20
 _TEXTS_AT_ONCE = 64
@@ -225,16 +226,19 @@ def _read_table(file: BinaryIO, names: Sequence[str]) -> pa.Table:
 
     Raises:
       ValueError: the columns expand to more than an index can.
+      DamagedPages: a page does, or is damaged.
+      DamagedParquet: the footer is damaged.
     """
     limit = _MAX_EXPANSION * file.seek(0, os.SEEK_END) + _EXPANSION_SLACK
     parquet = pq.ParquetFile(file)
     metadata, schema = parquet.metadata, parquet.schema_arrow
     groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
     columns = (group.column(number) for group in groups for number in range(metadata.num_columns))
-    columns = (column for column in columns if column.path_in_schema.partition(".")[0] in names)
     num_bytes = 8 * len(_NUMBER_COLUMNS) * metadata.num_rows
-    if num_bytes > limit or any(_can_expand(column) for column in columns):
+    if num_bytes > limit or any(_can_expand(column) for column in columns if column.path_in_schema in names):
         raise ValueError("too large when it is decompressed")
+    for chunk in (chunk for group in range(metadata.num_row_groups) for chunk in column_chunks(metadata, group)):
+        check_pages(functools.partial(_read_bytes, file), chunk.start, chunk.end, chunk.num_values, limit)
     batches, num_bytes = [], 0
     rows = _TEXTS_AT_ONCE if set(names) & set(_TEXT_COLUMNS) else _ROWS_AT_ONCE
     for batch in parquet.iter_batches(rows, columns=list(names), use_threads=False):
@@ -246,9 +250,12 @@ def _read_table(file: BinaryIO, names: Sequence[str]) -> pa.Table:
     return pa.Table.from_batches(batches, schema)
 
 
+def _read_bytes(file: BinaryIO, start: int, size: int) -> bytes:
+    file.seek(start)
+    return file.read(size)
+
+
 def _can_expand(column: pq.ColumnChunkMetaData) -> bool:
-    if column.compression not in (_COMPRESSION.upper(), "UNCOMPRESSED"):
-        return True
     return column.path_in_schema not in _NUMBER_COLUMNS and not set(column.encodings) <= _TEXT_ENCODINGS
 
 
@@ -316,11 +323,10 @@ def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, An
         except decoding.BrokenImage as error:
             broken[str(error)] += 1
             continue
-        key = sample.key.encode("utf-8", "replace").decode()  # file names need not be UTF-8
         texts = [json.dumps(sample.captions), json.dumps(sample.metadata, default=str)]
-        for name, value in zip(_SCHEMA.names, (start, end, height, width, key, *texts), strict=True):
+        for name, value in zip(_SCHEMA.names, (start, end, height, width, sample.key, *texts), strict=True):
             rows[name].append(value)
-        for part in (key, *texts, repr((start, end, height, width))):
+        for part in (sample.key, *texts, repr((start, end, height, width))):
             digest.update(len(part).to_bytes(8, "big") + part.encode())
     facts = facts | {"broken": broken, "digest": digest.hexdigest()}
     return pa.table(rows, schema=_SCHEMA.with_metadata({"facts": json.dumps(facts)}))
@@ -329,7 +335,7 @@ def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, An
 def _write(table: pa.Table, path: str) -> None:
     """Writes an index atomically; without write permission, warns once, and the index serves this run alone."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression=_COMPRESSION, use_dictionary=False, row_group_size=_ROWS_AT_ONCE)
+    pq.write_table(table, sink, compression="snappy", use_dictionary=False, row_group_size=_ROWS_AT_ONCE)
     encoded = sink.getvalue()
     try:
         if path.startswith("hf://"):

@@ -29,7 +29,7 @@ CHANGED = "changed since the checkpoint was written: restore the file, or start 
 # Length of a section of a shard in bytes: a resumed stream scans at most one section again to find its position.
 SECTION_BYTES = 1 << 26
 _RESTORE_BATCH = 16  # number of samples, when a buffer is restored
-# Limit for an encoded image: four uncompressed 16-bit channels, plus metadata.
+# A larger encoded image does not wait in memory: four uncompressed 16-bit channels, plus metadata.
 _BYTES_PER_PIXEL, _EXTRA_BYTES = 8, 1 << 20
 BufferedPlace = tuple[int, int, int, int]  # epoch, shard, first byte and end of a sample in a buffer
 MAX_REPLACEMENTS = 100  # most samples that are tried to replace one with a broken image
@@ -43,7 +43,8 @@ class Entry(NamedTuple):
       place: shard, first byte and end.
       bucket: index of the bucket with the nearest aspect ratio.
       size: height and width in pixels.
-      sample: the sample, with its encoded image in memory.
+      sample: the sample; its encoded image is in memory, or empty if it is far larger than its pixels and has to be
+        read again.
     """
 
     epoch: int
@@ -123,9 +124,7 @@ class SampleReader:
             statistics.dropped[reason] += 1
             return None
         num_bytes = sample.image.seek(0, io.SEEK_END)
-        if num_bytes > _BYTES_PER_PIXEL * size[0] * size[1] + _EXTRA_BYTES:  # it would wait in memory
-            statistics.broken.append((self.shards.paths[place[0]], "image file far larger than its pixels"))
-            return None
+        with_image &= num_bytes <= _BYTES_PER_PIXEL * size[0] * size[1] + _EXTRA_BYTES
         sample.image.seek(0)
         sample = sample._replace(image=io.BytesIO(sample.image.read() if with_image else b""))
         return Entry(epoch, place, int(assign(np.array([size]), self.buckets)[0]), size, sample)
@@ -135,7 +134,13 @@ class SampleReader:
         sample = entry.sample
         if bucket is None:
             return without_image(sample)
-        image = decode_to_bucket(sample.key, sample.image.getvalue(), self.max_pixels, entry.size, bucket)
+        encoded = sample.image.getvalue()
+        if not encoded:
+            [again] = self.shards.read([entry.place])
+            if isinstance(again, Unusable):
+                return BrokenExample(sample.key, str(again))
+            encoded = again.image.read()
+        image = decode_to_bucket(sample.key, encoded, self.max_pixels, entry.size, bucket)
         return image if isinstance(image, BrokenExample) else without_image(sample) | {"image": image}
 
     def read_again(self, entries: Sequence["BufferedPlace"]) -> list[Entry | None]:
