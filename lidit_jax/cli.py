@@ -140,7 +140,7 @@ def define_moved_encoders() -> Callable[[], dict[str, str]]:
             name, _, folder = value.partition("=")
             if not (name and folder):
                 raise UserError(f"--encoder={value}: give NAME=FOLDER, with the encoder's name in the config")
-            found[name] = folder
+            found[name] = os.path.expanduser(folder)
         return found
 
     return parse
@@ -269,7 +269,7 @@ def _check_repeated(words: Iterable[str]) -> None:
     given: dict[str, list[str]] = {}
     for word in words:
         name, equals, value = word.partition("=")
-        if equals:
+        if equals and not _may_be_repeated(name.lstrip("-")):
             given.setdefault(name, []).append(value)
     for name, values in given.items():
         looks_alike = len({re.sub(r"\d+", "0", value) for value in values}) == 1 and re.search(r"[^\d.e+-]", values[0])
@@ -278,6 +278,10 @@ def _check_repeated(words: Iterable[str]) -> None:
                 f"{name} is given {len(values)} times, with {values[0]!r} and {values[-1]!r}: if the shell expanded a "
                 f"pattern, quote it: '{name}={_pattern(values)}'"
             )
+
+
+def _may_be_repeated(name: str) -> bool:
+    return name in flags.FLAGS and isinstance(flags.FLAGS[name], flags.MultiFlag)
 
 
 def _pattern(values: Sequence[str]) -> str:

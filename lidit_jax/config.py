@@ -42,8 +42,6 @@ CHANGEABLE_FIELDS = (
     *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
     *("stalled_after", "max_skipped_in_row", "strict_restore"),
 )
-# Keys missing from workdirs of earlier versions, with the value that reproduces what those versions did.
-LEGACY_DEFAULTS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}
 # Removed keys of earlier versions, as section and name; they never affected results, so they are ignored.
 OBSOLETE_KEYS = (("text", "encode"),)
 
@@ -95,7 +93,7 @@ def find_config(text: str) -> tuple[Path, tuple[str, ...]]:
     file = Path(name).expanduser()
     if file.suffix == ".py" and file.is_file():
         return file, arguments
-    is_own = file.parent == Path() and not file.suffix or file.parent.name == "configs" and file.suffix == ".py"
+    is_own = file.parent == Path() and not file.suffix or file.parent == Path("configs") and file.suffix == ".py"
     if is_own and file.stem in own:
         return own[file.stem], arguments
     if is_own:
@@ -264,7 +262,7 @@ def claim_workdir(
     stored = with_defaults(read_workdir(workdir)) if file.exists() else None
     resolved = with_defaults(config)
     if stored is not None:
-        before, now = ({**LEGACY_DEFAULTS, **flatten(values)} for values in (stored, resolved))
+        before, now = flatten(stored), flatten(resolved)
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) == now.get(key) or _is_free(key, now, may_grow):
                 continue
@@ -277,7 +275,7 @@ def claim_workdir(
         workdir.mkdir(parents=True, exist_ok=True)
         if digests.items() - digests_before.items():
             write_json(digests_file, {**digests, **digests_before})
-        if stored is None or flatten(stored) != flatten(resolved):  # the workdir of a finished run may be read-only
+        if stored is None or flatten(stored) != flatten(resolved):
             write_json(file, _plain(resolved))
     except OSError as error:
         raise UserError(f"{workdir}: can't be written ({error.strerror or error}); choose another --workdir") from error

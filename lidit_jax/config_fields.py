@@ -60,7 +60,8 @@ _NONE_WORDS = ("none", "null")
 def with_defaults(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """Returns the sections of a config with the default of every field that they do not state.
 
-    Sections that the config lacks stay absent, and required fields that are missing stay missing.
+    Sections that the config lacks stay absent, and required fields that are missing stay missing. Workdirs of earlier
+    versions lack later fields: these must have defaults that do what was done before.
     """
     values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     sections = _sections(values)

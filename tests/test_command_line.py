@@ -357,7 +357,7 @@ def test_outputs_are_checked_before_work_begins(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_missing_accelerator_is_one_line():
+def test_a_missing_accelerator_is_one_line(monkeypatch):
     program = "import jax\nfrom lidit_jax import cli\ncli.run(lambda: print(jax.devices()))"
     done = python("-c", program, env={"JAX_PLATFORMS": "cuda"})
     if done.returncode:  # there is no GPU here
@@ -365,6 +365,10 @@ def test_a_missing_accelerator_is_one_line():
         assert "Traceback" not in done.stderr
     error = RuntimeError("Unable to initialize backend 'cuda': no devices\n(you may need to uninstall)")
     assert "\n" not in describe_system_error(error) and "no device to run on (Unable" in describe_system_error(error)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert describe_system_error(error).startswith("JAX_PLATFORMS='cuda' gives JAX no device")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert describe_system_error(error).endswith(": set JAX_PLATFORMS=cpu to run without an accelerator")
     assert describe_system_error(RuntimeError("a bug")) is None
     wrapped = ValueError("could not save")
     wrapped.__cause__ = OSError(errno.EROFS, "Read-only file system", "/x")
