@@ -124,24 +124,25 @@ def define_sampling() -> Callable[[], dict[str, Any]]:
     return lambda: {name: flag.value for name, flag in holders.items()}
 
 
-def define_moved_encoders() -> Callable[[], dict[str, str]]:
-    """Defines --encoder=NAME=FOLDER, which may be repeated.
+def define_moved_weights() -> Callable[[], dict[str, Any]]:
+    """Defines --encoder=NAME=FOLDER, which may be repeated, and --vae=FOLDER.
 
     Returns:
-      A function that returns the folders by name.
+      A function that returns the folders as keyword arguments of `experiment.load`.
     """
-    holder = flags.DEFINE_multi_string(
+    encoders = flags.DEFINE_multi_string(
         "encoder", [], "NAME=FOLDER of an LLM whose weights are no longer where the run's config says; may be repeated"
     )
+    vae = flags.DEFINE_string("vae", None, "folder of the VAE, if it is no longer where the run's config says")
 
-    def parse() -> dict[str, str]:
+    def parse() -> dict[str, Any]:
         found = {}
-        for value in holder.value:
+        for value in encoders.value:
             name, _, folder = value.partition("=")
             if not (name and folder):
                 raise UserError(f"--encoder={value}: give NAME=FOLDER, with the encoder's name in the config")
             found[name] = os.path.expanduser(folder)
-        return found
+        return {"encoders": found, "vae": vae.value}
 
     return parse
 

@@ -1,5 +1,6 @@
 """A command line that forgives: every field can be set, mistakes name what was meant, and outputs are checked first."""
 
+import contextlib
 import errno
 import os
 import re
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from conftest import ROOT, load_config
 from etils import epath
 from ml_collections import ConfigDict
@@ -173,7 +176,11 @@ def test_configs_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
     assert load_named_config("scenes:128").data.resolution == 128
     (tmp_path / "mine.py").write_text("")
     assert find_config("mine.py")[0] == Path("mine.py")
-    for text, says in (("shapse", "did you mean 'shapes'"), ("x/y.py", "no such config file")):
+    for text, says in (
+        ("shapse", "did you mean 'shapes'"),
+        ("x/y.py", "no such config file"),
+        ("x/configs/shapes.py", "no such"),
+    ):
         with pytest.raises(UserError, match=says):
             find_config(text)
     with pytest.raises(UserError, match="takes no argument: leave out :3"):
@@ -295,11 +302,26 @@ def test_values_follow_keys_with_and_without_an_equals_sign():
     assert cli._overrides == {"a.b": "1=2", "c": "3", "d": "-1", "e": "true", "f": "true"}
 
 
+@contextlib.contextmanager
+def flags_of_weights(*words):
+    """Gives the parser of `cli.define_moved_weights`, after the words are parsed."""
+    with flagsaver.flagsaver():
+        try:
+            moved = cli.define_moved_weights()
+            flags.FLAGS(["program", *words])
+            yield moved
+        finally:
+            for name in ("encoder", "vae"):
+                delattr(flags.FLAGS, name)
+
+
 def test_the_home_folder_is_expanded_in_paths_and_not_in_prompts(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert cli._expand_home("--out=~/x") == "--out=/home/me/x" and cli._expand_home("--out=a~") == "--out=a~"
     assert cli._expand_home("--config.data.path=~/x") == "--config.data.path=/home/me/x"
     assert cli._expand_home("--prompt=~ art") == "--prompt=~ art"
+    with flags_of_weights("--encoder=llama=~/llama", "--encoder=qwen=/x", "--vae=y") as moved:
+        assert moved() == {"encoders": {"llama": "/home/me/llama", "qwen": "/x"}, "vae": "y"}
 
 
 def test_repeated_flags_are_an_expanded_pattern_only_if_they_look_like_one():
@@ -307,6 +329,8 @@ def test_repeated_flags_are_an_expanded_pattern_only_if_they_look_like_one():
     for values, pattern in ((["a-1.tar", "a-2.tar"], "a-{1..2}.tar"), (["x/a.tar", "x/bc.tar"], "x/{a,bc}.tar")):
         with pytest.raises(UserError, match=re.escape(f"'--config.data.path={pattern}'")):
             cli._check_repeated([f"--config.data.path={value}" for value in values])
+    with flags_of_weights():
+        cli._check_repeated(["--encoder=llm1=/models/llm1", "--encoder=llm2=/models/llm2"])
 
 
 def test_choices_in_help_texts_are_those_of_the_commands():
