@@ -152,7 +152,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T
         if key not in fields:
             raise UserError(f"config key {where}.{key} is unknown{nearest(key, fields)}")
     for name, value in values.items():
-        section = _dataclass_in(hints[name])
+        section = dataclass_of(hints[name])
         if section and isinstance(value, Mapping):
             values[name] = build(section, value, f"{where}.{name}")
         _check_type(f"{where}.{name}", values[name], hints[name])
@@ -177,21 +177,21 @@ def require_section(key: str, value: Any) -> None:
         raise UserError(f"config key {key} is {value!r:.80}: it must be of type dict")
 
 
-def _dataclass_in(hint: Any) -> "type[DataclassInstance] | None":
+def dataclass_of(hint: Any) -> "type[DataclassInstance] | None":
     """Returns the dataclass of an annotation, `X` or `X | None`; None if there is none."""
     return next(
-        (option for option in _options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)), None
+        (option for option in options_of(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)), None
     )
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def options_of(hint: Any) -> tuple[Any, ...]:
     """Returns the types of a union, or the only type."""
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
     """Raises UserError unless the value is of the annotated type; the entries of containers are not checked."""
-    kinds = [typing.get_origin(option) or option for option in _options(hint)]
+    kinds = [typing.get_origin(option) or option for option in options_of(hint)]
     if not all(isinstance(kind, type) for kind in kinds):  # Any, Literal: checked where the value is used
         return
     if float in kinds:

@@ -25,13 +25,16 @@ from lidit_jax.config_fields import apply_overrides, find_fields, with_defaults
 from lidit_jax.console import COMMANDS
 from lidit_jax.data.precomputed import DTYPES
 from lidit_jax.errors import UserError, describe_system_error
+from lidit_jax.evaluate import generate as evaluate
 from lidit_jax.evaluate.benchmarks import BENCHMARKS
 from lidit_jax.export.write import DTYPES as EXPORT_DTYPES
-from lidit_jax.export.write import TEXT_ENCODERS
+from lidit_jax.export.write import TEXT_ENCODERS, export
+from lidit_jax.export.write import Request as ExportRequest
 from lidit_jax.files import check_writable, is_unused, write_json
 from lidit_jax.images import save_png
+from lidit_jax.preview.contact_sheet import draw_contact_sheet
 from lidit_jax.print_config import format_config, paper_keys
-from lidit_jax.sample.generate import earlier_images
+from lidit_jax.sample.generate import Request, earlier_images, sample_to_folder
 
 HEAVY = ("jax", "tensorflow", "flax", "transformers", "torch", "grain")
 
@@ -379,6 +382,21 @@ def test_outputs_are_checked_before_work_begins(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not yours to write"):
         check_writable(epath.Path(tmp_path / "a"), "--out=x")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_commands_check_their_output_before_anything_is_loaded(tmp_path):
+    file, missing = epath.Path(tmp_path / "file"), epath.Path(tmp_path / "missing")
+    file.touch()
+    out = file / "x.png"
+    benchmark = evaluate.Request(workdir=missing, benchmark="prompts", file=missing, out=out)
+    for command in (
+        lambda: evaluate.generate_benchmark(benchmark),
+        lambda: export(ExportRequest(workdir=missing, out=out)),
+        lambda: draw_contact_sheet(load_config("shapes"), out, 1),
+        lambda: sample_to_folder(Request(workdir=missing, out=out, prompt="x")),
+    ):
+        with pytest.raises(UserError, match=f"--out={out}: {file} is a file: name a folder"):
+            command()
 
 
 def test_a_missing_accelerator_is_one_line(monkeypatch):

@@ -176,7 +176,11 @@ def run(name, *arguments):
 
 @pytest.mark.parametrize(
     ("name", "argument", "message"),
-    [("train_step", "--resolution=33", "not a multiple"), ("sample", "--sampler=ddim", "does not support")],
+    [
+        ("train_step", "--resolution=33", "not a multiple"),
+        ("sample", "--sampler=ddim", "does not support"),
+        ("sample", "--guidance=nan", "sample.guidance_scale=nan must be a finite number"),
+    ],
 )
 def test_a_users_mistake_ends_in_one_line(name, argument, message):
     done = run(name, argument)

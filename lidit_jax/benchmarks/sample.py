@@ -12,6 +12,7 @@ of the model. FLOPs are counted analytically (`models/flops.py`); MFU is FLOP/s 
 turn, but all are loaded at once and share the accelerator's memory.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from lidit_jax.errors import UserError
 _SAMPLER = flags.DEFINE_string(
     "sampler", None, "ddim or dpmpp_2m for DDPM, euler or heun for rectified flow (default: the config's)"
 )
-_STEPS = flags.DEFINE_integer("steps", None, "steps of the sampler (default: the config's)", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", None, "steps of the sampler (default: the config's)")
 _GUIDANCE = flags.DEFINE_float(
     "guidance", None, "classifier-free guidance scale; 1 disables it (default: the config's)"
 )
@@ -45,9 +46,11 @@ _GUIDANCE = flags.DEFINE_float(
 
 def main() -> None:
     workload, experiment = from_flags()
-    sampling = experiment.sample
-    sampler, steps = _SAMPLER.value or sampling.sampler, _STEPS.value or sampling.steps
-    guidance_scale = sampling.guidance_scale if _GUIDANCE.value is None else _GUIDANCE.value
+    given = {"sampler": _SAMPLER.value, "steps": _STEPS.value, "guidance_scale": _GUIDANCE.value}
+    sampling = dataclasses.replace(
+        experiment.sample, **{name: value for name, value in given.items() if value is not None}
+    )
+    sampler, steps, guidance_scale = sampling.sampler, sampling.steps, sampling.guidance_scale
     rows = step_table(sampler, workload.schedule, steps)
     if np.any(rows.noise_scale):
         raise UserError(f"--sampler={sampler} adds random noise, so latents cannot be compared: use ddim or dpmpp_2m")

@@ -36,7 +36,7 @@ from lidit_jax.export.folder import (
 )
 from lidit_jax.export.model_card import model_card
 from lidit_jax.export.transformers_class import check_reference, transformers_class, transformers_config
-from lidit_jax.files import check_writable, write_json
+from lidit_jax.files import check_writable, existing_parent, write_json
 from lidit_jax.models.lidit_config import COMPUTE_FIELDS
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.text.encoders import T5TextEncoder
@@ -204,10 +204,7 @@ def _check_space(out: epath.Path, needed: int) -> None:
     Raises:
       UserError: fewer than `needed` bytes and the spare ones are free.
     """
-    nearest = next(
-        parent for parent in (local_folder(out).absolute(), *local_folder(out).absolute().parents) if parent.exists()
-    )
-    free = shutil.disk_usage(nearest).free
+    free = shutil.disk_usage(existing_parent(out)).free
     if free < needed + SPARE_BYTES:
         raise UserError(
             f"--out={out} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free: free some space"
