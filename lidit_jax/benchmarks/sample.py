@@ -20,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from lidit_jax import cli
+from lidit_jax.benchmarks import workload as workloads
 from lidit_jax.benchmarks.contest import largest_difference
 from lidit_jax.benchmarks.workload import (
     Work,
@@ -35,6 +36,7 @@ from lidit_jax.benchmarks.workload import (
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
 
+flags.adopt_module_key_flags(workloads)  # shows them in --help
 _SAMPLER = flags.DEFINE_string(
     "sampler", None, "ddim or dpmpp_2m for DDPM, euler or heun for rectified flow (default: the config's)"
 )

@@ -24,6 +24,7 @@ import numpy as np
 from absl import flags
 
 from lidit_jax import cli
+from lidit_jax.benchmarks import workload as workloads
 from lidit_jax.benchmarks.contest import Result, largest_difference
 from lidit_jax.benchmarks.workload import (
     Work,
@@ -40,6 +41,7 @@ from lidit_jax.models.flops import FORWARD_AND_BACKWARD
 from lidit_jax.train import Batch, Trainer
 from lidit_jax.train_config import TrainConfig
 
+flags.adopt_module_key_flags(workloads)  # shows them in --help
 _STEPS = flags.DEFINE_integer("steps_a_round", 4, "steps per round", lower_bound=1)
 
 INPUTS_FILE = "inputs.npz"
