@@ -233,12 +233,18 @@ def test_a_sibling_comes_before_this_projects_config(tmp_path):
 # --- flags ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example_and_exits_0_without_heavy_imports(command):
-    module = COMMANDS[command][0]
+BENCHMARK_COMMANDS = [
+    f"lidit_jax.benchmarks.{file.stem}"
+    for file in sorted((ROOT / "lidit_jax/benchmarks").glob("*.py"))
+    if "cli.run(main)" in file.read_text()
+]
+
+
+@pytest.mark.parametrize("module", [*(module for module, _ in COMMANDS.values()), *BENCHMARK_COMMANDS])
+def test_help_has_an_example_and_exits_0_without_heavy_imports(module):
     done = python("-X", "importtime", "-m", module, "--help")
     assert done.returncode == 0
-    assert f"python -m {module} --" in done.stdout and "Flags:" in done.stdout
+    assert f"python -m {module}" in done.stdout and "Flags:" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not imported & set(HEAVY)
 

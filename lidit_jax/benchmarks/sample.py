@@ -15,28 +15,20 @@ turn, but all are loaded at once and share the accelerator's memory.
 import dataclasses
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
 
 from lidit_jax import cli
-from lidit_jax.benchmarks import workload as workloads
+from lidit_jax.benchmarks import workload_flags
 from lidit_jax.benchmarks.contest import largest_difference
-from lidit_jax.benchmarks.workload import (
-    Work,
-    Workload,
-    format_table,
-    from_flags,
-    load_torch_model,
-    noisy_init,
-    run_contest,
-    save_weights,
-    torch_features,
-)
-from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
 
-flags.adopt_module_key_flags(workloads)  # shows them in --help
+if TYPE_CHECKING:
+    from lidit_jax.benchmarks.workload import Work, Workload
+
+flags.adopt_module_key_flags(workload_flags)  # shows them in --help
 _SAMPLER = flags.DEFINE_string(
     "sampler", None, "ddim or dpmpp_2m for DDPM, euler or heun for rectified flow (default: the config's)"
 )
@@ -47,6 +39,9 @@ _GUIDANCE = flags.DEFINE_float(
 
 
 def main() -> None:
+    from lidit_jax.benchmarks.workload import format_table, from_flags, run_contest
+    from lidit_jax.diffusion.samplers import step_table
+
     workload, experiment = from_flags()
     given = {"sampler": _SAMPLER.value, "steps": _STEPS.value, "guidance_scale": _GUIDANCE.value}
     sampling = dataclasses.replace(
@@ -70,7 +65,7 @@ def main() -> None:
 # --- contestants -------------------------------------------------------------------------------------------------
 
 
-def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *, folder: Path | None) -> Work:
+def ours(workload: "Workload", sampler: str, steps: int, guidance_scale: float, *, folder: Path | None) -> "Work":
     """Prepares our sampler, which returns latents, float32 [B, H, W, C].
 
     Args:
@@ -84,6 +79,7 @@ def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *,
     import jax
     import jax.numpy as jnp
 
+    from lidit_jax.benchmarks.workload import noisy_init, save_weights
     from lidit_jax.diffusion.samplers import guided, sample
     from lidit_jax.models.lidit import LIDiT
 
@@ -111,10 +107,12 @@ def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *,
 
 
 def pytorch(
-    workload: Workload, sampler: str, steps: int, guidance_scale: float, *, folder: Path, device: str, compiled: bool
-) -> Work:
+    workload: "Workload", sampler: str, steps: int, guidance_scale: float, *, folder: Path, device: str, compiled: bool
+) -> "Work":
     """Prepares PyTorch's sampler with the weights that `ours` saved; arguments as there."""
     from lidit_jax.benchmarks import torch_lidit
+    from lidit_jax.benchmarks.workload import load_torch_model, torch_features
+    from lidit_jax.diffusion.samplers import step_table
 
     model = load_torch_model(workload, folder, device, workload.model.dtype)
     rows = step_table(sampler, workload.schedule, steps)
