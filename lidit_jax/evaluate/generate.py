@@ -21,7 +21,7 @@ from lidit_jax.evaluate.benchmarks import FACTS_FILE, Benchmark, open_benchmark
 from lidit_jax.evaluate.output_folder import check_claim, read_claim
 from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
 from lidit_jax.experiment import Experiment, TrainedModel
-from lidit_jax.files import check_writable, write_json
+from lidit_jax.files import write_json
 from lidit_jax.sample.generate import SamplingOptions, warn_of_truncated
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def generate_benchmark(request: Request) -> None:
     """
     if request.num_images < 1:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
-    check_writable(request.out, f"--out={request.out}")
+    read_claim(request.out, FACTS_FILE)  # raises if the folder can't be used, before the model is loaded
     benchmark = request.open()
     model = experiment.load(request.workdir, request.weights, encoders=request.encoders, vae=request.vae)
     sampling, height, width = request.resolve_options(model)
