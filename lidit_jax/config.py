@@ -258,8 +258,9 @@ def claim_workdir(
 
     digests = digests or {}
     file, digests_file = workdir / CONFIG_FILE, workdir / DIGESTS_FILE
-    digests_before = _read_json(digests_file) if digests_file.exists() else {}
     stored = with_defaults(read_workdir(workdir)) if file.exists() else None
+    # Without a config, the digests are those of a claim that was interrupted.
+    digests_before = _read_json(digests_file) if stored is not None and digests_file.exists() else {}
     resolved = with_defaults(config)
     if stored is not None:
         before, now = flatten(stored), flatten(resolved)

@@ -255,6 +255,13 @@ def test_files_that_moved_are_accepted_if_their_digests_are_equal(tmp_path, key)
         resumed(tmp_path, {}, **{key: ""})
 
 
+def test_digests_of_an_interrupted_claim_do_not_count(tmp_path):
+    resumed(tmp_path, {"data.path": "d1"}, **{"data.path": "/old"})
+    (tmp_path / "config.json").unlink()
+    resumed(tmp_path, {"data.path": "d2"}, **{"data.path": "/new"})
+    resumed(tmp_path, {"data.path": "d2"}, **{"data.path": "/newer"})
+
+
 def test_relative_and_absolute_paths_are_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     resumed(tmp_path / "run", **{"start_from": "runs/first", "data.path": "./shards"})
