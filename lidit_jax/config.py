@@ -197,7 +197,7 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
     if float in kinds:
         kinds.append(int)
         if isinstance(value, int) and abs(value) > MAX_NUMBER:
-            raise UserError(f"config key {key} is {value!r:.40}…: no number that can be computed with")
+            raise UserError(f"config key {key} is {value!r:.40}…: the largest number is {MAX_NUMBER:.0e}")
     is_flag = isinstance(value, bool) and bool not in kinds
     if is_flag or not isinstance(value, tuple(kinds)):
         names = " or ".join(type_name(kind) for kind in dict.fromkeys(kinds))

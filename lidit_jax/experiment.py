@@ -4,7 +4,7 @@ A workdir is self-contained:
 
     config.json            the config of the run
     digests.json           digests of the data and weights that the config names
-    run.lock               who runs in the workdir, while it does
+    run.lock               the process that uses the workdir; removed when it ends
     compiled/              compiled programs, which a resumed run reuses
     encoders/NAME/         an LLM trained by the run, in Hugging Face's format (others are in their `weights` folder)
     vae/                   a VAE trained by the run, in diffusers' format (others are in their `weights` folder)
