@@ -314,14 +314,10 @@ def test_values_follow_keys_with_and_without_an_equals_sign():
 @contextlib.contextmanager
 def flags_of_weights(*words):
     """Gives the parser of `cli.define_moved_weights`, after the words are parsed."""
-    with flagsaver.flagsaver():
-        try:
-            moved = cli.define_moved_weights()
-            flags.FLAGS(["program", *words])
-            yield moved
-        finally:
-            for name in ("encoder", "vae"):
-                delattr(flags.FLAGS, name)
+    with flagsaver.flagsaver():  # removes flags that are new
+        moved = cli.define_moved_weights()
+        flags.FLAGS(["program", *words])
+        yield moved
 
 
 def test_the_home_folder_is_expanded_in_paths_and_not_in_prompts(monkeypatch):
