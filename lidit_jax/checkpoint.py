@@ -29,8 +29,6 @@ from lidit_jax.manifest import MANIFEST_FILE, DamagedError, verify, write_manife
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
-
 # Errors that retrying cannot fix: disk full, quota, permissions. A broken connection is not one of them.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 _DISK_ERROR_TEXT = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC", re.I)
@@ -130,11 +128,10 @@ class Checkpoints:
             config=ocp.args.JsonSave(self.config),
             data=SaveDataPosition(position),
         )
-        self.wait()  # for the checkpoint before, as Orbax would
+        self.wait()  # for the checkpoint before, as Orbax would: until then `_saving` is its step
         with self._writing():
-            # Without force, Orbax polls for preemption notices itself, with other step numbers than `preemption.py`.
-            self._manager.wait_until_finished()  # as `save` does: `_saving` belongs to the save before until then
             self._saving = step
+            # Without force, Orbax polls for preemption notices itself, with other step numbers than `preemption.py`.
             self._manager.save(step, args=items, force=True)
         self._being_written = step
 

@@ -124,24 +124,25 @@ def define_sampling() -> Callable[[], dict[str, Any]]:
     return lambda: {name: flag.value for name, flag in holders.items()}
 
 
-def define_moved_encoders() -> Callable[[], dict[str, str]]:
-    """Defines --encoder=NAME=FOLDER, which may be repeated.
+def define_moved_weights() -> Callable[[], dict[str, Any]]:
+    """Defines --encoder=NAME=FOLDER, which may be repeated, and --vae=FOLDER.
 
     Returns:
-      A function that returns the folders by name.
+      A function that returns the folders as keyword arguments of `experiment.load`.
     """
-    holder = flags.DEFINE_multi_string(
+    encoders = flags.DEFINE_multi_string(
         "encoder", [], "NAME=FOLDER of an LLM whose weights are no longer where the run's config says; may be repeated"
     )
+    vae = flags.DEFINE_string("vae", None, "folder of the VAE, if it is no longer where the run's config says")
 
-    def parse() -> dict[str, str]:
+    def parse() -> dict[str, Any]:
         found = {}
-        for value in holder.value:
+        for value in encoders.value:
             name, _, folder = value.partition("=")
             if not (name and folder):
                 raise UserError(f"--encoder={value}: give NAME=FOLDER, with the encoder's name in the config")
-            found[name] = folder
-        return found
+            found[name] = os.path.expanduser(folder)
+        return {"encoders": found, "vae": vae.value}
 
     return parse
 
@@ -269,7 +270,7 @@ def _check_repeated(words: Iterable[str]) -> None:
     given: dict[str, list[str]] = {}
     for word in words:
         name, equals, value = word.partition("=")
-        if equals:
+        if equals and not _may_be_repeated(name.lstrip("-")):
             given.setdefault(name, []).append(value)
     for name, values in given.items():
         looks_alike = len({re.sub(r"\d+", "0", value) for value in values}) == 1 and re.search(r"[^\d.e+-]", values[0])
@@ -278,6 +279,10 @@ def _check_repeated(words: Iterable[str]) -> None:
                 f"{name} is given {len(values)} times, with {values[0]!r} and {values[-1]!r}: if the shell expanded a "
                 f"pattern, quote it: '{name}={_pattern(values)}'"
             )
+
+
+def _may_be_repeated(name: str) -> bool:
+    return name in flags.FLAGS and isinstance(flags.FLAGS[name], flags.MultiFlag)
 
 
 def _pattern(values: Sequence[str]) -> str:

@@ -42,8 +42,6 @@ CHANGEABLE_FIELDS = (
     *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
     *("stalled_after", "max_skipped_in_row", "strict_restore"),
 )
-# Keys missing from workdirs of earlier versions, with the value that reproduces what those versions did.
-LEGACY_DEFAULTS = {"data.bucket_multiple": 0, "model.refiner_qk_norm": False}
 # Removed keys of earlier versions, as section and name; they never affected results, so they are ignored.
 OBSOLETE_KEYS = (("text", "encode"),)
 
@@ -95,7 +93,7 @@ def find_config(text: str) -> tuple[Path, tuple[str, ...]]:
     file = Path(name).expanduser()
     if file.suffix == ".py" and file.is_file():
         return file, arguments
-    is_own = file.parent == Path() and not file.suffix or file.parent.name == "configs" and file.suffix == ".py"
+    is_own = file.parent == Path() and not file.suffix or file.parent == Path("configs") and file.suffix == ".py"
     if is_own and file.stem in own:
         return own[file.stem], arguments
     if is_own:
@@ -154,7 +152,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T
         if key not in fields:
             raise UserError(f"config key {where}.{key} is unknown{nearest(key, fields)}")
     for name, value in values.items():
-        section = _dataclass_in(hints[name])
+        section = dataclass_of(hints[name])
         if section and isinstance(value, Mapping):
             values[name] = build(section, value, f"{where}.{name}")
         _check_type(f"{where}.{name}", values[name], hints[name])
@@ -179,27 +177,27 @@ def require_section(key: str, value: Any) -> None:
         raise UserError(f"config key {key} is {value!r:.80}: it must be of type dict")
 
 
-def _dataclass_in(hint: Any) -> "type[DataclassInstance] | None":
+def dataclass_of(hint: Any) -> "type[DataclassInstance] | None":
     """Returns the dataclass of an annotation, `X` or `X | None`; None if there is none."""
     return next(
-        (option for option in _options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)), None
+        (option for option in options_of(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)), None
     )
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def options_of(hint: Any) -> tuple[Any, ...]:
     """Returns the types of a union, or the only type."""
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def _check_type(key: str, value: Any, hint: Any) -> None:
     """Raises UserError unless the value is of the annotated type; the entries of containers are not checked."""
-    kinds = [typing.get_origin(option) or option for option in _options(hint)]
+    kinds = [typing.get_origin(option) or option for option in options_of(hint)]
     if not all(isinstance(kind, type) for kind in kinds):  # Any, Literal: checked where the value is used
         return
     if float in kinds:
         kinds.append(int)
         if isinstance(value, int) and abs(value) > MAX_NUMBER:
-            raise UserError(f"config key {key} is {value!r:.40}…: no number that can be computed with")
+            raise UserError(f"config key {key} is {value!r:.40}…: the largest number is {MAX_NUMBER:.0e}")
     is_flag = isinstance(value, bool) and bool not in kinds
     if is_flag or not isinstance(value, tuple(kinds)):
         names = " or ".join(type_name(kind) for kind in dict.fromkeys(kinds))
@@ -260,11 +258,12 @@ def claim_workdir(
 
     digests = digests or {}
     file, digests_file = workdir / CONFIG_FILE, workdir / DIGESTS_FILE
-    digests_before = _read_json(digests_file) if digests_file.exists() else {}
     stored = with_defaults(read_workdir(workdir)) if file.exists() else None
+    # Without a config, the digests are those of a claim that was interrupted.
+    digests_before = _read_json(digests_file) if stored is not None and digests_file.exists() else {}
     resolved = with_defaults(config)
     if stored is not None:
-        before, now = ({**LEGACY_DEFAULTS, **flatten(values)} for values in (stored, resolved))
+        before, now = flatten(stored), flatten(resolved)
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) == now.get(key) or _is_free(key, now, may_grow):
                 continue
@@ -277,7 +276,7 @@ def claim_workdir(
         workdir.mkdir(parents=True, exist_ok=True)
         if digests.items() - digests_before.items():
             write_json(digests_file, {**digests, **digests_before})
-        if stored is None or flatten(stored) != flatten(resolved):  # the workdir of a finished run may be read-only
+        if stored is None or flatten(stored) != flatten(resolved):
             write_json(file, _plain(resolved))
     except OSError as error:
         raise UserError(f"{workdir}: can't be written ({error.strerror or error}); choose another --workdir") from error

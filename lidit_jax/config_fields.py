@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lidit_jax.config import MAX_NUMBER, near, nearest, type_name
+from lidit_jax.config import MAX_NUMBER, dataclass_of, near, nearest, options_of, type_name
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.diffusion.schedules import SCHEDULES
 from lidit_jax.errors import UserError
@@ -60,7 +60,8 @@ _NONE_WORDS = ("none", "null")
 def with_defaults(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """Returns the sections of a config with the default of every field that they do not state.
 
-    Sections that the config lacks stay absent, and required fields that are missing stay missing.
+    Sections that the config lacks stay absent, and required fields that are missing stay missing. Workdirs of earlier
+    versions lack later fields: these must have defaults that do what was done before.
     """
     values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     sections = _sections(values)
@@ -77,7 +78,7 @@ def _filled(value: Any, hint: Hint) -> Any:
     if entries is not None:
         # A source of a mixture has the values of the `data` section for the fields that it does not state.
         return {name: entry if entries is DataConfig else _filled(entry, entries) for name, entry in value.items()}
-    hints, cls = _field_hints(hint) or {}, _dataclass_of(hint)
+    hints, cls = _field_hints(hint) or {}, dataclass_of(hint)
     filled = _defaults(cls) if cls else {}
     return filled | {name: _filled(entry, hints.get(name)) for name, entry in value.items()}
 
@@ -128,7 +129,8 @@ def _apply(config: ConfigDict, key: str, text: str) -> None:
     hint = _hint_of(hint, key, len(parents), config)
     if is_free and text.lower() in _NONE_WORDS:
         if name not in section:
-            raise UserError(f"config key {key}: there is nothing to remove{nearest(name, section)}")
+            suggestion = nearest(name, section) if parents else ""
+            raise UserError(f"config key {key}: there is nothing to remove{suggestion}")
         del section[name]
         return
     section[name] = parse_value(key, text, hint)
@@ -145,7 +147,7 @@ def parse_value(key: str, text: str, hint: Hint) -> Any:
     Raises:
       UserError: the text is no value of that type.
     """
-    options = _options(hint)
+    options = options_of(hint)
     if types.NoneType in options and text.lower() in _NONE_WORDS:
         return None
     for option in options:
@@ -215,19 +217,11 @@ def _schedule(config: Mapping[str, Any] | ConfigDict) -> type | None:
     return SCHEDULES.get(diffusion.get("name")) if isinstance(diffusion, Mapping | ConfigDict) else None
 
 
-def _options(hint: Hint) -> tuple[Hint, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _dataclass_of(hint: Hint) -> type | None:
-    return next((option for option in _options(hint) if dataclasses.is_dataclass(option)), None)
-
-
 def _field_hints(hint: Hint) -> dict[str, Hint] | None:
     """Returns the annotations of a section's fields by name; None if their names are free, or it is no section."""
     if isinstance(hint, dict):
         return hint
-    cls = _dataclass_of(hint)
+    cls = dataclass_of(hint)
     if cls is None:
         return None
     hints = typing.get_type_hints(cls)
@@ -236,7 +230,7 @@ def _field_hints(hint: Hint) -> dict[str, Hint] | None:
 
 def _entry_hint(hint: Hint) -> Hint | None:
     """Returns the annotation of the entries of a section with free names, such as `encoders`; None for any other."""
-    for option in _options(hint):
+    for option in options_of(hint):
         if typing.get_origin(option) is Mapping:
             return typing.get_args(option)[1]
     return None

@@ -36,7 +36,9 @@ def describe_system_error(error: BaseException) -> str | None:
         if "Unable to initialize backend" in str(cause) or _is_raised_in(cause, "xla_bridge.py"):
             # Without the platform's plugin JAX fails an assertion that has no text.
             reason = " ".join(str(cause).split())[:300] or "its platform is not installed"
-            platforms = os.environ.get("JAX_PLATFORMS", "")
+            platforms = os.environ.get("JAX_PLATFORMS")
+            if not platforms:
+                return f"JAX has no device to run on ({reason}): set JAX_PLATFORMS=cpu to run without an accelerator"
             return (
                 f"JAX_PLATFORMS={platforms!r} gives JAX no device to run on ({reason}): leave it out, or install "
                 'JAX for it, as in pip install -e ".[cuda]"'

@@ -4,7 +4,7 @@ A workdir is self-contained:
 
     config.json            the config of the run
     digests.json           digests of the data and weights that the config names
-    run.lock               the process that runs in the workdir, while it does
+    run.lock               the process that uses the workdir; removed when it ends
     compiled/              compiled programs, which a resumed run reuses
     encoders/NAME/         an LLM trained by the run, in Hugging Face's format (others are in their `weights` folder)
     vae/                   a VAE trained by the run, in diffusers' format (others are in their `weights` folder)
@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -315,14 +315,16 @@ class Experiment:
         folder = self.encoder_folder(name)
         return folder_digest(*dict.fromkeys((folder, tokenizer_folder(folder))))
 
-    def check_encoder_folders(self) -> None:
-        """Raises UserError if an encoder's folder is missing."""
+    def check_folders(self) -> None:
+        """Raises UserError if the folder of an encoder or of the VAE is missing."""
         for name, encoder in self.encoders.items():
             weights = encoder.weights
             if weights and not HUB_NAME.fullmatch(weights) and not is_there(epath.Path(weights)):
                 raise UserError(
                     f"encoders.{name}.weights={weights}: no such folder; if it was moved, give --encoder={name}=FOLDER"
                 )
+        if self.vae.weights and not is_there(self.vae_folder()):
+            raise UserError(f"vae.weights={self.vae.weights}: no such folder; if it was moved, give --vae=FOLDER")
 
     def named_digests(self, data: str) -> dict[str, str]:
         """Returns the digests of the files that the config names, by config key, to find them where they moved.
@@ -431,17 +433,20 @@ class TrainedModel:
         )
 
 
-def move_encoders(config: ConfigDict, moved: Mapping[str, str]) -> ConfigDict:
-    """Returns a run's config in which encoders have other folders.
+def move_weights(config: ConfigDict, encoders: Mapping[str, str], vae: str | None) -> ConfigDict:
+    """Returns a run's config in which encoders and VAE have other folders.
 
     Args:
       config: config of the run; changed in place.
-      moved: folders of encoders by name.
+      encoders: folders of encoders by name.
+      vae: folder of the VAE; None leaves it.
 
     Raises:
       UserError: the run has no such encoder.
     """
-    for name, folder in moved.items():
+    if vae:
+        config.vae.weights = vae
+    for name, folder in encoders.items():
         if name not in config.get("encoders", {}):
             known = ", ".join(config.get("encoders", {})) or "none"
             raise UserError(f"--encoder={name}={folder}: the run has no encoder {name!r}; it has {known}")
@@ -454,6 +459,7 @@ def load(
     weights: str = "ema",
     devices: Sequence[jax.Device] | None = None,
     encoders: Mapping[str, str] | None = None,
+    vae: str | None = None,
 ) -> TrainedModel:
     """Loads a trained run from its workdir.
 
@@ -462,47 +468,53 @@ def load(
       weights: "ema", or "params" for the weights without averaging.
       devices: devices to shard weights and images over; None uses all.
       encoders: folders of encoders, by name, that are no longer where the config says.
+      vae: folder of the VAE, if it is no longer where the config says.
 
     Raises:
-      UserError: if the workdir has no config or no checkpoint of LI-DiT, or the checkpoint has no such weights; or an
-        encoder's folder is missing or has other weights than the run was trained with.
+      UserError: if the workdir has no config or no checkpoint of LI-DiT, or the checkpoint has no such weights; or the
+        folder of an encoder or of the VAE is missing, or has other weights than the run was trained with.
     """
-    workdir, moved = epath.Path(workdir), encoders or {}
-    experiment = Experiment(move_encoders(read_workdir(workdir), moved), workdir)
+    workdir, encoders = epath.Path(workdir), encoders or {}
+    experiment = Experiment(move_weights(read_workdir(workdir), encoders, vae), workdir)
     if not experiment.has_lidit:
         raise UserError(
             f"{workdir} is the run of a VAE alone, without a LI-DiT to sample from: name the workdir of one that has"
         )
     checkpoints = checkpoint_folder(workdir, LIDIT)
     require_checkpoint(checkpoints)
-    experiment.check_encoder_folders()
+    experiment.check_folders()
     pipeline = experiment.pipeline(*experiment.sampling_mesh(devices))
     params, step = load_weights(checkpoints, weights, pipeline.abstract_params(), experiment.train.strict_restore)
-    compare_frozen(experiment, checkpoints / str(step), moved)
+    compare_frozen(experiment, checkpoints / str(step), encoders, vae)
     return TrainedModel(experiment, pipeline, params, step)
 
 
-def compare_frozen(experiment: Experiment, checkpoint: epath.Path, moved: Collection[str] = ()) -> None:
+def compare_frozen(
+    experiment: Experiment, checkpoint: epath.Path, encoders: Mapping[str, str] | None = None, vae: str | None = None
+) -> None:
     """Compares the frozen networks with those that LI-DiT was trained with; logs a line for each one that has changed.
 
     Args:
       experiment: the experiment.
       checkpoint: folder of one of LI-DiT's checkpoints, which records the digests.
-      moved: names of encoders whose folders are no longer those of the run.
+      encoders: folders of encoders, by name, that are no longer those of the run.
+      vae: folder of the VAE, if it is no longer that of the run.
 
     Raises:
-      UserError: if a moved encoder is not the one that LI-DiT was trained with.
+      UserError: if moved weights are not those that LI-DiT was trained with.
     """
+    moved = {f"encoders.{name}": f"--encoder={name}={folder}" for name, folder in (encoders or {}).items()}
+    if vae:
+        moved["vae"] = f"--vae={vae}"
     recorded = read_facts(checkpoint).get("frozen")
     if not isinstance(recorded, dict):  # of an early version
         return
     for key, digest in experiment.frozen_digests().items():
         if recorded.get(key, digest) == digest:
             continue
-        name = key.removeprefix("encoders.")
-        if name in moved:
+        if key in moved:
             raise UserError(
-                f"--encoder={name}={experiment.encoders[name].weights}: the run was trained with other weights or "
-                "another tokenizer; name the folder that has those"
+                f"{moved[key]}: the run was trained with other weights or another tokenizer; name the folder that has "
+                "those"
             )
         logger.warning("%s has changed since LI-DiT was trained with it: images differ from those of the run", key)

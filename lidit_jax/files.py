@@ -83,6 +83,12 @@ def is_unused(folder: epath.Path) -> bool:
     return not folder.exists() or all(re.fullmatch(r"\..+\.(new|tmp)", entry.name) for entry in folder.iterdir())
 
 
+def existing_parent(path: os.PathLike) -> Path:
+    """Returns the nearest part of a local path that exists: the path itself, or one of the folders that it is in."""
+    path = Path(path).absolute()
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
+
+
 def check_writable(folder: epath.Path, named: str) -> None:
     """Raises UserError if a local folder can't be written or created, or its disk is full; creates nothing.
 
@@ -92,9 +98,7 @@ def check_writable(folder: epath.Path, named: str) -> None:
     """
     if "://" in os.fspath(folder):
         return
-    place = Path(folder).absolute()
-    while not os.path.lexists(place):
-        place = place.parent
+    place = existing_parent(folder)
     if not place.is_dir():
         raise UserError(f"{named}: {place} is a file: name a folder")
     if not os.access(place, os.W_OK | os.X_OK):

@@ -27,16 +27,17 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: checkpoints,
 
 
 def main() -> None:
-    from lidit_jax.export.read import start_from_exported
-    from lidit_jax.parallel.hosts import join_hosts
-    from lidit_jax.print_config import format_config
-    from lidit_jax.stages.run import run_stages
-
     if _PRINT_CONFIG.value:
+        from lidit_jax.print_config import format_config
+
         cli.write_text(format_config(cli.read_config(_CONFIG), cli.config_file(), cli.config_overrides()))
         return
     workdir = epath.Path(cli.require(_WORKDIR.name))
     with activity("starting"):
+        from lidit_jax.export.read import start_from_exported
+        from lidit_jax.parallel.hosts import join_hosts
+        from lidit_jax.stages.run import run_stages
+
         join_hosts(_DISTRIBUTED.value, workdir)
         config = cli.read_config(_CONFIG)
         if _FROM_TORCH.value:

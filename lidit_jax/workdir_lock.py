@@ -146,10 +146,10 @@ def _wait_for_holder(file: epath.Path, what: str, has_kernel_lock: bool) -> None
     end = time.monotonic() + DEAD_AFTER_S
     while time.monotonic() < end:
         time.sleep(POLL_S)
-        now = _read(file)
-        if not now:
+        if not file.exists():
             return
-        if now != holder:
+        now = _read(file)
+        if now and now != holder:  # empty while the holder is writing it
             raise _in_use(what, now)
     logger.warning("%s: taking over the lock of %s, which gave no sign of life", what, _name(holder))
 

@@ -1,5 +1,6 @@
 """A command line that forgives: every field can be set, mistakes name what was meant, and outputs are checked first."""
 
+import contextlib
 import errno
 import os
 import re
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from conftest import ROOT, load_config
 from etils import epath
 from ml_collections import ConfigDict
@@ -22,13 +25,16 @@ from lidit_jax.config_fields import apply_overrides, find_fields, with_defaults
 from lidit_jax.console import COMMANDS
 from lidit_jax.data.precomputed import DTYPES
 from lidit_jax.errors import UserError, describe_system_error
+from lidit_jax.evaluate import generate as evaluate
 from lidit_jax.evaluate.benchmarks import BENCHMARKS
 from lidit_jax.export.write import DTYPES as EXPORT_DTYPES
-from lidit_jax.export.write import TEXT_ENCODERS
+from lidit_jax.export.write import TEXT_ENCODERS, export
+from lidit_jax.export.write import Request as ExportRequest
 from lidit_jax.files import check_writable, is_unused, write_json
 from lidit_jax.images import save_png
+from lidit_jax.preview.contact_sheet import draw_contact_sheet
 from lidit_jax.print_config import format_config, paper_keys
-from lidit_jax.sample.generate import earlier_images
+from lidit_jax.sample.generate import Request, earlier_images, sample_to_folder
 
 HEAVY = ("jax", "tensorflow", "flax", "transformers", "torch", "grain")
 
@@ -173,7 +179,11 @@ def test_configs_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
     assert load_named_config("scenes:128").data.resolution == 128
     (tmp_path / "mine.py").write_text("")
     assert find_config("mine.py")[0] == Path("mine.py")
-    for text, says in (("shapse", "did you mean 'shapes'"), ("x/y.py", "no such config file")):
+    for text, says in (
+        ("shapse", "did you mean 'shapes'"),
+        ("x/y.py", "no such config file"),
+        ("x/configs/shapes.py", "no such"),
+    ):
         with pytest.raises(UserError, match=says):
             find_config(text)
     with pytest.raises(UserError, match="takes no argument: leave out :3"):
@@ -223,12 +233,18 @@ def test_a_sibling_comes_before_this_projects_config(tmp_path):
 # --- flags ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example_and_exits_0_without_heavy_imports(command):
-    module = COMMANDS[command][0]
+BENCHMARK_COMMANDS = [
+    f"lidit_jax.benchmarks.{file.stem}"
+    for file in sorted((ROOT / "lidit_jax/benchmarks").glob("*.py"))
+    if "cli.run(main)" in file.read_text()
+]
+
+
+@pytest.mark.parametrize("module", [*(module for module, _ in COMMANDS.values()), *BENCHMARK_COMMANDS])
+def test_help_has_an_example_and_exits_0_without_heavy_imports(module):
     done = python("-X", "importtime", "-m", module, "--help")
     assert done.returncode == 0
-    assert f"python -m {module} --" in done.stdout and "Flags:" in done.stdout
+    assert f"python -m {module}" in done.stdout and "Flags:" in done.stdout
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not imported & set(HEAVY)
 
@@ -295,11 +311,22 @@ def test_values_follow_keys_with_and_without_an_equals_sign():
     assert cli._overrides == {"a.b": "1=2", "c": "3", "d": "-1", "e": "true", "f": "true"}
 
 
+@contextlib.contextmanager
+def flags_of_weights(*words):
+    """Gives the parser of `cli.define_moved_weights`, after the words are parsed."""
+    with flagsaver.flagsaver():  # removes flags that are new
+        moved = cli.define_moved_weights()
+        flags.FLAGS(["program", *words])
+        yield moved
+
+
 def test_the_home_folder_is_expanded_in_paths_and_not_in_prompts(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert cli._expand_home("--out=~/x") == "--out=/home/me/x" and cli._expand_home("--out=a~") == "--out=a~"
     assert cli._expand_home("--config.data.path=~/x") == "--config.data.path=/home/me/x"
     assert cli._expand_home("--prompt=~ art") == "--prompt=~ art"
+    with flags_of_weights("--encoder=llama=~/llama", "--encoder=qwen=/x", "--vae=y") as moved:
+        assert moved() == {"encoders": {"llama": "/home/me/llama", "qwen": "/x"}, "vae": "y"}
 
 
 def test_repeated_flags_are_an_expanded_pattern_only_if_they_look_like_one():
@@ -307,6 +334,8 @@ def test_repeated_flags_are_an_expanded_pattern_only_if_they_look_like_one():
     for values, pattern in ((["a-1.tar", "a-2.tar"], "a-{1..2}.tar"), (["x/a.tar", "x/bc.tar"], "x/{a,bc}.tar")):
         with pytest.raises(UserError, match=re.escape(f"'--config.data.path={pattern}'")):
             cli._check_repeated([f"--config.data.path={value}" for value in values])
+    with flags_of_weights():
+        cli._check_repeated(["--encoder=llm1=/models/llm1", "--encoder=llm2=/models/llm2"])
 
 
 def test_choices_in_help_texts_are_those_of_the_commands():
@@ -357,7 +386,22 @@ def test_outputs_are_checked_before_work_begins(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_missing_accelerator_is_one_line():
+def test_commands_check_their_output_before_anything_is_loaded(tmp_path):
+    file, missing = epath.Path(tmp_path / "file"), epath.Path(tmp_path / "missing")
+    file.touch()
+    out = file / "x.png"
+    benchmark = evaluate.Request(workdir=missing, benchmark="prompts", file=missing, out=out)
+    for command in (
+        lambda: evaluate.generate_benchmark(benchmark),
+        lambda: export(ExportRequest(workdir=missing, out=out)),
+        lambda: draw_contact_sheet(load_config("shapes"), out, 1),
+        lambda: sample_to_folder(Request(workdir=missing, out=out, prompt="x")),
+    ):
+        with pytest.raises(UserError, match=f"--out={out}: {file} is a file: name a folder"):
+            command()
+
+
+def test_a_missing_accelerator_is_one_line(monkeypatch):
     program = "import jax\nfrom lidit_jax import cli\ncli.run(lambda: print(jax.devices()))"
     done = python("-c", program, env={"JAX_PLATFORMS": "cuda"})
     if done.returncode:  # there is no GPU here
@@ -365,6 +409,10 @@ def test_a_missing_accelerator_is_one_line():
         assert "Traceback" not in done.stderr
     error = RuntimeError("Unable to initialize backend 'cuda': no devices\n(you may need to uninstall)")
     assert "\n" not in describe_system_error(error) and "no device to run on (Unable" in describe_system_error(error)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert describe_system_error(error).startswith("JAX_PLATFORMS='cuda' gives JAX no device")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert describe_system_error(error).endswith(": set JAX_PLATFORMS=cpu to run without an accelerator")
     assert describe_system_error(RuntimeError("a bug")) is None
     wrapped = ValueError("could not save")
     wrapped.__cause__ = OSError(errno.EROFS, "Read-only file system", "/x")

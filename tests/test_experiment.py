@@ -5,10 +5,12 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -253,6 +255,13 @@ def test_files_that_moved_are_accepted_if_their_digests_are_equal(tmp_path, key)
         resumed(tmp_path, {}, **{key: ""})
 
 
+def test_digests_of_an_interrupted_claim_do_not_count(tmp_path):
+    resumed(tmp_path, {"data.path": "d1"}, **{"data.path": "/old"})
+    (tmp_path / "config.json").unlink()
+    resumed(tmp_path, {"data.path": "d2"}, **{"data.path": "/new"})
+    resumed(tmp_path, {"data.path": "d2"}, **{"data.path": "/newer"})
+
+
 def test_relative_and_absolute_paths_are_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     resumed(tmp_path / "run", **{"start_from": "runs/first", "data.path": "./shards"})
@@ -273,8 +282,6 @@ def test_the_digests_name_every_file_of_the_config(trained_workdir, tmp_path):
 
 
 def test_sampling_takes_encoders_from_where_they_moved(trained_workdir, tmp_path):
-    import shutil
-
     workdir, moved = epath.Path(tmp_path / "run"), tmp_path / "moved"
     shutil.copytree(trained_workdir, workdir)
     shutil.move(workdir / "encoders/llama", moved)
@@ -291,6 +298,21 @@ def test_sampling_takes_encoders_from_where_they_moved(trained_workdir, tmp_path
         experiment.load(workdir, encoders={"llama": str(workdir / "encoders/qwen")})
     with pytest.raises(UserError, match="the run has no encoder 'bert'; it has llama, qwen"):
         experiment.load(workdir, encoders={"bert": str(moved)})
+
+
+def test_sampling_takes_the_vae_from_where_it_moved(trained_workdir, tmp_path):
+    workdir, moved = epath.Path(tmp_path / "run"), str(tmp_path / "moved")
+    shutil.copytree(trained_workdir, workdir)
+    shutil.move(workdir / "vae", moved)
+    vae = json.loads((workdir / "config.json").read_text())["vae"]
+    change_config(workdir, vae=vae | {"weights": "/gone/vae"})
+    with pytest.raises(UserError, match="vae.weights=/gone/vae: no such folder; if it was moved, give --vae=FOLDER"):
+        experiment.load(workdir)
+    assert experiment.load(workdir, vae=moved).step == 6
+    config_file = Path(moved) / "config.json"
+    config_file.write_text(config_file.read_text() + " ")
+    with pytest.raises(UserError, match=f"--vae={moved}: the run was trained with other weights"):
+        experiment.load(workdir, vae=moved)
 
 
 def without_position(workdir, copy):

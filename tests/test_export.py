@@ -426,10 +426,9 @@ def test_invalid_options_are_rejected(workdir, tmp_path, options, message):
 
 def test_folders_that_cannot_be_written_are_rejected(workdir, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file is a file: use a folder"):
-        export_of(workdir, tmp_path / "file")
-    with pytest.raises(UserError, match="cannot write .*file/out: Not a directory"):
-        export_of(workdir, tmp_path / "file/out")
+    for out in ("file", "file/out"):
+        with pytest.raises(UserError, match=f"--out={tmp_path / out}: .*file is a file: name a folder"):
+            export_of(workdir, tmp_path / out)
     with pytest.raises(UserError, match="gs://bucket/out: weights are written to local folders only"):
         export(Request(workdir, epath.Path("gs://bucket/out")))
 
@@ -625,7 +624,7 @@ def test_a_damaged_folder_is_reported_in_one_line(folder, tmp_path, damage, mess
         ({"text": {"max_length": 12}}, r"config key text\.instruction is missing"),
         ({"text": {"max_length": 12, "instruction": 3}}, r"text\.instruction is 3: it must be of type str"),
         ({"sample": {"steps": 10**12}}, "more than the maximum of 1000000"),
-        ({"sample": {"steps": 4, "guidance_scale": 10**400}}, r"sample\.guidance_scale is 1000.*no number"),
+        ({"sample": {"steps": 4, "guidance_scale": 10**400}}, r"guidance_scale is 1000.*the largest number is 1e\+30"),
         ({"encoders": [ENTRY | {"name": "__class__"}]}, "'__class__' is not a valid encoder name"),
         ({"sample": {"stpes": 4}}, r"config key sample\.stpes is unknown; did you mean 'steps'"),
         ({"encoders": [ENTRY | {"dtype": "int4"}, ENTRY | {"name": "qwen"}]}, r"encoders\.llama\.dtype"),

@@ -105,6 +105,9 @@ def test_other_folders_are_rejected(exported, tmp_path):
     out = epath.Path(tmp_path / "out")
     with pytest.raises(UserError, match="give either --workdir=DIR of a training run or --from_torch=DIR of an export"):
         sample_to_folder(Request(epath.Path(tmp_path), out, from_torch=exported, prompt="x"))
+    for option in ({"weights": "params"}, {"encoders": {"llama": "x"}}, {"vae": "x"}):
+        with pytest.raises(UserError, match="go with --workdir: an export has its own weights"):
+            sample_to_folder(Request(None, out, from_torch=exported, prompt="x", **option))
     index = json.loads((exported / "model_index.json").read_text())
     index["lidit"]["format_version"] = 99
     (tmp_path / "model_index.json").write_text(json.dumps(index))

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from absl import flags
 from conftest import ROOT, load_config, tiny_config
 
 from lidit_jax.benchmarks import sample, torch_lidit, train_step, workload
@@ -176,12 +177,22 @@ def run(name, *arguments):
 
 @pytest.mark.parametrize(
     ("name", "argument", "message"),
-    [("train_step", "--resolution=33", "not a multiple"), ("sample", "--sampler=ddim", "does not support")],
+    [
+        ("train_step", "--resolution=33", "not a multiple"),
+        ("sample", "--sampler=ddim", "does not support"),
+        ("sample", "--guidance=nan", "sample.guidance_scale=nan must be a finite number"),
+    ],
 )
 def test_a_users_mistake_ends_in_one_line(name, argument, message):
     done = run(name, argument)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(("module", "own"), [(train_step, "steps_a_round"), (sample, "guidance")])
+def test_the_help_lists_the_flags_that_both_commands_have(module, own):
+    listed = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(module.__name__)}
+    assert listed >= {"config", "batch", "resolution", "rounds", "torch", own}
 
 
 @pytest.mark.slow

@@ -103,6 +103,15 @@ def test_a_beating_lock_of_another_host_is_respected(file, impatient, without_ke
     assert not file.exists()
 
 
+def test_a_lock_that_is_being_written_is_not_given_up(file, impatient, without_kernel_locks, monkeypatch):
+    file.parent.mkdir()
+    file.write_text("")
+    found = iter([facts(host="tpu-7", boot="other"), {}, facts(host="tpu-7", boot="other", beat=2)])
+    monkeypatch.setattr(workdir_lock, "_read", lambda file: next(found))
+    with pytest.raises(UserError, match="in use by process 1 on host tpu-7"), lock(file, "the workdir"):
+        pass
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"pid": "x"}', '{"pid": 1e400}'])
 def test_damaged_lock_files_are_taken_over(file, impatient, content):
     file.parent.mkdir()

@@ -17,7 +17,6 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.errors import UserError
 
 _CONFIG = cli.define_config("ablation_scenes")
 _TABLE = flags.DEFINE_list("table", None, "tables of the paper, separated by commas: 2, 3, 4, 5, 6, figure3")
@@ -31,12 +30,12 @@ def main() -> None:
     import jax
 
     from lidit_jax.ablate import report, runs
+    from lidit_jax.files import check_writable
     from lidit_jax.score.eval_extra import require_extra
     from lidit_jax.weights.safetensors_folder import local_folder
 
     out = epath.Path(local_folder(cli.require(_OUT.name)).resolve())
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file: name a folder")
+    check_writable(out, f"--out={out}")
     if _ONLY.value:
         runs.run_job(out, runs.find_job(_ONLY.value))
         return

@@ -8,16 +8,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
 from lidit_jax import cli
-from lidit_jax.checkpoint import Checkpoints
-from lidit_jax.manifest import files_of, verify, write_manifest
 
-_GB = flags.DEFINE_float("gb", 2.0, "size of the checkpoint", lower_bound=0.001)
+_GB = flags.DEFINE_float("gb", 2.0, "size of the checkpoint, in 10^9 bytes", lower_bound=0.001, upper_bound=1e6)
 _FOLDER = flags.DEFINE_string("folder", None, "where to write it (default: the temporary folder); removed at the end")
 _ARRAYS = 32
 
@@ -31,6 +27,12 @@ def main() -> None:
 
 
 def _measure(folder: epath.Path) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from lidit_jax.checkpoint import Checkpoints
+    from lidit_jax.manifest import files_of, verify, write_manifest
+
     size = int(_GB.value * 1e9 / 4 / _ARRAYS)
     keys = jax.random.split(jax.random.key(0), _ARRAYS)
     params = {f"layer_{i}": jax.random.normal(key, (size,)) for i, key in enumerate(keys)}

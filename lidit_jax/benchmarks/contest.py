@@ -13,11 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from lidit_jax.errors import UserError
-from lidit_jax.metrics import duration
 from lidit_jax.parallel.host_memory import keep_freed_memory
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -76,6 +74,8 @@ def contest(contestants: Sequence[Contestant], rounds: int) -> list[Result]:
     Raises:
       UserError: a contestant raised an exception or its process ended early.
     """
+    from lidit_jax.metrics import duration
+
     context = multiprocessing.get_context("spawn")
     processes, connections, outputs = [], [], []
     try:
@@ -139,6 +139,8 @@ def describe_host(*others: str) -> str:
     Raises:
       UserError: one of the packages is not installed.
     """
+    import jax
+
     try:
         versions = [f"{name} {version(name)}" for name in ("jax", *others)]
     except PackageNotFoundError as error:
@@ -198,6 +200,8 @@ def _receive(connection: Connection, name: str):
 
 def _peak_memory() -> int:
     """Returns peak bytes: of the accelerator if it reports them, else of the process since VmHWM was reset."""
+    import jax
+
     if STATUS.exists():
         [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
         process_peak = int(line.split()[1]) << 10

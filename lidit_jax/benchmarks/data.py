@@ -32,9 +32,7 @@ from lidit_jax.benchmarks.contest import Contestant, Result, contest, describe_h
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.formats import decoding
-from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
-from lidit_jax.metrics import duration
 
 _SAMPLES = flags.DEFINE_integer("samples", 1024, "samples per round", lower_bound=1)
 _IMAGES = flags.DEFINE_integer("num_images", 1024, "number of different images", lower_bound=1)
@@ -145,6 +143,8 @@ def ours(
     folder: str, samples: int, batch: int, workers: int, sequential: bool = False, parquet: str = ""
 ) -> Callable[[], np.ndarray]:
     """Prepares our loader: random access through the shards' indexes, or `sequential` reading without them."""
+    from lidit_jax.data.open_dataset import open_dataset
+
     source, path = ("parquet", parquet) if parquet else ("tar", folder)
     config = DataConfig(source, SIDE, path, sequential=sequential, num_threads=workers, prefetch=2 * workers)
     dataset = open_dataset(config, 8)
@@ -282,6 +282,9 @@ def fastest_decoder(folder: str) -> str:
 
 def watch_memory(folder: str, samples: int, batch: int, workers: int, sequential: bool) -> None:
     """Loads `samples` samples over as many epochs as that takes, and prints the process's resident memory."""
+    from lidit_jax.data.open_dataset import open_dataset
+    from lidit_jax.metrics import duration
+
     config = DataConfig("tar", SIDE, folder, sequential=sequential, num_threads=workers)
     batches = open_dataset(config, 8).batches(batch, 0, None, with_captions=True)
     count = -(-samples // batch)

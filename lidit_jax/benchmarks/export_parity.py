@@ -9,16 +9,13 @@ The sheet shows PyTorch's images above JAX's.
 
 import time
 
-import jax
 import numpy as np
 from absl import flags
 from etils import epath
 
-from lidit_jax import cli, experiment
+from lidit_jax import cli
 from lidit_jax.benchmarks.contest import describe_host
-from lidit_jax.diffusion.samplers import initial_noise
 from lidit_jax.errors import UserError
-from lidit_jax.images import grid, save_png
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of a training run")
 _FOLDER = flags.DEFINE_string("folder", None, "folder of its export, in float32")
@@ -30,6 +27,12 @@ _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "images per prompt", lower_b
 
 
 def main() -> None:
+    import jax
+
+    from lidit_jax import experiment
+    from lidit_jax.diffusion.samplers import initial_noise
+    from lidit_jax.images import grid, save_png
+
     workdir, folder, out = (cli.require(flag.name) for flag in (_WORKDIR, _FOLDER, _OUT))
     if not out.endswith(".png"):
         raise UserError(f"--out={out} does not end in .png: name a .png file")

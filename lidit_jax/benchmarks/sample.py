@@ -12,42 +12,42 @@ of the model. FLOPs are counted analytically (`models/flops.py`); MFU is FLOP/s 
 turn, but all are loaded at once and share the accelerator's memory.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
 
 from lidit_jax import cli
+from lidit_jax.benchmarks import workload_flags
 from lidit_jax.benchmarks.contest import largest_difference
-from lidit_jax.benchmarks.workload import (
-    Work,
-    Workload,
-    format_table,
-    from_flags,
-    load_torch_model,
-    noisy_init,
-    run_contest,
-    save_weights,
-    torch_features,
-)
-from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from lidit_jax.benchmarks.workload import Work, Workload
+
+flags.adopt_module_key_flags(workload_flags)  # shows them in --help
 _SAMPLER = flags.DEFINE_string(
     "sampler", None, "ddim or dpmpp_2m for DDPM, euler or heun for rectified flow (default: the config's)"
 )
-_STEPS = flags.DEFINE_integer("steps", None, "steps of the sampler (default: the config's)", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", None, "steps of the sampler (default: the config's)")
 _GUIDANCE = flags.DEFINE_float(
     "guidance", None, "classifier-free guidance scale; 1 disables it (default: the config's)"
 )
 
 
 def main() -> None:
+    from lidit_jax.benchmarks.workload import format_table, from_flags, run_contest
+    from lidit_jax.diffusion.samplers import step_table
+
     workload, experiment = from_flags()
-    sampling = experiment.sample
-    sampler, steps = _SAMPLER.value or sampling.sampler, _STEPS.value or sampling.steps
-    guidance_scale = sampling.guidance_scale if _GUIDANCE.value is None else _GUIDANCE.value
+    given = {"sampler": _SAMPLER.value, "steps": _STEPS.value, "guidance_scale": _GUIDANCE.value}
+    sampling = dataclasses.replace(
+        experiment.sample, **{name: value for name, value in given.items() if value is not None}
+    )
+    sampler, steps, guidance_scale = sampling.sampler, sampling.steps, sampling.guidance_scale
     rows = step_table(sampler, workload.schedule, steps)
     if np.any(rows.noise_scale):
         raise UserError(f"--sampler={sampler} adds random noise, so latents cannot be compared: use ddim or dpmpp_2m")
@@ -65,7 +65,7 @@ def main() -> None:
 # --- contestants -------------------------------------------------------------------------------------------------
 
 
-def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *, folder: Path | None) -> Work:
+def ours(workload: "Workload", sampler: str, steps: int, guidance_scale: float, *, folder: Path | None) -> "Work":
     """Prepares our sampler, which returns latents, float32 [B, H, W, C].
 
     Args:
@@ -79,6 +79,7 @@ def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *,
     import jax
     import jax.numpy as jnp
 
+    from lidit_jax.benchmarks.workload import noisy_init, save_weights
     from lidit_jax.diffusion.samplers import guided, sample
     from lidit_jax.models.lidit import LIDiT
 
@@ -106,10 +107,12 @@ def ours(workload: Workload, sampler: str, steps: int, guidance_scale: float, *,
 
 
 def pytorch(
-    workload: Workload, sampler: str, steps: int, guidance_scale: float, *, folder: Path, device: str, compiled: bool
-) -> Work:
+    workload: "Workload", sampler: str, steps: int, guidance_scale: float, *, folder: Path, device: str, compiled: bool
+) -> "Work":
     """Prepares PyTorch's sampler with the weights that `ours` saved; arguments as there."""
     from lidit_jax.benchmarks import torch_lidit
+    from lidit_jax.benchmarks.workload import load_torch_model, torch_features
+    from lidit_jax.diffusion.samplers import step_table
 
     model = load_torch_model(workload, folder, device, workload.model.dtype)
     rows = step_table(sampler, workload.schedule, steps)

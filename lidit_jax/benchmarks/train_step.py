@@ -18,34 +18,34 @@ import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 from absl import flags
 
 from lidit_jax import cli
+from lidit_jax.benchmarks import workload_flags
 from lidit_jax.benchmarks.contest import Result, largest_difference
-from lidit_jax.benchmarks.workload import (
-    Work,
-    Workload,
-    format_table,
-    from_flags,
-    load_torch_model,
-    noisy_init,
-    run_contest,
-    save_weights,
-    torch_features,
-)
-from lidit_jax.models.flops import FORWARD_AND_BACKWARD
-from lidit_jax.train import Batch, Trainer
-from lidit_jax.train_config import TrainConfig
 
+if TYPE_CHECKING:
+    import jax
+
+    from lidit_jax.benchmarks.workload import Work, Workload
+    from lidit_jax.train import Batch, Trainer
+    from lidit_jax.train_config import TrainConfig
+
+flags.adopt_module_key_flags(workload_flags)  # shows them in --help
 _STEPS = flags.DEFINE_integer("steps_a_round", 4, "steps per round", lower_bound=1)
 
 INPUTS_FILE = "inputs.npz"
 
 
 def main() -> None:
+    import jax
+
+    from lidit_jax.benchmarks.workload import format_table, from_flags, run_contest
+    from lidit_jax.models.flops import FORWARD_AND_BACKWARD
+
     workload, experiment = from_flags()
     steps = _STEPS.value
     arguments, mesh = (workload, experiment.train, steps), dict(experiment.config.mesh)
@@ -67,7 +67,9 @@ def _select_row(result: Result, index: int) -> Result:
 # --- contestants -------------------------------------------------------------------------------------------------
 
 
-def ours(workload: Workload, config: TrainConfig, steps: int, *, mesh: Mapping[str, int], folder: Path | None) -> Work:
+def ours(
+    workload: "Workload", config: "TrainConfig", steps: int, *, mesh: Mapping[str, int], folder: Path | None
+) -> "Work":
     """Prepares our training step; a round returns the losses and gradient norms of its steps, float32 [2, S].
 
     Args:
@@ -78,6 +80,10 @@ def ours(workload: Workload, config: TrainConfig, steps: int, *, mesh: Mapping[s
       folder: where the weights and the random inputs of the first two rounds (warm-up, and the one whose outputs are
         compared) are saved for `pytorch`; None if it does not run.
     """
+    import jax
+
+    from lidit_jax.benchmarks.workload import save_weights
+
     trainer, batch = make_trainer(workload, config, mesh)
     state, key = trainer.init(0), jax.random.key(1)
     if folder:
@@ -99,16 +105,19 @@ def ours(workload: Workload, config: TrainConfig, steps: int, *, mesh: Mapping[s
     return work
 
 
-def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[str, int]) -> tuple[Trainer, Batch]:
+def make_trainer(workload: "Workload", config: "TrainConfig", mesh_sizes: Mapping[str, int]) -> "tuple[Trainer, Batch]":
     """Returns a trainer on precomputed latents and features, and one batch on the device."""
+    import jax
     import jax.numpy as jnp
 
+    from lidit_jax.benchmarks.workload import noisy_init
     from lidit_jax.models.lidit import LIDiT
     from lidit_jax.models.vae import AutoencoderKL
     from lidit_jax.parallel.mesh import check_model, make_mesh
     from lidit_jax.parallel.rules import ShardingRules, replicated
     from lidit_jax.stages.lidit import lidit_task
     from lidit_jax.text.encoders import PrecomputedEncoder
+    from lidit_jax.train import Trainer
 
     mesh = make_mesh(mesh_sizes)
     check_model(mesh, workload.model.hidden_size, workload.model.num_heads)
@@ -129,8 +138,10 @@ def make_trainer(workload: Workload, config: TrainConfig, mesh_sizes: Mapping[st
     return trainer, trainer.put(batch)
 
 
-def random_inputs(workload: Workload, moments: jax.Array, key: jax.Array, number: int) -> dict[str, np.ndarray]:
+def random_inputs(workload: "Workload", moments: "jax.Array", key: "jax.Array", number: int) -> dict[str, np.ndarray]:
     """Returns the task's random inputs in step `number`, under the field names of `torch_lidit.StepInputs`."""
+    import jax
+
     from lidit_jax.models.vae import DiagonalGaussian, to_model_latents
 
     schedule = workload.schedule
@@ -147,7 +158,9 @@ def random_inputs(workload: Workload, moments: jax.Array, key: jax.Array, number
     return jax.device_get(inputs)
 
 
-def pytorch(workload: Workload, config: TrainConfig, steps: int, *, folder: Path, device: str, compiled: bool) -> Work:
+def pytorch(
+    workload: "Workload", config: "TrainConfig", steps: int, *, folder: Path, device: str, compiled: bool
+) -> "Work":
     """Prepares PyTorch's training step with the weights and random inputs that `ours` saved, which it cycles through.
 
     Arguments and the result of a round are as in `ours`.
@@ -155,6 +168,7 @@ def pytorch(workload: Workload, config: TrainConfig, steps: int, *, folder: Path
     import torch
 
     from lidit_jax.benchmarks import torch_lidit
+    from lidit_jax.benchmarks.workload import load_torch_model, torch_features
 
     dtype = getattr(torch, workload.model.dtype)
     trainer = torch_lidit.Trainer(load_torch_model(workload, folder, device), config, dtype=dtype, compiled=compiled)

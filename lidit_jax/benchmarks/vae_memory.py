@@ -5,19 +5,17 @@ Diffusion 3's. Nothing is run, so an image may be larger than this host could de
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import flax
-import jax
-import jax.numpy as jnp
 from absl import flags
 
 from lidit_jax import cli
 from lidit_jax.benchmarks.contest import describe_host
 from lidit_jax.benchmarks.sd3_vae import CONFIG
 from lidit_jax.errors import UserError
-from lidit_jax.models.vae import AutoencoderKL
-from lidit_jax.models.vae_tiling import decode_in_tiles
-from lidit_jax.weights.diffusers_vae import parameter_shapes
+
+if TYPE_CHECKING:
+    import jax
 
 _SIZES = flags.DEFINE_list("sizes", ["1024", "2048"], "sides of the images, in pixels")
 _TILES = flags.DEFINE_list("tiles", ["256", "512"], "sides of the tiles, in pixels")
@@ -25,6 +23,11 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute
 
 
 def main() -> None:
+    import jax.numpy as jnp
+
+    from lidit_jax.models.vae import AutoencoderKL
+    from lidit_jax.models.vae_tiling import decode_in_tiles
+
     sizes, tiles = _numbers("sizes", _SIZES.value), _numbers("tiles", _TILES.value)
     model = AutoencoderKL(CONFIG, jnp.dtype(_DTYPE.value))
     decoders = {"at once": lambda p, z: model.apply({"params": p}, z, method=AutoencoderKL.decode)}
@@ -36,8 +39,14 @@ def main() -> None:
         print(f"{name:20}" + "".join(f"{temporary_bytes(decode, size) / 2**20:10.0f}" for size in sizes), flush=True)
 
 
-def temporary_bytes(decode: Callable[[dict, jax.Array], jax.Array], size: int) -> int:
+def temporary_bytes(decode: "Callable[[dict, jax.Array], jax.Array]", size: int) -> int:
     """Returns the bytes of XLA temporaries for decoding one image of `size` x `size` pixels."""
+    import flax
+    import jax
+    import jax.numpy as jnp
+
+    from lidit_jax.weights.diffusers_vae import parameter_shapes
+
     shapes = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in parameter_shapes(CONFIG).items()}
     params = flax.traverse_util.unflatten_dict(shapes)
     cells = size // CONFIG.downsampling_factor

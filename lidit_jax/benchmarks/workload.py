@@ -16,11 +16,11 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax import cli
+from lidit_jax.benchmarks import workload_flags
 from lidit_jax.benchmarks.contest import Contestant, Result, contest, describe_host, disable_tf32
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.errors import UserError
@@ -35,20 +35,6 @@ from lidit_jax.text.load_encoder import open_encoder
 if TYPE_CHECKING:
     from lidit_jax.benchmarks import torch_lidit
     from lidit_jax.pytorch import transformer_lidit
-
-# Flags of both command lines.
-_CONFIG = cli.define_config("shapes")
-_BATCH = flags.DEFINE_integer("batch", None, "samples per batch (default: the config's)", lower_bound=1)
-_RESOLUTION = flags.DEFINE_integer(
-    "resolution", None, "side of the images in pixels (default: the config's)", lower_bound=1
-)
-_DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "compute dtype (default: the config's)")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each contestant is timed", lower_bound=1)
-_PREFIX_TOKENS = flags.DEFINE_integer(
-    "prefix_tokens", 64, "tokens of system prompt and instruction, for LLMs without a local tokenizer", lower_bound=0
-)
-_TORCH = flags.DEFINE_bool("torch", True, "compare with PyTorch")
-_COMPILED = flags.DEFINE_bool("compiled", True, "compare with PyTorch under torch.compile, too")
 
 WEIGHTS = "weights.safetensors"
 
@@ -123,11 +109,11 @@ class Workload:
 def from_flags() -> tuple[Workload, Experiment]:
     """Calls `from_config` with the command line's values; the config defaults to the demo's, configs/shapes.py."""
     return from_config(
-        cli.read_config(_CONFIG),
-        batch=_BATCH.value,
-        resolution=_RESOLUTION.value,
-        dtype=_DTYPE.value,
-        prefix_tokens=_PREFIX_TOKENS.value,
+        cli.read_config(workload_flags.CONFIG),
+        batch=workload_flags.BATCH.value,
+        resolution=workload_flags.RESOLUTION.value,
+        dtype=workload_flags.DTYPE.value,
+        prefix_tokens=workload_flags.PREFIX_TOKENS.value,
     )
 
 
@@ -257,17 +243,17 @@ def run_contest(ours: Callable[..., Work], pytorch: Callable[..., Work]) -> list
       ours: prepares ours: (folder) -> work. Saves what `pytorch` needs in the folder, None without PyTorch.
       pytorch: prepares PyTorch: (folder, device, compiled) -> work. Called after `ours`.
     """
-    if not _TORCH.value:
+    if not workload_flags.TORCH.value:
         print(describe_host(), flush=True)
-        return contest([Contestant("lidit_jax", functools.partial(ours, folder=None))], _ROUNDS.value)
+        return contest([Contestant("lidit_jax", functools.partial(ours, folder=None))], workload_flags.ROUNDS.value)
     print(describe_host("torch"), flush=True)
     device = _torch_device()
     with tempfile.TemporaryDirectory() as name:
         contestants = [Contestant("lidit_jax", functools.partial(ours, folder=Path(name)))]
-        for compiled in (False, True) if _COMPILED.value else (False,):
+        for compiled in (False, True) if workload_flags.COMPILED.value else (False,):
             prepare = functools.partial(pytorch, folder=Path(name), device=device, compiled=compiled)
             contestants.append(Contestant("PyTorch compiled" if compiled else "PyTorch", prepare))
-        return contest(contestants, _ROUNDS.value)
+        return contest(contestants, workload_flags.ROUNDS.value)
 
 
 def _torch_device() -> str:
@@ -315,4 +301,4 @@ def format_table(
         cells += [f"{speed / peak:.1%}"] if peak else []
         cells += [f"{result.median / results[0].median:.2f} x", f"{result.peak_bytes / 2**20:.0f}"]
         lines.append(f"{result.name:18}" + "".join(f"{cell:>13}" for cell in cells))
-    return f"median of {_ROUNDS.value} rounds of {steps} steps\n" + "\n".join(lines)
+    return f"median of {workload_flags.ROUNDS.value} rounds of {steps} steps\n" + "\n".join(lines)

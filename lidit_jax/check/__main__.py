@@ -23,7 +23,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to a run in progress
     damaged = 0
     for finding in check_workdir(workdir):
-        print(finding, flush=True)
+        cli.write_text(str(finding))
         damaged += finding.is_damaged
     if damaged:
         raise UserError(f"{workdir}: {damaged} damaged (see above): copy them again, or train them again")

@@ -30,7 +30,7 @@ _MIXED_PAIRS = flags.DEFINE_bool(
     False,
     "one to eight pairs of mixed kinds per prompt, not the paper's four of one kind (positional_bias only, ours)",
 )
-_ENCODERS = cli.define_moved_encoders()
+_MOVED = cli.define_moved_weights()
 _SAMPLING = cli.define_sampling()
 
 
@@ -48,7 +48,7 @@ def main() -> None:
             num_images=_NUM_IMAGES.value,
             num_scenes=_NUM_SCENES.value,
             mixed_pairs=_MIXED_PAIRS.value,
-            encoders=_ENCODERS(),
+            **_MOVED(),
             **_SAMPLING(),
         )
     )

@@ -84,8 +84,9 @@ def generate_benchmark(request: Request) -> None:
     """
     if request.num_images < 1:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
+    read_claim(request.out, FACTS_FILE)  # raises if the folder can't be used, before the model is loaded
     benchmark = request.open()
-    model = experiment.load(request.workdir, request.weights, encoders=request.encoders)
+    model = experiment.load(request.workdir, request.weights, encoders=request.encoders, vae=request.vae)
     sampling, height, width = request.resolve_options(model)
     facts = _facts(request, benchmark, model) | {"height": height, "width": width}
     facts |= {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance_scale")}

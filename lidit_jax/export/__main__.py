@@ -22,7 +22,7 @@ _TEXT_ENCODERS = flags.DEFINE_string(
     "refer by name to those on the Hugging Face hub)",
 )
 _MAX_SHARD_GB = flags.DEFINE_float("max_shard_gb", 5.0, "largest size of a file of LI-DiT's weights")
-_ENCODERS = cli.define_moved_encoders()
+_MOVED = cli.define_moved_weights()
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace a previous export")
 
 
@@ -43,7 +43,7 @@ def main() -> None:
             text_encoders=_TEXT_ENCODERS.value,
             max_shard_gb=_MAX_SHARD_GB.value,
             overwrite=_OVERWRITE.value,
-            encoders=_ENCODERS(),
+            **_MOVED(),
         )
     )
 

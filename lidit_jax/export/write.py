@@ -22,7 +22,7 @@ from etils import epath
 from lidit_jax.checkpoint import open_weights
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder, compare_frozen, move_encoders
+from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder, compare_frozen, move_weights
 from lidit_jax.export.copying import copy_files, model_files, num_bytes, tokenizer_files
 from lidit_jax.export.folder import (
     INDEX_FILE,
@@ -36,7 +36,7 @@ from lidit_jax.export.folder import (
 )
 from lidit_jax.export.model_card import model_card
 from lidit_jax.export.transformers_class import check_reference, transformers_class, transformers_config
-from lidit_jax.files import write_json
+from lidit_jax.files import check_writable, existing_parent, write_json
 from lidit_jax.models.lidit_config import COMPUTE_FIELDS
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.text.encoders import T5TextEncoder
@@ -72,6 +72,7 @@ class Request:
       max_shard_gb: largest size of a file of LI-DiT's weights, in 10^9 bytes.
       overwrite: whether to replace a previous export.
       encoders: folders of encoders, by name, that are no longer where the run's config says.
+      vae: folder of the VAE, if it is no longer where the run's config says.
     """
 
     workdir: epath.Path
@@ -82,6 +83,7 @@ class Request:
     max_shard_gb: float = 5.0
     overwrite: bool = False
     encoders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    vae: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +109,15 @@ def export(request: Request) -> None:
     Raises:
       UserError: an option is invalid or a file is missing or damaged, before anything is written; or the disk is full.
     """
+    check_writable(request.out, f"--out={request.out}")
     _check_request(request)
-    run = Experiment(move_encoders(read_workdir(request.workdir), request.encoders), request.workdir)
+    config = move_weights(read_workdir(request.workdir), request.encoders, request.vae)
+    run = Experiment(config, request.workdir)
     if not run.has_lidit:
         raise UserError(
             f"{request.workdir} trained only a VAE, which is already in diffusers' format: {run.vae_folder()}"
         )
-    run.check_encoder_folders()
+    run.check_folders()
     _check_not_used(request.out, run)
     encoders = [_text_encoder(run, name, request.text_encoders) for name in run.encoders]
     vae = run.vae_folder()
@@ -121,7 +125,7 @@ def export(request: Request) -> None:
     vae_files = [vae / CONFIG_FILE, *model_files(vae, diffusers_vae.WEIGHTS_STEM)]
     checkpoints = checkpoint_folder(run.workdir, LIDIT)
     with open_weights(checkpoints, request.weights, run.train.strict_restore) as weights:
-        compare_frozen(run, checkpoints / str(weights.step), request.encoders)
+        compare_frozen(run, checkpoints / str(weights.step), request.encoders, request.vae)
         lidit_bytes = weights.num_parameters * DTYPES[request.dtype]
         copied_bytes = num_bytes([*vae_files, *(file for e in encoders for file in (*e.files, *e.tokenizer))])
         _check_space(request.out, lidit_bytes + copied_bytes)
@@ -167,8 +171,6 @@ def _check_request(request: Request) -> None:
     if not 0.001 <= request.max_shard_gb <= 1e6:
         raise UserError(f"--max_shard_gb={request.max_shard_gb} is not from 0.001 to 1000000")
     out = local_folder(request.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file: use a folder")
     if not out.exists() or not any(out.iterdir()):
         return
     if not request.overwrite:
@@ -202,10 +204,7 @@ def _check_space(out: epath.Path, needed: int) -> None:
     Raises:
       UserError: fewer than `needed` bytes and the spare ones are free.
     """
-    nearest = next(
-        parent for parent in (local_folder(out).absolute(), *local_folder(out).absolute().parents) if parent.exists()
-    )
-    free = shutil.disk_usage(nearest).free
+    free = shutil.disk_usage(existing_parent(out)).free
     if free < needed + SPARE_BYTES:
         raise UserError(
             f"--out={out} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free: free some space"

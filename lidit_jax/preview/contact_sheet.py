@@ -11,6 +11,7 @@ from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data_report import log_data, log_prompts
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
+from lidit_jax.files import check_writable
 from lidit_jax.images import grid, save_png
 from lidit_jax.weights.folders import is_there
 
@@ -36,6 +37,7 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
         raise UserError(f"--out={out} does not end in .png: name a .png file")
     if num_images < 1:
         raise UserError(f"--num_images={num_images} must be at least 1")
+    check_writable(out.parent, f"--out={out}")
     experiment = Experiment(config, out.parent)
     dataset = open_dataset(experiment.data, experiment.size_multiple(), with_captions=experiment.has_lidit)
     if dataset.holds_latents:

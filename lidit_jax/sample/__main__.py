@@ -21,7 +21,7 @@ _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "UTF-8 text file, one 
 _OUT = flags.DEFINE_string("out", None, "output folder for the images")
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "images per prompt", lower_bound=1, upper_bound=1_000_000)
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the first image; further images use consecutive seeds", lower_bound=0)
-_ENCODERS = cli.define_moved_encoders()
+_MOVED = cli.define_moved_weights()
 _SAMPLING = cli.define_sampling()
 
 
@@ -40,7 +40,7 @@ def main() -> None:
             prompts_file=_PROMPTS_FILE.value,
             num_images=_NUM_IMAGES.value,
             seed=_SEED.value,
-            encoders=_ENCODERS(),
+            **_MOVED(),
             **_SAMPLING(),
         )
     )

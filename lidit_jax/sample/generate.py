@@ -41,6 +41,7 @@ class SamplingOptions:
       decode_pixels: see `SampleConfig`.
       weights: "ema" for the averaged weights or "params" for the current ones.
       encoders: folders of encoders, by name, that are no longer where the run's config says.
+      vae: folder of the VAE, if it is no longer where the run's config says.
     """
 
     height: int | None = None
@@ -51,6 +52,7 @@ class SamplingOptions:
     decode_pixels: int | None = None
     weights: str = "ema"
     encoders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    vae: str | None = None
 
     def __post_init__(self):
         if self.weights not in ("ema", "params"):
@@ -132,9 +134,11 @@ def sample_to_folder(request: Request) -> None:
     if (request.workdir is None) == (request.from_torch is None):
         raise UserError("give either --workdir=DIR of a training run or --from_torch=DIR of an export")
     if request.from_torch is not None:
+        if request.weights != "ema" or request.encoders or request.vae:
+            raise UserError("--weights, --encoder and --vae go with --workdir: an export has its own weights")
         model, origin = load_exported(request.from_torch), str(request.from_torch)
     else:
-        model = experiment.load(request.workdir, request.weights, encoders=request.encoders)
+        model = experiment.load(request.workdir, request.weights, encoders=request.encoders, vae=request.vae)
         origin = f"step {model.step}"
     sampling, height, width = request.resolve_options(model)
     if request.negative_prompt and not sampling.is_guided:

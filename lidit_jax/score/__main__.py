@@ -39,6 +39,7 @@ _MODEL_NAME = flags.DEFINE_string("model_name", "ours", "name of the model that 
 
 
 def main() -> None:
+    from lidit_jax.files import check_writable
     from lidit_jax.score.eval_extra import require_extra
     from lidit_jax.score.report import write_report
     from lidit_jax.score.results import ScoreRequest
@@ -56,6 +57,7 @@ def main() -> None:
         file=epath.Path(_FILE.value) if _FILE.value else None,
         questions=epath.Path(_QUESTIONS.value) if _QUESTIONS.value else None,
     )
+    check_writable(request.out, f"--out={request.out}")
     report = importlib.import_module(f"lidit_jax.score.{SCORERS[request.benchmark]}").score(request)
     logger.info("\n%s\n%s", write_report(report, request.out, _MODEL_NAME.value), request.out)
 

@@ -16,7 +16,7 @@ from etils import epath
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.adjective_pairs import METADATA_FILE, SAMPLES, Pair, read_pairs
 from lidit_jax.evaluate.read_image import read_image
-from lidit_jax.files import is_hidden
+from lidit_jax.files import is_hidden, write_bytes
 from lidit_jax.score.eval_extra import png_of
 from lidit_jax.score.quarters import QUARTER_NAMES, QUARTERS, interval_by_quarter, mean_by_quarter, mean_over_prompts
 from lidit_jax.score.report import Report
@@ -77,7 +77,7 @@ def score(request: ScoreRequest) -> Report:
     report = summary(scores)
     curve = chart([report.columns[name] for name in QUARTER_NAMES], report.details["intervals"])
     try:
-        (request.out / CURVE_FILE).write_bytes(curve)
+        write_bytes(request.out / CURVE_FILE, curve)
     except OSError as error:
         raise UserError(f"--out={request.out} can't be written ({error.strerror or error}): name another") from error
     return report

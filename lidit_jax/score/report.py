@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lidit_jax.files import finite, write_json
+from lidit_jax.files import finite, write_bytes, write_json
 from lidit_jax.images import save_png
 from lidit_jax.score.eval_extra import png_of
 from lidit_jax.score.paper_results import table_1
@@ -60,7 +60,7 @@ def write_report(report: Report, out: epath.Path, model_name: str) -> str:
     values = dataclasses.asdict(report)
     write_json(out / JSON_FILE, finite({"model": model_name, **values}))
     table = markdown(report, model_name)
-    (out / TABLE_FILE).write_text(f"# {_title(report)}\n\n{table}\n![scores]({CHART_FILE})\n")
+    write_bytes(out / TABLE_FILE, f"# {_title(report)}\n\n{table}\n![scores]({CHART_FILE})\n".encode())
     save_png(chart(report, model_name), out / CHART_FILE)
     return table
 
