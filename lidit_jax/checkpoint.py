@@ -27,6 +27,8 @@ from jax.experimental import multihost_utils
 from lidit_jax.errors import UserError
 from lidit_jax.manifest import MANIFEST_FILE, DamagedError, verify, write_manifest
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 # Errors that retrying cannot fix: disk full, quota, permissions. A broken connection is not one of them.
