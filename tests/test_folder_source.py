@@ -119,7 +119,7 @@ def test_rows_of_any_length_are_counted_and_the_others_are_read(tmp_path, suffix
         lines = ["file_name,caption", *map(",".join, [*rows, not_closed]), "3.png,a scene 3"]
     (write_images(tmp_path) / f"metadata.{suffix}").write_text("\n".join(lines))
     dataset = opened(tmp_path)
-    assert dataset.broken == {"row over 1 MiB": 1 if suffix == "jsonl" else 2}
+    assert dataset.broken == {"text over 1 MiB": 1 if suffix == "jsonl" else 2}
     assert sorted(dataset.captions(9, 0)) == ["a scene 0", "a scene 2", "a scene 3"][: 2 if suffix == "jsonl" else 3]
 
 

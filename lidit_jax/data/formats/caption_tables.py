@@ -29,7 +29,7 @@ _SEPARATORS = ",;\t|"
 # Binary columns with larger values on average hold something other than text, such as embedded images.
 _MAX_BINARY_TEXT = 1 << 14
 # These stand for rows that cannot be used.
-_OVERLONG, _TOO_MANY_VALUES = b"row over 1 MiB", b"row with more values than columns"
+_OVERLONG, _TOO_MANY_VALUES = b"text over 1 MiB", b"row with more values than columns"
 # A file whose rows take more memory than this multiple of its size, and this much, is forged.
 _MAX_EXPANSION, _EXPANSION_SLACK = 32, 1 << 30
 _ROWS_LOOKED_AT = 100  # to find the columns of a JSONL file
