@@ -276,7 +276,8 @@ def claim_workdir(
         workdir.mkdir(parents=True, exist_ok=True)
         if digests.items() - digests_before.items():
             write_json(digests_file, {**digests, **digests_before})
-        if stored is None or flatten(stored) != flatten(resolved):
+        # Nothing is written without need: the workdir of a finished run may be read-only.
+        if stored is None or flatten(_read_json(file)) != flatten(resolved):
             write_json(file, _plain(resolved))
     except OSError as error:
         raise UserError(f"{workdir}: can't be written ({error.strerror or error}); choose another --workdir") from error

@@ -73,8 +73,8 @@ def new_file(file: epath.Path) -> Iterator[epath.Path]:
 
 
 def name_file(error: BaseException, file: os.PathLike, temporary: os.PathLike) -> None:
-    """Sets the file name of an OSError that names its temporary file or, as for a full disk, no file."""
-    if isinstance(error, OSError) and error.filename in (None, os.fspath(temporary)):
+    """Sets the file name of a system's error that names its temporary file or, as for a full disk, no file."""
+    if isinstance(error, OSError) and error.errno and error.filename in (None, os.fspath(temporary)):
         error.filename = os.fspath(file)
 
 

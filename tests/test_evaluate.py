@@ -63,11 +63,13 @@ def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, gene
     assert {name: (out / name).read_bytes() for name in files_of(out)} == before
 
 
-def test_all_batches_are_drawn_by_one_compilation(trained_workdir, geneval, tmp_path, monkeypatch):
+def test_all_batches_are_sampled_by_one_program(trained_workdir, geneval, tmp_path, monkeypatch):
     pipelines, batches = [], []
     load, draw = generate.experiment.load, Pipeline.__call__
     monkeypatch.setattr(
-        generate.experiment, "load", lambda *args: (loaded := load(*args), pipelines.append(loaded.pipeline))[0]
+        generate.experiment,
+        "load",
+        lambda *args, **options: (loaded := load(*args, **options), pipelines.append(loaded.pipeline))[0],
     )
     monkeypatch.setattr(Pipeline, "__call__", lambda self, *args: (batches.append(len(args[1])), draw(self, *args))[1])
     generate_benchmark(request(trained_workdir, "geneval", geneval, tmp_path / "out", num_images=4))

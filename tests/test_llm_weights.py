@@ -504,5 +504,5 @@ def test_a_header_with_absurd_shapes_is_rejected_at_once(tmp_path):
     header = json.dumps({"x": {"dtype": "F32", "shape": [9] * 500_000, "data_offsets": [0, 0]}}).encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(UserError, match="the entry of tensor x is damaged"):
+    with pytest.raises(UserError, match="is not a readable safetensors file"):
         SafetensorsFile(epath.Path(file))

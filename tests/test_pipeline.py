@@ -141,15 +141,17 @@ def test_a_trained_model_needs_only_prompts(loaded):
 def test_a_trained_models_options_replace_the_configs(loaded, monkeypatch):
     run, pipeline, _ = loaded
     calls = []
-    monkeypatch.setattr(type(pipeline), "__call__", lambda self, *arguments: calls.append(arguments[1:]))
+    monkeypatch.setattr(
+        type(pipeline), "__call__", lambda self, *arguments, **options: calls.append((*arguments[1:], options))
+    )
     TrainedModel(*loaded)(PROMPTS[:1], [7, 8], height=48, images_per_prompt=2, steps=3)
     sampling = dataclasses.replace(run.sample, steps=3, batch_size=2)
-    assert calls == [(PROMPTS[:1], [7, 8], 48, run.data.resolution, sampling, 2)]
+    assert calls == [(PROMPTS[:1], [7, 8], 48, run.data.resolution, sampling, 2, {"negative_prompt": ""})]
 
 
 def test_a_trained_model_takes_one_prompt_or_several_but_not_none(loaded, monkeypatch):
     calls = []
-    monkeypatch.setattr(type(loaded[1]), "__call__", lambda self, *arguments: calls.append(arguments[1:3]))
+    monkeypatch.setattr(type(loaded[1]), "__call__", lambda self, *arguments, **_: calls.append(arguments[1:3]))
     model = TrainedModel(*loaded)
     model(PROMPTS[0])
     model(PROMPTS)

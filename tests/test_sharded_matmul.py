@@ -105,7 +105,7 @@ def run_of(name, dtype="bfloat16"):
         encoder.model.update(num_attention_heads=2, num_key_value_heads=1)
     config.vae.dtype = dtype
     config.vae.model.update(block_out_channels=(32, 32, 32, 32))
-    config.train.batch_size = 8 * config.train.accumulate
+    config.train.batch_size = 8 * config.train.get("accumulate", 1)
     config.sample.update(batch_size=8, steps=2)
     experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
     return compile_step._on_devices(experiment, jax.devices(), V5E, 64)

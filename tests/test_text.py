@@ -159,7 +159,7 @@ def test_a_tokenizer_without_an_end_token_is_rejected():
 
 
 def test_a_length_without_room_for_the_end_token_is_rejected():
-    with pytest.raises(UserError, match="max_length=0 leaves no room"):
+    with pytest.raises(UserError, match="max_length=0 must be at least 1"):
         PromptTokenizer(TOKENIZER, 0)
 
 

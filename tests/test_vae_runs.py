@@ -181,8 +181,9 @@ def test_a_run_with_every_loss_resumes_to_the_same_weights(tmp_path, lpips_file)
     def config(steps):
         made = tiny_vae_config()
         made.data.resolution = 24
-        made.vae.perceptual.weights = str(lpips_file)
-        made.vae.adversarial.update(weight=0.5, start=1, width=4)
+        with made.unlocked():
+            made.vae.perceptual = {"weights": str(lpips_file)}
+            made.vae.adversarial = {"weight": 0.5, "start": 1, "width": 4}
         made.vae.train.update(steps=steps, sample_every=0, schedule="constant")
         return made
 
@@ -201,26 +202,41 @@ def test_a_run_with_every_loss_resumes_to_the_same_weights(tmp_path, lpips_file)
     ("change", "message"),
     [
         (lambda c: c.vae.update(reconstruction="l3"), r"vae\.reconstruction='l3' is unknown: use one of l1, l2"),
-        (lambda c: c.vae.adversarial.update(weight=-1.0), r"vae\.adversarial\.weight=-1.0 must be from 0 to 1000000"),
+        (
+            lambda c: c.vae.update(adversarial={"weight": -1.0}),
+            r"vae\.adversarial\.weight=-1.0 must be from 0 to 1000000",
+        ),
         (lambda c: c.vae.update(kl_weight=float("nan")), r"vae\.kl_weight=nan must be a finite number"),
-        (lambda c: c.vae.adversarial.update(width=10**8), r"vae\.adversarial\.width=100000000 must be from 1 to 1024"),
-        (lambda c: c.vae.adversarial.update(layers="3"), r"vae\.adversarial\.layers is '3': it must be of type int"),
+        (
+            lambda c: c.vae.update(adversarial={"width": 10**8}),
+            r"vae\.adversarial\.width=100000000 must be from 1 to 1024",
+        ),
+        (
+            lambda c: c.vae.update(adversarial={"layers": "3"}),
+            r"vae\.adversarial\.layers is '3': it must be of type int",
+        ),
         (lambda c: c.data.update(resolution=None), r"data\.resolution is None: it must be of type int"),
         (lambda c: c.vae.model.update(out_channels=1), "gives 1 channels: images have 3"),
         (
             lambda c: c.vae.model.update(latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16),
             "leave out latents_mean and latents_std",
         ),
-        (lambda c: c.vae.adversarial.update(wieght=1.0), r"vae\.adversarial\.wieght is unknown; did you mean 'weight'"),
+        (
+            lambda c: c.vae.update(adversarial={"wieght": 1.0}),
+            r"vae\.adversarial\.wieght is unknown; did you mean 'weight'",
+        ),
         (lambda c: c.vae.train.update(steps=0), r"^vae\.train\.steps=0 must be at least 1"),
         (lambda c: c.vae.evaluate.update(num_images=0), r"vae\.evaluate\.num_images=0 must be at least 1"),
-        (lambda c: c.vae.perceptual.update(weights="/nowhere.safetensors"), "nowhere.safetensors is missing"),
+        (lambda c: c.vae.update(perceptual={"weights": "/nowhere.safetensors"}), "nowhere.safetensors is missing"),
         (lambda c: c.data.update(resolution=1), "resolution=1 is not a multiple of 2: use 2"),
         (
             lambda c: c.data.update(held_out_shards=1),
             r"unless data\.source='tar' or 'parquet': give .*held_out_shards=0",
         ),
-        (lambda c: c.vae.adversarial.update(weight=1.0, layers=4), "sides of 48 pixels, some have 32: raise data"),
+        (
+            lambda c: c.vae.update(adversarial={"weight": 1.0, "layers": 4}),
+            "sides of 48 pixels, some have 32: raise data",
+        ),
         (lambda c: c.update(sample={"sampler": "euler"}), "config key text is missing"),
     ],
 )
