@@ -29,7 +29,7 @@ def get_config():
     config.vae.model.update(block_out_channels=(8, 8), norm_num_groups=4)
     config.vae.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2, sample_every=2, warmup_steps=0)
     config.vae.evaluate.update(num_images=9, batch_size=4, sheet=4)
-    config.vae.adversarial.update(weight=0.5, start=1, width=4, layers=1)
+    config.vae.adversarial = {{"weight": 0.5, "start": 1, "width": 4, "layers": 1}}
     return config
 """
 
