@@ -32,14 +32,14 @@ def main() -> None:
 
         cli.write_text(format_config(cli.read_config(_CONFIG), cli.config_file(), cli.config_overrides()))
         return
-    workdir = epath.Path(cli.require(_WORKDIR.name))
     with activity("starting"):
         from lidit_jax.export.read import start_from_exported
         from lidit_jax.parallel.hosts import join_hosts
         from lidit_jax.stages.run import run_stages
 
-        join_hosts(_DISTRIBUTED.value, workdir)
         config = cli.read_config(_CONFIG)
+        workdir = epath.Path(cli.require(_WORKDIR.name))
+        join_hosts(_DISTRIBUTED.value, workdir)
         if _FROM_TORCH.value:
             config = start_from_exported(config, epath.Path(_FROM_TORCH.value))
         run_stages(config, workdir, _COMPILATION_CACHE.value)

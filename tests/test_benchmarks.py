@@ -98,7 +98,7 @@ def test_the_memory_benchmark_shows_tiles_to_take_less():
 
 @pytest.mark.slow
 def test_the_data_benchmark_compares_the_loader_with_its_limit_and_webdataset():
-    command = [sys.executable, "-m", "lidit_jax.benchmarks.data", "--rounds=1", "--images=16", "--samples=32"]
+    command = [sys.executable, "-m", "lidit_jax.benchmarks.data", "--rounds=1", "--num_images=16", "--samples=32"]
     done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for way in ("lidit_jax", "limit", "webdataset"):
