@@ -229,7 +229,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
             quote = "; if the shell expanded a pattern, quote it" if re.search(r"[./]", rest[0]) else ""
             raise UserError(f"unexpected argument {rest[0]!r}: every option is a flag, --name=value{quote}")
         if "config" in flags.FLAGS and flags.FLAGS["config"].value:
-            find_config(flags.FLAGS["config"].value)  # a misspelt name is said before anything is imported
+            find_config(flags.FLAGS["config"].value)  # rejects a misspelt name before the heavy imports
     except flags.UnrecognizedFlagError as error:
         _exit(f"unknown flag --{error.flagname}{_flag_hint(program, error.flagname, words)}")
     except (flags.Error, UserError) as error:

@@ -1,4 +1,4 @@
-"""What is said before training: captions, samples left out, and how the encoders see prompts."""
+"""Tests the report before training: captions, dropped samples, and how the encoders see prompts."""
 
 import json
 import logging

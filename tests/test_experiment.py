@@ -261,6 +261,7 @@ def test_digests_of_an_interrupted_claim_do_not_count(tmp_path):
     (tmp_path / "config.json").unlink()
     resumed(tmp_path, {"data.path": "d2"}, **{"data.path": "/new"})
     resumed(tmp_path, {"data.path": "d2"}, **{"data.path": "/newer"})
+    assert json.loads((tmp_path / "digests.json").read_text()) == {"data.path": "d2"}
 
 
 def test_relative_and_absolute_paths_are_the_same(tmp_path, monkeypatch):

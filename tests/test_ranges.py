@@ -92,8 +92,10 @@ def test_a_number_out_of_its_range_is_rejected_with_the_range(field, value, mess
 
 
 def test_numbers_within_their_ranges_and_null_where_it_is_allowed_are_accepted():
-    Section(1, 2**20, None, 0, 1e-30, (1, 2), {"txt": 1})
-    Section(2**31 - 1, 1, 0.0, 0.999, 3e38)
+    first = (1, 2**20, None, 0, 1e-30, (1, 2), {"txt": 1})
+    assert tuple(vars(Section(*first)).values()) == first
+    second = (2**31 - 1, 1, 0.0, 0.999, 3e38)
+    assert tuple(vars(Section(*second)).values())[: len(second)] == second
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)
@@ -192,7 +194,8 @@ def test_a_wrong_number_in_a_config_ends_in_one_line_that_names_its_key(name, pr
 def test_a_model_of_extreme_accepted_sizes_can_be_built(changes):
     config = load_config("shapes")
     config.model.update(changes)
-    jax.eval_shape(functools.partial(experiment_of(config).model.init_params, [8, 8]), jax.random.key(0))
+    params = jax.eval_shape(functools.partial(experiment_of(config).model.init_params, [8, 8]), jax.random.key(0))
+    assert jax.tree.leaves(params)
 
 
 def test_a_language_model_of_extreme_accepted_sizes_can_be_built():
@@ -201,7 +204,8 @@ def test_a_language_model_of_extreme_accepted_sizes_can_be_built():
     with config.unlocked():
         config.encoders.llama.model.update(sizes | {"rope_theta": 1e12, "rms_norm_eps": 1})
     llm = CausalLM(experiment_of(config).encoders["llama"].language_model)
-    jax.eval_shape(llm.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    params = jax.eval_shape(llm.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    assert max(leaf.shape[0] for leaf in jax.tree.leaves(params)) == 2**20  # the embedding's
 
 
 def test_a_vae_of_extreme_accepted_sizes_can_be_built():
@@ -209,4 +213,5 @@ def test_a_vae_of_extreme_accepted_sizes_can_be_built():
     config.vae.model.update(latent_channels=2**20, norm_num_groups=16)
     config.model.latent_channels = 2**20
     run = experiment_of(config)
-    jax.eval_shape(run.autoencoder(run.vae_config).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    params = jax.eval_shape(run.autoencoder(run.vae_config).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    assert max(max(leaf.shape) for leaf in jax.tree.leaves(params)) == 2 * 2**20  # mean and log-variance

@@ -1,4 +1,4 @@
-"""What a run says and leaves beside its weights: the lock, kept programs, the time left, and the summary at the end."""
+"""Tests a run's lock, compilation cache, estimate of the time left, and final summary."""
 
 import jax
 import pytest

@@ -117,7 +117,7 @@ def test_damaged_lock_files_are_taken_over(file, impatient, content):
     file.parent.mkdir()
     file.write_text(content)
     with lock(file, "the workdir"):
-        pass
+        assert json.loads(file.read_text())["pid"] == os.getpid()
 
 
 def test_a_folder_that_can_not_be_written_is_a_user_error(tmp_path):

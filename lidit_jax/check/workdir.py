@@ -20,7 +20,7 @@ from lidit_jax.weights.safetensors_folder import read_config, weights_files
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What was found about one checkpoint or network; `str` gives the line to print.
+    """Result of verifying one checkpoint or network; `str` gives the line to print.
 
     Attributes:
       name: its path in the workdir, or its folder.

@@ -13,7 +13,7 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.preemption import forward_ctrl_c
-from lidit_jax.parallel.stderr_relay import relay_stderr
+from lidit_jax.parallel.stderr_relay import HOST_GONE, relay_stderr
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +69,7 @@ def leave_with_trace(error: Exception, folder: epath.Path | None) -> NoReturn:
     trace, reason = "".join(traceback.format_exception(error)), " ".join(str(error).split())[:200]
     line = f"error: {type(error).__name__}: {reason}"
     if _HOST_GONE.search(reason):
-        line = (
-            f"error: another host of the run stopped or cannot be reached ({reason}): its log says why; run the same "
-            "command on all hosts again to resume"
-        )
+        line = HOST_GONE.format(f" ({reason})")
     try:
         file = _trace_file(folder) if folder else None
         if file:

@@ -14,9 +14,9 @@ from etils import epath
 
 ABORT = b"Terminating process because the JAX distributed service detected fatal errors"
 SILENCE_S = 2.0  # after an abort, its message is complete after this time
-LINE = (
-    "error: another host of the run stopped or cannot be reached: its log says why; run the same command on all hosts "
-    "again to resume (trace: {})\n"
+HOST_GONE = (
+    "error: another host of the run stopped or cannot be reached{}: its log says why; run the same command on all "
+    "hosts again to resume"
 )
 
 
@@ -59,9 +59,9 @@ def _shorten(message: bytes, trace: epath.Path) -> None:
         trace.write_bytes(message)
     except OSError as error:
         _write(message + b"\n")
-        _write(LINE.format(f"above, as {trace} can't be written: {error.strerror}").encode())
+        _write(f"{HOST_GONE.format('')} (trace above: {trace} can't be written: {error.strerror})\n".encode())
         return
-    _write(LINE.format(trace).encode())
+    _write(f"{HOST_GONE.format('')} (trace: {trace})\n".encode())
 
 
 def _write(data: bytes) -> None:

@@ -13,7 +13,7 @@ _MAX_DEPTH = 4  # of nested columns
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """What the columns of the files are used for.
+    """Roles of the columns of the files.
 
     Attributes:
       key: column of the image.
