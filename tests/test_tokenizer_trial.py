@@ -29,7 +29,11 @@ LITTLE_MEMORY = {"MEMORY": 300 << 20, "CPU_SECONDS": 120}
 GROWING = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 10}
 LONG = "{{ 'x' * 20000000000 }}"
 COSTLY = {
-    "normalizer": ({"normalizer": {"type": "Sequence", "normalizers": [GROWING] * 9}}, "more than 300 MiB", LITTLE_MEMORY),
+    "normalizer": (
+        {"normalizer": {"type": "Sequence", "normalizers": [GROWING] * 9}},
+        "more than 300 MiB",
+        LITTLE_MEMORY,
+    ),
     "loop": (
         {"template": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"},
         "more than 2 seconds",
