@@ -1,19 +1,32 @@
 """Shared fixtures; JAX is set up before its import to run on the CPU, as eight devices for the sharding tests."""
 
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests of tiny models spend nearly all their time on compilation, most of it on optimisation: without optimisation the
-# fast tests take two thirds of the time. Results are the same up to rounding.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+# Tests of tiny models spend nearly all their time on compilation. Without optimisation it takes two thirds of the time.
+# Results are the same up to rounding.
+XLA_FLAGS = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib") < "0.11":  # MLIR's emitters of fused operations, the only ones later, take more
+    XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# The workers of one test run and the processes that they start share compiled programs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _compiled = tempfile.TemporaryDirectory(prefix="lidit_jax_tests_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+# Tracing makes millions of small objects, nearly all of which live on: looking through them often takes a tenth of the
+# time and finds nothing.
+gc.set_threshold(100_000, 50, 50)
 
 import hypothesis
 import numpy as np
@@ -72,7 +85,7 @@ def tiny_config() -> ConfigDict:
         encoder.train.update(steps=3, batch_size=8, log_every=1)
     config.vae.model.update(block_out_channels=(8, 8, 8, 8))
     config.vae.train.update(steps=3, batch_size=8, log_every=1)
-    config.model.update(depth=2, hidden_size=16, num_heads=2)
+    config.model.update(depth=2, hidden_size=16, num_heads=2, scan_unroll=1)
     config.train.update(steps=6, batch_size=8, log_every=1, checkpoint_every=2, sample_every=0, warmup_steps=2)
     config.sample.update(steps=2, batch_size=8, decode_tile=32)
     config.evaluate.update(two_objects=8, held_out_pairs=0, three_objects=0, four_objects=0)
@@ -111,14 +124,23 @@ def t5_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained_workdir(tmp_path_factory):
-    """Workdir of a finished run of the tiny demo; shared by all tests, which must not modify it."""
+    """Workdir of a finished run of the tiny demo; shared by a worker's tests, which must not modify it."""
     from etils import epath
+    from filelock import FileLock
 
     from lidit_jax.stages.run import run_stages
 
-    workdir = epath.Path(tmp_path_factory.mktemp("trained"))
-    run_stages(tiny_config(), workdir)
-    return workdir
+    # The first worker to come here trains it, into the folder of the test run.
+    root = tmp_path_factory.getbasetemp()
+    trained = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "trained_workdir"
+    with FileLock(f"{trained}.lock"):
+        if not trained.exists():
+            unfinished = tmp_path_factory.mktemp("unfinished")
+            run_stages(tiny_config(), epath.Path(unfinished))
+            unfinished.rename(trained)
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    shutil.copytree(trained, workdir)
+    return epath.Path(workdir)
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.rotary import RopeScaling
 from lidit_jax.weights.published_config import boolean, parse, positive_integer, positive_number, refuse_quantised
+
+if TYPE_CHECKING:  # imports torch where it is installed, which takes seconds
+    from transformers import PreTrainedConfig
 
 # transformers' model types of the decoder-only models that `LLM` implements.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -113,14 +115,14 @@ def _language_model(values: Mapping[str, Any], file: Any) -> tuple[str, dict[str
     return model_type, dict(values)
 
 
-def _parse(model_type: str, values: dict[str, Any], file: Any) -> PreTrainedConfig:
+def _parse(model_type: str, values: dict[str, Any], file: Any) -> "PreTrainedConfig":
     for key in ("rope_scaling", "rope_parameters"):
         if values.get(key) is not None and not isinstance(values[key], dict):
             raise UserError(f"{file}: {key} is not an object; copy the file again")
     return parse(model_type, values, file, blocks="num_hidden_layers")
 
 
-def _switches(model_type: str, config: PreTrainedConfig, file: Any) -> dict[str, Any]:
+def _switches(model_type: str, config: "PreTrainedConfig", file: Any) -> dict[str, Any]:
     """Returns the fields of `LLMConfig` that tell the families apart: biases, norms, activation, scales."""
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError(f"{file}: use_bidirectional_attention is not supported: the prompt encoders here are causal")
@@ -142,7 +144,7 @@ def _switches(model_type: str, config: PreTrainedConfig, file: Any) -> dict[str,
     return switches
 
 
-def _windows(model_type: str, config: PreTrainedConfig, file: Any) -> dict[str, Any]:
+def _windows(model_type: str, config: "PreTrainedConfig", file: Any) -> dict[str, Any]:
     if model_type in ("llama", "gemma"):  # these models ignore sliding-window keys
         return {}
     if model_type == "mistral":  # all blocks have a sliding window, or none has
@@ -158,7 +160,7 @@ def _windows(model_type: str, config: PreTrainedConfig, file: Any) -> dict[str, 
     return {"sliding_window": positive_integer(config, "sliding_window", file), "sliding_layers": slides}
 
 
-def _rotary(config: PreTrainedConfig, file: Any) -> dict[str, Any]:
+def _rotary(config: "PreTrainedConfig", file: Any) -> dict[str, Any]:
     """Returns the rotary fields of `LLMConfig`.
 
     transformers gathers rope_theta, rope_scaling and rope_parameters of all its versions in `rope_parameters`.

@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax
 import flax.linen as nn
@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.t5 import T5Config, T5Encoder
@@ -22,6 +22,9 @@ from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.weights.loading import Placement, place_parameters
 from lidit_jax.weights.published_config import parse, positive_integer, positive_number
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, new_folder, read_config
+
+if TYPE_CHECKING:  # imports torch where it is installed, which takes seconds
+    from transformers import PreTrainedConfig
 
 WEIGHTS_STEM = "model"
 MODEL_TYPES = ("t5", "mt5")
@@ -163,14 +166,14 @@ def t5_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: st
         raise UserError(f"{file}: {error}") from error
 
 
-def _parse(values: Mapping[str, Any], file: Any) -> PreTrainedConfig:
+def _parse(values: Mapping[str, Any], file: Any) -> "PreTrainedConfig":
     model_type = values.get("model_type")
     if model_type not in MODEL_TYPES:
         raise UserError(f"{file}: model_type {model_type!r:.80} is not supported; use one of {', '.join(MODEL_TYPES)}")
     return parse(model_type, values, file, sizes=SIZES, blocks="num_layers")
 
 
-def _feed_forward(config: PreTrainedConfig, file: Any) -> tuple[str, bool]:
+def _feed_forward(config: "PreTrainedConfig", file: Any) -> tuple[str, bool]:
     """Returns (activation, gated) of feed_forward_proj.
 
     Files may repeat these two in keys of their own, which transformers would use instead.

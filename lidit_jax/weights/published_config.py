@@ -1,19 +1,21 @@
 """Parses published config.json files with transformers' own classes, and validates the values that are used."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from lidit_jax.errors import UserError
+
+if TYPE_CHECKING:  # imports torch where it is installed, which takes seconds
+    from transformers import PreTrainedConfig
 
 MAX_BLOCKS = 1000  # transformers builds a list of block types: a damaged number must not exhaust memory
 
 
 def parse(
     model_type: str, values: Mapping[str, Any], file: Any, *, blocks: str, sizes: tuple[str, ...] = ()
-) -> PreTrainedConfig:
+) -> "PreTrainedConfig":
     """Returns the config as transformers parses it: absent keys have its defaults, old keys keep their meaning.
 
     Args:
@@ -37,6 +39,8 @@ def parse(
             raise UserError(f"{file}: {key}={count!r:.80} is not an integer from 1 to {MAX_BLOCKS}")
     # Drop the keys of classifiers: transformers would build a name for each of `num_labels` labels.
     values = {key: value for key, value in values.items() if key not in ("num_labels", "id2label", "label2id")}
+    from transformers import CONFIG_MAPPING  # imports torch where it is installed, which takes seconds
+
     try:
         return CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
     except Exception as error:  # each config class raises its own types
@@ -77,7 +81,7 @@ def check_format_version(version: Any, newest: int, where: str) -> None:
 
 
 def positive_integer(
-    values: PreTrainedConfig | Mapping[str, Any], key: str, file: Any, default: int | None = None
+    values: "PreTrainedConfig | Mapping[str, Any]", key: str, file: Any, default: int | None = None
 ) -> int:
     """Returns the value of a key.
 
@@ -97,7 +101,7 @@ def positive_integer(
     return value
 
 
-def positive_number(values: PreTrainedConfig | Mapping[str, Any], key: str, file: Any) -> float:
+def positive_number(values: "PreTrainedConfig | Mapping[str, Any]", key: str, file: Any) -> float:
     """Returns the value of a key as a float.
 
     Raises:
@@ -109,7 +113,7 @@ def positive_number(values: PreTrainedConfig | Mapping[str, Any], key: str, file
     return float(value)
 
 
-def boolean(values: PreTrainedConfig | Mapping[str, Any], key: str, file: Any) -> bool:
+def boolean(values: "PreTrainedConfig | Mapping[str, Any]", key: str, file: Any) -> bool:
     """Returns the value of a key, or False if it is absent.
 
     Raises:
