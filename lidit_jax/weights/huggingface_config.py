@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-
 from lidit_jax.errors import UserError
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.rotary import RopeScaling
