@@ -128,7 +128,7 @@ def define_moved_weights() -> Callable[[], dict[str, Any]]:
     """Defines --encoder=NAME=FOLDER, which may be repeated, and --vae=FOLDER.
 
     Returns:
-      A function that returns the folders as keyword arguments of `experiment.load`.
+      A function that returns the folders as keyword arguments of `trained_model.load`.
     """
     encoders = flags.DEFINE_multi_string(
         "encoder", [], "NAME=FOLDER of an LLM whose weights are no longer where the run's config says; may be repeated"

@@ -12,7 +12,8 @@ from lidit_jax.check.workdir import check_workdir
 from lidit_jax.checkpoint import Checkpoints
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import Experiment, compare_frozen
+from lidit_jax.experiment import Experiment
+from lidit_jax.trained_model import compare_frozen
 
 
 @pytest.fixture(scope="module")

@@ -65,9 +65,9 @@ def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, gene
 
 def test_all_batches_are_sampled_by_one_program(trained_workdir, geneval, tmp_path, monkeypatch):
     pipelines, batches = [], []
-    load, draw = generate.experiment.load, Pipeline.__call__
+    load, draw = generate.trained_model.load, Pipeline.__call__
     monkeypatch.setattr(
-        generate.experiment,
+        generate.trained_model,
         "load",
         lambda *args, **options: (loaded := load(*args, **options), pipelines.append(loaded.pipeline))[0],
     )
@@ -97,7 +97,7 @@ def test_another_model_or_another_way_to_draw_needs_another_folder(trained_workd
     assert files_of(out) == ["mine.txt"]
     (out / "mine.txt").unlink()
     asked = request(trained_workdir, "geneval", geneval, out)
-    model = generate.experiment.load(asked.workdir)
+    model = generate.trained_model.load(asked.workdir)
     benchmark = open_benchmark("geneval", geneval, 2)
     facts = generate._facts(asked, benchmark, model)
     generate._claim(asked.out, facts)

@@ -19,7 +19,7 @@ from conftest import ROOT, change_config, load_config, load_module, tiny_config
 from etils import epath
 from PIL import Image
 
-from lidit_jax import experiment
+from lidit_jax import trained_model
 from lidit_jax.checkpoint import load_weights
 from lidit_jax.config import claim_workdir, read_workdir
 from lidit_jax.config_fields import with_defaults
@@ -293,13 +293,13 @@ def test_sampling_takes_encoders_from_where_they_moved(trained_workdir, tmp_path
         | {"llama": {"weights": "/gone/llama", "dtype": "float32"}},
     )
     with pytest.raises(UserError, match="no such folder; if it was moved, give --encoder=llama=FOLDER"):
-        experiment.load(workdir)
-    step = experiment.load(workdir, encoders={"llama": str(moved)}).step
+        trained_model.load(workdir)
+    step = trained_model.load(workdir, encoders={"llama": str(moved)}).step
     assert step == 6
     with pytest.raises(UserError, match="trained with other weights"):
-        experiment.load(workdir, encoders={"llama": str(workdir / "encoders/qwen")})
+        trained_model.load(workdir, encoders={"llama": str(workdir / "encoders/qwen")})
     with pytest.raises(UserError, match="the run has no encoder 'bert'; it has llama, qwen"):
-        experiment.load(workdir, encoders={"bert": str(moved)})
+        trained_model.load(workdir, encoders={"bert": str(moved)})
 
 
 def test_sampling_takes_the_vae_from_where_it_moved(trained_workdir, tmp_path):
@@ -309,12 +309,12 @@ def test_sampling_takes_the_vae_from_where_it_moved(trained_workdir, tmp_path):
     vae = json.loads((workdir / "config.json").read_text())["vae"]
     change_config(workdir, vae=vae | {"weights": "/gone/vae"})
     with pytest.raises(UserError, match="vae.weights=/gone/vae: no such folder; if it was moved, give --vae=FOLDER"):
-        experiment.load(workdir)
-    assert experiment.load(workdir, vae=moved).step == 6
+        trained_model.load(workdir)
+    assert trained_model.load(workdir, vae=moved).step == 6
     config_file = Path(moved) / "config.json"
     config_file.write_text(config_file.read_text() + " ")
     with pytest.raises(UserError, match=f"--vae={moved}: the run was trained with other weights"):
-        experiment.load(workdir, vae=moved)
+        trained_model.load(workdir, vae=moved)
 
 
 def without_position(workdir, copy):
@@ -417,7 +417,7 @@ def test_configs_are_complete_except_for_paths(name, tmp_path):
             encoder.weights = "folder"
     if config.vae.get("train") is None:
         config.vae.weights = "folder"
-    assert experiment.Experiment(config, epath.Path(tmp_path)).model.config.depth >= 4
+    assert Experiment(config, epath.Path(tmp_path)).model.config.depth >= 4
 
 
 @pytest.mark.parametrize("name", ["shapes", "scenes", "emoji"])
@@ -436,7 +436,7 @@ def test_every_ablation_row_is_a_config(tmp_path):
         for encoder in config.encoders.values():
             encoder.weights = "folder"
         config.vae.weights = "folder"
-        experiment.Experiment(config, epath.Path(tmp_path))
+        Experiment(config, epath.Path(tmp_path))
     with pytest.raises(UserError, match="table2_baseline"):
         load_config("ablation", "table9")
 
@@ -483,7 +483,7 @@ def test_a_key_that_a_config_file_misspells_names_the_nearest():
     with config.unlocked():
         config.model.dept = 4
     with pytest.raises(UserError, match=r"model\.dept is unknown; did you mean 'depth'"):
-        experiment.Experiment(config, epath.Path("unused"))
+        Experiment(config, epath.Path("unused"))
 
 
 def command(*arguments, **kwargs):

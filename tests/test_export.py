@@ -21,7 +21,7 @@ from etils import epath
 from random_workdirs import CAPTIONS, make_workdir, random_config
 from safetensors.numpy import load_file, save_file
 
-from lidit_jax import experiment
+from lidit_jax import trained_model
 from lidit_jax.config import claim_workdir, read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
@@ -519,7 +519,7 @@ read_folder("out")
 @pytest.fixture(scope="module")
 def images(workdir):
     """Returns the experiment and images sampled from the workdir itself."""
-    model = experiment.load(workdir, devices=jax.devices()[:1])
+    model = trained_model.load(workdir, devices=jax.devices()[:1])
     return model.experiment, model(PROMPTS, height=32, width=48)
 
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lidit_jax.experiment import TrainedModel, load
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.pipeline import MAX_SEED, _key, _seed_words
 from lidit_jax.text.batch_prompts import SharedPrompts
 from lidit_jax.text.encoders import LLMTextEncoder
+from lidit_jax.trained_model import TrainedModel, load
 
 PROMPTS = ["a red circle", "红色圆形", "a blue square above a green circle"]
 

@@ -21,7 +21,7 @@ from diffusers.callbacks import PipelineCallback
 from etils import epath
 from random_workdirs import make_workdir, psnr, random_config, starting_noise
 
-from lidit_jax import experiment
+from lidit_jax import trained_model
 from lidit_jax.diffusion.samplers import guided, sample
 from lidit_jax.export.transformers_class import LLM_CLASSES, MULTIMODAL_CLASSES, T5_CLASSES
 from lidit_jax.export.write import Request, export
@@ -93,7 +93,7 @@ def loaded(workdir):
 
 
 def load_on_one_device(workdir, weights="ema"):
-    model = experiment.load(workdir, weights, jax.devices()[:1])
+    model = trained_model.load(workdir, weights, jax.devices()[:1])
     return model.experiment, model.pipeline, model.params
 
 

@@ -26,7 +26,7 @@ REDUCED = (
 RUN = {
     "-m lidit_jax.main --config=configs/shapes.py": {"pip install -e . && ": "", "--workdir=runs/shapes": REDUCED},
     "-m lidit_jax.sample": {},
-    "experiment.load": {},
+    "trained_model.load": {},
 }
 NOT_RUN = {
     'pip install -e ".[test]"': ".ci/run runs this very line in a fresh environment",
@@ -88,7 +88,7 @@ def test_ci_finds_the_line_that_installs_and_runs_the_tests():
 
 
 def test_the_python_example_is_short():
-    lines = block_with("experiment.load")[1].splitlines()
+    lines = block_with("trained_model.load")[1].splitlines()
     assert len([line for line in lines if line.strip()]) <= 6
 
 

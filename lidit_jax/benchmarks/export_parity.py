@@ -29,7 +29,7 @@ _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "images per prompt", lower_b
 def main() -> None:
     import jax
 
-    from lidit_jax import experiment
+    from lidit_jax import trained_model
     from lidit_jax.diffusion.samplers import initial_noise
     from lidit_jax.images import grid, save_png
 
@@ -37,7 +37,7 @@ def main() -> None:
     if not out.endswith(".png"):
         raise UserError(f"--out={out} does not end in .png: name a .png file")
     print(describe_host("torch", "diffusers"))
-    model = experiment.load(workdir, devices=jax.devices()[:1])
+    model = trained_model.load(workdir, devices=jax.devices()[:1])
     run, pipeline = model.experiment, model.pipeline
     prompts = [prompt for prompt in _PROMPTS.value for _ in range(_NUM_IMAGES.value)]
     seeds, side = np.arange(len(prompts), dtype=np.uint32), run.data.resolution

@@ -13,16 +13,17 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lidit_jax import experiment
+from lidit_jax import trained_model
 from lidit_jax.config import read_workdir
 from lidit_jax.config_fields import with_defaults
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, Benchmark, open_benchmark
 from lidit_jax.evaluate.output_folder import check_claim, read_claim
 from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
-from lidit_jax.experiment import Experiment, TrainedModel
+from lidit_jax.experiment import Experiment
 from lidit_jax.files import write_json
 from lidit_jax.sample.generate import SamplingOptions, warn_of_truncated
+from lidit_jax.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def generate_benchmark(request: Request) -> None:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
     read_claim(request.out, FACTS_FILE)  # raises if the folder can't be used, before the model is loaded
     benchmark = request.open()
-    model = experiment.load(request.workdir, request.weights, encoders=request.encoders, vae=request.vae)
+    model = trained_model.load(request.workdir, request.weights, encoders=request.encoders, vae=request.vae)
     sampling, height, width = request.resolve_options(model)
     facts = _facts(request, benchmark, model) | {"height": height, "width": width}
     facts |= {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance_scale")}

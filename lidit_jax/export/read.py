@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 from lidit_jax.checkpoint import check_same_model
 from lidit_jax.config_fields import with_defaults
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import Experiment, TrainedModel, check_start
+from lidit_jax.experiment import Experiment, check_start
 from lidit_jax.export.folder import INDEX_FILE, read_folder
 from lidit_jax.parallel.rules import ShardingRules
+from lidit_jax.trained_model import TrainedModel
 from lidit_jax.weights.folders import is_there
 from lidit_jax.weights.torch_lidit import load_lidit
 
@@ -30,7 +31,7 @@ def load_exported(folder: str | epath.Path, devices: Sequence[jax.Device] | None
 
     Args:
       folder: exported folder, on a disk or in a bucket.
-      devices: devices to sample on (see `experiment.load`).
+      devices: devices to sample on (see `trained_model.load`).
 
     Raises:
       UserError: a component is missing, damaged, or of a newer format.

@@ -22,7 +22,7 @@ from etils import epath
 from lidit_jax.checkpoint import open_weights
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder, compare_frozen, move_weights
+from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder
 from lidit_jax.export.copying import copy_files, model_files, num_bytes, tokenizer_files
 from lidit_jax.export.folder import (
     INDEX_FILE,
@@ -41,6 +41,7 @@ from lidit_jax.models.lidit_config import COMPUTE_FIELDS
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.text.encoders import T5TextEncoder
 from lidit_jax.text.load_encoder import open_encoder, tokenizer_folder
+from lidit_jax.trained_model import compare_frozen, move_weights
 from lidit_jax.weights import diffusers_scheduler, diffusers_vae, huggingface_llm
 from lidit_jax.weights.folders import HUB_NAME
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, local_folder, new_folder, read_config

@@ -12,15 +12,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from lidit_jax import __version__, experiment
+from lidit_jax import __version__, trained_model
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import TrainedModel
 from lidit_jax.export.read import load_exported
 from lidit_jax.files import check_writable, read_text, split_lines, write_json
 from lidit_jax.images import grid, save_png
 from lidit_jax.pipeline import MAX_GUIDANCE, MAX_SEED, SampleConfig
 from lidit_jax.text.encoders import truncated_prompts
+from lidit_jax.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def sample_to_folder(request: Request) -> None:
             raise UserError("--weights, --encoder and --vae go with --workdir: an export has its own weights")
         model, origin = load_exported(request.from_torch), str(request.from_torch)
     else:
-        model = experiment.load(request.workdir, request.weights, encoders=request.encoders, vae=request.vae)
+        model = trained_model.load(request.workdir, request.weights, encoders=request.encoders, vae=request.vae)
         origin = f"step {model.step}"
     sampling, height, width = request.resolve_options(model)
     if request.negative_prompt and not sampling.is_guided:
