@@ -311,7 +311,7 @@ def _another_config(workdir: epath.Path, key: str, before: Mapping[str, Any], no
     can_start = not key.startswith("model.") and "model.depth" in now
     start = f", where --config.start_from={workdir} begins with its weights" if can_start else ""
     return UserError(
-        f"{workdir} belongs to another config: {key} was {before.get(key, 'absent')!r}, "
+        f"{workdir} was created with another config: {key} was {before.get(key, 'absent')!r}, "
         f"now {now.get(key, 'absent')!r}; {resume}use another --workdir{start}"
     )
 

@@ -104,9 +104,9 @@ def check_writable(folder: epath.Path, named: str) -> None:
     if not os.access(place, os.W_OK | os.X_OK):
         is_read_only = os.statvfs(place).f_flag & os.ST_RDONLY
         reason = "is on a read-only file system" if is_read_only else "is not yours to write"
-        raise UserError(f"{named}: {place} {reason}: name another folder")
+        raise UserError(f"{named}: {place} {reason}: choose another folder")
     if not shutil.disk_usage(place).free:
-        raise UserError(f"{named}: the disk of {place} is full: free disk space or name another folder")
+        raise UserError(f"{named}: the disk of {place} is full: free disk space or choose another folder")
 
 
 def read_text(file: epath.Path, named: str, what: str) -> str:

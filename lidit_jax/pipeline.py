@@ -55,7 +55,7 @@ class SampleConfig:
 
     @property
     def is_guided(self) -> bool:
-        """True if each evaluation of the model also predicts for the empty prompt."""
+        """True if each evaluation of the model also predicts for the negative prompt."""
         return self.guidance_scale != 1.0
 
 
@@ -107,7 +107,7 @@ class Pipeline:
           width: in pixels.
           sampling: sampler, steps, guidance and batch size.
           images_per_prompt: images for each prompt.
-          negative_prompt: what classifier-free guidance leads away from; "" as in training.
+          negative_prompt: what classifier-free guidance steers away from; "" as in training.
 
         Returns:
           uint8 [N, height, width, 3]; the images of one prompt are adjacent.

@@ -42,9 +42,10 @@ class TrainConfig:
         for half the bytes, "bfloat16". Gradients of float32 layers, biases and norms are always reduced in float32.
       ema_decay: decay of the parameters' moving average; 0 keeps none. It is ramped up over the first updates:
         min(decay, (1 + t) / (10 + t)) after t updates.
-      max_skipped_in_row: number of consecutive non-finite steps after which the run stops.
-      stalled_after: seconds without a step after which a run on several hosts exits, because one of them must be
-        waiting for ever; 0 never exits. Compiling a program, evaluating and saving must each take less.
+      max_skipped_in_row: number of consecutive non-finite steps after which the run stops; checked every `log_every`
+        steps.
+      stalled_after: seconds without a step after which a run on several hosts exits, because one of them is
+        presumably hung; 0 never exits. Compiling a program, evaluating and saving must each take less.
       compile_ahead: True compiles the step for every bucket of the data and every phase before the first step; False
         compiles each on first use, so that the first step comes sooner and later ones have to wait.
       log_every: steps between log lines.

@@ -54,7 +54,7 @@ class TrainedModel:
           height: in pixels; None is the training resolution.
           width: in pixels; None is the training resolution.
           images_per_prompt: images for each prompt.
-          negative_prompt: what guidance leads away from.
+          negative_prompt: what guidance steers away from.
           **sampling: fields of `SampleConfig` in place of the config's, such as `steps` or `guidance_scale`.
 
         Returns:

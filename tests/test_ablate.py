@@ -382,7 +382,7 @@ def test_what_is_wrong_is_said_in_one_line_before_anything_is_trained(tmp_path):
     (tmp_path / "b" / "config.json").write_text(json.dumps({"seed": 1}))
     found = ablate("--table=2", f"--out={tmp_path}/b")
     assert found.returncode == 2
-    assert "belongs to another config" in found.stderr
+    assert "was created with another config" in found.stderr
     for out, words in (("gs://bucket/a", "local folders only"), (ROOT / "setup.py", "is a file: name a folder")):
         found = ablate("--table=2", f"--out={out}")
         assert found.returncode == 2

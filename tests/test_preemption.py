@@ -73,7 +73,7 @@ def test_what_a_stopping_process_waits_for_is_said():
     status, error = end(process)
     assert (status, error.splitlines()[:-1]) == (
         0,
-        ["SIGTERM: waiting for saving step 7 to end (Ctrl-C ends it at once)"],
+        ["SIGTERM: waiting for saving step 7 to finish (Ctrl-C kills it)"],
     )
     assert error.splitlines()[-1].startswith("stopped by SIGTERM")
 

@@ -378,8 +378,8 @@ def test_images_are_enlarged_only_if_there_are_no_others(tmp_path):
     [
         ({"next_batch": -1}, "position in the data is damaged"),
         ({"next_batch": "x"}, "position in the data is damaged"),
-        ({"plan": "other"}, "the checkpoint has other streams"),
-        ({"plan": None}, "the checkpoint has other streams"),
+        ({"plan": "other"}, "the checkpoint was saved with other data streams"),
+        ({"plan": None}, "the checkpoint was saved with other data streams"),
         ({"fingerprint": None}, "are not those of the checkpoint"),
         ({"streams": {"0": None}}, "position in the data is damaged"),
         ({"streams": {"0": [{"stream": [0] * 6, "buffer": []}]}}, "position in the data is damaged .*missing"),

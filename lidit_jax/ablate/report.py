@@ -229,7 +229,7 @@ def _places_markdown(labels: Mapping[Row, str], results: Mapping[Row, Result]) -
         "Pairs right in prompts of four objects, by their quarter of the prompt:",
         "",
     ]
-    lines += [f"| row | {' | '.join(QUARTER_NAMES)} | last less first |", "|---|---|---|---|---|---|"]
+    lines += [f"| row | {' | '.join(QUARTER_NAMES)} | last − first |", "|---|---|---|---|---|---|"]
     for row, label in labels.items():
         places = results[row].places
         lines.append(f"| {label} | {' | '.join(map(str, places))} | {_signed(places[-1] - places[0])} |")

@@ -197,7 +197,7 @@ def run_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], num_proces
       num_processes: jobs at a time.
 
     Raises:
-      UserError: the folder belongs to another config, or a run failed (the others are stopped after saving a
+      UserError: the folder was created with another config, or a run failed (the others are stopped after saving a
         checkpoint).
       Preempted: SIGTERM was received; all runs have saved a checkpoint.
     """

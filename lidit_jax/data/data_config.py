@@ -72,8 +72,8 @@ class DataConfig:
       sequential: for "tar" and "parquet", read shards from end to end without indexes. Training starts at once, and
         every byte is read once per epoch; but shuffling happens only within buffers, and unusable samples are counted
         only when met.
-      streams: for sequential reading, number of streams that the shards are dealt to; each provides fixed rows of every
-        batch. It must divide the batch size and be a multiple of the number of hosts. 0: the largest divisor of the
+      streams: for sequential reading, number of streams that the shards are distributed over; each provides fixed
+        rows of every batch. It must divide the batch size and be a multiple of the number of hosts. 0: the largest divisor of the
         batch size that is at most 256 and leaves every stream a shard.
       shuffle_buffer: for sequential reading, number of samples held in memory, over all hosts; 0: four batches per
         bucket.
@@ -95,7 +95,7 @@ class DataConfig:
       max_broken: share of a window of 1,000 samples that may be broken (truncated, damaged, …) before the run stops.
       num_threads: threads that read and decode; affects only the speed.
       num_workers: worker processes; affects only the speed. Sequential reading uses threads alone.
-      prefetch: batches made ahead of time; affects only the speed.
+      prefetch: batches to prefetch; affects only the speed.
     """
 
     source: str

@@ -142,16 +142,16 @@ def _make_table(timesteps, alpha, sigma, next_weights, memory_weights=None, nois
 
 def _ddpm_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTable:
     """Ancestral sampling from the posterior q(x_prev | x_t, x_0) (Ho et al. 2020, equations 6 and 7)."""
-    power = schedule.alphas_cumprod[timesteps]
-    previous_power = np.append(power[1:], 1.0)
-    step_alpha = power / previous_power
-    x_weight = np.sqrt(step_alpha) * (1.0 - previous_power) / (1.0 - power)
-    x0_weight = np.sqrt(previous_power) * (1.0 - step_alpha) / (1.0 - power)
-    variance = (1.0 - previous_power) / (1.0 - power) * (1.0 - step_alpha)
+    alpha_bar = schedule.alphas_cumprod[timesteps]
+    previous_alpha_bar = np.append(alpha_bar[1:], 1.0)
+    step_alpha = alpha_bar / previous_alpha_bar
+    x_weight = np.sqrt(step_alpha) * (1.0 - previous_alpha_bar) / (1.0 - alpha_bar)
+    x0_weight = np.sqrt(previous_alpha_bar) * (1.0 - step_alpha) / (1.0 - alpha_bar)
+    variance = (1.0 - previous_alpha_bar) / (1.0 - alpha_bar) * (1.0 - step_alpha)
     return _make_table(
         timesteps,
-        np.sqrt(power),
-        np.sqrt(1.0 - power),
+        np.sqrt(alpha_bar),
+        np.sqrt(1.0 - alpha_bar),
         next_weights=(x_weight, x0_weight, 0.0, 0.0),
         noise_scale=np.sqrt(variance),
     )
@@ -163,16 +163,16 @@ def _ddim_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTable:
     Each step ends at the timestep where the next one starts. In diffusers it ends at t - T // n, which differs only
     with "trailing" spacing and a number of steps that does not divide T; there, diffusers' samples keep some noise.
     """
-    power = schedule.alphas_cumprod[timesteps]
-    previous_power = np.append(power[1:], 1.0)
-    variance = eta**2 * (1.0 - previous_power) / (1.0 - power) * (1.0 - power / previous_power)
+    alpha_bar = schedule.alphas_cumprod[timesteps]
+    previous_alpha_bar = np.append(alpha_bar[1:], 1.0)
+    variance = eta**2 * (1.0 - previous_alpha_bar) / (1.0 - alpha_bar) * (1.0 - alpha_bar / previous_alpha_bar)
     # With eta 1, rounding can make the difference slightly negative.
-    direction = np.sqrt(np.maximum(1.0 - previous_power - variance, 0.0))
+    direction = np.sqrt(np.maximum(1.0 - previous_alpha_bar - variance, 0.0))
     return _make_table(
         timesteps,
-        np.sqrt(power),
-        np.sqrt(1.0 - power),
-        next_weights=(0.0, np.sqrt(previous_power), direction, 0.0),
+        np.sqrt(alpha_bar),
+        np.sqrt(1.0 - alpha_bar),
+        next_weights=(0.0, np.sqrt(previous_alpha_bar), direction, 0.0),
         noise_scale=np.sqrt(variance),
     )
 
@@ -185,8 +185,8 @@ def _dpmpp_2m_table(schedule: DDPM, timesteps: np.ndarray, eta: float) -> StepTa
     alphas_cumprod = schedule.alphas_cumprod.copy()
     if schedule.zero_terminal_snr:
         alphas_cumprod[-1] = _DPM_SOLVER_TERMINAL_ALPHA_CUMPROD
-    power = alphas_cumprod[timesteps]
-    alpha, sigma = np.sqrt(power), np.sqrt(1.0 - power)
+    alpha_bar = alphas_cumprod[timesteps]
+    alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar)
     next_alpha, next_sigma = np.append(alpha[1:], 1.0), np.append(sigma[1:], 0.0)
 
     log_snr = np.append(np.log(alpha) - np.log(sigma), np.inf)  # [S + 1]
@@ -427,7 +427,7 @@ def guided(predict_both: Predict, guidance_scale: jax.Array | float) -> Predict:
 
     Args:
       predict_both: (x [2B, …], model timesteps [2B]) -> output [2B, …], conditioned on the prompts in the first half
-        and on the empty prompt in the second; x is the same in both halves.
+        and on the negative prompt, empty by default, in the second; x is the same in both halves.
       guidance_scale: w, a scalar.
 
     Returns:

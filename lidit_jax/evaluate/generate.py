@@ -157,7 +157,9 @@ def _claim(out: epath.Path, facts: dict[str, Any]) -> None:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / FACTS_FILE, facts)
         except OSError as error:
-            raise UserError(f"--out={out} can't be written ({error.strerror or error}): name another folder") from error
+            raise UserError(
+                f"--out={out} can't be written ({error.strerror or error}): choose another folder"
+            ) from error
 
 
 def _pending_prompts(out: epath.Path, benchmark: Benchmark) -> list[int]:

@@ -27,7 +27,7 @@ def read_claim(out: epath.Path, name: str) -> dict[str, Any] | None:
     file = out / name
     if not file.exists():
         if not is_unused(out):
-            raise UserError(f"--out={out} is not empty and has no {name}: name another folder")
+            raise UserError(f"--out={out} is not empty and has no {name}: choose another folder")
         return None
     try:
         found = json.loads(file.read_text())
@@ -57,5 +57,5 @@ def check_claim(
         if found.get(key) != facts.get(key):
             raise UserError(
                 f"--out={out} has {content} of another {key} ({found.get(key)!r:.80}, now {facts.get(key)!r:.80}): "
-                "name another folder"
+                "choose another folder"
             )

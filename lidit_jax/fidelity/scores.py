@@ -50,7 +50,7 @@ class FidelityRequest:
     Attributes:
       images: folder of images; see `image_folder.py`.
       out: folder for fidelity.json.
-      reference: reference images of FID; None for no FID.
+      reference: reference images of FID; None skips FID.
       inception: safetensors file of FID's network; required with `reference`.
       clip: folder of a CLIP model in the format of transformers, or its name on the hub; None for no CLIP score.
       prompts_file: file of the prompts, if the folder of images does not store them.
@@ -102,7 +102,7 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
         _warn_if_few(min(count, request.reference.count), fid.num_features)
         scores["fid"] = fid.compute()
     if clip is not None:
-        scores |= {"clip_score": clip.compute(), "cut_prompts": clip.num_truncated}
+        scores |= {"clip_score": clip.compute(), "truncated_prompts": clip.num_truncated}
         if clip.num_truncated:
             logger.warning(
                 "%d of %d prompts exceed CLIP's maximum length: their ends are truncated", clip.num_truncated, count
@@ -267,4 +267,4 @@ def _write(out: epath.Path, scores: Mapping[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / SCORES_FILE, finite(scores))
     except OSError as error:
-        raise UserError(f"--out={out} can't be written ({error.strerror or error}): name another folder") from error
+        raise UserError(f"--out={out} can't be written ({error.strerror or error}): choose another folder") from error

@@ -1,6 +1,6 @@
 """Stops a run on SIGTERM, which announces a preemption, and on Ctrl-C: training saves its step first.
 
-On cloud TPUs, SIGTERM comes some thirty seconds before the host is taken away. Where a loop can save, it polls a
+On cloud TPUs, SIGTERM comes some thirty seconds before the host is reclaimed. Where a loop can save, it polls a
 `Notice`; everywhere else the signal raises `Preempted` in the main thread. A second Ctrl-C ends the process at once.
 """
 
@@ -22,7 +22,7 @@ REMINDER_S = 3.0  # seconds after a signal at which the process says what it sti
 class Preempted(BaseException):
     """Raised when a run stops on SIGTERM or Ctrl-C; the message says what is saved.
 
-    Like KeyboardInterrupt, it is no `Exception`, so that libraries do not handle it as a failure.
+    Like KeyboardInterrupt, it is not an `Exception`, so that libraries do not handle it as a failure.
 
     Attributes:
       signal: number of the signal.
@@ -51,7 +51,7 @@ class Notice:
         from jax.experimental import multihost_utils
 
         if jax.process_count() > 1:
-            # JAX's coordination service receives the signal. The numbers passed to it must rise through all stages of
+            # JAX's coordination service receives the signal. The numbers passed to it must increase through all stages of
             # a run; step numbers start again with each stage.
             return multihost_utils.reached_preemption_sync_point(next(self._sync_points))
         return self.received
@@ -200,7 +200,7 @@ def _listen(signals: socket.socket) -> None:
         except TimeoutError:
             if said != _notice.activity:
                 said = _notice.activity
-                _print(f"{STOP_SIGNALS[first]}: waiting for {said or 'this'} to end (Ctrl-C ends it at once)")
+                _print(f"{STOP_SIGNALS[first]}: waiting for {said or 'this'} to finish (Ctrl-C kills it)")
             continue
         if not numbers:
             return

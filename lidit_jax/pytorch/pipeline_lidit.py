@@ -141,7 +141,7 @@ class LIDiTPipeline(DiffusionPipeline):
 
         Args:
           prompt: one prompt or several.
-          negative_prompt: prompt that guidance leads away from: one for all, or one per prompt. Training dropped
+          negative_prompt: prompt that guidance steers away from: one for all, or one per prompt. Training dropped
             prompts to "", the default.
           height: height in pixels; default: the training resolution.
           width: width in pixels; default: the training resolution.

@@ -2,7 +2,7 @@
 
 As in T2I-CompBench, BLIP-VQA is asked about each pair ("a red car?") in each image. The probabilities of "yes" are
 averaged within each prompt's segment first, over its images, then over prompts. A model whose text encoder does not
-favour the start of the prompt has a level curve.
+favour the start of the prompt has a flat curve.
 """
 
 import collections
@@ -130,7 +130,7 @@ def chart(means: Sequence[float], intervals: Sequence[Sequence[float]]) -> bytes
     axes.set_xticks(at, QUARTER_NAMES, fontsize=10.5)
     axes.set_xlabel("place of the pair in the prompt", color=_TEXT, labelpad=6)
     axes.set_xlim(-0.25, QUARTERS - 0.75)
-    # At least ten points high, so that a level curve looks level.
+    # At least ten points high, so that a flat curve looks flat.
     middle, half = (min(low) + max(high)) / 2, max(5.0, 0.75 * (max(high) - min(low)))
     axes.set_ylim(max(0, middle - half), min(103, middle + half))
     axes.tick_params(axis="both", length=0, colors=_TEXT)

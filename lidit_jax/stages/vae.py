@@ -201,7 +201,7 @@ class VAEStage:
             self.images = self.evaluation_data.images(self.evaluation.num_images)
 
     def run(self, mesh: Mesh, rules: ShardingRules) -> None:
-        """Trains and evaluates the VAE, as far as that is still to be done."""
+        """Trains and evaluates the VAE; skips what a former run has finished."""
         autoencoding = Autoencoding(self.model, mesh, rules)
         if self.to_train:
             self._train(autoencoding, mesh, rules)

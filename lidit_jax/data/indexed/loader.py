@@ -53,7 +53,7 @@ def make_loader(
       process_count: `jax.process_count()`.
       num_threads: threads per worker that make batches; 0 makes them on demand.
       num_workers: worker processes (grain spawns them, so all arguments must be picklable).
-      prefetch: batches made ahead of time per worker.
+      prefetch: batches that each worker prefetches.
       first_batch: number of the first batch, when starting without a saved state.
       max_broken: share of a window of 1,000 examples that may be broken before iteration stops.
 

@@ -40,7 +40,7 @@ class StreamPlan:
     """Settings that are equal on all processes.
 
     Attributes:
-      readers: how to read each source.
+      readers: reader of each source.
       shares: share of all rows of each source and bucket, float64 [sources, buckets]; they sum to 1.
       buckets: the buckets.
       batch_size: rows of a batch over all processes.
@@ -216,7 +216,7 @@ class StreamLoader(BatchStream):
           fingerprint: text that identifies the data.
           numbers: numbers of this process's streams.
           num_threads: threads that read and decode; at most one per stream is busy.
-          prefetch: batches made ahead of time.
+          prefetch: batches to prefetch.
           first_batch: number of the first batch.
           max_broken: share of a window of 1,000 examples that may be broken before iteration stops.
         """
@@ -246,8 +246,8 @@ class StreamLoader(BatchStream):
         self._next_of(states)
         if any(state.get("plan") != self._plan.digest() for state in states):
             raise UserError(
-                "the checkpoint has other streams: use the same seed, batch size, filters, data.streams and "
-                "data.shuffle_buffer, or start a new workdir"
+                "the checkpoint was saved with other data streams: use the same seed, batch size, filters, "
+                "data.streams and data.shuffle_buffer, or start a new workdir"
             )
         try:
             shards = [len(reader.shards.paths) for reader in self._plan.readers]
