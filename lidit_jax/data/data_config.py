@@ -73,8 +73,8 @@ class DataConfig:
         every byte is read once per epoch; but shuffling happens only within buffers, and unusable samples are counted
         only when met.
       streams: for sequential reading, number of streams that the shards are distributed over; each provides fixed
-        rows of every batch. It must divide the batch size and be a multiple of the number of hosts. 0: the largest divisor of the
-        batch size that is at most 256 and leaves every stream a shard.
+        rows of every batch. It must divide the batch size and be a multiple of the number of hosts. 0: the largest
+        divisor of the batch size that is at most 256 and leaves every stream a shard.
       shuffle_buffer: for sequential reading, number of samples held in memory, over all hosts; 0: four batches per
         bucket.
       max_aspect: largest ratio of the longer to the shorter side of a bucket; 1 makes all images square.

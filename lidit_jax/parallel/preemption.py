@@ -51,8 +51,8 @@ class Notice:
         from jax.experimental import multihost_utils
 
         if jax.process_count() > 1:
-            # JAX's coordination service receives the signal. The numbers passed to it must increase through all stages of
-            # a run; step numbers start again with each stage.
+            # JAX's coordination service receives the signal. The numbers passed to it must increase through all stages
+            # of a run; step numbers start again with each stage.
             return multihost_utils.reached_preemption_sync_point(next(self._sync_points))
         return self.received
 
