@@ -86,7 +86,12 @@ class Dataset(abc.ABC):
         for name, found in self.fields.items():
             used = self._source_configs[name].chooser(0.0).used
             captions = {field: count for field, count in found.items() if used is None or is_used(field, used)}
-            named = ", ".join(f"{field} ({count})" for field, count in sorted(captions.items()))
+            entries = [
+                f"{field} (of {list_field(field)})"
+                for field in used or ()
+                if list_field(field) in found.keys() - captions.keys()
+            ]
+            named = ", ".join([f"{field} ({count})" for field, count in sorted(captions.items())] + entries)
             others = ", ".join(sorted(found.keys() - captions.keys())[:20])
             of_source = f" of {name}" if len(self._source_configs) > 1 else ""
             not_used = f", not from the other texts {others} (unless data.captions names them)" if others else ""
