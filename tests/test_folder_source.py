@@ -203,7 +203,9 @@ def test_folders_are_not_classes_if_there_is_one_alone_or_captions_that_cannot_b
     ):
         opened(tmp_path)
     assert (f"if {unread} has them" if unread else "'coco', is not taken for a class") in caplog.text
-    assert set(captions(tmp_path, captions={"folder": 1.0})) == ({"coco", "sam"} if unread else {"coco"})
+    names = {"coco", "sam"} if unread else {"coco"}
+    assert set(captions(tmp_path, class_template="{}")) == set(captions(tmp_path, captions={"class": 1.0})) == names
+    assert set(captions(tmp_path, captions={"folder": 1.0})) == names
 
 
 def test_folders_with_numbers_are_not_classes(tmp_path):

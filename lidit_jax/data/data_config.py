@@ -84,8 +84,8 @@ class DataConfig:
         the VAE times patch size); 0: the size multiple itself, which gives the most buckets.
       allow_enlarging: if False, drop images that are smaller than their bucket.
       captions: weight of each caption field (original and synthetic captions mixed); nested texts are named as
-        "json/caption", entries of a list as "caption/0". Other texts of a sample are never captions. None: the usual fields (`captions.USUAL_FIELDS`); for "shapes" and "precomputed", which hold nothing
-        but captions, all.
+        "json/caption", entries of a list as "caption/0". Other texts of a sample are never captions. None:
+        the usual fields (`captions.USUAL_FIELDS`); for "shapes" and "precomputed", which hold only captions, all.
       class_template: text around the field "class", e.g. "a photo of {}"; "" for none.
       caption_dropout: probability of the empty prompt, for classifier-free guidance.
       min_aesthetic: lowest score that is kept; None keeps all.

@@ -52,7 +52,13 @@ class FolderShards:
     one, the names of the folders. All rows are kept in memory.
     """
 
-    def __init__(self, path: str | os.PathLike, class_names: Sequence[str] = (), split: str = "train"):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        class_names: Sequence[str] = (),
+        split: str = "train",
+        are_classes: bool = False,
+    ):
         """Reads the captions files or lists the images.
 
         Args:
@@ -60,6 +66,7 @@ class FolderShards:
             "captions"); or a folder of such folders; or a folder of images.
           class_names: names of the classes that rows give as numbers.
           split: split to read of a folder of folders that are called train, validation and test.
+          are_classes: folders without texts are classes, whatever else is there.
 
         Raises:
           UserError: the path does not exist, is remote, has no captions, or cannot be read.
@@ -77,7 +84,7 @@ class FolderShards:
             self._parts, self.paths = [_Table(table) for table in tables], tuple(tables)
             logger.info("captions from %s", ", ".join(tables[:10]))
         else:
-            images = _Images(path, find_images(path, split))
+            images = _Images(path, find_images(path, split), are_classes)
             self._parts, self.paths = [images], (images.path,)
             self.settings += images.digest()  # no captions file whose modification time would change
 
@@ -136,7 +143,7 @@ class _Table:
 class _Images:
     """The images of a folder, with their texts or classes."""
 
-    def __init__(self, folder: str, images: Sequence[ImageFile]):
+    def __init__(self, folder: str, images: Sequence[ImageFile], are_classes: bool):
         self.folder, self._images = folder, tuple(images)
         self._have_texts = any(image.texts for image in images)
         self.path = os.path.join(folder, "texts" if self._have_texts else "classes")
@@ -144,6 +151,8 @@ class _Images:
         classes = {image.class_name for image in images} - {""}
         if self._have_texts:
             source = "the texts beside the images"
+        elif classes and are_classes:
+            source = f"the names of {len(classes)} class folders"
         elif unread := unread_tables(folder):
             self._field = _FOLDER_FIELD
             source = (
