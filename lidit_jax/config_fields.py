@@ -111,7 +111,7 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
 
 
 def _apply(config: ConfigDict, key: str, text: str) -> None:
-    *parents, name = key.split(".")
+    *parents, name = _parts(key, _sections(config))
     section, hint = config, _sections(config)
     for depth, parent in enumerate(parents):
         is_free = _entry_hint(hint) is not None
@@ -129,11 +129,30 @@ def _apply(config: ConfigDict, key: str, text: str) -> None:
     hint = _hint_of(hint, key, len(parents), config)
     if is_free and text.lower() in _NONE_WORDS:
         if name not in section:
-            suggestion = nearest(name, section) if parents else ""
+            suggestion = nearest(name, section) if parents and section else ""
             raise UserError(f"config key {key}: there is nothing to remove{suggestion}")
         del section[name]
         return
-    section[name] = parse_value(key, text, hint)
+    value = parse_value(key, text, hint)
+    try:
+        section[name] = value
+    except ValueError as error:  # ConfigDict's keys have no dots
+        raise UserError(f"config key {key} is {text!r:.80}: write a slash for every dot in a name") from error
+    if key == "diffusion.name" and (schedule := _schedule(config)):
+        for other in sorted(set(section) - {"name"} - set(_field_hints(schedule) or ())):
+            logger.info("left out diffusion.%s, which %s does not have", other, value)
+            del section[other]
+
+
+def _parts(key: str, hint: Hint) -> list[str]:
+    """Splits a dotted key. Names of entries that are no sections have no dots: "data.captions.a.b" names "a/b"."""
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        entries = _entry_hint(hint)
+        if entries is not None and _field_hints(entries) is None and _entry_hint(entries) is None:
+            return [*parts[:depth], "/".join(parts[depth:])]
+        hint = entries if entries is not None else (_field_hints(hint) or {}).get(part)
+    return parts
 
 
 def parse_value(key: str, text: str, hint: Hint) -> Any:
@@ -155,7 +174,8 @@ def parse_value(key: str, text: str, hint: Hint) -> Any:
             return _parse(text, option)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
-    names = " or ".join(dict.fromkeys(type_name(typing.get_origin(option) or option) for option in options))
+    kinds = (dict if isinstance(option, dict) else typing.get_origin(option) or option for option in options)
+    names = " or ".join(dict.fromkeys(map(type_name, kinds)))
     raise UserError(f"config key {key} is {text!r:.80}: it must be of type {names}")
 
 

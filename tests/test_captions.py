@@ -10,6 +10,7 @@ from stored_data import data_of, numbered_image
 from test_tar_source import encode, write_tar
 
 from lidit_jax.data.captions import CaptionChooser
+from lidit_jax.data.formats.shards import captions_of
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
 
@@ -185,3 +186,79 @@ def test_data_without_any_caption_say_which_texts_there_are(tmp_path):
     for more in ({}, {"sequential": True}):
         with pytest.raises(UserError, match="none of the 1 samples .* has a caption .*there are texts LICENSE, NSFW"):
             open_dataset(data_of("tar", tmp_path, **more), 8)
+
+
+# --- nested texts, in every source --------------------------------------------------------------------------------
+
+NESTED = {
+    "captions": [{"text": "one", "language": "en"}, {"text": "two", "language": "en"}],
+    "single": [{"value": "three"}],
+    "json": {"caption": "four", "width": 32},
+    "a.b": "five",
+    "lists": [["six"]],
+}
+# "lists", a list of lists, has none.
+NAMES = {
+    "captions/text/0": "one",
+    "captions/text/1": "two",
+    "captions/language/0": "en",
+    "captions/language/1": "en",
+    "single/value": "three",
+    "json/caption": "four",
+    "a/b": "five",
+}
+
+
+def write_nested(folder, kind):
+    """Writes a data set of one sample with nested texts and returns its `data` section."""
+    encoded = encode(numbered_image(0))
+    if kind == "tar":
+        write_tar(folder / "0.tar", {"0.png": encoded, "0.json": json.dumps(NESTED).encode()})
+        return data_of("tar", folder)
+    if kind == "parquet":
+        pq.write_table(
+            pa.Table.from_pylist([{"image": {"bytes": encoded, "path": "0.png"}} | NESTED]), folder / "0.parquet"
+        )
+        return data_of("parquet", folder)
+    (folder / "0.png").write_bytes(encoded)
+    if kind == "texts":
+        (folder / "0.json").write_text(json.dumps(NESTED))
+    elif kind == "jsonl":
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png"} | NESTED))
+    else:
+        pq.write_table(pa.Table.from_pylist([{"file_name": "0.png"} | NESTED]), folder / "metadata.parquet")
+    return data_of("folder", folder)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet", "texts", "jsonl", "table"])
+def test_nested_texts_have_the_same_names_in_every_source(tmp_path, kind):
+    config = write_nested(tmp_path, kind)
+    dataset = open_dataset(config, 8)
+    [example] = dataset.source.load([0])
+    assert example["captions"] == NAMES
+    assert (
+        "captions from captions/text (1), not from the other texts a/b, captions/language, json/c" in dataset.summary()
+    )
+    assert set(dataset.captions(1, 0)) < {"one", "two"}
+    named = open_dataset(dataclasses.replace(config, captions={"captions/text/1": 1.0}), 8)
+    assert named.captions(1, 0) == ["two"]
+    assert "captions from captions/text/1 (of captions/text)" in named.summary()
+
+
+def test_deeply_nested_texts_cannot_grow_a_short_json():
+    values = {str(i): "x" for i in range(20_000)}
+    for _ in range(3):
+        values = {"k" * 10_000: values}
+    assert captions_of(values) == {}
+    assert captions_of({"a": {"b": {"c": {"d": {"e": "x"}}}}}) == {"a/b/c/d/e": "x"}
+    assert captions_of({"a": {"b": {"c": {"d": {"e": {"f": "x"}}}}}}) == {}
+
+
+@pytest.mark.parametrize("kind", ["cls", "json"])
+def test_the_number_of_a_class_without_a_name_is_no_caption(tmp_path, kind):
+    text = b"3" if kind == "cls" else b'{"class": 3}'
+    tar = write_tar(tmp_path / "0.tar", {"0.png": encode(numbered_image(0)), f"0.{kind}": text})
+    with pytest.raises(UserError, match=r"has a caption \(no caption: 1; there are texts class_number"):
+        open_dataset(data_of("tar", tar), 8)
+    (tmp_path / "names.txt").write_text("a\nb\nc\ncat")
+    assert open_dataset(data_of("tar", tar, class_names=str(tmp_path / "names.txt")), 8).captions(1, 0) == ["cat"]

@@ -100,6 +100,8 @@ def test_every_field_can_be_set_and_has_its_type(key, text, value):
         ("diffusion.beta_start", "known are name, shift"),
         ("train.steps.x", "train.steps is not a section"),
         ("train", "must be of type dict"),
+        ("diffusion", "must be of type dict"),
+        ("language_models", "must be of type dict"),
         ("train.steps", "train.steps is '1.5': it must be of type int"),
         ("data.drop_aspect_over", None),
     ],
@@ -126,9 +128,19 @@ def test_encoders_and_optional_sections_can_be_removed():
         apply_overrides(config, {"encoders.quen": "None"})
 
 
-def test_the_name_of_the_schedule_is_set_before_its_fields():
+@pytest.mark.parametrize("prefix", ["data.", "data.mixture.a."])
+def test_dots_in_the_name_of_a_caption_field_are_slashes(prefix):
     config = load_config("shapes")
-    del config.diffusion.shift
+    apply_overrides(config, {f"{prefix}captions.json.caption": "0.5"})
+    section = config.data if prefix == "data." else config.data.mixture.a
+    assert section.captions["json/caption"] == 0.5
+    with pytest.raises(UserError, match="captions.*: write a slash for every dot in a name"):
+        apply_overrides(config, {f"{prefix}captions": "{'json.caption': 1.0}"})
+
+
+def test_the_name_of_the_schedule_is_set_before_its_fields_and_removes_those_it_lacks():
+    config = load_config("shapes")
+    assert "shift" in config.diffusion
     apply_overrides(config, {"diffusion.beta_start": "0.001", "diffusion.name": "ddpm"})
     assert config.diffusion.to_dict() == {"name": "ddpm", "beta_start": 0.001}
 

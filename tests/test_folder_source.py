@@ -2,6 +2,7 @@
 
 import collections
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -188,7 +189,39 @@ def test_splits_are_never_classes(tmp_path, others):
     assert captions(tmp_path) == ["cat", "dog"]
 
 
+@pytest.mark.parametrize("unread", [None, "llava.json", "annotations/captions.json", "captions.csv"])
+def test_folders_are_not_classes_if_there_is_one_alone_or_captions_that_cannot_be_read(tmp_path, unread, caplog):
+    write_images(
+        tmp_path, [f"{folder}/{i}.png" for i in range(2) for folder in (("coco", "sam") if unread else ("coco",))]
+    )
+    if unread:
+        (tmp_path / unread).parent.mkdir(exist_ok=True)
+        (tmp_path / unread).write_text('[{"id": 1, "caption": "a cat"}]')
+    with (
+        caplog.at_level(logging.INFO, "lidit_jax"),
+        pytest.raises(UserError, match=r"has a caption \(no caption: \d; there are texts folder"),
+    ):
+        opened(tmp_path)
+    assert (f"if {unread} has them" if unread else "'coco', is not taken for a class") in caplog.text
+    names = {"coco", "sam"} if unread else {"coco"}
+    assert set(captions(tmp_path, class_template="{}")) == set(captions(tmp_path, captions={"class": 1.0})) == names
+    assert set(captions(tmp_path, captions={"folder": 1.0})) == names
+
+
+def test_folders_with_numbers_are_not_classes(tmp_path):
+    write_images(tmp_path, ["00000/0.png", "00001/0.png"])
+    with pytest.raises(UserError, match="there are texts class_number"):
+        opened(tmp_path)
+
+
 # --- texts beside the images --------------------------------------------------------------------------------------
+
+
+def test_suffixes_may_be_in_upper_case(tmp_path):
+    write_images(tmp_path, ["0.PNG", "1.png"])
+    (tmp_path / "0.TXT").write_text("a dog")
+    (tmp_path / "1.Json").write_text('{"caption": "a cat"}')
+    assert captions(tmp_path) == ["a cat", "a dog"]
 
 
 def test_texts_beside_images_are_their_captions_and_their_folders_are_not(tmp_path):

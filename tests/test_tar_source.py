@@ -152,6 +152,14 @@ def test_a_path_without_tars_raises_a_one_line_error(tmp_path, name, says):
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_whose_files_are_one_level_down_says_where(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards/0.tar", {"0.png": encode(SIDE_BY_SIDE)})
+    with pytest.raises(UserError, match=r"holds no \.tar file, but '[^ ]*/shards' does: name that with data.path"):
+        tar_source(tmp_path)
+
+
 def test_a_tar_without_captions_says_what_was_found(tmp_path):
     tar = write_tar(tmp_path / "a.tar", {f"{i}.png": encode(SIDE_BY_SIDE) for i in range(3)})
     message = r"none of the 3 samples.*has a caption \(no caption: 3; there are texts \(none\)"

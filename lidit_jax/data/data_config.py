@@ -58,7 +58,8 @@ class DataConfig:
       data_dir: data folder of a "tfds" source.
       image_key: column or feature that holds the image in a "parquet", "tfds" or "array_record" source; "": the only
         column with images (parquet), the only image feature or the one called "image" (tfds), "image" (array_record).
-      class_names: file with one class name per line, for sources whose classes are numbers.
+      class_names: file with one class name per line, for sources whose classes are numbers; without it a number is no
+        caption.
       features: use the prompts' features of a "precomputed" source, if its folder has them.
       num_examples: number of scenes of a "shapes" source.
       layout: scenes of a "shapes" source: "quadrants" (up to 4 objects, each in its quadrant of the image) or "free"
@@ -82,9 +83,9 @@ class DataConfig:
         so fewer shapes to compile. It must divide `resolution` and be a multiple of the size multiple (down-sampling of
         the VAE times patch size); 0: the size multiple itself, which gives the most buckets.
       allow_enlarging: if False, drop images that are smaller than their bucket.
-      captions: weight of each caption field (original and synthetic captions mixed). Other texts of a sample are never
-        captions. None: the usual fields (`captions.USUAL_FIELDS`); for "shapes" and "precomputed", which hold nothing
-        but captions, all.
+      captions: weight of each caption field (original and synthetic captions mixed); nested texts are named as
+        "json/caption", entries of a list as "caption/0". Other texts of a sample are never captions. None:
+        the usual fields (`captions.USUAL_FIELDS`); for "shapes" and "precomputed", which hold only captions, all.
       class_template: text around the field "class", e.g. "a photo of {}"; "" for none.
       caption_dropout: probability of the empty prompt, for classifier-free guidance.
       min_aesthetic: lowest score that is kept; None keeps all.

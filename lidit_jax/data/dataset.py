@@ -3,6 +3,7 @@
 import abc
 import collections
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -78,19 +79,29 @@ class Dataset(abc.ABC):
     def _choosers(self, dropout: float, join: bool = False) -> tuple[CaptionChooser, ...]:
         return tuple(source_config.chooser(dropout, join) for source_config in self._source_configs.values())
 
-    def _describe_captions(self) -> list[str]:
-        """Returns log text on which texts are captions and which are not, for each source whose fields were counted."""
+    def _describe_captions(self, sampled: Mapping[str, Mapping[str, int]] = MappingProxyType({})) -> list[str]:
+        """Returns log text on which texts are captions and which are not, for each source whose fields were counted.
+
+        Args:
+          sampled: for sources whose fields were not counted, number of samples with each field among a few of them.
+        """
         if not self._with_captions:
             return []
         lines = []
-        for name, found in self.fields.items():
+        for name, found in (*self.fields.items(), *sampled.items()):
             used = self._source_configs[name].chooser(0.0).used
             captions = {field: count for field, count in found.items() if used is None or is_used(field, used)}
-            named = ", ".join(f"{field} ({count})" for field, count in sorted(captions.items()))
+            entries = [
+                f"{field} (of {list_field(field)})"
+                for field in used or ()
+                if list_field(field) in found.keys() - captions.keys()
+            ]
+            named = ", ".join([f"{field} ({count})" for field, count in sorted(captions.items())] + entries)
             others = ", ".join(sorted(found.keys() - captions.keys())[:20])
             of_source = f" of {name}" if len(self._source_configs) > 1 else ""
             not_used = f", not from the other texts {others} (unless data.captions names them)" if others else ""
-            lines.append(f"captions{of_source} from {named or 'none'}{not_used}")
+            of_sampled = " in a few samples" if name in sampled else ""
+            lines.append(f"captions{of_source}{of_sampled} from {named or 'none'}{not_used}")
         return lines
 
     def _describe_left_out(self) -> list[str]:

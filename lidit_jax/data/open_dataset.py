@@ -14,7 +14,7 @@ from lidit_jax.data.filters import Filter
 from lidit_jax.data.formats.folder_shards import FolderShards
 from lidit_jax.data.formats.parquet_shards import ParquetShards
 from lidit_jax.data.formats.record_shards import ArrayRecordShards, TfdsShards
-from lidit_jax.data.formats.shards import Shards
+from lidit_jax.data.formats.shards import CLASS_FIELD, Shards
 from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.indexed.dataset import IndexedDataset
 from lidit_jax.data.indexed.index import IndexOptions, examine
@@ -106,7 +106,8 @@ def open_shards(config: DataConfig, held_out: bool = False) -> Shards:
         return ArrayRecordShards(config.path, config.image_key or "image", names)
     if config.source == "tfds":
         return TfdsShards(config.path, config.split, config.data_dir, config.image_key)
-    return FolderShards(config.path, names, config.split)
+    are_classes = bool(config.class_template) or CLASS_FIELD in (config.captions or ())
+    return FolderShards(config.path, names, config.split, are_classes)
 
 
 def make_filters(config: DataConfig, buckets: Sequence[Bucket], with_captions: bool) -> list[Filter]:

@@ -24,7 +24,7 @@ from etils import epath
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.filters import Candidate, Filter, first_reason
 from lidit_jax.data.formats.record_shards import RecordReaders
-from lidit_jax.data.formats.shards import Unusable, captions_of, parse_json
+from lidit_jax.data.formats.shards import Unusable, parse_json, stripped
 from lidit_jax.data.sources import BrokenExample, Example, Source
 from lidit_jax.data.stored_features import FEATURES, ConstantFeatures, EncoderFingerprint, load_tensors
 from lidit_jax.errors import UserError
@@ -183,7 +183,7 @@ class PrecomputedSource(Source):
             raise ValueError(f"moments {moments.dtype} {moments.shape}")
         if not isinstance(text["captions"], dict):
             raise ValueError("no captions")
-        captions = captions_of(text["captions"])
+        captions = stripped(text["captions"])
         if reason := first_reason(Candidate(captions, {}, *size.tolist()), self._filters):
             raise Unusable(reason)
         example = {"key": str(text["key"]), "captions": captions, "metadata": {}, "moments": moments}

@@ -9,10 +9,9 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lidit_jax.data.formats.parquet_columns import is_binary, is_number, is_text
+from lidit_jax.data.formats.parquet_columns import beginnings, is_binary, plain_fields
 from lidit_jax.data.formats.parquet_files import DamagedParquet, ParquetFiles, UnreadableFile
 from lidit_jax.data.formats.shards import MAX_TEXT_BYTES, Unusable, parse_json
 from lidit_jax.errors import UserError
@@ -79,7 +78,7 @@ def columns_of(file: str) -> tuple[str, ...]:
     """Returns the names of the columns with texts or numbers; none for a file that is not a readable table."""
     try:
         if _suffix(file) == ".parquet":
-            return tuple(_parquet_columns(pq.ParquetFile(file)))
+            return tuple(_parquet_columns(pq.ParquetFile(file).metadata))
         if _suffix(file) == ".jsonl":
             return _first_keys(_json_lines(file))
         with _open_text(file) as text:
@@ -217,53 +216,35 @@ def _next_csv_row(reader: csv.DictReader) -> bytes | None:
 
 
 def _parquet_rows(file: str) -> Iterator[bytes]:
-    files, columns = ParquetFiles([file]), _parquet_columns(pq.ParquetFile(file))
+    files, columns = ParquetFiles([file]), _parquet_columns(pq.ParquetFile(file).metadata)
     for group in range(len(files.footer(0).starts) - 1):
         for row in files.rows(0, group, columns):
             yield json.dumps({name: _decoded(value) for name, value in row.items()}).encode()
 
 
-def _parquet_columns(parquet: pq.ParquetFile) -> list[str]:
-    """Returns the columns of texts, lists of texts, and numbers.
+def _parquet_columns(metadata: pq.FileMetaData) -> list[str]:
+    """Returns the columns and fields of texts, lists of texts, and single numbers; see `parquet_columns.plain_fields`.
 
     Others, such as dates and images, are not used and may hold values that Python cannot represent.
     """
-    sizes: dict[str, int] = {}
-    for group in range(parquet.metadata.num_row_groups):
-        for i in range(parquet.metadata.num_columns):
-            column = parquet.metadata.row_group(group).column(i)
-            name = column.path_in_schema.partition(".")[0]
-            sizes[name] = sizes.get(name, 0) + column.total_uncompressed_size
-    limit = _MAX_BINARY_TEXT * max(parquet.metadata.num_rows, 1)
-    return [
-        field.name
-        for field in parquet.schema_arrow
-        if _is_plain(field.type) or is_binary(_value_type(field.type)) and sizes.get(field.name, 0) <= limit
-    ]
-
-
-def _value_type(kind: pa.DataType) -> pa.DataType:
-    """Returns the type of the values that a dictionary encodes or a list holds."""
-    while (
-        pa.types.is_dictionary(kind)
-        or pa.types.is_list(kind)
-        or pa.types.is_large_list(kind)
-        or pa.types.is_fixed_size_list(kind)
-    ):
-        kind = kind.value_type
-    return kind
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    """Returns True for texts, lists of texts, and numbers that are not in a list, such as an embedding."""
-    value = _value_type(kind)
-    return is_text(value) or is_number(value) and (value == kind or pa.types.is_dictionary(kind))
+    fields = plain_fields(metadata.schema, metadata.schema.to_arrow_schema().names)
+    sizes = dict.fromkeys(fields, 0)
+    for group in range(metadata.num_row_groups):
+        for i in range(metadata.num_columns):
+            column = metadata.row_group(group).column(i)
+            names = beginnings(column.path_in_schema)
+            for name in names & fields.keys():
+                sizes[name] += column.total_uncompressed_size
+    limit = _MAX_BINARY_TEXT * max(metadata.num_rows, 1)
+    return [name for name, kind in fields.items() if not is_binary(kind) or sizes[name] <= limit]
 
 
 def _decoded(value: Any) -> Any:
     """Decodes binary values; None for those that are not UTF-8, and so no text."""
     if isinstance(value, list):
         return [_decoded(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _decoded(entry) for name, entry in value.items()}
     if isinstance(value, bytes):
         try:
             return value.decode()

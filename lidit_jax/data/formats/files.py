@@ -162,7 +162,11 @@ def find_files(path: str | os.PathLike, kind: str, name: re.Pattern[str]) -> tup
     filesystem = _Remote(path) if is_remote(path) else _Local()
     if filesystem.is_folder(path):
         found = [file for file in filesystem.listed(path) if name.search(file) and _is_visible(file, path)]
-        return _at_least_one(found, f"folder {path!r} holds no {kind} file")
+        if not found:
+            below = _folders_with(filesystem, path, name)
+            hint = f", but {' and '.join(map(repr, below[:5]))} does: name that with" if below else ": check"
+            raise UserError(f"folder {path!r} holds no {kind} file{hint} data.path")
+        return tuple(sorted(set(found)))
     if filesystem.exists(path):
         return (path,)
     expanded = list(itertools.islice(_expand_braces(path), _MAX_FILES + 1))
@@ -170,7 +174,9 @@ def find_files(path: str | os.PathLike, kind: str, name: re.Pattern[str]) -> tup
         raise UserError(f"data path {path!r} names more than {_MAX_FILES} files: check the numbers in its braces")
     if any(character in path for character in "*?["):
         found = [file for pattern in expanded for file in filesystem.matching(pattern) if _is_visible(file, pattern)]
-        return _at_least_one(found, f"no file matches {path!r}")
+        if not found:
+            raise UserError(f"no file matches {path!r}: check data.path")
+        return tuple(sorted(set(found)))
     if not expanded:
         raise UserError(f"data path {path!r} names no file: its braces count down, so write the lower number first")
     missing = [file for file in expanded if not filesystem.exists(file)]
@@ -202,10 +208,13 @@ def _is_visible(file: str, path: str) -> bool:
     return not any(is_hidden(part) for part in file.split("/") if part not in spelled_out)
 
 
-def _at_least_one(files: list[str], otherwise: str) -> tuple[str, ...]:
-    if not files:
-        raise UserError(f"{otherwise}: check data.path")
-    return tuple(sorted(set(files)))
+def _folders_with(filesystem: "_Local | _Remote", folder: str, name: re.Pattern[str]) -> list[str]:
+    """Returns the first folders in a folder that hold a file of this name."""
+    entries = itertools.islice(
+        (entry for entry in sorted(filesystem.listed(folder)) if _is_visible(entry, folder)), 100
+    )
+    folders = (entry for entry in entries if filesystem.is_folder(entry))
+    return [entry for entry in folders if any(map(name.search, filesystem.listed(entry)))]
 
 
 class _Local:

@@ -32,7 +32,7 @@ class ImageFile(NamedTuple):
     Attributes:
       name: its path, relative to the folder.
       class_name: name of its class folder; "" if it is in none.
-      texts: suffixes of its files of `TEXTS`.
+      texts: suffixes of its files of `TEXTS`, as they are spelt.
     """
 
     name: str
@@ -128,11 +128,11 @@ def find_images(folder: str, split: str) -> list[ImageFile]:
         relative = os.path.relpath(directory, folder)
         parts = [] if relative == os.curdir else relative.split(os.sep)
         class_name = next((part for part in parts if not _is_neutral(part)), "")
-        present = set(names)
+        texts_of = _texts_by_stem(names)
         for name in names:
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in IMAGES:
-                texts = tuple(suffix for suffix in TEXTS if stem + suffix in present)
+                texts = texts_of.get(stem, ())
                 images.append(ImageFile(os.path.normpath(os.path.join(relative, name)), class_name, texts))
     if not any(image.class_name or image.texts for image in images):
         _check_tables(folder)
@@ -144,6 +144,30 @@ def find_images(folder: str, split: str) -> list[ImageFile]:
     if any(image.texts for image in images):
         return [image._replace(class_name="") for image in images]
     return images
+
+
+def _texts_by_stem(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Returns the suffixes of the texts among the files of a folder, in the order of `TEXTS`, by the files' stems."""
+    found: dict[str, dict[str, str]] = {}  # {stem: {suffix in lower case: suffix}}
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in TEXTS:
+            found.setdefault(stem, {}).setdefault(suffix.lower(), suffix)
+    return {stem: tuple(texts[suffix] for suffix in TEXTS if suffix in texts) for stem, texts in found.items()}
+
+
+def unread_tables(folder: str) -> list[str]:
+    """Returns the files of a folder that may have the captions of its images, but cannot be read for them.
+
+    These are JSON files, also in a folder "annotations" (as COCO's), and tables without a column that names the images.
+    """
+    return [
+        os.path.join(below, name)
+        for below in ("", *(name for name in _folders_in(folder) if name.lower() == "annotations"))
+        for name in sorted(os.listdir(os.path.join(folder, below)))
+        if not is_hidden(name)
+        if name.lower().endswith(".json") or is_table(name) and columns_of(os.path.join(folder, below, name))
+    ]
 
 
 def _check_tables(folder: str) -> None:

@@ -9,7 +9,15 @@ from typing import Any
 
 from lidit_jax.data.formats.caption_tables import read_table
 from lidit_jax.data.formats.files import is_remote, modification_time
-from lidit_jax.data.formats.folder_layout import ImageFile, find_images, find_tables, images_folder, is_inside, locate
+from lidit_jax.data.formats.folder_layout import (
+    ImageFile,
+    find_images,
+    find_tables,
+    images_folder,
+    is_inside,
+    locate,
+    unread_tables,
+)
 from lidit_jax.data.formats.shards import (
     CLASS_FIELD,
     MAX_TEXT_BYTES,
@@ -19,18 +27,20 @@ from lidit_jax.data.formats.shards import (
     captions_of,
     check_image,
     check_text,
-    class_name,
     decode_text,
     names_digest,
     parse_json,
     printable,
     scan_numbered,
+    with_class_name,
 )
 from lidit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _ROWS_LOOKED_AT = 100
+# Text with the name of an image's folder where it is no class: a caption only if `data.captions` names it.
+_FOLDER_FIELD = "folder"
 
 
 class FolderShards:
@@ -42,7 +52,13 @@ class FolderShards:
     one, the names of the folders. All rows are kept in memory.
     """
 
-    def __init__(self, path: str | os.PathLike, class_names: Sequence[str] = (), split: str = "train"):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        class_names: Sequence[str] = (),
+        split: str = "train",
+        are_classes: bool = False,
+    ):
         """Reads the captions files or lists the images.
 
         Args:
@@ -50,6 +66,7 @@ class FolderShards:
             "captions"); or a folder of such folders; or a folder of images.
           class_names: names of the classes that rows give as numbers.
           split: split to read of a folder of folders that are called train, validation and test.
+          are_classes: folders without texts are classes, whatever else is there.
 
         Raises:
           UserError: the path does not exist, is remote, has no captions, or cannot be read.
@@ -67,7 +84,7 @@ class FolderShards:
             self._parts, self.paths = [_Table(table) for table in tables], tuple(tables)
             logger.info("captions from %s", ", ".join(tables[:10]))
         else:
-            images = _Images(path, find_images(path, split))
+            images = _Images(path, find_images(path, split), are_classes)
             self._parts, self.paths = [images], (images.path,)
             self.settings += images.digest()  # no captions file whose modification time would change
 
@@ -86,8 +103,7 @@ class FolderShards:
             if number >= len(part):
                 raise Unusable("changed since it was indexed")
             name, values, metadata = part.read(number)
-            if isinstance(values.get(CLASS_FIELD), int | str):
-                values = values | {CLASS_FIELD: class_name(values[CLASS_FIELD], self._class_names)}
+            values = with_class_name(values, self._class_names)
             texts = [text for text in values.values() if isinstance(text, str)]
             if any("\udc80" <= character <= "\udcff" for text in texts for character in text):
                 raise Unusable("caption not in UTF-8")
@@ -127,13 +143,27 @@ class _Table:
 class _Images:
     """The images of a folder, with their texts or classes."""
 
-    def __init__(self, folder: str, images: Sequence[ImageFile]):
+    def __init__(self, folder: str, images: Sequence[ImageFile], are_classes: bool):
         self.folder, self._images = folder, tuple(images)
         self._have_texts = any(image.texts for image in images)
         self.path = os.path.join(folder, "texts" if self._have_texts else "classes")
+        self._field = CLASS_FIELD
         classes = {image.class_name for image in images} - {""}
-        named = f"the names of {len(classes)} class folders" if classes else "none"
-        logger.info("%s: captions from %s", folder, "the texts beside the images" if self._have_texts else named)
+        if self._have_texts:
+            source = "the texts beside the images"
+        elif classes and are_classes:
+            source = f"the names of {len(classes)} class folders"
+        elif unread := unread_tables(folder):
+            self._field = _FOLDER_FIELD
+            source = (
+                f"none: if {', '.join(unread[:5])} has them, write them as .jsonl or .csv with a column 'file_name'"
+            )
+        elif len(classes) == 1:
+            self._field = _FOLDER_FIELD
+            source = f"none: the only folder, {min(classes)!r}, is not taken for a class"
+        else:
+            source = f"the names of {len(classes)} class folders" if classes else "none"
+        logger.info("%s: captions from %s", folder, source)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -143,21 +173,21 @@ class _Images:
         digest = hashlib.sha256()
         for image in self._images:
             written = [modification_time(self._text_file(image, suffix)) for suffix in image.texts]
-            digest.update(repr((*image, written)).encode("utf-8", "surrogateescape"))
+            digest.update(repr((self._field, *image, written)).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
     def read(self, number: int) -> tuple[str, dict[str, Any], dict[str, Any]]:
         """Returns the image's name, the values that hold its texts, and the metadata."""
         image = self._images[number]
-        values: dict[str, Any] = {CLASS_FIELD: image.class_name} if image.class_name else {}
+        values: dict[str, Any] = {self._field: image.class_name} if image.class_name else {}
         metadata: dict[str, Any] = {}
         for suffix in image.texts:
             text = _read_text(self._text_file(image, suffix))
-            if suffix == ".json":
+            if suffix.lower() == ".json":
                 metadata = parse_json(text)
                 values |= metadata
             else:
-                values[suffix.removeprefix(".")] = decode_text(text)
+                values[suffix.removeprefix(".").lower()] = decode_text(text)
         return image.name, values, metadata
 
     def _text_file(self, image: ImageFile, suffix: str) -> str:

@@ -1,14 +1,17 @@
 """Columns of Parquet files: which ones hold images, texts, numbers, and Hugging Face's class labels."""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
+from lidit_jax.data.formats.shards import MAX_DEPTH
 from lidit_jax.errors import UserError
 
-_MAX_DEPTH = 4  # of nested columns
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Columns:
     Attributes:
       key: column of the image.
       image: columns or fields to read for the image; the first holds its bytes.
-      others: columns or fields ("json.caption") with texts and single numbers.
+      others: columns or fields ("json.caption", "captions.list.element.text") with texts and single numbers.
       labels: class names of the integer columns that Hugging Face's metadata call class labels.
     """
 
@@ -28,24 +31,25 @@ class Columns:
     labels: Mapping[str, tuple[str, ...]]
 
 
-def choose_columns(schema: pa.Schema, image_key: str, path: str) -> Columns:
+def choose_columns(stored: pq.ParquetSchema, image_key: str, path: str) -> Columns:
     """Returns what the columns of a file are used for.
 
     Args:
-      schema: schema of the file.
+      stored: schema of the file.
       image_key: column of the image.
       path: path of the file, for error messages.
 
     Raises:
       UserError: `image_key` is not an image column.
     """
+    schema = stored.to_arrow_schema()
     image = image_fields(schema.field(image_key)) if image_key in schema.names else ()
     if not image:
         raise UserError(
             f"data.image_key={image_key!r} is not an image column of {path!r}: it must be of type binary, or a struct "
             f"with a binary field 'bytes' (there are {', '.join(describe(schema))})"
         )
-    others = [name for field in schema if field.name != image_key for name in _plain_fields(field, field.name)]
+    others = plain_fields(stored, [name for name in schema.names if name != image_key])
     return Columns(image_key, image, tuple(others), _class_labels(schema))
 
 
@@ -61,22 +65,74 @@ def image_fields(field: pa.Field) -> tuple[str, ...]:
     return ()
 
 
-def _plain_fields(field: pa.Field, path: str, depth: int = 0) -> list[str]:
-    """Returns the fields of a column that hold texts, lists of texts, or single numbers."""
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    if pa.types.is_struct(kind) and depth < _MAX_DEPTH:
-        return [name for child in kind for name in _plain_fields(child, f"{path}.{child.name}", depth + 1)]
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_list_view)
-    if any(is_list(kind) for is_list in lists):
-        inner = kind.value_type
-        inner = inner.value_type if pa.types.is_dictionary(inner) else inner
-        return [path] if is_text(inner) or is_binary(inner) else []
-    return [path] if is_text(kind) or is_binary(kind) or is_number(kind) else []
+def plain_fields(stored: pq.ParquetSchema, columns: Sequence[str]) -> dict[str, pa.DataType]:
+    """Returns the fields of columns that hold texts, lists of texts, or single numbers; see `shards.flatten`.
+
+    Args:
+      stored: schema of the file.
+      columns: names of the columns.
+
+    Returns:
+      {path: type of its values}. The path is that of a stored field, as "captions.list.element.text" in a list of
+      structs, or the beginning of one.
+    """
+    schema, entries = stored.to_arrow_schema(), _entry_fields(stored)
+    fields: dict[str, pa.DataType] = {}
+    for name in columns:
+        fields |= _plain_fields(schema.field(name), name, entries)
+    return fields
 
 
-def describe(schema: pa.Schema) -> list[str]:
+def _plain_fields(
+    field: pa.Field, path: str, entries: Mapping[tuple[str, str], str], depth: int = 0
+) -> dict[str, pa.DataType]:
+    kind, fields = _decoded_type(field.type), {}
+    if pa.types.is_struct(kind) and depth < MAX_DEPTH:
+        for child in kind:
+            fields |= _plain_fields(child, f"{path}.{child.name}", entries, depth + 1)
+        return fields
+    if any(is_list(kind) for is_list in _LISTS):
+        inner = _decoded_type(kind.value_type)
+        if pa.types.is_struct(inner):
+            kinds = {entries.get((path, child.name)): _decoded_type(child.type) for child in inner}
+            return {leaf: kind for leaf, kind in kinds.items() if leaf and (is_text(kind) or is_binary(kind))}
+        return {path: inner} if is_text(inner) or is_binary(inner) else {}
+    return {path: kind} if is_text(kind) or is_binary(kind) or is_number(kind) else {}
+
+
+def _entry_fields(stored: pq.ParquetSchema) -> dict[tuple[str, str], str]:
+    """Returns the paths of stored fields by the path of a list and the name of a field of its entries.
+
+    Between the two, a path has two names that depend on the writer, such as "list.element"; older writers have one.
+    """
+    entries: dict[tuple[str, str], str] = {}
+    for path in (stored.column(i).path for i in range(len(stored))):
+        parts = path.split(".")
+        for between in (2, 1):
+            if len(parts) > between + 1:
+                entries.setdefault((".".join(parts[: -between - 1]), parts[-1]), path)
+    return entries
+
+
+def _decoded_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def unread_columns(schema: pa.Schema, fields: Sequence[str]) -> list[str]:
+    """Returns the columns, with their types, of which no field is read, for messages."""
+    read = {name for field in fields for name in beginnings(field)}
+    return describe([field for field in schema if field.name not in read])
+
+
+def beginnings(path: str) -> set[str]:
+    """Returns a path and those of the structs and lists that it is in: "a.b" and "a" for "a.b"."""
+    parts = path.split(".")
+    return {".".join(parts[: i + 1]) for i in range(len(parts))}
+
+
+def describe(schema: Iterable[pa.Field]) -> list[str]:
     """Returns the first columns and their types, for messages."""
-    return [f"{field.name} ({str(field.type)[:40]})" for field in schema][:20]
+    return [f"{field.name} ({str(field.type)[:40]})" for field in itertools.islice(schema, 20)]
 
 
 def _class_labels(schema: pa.Schema) -> dict[str, tuple[str, ...]]:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from lidit_jax.data.formats.files import find_files, select_shards
 from lidit_jax.data.formats.folder_layout import split_of
-from lidit_jax.data.formats.parquet_columns import Columns, choose_columns, describe, image_fields
+from lidit_jax.data.formats.parquet_columns import Columns, choose_columns, describe, image_fields, unread_columns
 from lidit_jax.data.formats.parquet_files import (
     Chunk,
     DamagedParquet,
@@ -29,9 +29,18 @@ from lidit_jax.data.formats.parquet_files import (
     UnreadableFile,
     until_damage,
 )
-from lidit_jax.data.formats.record_shards import flatten, make_sample
+from lidit_jax.data.formats.record_shards import make_sample
 from lidit_jax.data.formats.row_cache import RowCache
-from lidit_jax.data.formats.shards import CLASS_FIELD, Place, Sample, Unusable, class_name, names_digest, printable
+from lidit_jax.data.formats.shards import (
+    CLASS_FIELD,
+    Place,
+    Sample,
+    Unusable,
+    class_name,
+    flatten,
+    names_digest,
+    printable,
+)
 from lidit_jax.errors import UserError
 
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet$")
@@ -212,12 +221,14 @@ class ParquetShards:
                 is_path = isinstance(image, Mapping) and image.get("path")
                 raise Unusable("image given by a path alone" if is_path else "no image")
             flat = {name: value for name, value in flatten(values).items() if value is not None}
+            class_names: Sequence[str] | None = self._class_names
             for name, names in self._columns.labels.items():
                 if isinstance(flat.get(name), int) and not (self._class_names and name in ("class", "label")):
-                    field = CLASS_FIELD if len(self._columns.labels) == 1 else name
-                    flat[field] = class_name(flat.pop(name), names)
+                    field, label = CLASS_FIELD if len(self._columns.labels) == 1 else name, flat.pop(name)
+                    flat |= {field: class_name(label, names)} if names else {}
+                    class_names = None if field == CLASS_FIELD else class_names
             name = f"{printable(os.path.basename(self.paths[shard]))}#{row}"
-            return make_sample(name, flat | {key: encoded}, key, self._class_names)
+            return make_sample(name, flat | {key: encoded}, key, class_names)
         except Unusable as reason:
             return reason
 
@@ -226,9 +237,14 @@ class ParquetShards:
     def _find_columns(self, image_key: str) -> Columns:
         for shard, path in enumerate(self.paths):
             try:
-                schema = self._files.footer(shard).metadata.schema.to_arrow_schema()
+                stored = self._files.footer(shard).metadata.schema
+                schema = stored.to_arrow_schema()
                 self._first = shard
-                return choose_columns(schema, image_key or self._sniff(shard, schema), path)
+                columns = choose_columns(stored, image_key or self._sniff(shard, schema), path)
+                unread = unread_columns(schema, (columns.key, *columns.others))
+                if unread:
+                    _log.info("%s: columns that are not read: %s", path, ", ".join(unread))
+                return columns
             except (DamagedParquet, UnreadableFile, pa.ArrowException) as error:
                 reason = error
         more = f" (nor can any of the other {len(self.paths) - 1} files)" if len(self.paths) > 1 else ""

@@ -21,9 +21,11 @@ from lidit_jax.data.formats.shards import (
     check_text,
     class_name,
     decode_text,
+    flatten,
     names_digest,
     printable,
     scan_numbered,
+    with_class_name,
 )
 from lidit_jax.errors import UserError
 
@@ -247,8 +249,9 @@ class TfdsShards:
                 field, label = CLASS_FIELD if len(self._labels) == 1 else name, values.pop(name, None)
                 if not isinstance(label, int):
                     raise Unusable("damaged record")
-                values[field] = class_name(label, names).encode()
-            return make_sample(f"{self._split}#{number}", values, self._image_key, ())
+                if name := class_name(label, names):
+                    values[field] = name
+            return make_sample(f"{self._split}#{number}", values, self._image_key, None)
         except Unusable as reason:
             return reason
 
@@ -290,34 +293,14 @@ def _usable_features(info) -> tuple[set[str], dict[str, tuple[str, ...]], list[s
     return images, labels, others
 
 
-def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Flattens nested dicts and lists of texts to keys "a/b" and "a/0", "a/1", …; lists of anything else are left out.
-
-    A list of one text is replaced by the text.
-    """
-    if isinstance(values, Mapping):
-        items = [(str(name), value) for name, value in values.items()]
-    elif isinstance(values, list):
-        texts = [value for value in values[:MAX_LIST] if isinstance(value, bytes | str)]
-        if len(texts) == 1:
-            return {prefix: texts[0]}
-        items = [(str(number), text) for number, text in enumerate(texts)]
-    else:
-        return {prefix: values}
-    flat = {}
-    for name, value in items:
-        flat |= flatten(value, f"{prefix}/{name}" if prefix else name)
-    return flat
-
-
-def make_sample(key: str, values: Mapping[str, Any], image_key: str, class_names: Sequence[str]) -> Sample:
+def make_sample(key: str, values: Mapping[str, Any], image_key: str, class_names: Sequence[str] | None) -> Sample:
     """Returns the sample of a record.
 
     Args:
       key: key of the sample.
       values: flat values: texts, also as bytes; bytes that are no text, which are ignored; and metadata.
       image_key: key of the image.
-      class_names: names of the classes, by number.
+      class_names: names of the classes, by number; None: the classes have their names already.
 
     Raises:
       Unusable: there is no image, a usual caption field is not UTF-8 or too long, or a class has no name.
@@ -331,7 +314,7 @@ def make_sample(key: str, values: Mapping[str, Any], image_key: str, class_names
     texts, metadata = {}, {}
     for name, value in values.items():
         if isinstance(value, int) and name in _LABELS and class_names:
-            texts[CLASS_FIELD] = class_name(value, class_names)
+            texts |= with_class_name({CLASS_FIELD: value}, class_names)
         elif isinstance(value, bytes | str):
             try:
                 text = _text_of(value)
@@ -339,8 +322,10 @@ def make_sample(key: str, values: Mapping[str, Any], image_key: str, class_names
                 if name.split("/")[0] in USUAL_FIELDS:
                     raise
                 continue  # another image, a mask, audio, a document, …
-            if "\0" not in text:
-                texts[name] = text
+            if "\0" in text:
+                continue
+            is_unnamed = name == CLASS_FIELD and class_names is not None
+            texts |= with_class_name({name: text}, class_names) if is_unnamed else {name: text}
         else:
             metadata[name] = value
     return Sample(key, captions_of(texts), metadata, io.BytesIO(image))

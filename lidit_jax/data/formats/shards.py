@@ -10,11 +10,15 @@ from lidit_jax.files import text_encoding
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_LIST = 64  # texts that are read of a list of captions
+MAX_DEPTH = 4  # of nested texts that are read
+_MAX_PREFIX = 100  # characters before the last part of a nested text's name: a short file must not give many long names
 MAX_IMAGE_BYTES = 1 << 28
 # Deeper JSON can be parsed, but then fails to be encoded or pickled.
 _MAX_JSON_DEPTH = 100
 # Caption field that holds the class name, for data sets with classes.
 CLASS_FIELD = "class"
+# Text with the number of a class that has no name: a caption only if `DataConfig.captions` names it.
+CLASS_NUMBER_FIELD = "class_number"
 # Fields that img2dataset adds to a sample's json; they are never captions.
 _BOOKKEEPING = frozenset(("key", "url", "status", "error_message", "sha256", "md5", "uid", "exif"))
 
@@ -24,8 +28,8 @@ class Sample(NamedTuple):
 
     Attributes:
       key: name of the sample, for messages.
-      captions: {name: text}, stripped and not empty. Which of them are captions is decided for all samples at once
-        (`DataConfig.captions`); texts of a list have the names "caption/0", "caption/1", ….
+      captions: {name: text}, stripped and not empty, named as by `flatten`, with "/" for dots. Which of them are
+        captions is decided for all samples at once (`DataConfig.captions`).
       metadata: further values.
       image: the encoded image, positioned at its start. While scanning it reads lazily: reading the header of the
         image reads no more of the file than that.
@@ -143,20 +147,55 @@ def decode_text(encoded: bytes) -> str:
 def captions_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Returns the texts among the values of a sample, some of which are captions.
 
-    Blank texts and img2dataset's bookkeeping are left out.
+    Blank texts and img2dataset's bookkeeping are left out. Dots in names count as slashes: a config cannot name a field
+    with a dot.
 
-    The texts of a list get the names "name/0", "name/1", ….
+    Args:
+      values: the values, which may be nested as in JSON; see `flatten`.
     """
-    texts: dict[str, str] = {}
-    for name, value in values.items():
-        if name in _BOOKKEEPING:
-            continue
-        if isinstance(value, str):
-            texts[name] = value
+    texts = {name: value for name, value in flatten(values).items() if name.split("/")[0] not in _BOOKKEEPING}
+    return stripped({name.replace(".", "/"): text for name, text in texts.items()})
+
+
+def stripped(texts: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the values that are texts and not blank, stripped, without unpaired surrogates."""
+    found = {
+        _replace_surrogates(name): _replace_surrogates(text).strip()
+        for name, text in texts.items()
+        if isinstance(text, str)
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[str, Any]:
+    """Flattens nested values; lists of anything but texts and objects with texts are left out.
+
+    An object {"a": {"b": value}} gets the name "a/b", a list of texts {"a": [text, …]} "a/0", "a/1", …, and a list of
+    objects {"a": [{"b": text}, …]} "a/b/0", "a/b/1", …. A list of one has no number.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            if depth < MAX_DEPTH and len(name) <= _MAX_PREFIX:
+                flat |= flatten(value, f"{name}/", depth + 1)
         elif isinstance(value, list):
-            texts |= {f"{name}/{i}": text for i, text in enumerate(value[:MAX_LIST]) if isinstance(text, str)}
-    texts = {_replace_surrogates(name): _replace_surrogates(text).strip() for name, text in texts.items()}
-    return {name: text for name, text in texts.items() if text}
+            flat |= _flatten_list(value, name)
+        else:
+            flat[name] = value
+    return flat
+
+
+def _flatten_list(values: list, name: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for i, value in enumerate(values[:MAX_LIST]):
+        number = f"/{i}" if len(values) > 1 else ""
+        if isinstance(value, bytes | str):
+            flat[f"{name}{number}"] = value
+        elif isinstance(value, Mapping) and len(name) <= _MAX_PREFIX:
+            texts = {key: text for key, text in value.items() if isinstance(text, bytes | str)}
+            flat |= {f"{name}/{key}{number}": text for key, text in texts.items()}
+    return flat
 
 
 def printable(name: str) -> str:
@@ -169,23 +208,43 @@ def _replace_surrogates(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def class_name(value: int | str, names: Sequence[str]) -> str:
-    """Returns the name of a class.
+def class_name(value: int | str, names: Sequence[str]) -> str | None:
+    """Returns the name of a class; None for a number, which is no caption, if there are no names.
 
     Args:
       value: the class, as a number or a name.
-      names: names of the classes, by number; empty: `value` is returned as text.
+      names: names of the classes, by number.
 
     Raises:
       Unusable: `names` has no entry for the number.
     """
     text = str(value).strip()
-    if not names or not re.fullmatch(r"-?[0-9]+", text):
+    if not re.fullmatch(r"-?[0-9]+", text):
         return text
+    if not names:
+        return None
     digits = text.lstrip("0") or "0"
     if digits.startswith("-") or len(digits) > 10 or int(digits) >= len(names):
         raise Unusable("class without a name")
     return names[int(digits)]
+
+
+def with_class_name(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Returns values with the name of the class as the text "class", or its number as "class_number" if it has no name.
+
+    Args:
+      values: the values of a sample; "class" may be a number or a name.
+      names: names of the classes, by number.
+
+    Raises:
+      Unusable: `names` has no entry for the number.
+    """
+    value = values.get(CLASS_FIELD)
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        return dict(values)
+    others = {name: other for name, other in values.items() if name != CLASS_FIELD}
+    name = class_name(value, names)
+    return others | ({CLASS_NUMBER_FIELD: str(value).strip()} if name is None else {CLASS_FIELD: name})
 
 
 def names_digest(names: Sequence[str]) -> str:

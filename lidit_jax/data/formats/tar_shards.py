@@ -2,7 +2,7 @@
 
 The key of a sample is the path of its files up to the first dot of the file name (the webdataset convention). Files of
 one sample are adjacent, so a sample is one byte range, which is itself a small tar. Its texts, of which some are
-captions, are "txt", "class" (KEY.cls), and the strings and lists of strings in its json; its metadata is the json.
+captions, are "txt", "class" (KEY.cls), and the strings in its json (`shards.flatten`); its metadata is the json.
 `_divide` states what happens to names of several dots.
 """
 
@@ -26,11 +26,11 @@ from lidit_jax.data.formats.shards import (
     captions_of,
     check_image,
     check_text,
-    class_name,
     decode_text,
     names_digest,
     parse_json,
     printable,
+    with_class_name,
 )
 from lidit_jax.errors import UserError
 from lidit_jax.files import is_hidden
@@ -138,12 +138,13 @@ class TarShards:
         if "txt" in texts:
             values["txt"] = decode_text(texts["txt"])
         if "cls" in texts:
-            values[CLASS_FIELD] = class_name(decode_text(texts["cls"]), self._class_names)
+            values[CLASS_FIELD] = decode_text(texts["cls"])
         if isinstance(file, _Bytes):
             encoded = io.BytesIO(file.read(image.offset, image.size))
         else:
             encoded = io.BufferedReader(_Region(file, path, image.offset, image.size))
-        return Sample(printable(found.key), captions_of(values), metadata, encoded)
+        captions = captions_of(with_class_name(values, self._class_names))
+        return Sample(printable(found.key), captions, metadata, encoded)
 
 
 class _NamedFile(NamedTuple):

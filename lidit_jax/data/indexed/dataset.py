@@ -1,5 +1,6 @@
 """Data sets with random access: globally shuffled; batch k is a function of k alone."""
 
+import collections
 import logging
 from collections.abc import Iterable, Mapping
 
@@ -9,6 +10,7 @@ import numpy as np
 from lidit_jax.data.assembler import Assembler
 from lidit_jax.data.broken_count import check_broken
 from lidit_jax.data.buckets import Bucket, assign
+from lidit_jax.data.captions import list_field
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset, spread
 from lidit_jax.data.indexed.loader import Loader, make_loader, make_plan, rows_of_process
@@ -19,6 +21,8 @@ from lidit_jax.data.stored_features import EncoderFingerprint, StoredPrompts
 from lidit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_SAMPLED = 50  # records of a folder of latents that are read to name its caption fields
 
 
 class IndexedDataset(Dataset):
@@ -85,7 +89,17 @@ class IndexedDataset(Dataset):
                 for name, count, weight in zip(self._source_configs, counts, rows, strict=True)
             ]
             lines.append(f"mixed of {'; '.join(mixed)}")
-        return "; ".join(lines + self._describe_captions() + self._describe_left_out())
+        return "; ".join(lines + self._describe_captions(self._sampled_fields()) + self._describe_left_out())
+
+    def _sampled_fields(self) -> dict[str, collections.Counter[str]]:
+        """Returns the number of samples with each text field, of up to `_SAMPLED` of each folder of latents."""
+        sampled = {}
+        for name, source in zip(self._source_configs, self._sources, strict=True):
+            if self._with_captions and isinstance(source, PrecomputedSource):
+                examples = source.describe(spread(len(source), _SAMPLED))
+                found = (example["captions"] for example in examples if not isinstance(example, BrokenExample))
+                sampled[name] = collections.Counter(field for texts in found for field in set(map(list_field, texts)))
+        return sampled
 
     @property
     def holds_latents(self) -> bool:
