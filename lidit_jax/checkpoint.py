@@ -25,6 +25,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lidit_jax.errors import UserError
+from lidit_jax.files import read_json
 from lidit_jax.manifest import MANIFEST_FILE, DamagedError, verify, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class DataPositionHandler(ocp.CheckpointHandler):
 
     def restore(self, directory: epath.Path, args: "RestoreDataPositions | None" = None) -> list[dict[str, Any]]:
         del args
-        return [json.loads(file.read_text()) for file in sorted(directory.glob("process_*.json"), key=str)]
+        return [read_json(file) for file in sorted(directory.glob("process_*.json"), key=str)]
 
 
 @ocp.args.register_with_handler(DataPositionHandler, for_save=True)

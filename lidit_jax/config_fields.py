@@ -214,7 +214,8 @@ def _sections(config: Mapping[str, Any] | ConfigDict) -> dict[str, Hint]:
 
 def _schedule(config: Mapping[str, Any] | ConfigDict) -> type | None:
     diffusion = config.get("diffusion")
-    return SCHEDULES.get(diffusion.get("name")) if isinstance(diffusion, Mapping | ConfigDict) else None
+    name = diffusion.get("name") if isinstance(diffusion, Mapping | ConfigDict) else None
+    return SCHEDULES.get(name) if isinstance(name, str) else None
 
 
 def _field_hints(hint: Hint) -> dict[str, Hint] | None:

@@ -6,7 +6,6 @@ write a manifest that fits. No path in a manifest is ever opened: its names are 
 
 import concurrent.futures
 import errno
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +14,10 @@ import xxhash
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.files import write_json
+from lidit_jax.files import read_json, write_json
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
-MAX_BYTES = 64 << 20  # size of a manifest that is still read: a million files
 CHUNK = 8 << 20  # bytes read at a time
 THREADS = 8  # hash in parallel: xxhash and reads release the GIL
 # Files at the top of a checkpoint that Orbax writes after the manifest. Nothing is restored from them.
@@ -126,13 +124,11 @@ def _read(file: epath.Path) -> Mapping[str, Mapping[str, Any]] | None:
     """
     if not file.exists():
         return None
-    if file.stat().length > MAX_BYTES:
-        raise DamagedError(f"{MANIFEST_FILE} is larger than {MAX_BYTES >> 20} MiB")
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = read_json(file)
         version, entries = manifest["format_version"], manifest["files"]
         are_entries = all(type(entry["bytes"]) is int for entry in entries.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST_FILE} is not a manifest") from error
     if version != FORMAT_VERSION or not are_entries:
         raise DamagedError(f"{MANIFEST_FILE} is not a manifest of version {FORMAT_VERSION}")
