@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -96,19 +97,23 @@ class Checkpoints:
         """
         self.folder = epath.Path(folder).resolve()
         self.config = dict(config)
-        self._strict, self._saving = strict, 0
+        self._keep, self._strict, self._saving = keep, strict, 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: can't be written ({error.strerror}); choose another --workdir") from error
+        self._manager = self._open()
+        self._being_written: int | None = None  # step of a checkpoint that is not announced yet
+
+    def _open(self) -> ocp.CheckpointManager:
         # Called on the first host, in the thread that saves, when all hosts have written their files and before the
         # checkpoint gets its final name.
         manifest = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
+        # A lightweight manager only lists the folder: Orbax's own metadata of a checkpoint may be damaged.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, async_options=manifest
+            max_to_keep=self._keep, enable_async_checkpointing=True, async_options=manifest, lightweight_initialize=True
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._being_written: int | None = None  # step of a checkpoint that is not announced yet
+        return ocp.CheckpointManager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -189,12 +194,15 @@ class Checkpoints:
             with self._writing():
                 for step in steps:
                     target = self.folder / f"damaged-{step}"
-                    if target.exists():  # the same step, damaged again
+                    if os.path.islink(target) or target.is_file():  # the same step, damaged again
+                        target.unlink()
+                    elif target.exists():
                         target.rmtree()
                     (self.folder / str(step)).rename(target)
                     logger.warning("%s: renamed to %s", self.folder / str(step), target.name)
         multihost_utils.sync_global_devices("renamed damaged checkpoints")
-        self._manager.reload()
+        self._manager.close()
+        self._manager = self._open()
 
     def _write_manifest(self) -> None:
         unfinished = self.folder / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"

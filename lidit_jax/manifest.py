@@ -87,8 +87,13 @@ def files_of(folder: epath.Path) -> dict[str, epath.Path]:
     """Returns the files of a checkpoint that its manifest lists, by their path in the folder, sorted.
 
     Raises:
-      DamagedError: there is something other than files and folders. A link could lead out of the folder.
+      DamagedError: it is no folder, or there is something other than files and folders in it. A link could lead out of
+        the folder.
     """
+    if "://" not in str(folder) and os.path.islink(folder):
+        raise DamagedError("it is a link")
+    if folder.exists() and not folder.is_dir():
+        raise DamagedError("it is not a folder")
     files, folders = {}, [(folder, "")]
     while folders:
         parent, prefix = folders.pop()

@@ -137,6 +137,16 @@ def link_out(folder):
     os.symlink(outside, folder / "facts/metadata")
 
 
+def write_over(folder):
+    folder.rmtree()
+    folder.write_text("x")
+
+
+def move_and_link(folder):
+    folder.rename(folder.parent.parent / "moved")
+    os.symlink(folder.parent.parent / "moved", folder)
+
+
 DAMAGE = {
     "flipped weights": (lambda folder: flip(folder, "state/d/*"), "other contents"),
     "flipped position": (lambda folder: flip(folder, "data/process_*"), "other contents"),
@@ -146,6 +156,8 @@ DAMAGE = {
     "no manifest": (lambda folder: (folder / MANIFEST_FILE).unlink(), "manifest.json is missing"),
     "link": (link_out, "is a link"),
     "empty folder": (lambda folder: (folder.rmtree(), folder.mkdir()), "facts can't be read"),
+    "a file in its place": (write_over, "it is not a folder"),
+    "a link in its place": (move_and_link, "it is a link"),
 }
 
 
@@ -165,6 +177,29 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(copy, ca
         said = [record.getMessage() for record in caplog.records if record.name == "lidit_jax.checkpoint"]
         assert "checkpoint of step 7 is damaged" in said[0] and message in said[0] and "\n" not in said[0]
     assert finished_steps(copy) == [3] and (copy / "damaged-7").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"[" * 100_000, b'{"item_handlers": 1}', "folder"])
+def test_the_one_file_that_is_not_verified_is_not_needed(copy, content):
+    file = copy / "7/_CHECKPOINT_METADATA"
+    file.unlink()
+    if content == "folder":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    state, [position] = restore(copy)
+    assert position["next_batch"] == 7
+    assert_is_of(state, 7)
+
+
+def test_a_step_that_is_damaged_again_replaces_what_was_set_aside(copy):
+    shutil.copytree(copy / "7", copy.parent / "intact")
+    for number, change in enumerate((write_over, move_and_link, write_over)):
+        if number:
+            shutil.copytree(copy.parent / "intact", copy / "7")
+        change(copy / "7")
+        assert_is_of(restore(copy)[0], 3)
+    assert (copy / "damaged-7").read_text() == "x"
 
 
 def test_strict_restoring_stops_at_a_damaged_checkpoint(copy):
