@@ -169,6 +169,8 @@ class Checkpoints:
             found = [position.get("next_batch") for position in positions]
             if not found or any(type(number) is not int or number != step for number in found):
                 raise ValueError(f"its data positions are {found!r:.80} instead of {step}")
+            largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_state))
+            _check_sizes(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree, largest)
             args = ocp.args.PyTreeRestore(
                 abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)
             )
@@ -461,10 +463,12 @@ def _load_verified(folder: epath.Path, load: Callable[[epath.Path], T]) -> T:
         result = load(folder)
     except UserError:  # a ValueError
         raise
-    except _UNREADABLE as error:
-        if _PASSING.search(str(error)):
+    except Exception as error:
+        # For a damaged array Orbax raises a plain Exception, whose cause is TensorStore's error.
+        cause = error.__cause__ if type(error) is Exception and error.__cause__ else error
+        if not isinstance(cause, _UNREADABLE) or _PASSING.search(str(cause)):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         if not has_manifest and jax.process_count() == 1:  # others could have read it
             raise DamagedError(f"it can't be read: {reason}") from error
         raise UserError(
@@ -537,7 +541,25 @@ def _metadata(folder: epath.Path, weights: str) -> Mapping[str, Any]:
     if tree.get(weights) is None:
         available = ", ".join(name for name in ("params", "ema") if tree.get(name) is not None)
         raise UserError(f"{folder.parent}: the checkpoint has no {weights!r} weights; it has {available}")
+    _check_sizes(tree[weights])
     return tree[weights]
+
+
+def _check_sizes(tree: Any, largest: float = math.inf) -> None:
+    """Checks the sizes that a checkpoint states before anything of them is allocated.
+
+    Args:
+      tree: Orbax's metadata of arrays.
+      largest: largest number of values of an array.
+
+    Raises:
+      ValueError: an array is larger, or is smaller than its chunks, which are decoded whole.
+    """
+    for leaf in jax.tree.leaves(tree):
+        shape = getattr(leaf, "shape", None) or ()
+        chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or ()
+        if math.prod(shape) > largest or any(side > max(1, of) for side, of in zip(chunk, shape, strict=True)):
+            raise ValueError(f"array {leaf.name} has shape {shape} in chunks of {chunk}")
 
 
 def _save_args(array: jax.Array) -> ocp.SaveArgs:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from lidit_jax.errors import UserError
 
@@ -37,10 +38,14 @@ def parse(
             raise UserError(f"{file}: {key}={count!r:.80} is not an integer from 1 to {MAX_BLOCKS}")
     # Drop the keys of classifiers: transformers would build a name for each of `num_labels` labels.
     values = {key: value for key, value in values.items() if key not in ("num_labels", "id2label", "label2id")}
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # it prints all of a config that it rejects
     try:
         return CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
     except Exception as error:  # each config class raises its own types
         raise UserError(f"{file}: transformers rejects it ({' '.join(str(error).split())[:300]})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def refuse_quantised(values: Mapping[str, Any], file: Any) -> None:

@@ -232,6 +232,6 @@ def _shards(index: epath.Path) -> dict[str, epath.Path]:
         raise UserError(f"{index}: no weight_map; copy the file again")
     for shard in weight_map.values():
         # Reject paths, which could lead out of the folder.
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard):
             raise UserError(f"{index}: shard {shard!r:.80} is not the name of a safetensors file")
     return {name: index.parent / shard for name, shard in weight_map.items()}
