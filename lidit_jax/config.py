@@ -149,7 +149,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T
     values = {**_plain(values), **more}
     for key in values:
         if key not in fields:
-            raise UserError(f"config key {where}.{key} is unknown{nearest(key, fields)}")
+            raise UserError(f"config key {where}.{key!s:.80} is unknown{nearest(str(key), fields)}")
     for name, value in values.items():
         section = dataclass_of(hints[name])
         if section and isinstance(value, Mapping):
@@ -203,11 +203,11 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
         raise UserError(f"config key {key} is {value!r:.80}: it must be of type {names}")
 
 
-def type_name(kind: type) -> str:
-    """Returns a type's name as it is written in configs."""
+def type_name(kind: Any) -> str:
+    """Returns the name, as it is written in configs, of a type or of a section's annotations by name."""
     if kind is types.NoneType:
         return "null"
-    return "dict" if dataclasses.is_dataclass(kind) else kind.__name__
+    return "dict" if isinstance(kind, dict) or dataclasses.is_dataclass(kind) else kind.__name__
 
 
 def near(name: str, choices: Iterable[str]) -> str | None:
