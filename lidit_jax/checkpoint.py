@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lidit_jax.errors import UserError
+from lidit_jax.files import read_json
 from lidit_jax.manifest import MANIFEST_FILE, DamagedError, verify, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class DataPositionHandler(ocp.CheckpointHandler):
 
     def restore(self, directory: epath.Path, args: "RestoreDataPositions | None" = None) -> list[dict[str, Any]]:
         del args
-        return [json.loads(file.read_text()) for file in sorted(directory.glob("process_*.json"), key=str)]
+        return [read_json(file) for file in sorted(directory.glob("process_*.json"), key=str)]
 
 
 @ocp.args.register_with_handler(DataPositionHandler, for_save=True)
@@ -95,19 +97,23 @@ class Checkpoints:
         """
         self.folder = epath.Path(folder).resolve()
         self.config = dict(config)
-        self._strict, self._saving = strict, 0
+        self._keep, self._strict, self._saving = keep, strict, 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: can't be written ({error.strerror}); choose another --workdir") from error
+        self._manager = self._open()
+        self._being_written: int | None = None  # step of a checkpoint that is not announced yet
+
+    def _open(self) -> ocp.CheckpointManager:
         # Called on the first host, in the thread that saves, when all hosts have written their files and before the
         # checkpoint gets its final name.
         manifest = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
+        # A lightweight manager only lists the folder: Orbax's own metadata of a checkpoint may be damaged.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, async_options=manifest
+            max_to_keep=self._keep, enable_async_checkpointing=True, async_options=manifest, lightweight_initialize=True
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._being_written: int | None = None  # step of a checkpoint that is not announced yet
+        return ocp.CheckpointManager(self.folder, options=options)
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
@@ -163,6 +169,8 @@ class Checkpoints:
             found = [position.get("next_batch") for position in positions]
             if not found or any(type(number) is not int or number != step for number in found):
                 raise ValueError(f"its data positions are {found!r:.80} instead of {step}")
+            largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_state))
+            _check_sizes(ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree, largest)
             args = ocp.args.PyTreeRestore(
                 abstract_state, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state)
             )
@@ -188,12 +196,15 @@ class Checkpoints:
             with self._writing():
                 for step in steps:
                     target = self.folder / f"damaged-{step}"
-                    if target.exists():  # the same step, damaged again
+                    if os.path.islink(target) or target.is_file():  # the same step, damaged again
+                        target.unlink()
+                    elif target.exists():
                         target.rmtree()
                     (self.folder / str(step)).rename(target)
                     logger.warning("%s: renamed to %s", self.folder / str(step), target.name)
         multihost_utils.sync_global_devices("renamed damaged checkpoints")
-        self._manager.reload()
+        self._manager.close()
+        self._manager = self._open()
 
     def _write_manifest(self) -> None:
         unfinished = self.folder / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
@@ -452,10 +463,12 @@ def _load_verified(folder: epath.Path, load: Callable[[epath.Path], T]) -> T:
         result = load(folder)
     except UserError:  # a ValueError
         raise
-    except _UNREADABLE as error:
-        if _PASSING.search(str(error)):
+    except Exception as error:
+        # For a damaged array Orbax raises a plain Exception, whose cause is TensorStore's error.
+        cause = error.__cause__ if type(error) is Exception and error.__cause__ else error
+        if not isinstance(cause, _UNREADABLE) or _PASSING.search(str(cause)):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = " ".join(str(cause).split())[:200] or type(cause).__name__
         if not has_manifest and jax.process_count() == 1:  # others could have read it
             raise DamagedError(f"it can't be read: {reason}") from error
         raise UserError(
@@ -528,7 +541,25 @@ def _metadata(folder: epath.Path, weights: str) -> Mapping[str, Any]:
     if tree.get(weights) is None:
         available = ", ".join(name for name in ("params", "ema") if tree.get(name) is not None)
         raise UserError(f"{folder.parent}: the checkpoint has no {weights!r} weights; it has {available}")
+    _check_sizes(tree[weights])
     return tree[weights]
+
+
+def _check_sizes(tree: Any, largest: float = math.inf) -> None:
+    """Checks the sizes that a checkpoint states before anything of them is allocated.
+
+    Args:
+      tree: Orbax's metadata of arrays.
+      largest: largest number of values of an array.
+
+    Raises:
+      ValueError: an array is larger, or is smaller than its chunks, which are decoded whole.
+    """
+    for leaf in jax.tree.leaves(tree):
+        shape = getattr(leaf, "shape", None) or ()
+        chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or ()
+        if math.prod(shape) > largest or any(side > max(1, of) for side, of in zip(chunk, shape, strict=True)):
+            raise ValueError(f"array {leaf.name} has shape {shape} in chunks of {chunk}")
 
 
 def _save_args(array: jax.Array) -> ocp.SaveArgs:

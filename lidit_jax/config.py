@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import inspect
-import json
 import logging
 import os
 import re
@@ -19,7 +18,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax.errors import UserError
-from lidit_jax.files import write_json
+from lidit_jax.files import read_json, write_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -150,7 +149,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T
     values = {**_plain(values), **more}
     for key in values:
         if key not in fields:
-            raise UserError(f"config key {where}.{key} is unknown{nearest(key, fields)}")
+            raise UserError(f"config key {where}.{key!s:.80} is unknown{nearest(str(key), fields)}")
     for name, value in values.items():
         section = dataclass_of(hints[name])
         if section and isinstance(value, Mapping):
@@ -204,11 +203,11 @@ def _check_type(key: str, value: Any, hint: Any) -> None:
         raise UserError(f"config key {key} is {value!r:.80}: it must be of type {names}")
 
 
-def type_name(kind: type) -> str:
-    """Returns a type's name as it is written in configs."""
+def type_name(kind: Any) -> str:
+    """Returns the name, as it is written in configs, of a type or of a section's annotations by name."""
     if kind is types.NoneType:
         return "null"
-    return "dict" if dataclasses.is_dataclass(kind) else kind.__name__
+    return "dict" if isinstance(kind, dict) or dataclasses.is_dataclass(kind) else kind.__name__
 
 
 def near(name: str, choices: Iterable[str]) -> str | None:
@@ -274,7 +273,7 @@ def claim_workdir(
         return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if digests.items() - digests_before.items():
+        if any(digests_before.get(key) != digest for key, digest in digests.items()):
             write_json(digests_file, {**digests, **digests_before})
         # Nothing is written without need: the workdir of a finished run may be read-only.
         if stored is None or flatten(_read_json(file)) != flatten(resolved):
@@ -311,14 +310,15 @@ def _another_config(workdir: epath.Path, key: str, before: Mapping[str, Any], no
     can_start = not key.startswith("model.") and "model.depth" in now
     start = f", where --config.start_from={workdir} begins with its weights" if can_start else ""
     return UserError(
-        f"{workdir} was created with another config: {key} was {before.get(key, 'absent')!r}, "
-        f"now {now.get(key, 'absent')!r}; {resume}use another --workdir{start}"
+        f"{workdir} was created with another config: {key} was {before.get(key, 'absent')!r:.200}, "
+        f"now {now.get(key, 'absent')!r:.200}; {resume}use another --workdir{start}"
     )
 
 
 def _is_one_word(value: Any) -> bool:
     """Returns True if the printed value can be passed on the command line as it is."""
-    return isinstance(value, int | float) or isinstance(value, str) and re.fullmatch(r"[\w./:+-]+", value) is not None
+    is_word = isinstance(value, str) and re.fullmatch(r"[\w./:+-]{1,200}", value) is not None
+    return is_word or isinstance(value, int | float)
 
 
 def read_workdir(workdir: epath.Path) -> ConfigDict:
@@ -338,7 +338,10 @@ def read_workdir(workdir: epath.Path) -> ConfigDict:
     if isinstance(model, dict) and "position" not in model:
         logger.warning("%s is from before model.position: the model has the positions of that time, 'conv'", file)
         model["position"] = "conv"
-    return ConfigDict(values)
+    try:
+        return ConfigDict(values)
+    except (AttributeError, ValueError) as error:  # for keys such as "a.b" and "__class__"
+        raise UserError(f"{file}: not a run's file ({error!s:.200}); restore it, or use another --workdir") from error
 
 
 def _read_json(file: epath.Path) -> dict[str, Any]:
@@ -348,10 +351,10 @@ def _read_json(file: epath.Path) -> dict[str, Any]:
       UserError: if it is none.
     """
     try:
-        values = json.loads(file.read_text())
+        values = read_json(file)
         if not isinstance(values, dict):
             raise ValueError("not an object")
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a run's file ({error}); restore it, or use another --workdir") from error
     return values
 

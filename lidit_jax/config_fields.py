@@ -206,12 +206,15 @@ def _parse_int(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        number = decimal.Decimal(text) if "e" in text.lower() else decimal.Decimal("nan")
-        if not number.is_finite() or abs(number) > MAX_NUMBER or number != number.to_integral_value():
+        if "e" not in text.lower():
             raise
-        return int(number)
-    except decimal.InvalidOperation:
-        raise ValueError(text) from None
+    try:
+        number = decimal.Decimal(text)
+        if -MAX_NUMBER <= number <= MAX_NUMBER and number == number.to_integral_value():
+            return int(number)
+    except ArithmeticError:  # of words, and of exponents that decimals don't have
+        pass
+    raise ValueError(f"{text:.80} is not a whole number")
 
 
 def _literal(text: str) -> Any:
@@ -234,7 +237,8 @@ def _sections(config: Mapping[str, Any] | ConfigDict) -> dict[str, Hint]:
 
 def _schedule(config: Mapping[str, Any] | ConfigDict) -> type | None:
     diffusion = config.get("diffusion")
-    return SCHEDULES.get(diffusion.get("name")) if isinstance(diffusion, Mapping | ConfigDict) else None
+    name = diffusion.get("name") if isinstance(diffusion, Mapping | ConfigDict) else None
+    return SCHEDULES.get(name) if isinstance(name, str) else None
 
 
 def _field_hints(hint: Hint) -> dict[str, Hint] | None:

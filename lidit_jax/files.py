@@ -15,7 +15,9 @@ from etils import epath
 
 from lidit_jax.errors import UserError
 
-MAX_BYTES = 64 << 20
+MAX_BYTES = 64 << 20  # of a file that is read as a whole
+# Deeper JSON can be parsed, but then fails to be encoded, pickled or walked through by recursive functions.
+_MAX_JSON_DEPTH = 100
 # Entries that operating systems and other programs add to folders, besides those whose names start with a dot (._NAME,
 # .ipynb_checkpoints, .Trash, …).
 _ADDED_ENTRIES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
@@ -32,6 +34,50 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(file: epath.Path) -> Any:
+    """Returns the value in a JSON file, which may be damaged or forged.
+
+    Raises:
+      OSError: the file is missing or cannot be read.
+      ValueError: it is a folder, larger than `MAX_BYTES`, not JSON, or nested too deeply.
+    """
+    try:
+        size = file.stat().length
+        if size > MAX_BYTES:
+            raise ValueError(f"it has {size >> 20} MiB, more than {MAX_BYTES >> 20}")
+        return decode_json(file.read_bytes().decode("utf-8"))
+    except IsADirectoryError:
+        raise ValueError("it is a folder") from None
+
+
+def decode_json(encoded: str | bytes) -> Any:
+    """Returns the value of a JSON text, which may be damaged or forged.
+
+    Raises:
+      ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        value = json.loads(encoded)
+    except RecursionError:
+        value = None
+    else:
+        if not _is_too_deep(value):
+            return value
+    raise ValueError("it is nested too deeply")
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_JSON_DEPTH):
+        lists = (
+            outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, dict | list)
+        )
+        level = [inner for values in lists for inner in values]
+        if not level:
+            return False
+    return True
 
 
 def write_json(file: epath.Path, value: Any, indent: int | None = 2) -> None:

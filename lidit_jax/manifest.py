@@ -6,7 +6,6 @@ write a manifest that fits. No path in a manifest is ever opened: its names are 
 
 import concurrent.futures
 import errno
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +14,10 @@ import xxhash
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.files import write_json
+from lidit_jax.files import read_json, write_json
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
-MAX_BYTES = 64 << 20  # size of a manifest that is still read: a million files
 CHUNK = 8 << 20  # bytes read at a time
 THREADS = 8  # hash in parallel: xxhash and reads release the GIL
 # Files at the top of a checkpoint that Orbax writes after the manifest. Nothing is restored from them.
@@ -89,8 +87,13 @@ def files_of(folder: epath.Path) -> dict[str, epath.Path]:
     """Returns the files of a checkpoint that its manifest lists, by their path in the folder, sorted.
 
     Raises:
-      DamagedError: there is something other than files and folders. A link could lead out of the folder.
+      DamagedError: it is no folder, or there is something other than files and folders in it. A link could lead out of
+        the folder.
     """
+    if "://" not in str(folder) and os.path.islink(folder):
+        raise DamagedError("it is a link")
+    if folder.exists() and not folder.is_dir():
+        raise DamagedError("it is not a folder")
     files, folders = {}, [(folder, "")]
     while folders:
         parent, prefix = folders.pop()
@@ -126,13 +129,11 @@ def _read(file: epath.Path) -> Mapping[str, Mapping[str, Any]] | None:
     """
     if not file.exists():
         return None
-    if file.stat().length > MAX_BYTES:
-        raise DamagedError(f"{MANIFEST_FILE} is larger than {MAX_BYTES >> 20} MiB")
     try:
-        manifest = json.loads(file.read_bytes())
+        manifest = read_json(file)
         version, entries = manifest["format_version"], manifest["files"]
         are_entries = all(type(entry["bytes"]) is int for entry in entries.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST_FILE} is not a manifest") from error
     if version != FORMAT_VERSION or not are_entries:
         raise DamagedError(f"{MANIFEST_FILE} is not a manifest of version {FORMAT_VERSION}")

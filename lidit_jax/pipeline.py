@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
@@ -27,6 +28,10 @@ from lidit_jax.text.encoders import PromptEncoder, encode, encode_batch, text_fl
 
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 1000  # scales in use are below 20; far above 1000, float32 overflows
+
+
+class NotFiniteError(UserError):
+    """Images that have values that are not finite, and would be black."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +120,7 @@ class Pipeline:
         Raises:
           UserError: if the height or width is not a multiple of the latent cell times the patch size, or the sampler
             does not fit the schedule.
+          NotFiniteError: if an image has values that are not finite.
           ValueError: if the number of seeds is not N.
         """
         if len(seeds) != len(prompts) * images_per_prompt:
@@ -130,10 +136,16 @@ class Pipeline:
             to_encode, encoded_rows = shared.batch(prompts, start, negative_prompt)
             inputs = tokenize(self.encoders, to_encode), encoded_rows, _seed_words(batch_seeds)
             with self._mesh_context():
-                batch = self._sample_program(
+                batch, is_finite = self._sample_program(
                     params, self.frozen, *self._shard_rows(inputs), scale, **_static(sampling, height, width)
                 )
             images.append(np.asarray(batch)[:count])
+            if not np.asarray(is_finite)[:count].all():  # these would be black
+                failed = np.flatnonzero(~np.asarray(is_finite)[:count])
+                raise NotFiniteError(
+                    f"the image of seed {batch_seeds[failed[0]]} has values that are not finite: the weights are "
+                    f"unusable, or guidance_scale={sampling.guidance_scale:g} is too high"
+                )
         return np.concatenate(images)
 
     def abstract_params(self) -> Any:
@@ -249,7 +261,8 @@ class Pipeline:
         latents = cast(jax.Array, sample(sampler, self.schedule, predict, noise, steps, keys))  # no trajectory
         latents = from_model_latents(latents, self.vae.config)
         # Each device slices and tiles its own rows: slices of the global batch would be decoded by every device.
-        return to_uint8(self._on_each_device(decode, latents, frozen["vae"]))
+        images = self._on_each_device(decode, latents, frozen["vae"])
+        return to_uint8(images), jnp.isfinite(images).all(axis=(1, 2, 3))
 
     def _on_each_device(self, function: Callable[..., Any], rows: Any, *shared: Any) -> Any:
         """Calls `function(rows, *shared)` on each device with its shard of the rows, and replicated `shared` arrays."""

@@ -25,6 +25,8 @@ from lidit_jax.errors import UserError
 
 # Upper bounds of ranges that state none: what int32 and float32 arrays can hold.
 LARGEST = {int: 2**31 - 1, float: 3.4e38}
+# Smallest magnitude of a number other than 0: float32 arithmetic on accelerators rounds smaller ones to 0.
+SMALLEST = 1.2e-38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,8 @@ def _check_number(key: str, value: Any, kind: type, *ranges: Range) -> None:
         raise UserError(f"{key}={value!r:.80} must be {'an integer' if kind is int else 'a number'}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{key}={value} must be a finite number")
+    if 0 < abs(value) < SMALLEST:
+        raise UserError(f"{key}={value} must be 0 or at least {SMALLEST} in magnitude")
     if not any(bound.has_upper_bound for bound in ranges):
         ranges = *ranges, at_most(LARGEST[kind])
     if violated := [bound.words for bound in ranges if not bound.contains(value)]:

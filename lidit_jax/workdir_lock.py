@@ -17,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from lidit_jax.errors import UserError
+from lidit_jax.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +190,7 @@ def _exists(pid: Any) -> bool:
 def _read(file: epath.Path) -> dict[str, Any]:
     """Returns the facts in a lock file; empty if there is none, or it is not complete."""
     try:
-        facts = json.loads(file.read_text())
+        facts = read_json(file)
     except (FileNotFoundError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

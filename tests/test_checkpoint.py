@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorstore
 from etils import epath
 from etils.epath import backend
 from hypothesis import HealthCheck, given, settings
@@ -137,6 +138,16 @@ def link_out(folder):
     os.symlink(outside, folder / "facts/metadata")
 
 
+def write_over(folder):
+    folder.rmtree()
+    folder.write_text("x")
+
+
+def move_and_link(folder):
+    folder.rename(folder.parent.parent / "moved")
+    os.symlink(folder.parent.parent / "moved", folder)
+
+
 DAMAGE = {
     "flipped weights": (lambda folder: flip(folder, "state/d/*"), "other contents"),
     "flipped position": (lambda folder: flip(folder, "data/process_*"), "other contents"),
@@ -146,6 +157,8 @@ DAMAGE = {
     "no manifest": (lambda folder: (folder / MANIFEST_FILE).unlink(), "manifest.json is missing"),
     "link": (link_out, "is a link"),
     "empty folder": (lambda folder: (folder.rmtree(), folder.mkdir()), "facts can't be read"),
+    "a file in its place": (write_over, "it is not a folder"),
+    "a link in its place": (move_and_link, "it is a link"),
 }
 
 
@@ -165,6 +178,64 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_is_used(copy, ca
         said = [record.getMessage() for record in caplog.records if record.name == "lidit_jax.checkpoint"]
         assert "checkpoint of step 7 is damaged" in said[0] and message in said[0] and "\n" not in said[0]
     assert finished_steps(copy) == [3] and (copy / "damaged-7").exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"[" * 100_000, b'{"item_handlers": 1}', "folder"])
+def test_the_one_file_that_is_not_verified_is_not_needed(copy, content):
+    file = copy / "7/_CHECKPOINT_METADATA"
+    file.unlink()
+    if content == "folder":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    state, [position] = restore(copy)
+    assert position["next_batch"] == 7
+    assert_is_of(state, 7)
+
+
+def test_a_step_that_is_damaged_again_replaces_what_was_set_aside(copy):
+    shutil.copytree(copy / "7", copy.parent / "intact")
+    for number, change in enumerate((write_over, move_and_link, write_over)):
+        if number:
+            shutil.copytree(copy.parent / "intact", copy / "7")
+        change(copy / "7")
+        assert_is_of(restore(copy)[0], 3)
+    assert (copy / "damaged-7").read_text() == "x"
+
+
+def forge_array(folder, key: bytes, content: bytes | None, **metadata):
+    """Changes an array's chunk, or its metadata, and writes a manifest that fits."""
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/state/"}).result()
+    if metadata:
+        content = json.dumps(json.loads(store.read(key).result().value) | metadata).encode()
+    if content is None:
+        store.delete_range(tensorstore.KvStore.KeyRange(key, key + b"\0")).result()
+    else:
+        store.write(key, content).result()
+    write_manifest(folder)
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+@pytest.mark.parametrize("content", [b"", b"no zstd", None])
+def test_a_chunk_that_cannot_be_decoded_is_said_in_one_line(copy, caplog, content, has_manifest):
+    forge_array(copy / "7", b"params.w/0", content)
+    if not has_manifest:
+        (copy / "7" / MANIFEST_FILE).unlink()
+        (copy / "7/facts/metadata").write_text(json.dumps(FACTS))
+        assert_is_of(load_weights(copy, "params")[0] and restore(copy)[0], 3)
+        assert "checkpoint of step 7 is damaged (it can't be read: " in caplog.text
+        return
+    for load in (lambda: load_weights(copy, "params"), lambda: arrays_of(copy), lambda: restore(copy)):
+        with pytest.raises(UserError, match=r"^[^\n]*(step 7 belongs to another model|can't be read)[^\n]*$"):
+            load()
+
+
+@pytest.mark.parametrize("forged", [{"chunks": [2**36]}, {"shape": [2**50], "chunks": [2**50]}, {"shape": [2**50]}])
+def test_a_forged_size_is_rejected_before_it_is_allocated(copy, forged):
+    forge_array(copy / "7", b"params.w/.zarray", None, **forged)
+    for load in (lambda: load_weights(copy, "params", abstract_state()["params"]), lambda: restore(copy)):
+        with pytest.raises(UserError, match=r"^[^\n]*(belongs to another model|other names or shapes)[^\n]*$"):
+            load()
 
 
 def test_strict_restoring_stops_at_a_damaged_checkpoint(copy):

@@ -115,6 +115,25 @@ def test_an_unknown_key_names_the_nearest(key, says):
         apply_overrides(config, {key: "1.5"})
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["three", "True", "1e", "e", "1e-1", "1.5e0", "1e31", "1e999999999", "-1e999999999", "1e-999999999", "9" * 5000],
+)
+@pytest.mark.parametrize("key", ["train.steps", "vae.model.block_out_channels", "diffusion", "vae.adversarial"])
+def test_a_text_that_is_no_value_of_its_field_is_said_in_one_line(key, text):
+    with pytest.raises(UserError, match=rf"^config key {key} is '[^\n]*: it must be of type [^\n]*$"):
+        apply_overrides(load_config("shapes"), {key: text})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e3", 1000), ("-2.5E1", -25), ("1e30", 10**30), ("3.0e0", 3), ("0e5", 0)]
+)
+def test_whole_numbers_may_have_an_exponent(text, value):
+    config = load_config("shapes")
+    apply_overrides(config, {"train.steps": text})
+    assert type(config.train.steps) is int and config.train.steps == value
+
+
 def test_a_section_that_the_config_lacks_names_the_field_that_it_has():
     with pytest.raises(UserError, match=r"has no section 'train'; did you mean 'vae\.train\.steps'\?"):
         apply_overrides(load_config("vae"), {"train.steps": "3"})

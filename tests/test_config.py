@@ -49,6 +49,7 @@ def test_a_section_that_is_absent_or_null_stays_none():
         ({"evaluate": {"sheet": 0}}, "vae.evaluate.sheet=0 must be at least 1"),
         ({"model": {"block_out_channels": (8, 16)}}, "vae.model.block_out_channels is (8, 16); it must be multiples"),
         ({"perceptual": None}, "config key vae.perceptual is None: it must be of type dict"),
+        ({"perceptual": {1: 2}}, "config key vae.perceptual.1 is unknown; known are weights, "),
     ],
 )
 def test_errors_name_the_whole_key(section, words):

@@ -113,7 +113,7 @@ def test_absent_keys_have_diffusers_defaults():
         ("dpmpp_2m", {"use_karras_sigmas": True}, "use_karras_sigmas=True is not supported: use False"),
         ("dpmpp_2m", {"solver_order": 3}, "solver_order=3"),
         ("euler", {"use_dynamic_shifting": True}, "use_dynamic_shifting"),
-        ("euler", {"shift": 0}, "shift=0 must be above 0"),
+        ("euler", {"shift": 0}, "shift=0 must be from 0.001 to 1000"),
         ("euler", {"shift": None}, "shift=None is not a number"),
         ("euler", {"shift": True}, "shift=True is not a number"),
     ],

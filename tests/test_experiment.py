@@ -264,6 +264,41 @@ def test_digests_of_an_interrupted_claim_do_not_count(tmp_path):
     assert json.loads((tmp_path / "digests.json").read_text()) == {"data.path": "d2"}
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.unlink() or file.mkdir(),
+        lambda file: file.write_text("[" * 200_000),
+        lambda file: file.write_text('{"a": ' * 200 + "1" + "}" * 200),
+        lambda file: file.write_bytes(b"\xff\xfe"),
+        lambda file: file.write_text('{"model.depth": 1}'),
+        lambda file: file.write_text('{"model": {"__class__": 1}}'),
+        lambda file: file.write_text('{"seed": 1, "seed": '),
+    ],
+)
+def test_a_damaged_config_of_a_workdir_is_said_in_one_line(tmp_path, damage):
+    resumed(tmp_path)
+    damage(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config\.json: not a run's file \([^\n]*\); restore it"):
+        read_workdir(epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize("diffusion", [{"name": ["ddpm"]}, {"name": {}}, [], None, "ddpm"])
+def test_a_forged_section_of_a_workdirs_config_differs(tmp_path, diffusion):
+    resumed(tmp_path)
+    change_config(tmp_path, diffusion=diffusion)
+    with pytest.raises(UserError, match="belongs to another config: diffusion"):
+        resumed(tmp_path)
+
+
+def test_forged_digests_do_not_count(tmp_path):
+    resumed(tmp_path, {"data.path": "d1"}, **{"data.path": "/old"})
+    (tmp_path / "digests.json").write_text('{"vae.weights": [1], "data.path": {}}')
+    with pytest.raises(UserError, match="data.path was '/old', now '/new'"):
+        resumed(tmp_path, {"data.path": "d1"}, **{"data.path": "/new"})
+    resumed(tmp_path, {"data.path": "d1"}, **{"data.path": "/old"})
+
+
 def test_relative_and_absolute_paths_are_the_same(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     resumed(tmp_path / "run", **{"start_from": "runs/first", "data.path": "./shards"})

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from lidit_jax.evaluate.benchmarks import open_benchmark
-from lidit_jax.files import finite, read_text, split_lines
+from lidit_jax.files import finite, read_json, read_text, split_lines
 from lidit_jax.metrics import Metrics
 from lidit_jax.sample.generate import Request, read_prompts
 from lidit_jax.score.report import Report, write_report
@@ -56,3 +56,31 @@ def test_only_line_feeds_end_a_line(tmp_path, inside):
 def test_text_files_may_be_in_utf_8_or_utf_16(tmp_path, encoding):
     (tmp_path / "x.txt").write_bytes("a 图\r\nb".encode(encoding))
     assert read_text(epath.Path(tmp_path / "x.txt"), "x.txt", "a text") == "a 图\r\nb"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": ' * 100_000, "nested too deeply"),
+        (b'{"a": 1', "delimiter"),
+        (b"\xff", "utf-8"),
+        (b"9" * 5000, "digits"),
+        (b" " * 70 + b"1", "MiB, more than"),
+        (None, "a folder"),
+    ],
+)
+def test_a_json_file_that_cannot_be_read_is_a_value_error(tmp_path, monkeypatch, content, message):
+    file = epath.Path(tmp_path / "x.json")
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    monkeypatch.setattr("lidit_jax.files.MAX_BYTES", 70 if len(content or b"") == 71 else 1 << 20)
+    with pytest.raises(ValueError, match=message):
+        read_json(file)
+
+
+def test_a_json_file_has_its_value(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": [1, "ü"]}')
+    assert read_json(epath.Path(tmp_path / "x.json")) == {"a": [1, "ü"]}

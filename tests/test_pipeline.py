@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
-from lidit_jax.pipeline import MAX_SEED, _key, _seed_words
+from lidit_jax.pipeline import MAX_SEED, NotFiniteError, _key, _seed_words
 from lidit_jax.text.batch_prompts import SharedPrompts
 from lidit_jax.text.encoders import LLMTextEncoder
 from lidit_jax.trained_model import TrainedModel, load
@@ -121,6 +122,13 @@ def test_flops_and_the_lowered_program_share_prompts_too(loaded):
     assert one - four == (9 - 3) * encoder_flops
     tokens = pipeline.lower(params, 32, 32, how, images_per_prompt=4).in_avals[0][2]
     assert {shape.shape[0] for shape in jax.tree.leaves(tokens)} == {3}
+
+
+def test_an_image_that_is_not_finite_is_an_error_that_names_its_seed(loaded):
+    run, pipeline, params = loaded
+    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
+    with pytest.raises(NotFiniteError, match="the image of seed 5 has values that are not finite"):
+        pipeline(broken, PROMPTS[:1], [5], 32, 32, run.sample)
 
 
 def test_a_number_of_seeds_other_than_one_per_image_is_rejected(loaded):

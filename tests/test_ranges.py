@@ -78,6 +78,8 @@ class Section:
         ("rate", math.nan, "section.rate=nan must be a finite number"),
         ("scale", 0, "section.scale=0 must be above 0"),
         ("scale", math.inf, "section.scale=inf must be a finite number"),
+        ("scale", 1e-320, "section.scale=1e-320 must be 0 or at least 1.2e-38 in magnitude"),
+        ("rate", -1e-45, "section.rate=-1e-45 must be 0 or at least 1.2e-38 in magnitude"),
         ("scale", 1e39, "section.scale=1e+39 must be at most 3.4e+38"),
         ("widths", (8, 0), "section.widths[1]=0 must be at least 1"),
         ("shares", {"txt": -1}, "section.shares.txt=-1 must be from 0 to 1"),

@@ -317,7 +317,7 @@ def test_make_schedule_builds_by_name_and_passes_the_values():
         ("ddpm", {"beta_start": 0.1, "beta_end": 0.01}, "beta_start=0.1 is larger than beta_end=0.01"),
         ("ddpm", {"beta_start": "low"}, "must be of type float"),
         ("ddpm", {"beta_start": 0.5, "beta_end": 0.9}, "no signal"),
-        ("rectified_flow", {"shift": 0.0}, "diffusion.shift=0.0 must be above 0"),
+        ("rectified_flow", {"shift": 0.0}, "diffusion.shift=0.0 must be from 0.001 to 1000"),
         ("rectified_flow", {"shift": float("nan")}, "finite"),
         ("rectified_flow", {"logit_std": -1.0}, "logit_std"),
         ("rectified_flow", {"logit_mean": float("inf")}, "logit_mean"),

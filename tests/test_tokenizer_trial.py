@@ -1,6 +1,7 @@
 """Tokenizers and chat templates that cost far more than their size: rejected by a process of its own, within limits."""
 
 import json
+import os
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from lidit_jax.text import tokenizer_trial
 from lidit_jax.text.load_encoder import load_tokenizer
 from lidit_jax.text.prompts import MAX_CHARACTERS, PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
+from lidit_jax.weights.digest import folder_digest
 
 
 def make_folder(folder, template=None, normalizer=None, chat_template_file=None):
@@ -34,6 +36,16 @@ COSTLY = {
         "more than 300 MiB",
         LITTLE_MEMORY,
     ),
+    "rare word": (
+        {"normalizer": {"type": "Sequence", "normalizers": [{**GROWING, "pattern": {"String": "zebra"}}] * 3}},
+        "a character by more than 1000",
+        {},
+    ),
+    "rare character": (
+        {"normalizer": {"type": "Sequence", "normalizers": [{**GROWING, "pattern": {"String": "\u0d9e"}}] * 9}},
+        "a character by more than 1000",
+        {},
+    ),
     "loop": (
         {"template": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"},
         "more than 2 seconds",
@@ -50,8 +62,19 @@ def test_a_costly_tokenizer_or_template_ends_in_one_line(tmp_path, monkeypatch, 
     change, message, limits = COSTLY[kind]
     for name, value in limits.items():
         monkeypatch.setattr(tokenizer_trial, name, value)
-    with pytest.raises(UserError, match=rf"^[^\n]*tokenizer and its chat template take {message}[^\n]*$"):
+    with pytest.raises(UserError, match=rf"^[^\n]*tokenizer and its chat template \w+ {message}[^\n]*$"):
         load_tokenizer(make_folder(tmp_path / "tokenizer", **change))
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json", "chat_template.json"])
+def test_a_tokenizer_file_that_is_no_file_is_named(tmp_path, kind, name):
+    folder = make_folder(tmp_path / "tokenizer")
+    (folder / name).mkdir() if kind == "folder" else os.symlink(tmp_path / "nowhere", folder / name)
+    with pytest.raises(UserError, match=rf"{name} can't be read \((Is a directory|No such file or directory)\)"):
+        load_tokenizer(folder)
+    with pytest.raises(UserError, match=rf"{name} can't be read"):
+        folder_digest(folder)
 
 
 def test_a_tokenizer_is_tried_once(tmp_path, monkeypatch):

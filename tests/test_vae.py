@@ -355,9 +355,12 @@ def test_a_wrong_number_of_channels_is_rejected(sd1_folder, method):
         ({"use_quant_conv": 1}, "use_quant_conv"),
         ({"scaling_factor": float("nan")}, "scaling_factor"),
         ({"scaling_factor": 0}, "scaling_factor"),
+        ({"scaling_factor": -1e-30}, "scaling_factor is -1e-30; it must be at least 1e-06 in magnitude"),
+        ({"scaling_factor": 1e-320}, "scaling_factor"),
         ({"shift_factor": [1]}, "shift_factor"),
         ({"latents_mean": [0.0]}, "latents_mean"),
         ({"latents_std": [1.0, 1.0, 1.0, 0.0]}, "latents_std"),
+        ({"latents_std": [1.0, 1.0, 1.0, 1e-30]}, "latents_std"),
         ({"latents_mean": [0.0] * 4}, r"latents_mean is \(0.0, .* and latents_std is None; give both or neither"),
         ({"latents_std": [1.0] * 4}, r"latents_mean is None and latents_std is \(1.0, .*; give both or neither"),
         ({"sample_size": -1}, "sample_size"),
@@ -393,6 +396,14 @@ def test_damaged_weights_are_rejected_by_tensor_name(folder):
         load_vae(folder)
     rewrite(folder, lambda tensors: tensors.pop(name))
     with pytest.raises(UserError, match=f"{name} is missing"):
+        load_vae(folder)
+
+
+@pytest.mark.parametrize("value", [np.float32(np.nan), np.float32(-np.inf), np.float64(1e300)])
+def test_weights_that_are_not_finite_in_float32_are_rejected(folder, value):
+    name = "decoder.up_blocks.1.resnets.0.conv1.bias"
+    rewrite(folder, lambda tensors: tensors.update({name: np.full_like(tensors[name], value, value.dtype)}))
+    with pytest.raises(UserError, match=f"tensor {name} has values that are not finite"):
         load_vae(folder)
 
 

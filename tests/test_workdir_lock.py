@@ -112,7 +112,7 @@ def test_a_lock_that_is_being_written_is_not_given_up(file, impatient, without_k
         pass
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"pid": "x"}', '{"pid": 1e400}'])
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"pid": "x"}', '{"pid": 1e400}', "[" * 200_000])
 def test_damaged_lock_files_are_taken_over(file, impatient, content):
     file.parent.mkdir()
     file.write_text(content)

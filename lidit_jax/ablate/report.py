@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from lidit_jax.ablate.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5, TABLES
 from lidit_jax.ablate.runs import Run
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import COUNTS, SCORES_FILE, named_at
-from lidit_jax.files import write_bytes, write_json
+from lidit_jax.files import read_json, write_bytes, write_json
 from lidit_jax.score.eval_extra import png_of
 from lidit_jax.score.quarters import QUARTER_NAMES, QUARTERS
 
@@ -152,8 +151,8 @@ class Result:
 
 def _read_scores(file: epath.Path) -> Any:
     try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        return read_json(file)
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read ({error}): remove it to evaluate its run again") from None
 
 
@@ -161,7 +160,7 @@ def _percent(file: epath.Path, scores: Any, group: str, measure: str) -> float:
     try:
         cell = scores[group][measure]
         return 100 * float(cell["correct"]) / float(cell["total"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         raise UserError(f"{file} has no {measure!r} of {group!r}: remove it to evaluate its run again") from None
 
 

@@ -287,6 +287,6 @@ def _steps_taken(job: Job, out: epath.Path) -> int:
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue  # a line that is being written
     return 0

@@ -28,6 +28,7 @@ from lidit_jax.data.formats.shards import Unusable, parse_json, stripped
 from lidit_jax.data.sources import BrokenExample, Example, Source
 from lidit_jax.data.stored_features import FEATURES, ConstantFeatures, EncoderFingerprint, load_tensors
 from lidit_jax.errors import UserError
+from lidit_jax.files import read_json
 
 FORMAT = 3  # format 1 has no features; formats 1 and 2 hold all texts of a sample, also those that are no captions
 MANIFEST, PLAN = "manifest.json", "plan.json"
@@ -74,7 +75,7 @@ class Manifest:
           UserError: the file does not exist, is not a valid manifest, or has an unknown format.
         """
         try:
-            values = json.loads(file.read_text())
+            values = read_json(file)
             version = values["format"] = int(values["format"])
             if version not in range(1, FORMAT + 1):
                 raise UserError(
@@ -89,7 +90,7 @@ class Manifest:
             raise
         except FileNotFoundError:
             raise UserError(f"{file}: does not exist: create it with `python -m lidit_jax.precompute`") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise UserError(f"{file}: not what `python -m lidit_jax.precompute` writes ({error!r:.200})") from error
         valid = manifest.dtype in DTYPES
         valid &= all(type(size) is int and size >= 1 for size in (manifest.cell, manifest.channels))

@@ -216,7 +216,8 @@ class RectifiedFlow(Schedule):
     as in sampling (diffusers' `FlowMatchEulerDiscreteScheduler`).
 
     Attributes:
-      shift: resolution shift, > 0; 1 is no shift. `resolution_shift` computes SD3's value for a resolution.
+      shift: resolution shift, from 0.001 to 1000; 1 is no shift. `resolution_shift` computes SD3's value for a
+        resolution.
       logit_mean: mean of logit(s) before the shift (SD3 section 3.1: 0).
       logit_std: standard deviation of logit(s) before the shift, > 0 (SD3 section 3.1: 1).
       num_timesteps: the model's timestep is s * num_timesteps. Sampling starts its last step at s = 1 / num_timesteps,
@@ -226,7 +227,7 @@ class RectifiedFlow(Schedule):
       UserError: if a value is out of range.
     """
 
-    shift: Annotated[float, above(0), at_most(1000)] = 1.0
+    shift: Annotated[float, between(0.001, 1000)] = 1.0
     logit_mean: Annotated[float, between(-100, 100)] = 0.0
     logit_std: Annotated[float, above(0), at_most(100)] = 1.0
     num_timesteps: _Timesteps = 1000

@@ -15,7 +15,6 @@ which we read as the eight words of four pairs. Alternatively, a file of prompts
 """
 
 import itertools
-import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from etils import epath
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.attributes import ATTRIBUTES, KINDS
 from lidit_jax.evaluate.noun_phrases import split_noun_phrases
-from lidit_jax.files import write_json
+from lidit_jax.files import read_json, write_json
 from lidit_jax.images import save_png
 
 NUM_PROMPTS, SEED = 1000, 2406
@@ -224,9 +223,9 @@ def read_pairs(file: epath.Path) -> list[Pair]:
       UserError: the file is damaged or has another format.
     """
     try:
-        pairs = json.loads(file.read_text())["pairs"]
+        pairs = read_json(file)["pairs"]
         pairs = [Pair(str(pair["phrase"]), str(pair["kind"])) for pair in pairs]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         pairs = []
     if not 1 <= len(pairs) <= MAX_PAIRS:
         raise UserError(

@@ -1,13 +1,12 @@
 """Output folders that a command fills over several runs, with a file of facts that protects them from other runs."""
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.files import check_writable, is_unused
+from lidit_jax.files import check_writable, is_unused, read_json
 
 
 def read_claim(out: epath.Path, name: str) -> dict[str, Any] | None:
@@ -30,8 +29,8 @@ def read_claim(out: epath.Path, name: str) -> dict[str, Any] | None:
             raise UserError(f"--out={out} is not empty and has no {name}: choose another folder")
         return None
     try:
-        found = json.loads(file.read_text())
-    except (ValueError, RecursionError):
+        found = read_json(file)
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{file} is damaged: name another --out")

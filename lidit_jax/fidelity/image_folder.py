@@ -7,7 +7,6 @@ anything else             PNG, JPEG or WebP files at any depth, without prompts
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from lidit_jax.data.formats.files import is_remote
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut, open_benchmark
 from lidit_jax.evaluate.read_image import read_image
-from lidit_jax.files import is_hidden, walk
+from lidit_jax.files import is_hidden, read_json, walk
 from lidit_jax.weights.folders import is_there
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -123,9 +122,9 @@ def _read_facts(folder: epath.Path) -> tuple[str, int]:
             return "geneval", 1
         return ("t2i_compbench", 1) if any(folder.glob(f"samples/*_{'[0-9]' * 6}.png")) else ("", 1)
     try:
-        facts = json.loads(file.read_text())
+        facts = read_json(file)
         return str(facts["benchmark"]), int(facts["num_images"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{file} is damaged: generate the benchmark again") from None
 
 
@@ -150,7 +149,7 @@ def _prompt_from_metadata(file: epath.Path) -> str:
     """Returns the prompt from metadata.jsonl, which lies beside the folder `samples` with the prompt's images."""
     metadata = file.parent.parent / "metadata.jsonl"
     try:
-        return str(json.loads(metadata.read_text())["prompt"])
+        return str(read_json(metadata)["prompt"])
     except FileNotFoundError:
         raise UserError(f"{metadata} is missing: generate the rest with python -m lidit_jax.evaluate") from None
     except (ValueError, KeyError, TypeError):

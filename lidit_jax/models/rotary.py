@@ -2,17 +2,20 @@
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lidit_jax.errors import UserError
-from lidit_jax.ranges import CountOrZero, NonNegative, Positive, check_ranges
+from lidit_jax.ranges import CountOrZero, Positive, between, check_ranges
 
 DEFAULT_THETA = 10_000.0
 RotaryTables = tuple[jax.Array, jax.Array]  # cos and sin, float32 [L, D]
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+_Factor = Annotated[float, between(0.001, 1e6)]  # published ones are from 1 to 100
+_Scale = Annotated[float, between(0, 1000)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +43,15 @@ class RopeScaling:
     """
 
     rope_type: str = "default"
-    factor: Positive = 1.0
+    factor: _Factor = 1.0
     original_max_position_embeddings: CountOrZero = 0
     low_freq_factor: Positive = 1.0
     high_freq_factor: Positive = 4.0
-    attention_factor: Positive | None = None
+    attention_factor: _Factor | None = None
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
-    mscale: NonNegative | None = None
-    mscale_all_dim: NonNegative | None = None
+    mscale: _Scale | None = None
+    mscale_all_dim: _Scale | None = None
     truncate: bool = True
 
     def __post_init__(self):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from lidit_jax.errors import UserError
-from lidit_jax.ranges import Size, above, at_most, between, check_ranges
+from lidit_jax.ranges import Size, between, check_ranges
 
 DOWN_BLOCK_TYPE = "DownEncoderBlock2D"
 UP_BLOCK_TYPE = "UpDecoderBlock2D"
@@ -14,6 +14,7 @@ UP_BLOCK_TYPE = "UpDecoderBlock2D"
 MAX_BLOCKS = 10
 MAX_LAYERS_PER_BLOCK = 32
 _Moment = Annotated[float, between(-1e6, 1e6)]
+_Deviation = Annotated[float, between(1e-6, 1e6)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class VAEConfig:
     scaling_factor: _Moment = 0.18215
     shift_factor: _Moment | None = None
     latents_mean: tuple[_Moment, ...] | None = None
-    latents_std: tuple[Annotated[float, above(0), at_most(1e6)], ...] | None = None
+    latents_std: tuple[_Deviation, ...] | None = None
     sample_size: int | tuple[int, ...] = 32
 
     def __post_init__(self):
@@ -82,16 +83,18 @@ class VAEConfig:
             )
         class_name = config.get("_class_name")
         if class_name != "AutoencoderKL":
-            raise UserError(f"VAE config: _class_name is {class_name!r}; only 'AutoencoderKL' is supported")
+            raise UserError(f"VAE config: _class_name is {class_name!r:.80}; only 'AutoencoderKL' is supported")
         if config.get("act_fn", "silu") not in ("silu", "swish"):
-            raise UserError(f"VAE config: act_fn is {config['act_fn']!r}; only 'silu' is supported")
+            raise UserError(f"VAE config: act_fn is {config['act_fn']!r:.80}; only 'silu' is supported")
         known = {field.name for field in dataclasses.fields(cls)}
         vae_config = cls(**{name: value for name, value in config.items() if name in known})
         for key, supported in (("down_block_types", DOWN_BLOCK_TYPE), ("up_block_types", UP_BLOCK_TYPE)):
             expected = [supported] * len(vae_config.block_out_channels)
             found = config.get(key, [supported])
             if not isinstance(found, list | tuple) or list(found) != expected:
-                raise UserError(f"VAE config: {key} is {found!r}; only {len(expected)} x {supported!r} is supported")
+                raise UserError(
+                    f"VAE config: {key} is {found!r:.80}; only {len(expected)} x {supported!r} is supported"
+                )
         return vae_config
 
 
@@ -101,7 +104,7 @@ def _is_count(value) -> bool:
 
 def _check_config(config: VAEConfig) -> None:
     def reject(name: str, requirement: str):
-        raise UserError(f"VAE config: {name} is {getattr(config, name)!r}; it must be {requirement}")
+        raise UserError(f"VAE config: {name} is {getattr(config, name)!r:.80}; it must be {requirement}")
 
     for name in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
         if not isinstance(getattr(config, name), bool):
@@ -111,8 +114,8 @@ def _check_config(config: VAEConfig) -> None:
         reject("block_out_channels", f"1 to {MAX_BLOCKS} positive integers")
     if any(width % config.norm_num_groups for width in widths):
         reject("block_out_channels", f"multiples of norm_num_groups ({config.norm_num_groups})")
-    if config.scaling_factor == 0:
-        reject("scaling_factor", "a number other than 0")
+    if abs(config.scaling_factor) < 1e-6:
+        reject("scaling_factor", "at least 1e-06 in magnitude, because latents are divided by it")
     for name in ("latents_mean", "latents_std"):
         values = getattr(config, name)
         if values is None:
@@ -121,8 +124,8 @@ def _check_config(config: VAEConfig) -> None:
             reject(name, f"null or {config.latent_channels} numbers, one a latent channel")
     if (config.latents_mean is None) != (config.latents_std is None):
         raise UserError(
-            f"VAE config: latents_mean is {config.latents_mean!r} and latents_std is {config.latents_std!r}; give both "
-            "or neither"
+            f"VAE config: latents_mean is {config.latents_mean!r:.80} and latents_std is {config.latents_std!r:.80}; "
+            "give both or neither"
         )
     sizes = config.sample_size if isinstance(config.sample_size, tuple) else (config.sample_size,)
     if not sizes or not all(map(_is_count, sizes)):

@@ -16,7 +16,7 @@ from lidit_jax import __version__, trained_model
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
 from lidit_jax.export.read import load_exported
-from lidit_jax.files import check_writable, read_text, split_lines, write_json
+from lidit_jax.files import check_writable, read_json, read_text, split_lines, write_json
 from lidit_jax.images import grid, save_png
 from lidit_jax.pipeline import MAX_GUIDANCE, MAX_SEED, SampleConfig
 from lidit_jax.text.encoders import truncated_prompts
@@ -190,8 +190,8 @@ def earlier_images(out: epath.Path) -> list[str]:
     listed = set()
     if LIST_FILE in present:
         try:
-            listed = {entry["file"] for entry in json.loads((out / LIST_FILE).read_text())["images"]}
-        except (ValueError, KeyError, TypeError, RecursionError):
+            listed = {entry["file"] for entry in read_json(out / LIST_FILE)["images"]}
+        except (ValueError, KeyError, TypeError):
             raise UserError(f"{out / LIST_FILE} is damaged: name another --out, or remove it") from None
         listed |= {LIST_FILE, GRID_FILE}
     ours = {name for name in present if re.fullmatch(r"\d{5,}\.png", name) or name in (GRID_FILE, LIST_FILE)}

@@ -21,7 +21,7 @@ from etils import epath
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut
 from lidit_jax.evaluate.read_image import read_image
-from lidit_jax.files import is_hidden
+from lidit_jax.files import is_hidden, read_json
 from lidit_jax.score.dpg_questions import Questions, read_questions
 from lidit_jax.score.report import Report
 from lidit_jax.score.results import ScoreRequest, open_results, require_images_folder
@@ -165,7 +165,7 @@ def _prompts_to_score(
 def _images_per_file(folder: epath.Path) -> int:
     """Returns the number of images in a file: 1 if `lidit_jax.evaluate` recorded that, else 4 as in dist_eval.sh."""
     try:
-        noted = json.loads((folder / FACTS_FILE).read_text())["num_images"]
+        noted = read_json(folder / FACTS_FILE)["num_images"]
     except (OSError, ValueError, KeyError, TypeError):
         return 4
     return 1 if noted == 1 else 4

@@ -21,6 +21,7 @@ from PIL import Image
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import open_benchmark
 from lidit_jax.evaluate.read_image import read_image
+from lidit_jax.files import read_json
 from lidit_jax.score.detectors import Detection, check_classes, load_detector
 from lidit_jax.score.load_model import device, load_model, load_processor
 from lidit_jax.score.report import Report
@@ -314,9 +315,9 @@ def _read_prompt(folder: epath.Path) -> Prompt:
     if not file.exists():
         raise UserError(f"{file}: no such file: finish generating the benchmark's images first")
     try:
-        metadata = json.loads(file.read_bytes())
+        metadata = read_json(file)
         _check_metadata(metadata)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{file} is damaged ({' '.join(str(error).split())}): generate it again") from None
     images = sorted(path.name for path in samples.iterdir()) if samples.is_dir() else []
     images = [name for name in images if re.fullmatch(r"\d+\.png", name)]

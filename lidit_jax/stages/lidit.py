@@ -23,7 +23,7 @@ from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, DiagonalGaussian, to_model_latents
 from lidit_jax.parallel.rules import ShardingRules, replicate, replicated
 from lidit_jax.parallel.watchdog import watched
-from lidit_jax.pipeline import Pipeline
+from lidit_jax.pipeline import NotFiniteError, Pipeline
 from lidit_jax.stages.train_network import train_network
 from lidit_jax.text.encoders import PrecomputedEncoder, PromptEncoder, encode, text_flops_and_lengths, tokenize
 from lidit_jax.train import Batch, Evaluate, Task, TrainState
@@ -112,7 +112,11 @@ def train_lidit(
     bucket = dataset.largest_bucket()
 
     def evaluate(state: TrainState, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        images = pipeline(state.averaged, prompts, range(len(prompts)), bucket.height, bucket.width, sampling)
+        try:
+            images = pipeline(state.averaged, prompts, range(len(prompts)), bucket.height, bucket.width, sampling)
+        except NotFiniteError as error:  # training may recover, and its steps since the last checkpoint are not saved
+            logger.warning("step %d is not sampled: %s", step, error)
+            return {}, {}
         return {}, {"sample": np.asarray(grid(list(images), prompts))}
 
     encoders, frozen = pipeline.encoders, pipeline.frozen

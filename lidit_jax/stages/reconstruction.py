@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lidit_jax.errors import UserError
-from lidit_jax.files import finite, write_json
+from lidit_jax.files import finite, read_json, write_json
 from lidit_jax.images import grid, save_png, to_float, to_uint8
 from lidit_jax.models.image_similarity import psnr, ssim
 from lidit_jax.models.vae import AutoencoderKL
@@ -215,7 +214,7 @@ def is_evaluated(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
     if not file.exists():
         return False
     try:
-        scores = json.loads(file.read_text())
+        scores = read_json(file)
     except ValueError:
         return False
     return isinstance(scores, dict) and all(scores.get(name) == value for name, value in facts.items())

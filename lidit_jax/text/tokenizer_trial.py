@@ -6,6 +6,8 @@ be, so a tokenizer that stays within the limits here also does so in use.
 """
 
 import hashlib
+import json
+import math
 import os
 import re
 import resource
@@ -13,6 +15,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -24,13 +27,21 @@ from lidit_jax.weights.safetensors_folder import read_json_object
 CPU_SECONDS = 15  # a tokenizer with 260,000 tokens, as many as the largest published ones have, takes 3
 MEMORY = 2 << 30  # bytes beyond those of the imports
 WALL_SECONDS = 600  # of a process that waits for the processor
-OUT_OF_MEMORY = 3  # exit code
+OUT_OF_MEMORY, GROWS = 3, 4  # exit codes
+# Bound on the characters that a normaliser makes of one by its replacements; those of published tokenizers are at most
+# 16. A trial cannot tell: a replacement may wait for a word that is in no text tried.
+MAX_GROWTH = 1000
 # Some damage of a file shows only in use.
 PROBE_TEXTS = ("", " a b", "红色", "😀", "\x00", "\u0f00 xyz")
 _MIXED = (
     "A red circle, 3 blue squares (above it): the sign says «Grüße!» 一只红色的猫 😀\n\t--- x=1.5e-7; aaaaaaaaaaaaaaaa "
 )
-LONG_TEXTS = ((_MIXED * (MAX_CHARACTERS // len(_MIXED) + 1))[:MAX_CHARACTERS], *(c * 5000 for c in "a \n0!红"))
+EVERY_CHARACTER = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x10000))))  # of Unicode's first plane
+LONG_TEXTS = (
+    (_MIXED * (MAX_CHARACTERS // len(_MIXED) + 1))[:MAX_CHARACTERS],
+    EVERY_CHARACTER,
+    *(c * 5000 for c in "a \n0!红"),
+)
 
 _passed: set[str] = set()  # digests of the files of tokenizers that this process has tried
 
@@ -63,13 +74,17 @@ def try_tokenizer(folder: Path, files: re.Pattern) -> None:
       files: matches the names of the files that a tokenizer is loaded from.
 
     Raises:
-      UserError: if it takes more time or memory than the limits. Other errors are left to those who read it.
+      UserError: if it takes more time or memory than the limits, or a file can't be opened. Other errors are left to
+        those who read it.
     """
     digest = hashlib.sha256()
     for file in sorted(file for file in folder.iterdir() if files.fullmatch(file.name)):
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        try:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:  # a folder of this name, or a link to nothing
+            raise UserError(f"{file} can't be read ({error.strerror}): copy it again, or remove it") from error
     if digest.hexdigest() in _passed:
         return
     # The packages are found as here, whatever the working directory.
@@ -85,11 +100,22 @@ def try_tokenizer(folder: Path, files: re.Pattern) -> None:
         reason = f"take more than {MEMORY >> 20} MiB of memory"
     elif code in (-signal.SIGXCPU, -signal.SIGKILL):
         reason = f"take more than {CPU_SECONDS} seconds"
+    elif code == GROWS:
+        reason = f"replace a character by more than {MAX_GROWTH}"
     else:
         reason = f"end the process that uses them with exit code {code} {output.splitlines()[-1:]}"
     if code:
         raise UserError(f"{folder}: the tokenizer and its chat template {reason}: use other ones")
     _passed.add(digest.hexdigest())
+
+
+def _growth(normalizer: Any) -> float:
+    """Returns a bound on the characters that the replacements of a normaliser, as in tokenizer.json, make of one."""
+    if not isinstance(normalizer, dict):
+        return 1.0
+    inner = math.prod(map(_growth, normalizer.get("normalizers", ())))
+    # A pattern may match the empty text before a character.
+    return inner * (1.0 + len(normalizer.get("content", "")) + len(normalizer.get("prepend", "")))
 
 
 def _main(folder: Path, cpu_seconds: int, memory: int) -> int:
@@ -103,6 +129,8 @@ def _main(folder: Path, cpu_seconds: int, memory: int) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         tokenizer = read_tokenizer(folder)
+        if _growth(json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"]) > MAX_GROWTH:
+            return GROWS
         tokenizer(list(LONG_TEXTS), split_special_tokens=True, verbose=False)
         for system_prompt in ("", INSTRUCTION):
             PromptTokenizer(tokenizer, 8, INSTRUCTION * 6, system_prompt).prefix()

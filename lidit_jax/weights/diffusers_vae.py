@@ -41,8 +41,8 @@ def load_vae(folder: str | Path) -> tuple[VAEConfig, dict[str, Any]]:
       float32 NumPy arrays in host memory, which the caller puts on devices.
 
     Raises:
-      UserError: a file or tensor is missing, damaged, of the wrong shape or not floating point; or the folder has its
-        weights only as a pickle (.bin), which is never read.
+      UserError: a file or tensor is missing, damaged, of the wrong shape, not floating point or not finite; or the
+        folder has its weights only as a pickle (.bin), which is never read.
     """
     config = VAEConfig.from_dict(read_config(folder))
     flat = {}
@@ -51,8 +51,13 @@ def load_vae(folder: str | Path) -> tuple[VAEConfig, dict[str, Any]]:
         weights.check_no_unused(names.values(), OWN_TENSORS)
         for path, shape in parameter_shapes(config).items():
             axes = torch_axes(len(shape))
-            value = weights.read(names[path], tuple(shape[axis] for axis in axes))
-            flat[path] = np.ascontiguousarray(value.astype(np.float32).transpose(np.argsort(axes)))
+            with np.errstate(over="ignore"):  # float64 beyond the range of float32: rejected below
+                value = weights.read(names[path], tuple(shape[axis] for axis in axes)).astype(np.float32)
+            if not np.isfinite(value).all():
+                raise UserError(
+                    f"{weights.folder}: tensor {names[path]} has values that are not finite; copy the file again"
+                )
+            flat[path] = np.ascontiguousarray(value.transpose(np.argsort(axes)))
     return config, flax.traverse_util.unflatten_dict(flat)
 
 

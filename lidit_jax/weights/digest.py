@@ -24,7 +24,7 @@ def folder_digest(*folders: str | epath.Path) -> str:
       Sixteen hexadecimal digits.
 
     Raises:
-      UserError: the folders have none of these files.
+      UserError: the folders have none of these files, or one cannot be read.
     """
     entries = [file for folder in folders for file in epath.Path(folder).glob("*")]
     files = [f for f in entries if TOKENIZER_FILES.fullmatch(f.name) or f.suffix == ".safetensors"]
@@ -34,19 +34,26 @@ def folder_digest(*folders: str | epath.Path) -> str:
 
 
 def file_digest(file: str | epath.Path) -> str:
-    """Returns the digest of one file: sixteen hexadecimal digits over its name, size and contents."""
+    """Returns the digest of one file: sixteen hexadecimal digits over its name, size and contents.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
     return _digest([epath.Path(file)])
 
 
 def _digest(files: list[epath.Path]) -> str:
     sha = hashlib.sha256()
     for file in files:
-        size = file.stat().length
-        sha.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            for offset in _offsets(size):
-                stream.seek(offset)
-                sha.update(stream.read(CHUNK))
+        try:
+            size = file.stat().length
+            sha.update(f"{file.name} {size} ".encode())
+            with file.open("rb") as stream:
+                for offset in _offsets(size):
+                    stream.seek(offset)
+                    sha.update(stream.read(CHUNK))
+        except OSError as error:  # a folder of this name, or a link to nothing
+            raise UserError(f"{file} can't be read ({error.strerror or error}): copy it again, or remove it") from error
     return sha.hexdigest()[:16]
 
 

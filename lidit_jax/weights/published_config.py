@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from transformers.utils import logging as transformers_logging
 
 from lidit_jax.errors import UserError
 
@@ -41,10 +42,14 @@ def parse(
     values = {key: value for key, value in values.items() if key not in ("num_labels", "id2label", "label2id")}
     from transformers import CONFIG_MAPPING  # imports torch where it is installed, which takes seconds
 
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # it prints all of a config that it rejects
     try:
         return CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
     except Exception as error:  # each config class raises its own types
         raise UserError(f"{file}: transformers rejects it ({' '.join(str(error).split())[:300]})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def refuse_quantised(values: Mapping[str, Any], file: Any) -> None:

@@ -3,7 +3,6 @@
 The layout: config.json, and <stem>.safetensors or its shards with <stem>.safetensors.index.json.
 """
 
-import json
 import os
 import re
 import shutil
@@ -18,10 +17,10 @@ from etils import epath
 from safetensors import SafetensorError
 
 from lidit_jax.errors import UserError
+from lidit_jax.files import read_json
 from lidit_jax.weights.safetensors_file import SafetensorsFile
 
 CONFIG_FILE = "config.json"
-MAX_JSON = 64 << 20  # bytes; the index of a large model's shards has about one
 
 
 class SafetensorsFolder:
@@ -179,17 +178,14 @@ def read_json_object(file: epath.Path) -> dict[str, Any]:
     """Returns the contents of a JSON file whose outermost value is an object.
 
     Raises:
-      UserError: the file is missing, unreadable, larger than `MAX_JSON`, or not a JSON object.
+      UserError: the file is missing, unreadable, too large, or not a JSON object.
     """
     try:
-        size = file.stat().length
-        values = json.loads(file.read_bytes().decode("utf-8")) if size <= MAX_JSON else None
+        values = read_json(file)
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing; use a folder in Hugging Face's layout") from error
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a readable JSON file ({error})") from error
-    if size > MAX_JSON:
-        raise UserError(f"{file} has {size >> 20} MiB: configs and indexes have at most {MAX_JSON >> 20}")
     if not isinstance(values, dict):
         raise UserError(f"{file} is not a JSON object; copy the file again")
     return values
@@ -236,6 +232,6 @@ def _shards(index: epath.Path) -> dict[str, epath.Path]:
         raise UserError(f"{index}: no weight_map; copy the file again")
     for shard in weight_map.values():
         # Reject paths, which could lead out of the folder.
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", shard):
             raise UserError(f"{index}: shard {shard!r:.80} is not the name of a safetensors file")
     return {name: index.parent / shard for name, shard in weight_map.items()}

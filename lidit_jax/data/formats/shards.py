@@ -1,20 +1,17 @@
 """Interface of the storage formats: a sample before its image is decoded, and the rules for texts that all share."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from lidit_jax.files import text_encoding
+from lidit_jax.files import decode_json, text_encoding
 
 MAX_TEXT_BYTES = 1 << 20
 MAX_LIST = 64  # texts that are read of a list of captions
 MAX_DEPTH = 4  # of nested texts that are read
 _MAX_PREFIX = 100  # characters before the last part of a nested text's name: a short file must not give many long names
 MAX_IMAGE_BYTES = 1 << 28
-# Deeper JSON can be parsed, but then fails to be encoded or pickled.
-_MAX_JSON_DEPTH = 100
 # Caption field that holds the class name, for data sets with classes.
 CLASS_FIELD = "class"
 # Text with the number of a class that has no name: a caption only if `DataConfig.captions` names it.
@@ -111,24 +108,12 @@ def parse_json(encoded: bytes) -> dict[str, Any]:
       Unusable: the data are not a JSON object.
     """
     try:
-        metadata = json.loads(encoded)
-    except (ValueError, RecursionError) as error:
+        metadata = decode_json(encoded)
+    except ValueError as error:
         raise Unusable("unreadable json") from error
-    if not isinstance(metadata, dict) or _is_too_deep(metadata):
+    if not isinstance(metadata, dict):
         raise Unusable("unreadable json")
     return metadata
-
-
-def _is_too_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(_MAX_JSON_DEPTH):
-        lists = (
-            outer.values() if isinstance(outer, dict) else outer for outer in level if isinstance(outer, dict | list)
-        )
-        level = [inner for values in lists for inner in values]
-        if not level:
-            return False
-    return True
 
 
 def decode_text(encoded: bytes) -> str:
