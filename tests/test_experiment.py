@@ -287,7 +287,7 @@ def test_a_damaged_config_of_a_workdir_is_said_in_one_line(tmp_path, damage):
 def test_a_forged_section_of_a_workdirs_config_differs(tmp_path, diffusion):
     resumed(tmp_path)
     change_config(tmp_path, diffusion=diffusion)
-    with pytest.raises(UserError, match="belongs to another config: diffusion"):
+    with pytest.raises(UserError, match="was created with another config: diffusion"):
         resumed(tmp_path)
 
 
