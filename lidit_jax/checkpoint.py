@@ -8,7 +8,6 @@ one, the one before is used.
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import math
@@ -24,16 +23,13 @@ import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, describe_system_error
 from lidit_jax.manifest import MANIFEST_FILE, DamagedError, verify, write_manifest
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Errors that retrying cannot fix: disk full, quota, permissions. A broken connection is not one of them.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-_DISK_ERROR_TEXT = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC", re.I)
 # Shard size in bytes above which an array that stacks the transformer blocks is written as one chunk for each block. In
 # a single chunk, the 14 GB stack of a 10B model would take twice that memory to read one block.
 LARGE_STACK_BYTES = 64 << 20
@@ -223,13 +219,12 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            # Each library reports a full disk in its own way; errors of devices, and bugs, are raised unchanged.
-            if getattr(error, "errno", None) not in _DISK_ERRORS and not _DISK_ERROR_TEXT.search(str(error)):
+            reason = describe_system_error(error)
+            if reason is None:  # a device's error, or a bug
                 raise
-            raise UserError(
-                f"{self.folder}: a checkpoint can't be written ({' '.join(str(error).split())[:200]}); the last "
-                f"complete one, of step {self.latest_step()}, is kept: free disk space, then run the same command again"
-            ) from error
+            step = latest_step(self.folder)
+            kept = f"the last complete one, of step {step}, is kept" if step else "there is none yet"
+            raise UserError(f"{self.folder}: a checkpoint can't be written, {kept}: {reason}") from error
 
     def close(self) -> None:
         with self._writing():

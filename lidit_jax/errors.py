@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
-_FULL_TEXT = re.compile(r"no space left|quota exceeded|ENOSPC|RESOURCE_EXHAUSTED.*(?:write|writing)", re.I)
+_FULL_TEXT = re.compile(r"no space left|quota exceeded|ENOSPC|EDQUOT|RESOURCE_EXHAUSTED.*(?:write|writing)", re.I)
+_FORBIDDEN_TEXT = re.compile(r"read-only file ?system|permission denied|PERMISSION_DENIED|EROFS|EACCES", re.I)
 
 
 class UserError(ValueError):
@@ -20,19 +21,11 @@ class UserError(ValueError):
 
 
 def describe_system_error(error: BaseException) -> str | None:
-    """Returns one line about a full disk, missing permissions or a missing accelerator; None for any other error.
+    """Returns one line about a full disk, missing permissions, memory or accelerator; None for any other error.
 
     Libraries wrap and rephrase the errors of the system, so the causes and the texts count too.
     """
     for cause in _causes(error):
-        number = getattr(cause, "errno", None)
-        place = getattr(cause, "filename", None)
-        place = f"{place}: " if place else ""
-        if number in _FULL or _FULL_TEXT.search(str(cause)):
-            reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
-            return f"{place}{reason}: free disk space, then run the same command again"
-        if number in _FORBIDDEN:
-            return f"{place}{cause.strerror}: name a place that can be read and written"
         if "Unable to initialize backend" in str(cause) or _is_raised_in(cause, "xla_bridge.py"):
             # Without the platform's plugin JAX fails an assertion that has no text.
             reason = " ".join(str(cause).split())[:300] or "its platform is not installed"
@@ -43,6 +36,16 @@ def describe_system_error(error: BaseException) -> str | None:
                 f"JAX_PLATFORMS={platforms!r} gives JAX no device to run on ({reason}): leave it out, or install "
                 'JAX for it, as in pip install -e ".[cuda]"'
             )
+        if isinstance(cause, MemoryError):
+            reason = " ".join(str(cause).split())[:200] or "an allocation failed"
+            return f"out of memory ({reason}): use smaller sizes or batches, or a host with more memory"
+        number, text = getattr(cause, "errno", None), str(cause)
+        place = f"{cause.filename}: " if getattr(cause, "filename", None) else ""
+        reason = getattr(cause, "strerror", None) or " ".join(text.split())[:200]
+        if number in _FULL or _FULL_TEXT.search(text):
+            return f"{place}{reason}: free disk space, then run the same command again"
+        if number in _FORBIDDEN or _FORBIDDEN_TEXT.search(text):
+            return f"{place}{reason}: name a place that can be read and written"
     return None
 
 
