@@ -4,8 +4,9 @@
 
 --images is the output folder of `evaluate` or `sample`, or any folder of images. FID compares its images with those
 of --reference=DIR or, given --config=configs/X.py, with the training images of that config. --inception is a
-safetensors file with the weights of FID's Inception network. The CLIP score needs the prompts, from the folder itself
-or from --prompts_file=FILE. Each score can be computed alone. The scores are written to fidelity.json in --out.
+safetensors file with the weights of FID's Inception network. The CLIP score needs the prompts: from the folder itself,
+which has those of `sample`, or from --prompts_file=FILE. Each score can be computed alone. The scores are written to
+fidelity.json in --out.
 """
 
 from typing import TYPE_CHECKING
