@@ -2,11 +2,11 @@
 
 import contextlib
 import datetime
-import fcntl
 import json
 import logging
 import os
 import platform
+import sys
 import threading
 import time
 import uuid
@@ -31,10 +31,10 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def lock(file: epath.Path, what: str) -> Iterator[None]:
     """Holds a lock file while the context is open, and removes it at the end.
 
-    On a local disk the kernel releases the lock whenever and however its process ends. For buckets, and for network
-    disks whose hosts do not see each other's locks, the holder changes the file every `BEAT_S` seconds: a file that
-    does not change belongs to a dead process. There, two processes that start in the same second may both get the
-    lock.
+    On a local disk the kernel releases the lock whenever and however its process ends. For buckets, on Windows, and
+    for network disks whose hosts do not see each other's locks, the holder changes the file every `BEAT_S` seconds: a
+    file that does not change belongs to a dead process. There, two processes that start in the same second may both
+    get the lock.
 
     Args:
       file: the lock file; its folder is created.
@@ -105,11 +105,15 @@ class _Holder:
 
 
 def _lock_in_kernel(file: epath.Path, what: str, stack: contextlib.ExitStack) -> bool:
-    """Takes the kernel's lock of the file until the stack closes; returns False if the file system has none.
+    """Takes the kernel's lock of the file until the stack closes; returns False if there is none.
 
     Raises:
       UserError: another process has it.
     """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
     while True:
         held = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         stack.callback(os.close, held)
@@ -177,6 +181,8 @@ def _exists(pid: Any) -> bool:
     """Returns True if a process of this host has the id, also one of another user."""
     if not isinstance(pid, int) or not 0 < pid < 1 << 31:
         return False
+    if sys.platform == "win32":  # where signal 0 is Ctrl-C: wait for a sign of life instead
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

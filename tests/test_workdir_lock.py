@@ -1,5 +1,6 @@
 """A folder is locked for one process, and no dead process keeps it locked."""
 
+import ast
 import json
 import os
 import subprocess
@@ -124,3 +125,21 @@ def test_a_folder_that_can_not_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be written"), lock(epath.Path(tmp_path / "file/run.lock"), "x"):
         pass
+
+
+def test_without_kernel_locks_as_on_windows_the_holder_is_waited_for(file, impatient, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with lock(file, "the workdir"), pytest.raises(UserError, match="in use by process"), lock(file, "the workdir"):
+        pass
+    file.write_text(json.dumps({**workdir_lock._this_process(), "pid": os.getpid()}))
+    with lock(file, "the workdir"):
+        assert "gave no sign of life" in caplog.text
+
+
+def test_no_module_imports_what_windows_lacks_before_it_is_used():
+    for source in (ROOT / "lidit_jax").rglob("*.py"):
+        for node in ast.parse(source.read_text()).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not {"fcntl", "resource", "pwd", "grp", "termios"} & set(names), source
