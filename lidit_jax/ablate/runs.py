@@ -5,6 +5,7 @@ OUT/parts/                 the frozen language models and the VAE, trained once
 OUT/runs/ROW/SEED/         an ordinary workdir per run (also for `sample --workdir`), with log.txt and scores.json
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -27,7 +28,7 @@ from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation
 from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.models.vae_training import VAESectionConfig
 from lidit_jax.parallel.mesh import make_mesh
-from lidit_jax.parallel.preemption import Preempted, catch_sigterm
+from lidit_jax.parallel.preemption import Preempted, catch_sigterm, dies_with_this
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.run import run_stages
 from lidit_jax.workdir_lock import lock
@@ -216,11 +217,11 @@ def _run_in_processes(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, 
     """Runs each job in its own process, with one progress bar over all steps."""
     waiting, working = iter(jobs), {}
     bar = tqdm.tqdm(total=sum(job.steps(config) for job in jobs), unit="step", smoothing=0.02, mininterval=5)
-    with bar, catch_sigterm() as notice:
+    with bar, catch_sigterm() as notice, contextlib.ExitStack() as children:
         try:
             while not notice.received:
                 for job in _take(waiting, num_processes - len(working)):
-                    working[job] = _start(job, out)
+                    working[job] = children.enter_context(dies_with_this(_start(job, out)))
                 if not working:
                     return
                 time.sleep(POLL_INTERVAL_S)
