@@ -102,11 +102,20 @@ def check_writable(folder: epath.Path, named: str) -> None:
     if not place.is_dir():
         raise UserError(f"{named}: {place} is a file: name a folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        is_read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        is_read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY  # Windows lacks it
         reason = "is on a read-only file system" if is_read_only else "is not yours to write"
         raise UserError(f"{named}: {place} {reason}: name another folder")
     if not shutil.disk_usage(place).free:
         raise UserError(f"{named}: the disk of {place} is full: free disk space or name another folder")
+
+
+def is_writable(folder: epath.Path) -> bool:
+    """Returns True unless a local folder can't be written or its disk is full; see `check_writable`."""
+    try:
+        check_writable(folder, "")
+    except UserError:
+        return False
+    return True
 
 
 def read_text(file: epath.Path, named: str, what: str) -> str:

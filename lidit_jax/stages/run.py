@@ -1,11 +1,13 @@
 """Runs the stages: trains every network that has no weights yet, LI-DiT last, then evaluates it."""
 
 import contextlib
+import functools
 import logging
 import shlex
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -21,6 +23,7 @@ from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation, check_evalua
 from lidit_jax.experiment import LIDIT, Experiment, check_start, checkpoint_folder
 from lidit_jax.export.folder import read_folder
 from lidit_jax.export.read import is_exported
+from lidit_jax.files import is_writable
 from lidit_jax.parallel.compilation_cache import COMPILED, cache_compilations
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.preemption import activity
@@ -61,8 +64,14 @@ def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = Fa
             check_evaluation(evaluation, experiment.data)
         vae_stage = VAEStage(experiment, dataset)
         digests = experiment.named_digests(dataset.fingerprint)
+        claim = functools.partial(claim_workdir, workdir, config, write=jax.process_index() == 0, digests=digests)
+    if _is_archived(experiment, vae_stage):
+        claim()
+        if jax.process_index() == 0:
+            logger.info("%s can't be written, and nothing is left to do\n%s", workdir, _summary(experiment))
+        return
     with _lock_workdir(workdir):
-        claim_workdir(workdir, config, write=jax.process_index() == 0, digests=digests)
+        claim()
         multihost_utils.sync_global_devices("claimed the workdir")
         captions = log_data(experiment, dataset)
         if keep_compiled:
@@ -77,6 +86,17 @@ def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = Fa
             _train_lidit(experiment, dataset, mesh, rules, evaluation)
     if jax.process_index() == 0:
         logger.info("%s", _summary(experiment))
+
+
+def _is_archived(experiment: Experiment, vae_stage: VAEStage) -> bool:
+    """Returns True, on all hosts, if the workdir can't be written and its run is finished."""
+    workdir = experiment.workdir
+    is_finished = not is_writable(workdir) and vae_stage.is_done
+    if experiment.has_lidit:
+        taken = latest_step(checkpoint_folder(workdir, LIDIT))
+        is_finished = is_finished and taken >= experiment.train.steps
+        is_finished = is_finished and ("evaluate" not in experiment.config or (workdir / SCORES_FILE).exists())
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(is_finished)))
 
 
 def _checked_data(experiment: Experiment, mesh: Mesh, rules: ShardingRules) -> Dataset:
