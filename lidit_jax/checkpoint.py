@@ -23,7 +23,7 @@ import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lidit_jax.errors import UserError, describe_system_error
+from lidit_jax.errors import UserError, cannot_write, describe_system_error
 from lidit_jax.manifest import MANIFEST_FILE, DamagedError, verify, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.folder}: can't be written ({error.strerror}); choose another --workdir") from error
+            raise cannot_write(str(self.folder), error) from error
         # Called on the first host, in the thread that saves, when all hosts have written their files and before the
         # checkpoint gets its final name.
         manifest = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)

@@ -20,6 +20,19 @@ class UserError(ValueError):
     """
 
 
+def cannot_write(named: str, error: BaseException) -> UserError:
+    """Returns the one-line error for a place that can't be written, which says what to do about the reason.
+
+    Args:
+      named: how the user named the place, e.g. "--out=x".
+      error: what was raised while writing.
+    """
+    reason = describe_system_error(error)
+    if reason is None:
+        reason = f"{getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]}: name another place"
+    return UserError(f"{named} can't be written: {reason}")
+
+
 def describe_system_error(error: BaseException) -> str | None:
     """Returns one line about a full disk, missing permissions, memory or accelerator; None for any other error.
 

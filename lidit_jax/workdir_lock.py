@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, cannot_write
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def lock(file: epath.Path, what: str) -> Iterator[None]:
             _wait_for_holder(file, what, has_kernel_lock)
             holder = _Holder(file)
         except OSError as error:
-            raise UserError(f"{what}: can't be written ({error.strerror or error}); choose another folder") from error
+            raise cannot_write(what, error) from error
         stack.enter_context(holder)
         yield
 

@@ -26,6 +26,7 @@ from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation
 from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.files import check_writable
 from lidit_jax.models.vae_training import VAESectionConfig
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.preemption import Preempted, catch_sigterm, dies_with_this
@@ -273,7 +274,10 @@ def _check(job: Job, process: subprocess.Popen, out: epath.Path) -> None:
     """
     if process.returncode or not job.is_done(out):
         log = job.log(out)
-        lines = log.read_bytes().decode(errors="replace").strip().splitlines() or ["its log is empty"]
+        lines = log.read_bytes().decode(errors="replace").strip().splitlines()
+        if not lines:
+            check_writable(out, f"--out={out}")  # on a full disk, the process can't say why it ended
+            lines = ["its log is empty"]
         errors = [line for line in lines if line.startswith("error: ")] or lines
         raise UserError(
             f"{job} ended with status {process.returncode} ({errors[-1][:200]}): see {log}, then run the same command "

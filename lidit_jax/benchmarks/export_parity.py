@@ -31,11 +31,16 @@ def main() -> None:
 
     from lidit_jax import experiment
     from lidit_jax.diffusion.samplers import initial_noise
+    from lidit_jax.export.read import is_exported
+    from lidit_jax.files import check_writable
     from lidit_jax.images import grid, save_png
 
     workdir, folder, out = (cli.require(flag.name) for flag in (_WORKDIR, _FOLDER, _OUT))
     if not out.endswith(".png"):
         raise UserError(f"--out={out} does not end in .png: name a .png file")
+    check_writable(epath.Path(out).parent, f"--out={out}")
+    if not is_exported(epath.Path(folder)):
+        raise UserError(f"--folder={folder} is not an export: name what python -m lidit_jax.export wrote")
     print(describe_host("torch", "diffusers"))
     model = experiment.load(workdir, devices=jax.devices()[:1])
     run, pipeline = model.experiment, model.pipeline

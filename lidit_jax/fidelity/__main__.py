@@ -41,11 +41,14 @@ _OUT = flags.DEFINE_string("out", None, "output folder for the scores")
 
 def main() -> None:
     from lidit_jax.fidelity.scores import FidelityRequest, score_fidelity
+    from lidit_jax.files import check_writable
 
+    images, out = (epath.Path(cli.require(flag.name)) for flag in (_IMAGES, _OUT))
+    check_writable(out, f"--out={out}")  # before the data of --config is opened
     score_fidelity(
         FidelityRequest(
-            images=epath.Path(cli.require(_IMAGES.name)),
-            out=epath.Path(cli.require(_OUT.name)),
+            images=images,
+            out=out,
             reference=_reference(),
             inception=_path(_INCEPTION),
             clip=_CLIP.value,

@@ -162,7 +162,10 @@ def _summary(experiment: Experiment) -> str:
     found = [f"{name}: {what}" for name, what in outputs.items() if (workdir / name).exists()]
     lines = [f"finished: {workdir}", *(f"  {entry}" for entry in found)]
     if experiment.has_lidit:
-        run, images, exported = (shlex.quote(f"{workdir}{end}") for end in ("", "/images", "-torch"))
+        # Names in the working directory where the workdir, or the folder that it is in, can't be written.
+        images = workdir / "images" if is_writable(workdir) else "images"
+        exported = f"{workdir if is_writable(workdir.parent) else workdir.name}-torch"
+        run, images, exported = (shlex.quote(str(path)) for path in (workdir, images, exported))
         lines += [
             f'sample: python -m lidit_jax.sample --workdir={run} --out={images} --prompt="…"',
             f"export to PyTorch: python -m lidit_jax.export --workdir={run} --out={exported}",
