@@ -6,10 +6,21 @@ import re
 import traceback
 from collections.abc import Iterator
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
-_FULL_TEXT = re.compile(r"no space left|quota exceeded|ENOSPC|EDQUOT|RESOURCE_EXHAUSTED.*(?:write|writing)", re.I)
-_FORBIDDEN_TEXT = re.compile(r"read-only file ?system|permission denied|PERMISSION_DENIED|EROFS|EACCES", re.I)
+# Numbers of errors that retrying can't fix, what they are called where a library wraps them, and what to do. A broken
+# connection is not one of them.
+_DISK_ERRORS = (
+    (
+        (errno.ENOSPC, errno.EDQUOT),
+        re.compile(r"no space left on device|quota exceeded|ENOSPC|EDQUOT|RESOURCE_EXHAUSTED.*writ(?:e|ing)", re.I),
+        "free disk space, then run the same command again",
+    ),
+    (
+        (errno.EROFS, errno.EACCES, errno.EPERM),
+        re.compile(r"read-only file ?system|permission denied|PERMISSION_DENIED|EROFS|EACCES", re.I),
+        "name a place that can be read and written",
+    ),
+)
+_PATH = re.compile(r"(?<![\w/])(?:[a-z][a-z0-9+.-]*:/)?/[^\s;:,'\"\])]+")
 
 
 class UserError(ValueError):
@@ -52,14 +63,19 @@ def describe_system_error(error: BaseException) -> str | None:
         if isinstance(cause, MemoryError):
             reason = " ".join(str(cause).split())[:200] or "an allocation failed"
             return f"out of memory ({reason}): use smaller sizes or batches, or a host with more memory"
-        number, text = getattr(cause, "errno", None), str(cause)
-        place = f"{cause.filename}: " if getattr(cause, "filename", None) else ""
-        reason = getattr(cause, "strerror", None) or " ".join(text.split())[:200]
-        if number in _FULL or _FULL_TEXT.search(text):
-            return f"{place}{reason}: free disk space, then run the same command again"
-        if number in _FORBIDDEN or _FORBIDDEN_TEXT.search(text):
-            return f"{place}{reason}: name a place that can be read and written"
+        for numbers, pattern, advice in _DISK_ERRORS:
+            found = pattern.search(str(cause))
+            if found or getattr(cause, "errno", None) in numbers:
+                reason = getattr(cause, "strerror", None) or " ".join(found.group().split())[:200]
+                place = getattr(cause, "filename", None) or _path_in(str(cause))
+                return f"{f'{place}: ' if place else ''}{reason}: {advice}"
     return None
+
+
+def _path_in(text: str) -> str | None:
+    """Returns the first absolute path, or URL, in the text of a library's error."""
+    found = _PATH.search(text)
+    return found.group() if found else None
 
 
 def _is_raised_in(error: BaseException, module: str) -> bool:

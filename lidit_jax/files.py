@@ -72,9 +72,9 @@ def new_file(file: epath.Path) -> Iterator[epath.Path]:
         raise
 
 
-def name_file(error: BaseException, file: os.PathLike, temporary: os.PathLike) -> None:
+def name_file(error: BaseException, file: os.PathLike | str, temporary: os.PathLike | None = None) -> None:
     """Sets the file name of a system's error that names its temporary file or, as for a full disk, no file."""
-    if isinstance(error, OSError) and error.errno and error.filename in (None, os.fspath(temporary)):
+    if isinstance(error, OSError) and error.errno and error.filename in (None, temporary and os.fspath(temporary)):
         error.filename = os.fspath(file)
 
 

@@ -72,7 +72,12 @@ class _Holder:
         }
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="lock", daemon=True)
-        self._write()
+        try:
+            self._write()
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                file.unlink(missing_ok=True)
+            raise
         if not self._is_ours():
             raise _in_use(str(file.parent), _read(file))
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -350,13 +351,16 @@ def test_a_signal_before_the_flags_are_parsed_is_one_line():
     program = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv = ["-m"]  # as while `python -m` imports the package
+# As while `python -m` imports the package.
+sys.argv, sys.orig_argv = ["-m"], ["python", "-m", "{}"]
 import lidit_jax
 os.kill(os.getpid(), signal.{})
 """
     for name, says, status in (("SIGTERM", "SIGTERM", 143), ("SIGINT", "Ctrl-C", 130)):
-        done = python("-c", program.format(name))
+        done = python("-c", program.format("lidit_jax.main", name))
         assert (done.returncode, done.stderr) == (status, f"stopped by {says} before it began\n")
+    done = python("-c", program.format("another.command", "SIGTERM"))  # which imports this package
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
 
 
 def test_choices_in_help_texts_are_those_of_the_commands():
@@ -437,6 +441,10 @@ def test_a_missing_accelerator_is_one_line(monkeypatch):
     assert describe_system_error(RuntimeError("a bug")) is None
     assert describe_system_error(MemoryError("Unable to allocate 7 TiB")).startswith("out of memory (Unable to all")
     assert "Read-only file system" in describe_system_error(ValueError("INTERNAL: Read-only file system [OS error 30]"))
+    library = ValueError(
+        "Error '{{function_node /job:localhost/task:0}} /run/events.v2; No space left on device\n\tFailed"
+    )
+    assert describe_system_error(library).startswith("/run/events.v2: No space left on device: free disk space")
     wrapped = ValueError("could not save")
     wrapped.__cause__ = OSError(errno.EROFS, "Read-only file system", "/x")
     assert describe_system_error(wrapped).startswith("/x: Read-only file system")

@@ -25,6 +25,13 @@ def test_a_second_run_in_a_workdir_is_refused_and_writes_nothing(tmp_path):
     assert list(workdir.iterdir()) == []
 
 
+def test_a_workdir_that_can_not_be_written_is_refused_before_the_data_is_opened(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(run, "Experiment", None)
+    with pytest.raises(UserError, match=r"--workdir=.*/run: .*/file is a file: name a folder"):
+        run_stages(tiny_config(), epath.Path(tmp_path / "file/run"))
+
+
 @pytest.fixture
 def settings(monkeypatch):
     """The settings of JAX that are changed, by name."""

@@ -1,6 +1,7 @@
 """A folder is locked for one process, and no dead process keeps it locked."""
 
 import ast
+import errno
 import json
 import os
 import subprocess
@@ -125,6 +126,17 @@ def test_a_folder_that_can_not_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be written"), lock(epath.Path(tmp_path / "file/run.lock"), "x"):
         pass
+
+
+def test_on_a_full_disk_no_lock_stays(file, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(workdir_lock._Holder, "_write", full)
+    message = "the workdir can't be written: No space left on device: free disk"
+    with pytest.raises(UserError, match=message), lock(file, "the workdir"):
+        raise AssertionError
+    assert not file.exists()
 
 
 def test_without_kernel_locks_as_on_windows_the_holder_is_waited_for(file, impatient, monkeypatch, caplog):

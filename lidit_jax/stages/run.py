@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lidit_jax.checkpoint import latest_step, require_checkpoint
-from lidit_jax.config import build, claim_workdir, read_workdir
+from lidit_jax.config import CONFIG_FILE, build, claim_workdir, read_workdir
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data_report import log_data, log_prompts
@@ -23,7 +23,7 @@ from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation, check_evalua
 from lidit_jax.experiment import LIDIT, Experiment, check_start, checkpoint_folder
 from lidit_jax.export.folder import read_folder
 from lidit_jax.export.read import is_exported
-from lidit_jax.files import is_writable
+from lidit_jax.files import check_writable, is_writable
 from lidit_jax.parallel.compilation_cache import COMPILED, cache_compilations
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.preemption import activity
@@ -55,6 +55,8 @@ def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = Fa
       UserError: if the config, the data or the weights are invalid or do not fit each other.
       Preempted: if SIGTERM was received; the last step is saved.
     """
+    if not (workdir / CONFIG_FILE).exists():
+        check_writable(workdir, f"--workdir={workdir}")
     with activity("checking the config and the data"):
         experiment = Experiment(config, workdir)
         evaluation = build(SceneEvaluation, config.evaluate, "evaluate") if "evaluate" in config else None
