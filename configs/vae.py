@@ -19,9 +19,10 @@ def get_config(path: str = "") -> ConfigDict:
     config.data = {
         "source": "tar" if path else "shapes",
         "path": path,
-        "held_out_shards": 1 if path else 0,
         "resolution": 64,  # ours; 256 is usual
     }
+    if path:
+        config.data.held_out_shards = 1
 
     config.vae = {
         "dtype": "float32",

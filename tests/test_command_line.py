@@ -442,7 +442,7 @@ def test_a_missing_accelerator_is_one_line(monkeypatch):
     assert describe_system_error(MemoryError("Unable to allocate 7 TiB")).startswith("out of memory (Unable to all")
     assert "Read-only file system" in describe_system_error(ValueError("INTERNAL: Read-only file system [OS error 30]"))
     library = ValueError(
-        "Error '{{function_node /job:localhost/task:0}} /run/events.v2; No space left on device\n\tFailed"
+        "{{__WriteSummary_device_/job:localhost/task:0}} /run/events.v2; No space left on device\n\tFailed"
     )
     assert describe_system_error(library).startswith("/run/events.v2: No space left on device: free disk space")
     wrapped = ValueError("could not save")
