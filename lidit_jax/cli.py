@@ -78,6 +78,9 @@ def run(main: Callable[[], None], resumable: bool = False) -> None:
 
             leave_with_trace(error, _workdir())
 
+    # Python's tracker of shared memory, a process of its own, would warn of that of killed workers after the last line.
+    warnings = filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"))
+    os.environ["PYTHONWARNINGS"] = ",".join(warnings)
     try:
         with interruptible():
             app.run(guarded, flags_parser=_parse)

@@ -11,7 +11,11 @@ from collections.abc import Iterator
 _DISK_ERRORS = (
     (
         (errno.ENOSPC, errno.EDQUOT),
-        re.compile(r"no space left on device|quota exceeded|ENOSPC|EDQUOT|RESOURCE_EXHAUSTED.*writ(?:e|ing)", re.I),
+        re.compile(
+            "no space left on device|quota exceeded|ENOSPC|EDQUOT|"
+            r"RESOURCE_EXHAUSTED(?!.*no space left).*writ(?:e|ing)",
+            re.I | re.S,
+        ),
         "free disk space, then run the same command again",
     ),
     (

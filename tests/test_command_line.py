@@ -473,12 +473,14 @@ cli.run(fail)
 def test_the_end_after_a_full_disk_leaves_no_worker(tmp_path):
     program = """
 import errno, multiprocessing, time
+from multiprocessing.shared_memory import SharedMemory
 from lidit_jax import cli
 
 def fail():
+    memory = SharedMemory(create=True, size=8)
+    print(memory.name, flush=True)
     worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
     worker.start()
-    print(worker.pid, flush=True)
     raise OSError(errno.ENOSPC, "No space left on device")
 
 if __name__ == "__main__":
@@ -487,6 +489,7 @@ if __name__ == "__main__":
     (tmp_path / "fail.py").write_text(program)
     done = python(str(tmp_path / "fail.py"), stdin=subprocess.DEVNULL, timeout=50)  # it waits for the worker's output
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert not Path(f"/dev/shm/{done.stdout.strip()}").exists()
 
 
 def test_pngs_carry_text(tmp_path):
