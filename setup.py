@@ -37,7 +37,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.5",
-        "array-record>=0.8.6",
+        "array-record>=0.8.6; sys_platform != 'win32'",  # has no package for Windows
         "clu>=0.0.12",
         "dm-pix>=0.4.5",
         "etils[epath]>=1.15",

@@ -3,16 +3,12 @@
     python -m lidit_jax.main --config=configs/vae.py --workdir=runs/vae
     python -m lidit_jax.main --config=configs/vae.py:FOLDER_OF_TAR_SHARDS --workdir=runs/vae
 
-Without an argument it trains on the emoji shards beside this checkout or, if there are none, on the built-in scenes.
-The last shard is held out from training, and the finished autoencoder is evaluated on it. The paper's VAE is 8x with 16
-channels, and nothing else is stated; the widths here train in minutes on a CPU, and comments give those of a full one.
+Without an argument it trains on the built-in scenes. The last of your shards is held out from training, and the
+finished autoencoder is evaluated on it. The paper's VAE is 8x with 16 channels, and nothing else is stated; the widths
+here train in minutes on a CPU, and comments give those of a full one.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
-
-EMOJI = Path(__file__).resolve().parents[2] / "shared" / "data" / "fxemoji"
 
 
 def get_config(path: str = "") -> ConfigDict:
@@ -20,13 +16,13 @@ def get_config(path: str = "") -> ConfigDict:
     config.seed = 0
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
 
-    path = path or (str(EMOJI) if EMOJI.is_dir() else "")
     config.data = {
         "source": "tar" if path else "shapes",
         "path": path,
-        "held_out_shards": 1 if path else 0,
         "resolution": 64,  # ours; 256 is usual
     }
+    if path:
+        config.data.held_out_shards = 1
 
     config.vae = {
         "dtype": "float32",

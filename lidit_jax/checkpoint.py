@@ -8,7 +8,6 @@ one, the one before is used.
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import math
@@ -25,7 +24,7 @@ import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, cannot_write, describe_system_error
 from lidit_jax.files import read_json
 from lidit_jax.manifest import MANIFEST_FILE, DamagedError, verify, write_manifest
 
@@ -33,9 +32,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Errors that retrying cannot fix: disk full, quota, permissions. A broken connection is not one of them.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-_DISK_ERROR_TEXT = re.compile(r"no space|quota|permission|read-only|disk|ENOSPC", re.I)
 # Shard size in bytes above which an array that stacks the transformer blocks is written as one chunk for each block. In
 # a single chunk, the 14 GB stack of a 10B model would take twice that memory to read one block.
 LARGE_STACK_BYTES = 64 << 20
@@ -101,7 +97,7 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{self.folder}: can't be written ({error.strerror}); choose another --workdir") from error
+            raise cannot_write(str(self.folder), error) from error
         self._manager = self._open()
         self._being_written: int | None = None  # step of a checkpoint that is not announced yet
 
@@ -234,13 +230,12 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            # Each library reports a full disk in its own way; errors of devices, and bugs, are raised unchanged.
-            if getattr(error, "errno", None) not in _DISK_ERRORS and not _DISK_ERROR_TEXT.search(str(error)):
+            reason = describe_system_error(error)
+            if reason is None:  # a device's error, or a bug
                 raise
-            raise UserError(
-                f"{self.folder}: a checkpoint can't be written ({' '.join(str(error).split())[:200]}); the last "
-                f"complete one, of step {self.latest_step()}, is kept: free disk space, then run the same command again"
-            ) from error
+            step = latest_step(self.folder)
+            kept = f"the last complete one, of step {step}, is kept" if step else "there is none yet"
+            raise UserError(f"{self.folder}: a checkpoint can't be written, {kept}: {reason}") from error
 
     def close(self) -> None:
         with self._writing():

@@ -6,6 +6,7 @@ and a misspelt flag answer at once.
 
 import gc
 import logging
+import math
 import os
 import re
 import sys
@@ -77,6 +78,9 @@ def run(main: Callable[[], None], resumable: bool = False) -> None:
 
             leave_with_trace(error, _workdir())
 
+    # Python's tracker of shared memory, a process of its own, would warn of that of killed workers after the last line.
+    warnings = filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"))
+    os.environ["PYTHONWARNINGS"] = ",".join(warnings)
     try:
         with interruptible():
             app.run(guarded, flags_parser=_parse)
@@ -225,6 +229,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         if "config" in flags.FLAGS:
             words = _take_overrides(words)
         _, *rest = flags.FLAGS([program, *words])
+        _check_numbers()
         if rest:
             quote = "; if the shell expanded a pattern, quote it" if re.search(r"[./]", rest[0]) else ""
             raise UserError(f"unexpected argument {rest[0]!r}: every option is a flag, --name=value{quote}")
@@ -279,6 +284,13 @@ def _check_repeated(words: Iterable[str]) -> None:
                 f"{name} is given {len(values)} times, with {values[0]!r} and {values[-1]!r}: if the shell expanded a "
                 f"pattern, quote it: '{name}={_pattern(values)}'"
             )
+
+
+def _check_numbers() -> None:
+    """Raises UserError if a flag is NaN, which no bound of a flag excludes, or infinite."""
+    for name, value in flags.FLAGS.flag_values_dict().items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name}={value} is not a finite number: give one")
 
 
 def _may_be_repeated(name: str) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from etils import epath
 from ml_collections import ConfigDict
 
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def claim_workdir(
         if stored is None or flatten(_read_json(file)) != flatten(resolved):
             write_json(file, _plain(resolved))
     except OSError as error:
-        raise UserError(f"{workdir}: can't be written ({error.strerror or error}); choose another --workdir") from error
+        raise cannot_write(f"--workdir={workdir}", error) from error
 
 
 def _is_free(key: str, now: Mapping[str, Any], may_grow: bool) -> bool:

@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-from lidit_jax.config import nearest
+from lidit_jax.parallel.early_signals import end_on_signals
 
 # Command -> module, and what it does.
 COMMANDS = {
@@ -23,6 +23,7 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the command that the first argument names, with the other arguments."""
+    end_on_signals()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
         print("usage: lidit COMMAND [--flag=value …]\n")
@@ -31,6 +32,8 @@ def main() -> None:
         print("  lidit train --config=shapes --workdir=runs/shapes")
         return
     if name not in COMMANDS:
+        from lidit_jax.config import nearest
+
         print(f"error: lidit {name}: no such command{nearest(name, COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     sys.argv[1:] = arguments

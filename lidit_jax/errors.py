@@ -6,9 +6,25 @@ import re
 import traceback
 from collections.abc import Iterator
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
-_FULL_TEXT = re.compile(r"no space left|quota exceeded|ENOSPC|RESOURCE_EXHAUSTED.*(?:write|writing)", re.I)
+# Numbers of errors that retrying can't fix, what they are called where a library wraps them, and what to do. A broken
+# connection is not one of them.
+_DISK_ERRORS = (
+    (
+        (errno.ENOSPC, errno.EDQUOT),
+        re.compile(
+            "no space left on device|quota exceeded|ENOSPC|EDQUOT|"
+            r"RESOURCE_EXHAUSTED(?!.*no space left).*writ(?:e|ing)",
+            re.I | re.S,
+        ),
+        "free disk space, then run the same command again",
+    ),
+    (
+        (errno.EROFS, errno.EACCES, errno.EPERM),
+        re.compile(r"read-only file ?system|permission denied|PERMISSION_DENIED|EROFS|EACCES", re.I),
+        "name a place that can be read and written",
+    ),
+)
+_PATH = re.compile(r"(?<![\w/])(?:[a-z][a-z0-9+.-]*:/)?/[^\s;:,'\"\])]+")
 
 
 class UserError(ValueError):
@@ -19,20 +35,25 @@ class UserError(ValueError):
     """
 
 
+def cannot_write(named: str, error: BaseException) -> UserError:
+    """Returns the one-line error for a place that can't be written, which says what to do about the reason.
+
+    Args:
+      named: how the user named the place, e.g. "--out=x".
+      error: what was raised while writing.
+    """
+    reason = describe_system_error(error)
+    if reason is None:
+        reason = f"{getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]}: name another place"
+    return UserError(f"{named} can't be written: {reason}")
+
+
 def describe_system_error(error: BaseException) -> str | None:
-    """Returns one line about a full disk, missing permissions or a missing accelerator; None for any other error.
+    """Returns one line about a full disk, missing permissions, memory or accelerator; None for any other error.
 
     Libraries wrap and rephrase the errors of the system, so the causes and the texts count too.
     """
     for cause in _causes(error):
-        number = getattr(cause, "errno", None)
-        place = getattr(cause, "filename", None)
-        place = f"{place}: " if place else ""
-        if number in _FULL or _FULL_TEXT.search(str(cause)):
-            reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:200]
-            return f"{place}{reason}: free disk space, then run the same command again"
-        if number in _FORBIDDEN:
-            return f"{place}{cause.strerror}: name a place that can be read and written"
         if "Unable to initialize backend" in str(cause) or _is_raised_in(cause, "xla_bridge.py"):
             # Without the platform's plugin JAX fails an assertion that has no text.
             reason = " ".join(str(cause).split())[:300] or "its platform is not installed"
@@ -43,7 +64,22 @@ def describe_system_error(error: BaseException) -> str | None:
                 f"JAX_PLATFORMS={platforms!r} gives JAX no device to run on ({reason}): leave it out, or install "
                 'JAX for it, as in pip install -e ".[cuda]"'
             )
+        if isinstance(cause, MemoryError):
+            reason = " ".join(str(cause).split())[:200] or "an allocation failed"
+            return f"out of memory ({reason}): use smaller sizes or batches, or a host with more memory"
+        for numbers, pattern, advice in _DISK_ERRORS:
+            found = pattern.search(str(cause))
+            if found or getattr(cause, "errno", None) in numbers:
+                reason = getattr(cause, "strerror", None) or " ".join(found.group().split())[:200]
+                place = getattr(cause, "filename", None) or _path_in(str(cause))
+                return f"{f'{place}: ' if place else ''}{reason}: {advice}"
     return None
+
+
+def _path_in(text: str) -> str | None:
+    """Returns the first absolute path, or URL, in the text of a library's error."""
+    found = _PATH.search(text)
+    return found.group() if found else None
 
 
 def _is_raised_in(error: BaseException, module: str) -> bool:

@@ -118,9 +118,9 @@ def new_file(file: epath.Path) -> Iterator[epath.Path]:
         raise
 
 
-def name_file(error: BaseException, file: os.PathLike, temporary: os.PathLike) -> None:
+def name_file(error: BaseException, file: os.PathLike | str, temporary: os.PathLike | None = None) -> None:
     """Sets the file name of a system's error that names its temporary file or, as for a full disk, no file."""
-    if isinstance(error, OSError) and error.errno and error.filename in (None, os.fspath(temporary)):
+    if isinstance(error, OSError) and error.errno and error.filename in (None, temporary and os.fspath(temporary)):
         error.filename = os.fspath(file)
 
 
@@ -148,11 +148,20 @@ def check_writable(folder: epath.Path, named: str) -> None:
     if not place.is_dir():
         raise UserError(f"{named}: {place} is a file: name a folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        is_read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        is_read_only = hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY  # Windows lacks it
         reason = "is on a read-only file system" if is_read_only else "is not yours to write"
         raise UserError(f"{named}: {place} {reason}: choose another folder")
     if not shutil.disk_usage(place).free:
         raise UserError(f"{named}: the disk of {place} is full: free disk space or choose another folder")
+
+
+def is_writable(folder: epath.Path) -> bool:
+    """Returns True unless a local folder can't be written or its disk is full; see `check_writable`."""
+    try:
+        check_writable(folder, "")
+    except UserError:
+        return False
+    return True
 
 
 def read_text(file: epath.Path, named: str, what: str) -> str:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from lidit_jax.files import finite
+from lidit_jax.files import finite, name_file
 from lidit_jax.images import save_png
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,12 @@ class Metrics:
         """Writes named scalars to TensorBoard and to `metrics.jsonl`."""
         if self._writer:
             self._writer.write_scalars(step, dict(values))
-            self._lines.write(json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n")
-            self._lines.flush()
+            try:
+                self._lines.write(json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n")
+                self._lines.flush()
+            except OSError as error:
+                name_file(error, self._lines.name)
+                raise
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes named images, uint8 [H, W, 3], to TensorBoard and to samples/NAME_STEP.png."""

@@ -2,11 +2,11 @@
 
 import contextlib
 import datetime
-import fcntl
 import json
 import logging
 import os
 import platform
+import sys
 import threading
 import time
 import uuid
@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.files import read_json
 
 logger = logging.getLogger(__name__)
@@ -32,10 +32,10 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 def lock(file: epath.Path, what: str) -> Iterator[None]:
     """Holds a lock file while the context is open, and removes it at the end.
 
-    On a local disk the kernel releases the lock whenever and however its process ends. For buckets, and for network
-    disks whose hosts do not see each other's locks, the holder changes the file every `BEAT_S` seconds: a file that
-    does not change belongs to a dead process. There, two processes that start in the same second may both get the
-    lock.
+    On a local disk the kernel releases the lock whenever and however its process ends. For buckets, on Windows, and
+    for network disks whose hosts do not see each other's locks, the holder changes the file every `BEAT_S` seconds: a
+    file that does not change belongs to a dead process. There, two processes that start in the same second may both
+    get the lock.
 
     Args:
       file: the lock file; its folder is created.
@@ -51,7 +51,7 @@ def lock(file: epath.Path, what: str) -> Iterator[None]:
             _wait_for_holder(file, what, has_kernel_lock)
             holder = _Holder(file)
         except OSError as error:
-            raise UserError(f"{what}: can't be written ({error.strerror or error}); choose another folder") from error
+            raise cannot_write(what, error) from error
         stack.enter_context(holder)
         yield
 
@@ -73,7 +73,12 @@ class _Holder:
         }
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep_beating, name="lock", daemon=True)
-        self._write()
+        try:
+            self._write()
+        except OSError:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                file.unlink(missing_ok=True)
+            raise
         if not self._is_ours():
             raise _in_use(str(file.parent), _read(file))
 
@@ -106,11 +111,15 @@ class _Holder:
 
 
 def _lock_in_kernel(file: epath.Path, what: str, stack: contextlib.ExitStack) -> bool:
-    """Takes the kernel's lock of the file until the stack closes; returns False if the file system has none.
+    """Takes the kernel's lock of the file until the stack closes; returns False if there is none.
 
     Raises:
       UserError: another process has it.
     """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return False
     while True:
         held = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         stack.callback(os.close, held)
@@ -178,6 +187,8 @@ def _exists(pid: Any) -> bool:
     """Returns True if a process of this host has the id, also one of another user."""
     if not isinstance(pid, int) or not 0 < pid < 1 << 31:
         return False
+    if sys.platform == "win32":  # where signal 0 is Ctrl-C: wait for a sign of life instead
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -371,6 +372,28 @@ def test_repeated_flags_are_an_expanded_pattern_only_if_they_look_like_one():
         cli._check_repeated(["--encoder=llm1=/models/llm1", "--encoder=llm2=/models/llm2"])
 
 
+def test_a_number_that_is_none_is_one_line():
+    for module, flag in (("benchmarks.checkpoint", "--gb=nan"), ("export", "--max_shard_gb=inf")):
+        done = python("-m", f"lidit_jax.{module}", flag)
+        assert (done.returncode, done.stderr) == (2, f"error: {flag} is not a finite number: give one\n")
+
+
+def test_a_signal_before_the_flags_are_parsed_is_one_line():
+    program = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+# As while `python -m` imports the package.
+sys.argv, sys.orig_argv = ["-m"], ["python", "-m", "{}"]
+import lidit_jax
+os.kill(os.getpid(), signal.{})
+"""
+    for name, says, status in (("SIGTERM", "SIGTERM", 143), ("SIGINT", "Ctrl-C", 130)):
+        done = python("-c", program.format("lidit_jax.main", name))
+        assert (done.returncode, done.stderr) == (status, f"stopped by {says} before it began\n")
+    done = python("-c", program.format("another.command", "SIGTERM"))  # which imports this package
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+
+
 def test_choices_in_help_texts_are_those_of_the_commands():
     def source(command):
         return (ROOT / "lidit_jax" / command / "__main__.py").read_text()
@@ -447,6 +470,12 @@ def test_a_missing_accelerator_is_one_line(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     assert describe_system_error(error).endswith(": set JAX_PLATFORMS=cpu to run without an accelerator")
     assert describe_system_error(RuntimeError("a bug")) is None
+    assert describe_system_error(MemoryError("Unable to allocate 7 TiB")).startswith("out of memory (Unable to all")
+    assert "Read-only file system" in describe_system_error(ValueError("INTERNAL: Read-only file system [OS error 30]"))
+    library = ValueError(
+        "{{__WriteSummary_device_/job:localhost/task:0}} /run/events.v2; No space left on device\n\tFailed"
+    )
+    assert describe_system_error(library).startswith("/run/events.v2: No space left on device: free disk space")
     wrapped = ValueError("could not save")
     wrapped.__cause__ = OSError(errno.EROFS, "Read-only file system", "/x")
     assert describe_system_error(wrapped).startswith("/x: Read-only file system")
@@ -472,6 +501,28 @@ cli.run(fail)
     assert (done.returncode, done.stderr) == (2, expected)
 
 
+def test_the_end_after_a_full_disk_leaves_no_worker(tmp_path):
+    program = """
+import errno, multiprocessing, time
+from multiprocessing.shared_memory import SharedMemory
+from lidit_jax import cli
+
+def fail():
+    memory = SharedMemory(create=True, size=8)
+    print(memory.name, flush=True)
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+    worker.start()
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+if __name__ == "__main__":
+    cli.run(fail)
+"""
+    (tmp_path / "fail.py").write_text(program)
+    done = python(str(tmp_path / "fail.py"), stdin=subprocess.DEVNULL, timeout=50)  # it waits for the worker's output
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert not Path(f"/dev/shm/{done.stdout.strip()}").exists()
+
+
 def test_pngs_carry_text(tmp_path):
     save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / "x.png", {"prompt": "红色圆形", "seed": "3"})
     assert Image.open(tmp_path / "x.png").text == {"prompt": "红色圆形", "seed": "3"}
@@ -484,8 +535,9 @@ def test_only_listed_images_count_as_those_of_an_earlier_sample(tmp_path):
     (tmp_path / "00000.png").touch()
     with pytest.raises(UserError, match=r"images that are not listed in images\.json, such as 00000\.png"):
         earlier_images(out)
-    write_json(out / "images.json", {"images": [{"file": "00000.png"}]})
+    write_json(out / "images.json", {"images": [{"file": "00000.png", "prompt": "a cow", "seed": 0}]})
     assert earlier_images(out) == ["00000.png", "images.json"]
-    (tmp_path / "images.json").write_text("[")
-    with pytest.raises(UserError, match="is damaged"):
-        earlier_images(out)
+    for damaged in ("[", "3", '{"images": [{"file": "../00000.png", "prompt": "a cow"}]}'):
+        (tmp_path / "images.json").write_text(damaged)
+        with pytest.raises(UserError, match="is damaged"):
+            earlier_images(out)

@@ -289,13 +289,14 @@ def test_a_failed_export_leaves_nothing_behind(workdir, tmp_path, monkeypatch, e
     with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as caught:
         export_of(workdir, tmp_path / "out")
     if isinstance(error, OSError):
-        assert str(caught.value) == f"cannot write {tmp_path / 'out'}: No space left on device"
+        says = "No space left on device: free disk space, then run the same command again"
+        assert str(caught.value) == f"{tmp_path / 'out'} can't be written: {says}"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_detected_before_anything_is_written(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(write.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match=r"out needs 0\.0 GB, the disk has 0\.0 GB free: free some space"):
+    with pytest.raises(UserError, match=r"out needs 0\.07 GB, the disk has 0\.00 GB free: free some space"):
         export_of(workdir, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -22,6 +22,7 @@ from lidit_jax.fidelity.image_folder import find_images_and_prompts
 from lidit_jax.fidelity.inception import FIDInception, load_inception
 from lidit_jax.fidelity.reference import config_reference, folder_reference
 from lidit_jax.fidelity.scores import ClipScore, FidelityRequest, FrechetDistance, score_fidelity
+from lidit_jax.files import write_json
 from lidit_jax.images import save_png
 from lidit_jax.text.train_tokenizer import train_tokenizer
 
@@ -244,6 +245,26 @@ def test_sampled_images_have_the_prompts_of_their_file(tmp_path):
     prompts.write_text("a cow\na red kite\na dog")
     with pytest.raises(UserError, match="has 4 images, which is not a multiple of the 3 prompts"):
         find_images_and_prompts(folder, prompts)
+
+
+def test_sampled_images_have_the_prompts_of_their_list(tmp_path):
+    folder = write_images(tmp_path / "out", random_images(2))
+    save_png(random_images(1)[0], folder / "grid.png")
+    listed = [{"file": f"{i:05d}.png", "prompt": prompt, "seed": i} for i, prompt in enumerate(("a cow", "a kite"))]
+    write_json(folder / "images.json", {"settings": {}, "images": listed})
+    found = [(image.file.name, image.prompt) for image in find_images_and_prompts(folder, None)]
+    assert found == [("00000.png", "a cow"), ("00001.png", "a kite")]
+    prompts = epath.Path(tmp_path / "prompts.txt")
+    prompts.write_text("a dog")
+    assert {image.prompt for image in find_images_and_prompts(folder, prompts)} == {"a dog"}
+    for images, says in (
+        (listed[:1], r"1 images are not listed in images\.json, such as 00001\.png"),
+        ([*listed, {"file": "00002.png", "prompt": "x", "seed": 2}], r"1 of 3 files are missing, such as 00002\.png"),
+        ([{"file": "/etc/passwd", "prompt": "x"}], r"images\.json is damaged"),
+    ):
+        write_json(folder / "images.json", {"images": images})
+        with pytest.raises(UserError, match=says):
+            find_images_and_prompts(folder, None)
 
 
 def test_a_benchmark_that_is_not_drawn_to_its_end_is_said(tmp_path):

@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -85,6 +87,36 @@ def test_ctrl_c_after_a_signal_kills(first):
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     assert end(process) == (130, "killed by Ctrl-C; the last checkpoint is kept\n")
+
+
+def test_ctrl_c_twice_kills_the_processes_of_the_command_too():
+    waits = f"subprocess.Popen(['{sys.executable}', '-c', 'import time; time.sleep(60)'], start_new_session=True)"
+    body = f"import subprocess\nwith preemption.dies_with_this({waits}) as session:\n"
+    body += "    print(session.pid, file=sys.stderr, flush=True)\n" + textwrap.indent(WAITS.format(60), "    ")
+    process = start(body)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    status, error = end(process)
+    assert (status, error.splitlines()[1:]) == (130, ["killed by Ctrl-C; the last checkpoint is kept"])
+    stat = Path(f"/proc/{error.splitlines()[0]}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_signal_in_a_destructor_which_ignores_exceptions_ends_the_command_too():
+    body = """
+class Destructed:
+    def __del__(self):
+        ready()
+        time.sleep(1)
+
+with activity("importing"):
+    Destructed()
+    time.sleep(60)
+"""
+    process = start(body)
+    process.send_signal(signal.SIGTERM)
+    assert end(process) == (0, "stopped by SIGTERM while importing; run it again to resume\n")
 
 
 def test_sigterm_twice_does_not_kill():

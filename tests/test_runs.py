@@ -5,10 +5,12 @@ import pytest
 from conftest import load_config, tiny_config
 from etils import epath
 
+from lidit_jax.config import claim_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.parallel import compilation_cache
 from lidit_jax.parallel.compilation_cache import cache_compilations
+from lidit_jax.stages import run
 from lidit_jax.stages.run import _summary, run_stages
 from lidit_jax.stages.work_left import later_steps
 from lidit_jax.workdir_lock import LOCK_FILE, lock
@@ -21,6 +23,13 @@ def test_a_second_run_in_a_workdir_is_refused_and_writes_nothing(tmp_path):
             run_stages(tiny_config(), workdir)
         assert [path.name for path in workdir.iterdir()] == [LOCK_FILE]
     assert list(workdir.iterdir()) == []
+
+
+def test_a_workdir_that_can_not_be_written_is_refused_before_the_data_is_opened(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(run, "Experiment", None)
+    with pytest.raises(UserError, match=r"--workdir=.*/run: .*/file is a file: name a folder"):
+        run_stages(tiny_config(), epath.Path(tmp_path / "file/run"))
 
 
 @pytest.fixture
@@ -82,6 +91,30 @@ def test_the_summary_names_what_there_is_and_the_next_commands(tmp_path):
     assert not any("scores.json" in line for line in lines)
     assert f"python -m lidit_jax.sample --workdir='{workdir}' --out='{workdir}/images'" in lines[-2]
     assert f"python -m lidit_jax.export --workdir='{workdir}'" in lines[-1]
+
+
+def test_a_finished_run_that_can_not_be_written_says_what_it_left_and_writes_nothing(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="lidit_jax")
+    workdir, config = epath.Path(tmp_path / "run"), tiny_config()
+    for folder in ("vae", "training/lidit/checkpoints/6"):
+        (workdir / folder).mkdir(parents=True)
+    (workdir / "scores.json").write_text("{}")
+    claim_workdir(workdir, config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    monkeypatch.setattr(run, "is_writable", lambda folder: False)
+    run_stages(config, workdir)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    lines = caplog.messages[-1].splitlines()
+    assert lines[:2] == [f"{workdir} can't be written, and nothing is left to do", f"finished: {workdir}"]
+    assert " --out=images " in lines[-2] and lines[-1].endswith(" --out=run-torch")
+
+    def refuse(*arguments):
+        raise UserError("can't be written")
+
+    monkeypatch.setattr(run, "lock", refuse)
+    config.train.steps = 7  # not finished
+    with pytest.raises(UserError, match="can't be written"):
+        run_stages(config, workdir)
 
 
 def test_the_summary_of_a_vae_says_how_to_use_it(tmp_path):

@@ -262,7 +262,8 @@ def test_the_last_shard_is_held_out_from_training_and_the_previewed_config_is_th
     from lidit_jax.data.data_config import DataConfig
     from lidit_jax.data.open_dataset import open_dataset
 
-    config = load_config("vae")
+    assert load_config("vae").data.source == "shapes"
+    config = load_config("vae", str(ROOT.parent / "shared/data/fxemoji"))
     assert config.data.held_out_shards == 1
     config.data.index_dir = str(tmp_path)
     data = DataConfig(**config.data.to_dict())

@@ -1,7 +1,9 @@
 """A folder is locked for one process, and no dead process keeps it locked."""
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -124,3 +126,30 @@ def test_a_folder_that_can_not_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="can't be written"), lock(epath.Path(tmp_path / "file/run.lock"), "x"):
         pass
+
+
+def test_on_a_full_disk_no_lock_stays(file, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(workdir_lock._Holder, "_write", full)
+    message = "the workdir can't be written: No space left on device: free disk"
+    with pytest.raises(UserError, match=message), lock(file, "the workdir"):
+        raise AssertionError
+    assert not file.exists()
+
+
+def test_without_kernel_locks_as_on_windows_the_holder_is_waited_for(file, impatient, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with lock(file, "the workdir"), pytest.raises(UserError, match="in use by process"), lock(file, "the workdir"):
+        pass
+    file.write_text(json.dumps({**workdir_lock._this_process(), "pid": os.getpid()}))
+    with lock(file, "the workdir"):
+        assert "gave no sign of life" in caplog.text
+
+
+def test_no_module_imports_what_windows_lacks_before_it_is_used():
+    at_the_top = re.compile(r"^(import|from) (fcntl|resource|pwd|grp|termios)\b", re.M)
+    sources = list((ROOT / "lidit_jax").rglob("*.py"))
+    assert sources and not [source for source in sources if at_the_top.search(source.read_text())]

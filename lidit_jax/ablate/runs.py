@@ -5,6 +5,7 @@ OUT/parts/                 the frozen language models and the VAE, trained once
 OUT/runs/ROW/SEED/         an ordinary workdir per run (also for `sample --workdir`), with log.txt and scores.json
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -25,9 +26,10 @@ from lidit_jax.config import build, claim_workdir, read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation
 from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.files import check_writable
 from lidit_jax.models.vae_training import VAESectionConfig
 from lidit_jax.parallel.mesh import make_mesh
-from lidit_jax.parallel.preemption import Preempted, catch_sigterm
+from lidit_jax.parallel.preemption import Preempted, catch_sigterm, dies_with_this
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.run import run_stages
 from lidit_jax.workdir_lock import lock
@@ -216,11 +218,11 @@ def _run_in_processes(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, 
     """Runs each job in its own process, with one progress bar over all steps."""
     waiting, working = iter(jobs), {}
     bar = tqdm.tqdm(total=sum(job.steps(config) for job in jobs), unit="step", smoothing=0.02, mininterval=5)
-    with bar, catch_sigterm() as notice:
+    with bar, catch_sigterm() as notice, contextlib.ExitStack() as children:
         try:
             while not notice.received:
                 for job in _take(waiting, num_processes - len(working)):
-                    working[job] = _start(job, out)
+                    working[job] = children.enter_context(dies_with_this(_start(job, out)))
                 if not working:
                     return
                 time.sleep(POLL_INTERVAL_S)
@@ -272,7 +274,10 @@ def _check(job: Job, process: subprocess.Popen, out: epath.Path) -> None:
     """
     if process.returncode or not job.is_done(out):
         log = job.log(out)
-        lines = log.read_bytes().decode(errors="replace").strip().splitlines() or ["its log is empty"]
+        lines = log.read_bytes().decode(errors="replace").strip().splitlines()
+        if not lines:
+            check_writable(out, f"--out={out}")  # on a full disk, the process can't say why it ended
+            lines = ["its log is empty"]
         errors = [line for line in lines if line.startswith("error: ")] or lines
         raise UserError(
             f"{job} ended with status {process.returncode} ({errors[-1][:200]}): see {log}, then run the same command "

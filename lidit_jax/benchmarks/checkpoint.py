@@ -3,6 +3,7 @@
 Saves a checkpoint of random arrays, and times writing its manifest, verifying it, and restoring it.
 """
 
+import os
 import shutil
 import tempfile
 import time
@@ -12,6 +13,7 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
+from lidit_jax.files import check_writable
 
 _GB = flags.DEFINE_float("gb", 2.0, "size of the checkpoint, in 10^9 bytes", lower_bound=0.001, upper_bound=1e6)
 _FOLDER = flags.DEFINE_string("folder", None, "where to write it (default: the temporary folder); removed at the end")
@@ -19,6 +21,9 @@ _ARRAYS = 32
 
 
 def main() -> None:
+    if _FOLDER.value:
+        check_writable(epath.Path(_FOLDER.value), f"--folder={_FOLDER.value}")
+        os.makedirs(_FOLDER.value, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=_FOLDER.value))
     try:
         _measure(epath.Path(folder))

@@ -4,7 +4,6 @@ import dataclasses
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -206,6 +205,8 @@ def _peak_memory() -> int:
         [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")]
         process_peak = int(line.split()[1]) << 10
     else:
+        import resource  # which Windows lacks
+
         process_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():

@@ -30,20 +30,24 @@ from PIL import Image
 from lidit_jax import cli
 from lidit_jax.benchmarks.contest import Contestant, Result, contest, describe_host, format_table
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
-from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.data_config import MAX_SIDE, DataConfig
 from lidit_jax.data.formats import decoding
 from lidit_jax.errors import UserError
 
-_SAMPLES = flags.DEFINE_integer("samples", 1024, "samples per round", lower_bound=1)
-_IMAGES = flags.DEFINE_integer("num_images", 1024, "number of different images", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch", 32, "samples per batch", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "how often each contestant is timed", lower_bound=1)
+_SAMPLES = flags.DEFINE_integer("samples", 1024, "samples per round", lower_bound=1, upper_bound=1_000_000_000)
+_IMAGES = flags.DEFINE_integer("num_images", 1024, "number of different images", lower_bound=1, upper_bound=1_000_000)
+_BATCH = flags.DEFINE_integer("batch", 32, "samples per batch", lower_bound=1, upper_bound=65_536)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "how often each contestant is timed", lower_bound=1, upper_bound=1_000_000)
 _WORKERS = flags.DEFINE_integer(
-    "workers", 1, "threads of our loader and of the limit; webdataset has one", lower_bound=1
+    "workers", 1, "threads of our loader and of the limit; webdataset has one", lower_bound=1, upper_bound=4096
 )
 _SHORTER = flags.DEFINE_list("shorter", ["512", "512"], "smallest and largest shorter side of the images, in pixels")
 _MEMORY = flags.DEFINE_integer(
-    "memory", 0, "print our loader's memory while it loads so many samples; 0 runs the benchmark", lower_bound=0
+    "memory",
+    0,
+    "print our loader's memory while it loads so many samples; 0 runs the benchmark",
+    lower_bound=0,
+    upper_bound=1_000_000_000,
 )
 _PARQUET = flags.DEFINE_bool("parquet", False, "also read the images from Parquet files")
 _SEQUENTIAL = flags.DEFINE_bool("sequential", False, "with --memory: read shards in sequence, without their indexes")
@@ -62,10 +66,10 @@ def main() -> None:
         shorter = [int(side) for side in _SHORTER.value]
     except ValueError:
         shorter = []
-    if len(shorter) != 2 or not SIDE <= shorter[0] <= shorter[1]:
+    if len(shorter) != 2 or not SIDE <= shorter[0] <= shorter[1] <= MAX_SIDE:
         raise UserError(
-            f"--shorter={','.join(_SHORTER.value)} is not a range of sides in pixels from {SIDE} on: use, for example, "
-            "--shorter=480,640"
+            f"--shorter={','.join(_SHORTER.value)} is not a range of sides in pixels from {SIDE} to {MAX_SIDE}: use, "
+            "for example, --shorter=480,640"
         )
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), _IMAGES.value, shorter)

@@ -21,10 +21,10 @@ from absl import flags
 from lidit_jax import cli
 from lidit_jax.benchmarks.contest import Contestant, contest, describe_host, format_table, largest_difference
 
-_BATCH = flags.DEFINE_integer("batch", 32, "prompts encoded at once", lower_bound=1)
-_PREFIX = flags.DEFINE_integer("prefix", 40, "tokens of the prefix", lower_bound=1)
-_PROMPT = flags.DEFINE_integer("prompt", 40, "tokens per prompt", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 20, "how often each contestant is timed", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 32, "prompts encoded at once", lower_bound=1, upper_bound=65_536)
+_PREFIX = flags.DEFINE_integer("prefix", 40, "tokens of the prefix", lower_bound=1, upper_bound=65_536)
+_PROMPT = flags.DEFINE_integer("prompt", 40, "tokens per prompt", lower_bound=1, upper_bound=65_536)
+_ROUNDS = flags.DEFINE_integer("rounds", 20, "how often each contestant is timed", lower_bound=1, upper_bound=1_000_000)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype")
 
 SIZES = {

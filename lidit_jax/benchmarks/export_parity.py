@@ -23,7 +23,7 @@ _OUT = flags.DEFINE_string("out", None, "file for the sheet, a .png")
 _PROMPTS = flags.DEFINE_multi_string(
     "prompt", ["a red circle above a blue star", "绿三角在黄方块左边"], "a prompt; can be repeated"
 )
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "images per prompt", lower_bound=1)
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "images per prompt", lower_bound=1, upper_bound=1_000_000)
 
 
 def main() -> None:
@@ -31,11 +31,16 @@ def main() -> None:
 
     from lidit_jax import trained_model
     from lidit_jax.diffusion.samplers import initial_noise
+    from lidit_jax.export.read import is_exported
+    from lidit_jax.files import check_writable
     from lidit_jax.images import grid, save_png
 
     workdir, folder, out = (cli.require(flag.name) for flag in (_WORKDIR, _FOLDER, _OUT))
     if not out.endswith(".png"):
         raise UserError(f"--out={out} does not end in .png: name a .png file")
+    check_writable(epath.Path(out).parent, f"--out={out}")
+    if not is_exported(epath.Path(folder)):
+        raise UserError(f"--folder={folder} is not an export: name what python -m lidit_jax.export wrote")
     print(describe_host("torch", "diffusers"))
     model = trained_model.load(workdir, devices=jax.devices()[:1])
     run, pipeline = model.experiment, model.pipeline

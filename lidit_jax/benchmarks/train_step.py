@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lidit_jax.train_config import TrainConfig
 
 flags.adopt_module_key_flags(workload_flags)  # shows them in --help
-_STEPS = flags.DEFINE_integer("steps_a_round", 4, "steps per round", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps_a_round", 4, "steps per round", lower_bound=1, upper_bound=1_000_000)
 
 INPUTS_FILE = "inputs.npz"
 

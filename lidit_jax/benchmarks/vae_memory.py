@@ -4,6 +4,7 @@ Numbers are the temporaries that XLA reports for a compiled program of an `Autoe
 Diffusion 3's. Nothing is run, so an image may be larger than this host could decode.
 """
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _SIZES = flags.DEFINE_list("sizes", ["1024", "2048"], "sides of the images, in pixels")
 _TILES = flags.DEFINE_list("tiles", ["256", "512"], "sides of the tiles, in pixels")
+LARGEST = 65_536  # side in pixels
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype")
 
 
@@ -58,13 +60,14 @@ def _numbers(name: str, values: list[str]) -> list[int]:
     """Parses the values of the flag `name`.
 
     Raises:
-      UserError: one is not a positive multiple of the down-sampling factor.
+      UserError: one is not a multiple of the down-sampling factor from 1 to `LARGEST`.
     """
     for value in values:
-        if not value.isdecimal() or not int(value) or int(value) % CONFIG.downsampling_factor:
+        is_side = re.fullmatch("[0-9]{1,9}", value) and 0 < int(value) <= LARGEST
+        if not is_side or int(value) % CONFIG.downsampling_factor:
             raise UserError(
-                f"--{name}={','.join(values)}: {value!r} is not a positive multiple of {CONFIG.downsampling_factor}: "
-                "give sides in pixels, separated by commas"
+                f"--{name}={','.join(values):.80}: {value[:20]!r} is not a multiple of {CONFIG.downsampling_factor} "
+                f"from {CONFIG.downsampling_factor} to {LARGEST}: give sides in pixels, separated by commas"
             )
     return [int(value) for value in values]
 

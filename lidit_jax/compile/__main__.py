@@ -15,7 +15,7 @@ from etils import epath
 
 from lidit_jax import cli
 from lidit_jax.errors import UserError
-from lidit_jax.files import write_json
+from lidit_jax.files import check_writable, write_json
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU generation and slice shape: v5p:8x8x4, v5e:16x16, v4:2x2x2 …")
@@ -43,6 +43,8 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # otherwise libtpu tries to start a TPU
     if _JSON.value and not epath.Path(_JSON.value).parent.is_dir():
         raise UserError(f"--json={_JSON.value}: its folder does not exist, create it first")
+    if _JSON.value:
+        check_writable(epath.Path(_JSON.value).parent, f"--json={_JSON.value}")
     config, topology = cli.read_config(_CONFIG), cli.require(_TOPOLOGY.name)
     if _WEIGHTS.value:
         print("\n".join(where_weights_go(config, topology, _SLICES.value)))

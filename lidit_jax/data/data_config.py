@@ -146,7 +146,10 @@ class DataConfig:
         if self.source == "shapes" and self.layout == "free":
             layout.check_canvas(self.resolution, self.resolution)
         if self.source != "shapes" and not self.path:
-            raise UserError(f"data.path is empty: give --config.data.path={_PATHS[self.source]}")
+            raise UserError(
+                f"data.path is empty: give --config.data.path={_PATHS[self.source]}, see docs/data.md; without data, "
+                "train on the built-in scenes with --config=shapes"
+            )
         if self.held_out_shards and self.source not in _SHARDED:
             raise UserError(
                 f"data.held_out_shards={self.held_out_shards} must be 0 unless data.source='tar' or 'parquet': "

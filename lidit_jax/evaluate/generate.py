@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from lidit_jax import trained_model
 from lidit_jax.config import read_workdir
 from lidit_jax.config_fields import with_defaults
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, Benchmark, open_benchmark
 from lidit_jax.evaluate.output_folder import check_claim, read_claim
 from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
@@ -157,9 +157,7 @@ def _claim(out: epath.Path, facts: dict[str, Any]) -> None:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / FACTS_FILE, facts)
         except OSError as error:
-            raise UserError(
-                f"--out={out} can't be written ({error.strerror or error}): choose another folder"
-            ) from error
+            raise cannot_write(f"--out={out}", error) from error
 
 
 def _pending_prompts(out: epath.Path, benchmark: Benchmark) -> list[int]:

@@ -21,7 +21,7 @@ from etils import epath
 
 from lidit_jax.checkpoint import open_weights
 from lidit_jax.config import read_workdir
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder
 from lidit_jax.export.copying import copy_files, model_files, num_bytes, tokenizer_files
 from lidit_jax.export.folder import (
@@ -205,10 +205,10 @@ def _check_space(out: epath.Path, needed: int) -> None:
     Raises:
       UserError: fewer than `needed` bytes and the spare ones are free.
     """
-    free = shutil.disk_usage(existing_parent(out)).free
-    if free < needed + SPARE_BYTES:
+    free, needed = shutil.disk_usage(existing_parent(out)).free, needed + SPARE_BYTES
+    if free < needed:
         raise UserError(
-            f"--out={out} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free: free some space"
+            f"--out={out} needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free: free some space"
         )
 
 
@@ -323,5 +323,5 @@ def _new_or_replaced(out: epath.Path, overwrite: bool) -> Iterator[Path]:
         if old.exists():
             os.replace(old, folder)
         shutil.rmtree(fresh, ignore_errors=True)
-        raise UserError(f"cannot replace {folder}: {error.strerror or error}") from error
+        raise cannot_write(str(folder), error) from error
     shutil.rmtree(old, ignore_errors=True)

@@ -4,8 +4,9 @@
 
 --images is the output folder of `evaluate` or `sample`, or any folder of images. FID compares its images with those
 of --reference=DIR or, given --config=configs/X.py, with the training images of that config. --inception is a
-safetensors file with the weights of FID's Inception network. The CLIP score needs the prompts, from the folder itself
-or from --prompts_file=FILE. Each score can be computed alone. The scores are written to fidelity.json in --out.
+safetensors file with the weights of FID's Inception network. The CLIP score needs the prompts: from the folder itself,
+which has those of `sample`, or from --prompts_file=FILE. Each score can be computed alone. The scores are written to
+fidelity.json in --out.
 """
 
 from typing import TYPE_CHECKING
@@ -40,11 +41,14 @@ _OUT = flags.DEFINE_string("out", None, "output folder for the scores")
 
 def main() -> None:
     from lidit_jax.fidelity.scores import FidelityRequest, score_fidelity
+    from lidit_jax.files import check_writable
 
+    images, out = (epath.Path(cli.require(flag.name)) for flag in (_IMAGES, _OUT))
+    check_writable(out, f"--out={out}")  # before the data of --config is opened
     score_fidelity(
         FidelityRequest(
-            images=epath.Path(cli.require(_IMAGES.name)),
-            out=epath.Path(cli.require(_OUT.name)),
+            images=images,
+            out=out,
             reference=_reference(),
             inception=_path(_INCEPTION),
             clip=_CLIP.value,

@@ -2,14 +2,13 @@
 
 geneval, t2i_compbench    prompts are stored in the folder itself, whichever program generated the images
 dpg_bench, prompts        output of `lidit_jax.evaluate`; prompts come from the prompts file
-sample                    00000.png, …; prompts come from the prompts file
+sample                    00000.png, …; prompts come from its images.json or, if given, from the prompts file
 anything else             PNG, JPEG or WebP files at any depth, without prompts
 """
 
 import dataclasses
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from etils import epath
@@ -19,6 +18,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut, open_benchmark
 from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.files import is_hidden, read_json, walk
+from lidit_jax.sample.image_list import IMAGE_NAME, LIST_FILE, read_list
 from lidit_jax.weights.folders import is_there
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -108,10 +108,27 @@ def find_images_and_prompts(folder: epath.Path, prompts_file: epath.Path | None)
         prompts = open_benchmark(benchmark, prompts_file, num_images).prompts
         names = [(f"{i:05}_{j}.png", prompt) for i, prompt in enumerate(prompts) for j in range(num_images)]
         return [ImageFile(file, prompt) for file, prompt in _require_files(folder, names)]
-    sampled = [file for file in files if re.fullmatch(r"\d{5,}\.png", file.name)]  # excludes `sample`'s grid.png
+    sampled = [file for file in files if IMAGE_NAME.fullmatch(file.name)]  # excludes `sample`'s grid.png
     if sampled and prompts_file is not None:
         return _assign_prompts(folder, sampled, prompts_file)
+    if (listed := read_list(folder)) is not None:
+        return _listed_images(folder, sampled, listed)
     return [ImageFile(file) for file in sampled or files]
+
+
+def _listed_images(folder: epath.Path, sampled: list[epath.Path], listed: Mapping[str, str]) -> list[ImageFile]:
+    """Returns the images of `sample`'s list with their prompts.
+
+    Raises:
+      UserError: an image is missing, or is not in the list.
+    """
+    files = _require_files(folder, list(listed.items()), "name the folder that `sample` wrote, or sample again")
+    if unlisted := {str(file.relative_to(folder)) for file in sampled} - listed.keys():
+        raise UserError(
+            f"--images={folder}: {len(unlisted)} images are not listed in {LIST_FILE}, such as {min(unlisted)}: remove "
+            f"them, or remove {LIST_FILE}"
+        )
+    return [ImageFile(file, prompt) for file, prompt in files]
 
 
 def _read_facts(folder: epath.Path) -> tuple[str, int]:
@@ -156,7 +173,11 @@ def _prompt_from_metadata(file: epath.Path) -> str:
         raise UserError(f"{metadata} is damaged: generate the images of the prompt again") from None
 
 
-def _require_files(folder: epath.Path, names: list[tuple[str, str]]) -> list[tuple[epath.Path, str]]:
+def _require_files(
+    folder: epath.Path,
+    names: list[tuple[str, str]],
+    advice: str = "name the prompts file that was used, or generate the rest with python -m lidit_jax.evaluate",
+) -> list[tuple[epath.Path, str]]:
     """Returns the files of (name, prompt) pairs.
 
     Raises:
@@ -165,7 +186,6 @@ def _require_files(folder: epath.Path, names: list[tuple[str, str]]) -> list[tup
     missing = [name for name, _ in names if not (folder / name).exists()]
     if missing:
         raise UserError(
-            f"--images={folder}: {len(missing)} of {len(names)} files are missing, such as {missing[0]}: name the "
-            "prompts file that was used, or generate the rest with python -m lidit_jax.evaluate"
+            f"--images={folder}: {len(missing)} of {len(names)} files are missing, such as {missing[0]}: {advice}"
         )
     return [(folder / name, prompt) for name, prompt in names]

@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from etils import epath
 
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.evaluate.output_folder import check_claim, read_claim
 from lidit_jax.fidelity.image_folder import ImageFile, find_images_and_prompts
 from lidit_jax.files import finite, write_json
@@ -267,4 +267,4 @@ def _write(out: epath.Path, scores: Mapping[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / SCORES_FILE, finite(scores))
     except OSError as error:
-        raise UserError(f"--out={out} can't be written ({error.strerror or error}): choose another folder") from error
+        raise cannot_write(f"--out={out}", error) from error

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.parallel.preemption import forward_ctrl_c
+from lidit_jax.parallel.preemption import forward_ctrl_c, kill_children
 from lidit_jax.parallel.stderr_relay import HOST_GONE, relay_stderr
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def leave(status: int) -> NoReturn:
     sys.stderr.flush()
     if jax.distributed.is_initialized() and jax.process_index() == 0:
         time.sleep(SHUTDOWN_DELAY_S)
+    kill_children()
     os._exit(status)
 
 

@@ -10,12 +10,18 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import Any
+
+from lidit_jax.parallel.early_signals import end_at_once
 
 STOP_SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+_UNHANDLED = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN)
+RAISE_AGAIN_S = 0.05
 REMINDER_S = 3.0  # seconds after a signal at which the process says what it still waits for
 
 
@@ -40,6 +46,7 @@ class Notice:
         self.number: int | None = None
         self.activity = ""
         self._polling = 0  # loops that poll; the signal raises nothing while there is one
+        self._was_ignored = False  # whether the exception was lost, as in a destructor
         self._sync_points = itertools.count()  # calls of `should_stop` on several hosts
 
     def should_stop(self) -> bool:
@@ -100,9 +107,21 @@ class Notice:
     def handle(self, number: int, frame: FrameType | None = None) -> None:
         """Handles a signal in the main thread."""
         del frame
-        if not self.received:
-            self.number = number
-            self._raise_if_received()
+        if self.received and not self._was_ignored:
+            return
+        self.number, self._was_ignored = self.number or number, False
+        self._raise_if_received()
+
+    def raise_again(self) -> None:
+        """Makes `Preempted` rise again in the main thread, soon, after it rose where Python ignores exceptions."""
+        self._was_ignored = True
+        timer = threading.Timer(RAISE_AGAIN_S, self._send_again)
+        timer.daemon = True
+        timer.start()
+
+    def _send_again(self) -> None:
+        if self.received and self._was_ignored:
+            os.kill(os.getpid(), signal.SIGTERM)  # also wakes the main thread from what it waits for
 
     def _raise_if_received(self) -> None:
         if self.received and not self._polling:
@@ -111,6 +130,7 @@ class Notice:
 
 
 _notice = Notice()
+_sessions: list[subprocess.Popen] = []  # of `dies_with_this`
 
 
 @contextlib.contextmanager
@@ -154,6 +174,29 @@ def ignore_ctrl_c(*arguments: object) -> None:
 
 
 @contextlib.contextmanager
+def dies_with_this(session: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """Makes `kill_children` kill a process with its children, while the context is open.
+
+    Args:
+      session: process that was started with `start_new_session`.
+    """
+    _sessions.append(session)
+    try:
+        yield session
+    finally:
+        _sessions.remove(session)
+
+
+def kill_children() -> None:
+    """Kills the worker processes, and the sessions of `dies_with_this`: `os._exit` would leave them running."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    for session in tuple(_sessions):
+        if session.poll() is None:
+            os.killpg(session.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
 def _handlers(after: Mapping[int, signal.Handlers] | None = None) -> Iterator[None]:
     """Installs the signal handlers, unless an outer context or, on several hosts, JAX has installed some.
 
@@ -163,7 +206,7 @@ def _handlers(after: Mapping[int, signal.Handlers] | None = None) -> Iterator[No
     # Only the main thread may set signal handlers; elsewhere, as in some notebooks, the signals still end the process.
     if (
         threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) not in (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN)
+        or signal.getsignal(signal.SIGINT) not in (*_UNHANDLED, end_at_once)
         or _has_several_hosts()
     ):
         yield
@@ -175,9 +218,11 @@ def _handlers(after: Mapping[int, signal.Handlers] | None = None) -> Iterator[No
     before_fd = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
     listener = threading.Thread(target=_listen, args=(theirs,), name="signals", daemon=True)
     listener.start()
+    before_hook, sys.unraisablehook = sys.unraisablehook, _raise_again_or(sys.unraisablehook)
     try:
         yield
     finally:
+        sys.unraisablehook = before_hook
         for number, handler in (after or before).items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(before_fd)
@@ -185,6 +230,18 @@ def _handlers(after: Mapping[int, signal.Handlers] | None = None) -> Iterator[No
         listener.join()
         theirs.close()
         _notice.number = None
+
+
+def _raise_again_or(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Returns a `sys.unraisablehook` for `Preempted`, which a destructor, or a callback of a library, can't raise."""
+
+    def handle(ignored: Any) -> None:
+        if isinstance(ignored.exc_value, Preempted):
+            _notice.raise_again()
+        else:
+            hook(ignored)
+
+    return handle
 
 
 def _listen(signals: socket.socket) -> None:
@@ -207,8 +264,7 @@ def _listen(signals: socket.socket) -> None:
         for number in numbers:
             if first is not None and number == signal.SIGINT:
                 _print("killed by Ctrl-C; the last checkpoint is kept")
-                for worker in multiprocessing.active_children():
-                    worker.kill()
+                kill_children()
                 os._exit(128 + number)
             if first is None and number in STOP_SIGNALS:
                 first = number

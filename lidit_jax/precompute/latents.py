@@ -18,13 +18,14 @@ from ml_collections import ConfigDict
 
 from lidit_jax.data.broken_count import BrokenCount
 from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.formats.array_record import array_record_module
 from lidit_jax.data.formats.record_shards import RecordReaders
 from lidit_jax.data.indexed.dataset import IndexedDataset
 from lidit_jax.data.open_dataset import open_indexed_dataset
 from lidit_jax.data.precomputed import MANIFEST, PLAN, Manifest, to_record
 from lidit_jax.data.sources import BrokenExample
 from lidit_jax.data.stored_features import FEATURES
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.experiment import Experiment
 from lidit_jax.files import check_writable, is_unused, new_file, write_json
 from lidit_jax.images import to_float
@@ -163,7 +164,7 @@ def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Ou
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / PLAN, plan.to_json())
         except OSError as error:
-            raise UserError(f"{out} can't be written ({error.strerror or error}): use another --out") from error
+            raise cannot_write(f"--out={out}", error) from error
     multihost_utils.sync_global_devices("claimed the folder")
     return _plan_outputs(dataset)
 
@@ -216,11 +217,9 @@ def _write_output(
     Raises:
       UserError: too many examples are broken, or moments or features are not finite.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     chooser = dataset.config.chooser(0.0)
     with new_file(file) as temporary:
-        writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
+        writer = array_record_module().ArrayRecordWriter(os.fspath(temporary), "group_size:1")
         for examples in _examples(dataset, output, encode.rows):
             good = [example for example in examples if not isinstance(example, BrokenExample)]
             bad = [(e.key, e.reason) for e in examples if isinstance(e, BrokenExample)]

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data_report import log_data, log_prompts
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.experiment import Experiment
 from lidit_jax.files import check_writable
 from lidit_jax.images import grid, save_png
@@ -63,7 +63,7 @@ def draw_contact_sheet(config: ConfigDict, out: epath.Path, num_images: int) -> 
     try:
         save_png(grid(images[:num_images], labels[:num_images], columns=PER_BATCH), out)
     except OSError as error:
-        raise UserError(f"--out={out} can't be written ({error.strerror or error}): name another file") from error
+        raise cannot_write(f"--out={out}", error) from error
 
     started = time.monotonic()
     count = sum(len(batch["image"]) for batch in itertools.islice(batches, TIMED_BATCHES))

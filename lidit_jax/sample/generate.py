@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,16 +15,16 @@ from lidit_jax import __version__, trained_model
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
 from lidit_jax.export.read import load_exported
-from lidit_jax.files import check_writable, read_json, read_text, split_lines, write_json
+from lidit_jax.files import check_writable, read_text, split_lines, write_json
 from lidit_jax.images import grid, save_png
 from lidit_jax.pipeline import MAX_GUIDANCE, MAX_SEED, SampleConfig
+from lidit_jax.sample.image_list import IMAGE_NAME, LIST_FILE, read_list
 from lidit_jax.text.encoders import truncated_prompts
 from lidit_jax.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
 GRID_FILE = "grid.png"
-LIST_FILE = "images.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,14 +186,9 @@ def earlier_images(out: epath.Path) -> list[str]:
     if not out.exists():
         return []
     present = {entry.name for entry in out.iterdir()}
-    listed = set()
-    if LIST_FILE in present:
-        try:
-            listed = {entry["file"] for entry in read_json(out / LIST_FILE)["images"]}
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{out / LIST_FILE} is damaged: name another --out, or remove it") from None
-        listed |= {LIST_FILE, GRID_FILE}
-    ours = {name for name in present if re.fullmatch(r"\d{5,}\.png", name) or name in (GRID_FILE, LIST_FILE)}
+    prompts = read_list(out)
+    listed = set() if prompts is None else {*prompts, LIST_FILE, GRID_FILE}
+    ours = {name for name in present if IMAGE_NAME.fullmatch(name) or name in (GRID_FILE, LIST_FILE)}
     if ours - listed:
         raise UserError(
             f"--out={out} has images that are not listed in {LIST_FILE}, such as {min(ours - listed)}: name another "

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from etils import epath
 
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.evaluate.adjective_pairs import METADATA_FILE, SAMPLES, Pair, read_pairs
 from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.files import is_hidden, write_bytes
@@ -79,7 +79,7 @@ def score(request: ScoreRequest) -> Report:
     try:
         write_bytes(request.out / CURVE_FILE, curve)
     except OSError as error:
-        raise UserError(f"--out={request.out} can't be written ({error.strerror or error}): name another") from error
+        raise cannot_write(f"--out={request.out}", error) from error
     return report
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import tqdm
 from etils import epath
 
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.evaluate.benchmarks import FACTS_FILE
 from lidit_jax.evaluate.output_folder import check_claim, read_claim
 from lidit_jax.files import write_json
@@ -108,8 +108,7 @@ class ResultsFile:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._file, {"facts": self._facts, "results": self._results}, indent=None)
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"--out={self._file.parent} can't be written ({reason}): name another") from error
+            raise cannot_write(f"--out={self._file.parent}", error) from error
         self._saved = time.monotonic()
 
 

@@ -1,18 +1,20 @@
 """Runs the stages: trains every network that has no weights yet, LI-DiT last, then evaluates it."""
 
 import contextlib
+import functools
 import logging
 import shlex
 from collections.abc import Callable, Iterator
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lidit_jax.checkpoint import latest_step, require_checkpoint
-from lidit_jax.config import build, claim_workdir, read_workdir
+from lidit_jax.config import CONFIG_FILE, build, claim_workdir, read_workdir
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data_report import log_data, log_prompts
@@ -21,6 +23,7 @@ from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation, check_evalua
 from lidit_jax.experiment import LIDIT, Experiment, check_start, checkpoint_folder
 from lidit_jax.export.folder import read_folder
 from lidit_jax.export.read import is_exported
+from lidit_jax.files import check_writable, is_writable
 from lidit_jax.parallel.compilation_cache import COMPILED, cache_compilations
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.preemption import activity
@@ -52,6 +55,8 @@ def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = Fa
       UserError: if the config, the data or the weights are invalid or do not fit each other.
       Preempted: if SIGTERM was received; the last step is saved.
     """
+    if not (workdir / CONFIG_FILE).exists():
+        check_writable(workdir, f"--workdir={workdir}")
     with activity("checking the config and the data"):
         experiment = Experiment(config, workdir)
         evaluation = build(SceneEvaluation, config.evaluate, "evaluate") if "evaluate" in config else None
@@ -61,8 +66,14 @@ def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = Fa
             check_evaluation(evaluation, experiment.data)
         vae_stage = VAEStage(experiment, dataset)
         digests = experiment.named_digests(dataset.fingerprint)
+        claim = functools.partial(claim_workdir, workdir, config, write=jax.process_index() == 0, digests=digests)
+    if _is_archived(experiment, vae_stage):
+        claim()
+        if jax.process_index() == 0:
+            logger.info("%s can't be written, and nothing is left to do\n%s", workdir, _summary(experiment))
+        return
     with _lock_workdir(workdir):
-        claim_workdir(workdir, config, write=jax.process_index() == 0, digests=digests)
+        claim()
         multihost_utils.sync_global_devices("claimed the workdir")
         captions = log_data(experiment, dataset)
         if keep_compiled:
@@ -77,6 +88,17 @@ def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = Fa
             _train_lidit(experiment, dataset, mesh, rules, evaluation)
     if jax.process_index() == 0:
         logger.info("%s", _summary(experiment))
+
+
+def _is_archived(experiment: Experiment, vae_stage: VAEStage) -> bool:
+    """Returns True, on all hosts, if the workdir can't be written and its run is finished."""
+    workdir = experiment.workdir
+    is_finished = not is_writable(workdir) and vae_stage.is_done
+    if experiment.has_lidit:
+        taken = latest_step(checkpoint_folder(workdir, LIDIT))
+        is_finished = is_finished and taken >= experiment.train.steps
+        is_finished = is_finished and ("evaluate" not in experiment.config or (workdir / SCORES_FILE).exists())
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(is_finished)))
 
 
 def _checked_data(experiment: Experiment, mesh: Mesh, rules: ShardingRules) -> Dataset:
@@ -142,7 +164,10 @@ def _summary(experiment: Experiment) -> str:
     found = [f"{name}: {what}" for name, what in outputs.items() if (workdir / name).exists()]
     lines = [f"finished: {workdir}", *(f"  {entry}" for entry in found)]
     if experiment.has_lidit:
-        run, images, exported = (shlex.quote(f"{workdir}{end}") for end in ("", "/images", "-torch"))
+        # Names in the working directory where the workdir, or the folder that it is in, can't be written.
+        images = workdir / "images" if is_writable(workdir) else "images"
+        exported = f"{workdir if is_writable(workdir.parent) else workdir.name}-torch"
+        run, images, exported = (shlex.quote(str(path)) for path in (workdir, images, exported))
         lines += [
             f'sample: python -m lidit_jax.sample --workdir={run} --out={images} --prompt="…"',
             f"export to PyTorch: python -m lidit_jax.export --workdir={run} --out={exported}",

@@ -200,6 +200,11 @@ class VAEStage:
                 logger.info("vae: evaluated on training images, because none are held out (data.held_out_shards=0)")
             self.images = self.evaluation_data.images(self.evaluation.num_images)
 
+    @property
+    def is_done(self) -> bool:
+        """True if nothing is left to be trained or evaluated."""
+        return not self.to_train and not self.images
+
     def run(self, mesh: Mesh, rules: ShardingRules) -> None:
         """Trains and evaluates the VAE; skips what a former run has finished."""
         autoencoding = Autoencoding(self.model, mesh, rules)

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -27,7 +26,9 @@ from lidit_jax.weights.safetensors_folder import read_json_object
 CPU_SECONDS = 15  # a tokenizer with 260,000 tokens, as many as the largest published ones have, takes 3
 MEMORY = 2 << 30  # bytes beyond those of the imports
 WALL_SECONDS = 600  # of a process that waits for the processor
-OUT_OF_MEMORY, GROWS = 3, 4  # exit codes
+OUT_OF_MEMORY, TIMED_OUT, GROWS = 3, 4, 5  # exit codes
+# Exit codes of a process that the system ended because it ran too long; Windows has no such signals.
+_TOO_LONG = (TIMED_OUT, *(-getattr(signal, name) for name in ("SIGXCPU", "SIGKILL") if hasattr(signal, name)))
 # Bound on the characters that a normaliser makes of one by its replacements; those of published tokenizers are at most
 # 16. A trial cannot tell: a replacement may wait for a word that is in no text tried.
 MAX_GROWTH = 1000
@@ -95,10 +96,10 @@ def try_tokenizer(folder: Path, files: re.Pattern) -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WALL_SECONDS)
         code, output = done.returncode, done.stderr.strip()
     except subprocess.TimeoutExpired:
-        code, output = -signal.SIGXCPU, ""
+        code, output = TIMED_OUT, ""
     if code in (OUT_OF_MEMORY, -signal.SIGABRT):
         reason = f"take more than {MEMORY >> 20} MiB of memory"
-    elif code in (-signal.SIGXCPU, -signal.SIGKILL):
+    elif code in _TOO_LONG:
         reason = f"take more than {CPU_SECONDS} seconds"
     elif code == GROWS:
         reason = f"replace a character by more than {MAX_GROWTH}"
@@ -120,13 +121,7 @@ def _growth(normalizer: Any) -> float:
 
 def _main(folder: Path, cpu_seconds: int, memory: int) -> int:
     """Limits this process, and tries the tokenizer; returns the exit code."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
-    if pages:  # other systems don't limit the address space
-        limit = pages * resource.getpagesize() + memory
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    limit = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + cpu_seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(cpu_seconds, memory)
     try:
         tokenizer = read_tokenizer(folder)
         if _growth(json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"]) > MAX_GROWTH:
@@ -139,6 +134,21 @@ def _main(folder: Path, cpu_seconds: int, memory: int) -> int:
     except BaseException as error:  # reported when the tokenizer is read in earnest
         return OUT_OF_MEMORY if "memory" in str(error).lower() else 0
     return 0
+
+
+def _limit(cpu_seconds: int, memory: int) -> None:
+    """Limits this process, on Windows not at all: the parent's `WALL_SECONDS` then are the only limit."""
+    try:
+        import resource
+    except ImportError:
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else 0
+    if pages:  # other systems don't limit the address space
+        limit = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    limit = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2])) + cpu_seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError
 
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.files import read_json
 from lidit_jax.weights.safetensors_file import SafetensorsFile
 
@@ -210,7 +210,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         yield scratch
         os.replace(scratch, folder)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as SafetensorError
-        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
+        raise cannot_write(str(folder), error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from lidit_jax.data.captions import USUAL_FIELDS
+from lidit_jax.data.formats.array_record import array_record_module
 from lidit_jax.data.formats.files import find_files, is_remote
 from lidit_jax.data.formats.shards import (
     CLASS_FIELD,
@@ -153,13 +154,11 @@ class RecordReaders:
         return record
 
     def _reader(self, shard: int):
-        from array_record.python.array_record_module import ArrayRecordReader
-
         with self._lock:
             if shard not in self._opened:
                 if not os.path.isfile(self.paths[shard]):  # the reader would abort the process
                     raise OSError("no such file")
-                self._opened[shard] = ArrayRecordReader(self.paths[shard])
+                self._opened[shard] = array_record_module().ArrayRecordReader(self.paths[shard])
             return self._opened[shard]
 
 
