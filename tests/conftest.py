@@ -1,5 +1,6 @@
 """Shared fixtures, small configs, and what most test files use."""
 
+import ctypes
 import gc
 import importlib.util
 import json
@@ -27,20 +28,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module", autouse=True)
 def release_compiled_programs():
-    """Drops the programs that the tests of a file have compiled: they fill several gigabytes by the end of a run."""
+    """Drops the programs that the tests of a file have compiled, and returns the memory of compiling them to the system.
+
+    The C library keeps what XLA's compiler has freed: several gigabytes by the end of a run.
+    """
     yield
-    if "jax" in sys.modules and _resident_bytes() > 1.5e9:
+    if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
-
-
-def _resident_bytes() -> int:
-    """Returns the memory of this process, which only Linux tells; 0 elsewhere."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_module(name: str) -> ModuleType:

@@ -10,10 +10,10 @@ from conftest import tiny_config
 from etils import epath
 from test_hosts import free_port, start
 
-from lidit_jax.experiment import load
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.stages.run import run_stages
+from lidit_jax.trained_model import load
 
 FROM_JSON = """
 import json
