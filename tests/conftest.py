@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module", autouse=True)
 def release_compiled_programs():
-    """Drops the programs that the tests of a file have compiled, and returns the memory of compiling them to the system.
+    """Drops the programs that a test file has compiled, and returns the memory of compiling them to the system.
 
     The C library keeps what XLA's compiler has freed: several gigabytes by the end of a run.
     """
