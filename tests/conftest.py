@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from lidit_jax.data.shapes.layout import sample_scene
 from lidit_jax.data.shapes.scene import Scene
+from lidit_jax.sample.image_list import png_text
 
 # Examples have no deadline, so that tests do not fail on a slow or busy machine.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
@@ -73,6 +74,11 @@ def tiny_config() -> ConfigDict:
 
 def scene_of(seed: int, num_objects: int | None = None, pairs: str = "all") -> Scene:
     return sample_scene(np.random.default_rng(seed), num_objects, pairs)
+
+
+def png_texts(count: int) -> list[dict[str, str]]:
+    """Returns the texts of the PNG files of a prompt's images."""
+    return [png_text("a prompt", seed, {"steps": 2}) for seed in range(count)]
 
 
 DELETED = object()

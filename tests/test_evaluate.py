@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import png_texts
 from etils import epath
 from PIL import Image
 
@@ -48,6 +49,10 @@ def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, gene
         assert json.loads(line) == entry
     before = {name: (out / name).read_bytes() for name in files_of(out)}
     assert before["00000/samples/0000.png"] != before["00000/samples/0001.png"]
+    text = Image.open(out / "00001/samples/0002.png").text
+    assert text["prompt"] == GENEVAL[1]["prompt"] and text["seed"] == str(generate.seed_of(text["prompt"], 2))
+    settings = json.loads(text["settings"])
+    assert settings["model"] == str(trained_workdir) and settings["step"] == 6 and settings["sampler"] == "euler"
 
     (out / "00001" / "metadata.jsonl").unlink()  # as after a kill during the second prompt
     (out / "00001" / "samples" / "0002.png").unlink()
@@ -56,7 +61,7 @@ def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, gene
     monkeypatch.setattr(
         GenEval,
         "write",
-        lambda self, out, index, images: (written.append(index), write(self, out, index, images)),
+        lambda self, out, index, *rest: (written.append(index), write(self, out, index, *rest)),
     )
     generate_benchmark(asked)
     assert written == [1]
@@ -115,7 +120,7 @@ def test_t2i_compbench_names_its_images_by_prompt_and_number(tmp_path):
     file.write_text("a green bench and a blue bowl\n\na blue bench\tcolor\n")
     benchmark = open_benchmark("t2i_compbench", epath.Path(file), 2)
     for index in range(2):
-        benchmark.write(epath.Path(tmp_path / "out"), index, np.full((2, 4, 4, 3), index, np.uint8))
+        benchmark.write(epath.Path(tmp_path / "out"), index, np.full((2, 4, 4, 3), index, np.uint8), png_texts(2))
     assert files_of(tmp_path / "out") == [
         "samples/a blue bench_000002.png",
         "samples/a blue bench_000003.png",
@@ -138,8 +143,9 @@ def test_dpg_bench_is_a_grid_of_four_by_id(tmp_path, official):
     benchmark = open_benchmark("dpg_bench", epath.Path(file), 4)
     assert benchmark.prompts == ["a cabbage", "two dogs"]
     images = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
-    benchmark.write(epath.Path(tmp_path / "out"), 1, images)
+    benchmark.write(epath.Path(tmp_path / "out"), 1, images, png_texts(4))
     [name] = files_of(tmp_path / "out")
+    assert Image.open(tmp_path / "out" / name).text["seed"] == "0 1 2 3"
     assert name == "COCOval1.png" == benchmark.last_file(1)
     sheet = np.asarray(Image.open(tmp_path / "out" / name))[..., 0]
     np.testing.assert_array_equal(sheet, [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]])

@@ -11,7 +11,7 @@ import pytest
 import scipy.linalg
 import torch
 import transformers
-from conftest import ROOT, tiny_config
+from conftest import ROOT, png_texts, tiny_config
 from etils import epath
 from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
@@ -220,7 +220,7 @@ def test_images_and_prompts_are_those_that_a_benchmark_wrote(tmp_path, name, not
     benchmark = open_benchmark(name, file, num_images)
     images = [random_images(num_images, seed) for seed in range(2)]
     for index in range(2):
-        benchmark.write(out, index, images[index])
+        benchmark.write(out, index, images[index], png_texts(num_images))
     says_itself = name in ("geneval", "t2i_compbench")
     if noted:
         (out / "drawn_with.json").write_text(json.dumps({"benchmark": name, "num_images": num_images}))

@@ -7,7 +7,7 @@ import json
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, png_texts
 from etils import epath
 from hypothesis import given
 from PIL import Image
@@ -93,7 +93,7 @@ def test_the_papers_samples_can_be_generated(kind, sample, tmp_path):
     file.write_text(f"{sample}\n\n{sample}\n")
     benchmark = open_benchmark("positional_bias", file, 4)
     assert benchmark.prompts == [sample] * 2
-    benchmark.write(epath.Path(tmp_path / "out"), 1, [random_image(0)])
+    benchmark.write(epath.Path(tmp_path / "out"), 1, [random_image(0)], png_texts(1))
     entry = json.loads((tmp_path / "out/00001/metadata.jsonl").read_text())
     assert entry["prompt"] == sample
     assert [pair["kind"] for pair in entry["pairs"]] == [kind] * 4
@@ -329,7 +329,7 @@ def drawn(lists, tmp_path):
     """Writes two images for each of the first three prompts."""
     folder, benchmark = epath.Path(tmp_path / "drawn"), open_benchmark("positional_bias", lists, 2)
     for index in range(3):
-        benchmark.write(folder, index, [random_image(2 * index), random_image(2 * index + 1)])
+        benchmark.write(folder, index, [random_image(2 * index), random_image(2 * index + 1)], png_texts(2))
     assert (folder / benchmark.last_file(2)).exists()
     return folder
 

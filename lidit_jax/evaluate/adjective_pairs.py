@@ -92,9 +92,11 @@ class PositionalBias:
     def last_file(self, index: int) -> str:
         return f"{index:05}/{METADATA_FILE}"
 
-    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray]) -> None:
-        for i, image in enumerate(images):
-            save_png(image, out / f"{index:05}" / SAMPLES / f"{i:04}.png")
+    def write(
+        self, out: epath.Path, index: int, images: Sequence[np.ndarray], texts: Sequence[Mapping[str, str]]
+    ) -> None:
+        for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+            save_png(image, out / f"{index:05}" / SAMPLES / f"{i:04}.png", text)
         pairs = [pair._asdict() for pair in self._pairs[index]]
         write_json(out / self.last_file(index), {"prompt": self.prompts[index], "pairs": pairs}, indent=None)
 

@@ -27,6 +27,8 @@ from lidit_jax.images import save_png
 MAX_NAME = 255  # longest file name in bytes
 FACTS_FILE = "drawn_with.json"  # beside the images: the model and settings that generated them
 
+Texts = Sequence[Mapping[str, str]]  # of the PNG files of a prompt, see `png_text`
+
 
 class Benchmark(Protocol):
     """Prompts of a benchmark and the layout of its output folder.
@@ -40,13 +42,14 @@ class Benchmark(Protocol):
     def last_file(self, index: int) -> str:
         """Returns the file written last for prompt `index`, relative to the folder; it marks the prompt as complete."""
 
-    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray]) -> None:
+    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray], texts: Texts) -> None:
         """Writes all images of a prompt.
 
         Args:
           out: output folder.
           index: index of the prompt.
           images: uint8 [H, W, 3] each.
+          texts: texts of each PNG file by keyword, see `png_text`.
         """
 
 
@@ -61,9 +64,9 @@ class GenEval:
     def last_file(self, index: int) -> str:
         return f"{index:05}/metadata.jsonl"
 
-    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray]) -> None:
-        for i, image in enumerate(images):
-            save_png(image, out / f"{index:05}" / "samples" / f"{i:04}.png")
+    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray], texts: Texts) -> None:
+        for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+            save_png(image, out / f"{index:05}" / "samples" / f"{i:04}.png", text)
         write_json(out / self.last_file(index), self._metadata[index], indent=None)
 
 
@@ -85,9 +88,9 @@ class T2ICompBench:
     def last_file(self, index: int) -> str:
         return self._name(self.prompts[index], self._num_images * (index + 1) - 1)
 
-    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray]) -> None:
-        for i, image in enumerate(images):
-            save_png(image, out / self._name(self.prompts[index], self._num_images * index + i))
+    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray], texts: Texts) -> None:
+        for i, (image, text) in enumerate(zip(images, texts, strict=True)):
+            save_png(image, out / self._name(self.prompts[index], self._num_images * index + i), text)
 
     @staticmethod
     def _name(prompt: str, number: int) -> str:
@@ -112,11 +115,12 @@ class DPGBench:
     def last_file(self, index: int) -> str:
         return f"{self._ids[index]}.png"
 
-    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray]) -> None:
+    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray], texts: Texts) -> None:
         sheet = images[0]
         if len(images) == 4:
             sheet = np.concatenate([np.concatenate(images[i : i + 2], axis=1) for i in (0, 2)], axis=0)
-        save_png(sheet, out / self.last_file(index))
+        seeds = " ".join(text["seed"] for text in texts)
+        save_png(sheet, out / self.last_file(index), texts[0] | {"seed": seeds})
 
 
 def cut(sheet: np.ndarray, num_images: int, file: epath.Path) -> list[np.ndarray]:
@@ -157,9 +161,9 @@ class PlainPrompts:
     def last_file(self, index: int) -> str:
         return self.files(index)[-1]
 
-    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray]) -> None:
-        for name, image in zip(self.files(index), images, strict=True):
-            save_png(image, out / name)
+    def write(self, out: epath.Path, index: int, images: Sequence[np.ndarray], texts: Texts) -> None:
+        for name, image, text in zip(self.files(index), images, texts, strict=True):
+            save_png(image, out / name, text)
 
 
 def _plain_prompts(file: epath.Path, num_images: int) -> PlainPrompts:

@@ -13,7 +13,7 @@ import tqdm
 from etils import epath
 from jax.experimental import multihost_utils
 
-from lidit_jax import trained_model
+from lidit_jax import __version__, trained_model
 from lidit_jax.config import read_workdir
 from lidit_jax.config_fields import with_defaults
 from lidit_jax.errors import UserError, cannot_write
@@ -23,11 +23,13 @@ from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
 from lidit_jax.experiment import Experiment
 from lidit_jax.files import write_json
 from lidit_jax.sample.generate import SamplingOptions, warn_of_truncated
+from lidit_jax.sample.image_list import png_text
 from lidit_jax.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
 SHAPES = "shapes"
+SAMPLING = ("sampler", "steps", "guidance_scale")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,8 +92,10 @@ def generate_benchmark(request: Request) -> None:
     model = trained_model.load(request.workdir, request.weights, encoders=request.encoders, vae=request.vae)
     sampling, height, width = request.resolve_options(model)
     facts = _facts(request, benchmark, model) | {"height": height, "width": width}
-    facts |= {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance_scale")}
+    facts |= {name: getattr(sampling, name) for name in SAMPLING}
     _claim(request.out, facts)
+    settings = {"model": str(request.workdir), "version": __version__}
+    settings |= {name: facts[name] for name in ("height", "width", *SAMPLING, "weights", "step")}
     pending = _pending_prompts(request.out, benchmark)
     warn_of_truncated(model, benchmark.prompts)
     logger.info(
@@ -110,7 +114,9 @@ def generate_benchmark(request: Request) -> None:
             images = model.pipeline(model.params, prompts, seeds, height, width, sampling, num_images)
             if jax.process_index() == 0:
                 for row, index in enumerate(indices):
-                    benchmark.write(request.out, index, images[row * num_images : (row + 1) * num_images])
+                    own = slice(row * num_images, (row + 1) * num_images)
+                    texts = [png_text(prompts[row], seed, settings) for seed in seeds[own]]
+                    benchmark.write(request.out, index, images[own], texts)
             bar.update(len(seeds))
     multihost_utils.sync_global_devices("generated the benchmark")
     if isinstance(benchmark, ShapesBenchmark) and jax.process_index() == 0:

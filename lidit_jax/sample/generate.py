@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from lidit_jax.export.read import load_exported
 from lidit_jax.files import check_writable, read_text, split_lines, write_json
 from lidit_jax.images import grid, save_png
 from lidit_jax.pipeline import MAX_GUIDANCE, MAX_SEED, SampleConfig
-from lidit_jax.sample.image_list import IMAGE_NAME, LIST_FILE, read_list
+from lidit_jax.sample.image_list import IMAGE_NAME, LIST_FILE, png_text, read_list
 from lidit_jax.text.encoders import truncated_prompts
 from lidit_jax.trained_model import TrainedModel
 
@@ -212,7 +211,6 @@ def _write_images(
         logger.info("replacing the %d files of an earlier sample in %s", len(earlier), out)
     for name in earlier:
         (out / name).unlink(missing_ok=True)
-    text = {"settings": json.dumps(settings, ensure_ascii=False)}
     names = [f"{i:05d}.png" for i in range(len(images))]
     listed = [
         {"file": name, "prompt": caption, "seed": seed}
@@ -220,7 +218,7 @@ def _write_images(
     ]
     try:
         for image, entry in zip(images, listed, strict=True):
-            save_png(image, out / entry["file"], {"prompt": entry["prompt"], "seed": str(entry["seed"])} | text)
+            save_png(image, out / entry["file"], png_text(entry["prompt"], entry["seed"], settings))
         save_png(grid(list(images), captions), out / GRID_FILE)
         write_json(out / LIST_FILE, {"settings": settings, "images": listed})
     except OSError:

@@ -1,6 +1,9 @@
-"""The list of the images that `sample` has written into a folder."""
+"""What generated images say of themselves: the list that `sample` writes beside them, and texts in the PNG files."""
 
+import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
@@ -9,6 +12,11 @@ from lidit_jax.files import read_json
 
 LIST_FILE = "images.json"
 IMAGE_NAME = re.compile(r"\d{5,}\.png")
+
+
+def png_text(prompt: str, seed: int | str, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the texts of a PNG file, by keyword: the prompt, the seed, and the settings as JSON."""
+    return {"prompt": prompt, "seed": str(seed), "settings": json.dumps(settings, ensure_ascii=False)}
 
 
 def read_list(folder: epath.Path) -> dict[str, str] | None:
