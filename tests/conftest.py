@@ -29,16 +29,31 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module", autouse=True)
 def release_compiled_programs():
-    """Drops the programs that a test file has compiled, and returns the memory of compiling them to the system.
-
-    The C library keeps what XLA's compiler has freed: several gigabytes by the end of a run.
-    """
+    """Drops the programs that a test file has compiled."""
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
         gc.collect()
-        if sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)
+        _return_memory()
+
+
+@pytest.fixture(autouse=True)
+def return_memory():
+    yield
+    if _resident_bytes() > 1.5e9:
+        _return_memory()
+
+
+def _return_memory() -> None:
+    """Returns freed memory to the system: the C library keeps what XLA's compiler has freed, several gigabytes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_bytes() -> int:
+    """Returns the memory of this process, which only Linux tells; 0 elsewhere."""
+    file = Path("/proc/self/statm")
+    return int(file.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if file.exists() else 0
 
 
 def load_module(name: str) -> ModuleType:
