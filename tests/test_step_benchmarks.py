@@ -180,7 +180,7 @@ def run(name, *arguments):
     [
         ("train_step", "--resolution=33", "not a multiple"),
         ("sample", "--sampler=ddim", "does not support"),
-        ("sample", "--guidance=nan", "sample.guidance_scale=nan must be a finite number"),
+        ("sample", "--guidance=nan", "--guidance=nan is not a finite number"),
     ],
 )
 def test_a_users_mistake_ends_in_one_line(name, argument, message):

@@ -138,16 +138,15 @@ def captions_of(values: Mapping[str, Any]) -> dict[str, str]:
     Args:
       values: the values, which may be nested as in JSON; see `flatten`.
     """
-    texts = {name: value for name, value in flatten(values).items() if name.split("/")[0] not in _BOOKKEEPING}
-    return stripped({name.replace(".", "/"): text for name, text in texts.items()})
+    return stripped({name.replace(".", "/"): value for name, value in flatten(values).items()})
 
 
 def stripped(texts: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the values that are texts and not blank, stripped, without unpaired surrogates."""
+    """Returns the texts that are neither blank nor img2dataset's bookkeeping; stripped, without unpaired surrogates."""
     found = {
         _replace_surrogates(name): _replace_surrogates(text).strip()
         for name, text in texts.items()
-        if isinstance(text, str)
+        if isinstance(text, str) and name.split("/")[0] not in _BOOKKEEPING
     }
     return {name: text for name, text in found.items() if text}
 
