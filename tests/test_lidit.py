@@ -301,6 +301,22 @@ def test_rematerialisation_changes_no_gradient(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * largest), *grads)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_every_block_is_rematerialised(remat):
+    model, params, _ = model_and_params(remat=remat)
+    text = [text_features(0), text_features(10, width=16)]
+    args = params, normal(5, (2, 4, 4, 4)), jnp.ones(2), text
+    program = str(jax.make_jaxpr(lambda p, *a: model.apply({"params": p}, *a))(*args))
+    refiners = 2 * model.config.refiner_blocks + 2 * model.config.collaborative_blocks
+    assert program.count("prevent_cse=True") == (refiners if remat == "full" else 0)
+    assert program.count("prevent_cse=False") == (remat == "full")  # the body of the scan over the DiT's blocks
+
+
+def test_parameters_do_not_depend_on_rematerialisation():
+    (_, none, _), (_, full, _) = (model_and_params(remat=remat) for remat in ("none", "full"))
+    jax.tree.map(np.testing.assert_array_equal, none, full)
+
+
 def test_bfloat16_is_close_to_float32():
     _, params, apply = model_and_params()
     _, _, apply_bfloat16 = model_and_params(dtype="bfloat16")

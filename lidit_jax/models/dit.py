@@ -26,7 +26,7 @@ from lidit_jax.models.positions import (
     rope_tables,
     sincos_embedding,
 )
-from lidit_jax.models.remat import REMAT_POLICIES
+from lidit_jax.models.remat import rematerialised
 from lidit_jax.models.rotary import RotaryTables
 
 
@@ -113,10 +113,8 @@ class DiT(nn.Module):
 
 def _scanned_blocks(config: LIDiTConfig) -> nn.Module:
     """Returns `config.depth` blocks as one `nn.scan`; their parameters are stacked along a leading axis."""
-    policy = REMAT_POLICIES[config.remat]
-    block = LIDiTBlock if policy is None else nn.remat(LIDiTBlock, policy=policy, prevent_cse=False)
     scan = nn.scan(
-        block,
+        rematerialised(LIDiTBlock, config.dit_layers.remat, in_scan=True),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast,) * 4,

@@ -49,6 +49,7 @@ class LayerConfig:
         the logits, and so keeps bfloat16 training of deep models stable.
       attention: attention implementation, see `dot_product_attention`.
       dtype: dtype of the matrix products.
+      remat: rematerialisation policy of a block of these layers, one of `REMAT_POLICIES`.
     """
 
     num_heads: int
@@ -56,6 +57,7 @@ class LayerConfig:
     qk_norm: bool = False
     attention: str = "auto"
     dtype: Any = jnp.float32
+    remat: str = "none"
 
 
 def check_dtype(key: str, dtype: str) -> None:

@@ -46,7 +46,7 @@ class LIDiTConfig:
       refiner_mlp_ratio: inner width of the refiners' FFN as a multiple of hidden_size (ours: 4, as in the DiT).
       fusion: "collaborative" (collaborative refiner, then concatenation) or "concatenate" (Table 6).
       collaborative_blocks: blocks of the collaborative refiner (paper: 1).
-      remat: rematerialisation policy of a DiT block, one of `REMAT_POLICIES`.
+      remat: rematerialisation policy of the blocks of the refiners and of the DiT, one of `REMAT_POLICIES`.
       scan_unroll: DiT blocks per iteration of the scan; more compile longer and, on a CPU, run slightly faster.
       attention: attention implementation, see `dot_product_attention`.
       dtype: compute dtype, "float32" or "bfloat16" (paper section 3.2: bfloat16 mixed precision).
@@ -112,11 +112,16 @@ class LIDiTConfig:
     @property
     def dit_layers(self) -> LayerConfig:
         """Layer hyper-parameters of the DiT, with QK-norm (paper section 3.2)."""
-        return LayerConfig(self.num_heads, self.mlp_ratio, True, self.attention, jnp.dtype(self.dtype))
+        return LayerConfig(self.num_heads, self.mlp_ratio, True, self.attention, jnp.dtype(self.dtype), self.remat)
 
     @property
     def refiner_layers(self) -> LayerConfig:
         """Layer hyper-parameters of both refiners."""
         return LayerConfig(
-            self.num_heads, self.refiner_mlp_ratio, self.refiner_qk_norm, self.attention, jnp.dtype(self.dtype)
+            self.num_heads,
+            self.refiner_mlp_ratio,
+            self.refiner_qk_norm,
+            self.attention,
+            jnp.dtype(self.dtype),
+            self.remat,
         )

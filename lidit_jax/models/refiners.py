@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.models.layers import ACTIVATION, Attention, FeedForward, LayerConfig, Modulation, RMSNorm, modulate
+from lidit_jax.models.remat import rematerialised
 from lidit_jax.models.rotary import RotaryTables, rotary_tables
 
 # Prompts are short: with a base of 100, a third of the angles complete a turn within thirty tokens, with the LLMs'
@@ -79,9 +80,9 @@ class LinguisticTokenRefiner(nn.Module):
         self, x: jax.Array, key_mask: jax.Array, conditioning: jax.Array, rotary: RotaryTables | None = None
     ) -> jax.Array:
         """x [B, L, C] -> [B, L, C]; see `LinguisticTokenRefinerBlock`."""
+        block = rematerialised(LinguisticTokenRefinerBlock, self.layers.remat)
         for i in range(self.num_blocks):
-            block = LinguisticTokenRefinerBlock(self.layers, self.gated, self.is_causal, name=f"block_{i}")
-            x = block(x, key_mask, conditioning, rotary)
+            x = block(self.layers, self.gated, self.is_causal, name=f"block_{i}")(x, key_mask, conditioning, rotary)
         return x
 
 
@@ -143,6 +144,7 @@ class CollaborativeRefiner(nn.Module):
         branches = list(branches)
         if len(branches) == 1:
             return branches
+        make_branch = rematerialised(CollaborativeRefinerBranch, self.layers.remat)
         for block in range(self.num_blocks):
             refined = []
             for i, x in enumerate(branches):
@@ -151,7 +153,7 @@ class CollaborativeRefiner(nn.Module):
                 tables: tuple[RotaryTables | None, RotaryTables | None] = (None, None)
                 if rotary is not None:
                     tables = (rotary[i], jax.tree.map(lambda *others: jnp.concatenate(others), *_without(i, rotary)))
-                branch = CollaborativeRefinerBranch(self.layers, name=f"block_{block}_branch_{i}")
+                branch = make_branch(self.layers, name=f"block_{block}_branch_{i}")
                 refined.append(branch(x, others, others_mask, conditionings[i], *tables))
             branches = refined
         return branches

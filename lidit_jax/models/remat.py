@@ -1,5 +1,6 @@
 """Rematerialisation policies: what a block saves for its backward pass."""
 
+import flax.linen as nn
 import jax
 
 from lidit_jax.models import splash_attention
@@ -16,3 +17,16 @@ REMAT_POLICIES = {
     # No rematerialisation.
     "none": None,
 }
+
+
+def rematerialised(block: type[nn.Module], policy: str, *, in_scan: bool = False) -> type[nn.Module]:
+    """Returns a block's module type that saves for the backward pass what a policy says, and computes the rest again.
+
+    Args:
+      block: module type of the block.
+      policy: one of `REMAT_POLICIES`.
+      in_scan: whether the block is the body of a scan. Elsewhere XLA must be kept from merging the second forward pass
+        with the first one.
+    """
+    found = REMAT_POLICIES[policy]
+    return block if found is None else nn.remat(block, policy=found, prevent_cse=not in_scan)
