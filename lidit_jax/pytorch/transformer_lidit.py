@@ -13,7 +13,7 @@ vector and the last layer always compute in float32: they are cheap, and their e
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -352,6 +352,13 @@ class PooledText(nn.Module):
         return self.linear_out(F.silu(self.linear_in(mean)))
 
 
+def run_block(parent: nn.Module, block: nn.Module, *inputs: Any) -> Tensor:
+    """Calls a block; rematerialises it in the backward pass if gradient checkpointing is enabled for its parent."""
+    if parent.gradient_checkpointing and torch.is_grad_enabled():
+        return parent._gradient_checkpointing_func(block, *inputs)
+    return block(*inputs)
+
+
 class LinguisticTokenRefiner(nn.Module):
     """Refines one LLM's features with full self-attention, so that early tokens attend to later ones too."""
 
@@ -367,6 +374,7 @@ class LinguisticTokenRefiner(nn.Module):
         qk_norm: bool,
     ):
         super().__init__()
+        self.gradient_checkpointing = False
         self.causal = causal
         sizes = (hidden_size, num_heads, mlp_ratio)
         self.blocks = nn.ModuleList(
@@ -379,7 +387,7 @@ class LinguisticTokenRefiner(nn.Module):
         if self.causal:
             mask = mask & mask.new_ones(x.shape[1], x.shape[1]).tril()
         for block in self.blocks:
-            x = block(x, mask, conditioning, rotary)
+            x = run_block(self, block, x, mask, conditioning, rotary)
         return x
 
 
@@ -418,6 +426,7 @@ class CollaborativeRefiner(nn.Module):
         qk_norm: bool,
     ):
         super().__init__()
+        self.gradient_checkpointing = False
         sizes = (hidden_size, num_heads, mlp_ratio)
         self.blocks = nn.ModuleList(
             nn.ModuleList(CollaborativeRefinerBranch(*sizes, qk_norm=qk_norm) for _ in range(num_branches))
@@ -441,7 +450,8 @@ class CollaborativeRefiner(nn.Module):
                 if rotary[i] is not None:
                     cos, sin = zip(*_all_but(i, rotary), strict=True)
                     others_rotary = torch.cat(cos), torch.cat(sin)
-                refined.append(branch(branches[i], others, others_mask, conditionings[i], rotary[i], others_rotary))
+                inputs = (branches[i], others, others_mask, conditionings[i], rotary[i], others_rotary)
+                refined.append(run_block(self, branch, *inputs))
             branches = refined
         return branches
 
@@ -533,10 +543,7 @@ class DiT(nn.Module):
         x = self.position_embedding(x).flatten(1, 2)  # [B, N, C]
         rotary = rope_tables(rows, columns, self.head_dim) if "rope" in self.position else None
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, x, text, text_mask, conditioning, rotary)
-            else:
-                x = block(x, text, text_mask, conditioning, rotary)
+            x = run_block(self, block, x, text, text_mask, conditioning, rotary)
         shift, scale = self.final_modulation(conditioning, x.dtype)
         x = self.output(modulate(layer_norm(x), shift, scale))  # [B, N, patch^2 C_latents]
         return unpatchify(x.unflatten(1, (h, w)), self.patch_size)
