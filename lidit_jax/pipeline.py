@@ -140,8 +140,8 @@ class Pipeline:
                     params, self.frozen, *self._shard_rows(inputs), scale, **_static(sampling, height, width)
                 )
             images.append(np.asarray(batch)[:count])
-            if not np.asarray(is_finite)[:count].all():  # these would be black
-                failed = np.flatnonzero(~np.asarray(is_finite)[:count])
+            failed = np.flatnonzero(~np.asarray(is_finite)[:count])
+            if failed.size:  # these images would be black
                 raise NotFiniteError(
                     f"the image of seed {batch_seeds[failed[0]]} has values that are not finite: the weights are "
                     f"unusable, or guidance_scale={sampling.guidance_scale:g} is too high"

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import load_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lidit_jax.config import build
 from lidit_jax.errors import UserError
 from lidit_jax.models.dit import patchify, unpatchify
 from lidit_jax.models.layers import LayerConfig
@@ -303,13 +305,25 @@ def test_rematerialisation_changes_no_gradient(remat):
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_every_block_is_rematerialised(remat):
-    model, params, _ = model_and_params(remat=remat)
-    text = [text_features(0), text_features(10, width=16)]
-    args = params, normal(5, (2, 4, 4, 4)), jnp.ones(2), text
-    program = str(jax.make_jaxpr(lambda p, *a: model.apply({"params": p}, *a))(*args))
-    refiners = 2 * model.config.refiner_blocks + 2 * model.config.collaborative_blocks
-    assert program.count("prevent_cse=True") == (refiners if remat == "full" else 0)
-    assert program.count("prevent_cse=False") == (remat == "full")  # the body of the scan over the DiT's blocks
+    check_rematerialisation(LIDiTConfig(**SMALL, remat=remat), 4, text_features(0), text_features(10, width=16))
+
+
+@pytest.mark.parametrize(("name", "side"), [("1b", 32), ("10b", 64)])
+def test_every_block_of_the_papers_models_is_rematerialised(name, side):
+    text = [text_features(i, prefix=64, lengths=(256, 20), width=4096) for i in (0, 10)]
+    check_rematerialisation(build(LIDiTConfig, load_config(name).model, "model"), side, *text)
+
+
+def check_rematerialisation(config, side, *text):
+    """Traces the model on latents of side x side, and counts the blocks that are rematerialised."""
+    model = LIDiT(config)
+    inputs = jnp.zeros((2, side, side, config.latent_channels)), jnp.ones(2), text
+    params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))["params"]
+    program = str(jax.make_jaxpr(lambda p, *a: model.apply({"params": p}, *a))(params, *inputs))
+    is_full = config.remat == "full"
+    refiners = len(text) * (config.refiner_blocks + config.collaborative_blocks)
+    assert program.count("prevent_cse=True") == (refiners if is_full else 0)
+    assert program.count("prevent_cse=False") == is_full  # the body of the scan over the DiT's blocks
 
 
 def test_parameters_do_not_depend_on_rematerialisation():

@@ -1,4 +1,4 @@
-"""What generated images say of themselves: the list that `sample` writes beside them, and texts in the PNG files."""
+"""Metadata of generated images: the texts in their PNG files, and the list that `sample` writes beside them."""
 
 import json
 import re
