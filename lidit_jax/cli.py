@@ -81,6 +81,8 @@ def run(main: Callable[[], None], resumable: bool = False) -> None:
     # Python's tracker of shared memory, a process of its own, would warn of that of killed workers after the last line.
     warnings = filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker:UserWarning"))
     os.environ["PYTHONWARNINGS"] = ",".join(warnings)
+    # transformers would advise to install PyTorch, which only exports and scores need: they say so themselves.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with interruptible():
             app.run(guarded, flags_parser=_parse)
