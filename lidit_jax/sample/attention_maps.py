@@ -10,10 +10,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from lidit_jax.models.layers import Attention, rotate_query_and_key
 from lidit_jax.models.rotary import RotaryTables
 from lidit_jax.models.sharded_matmul import product_precision
+
+COLLECTION = "attention_maps"
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -31,20 +34,21 @@ def attention_maps(module: nn.Module, params: Any, *inputs: Any) -> dict[str, ja
       The weights [b, h, q] of a query sum to 1; those of padded keys are 0.
     """
     outputs: dict[tuple[str, ...], jax.Array] = {}
-    maps: dict[str, jax.Array] = {}
 
     def watch(call, args, kwargs, context):
         output = call(*args, **kwargs)
         called = context.module
         if isinstance(called, Attention):
-            maps["/".join(called.path)] = _weights(called, outputs, *args, **kwargs)
+            # A variable and not a dict, as a rematerialised block is a transformation of its own.
+            called.sow(COLLECTION, "weights", _weights(called, outputs, *args, **kwargs))
         elif isinstance(called.parent, Attention):  # projections and norms, which return before their attention does
             outputs[called.path] = output
         return output
 
     with nn.intercept_methods(watch):
-        module.apply({"params": params}, *inputs)
-    return maps
+        _, variables = module.apply({"params": params}, *inputs, mutable=[COLLECTION])
+    sown = flatten_dict(variables[COLLECTION], sep="/")
+    return {path.removesuffix("weights").rstrip("/"): weights for path, (weights,) in sown.items()}
 
 
 def _weights(
