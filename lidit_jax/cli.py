@@ -10,6 +10,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +39,7 @@ _OTHER_NAMES = {
     "prompts": "prompts_file",
     "checkpoint": "workdir",
 }
+STARTED = time.monotonic()  # about when the command did
 _FREE_TEXT = ("prompt", "negative_prompt")  # flags whose value is never a path
 _HELP = ("help", "h", "helpshort", "helpfull")
 _OVERRIDE = re.compile(r"--?config\.([^=]*)(?:=(.*))?", re.DOTALL)

@@ -39,7 +39,7 @@ MAX_NUMBER = 10**30  # largest int accepted for a float field
 CHANGEABLE_FIELDS = (
     *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
     *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
-    *("stalled_after", "max_skipped_in_row", "strict_restore"),
+    *("stalled_after", "max_skipped_in_row", "strict_restore", "profile", "profile_all_hosts"),
 )
 # Removed keys of earlier versions, as section and name; they never affected results, so they are ignored.
 OBSOLETE_KEYS = (("text", "encode"),)

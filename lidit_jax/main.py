@@ -42,7 +42,7 @@ def main() -> None:
         join_hosts(_DISTRIBUTED.value, workdir)
         if _FROM_TORCH.value:
             config = start_from_exported(config, epath.Path(_FROM_TORCH.value))
-        run_stages(config, workdir, _COMPILATION_CACHE.value)
+        run_stages(config, workdir, _COMPILATION_CACHE.value, cli.STARTED)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ class Progress:
             eta += f", all stages about {duration((self.steps - step + self._later_steps) * seconds_per_step)}"
         flops = f"  {self._speed['tflops_per_second']:.3g} TFLOP/s" if "tflops_per_second" in self._speed else ""
         flops += f" (MFU {100 * self._speed['mfu']:.0f}%)" if "mfu" in self._speed else ""
-        memory = f"  memory {values['peak_memory_gb']:.1f} GB" if "peak_memory_gb" in values else ""
+        memory = f"  memory {values['memory_gb']:.1f} GB" if "memory_gb" in values else ""
+        memory += f" (peak {values['peak_memory_gb']:.1f})" if "peak_memory_gb" in values else ""
         skipped = f"  skipped {values['skipped_in_interval']} ({values['skipped']} in all)" if values["skipped"] else ""
 
         def show(name: str, form: str) -> str:
@@ -157,11 +158,23 @@ class Progress:
         )
 
 
-def peak_memory() -> dict[str, float]:
-    """Returns "peak_memory_gb", the most that any device of this process has used so far; {} where JAX doesn't know."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    peaks = [found["peak_bytes_in_use"] for found in stats if found and "peak_bytes_in_use" in found]
-    return {"peak_memory_gb": max(peaks) / 1e9} if peaks else {}
+def device_memory() -> dict[str, float]:
+    """Returns the memory of this process's devices, in GB; what JAX does not know of a device is left out.
+
+    Returns:
+      "memory_gb" (in use) and "peak_memory_gb" (so far) of the device that has the most, and with several devices
+      "memory_gb/device_N" and "peak_memory_gb/device_N" of each, by its id.
+    """
+    devices = jax.local_devices()
+    memory: dict[str, float] = {}
+    for name, statistic in (("memory_gb", "bytes_in_use"), ("peak_memory_gb", "peak_bytes_in_use")):
+        found = {device.id: device.memory_stats() or {} for device in devices}
+        sizes = {number: stats[statistic] / 1e9 for number, stats in found.items() if statistic in stats}
+        if sizes:
+            memory[name] = max(sizes.values())
+        if len(devices) > 1:
+            memory |= {f"{name}/device_{number}": size for number, size in sizes.items()}
+    return memory
 
 
 def duration(seconds: float) -> str:

@@ -23,12 +23,14 @@ from jax.sharding import Mesh
 from lidit_jax.checkpoint import Checkpoints
 from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.errors import UserError
-from lidit_jax.metrics import Metrics, Progress, peak_memory
+from lidit_jax.goodput import Goodput
+from lidit_jax.metrics import Metrics, Progress, device_memory
 from lidit_jax.models.sharded_matmul import reduce_gradients_in
 from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.preemption import Notice, Preempted, activity, catch_sigterm
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated, shardings
 from lidit_jax.parallel.watchdog import Watchdog, watched
+from lidit_jax.profiling import StepProfiler
 from lidit_jax.train_config import TrainConfig
 from lidit_jax.warm_up import Program, warm_up
 from lidit_jax.weighted_mean import WeightedMean, mean_of_steps
@@ -260,7 +262,8 @@ class Trainer:
 
         # A branch: selecting element by element would read both trees and copy the donated one.
         finite = jnp.isfinite(loss.mean) & jnp.isfinite(grad_norm)
-        state = jax.lax.cond(finite, update, lambda state, grads: state, state, grads)
+        with jax.named_scope("optimizer"):
+            state = jax.lax.cond(finite, update, lambda state, grads: state, state, grads)
         state = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -318,6 +321,7 @@ def train(
     facts: Mapping[str, Any],
     initial_params: Callable[[Any], Any] | None = None,
     later_steps: float = 0.0,
+    goodput: Goodput | None = None,
 ) -> TrainState:
     """Trains to `config.steps`, resuming from the newest checkpoint if there is one.
 
@@ -333,6 +337,7 @@ def train(
       initial_params: (shapes, dtypes and shardings of the parameters) -> parameters to start from instead of random
         ones, for fine-tuning; called if there is no checkpoint.
       later_steps: rough work of the run after this network, in steps of this one, for the time left in the log.
+      goodput: the run's clock; None measures this network's training alone, and writes nothing.
 
     Returns:
       The state after the last step.
@@ -343,7 +348,8 @@ def train(
         if the checkpoint's facts differ.
     """
     config, task = trainer.config, trainer.task
-    with watched(config.stalled_after, task.name):
+    goodput = goodput or Goodput()
+    with watched(config.stalled_after, task.name), goodput.timed("restoring"):
         state, positions = _first_state(trainer, checkpoints, seed, facts, initial_params)
     step = first_step = int(state.step)
     if step >= config.steps:
@@ -354,9 +360,11 @@ def train(
     # Created by a program on all devices: a process cannot put an array on another's devices.
     key = jax.jit(lambda: jax.random.key(seed + 1), out_shardings=replicated(trainer.mesh))()
     progress = Progress(task.name, step, config.steps, config.batch_size, _peak_flops(trainer.mesh), later_steps)
-    pending = []
+    pending: list[Mapping[str, Any]] = []
     with (
+        goodput.training(task.name, step),
         contextlib.closing(batches(step)) as stream,
+        contextlib.closing(StepProfiler(config.profiled_steps, metrics.folder, config.profile_all_hosts)) as profiler,
         jax.set_mesh(trainer.mesh),
         catch_sigterm() as notice,
         activity("the current step"),
@@ -368,30 +376,38 @@ def train(
             watchdog.beat()
             waited = time.monotonic()
             batch = trainer.put(next(stream))
-            progress.waited(time.monotonic() - waited)
+            if not pending or pending[-1]["skipped"].is_ready():  # otherwise the devices still computed: none waited
+                waited = time.monotonic() - waited
+                progress.waited(waited)
+                goodput.attribute("waiting_for_data", waited)
             if not trainer.is_compiled(batch, trainer.phase(step)):
-                with progress.paused():
+                with progress.paused(), goodput.timed("compiling"):
                     _compile(trainer, stream, batch, step, watchdog, notice, is_first=step == first_step)
             if task.flops:
                 progress.worked(task.flops(batch))
-            state, step_metrics = trainer.step(state, task.frozen, batch, key, step)
+            profiler.before(step, state.step)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, step_metrics = trainer.step(state, task.frozen, batch, key, step)
+            profiler.after(step, state.step)
             step += 1
+            goodput.stepped(step)
             pending.append(step_metrics)  # stay on the devices until they are logged: no step waits for the host
             preempted = notice.should_stop()
             last = step == config.steps
             if step % config.log_every == 0 or last:
-                _log(metrics, progress, step, pending, stream.report(), config)
+                _log(metrics, progress, step, pending, stream.report(), config, goodput)
                 checkpoints.announce()
                 pending = []
                 watchdog.beat()
             if last:
                 _check_outcome(trainer, state)
             if config.sample_every and task.evaluate and not preempted and (step % config.sample_every == 0 or last):
-                with progress.paused():
+                with progress.paused(), goodput.timed("evaluating"):
                     preempted = _evaluate(task.evaluate, state, step, metrics, notice)
                 watchdog.beat()
             if step % config.checkpoint_every == 0 or last or preempted:
-                with progress.paused(), activity(f"saving step {step}"):
+                goodput.saved()
+                with progress.paused(), goodput.timed("saving"), activity(f"saving step {step}"):
                     checkpoints.save(step, state, facts, stream.get_state())
                     if preempted or last:
                         checkpoints.wait()
@@ -499,7 +515,13 @@ def _peak_flops(mesh: Mesh) -> float | None:
 
 
 def _log(
-    metrics: Metrics, progress: Progress, step: int, pending: list, report: Mapping[str, float], config: TrainConfig
+    metrics: Metrics,
+    progress: Progress,
+    step: int,
+    pending: list,
+    report: Mapping[str, float],
+    config: TrainConfig,
+    goodput: Goodput,
 ) -> None:
     """Logs the means over the steps of an interval that were not skipped, and the learning rate of the last update.
 
@@ -510,6 +532,7 @@ def _log(
       pending: metrics of each step of the interval, on the devices.
       report: scalars of the data pipeline.
       config: training config.
+      goodput: the run's clock.
 
     Raises:
       UserError: if too many steps in a row were skipped.
@@ -522,7 +545,7 @@ def _log(
         values["learning_rate"] = float(taken[-1]["learning_rate"])
     values |= {"skipped": int(rows[-1]["skipped"]), "skipped_in_interval": len(rows) - len(taken)}
     in_row = max(int(row["skipped_in_row"]) for row in rows)
-    values |= progress.speed(step) | peak_memory()
+    values |= progress.speed(step) | device_memory() | {"goodput": goodput.share()}
     metrics.scalars(step, values | dict(report))
     progress.print(step, values)
     if in_row >= config.max_skipped_in_row:

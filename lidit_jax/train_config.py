@@ -5,6 +5,7 @@ from typing import Annotated
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.sharded_matmul import GRADIENT_DTYPES
+from lidit_jax.profiling import parse_steps
 from lidit_jax.ranges import (
     Count,
     CountOrZero,
@@ -53,6 +54,8 @@ class TrainConfig:
       sample_every: steps between evaluations by `Task.evaluate`; 0 for none.
       keep: number of checkpoints kept.
       strict_restore: what a damaged newest checkpoint leads to: True stops, False uses the newest intact one.
+      profile: steps to trace for XProf, START:STOP counted from 0 ("100:105" are 100 to 104); "" traces none.
+      profile_all_hosts: True traces these steps on every host, False on the first.
     """
 
     steps: Count
@@ -75,6 +78,8 @@ class TrainConfig:
     sample_every: CountOrZero = 0
     keep: Count = 2
     strict_restore: bool = False
+    profile: str = ""
+    profile_all_hosts: bool = False
 
     def __post_init__(self):
         check_ranges(self, "train.")
@@ -88,3 +93,10 @@ class TrainConfig:
                 f"train.batch_size={self.batch_size} is not divisible by train.accumulate={self.accumulate}: "
                 "make it a multiple"
             )
+        if self.profiled_steps and self.profiled_steps.start >= self.steps:
+            raise UserError(f"train.profile={self.profile} begins after the last of train.steps={self.steps}: lower it")
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps to trace."""
+        return parse_steps(self.profile)

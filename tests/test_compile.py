@@ -28,6 +28,7 @@ from lidit_jax.train import Trainer
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 RULES = ShardingRules()
 SQUARE = Bucket(32, 32)
+PASSES = ("jvp(LIDiT)", "transpose(jvp(LIDiT))")  # forward and backward
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +58,30 @@ def test_abstract_frozen_arrays_match_those_that_a_run_loads(with_weights, weigh
 
 
 @pytest.fixture(scope="module")
-def report(with_weights):
+def step(with_weights):
+    """The trainer, and the frozen arrays and the batch of its step, as shapes."""
     mesh = make_mesh(MESH)
     part = Experiment(with_weights, epath.Path("unused"), only_shapes=True)
     encoders, frozen = abstract_frozen(part, mesh, RULES, 16)
     vae = part.autoencoder(part.vae_config)
     task = lidit_task(part.model, part.schedule, encoders, vae, frozen)
     trainer = Trainer(task, part.train, mesh, RULES)
-    batch = abstract_batch(part, encoders, mesh, RULES, SQUARE)
+    return trainer, frozen, abstract_batch(part, encoders, mesh, RULES, SQUARE)
+
+
+def test_the_parts_of_the_model_have_names_in_the_program(step):
+    """The names that group a trace's operations; see docs/tpu.md."""
+    trainer, frozen, batch = step
+    with jax.set_mesh(trainer.mesh):
+        text = trainer.lower(trainer.abstract_state(), frozen, batch).as_text(debug_info=True)
+    names = ("jvp(text_encoders/llama)", "jvp(text_encoders/qwen)", "jvp(vae)", "optimizer")
+    names += tuple(f"{passes}/{part}" for passes in PASSES for part in ("text_condition", "dit/while/body"))
+    assert [name for name in names if f"/{name}/" not in text] == []
+
+
+@pytest.fixture(scope="module")
+def report(step):
+    trainer, frozen, batch = step
     return compile_step._compile(trainer, frozen, batch, "v5e:2x4", V5E, SQUARE), trainer
 
 

@@ -25,7 +25,7 @@ from lidit_jax.checkpoint import Checkpoints, latest_step, load_weights
 from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
-from lidit_jax.metrics import Metrics, Progress, duration, peak_memory
+from lidit_jax.metrics import Metrics, Progress, device_memory, duration
 from lidit_jax.models.layers import Dense
 from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.mesh import make_mesh, resolve_sizes
@@ -336,17 +336,28 @@ def test_the_time_left_covers_the_stages_to_come_and_says_that_it_is_rough(monke
     progress = Progress("llama", 0, 10, 4, later_steps=110.0)
     now[0] += 4
     progress.speed(4)
-    values = {"loss": 1, "grad_norm": 1, "learning_rate": 1, "skipped": 0, "peak_memory_gb": 12.34}
+    values = {"loss": 1, "grad_norm": 1, "learning_rate": 1, "skipped": 0, "memory_gb": 3.21, "peak_memory_gb": 12.34}
     progress.print(4, values)
-    assert capsys.readouterr().err.endswith("memory 12.3 GB  eta 0m06s, all stages about 1m56s\n")
+    assert capsys.readouterr().err.endswith("memory 3.2 GB (peak 12.3)  eta 0m06s, all stages about 1m56s\n")
 
 
-def test_peak_memory_is_that_of_the_fullest_device_where_it_is_known(monkeypatch):
-    devices = [types.SimpleNamespace(memory_stats=lambda n=n: n and {"peak_bytes_in_use": n}) for n in (3e9, 5e9, None)]
+def test_the_memory_in_use_and_its_peak_are_those_of_the_fullest_device_where_they_are_known(monkeypatch):
+    def device(number, stats):
+        return types.SimpleNamespace(id=number, memory_stats=lambda: stats)
+
+    devices = [
+        device(4, {"bytes_in_use": 2e9, "peak_bytes_in_use": 3e9}),
+        device(6, {"bytes_in_use": 1e9, "peak_bytes_in_use": 5e9}),
+        device(7, None),
+    ]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    assert peak_memory() == {"peak_memory_gb": 5.0}
+    used = {"memory_gb": 2.0, "memory_gb/device_4": 2.0, "memory_gb/device_6": 1.0}
+    peaks = {"peak_memory_gb": 5.0, "peak_memory_gb/device_4": 3.0, "peak_memory_gb/device_6": 5.0}
+    assert device_memory() == used | peaks
+    monkeypatch.setattr(jax, "local_devices", lambda: devices[:1])
+    assert device_memory() == {"memory_gb": 2.0, "peak_memory_gb": 3.0}
     monkeypatch.setattr(jax, "local_devices", lambda: devices[2:])
-    assert peak_memory() == {}
+    assert device_memory() == {}
 
 
 def test_every_checkpoint_is_announced_with_its_path_when_it_is_written(tmp_path, caplog):

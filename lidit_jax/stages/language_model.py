@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.experiment import Experiment
+from lidit_jax.goodput import Goodput
 from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.train_network import on_host, train_network
@@ -66,7 +67,9 @@ def token_loss(
     return loss, {"perplexity": Perplexity(loss.mean, loss.weight)}
 
 
-def train_language_model(experiment: Experiment, name: str, dataset: Dataset, mesh: Mesh, rules: ShardingRules) -> None:
+def train_language_model(
+    experiment: Experiment, name: str, dataset: Dataset, mesh: Mesh, rules: ShardingRules, goodput: Goodput
+) -> None:
     """Trains a tokenizer and the LLM on the captions, and saves both in Hugging Face's format, unless they exist."""
     folder = experiment.encoder_folder(name)
     if folder.exists():
@@ -89,8 +92,9 @@ def train_language_model(experiment: Experiment, name: str, dataset: Dataset, me
             with_images=False,
         )
 
-    state = train_network(experiment, task, training, batches, mesh, rules, {"data": dataset.fingerprint})
-    params = on_host(state.params, mesh, training.stalled_after)
-    if jax.process_index() == 0:
-        save_llm(folder, config, params, tokenizer)
-    multihost_utils.sync_global_devices(f"saved {name}")
+    state = train_network(experiment, task, training, batches, mesh, rules, {"data": dataset.fingerprint}, goodput)
+    with goodput.timed("saving"):
+        params = on_host(state.params, mesh, training.stalled_after)
+        if jax.process_index() == 0:
+            save_llm(folder, config, params, tokenizer)
+        multihost_utils.sync_global_devices(f"saved {name}")

@@ -17,6 +17,7 @@ from lidit_jax.diffusion.losses import diffusion_loss
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder
 from lidit_jax.export.read import is_exported, load_params
+from lidit_jax.goodput import Goodput
 from lidit_jax.images import grid, to_float
 from lidit_jax.models.flops import FORWARD_AND_BACKWARD, lidit_forward, vae_encoder_forward
 from lidit_jax.models.lidit import LIDiT
@@ -60,8 +61,9 @@ def lidit_task(
         if "moments" in batch:
             posterior = DiagonalGaussian.from_moments(batch["moments"])
         else:
-            pixels = to_float(batch["image"])
-            posterior = vae.apply({"params": replicate(frozen["vae"])}, pixels, method=AutoencoderKL.encode)
+            with jax.named_scope("vae"):
+                pixels = to_float(batch["image"])
+                posterior = vae.apply({"params": replicate(frozen["vae"])}, pixels, method=AutoencoderKL.encode)
         latents = to_model_latents(posterior.sample(posterior_key), vae.config)
         latents = jax.lax.stop_gradient(latents)
         text = encode(encoders, frozen["encoders"], batch)
@@ -99,7 +101,7 @@ def _lidit_flops(
 
 
 def train_lidit(
-    experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules
+    experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules, goodput: Goodput
 ) -> tuple[Pipeline, TrainState]:
     """Trains LI-DiT, and returns the pipeline to sample with and the final state."""
     config, sampling = experiment.train, experiment.sample
@@ -147,7 +149,7 @@ def train_lidit(
 
     facts = {"data": dataset.fingerprint, "frozen": experiment.frozen_digests()}
     initial_params = _initial_params(experiment, mesh, rules)
-    state = train_network(experiment, task, config, batches, mesh, rules, facts, initial_params)
+    state = train_network(experiment, task, config, batches, mesh, rules, facts, goodput, initial_params)
     return pipeline, state
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import shlex
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -24,6 +25,7 @@ from lidit_jax.experiment import LIDIT, Experiment, check_start, checkpoint_fold
 from lidit_jax.export.folder import read_folder
 from lidit_jax.export.read import is_exported
 from lidit_jax.files import check_writable, is_writable
+from lidit_jax.goodput import GOODPUT_FILE, Goodput
 from lidit_jax.parallel.compilation_cache import COMPILED, cache_compilations
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.preemption import activity
@@ -41,7 +43,9 @@ from lidit_jax.workdir_lock import LOCK_FILE, lock
 logger = logging.getLogger(__name__)
 
 
-def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = False) -> None:
+def run_stages(
+    config: ConfigDict, workdir: epath.Path, keep_compiled: bool = False, started: float | None = None
+) -> None:
     """Trains every network that has no weights yet, LI-DiT last, and evaluates the result if the config asks for it.
 
     Everything that can be checked is checked before anything is written or trained.
@@ -50,11 +54,13 @@ def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = Fa
       config: the config of the run.
       workdir: folder of the run.
       keep_compiled: whether to keep compiled programs in the workdir.
+      started: `time.monotonic()` at the start of the command, from which its time is counted; None is now.
 
     Raises:
       UserError: if the config, the data or the weights are invalid or do not fit each other.
       Preempted: if SIGTERM was received; the last step is saved.
     """
+    started = time.monotonic() if started is None else started
     if not (workdir / CONFIG_FILE).exists():
         check_writable(workdir, f"--workdir={workdir}")
     with activity("checking the config and the data"):
@@ -72,22 +78,22 @@ def run_stages(config: ConfigDict, workdir: epath.Path, keep_compiled: bool = Fa
         if jax.process_index() == 0:
             logger.info("%s can't be written, and nothing is left to do\n%s", workdir, _summary(experiment))
         return
-    with _lock_workdir(workdir):
+    with _lock_workdir(workdir), Goodput(workdir, time.monotonic() - started) as goodput:
         claim()
         multihost_utils.sync_global_devices("claimed the workdir")
         captions = log_data(experiment, dataset)
         if keep_compiled:
             cache_compilations(workdir / COMPILED)
         if experiment.has_lidit:
-            _train_encoders(experiment, dataset, mesh, rules)
+            _train_encoders(experiment, dataset, mesh, rules, goodput)
             log_prompts(experiment, captions, experiment.encoders)
         with activity("training the VAE"):
-            vae_stage.run(mesh, rules)
+            vae_stage.run(mesh, rules, goodput)
         del vae_stage  # frees its images and its frozen network
         if experiment.has_lidit:
-            _train_lidit(experiment, dataset, mesh, rules, evaluation)
+            _train_lidit(experiment, dataset, mesh, rules, evaluation, goodput)
     if jax.process_index() == 0:
-        logger.info("%s", _summary(experiment))
+        logger.info("%s\n%s", goodput.summary(), _summary(experiment))
 
 
 def _is_archived(experiment: Experiment, vae_stage: VAEStage) -> bool:
@@ -125,21 +131,32 @@ def _checked_data(experiment: Experiment, mesh: Mesh, rules: ShardingRules) -> D
     return dataset
 
 
-def _train_encoders(experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules) -> None:
+def _train_encoders(
+    experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules, goodput: Goodput
+) -> None:
     for name, encoder in experiment.encoders.items():
         if not encoder.weights:
             with activity(f"training the encoder {name}"):
-                train_language_model(experiment, name, dataset, mesh, rules)
+                train_language_model(experiment, name, dataset, mesh, rules, goodput)
 
 
 def _train_lidit(
-    experiment: Experiment, dataset: Dataset, mesh: Mesh, rules: ShardingRules, evaluation: SceneEvaluation | None
+    experiment: Experiment,
+    dataset: Dataset,
+    mesh: Mesh,
+    rules: ShardingRules,
+    evaluation: SceneEvaluation | None,
+    goodput: Goodput,
 ) -> None:
     """Trains LI-DiT, and evaluates it if the config asks for it."""
     with activity("preparing to train LI-DiT"):
-        pipeline, state = train_lidit(experiment, dataset, mesh, rules)
+        pipeline, state = train_lidit(experiment, dataset, mesh, rules, goodput)
     if evaluation:
-        with activity("evaluating"), watched(experiment.train.stalled_after, "evaluate") as watchdog:
+        with (
+            activity("evaluating"),
+            goodput.timed("evaluating"),
+            watched(experiment.train.stalled_after, "evaluate") as watchdog,
+        ):
             evaluate_scenes(
                 pipeline, state.averaged, experiment.sample, evaluation, dataset, experiment.workdir, watchdog.beat
             )
@@ -158,6 +175,7 @@ def _summary(experiment: Experiment) -> str:
         "training": "logs, TensorBoard events and samples of each network",
         SCORES_FILE: "scores on unseen prompts",
         "grid.png": "images of unseen prompts",
+        GOODPUT_FILE: "where the time went",
         reconstruction.SCORES_FILE: "scores of the VAE's reconstructions",
         reconstruction.SHEET_FILE: "the VAE's reconstructions",
     }

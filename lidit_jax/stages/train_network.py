@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from lidit_jax.checkpoint import Checkpoints
 from lidit_jax.experiment import Experiment, checkpoint_folder
+from lidit_jax.goodput import Goodput
 from lidit_jax.metrics import Metrics
 from lidit_jax.models.lidit import num_parameters
 from lidit_jax.parallel.rules import ShardingRules, replicated
@@ -28,6 +29,7 @@ def train_network(
     mesh: Mesh,
     rules: ShardingRules,
     facts: Mapping[str, Any],
+    goodput: Goodput,
     initial_params: Callable[[Any], Any] | None = None,
 ) -> TrainState:
     """Trains one network with `train.train`, in its folder of the workdir.
@@ -40,6 +42,7 @@ def train_network(
       mesh: devices to train on.
       rules: sharding rules.
       facts: JSON-serialisable facts that a resumed run must agree with.
+      goodput: the run's clock.
       initial_params: (shapes, dtypes and shardings of the parameters) -> parameters to start from, for fine-tuning.
 
     Returns:
@@ -63,9 +66,10 @@ def train_network(
             facts=facts,
             initial_params=initial_params,
             later_steps=later_steps(experiment, task.name),
+            goodput=goodput,
         )
     finally:
-        with watched(config.stalled_after, task.name):
+        with watched(config.stalled_after, task.name), goodput.timed("saving"):
             checkpoints.close()
             metrics.close()
 

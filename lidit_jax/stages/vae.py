@@ -17,6 +17,7 @@ from lidit_jax.checkpoint import latest_step
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.experiment import Experiment, checkpoint_folder
+from lidit_jax.goodput import Goodput
 from lidit_jax.images import to_float
 from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
 from lidit_jax.models.image_similarity import psnr
@@ -205,13 +206,14 @@ class VAEStage:
         """True if nothing is left to be trained or evaluated."""
         return not self.to_train and not self.images
 
-    def run(self, mesh: Mesh, rules: ShardingRules) -> None:
+    def run(self, mesh: Mesh, rules: ShardingRules, goodput: Goodput) -> None:
         """Trains and evaluates the VAE; skips what a former run has finished."""
         autoencoding = Autoencoding(self.model, mesh, rules)
         if self.to_train:
-            self._train(autoencoding, mesh, rules)
+            self._train(autoencoding, mesh, rules, goodput)
         if self.images:
-            self._evaluate(autoencoding, mesh)
+            with goodput.timed("evaluating"):
+                self._evaluate(autoencoding, mesh)
         self.images, self.lpips = [], None  # frees them before LI-DiT is trained
 
     def _is_finished(self) -> bool:
@@ -238,7 +240,7 @@ class VAEStage:
             return None
         return load_lpips(file)
 
-    def _train(self, autoencoding: Autoencoding, mesh: Mesh, rules: ShardingRules) -> None:
+    def _train(self, autoencoding: Autoencoding, mesh: Mesh, rules: ShardingRules, goodput: Goodput) -> None:
         experiment, training = self.experiment, self.experiment.vae.train
         perceptual, adversarial = self.config.perceptual, self.config.adversarial
 
@@ -267,18 +269,19 @@ class VAEStage:
         facts = {"data": self.dataset.fingerprint}
         if self.lpips is not None:
             facts["perceptual"] = file_digest(perceptual.weights)
-        state = train_network(experiment, task, training, batches, mesh, rules, facts)
+        state = train_network(experiment, task, training, batches, mesh, rules, facts, goodput)
         measured = itertools.islice(batches(training.steps), STATISTICS_BATCHES)
         latents = autoencoding.latent_statistics(state.averaged["vae"], measured)
         factors = {"shift_factor": latents.shift_factor, "scaling_factor": latents.scaling_factor}
         logger.info("vae: latents have %s", ", ".join(f"{name} {value:.4f}" for name, value in factors.items()))
-        params = on_host(state.averaged["vae"], mesh, training.stalled_after)
-        if jax.process_index() == 0:
-            folder = experiment.vae_folder()
-            if folder.exists():  # from fewer steps; if interrupted here, the new one is in the checkpoint
-                folder.rmtree()
-            save_vae(folder, dataclasses.replace(self.model.config, **factors), params)
-        multihost_utils.sync_global_devices("saved vae")
+        with goodput.timed("saving"):
+            params = on_host(state.averaged["vae"], mesh, training.stalled_after)
+            if jax.process_index() == 0:
+                folder = experiment.vae_folder()
+                if folder.exists():  # from fewer steps; if interrupted here, the new one is in the checkpoint
+                    folder.rmtree()
+                save_vae(folder, dataclasses.replace(self.model.config, **factors), params)
+            multihost_utils.sync_global_devices("saved vae")
 
     def _evaluate(self, autoencoding: Autoencoding, mesh: Mesh) -> None:
         """Evaluates the reconstructions of the finished VAE, trained here or elsewhere, and writes the report."""

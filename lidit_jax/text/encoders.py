@@ -271,7 +271,8 @@ def encode(
     for name, encoder in encoders.items():
         mask, encoded = batch[f"{name}/mask"], batch.get(f"{name}/encoded")
         if encoded is None:
-            encoded = encoder.encode_prompts(frozen[name], batch[f"{name}/tokens"], mask)
+            with jax.named_scope(f"text_encoders/{name}"):
+                encoded = encoder.encode_prompts(frozen[name], batch[f"{name}/tokens"], mask)
         features.append(encoder.features(frozen[name], encoded, mask))
     return features
 
