@@ -119,6 +119,22 @@ def test_the_report_gives_memory_and_cost_of_a_chip(report):
     assert found["flops"] == report.cost.flops and found["gradient_reductions"] == reductions
 
 
+def test_the_shares_of_the_parts_sum_to_the_cost(report):
+    report, _ = report
+    shares = report.shares()
+    assert {"encoder llama", "encoder qwen", "VAE", "refiners", "DiT", "optimiser"} <= shares.keys()
+    for number, total in enumerate((report.cost.flops, report.cost.bytes)):
+        assert sum(share[number] for share in shares.values()) == pytest.approx(total)
+    trained = [shares[part][0] for part in ("DiT", "refiners")]
+    assert min(trained) > shares["encoder llama"][0] > 0  # three passes of as wide a model instead of one
+    assert shares["optimiser"][0] == 0 < shares["optimiser"][1]
+    assert shares["the rest"][0] < 0.01 * report.cost.flops
+    lines = report.traffic(5)
+    sizes = [float(line.split()[0]) for line in lines[1:]]
+    assert len(lines) == 6 and sizes == sorted(sizes, reverse=True)
+    assert json.loads(json.dumps(report.to_json()))["shares"]["DiT"]["flops"] == shares["DiT"][0]
+
+
 @pytest.fixture
 def of_buckets(with_weights, report, monkeypatch):
     """The tiny config with 10b.py's resolution, grid and buckets, and a list of the batches to compile.
@@ -270,7 +286,7 @@ def test_sampling_is_compiled_too(with_weights, monkeypatch):
     config.sample.update(batch_size=5, steps=3)
     report = compile_step.compile_step(config, "v5e:2x4", program="sample")
     assert report.fits and report.batch_size == 8  # one image for each device along data and fsdp
-    assert list(report.parts) == ["weights", "frozen", "beside"]
+    assert list(report.parts) == ["weights", "encoder llama", "encoder qwen", "VAE", "beside"]
     assert report.parts["beside"] > 2.9 * report.parts["weights"] and report.peak > report.parts["beside"]
     assert not dataclasses.replace(report, peak=17_000_000_000).fits
     # Three evaluations with guidance; at this size, the VAE's decoder costs more than the model.

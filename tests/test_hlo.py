@@ -26,6 +26,24 @@ def test_matrix_products_are_counted_like_xla_does(equation):
     assert ours == pytest.approx(theirs, rel=0.01) and ours > 1e5
 
 
+def test_operations_are_counted_by_scope_with_the_trips_of_their_loops():
+    weights, x = jnp.ones((7, 64, 64)), jnp.ones((32, 64))
+
+    def run(x, weights):
+        with jax.named_scope("first"):
+            x = x @ weights[0]
+        with jax.named_scope("second"):
+            return jax.lax.scan(lambda x, w: (x @ w, None), x, weights)[0]
+
+    cost = cost_of(compiled(run, x, weights).as_text())
+    flops = dict.fromkeys(("first", "second"), 0.0)
+    for operation, count in cost.operation_flops.items():
+        flops[next(scope for scope in flops if scope in operation.scope)] += count
+    one = 2 * 32 * 64 * 64
+    assert flops == {"first": one, "second": 7 * one}
+    assert sum(cost.operation_bytes.values()) == cost.bytes > 0
+
+
 @pytest.mark.parametrize(
     ("padding", "strides", "dilation", "image_dilation", "groups"),
     [

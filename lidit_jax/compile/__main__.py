@@ -4,8 +4,9 @@
 
 Compiles the step for the square bucket and for the most extreme one, and reports the one that needs more memory;
 `--bucket=640x384` compiles that one alone. `--program=sample` compiles the sampling of images instead; `--weights`
-lists the sharding of each weight. Reports the memory that a chip needs, whether it fits, and a lower bound on the time
-of a step. Needs no TPU, but the TPU compiler: `pip install -e ".[tpu]"`. Exit code 1 if the program does not fit.
+lists the sharding of each weight, `--traffic=20` the operations that move the most bytes. Reports the memory that a
+chip needs, whether it fits, what each part of the model costs, and a lower bound on the time of a step. Needs no TPU,
+but the TPU compiler: `pip install -e ".[tpu]"`. Exit code 1 if the program does not fit.
 """
 
 import sys
@@ -32,6 +33,9 @@ _BUCKET = flags.DEFINE_string(
     "bucket to compile, as 640x384 (height, width); default: the square one and, for training, the most extreme one",
 )
 _WEIGHTS = flags.DEFINE_bool("weights", False, "list the sharding of each weight, and compile nothing")
+_TRAFFIC = flags.DEFINE_integer(
+    "traffic", 0, "number of operations to list, those with the most HBM traffic first", lower_bound=0
+)
 _JSON = flags.DEFINE_string("json", None, "JSON file to write all numbers to")
 
 
@@ -51,6 +55,8 @@ def main() -> None:
         return
     report = compile_step(config, topology, _SLICES.value, _PREFIX.value, _PROGRAM.value, _BUCKET.value)
     print("\n".join(report.lines()))
+    if _TRAFFIC.value:
+        print("\n".join(["", *report.traffic(_TRAFFIC.value)]))
     if _JSON.value:
         write_json(epath.Path(_JSON.value), report.to_json())
     if not report.fits:

@@ -164,7 +164,7 @@ def _compile(
     trainer: Trainer, frozen: Any, batch: Mapping[str, Any], topology: str, chip: Chip, bucket: Bucket
 ) -> Report:
     state, mesh = trainer.abstract_state(), trainer.mesh
-    parts = {"weights": state.params, "ema": state.ema, "optimiser": state.opt_state, "frozen": frozen, "batch": batch}
+    parts = {"weights": state.params, "ema": state.ema, "optimiser": state.opt_state, **_named(frozen), "batch": batch}
     lower = functools.partial(trainer.lower, state, frozen, batch)
     rows = trainer.config.batch_size
     return _report(lower, mesh, parts, topology, chip, "train", rows, bucket, trainer.task.flops(batch))
@@ -178,9 +178,14 @@ def _compile_sampling(run: _Run, topology: str, bucket: Bucket) -> Report:
     lower = functools.partial(pipeline.lower, state.averaged, *bucket, sampling)
     # Sampling reads one copy of the weights; the rest of the train state stays in memory.
     beside = state.opt_state if state.ema is None else (state.params, state.opt_state)
-    parts = {"weights": state.averaged, "frozen": run.frozen, "beside": beside}
+    parts = {"weights": state.averaged, **_named(run.frozen), "beside": beside}
     rows, flops = pipeline.rows(sampling), pipeline.flops(*bucket, sampling)
     return _report(lower, run.mesh, parts, topology, run.chip, "sample", rows, bucket, flops)
+
+
+def _named(frozen: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the frozen networks by the name that the report gives them."""
+    return {f"encoder {name}": encoder for name, encoder in frozen["encoders"].items()} | {"VAE": frozen["vae"]}
 
 
 def _report(

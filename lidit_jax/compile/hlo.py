@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,21 @@ _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 _NAME = re.compile(r"%?([\w.\-]+)")
 
 
+class Operation(NamedTuple):
+    """What an instruction computes; instructions that differ in nothing of this are counted together.
+
+    Attributes:
+      scope: modules and functions that it was traced in, such as "jit(step)/jvp(LIDiT)/dit/…"; "" if the compiler added
+        it.
+      opcode: HLO opcode.
+      shape: shape of its result, without the layout.
+    """
+
+    scope: str
+    opcode: str
+    shape: str
+
+
 @dataclasses.dataclass
 class Cost:
     """Cost of one run of a program on one device.
@@ -40,6 +56,8 @@ class Cost:
       gradient_reductions: bytes of `messages` that reduce gradients of weights and biases, by dtype ("f32").
       kernels: custom calls whose FLOPs can't be read from the text, by target (those of the attention kernel can).
       unknown_loops: number of loops with an unknown trip count; their bodies are counted once.
+      operation_flops: `flops` by operation.
+      operation_bytes: `bytes` by operation.
     """
 
     flops: float = 0.0
@@ -48,16 +66,27 @@ class Cost:
     gradient_reductions: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     kernels: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unknown_loops: int = 0
+    operation_flops: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    operation_bytes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def add(self, other: "Cost", times: int = 1) -> None:
         """Adds another cost in place, multiplied by `times`."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
-        for field in ("messages", "gradient_reductions", "kernels"):
+        for field in ("messages", "gradient_reductions", "kernels", "operation_flops", "operation_bytes"):
             mine = getattr(self, field)
             for name, count in getattr(other, field).items():
                 mine[name] += times * count
         self.unknown_loops += other.unknown_loops
+
+    def within(self, scope: str) -> "Cost":
+        """Returns a copy whose operations without a scope, such as those inside of a fusion, are of the given one."""
+        operations: dict[str, collections.Counter] = {}
+        for field in ("operation_flops", "operation_bytes"):
+            operations[field] = collections.Counter()
+            for operation, count in getattr(self, field).items():
+                operations[field][operation if operation.scope else operation._replace(scope=scope)] += count
+        return dataclasses.replace(self, **operations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +136,8 @@ class _Module:
         if (name, fused) not in self._known:
             total = Cost()
             for instruction in self._computations.get(name, {}).values():
-                total.add(*self._cost_of(instruction, self._computations[name], fused))
+                cost, times = self._cost_of(instruction, self._computations[name], fused)
+                total.add(cost.within(_scope(instruction, self._computations[name])), times)
             self._known[name, fused] = total
         return self._known[name, fused]
 
@@ -150,6 +180,8 @@ class _Module:
             cost.flops = _attention_flops(instruction, computation)
             if not cost.flops:
                 cost.kernels[target] += 1
+        if cost.flops and instruction.opcode != "fusion":
+            cost.operation_flops[_operation(instruction)] = cost.flops
         kind = instruction.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
             shapes = [_result_shape(instruction)]
@@ -161,7 +193,9 @@ class _Module:
                 if kind in _REDUCTIONS and f"/{GRADIENT_SCOPE}/" in instruction.attributes:
                     cost.gradient_reductions[dtype] += size
         if not fused and instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
-            cost.bytes += self._traffic(instruction, computation)
+            traffic = self._traffic(instruction, computation)
+            cost.bytes += traffic
+            cost.operation_bytes[_operation(instruction)] += traffic
         return cost, 1
 
     def _continues_collective(self, name: str) -> bool:
@@ -280,6 +314,30 @@ def _result_shape(instruction: Instruction) -> str:
         kind, sizes = max(arrays, key=lambda array: _BYTES.get(array[0], 0) * math.prod(array[1]))
         return f"{kind}[{','.join(map(str, sizes))}]"
     return instruction.shape
+
+
+def _operation(instruction: Instruction) -> Operation:
+    shapes = [f"{kind}[{','.join(map(str, sizes))}]" for kind, sizes in _arrays(instruction.shape)]
+    shape = shapes[0] if len(shapes) == 1 else f"({', '.join(shapes)})"
+    return Operation(_own_scope(instruction), instruction.opcode, shape)
+
+
+def _own_scope(instruction: Instruction) -> str:
+    found = re.search(r'\bop_name="([^"]*)"', instruction.attributes)
+    return found[1] if found else ""
+
+
+def _scope(instruction: Instruction, computation: dict[str, Instruction]) -> str:
+    """Returns an instruction's scope or, if the compiler dropped it, that of the nearest operand that has one."""
+    layer, seen = [instruction], set()
+    while layer:
+        for found in layer:
+            if scope := _own_scope(found):
+                return scope
+        names = dict.fromkeys(name for found in layer for name in found.operands if name not in seen)
+        seen.update(names)
+        layer = [computation[name] for name in names if name in computation]
+    return ""
 
 
 def _target(instruction: Instruction) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,15 @@ from lidit_jax.compile.hlo import Cost
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.parallel.chips import Chip
 
+# Part of the program -> pattern of the scopes of its operations; the first that matches. Each encoder is a part.
+_PARTS = {
+    "encoder {}": r"\btext_encoders/(\w+)",
+    "VAE": r"\bvae\b|\bAutoencoderKL\b",
+    "refiners": r"\btext_condition\b",
+    "DiT": r"\bLIDiT\b",
+    "optimiser": r"\boptimizer\b",
+}
+_OTHERS = "the rest"  # the loss, the gradients' clipping, copies that the compiler added
 _DTYPES = {"f32": "float32", "bf16": "bfloat16"}  # names of XLA types
 
 
@@ -24,8 +34,9 @@ class Report:
       mesh: axis -> size.
       batch_size: samples on all chips together.
       bucket: size of the images.
-      parts: bytes on a chip of the arrays that stay in memory during the step: "weights", "ema", "optimiser", "frozen"
-        and "batch"; for sampling also "beside", the train state that sampling does not read.
+      parts: bytes on a chip of the arrays that stay in memory during the step: "weights", "ema", "optimiser", "encoder
+        NAME" of each encoder, "VAE" and "batch"; for sampling also "beside", the train state that sampling does not
+        read.
       temporaries: bytes; None if the compiler ran out of memory.
       peak: peak memory in bytes; None if the compiler ran out of memory.
       program: bytes of the code; None if the compiler ran out of memory.
@@ -83,6 +94,34 @@ class Report:
             "network": cost.messages.total() / chip.network_bandwidth,
         }
 
+    def shares(self) -> dict[str, tuple[float, float]]:
+        """Returns the FLOPs and the bytes of HBM traffic of each part of the program on a chip.
+
+        They sum to those of `cost`. A fusion's traffic belongs to the part of its main operation.
+        """
+        found: dict[str, tuple[float, float]] = {}
+        if self.cost is None:
+            return found
+        for number, counts in enumerate((self.cost.operation_flops, self.cost.operation_bytes)):
+            for operation, count in counts.items():
+                sums = list(found.get(part := _part(operation.scope), (0.0, 0.0)))
+                sums[number] += count
+                found[part] = (sums[0], sums[1])
+        return dict(sorted(found.items(), key=lambda entry: entry[1], reverse=True))
+
+    def traffic(self, count: int) -> list[str]:
+        """Returns lines of text on the operations with the most HBM traffic, the heaviest first.
+
+        Args:
+          count: number of operations.
+        """
+        if self.cost is None:
+            return []
+        rows = [f"{'GB':>9}  {'share':>5}  operation"]
+        for (scope, opcode, shape), size in self.cost.operation_bytes.most_common(count):
+            rows.append(f"{size / 1e9:9.2f}  {100 * size / self.cost.bytes:4.1f}%  {opcode} {shape} {scope}")
+        return rows
+
     def mfu_bound(self) -> float | None:
         """Returns an upper bound on the MFU: the model FLOPs at the speed of the slowest resource, over the peak."""
         if not self.bounds():
@@ -94,8 +133,11 @@ class Report:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["chip"] = dataclasses.asdict(self.chip)
         values["cost"] = self.cost and {
-            field.name: getattr(self.cost, field.name) for field in dataclasses.fields(Cost)
+            field.name: getattr(self.cost, field.name)
+            for field in dataclasses.fields(Cost)
+            if not field.name.startswith("operation_")
         }
+        values["shares"] = {part: {"flops": flops, "bytes": size} for part, (flops, size) in self.shares().items()}
         values |= {"fits": self.fits, "flops_ratio": self.flops_ratio, "bounds": self.bounds()}
         return values | {"mfu_bound": self.mfu_bound()}
 
@@ -114,12 +156,13 @@ class Report:
             rows += ["", "peak memory by bucket"]
             rows += [f"  {bucket:14}{gb(count)}" for bucket, count in self.bytes_by_bucket.items()]
             rows.append(f"  the rest is for {self.bucket}, which needs the most")
-        rows += ["", "a chip's memory"] + [f"  {name:14}{gb(count)}" for name, count in self.parts.items()]
-        if self.peak is None:
-            rows.append(f"  {'temporaries':14}{gb(self.needed)}")
-        else:
-            rows += [f"  {'temporaries':14}{gb(self.temporaries)}", f"  {'program':14}{gb(self.program)}"]
-            rows.append(f"  {'peak':14}{gb(self.peak)} of {self.chip.memory / 1e9:.0f} GB")
+        memory = {**self.parts, "temporaries": self.needed if self.peak is None else self.temporaries}
+        if self.peak is not None:
+            memory |= {"program": self.program, "peak": self.peak}
+        width = max(map(len, memory)) + 3
+        rows += ["", "a chip's memory"] + [f"  {name:{width}}{gb(count)}" for name, count in memory.items()]
+        if self.peak is not None:
+            rows[-1] += f" of {self.chip.memory / 1e9:.0f} GB"
         if not self.fits:
             rows.append(f"DOES NOT FIT: {self.advice()}")
         if self.cost is None:
@@ -128,6 +171,12 @@ class Report:
         rows += ["", "FLOPs of a chip"]
         rows += [f"  the model's   {per_chip / 1e12:9.2f} T", f"  compiled      {self.cost.flops / 1e12:9.2f} T"]
         rows[-1] += f", {self.flops_ratio:.2f} times the model's"
+        rows += ["", f"by part{'FLOPs':>26}{'HBM traffic':>24}"]
+        for part, (flops, size) in self.shares().items():
+            share = 100 * flops / max(self.cost.flops, 1)
+            rows.append(
+                f"  {part:16}{flops / 1e12:9.2f} T {share:5.1f} %{gb(size):>16} {100 * size / self.cost.bytes:5.1f} %"
+            )
         if self.cost.messages:
             rows += ["", "communication of a chip"] + [
                 f"  {kind:18}{gb(count)}" for kind, count in sorted(self.cost.messages.items())
@@ -163,6 +212,13 @@ class Report:
             f"{lacking}--config.train.accumulate={factor} (times what it is), --config.model.remat=full, or {factor} "
             "times as many chips"
         )
+
+
+def _part(scope: str) -> str:
+    for part, pattern in _PARTS.items():
+        if found := re.search(pattern, scope):
+            return part.format(*found.groups())
+    return _OTHERS
 
 
 def worst(reports: Sequence[Report]) -> Report:
