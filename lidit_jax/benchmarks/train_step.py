@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from lidit_jax import cli
-from lidit_jax.benchmarks import workload_flags
+from lidit_jax.benchmarks import shared_flags, workload_flags
 from lidit_jax.benchmarks.contest import Result, largest_difference
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lidit_jax.train_config import TrainConfig
 
 flags.adopt_module_key_flags(workload_flags)  # shows them in --help
-_STEPS = flags.DEFINE_integer("steps_a_round", 4, "steps per round", lower_bound=1, upper_bound=1_000_000)
+_STEPS = shared_flags.define_repeats("steps_a_round", 4, "steps per round")
 
 INPUTS_FILE = "inputs.npz"
 
