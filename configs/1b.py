@@ -9,6 +9,26 @@ The paper's LLMs are multi-modal fine-tunes, and its VAE was trained by its auth
 
 from ml_collections import ConfigDict
 
+# Sizes of the paper's LLMs, for `lidit_jax.compile` without weights; encoders with weights take theirs from the folder.
+LLAMA3_8B = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+}
+QWEN1_5_7B = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+}
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -37,37 +57,20 @@ def get_config() -> ConfigDict:
             "relationships of the objects:"
         ),
     }
-    # `model` is for `lidit_jax.compile` without weights; encoders with weights take their sizes from the folder.
     config.encoders = {
         "llama3": {  # paper: LLaMA3-8B, multi-modally tuned
             "weights": "",
-            "model": {
-                "vocab_size": 128_256,
-                "hidden_size": 4096,
-                "intermediate_size": 14_336,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 8,
-                "max_position_embeddings": 8192,
-            },
+            "model": LLAMA3_8B,
         },
         "qwen": {  # paper: Qwen1.5-7B, multi-modally tuned
             "weights": "",
             "family": "qwen2",
-            "model": {
-                "vocab_size": 151_936,
-                "hidden_size": 4096,
-                "intermediate_size": 11_008,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 32,
-                "max_position_embeddings": 32_768,
-            },
+            "model": QWEN1_5_7B,
         },
     }
     config.vae = {
         "weights": "",  # to fill in; the paper: 8x, 16 channels, the authors' own
-        "model": {  # for `compile`, as above; ours: the widths of SD 3's VAE
+        "model": {  # for `compile`, as the sizes of the LLMs; ours: the widths of SD 3's VAE
             "block_out_channels": (128, 256, 512, 512),
             "layers_per_block": 2,
             "latent_channels": 16,  # paper

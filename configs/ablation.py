@@ -1,4 +1,4 @@
-"""One row of the paper's Tables 2 to 6, or "position_conv": `--config=configs/ablation.py:ROW`.
+"""One row of the paper's Tables 2 to 6, or one of ours: `--config=configs/ablation.py:ROW`.
 
     python -m lidit_jax.main --config=configs/ablation.py:table2_token_refiner --workdir=gs://BUCKET/ablation/ROW \
         --config.data.path="gs://BUCKET/imagenet_and_cc12m/*.tar" --config.data.class_names=FILE \
@@ -20,16 +20,12 @@ from lidit_jax.ablate.rows import BASE_LLMS, ROWS
 from lidit_jax.errors import UserError
 from lidit_jax.text.prompts import INSTRUCTION
 
-# Ours: the paper's full model with the paper's position embedding alone; all other rows have the default.
-POSITION_CONV = "position_conv"
-
 
 def get_config(row: str = "") -> ConfigDict:
-    rows = {**ROWS, POSITION_CONV: ROWS["table2_collaborative_refiner"]}
-    if row not in rows:
-        raise UserError(f"configs/ablation.py:{row}: name a row after the colon, one of {', '.join(rows)}")
-    with_instruction = rows[row].instruction
-    is_tuned = not set(rows[row].encoders) & set(BASE_LLMS)
+    if row not in ROWS:
+        raise UserError(f"configs/ablation.py:{row}: name a row after the colon, one of {', '.join(ROWS)}")
+    with_instruction = ROWS[row].instruction
+    is_tuned = not set(ROWS[row].encoders) & set(BASE_LLMS)
 
     config = ConfigDict()
     config.seed = 0
@@ -52,19 +48,19 @@ def get_config(row: str = "") -> ConfigDict:
         # Ours: a template is an instruction of its own, and a base LLM was not trained on one.
         "chat_template": with_instruction and is_tuned,
     }
-    config.encoders = {name: {"weights": ""} for name in rows[row].encoders}
+    config.encoders = {name: {"weights": ""} for name in ROWS[row].encoders}
     config.vae = {"weights": ""}  # to fill in; the paper: 8x, 16 channels
     config.model = {
         "depth": 28,  # paper: LI-DiT-1B unless said otherwise (5.1), as the rest of Table 7
         "hidden_size": 1152,  # paper
         "num_heads": 16,  # paper
         "patch_size": 2,  # paper
-        "position": "conv" if row == POSITION_CONV else "conv+sincos+rope",  # ours, but for "conv", the paper's
+        "position": "conv+sincos+rope",  # ours; the paper: "conv"
         "latent_channels": 16,  # paper
         "refiner_qk_norm": True,  # ours: attention logits are unbounded without it in bfloat16
         "collaborative_blocks": 1,  # paper
         "dtype": "bfloat16",  # paper
-        **rows[row].model(),  # what the row changes
+        **ROWS[row].model(),  # what the row changes
     }
     config.diffusion = {"name": "ddpm", "prediction": "epsilon"}
     config.train = {

@@ -6,6 +6,8 @@ The data may come from any source in docs/data.md. The sizes are for a thousand 
 which the LLMs and the VAE are trained too. All numbers are ours.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from lidit_jax.text.prompts import INSTRUCTION
@@ -27,33 +29,7 @@ def get_config() -> ConfigDict:
         "max_length": 16,
         "instruction": INSTRUCTION,
     }
-    language_model = {
-        "vocab_size": 1024,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        # Features come from the first block: trained on few captions, it encodes best which word is where.
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    }
-    language_model_train = {
-        "steps": 300,
-        "batch_size": 64,
-        "learning_rate": 1e-3,
-        "warmup_steps": 50,
-        "schedule": "cosine",
-        "weight_decay": 0.1,
-    }
-    config.encoders = {
-        name: {
-            "dtype": "float32",
-            "family": family,
-            "model": dict(language_model),  # copied, so that overriding one does not change the other
-            "train": dict(language_model_train),
-        }
-        for name, family in (("llama", "llama"), ("qwen", "qwen2"))
-    }
+    config.encoders = {"llama": _language_model("llama"), "qwen": _language_model("qwen2")}
 
     config.vae = {
         "dtype": "float32",
@@ -108,3 +84,29 @@ def get_config() -> ConfigDict:
         "guidance_scale": 3.0,
     }
     return config
+
+
+def _language_model(family: str) -> dict[str, Any]:
+    """Returns the `encoders` entry of an LLM of this family, with its training."""
+    return {
+        "dtype": "float32",
+        "family": family,
+        "model": {
+            "vocab_size": 1024,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            # Features come from the first block: trained on few captions, it encodes best which word is where.
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        "train": {
+            "steps": 300,
+            "batch_size": 64,
+            "learning_rate": 1e-3,
+            "warmup_steps": 50,
+            "schedule": "cosine",
+            "weight_decay": 0.1,
+        },
+    }

@@ -6,6 +6,8 @@ It has every component of the paper at toy size; all numbers are ours. The instr
 because on a CPU the text path takes most of the time.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 
@@ -25,33 +27,7 @@ def get_config() -> ConfigDict:
         "instruction": "Describe the objects:",
     }
     # The names sort into the order of the model's branches, since a ConfigDict sorts its keys.
-    language_model = {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        # Features come from the first block: trained on few captions, it encodes best which word is where.
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    }
-    language_model_train = {
-        "steps": 250,
-        "batch_size": 64,
-        "learning_rate": 3e-3,
-        "warmup_steps": 30,
-        "schedule": "cosine",
-        "weight_decay": 0.01,
-    }
-    config.encoders = {
-        name: {
-            "dtype": "float32",
-            "family": family,
-            "model": dict(language_model),  # copied, so that overriding one does not change the other
-            "train": dict(language_model_train),
-        }
-        for name, family in (("llama", "llama"), ("qwen", "qwen2"))
-    }
+    config.encoders = {"llama": _language_model("llama"), "qwen": _language_model("qwen2")}
 
     config.vae = {
         "dtype": "float32",
@@ -111,3 +87,29 @@ def get_config() -> ConfigDict:
     }
     config.evaluate = {"two_objects": 256, "held_out_pairs": 128, "three_objects": 128, "four_objects": 128}
     return config
+
+
+def _language_model(family: str) -> dict[str, Any]:
+    """Returns the `encoders` entry of an LLM of this family, with its training."""
+    return {
+        "dtype": "float32",
+        "family": family,
+        "model": {
+            "vocab_size": 512,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            # Features come from the first block: trained on few captions, it encodes best which word is where.
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+        },
+        "train": {
+            "steps": 250,
+            "batch_size": 64,
+            "learning_rate": 3e-3,
+            "warmup_steps": 30,
+            "schedule": "cosine",
+            "weight_decay": 0.01,
+        },
+    }

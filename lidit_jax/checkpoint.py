@@ -1,9 +1,9 @@
 """Orbax checkpoints: asynchronous, atomic, and readable without the code that wrote them.
 
-A checkpoint has four items: `state` (step, parameters, EMA, optimiser), `facts` (JSON: the fingerprint of the data, the
-digests of the frozen networks), `config` (JSON), and `data`, the position of each process in the data (JSON, one file
-for each process). Its manifest (`manifest.py`) is verified before the checkpoint is used; instead of a damaged
-one, the one before is used.
+A checkpoint has four items: `state` (step, parameters, EMA, optimiser), `facts` (JSON: its provenance, which is the
+fingerprint of the data and the digests of the frozen networks), `config` (JSON), and `data`, the position of each
+process in the data (JSON, one file for each process). Its manifest (`manifest.py`) is verified before the checkpoint is
+used; instead of a damaged one, the one before is used.
 """
 
 import contextlib
@@ -36,7 +36,8 @@ T = TypeVar("T")
 # a single chunk, the 14 GB stack of a 10B model would take twice that memory to read one block.
 LARGE_STACK_BYTES = 64 << 20
 READ_BYTES = 256 << 20  # read at a time from a stacked array, if its chunks are no larger
-MANIFEST_FACT = "manifest"  # fact of a checkpoint that had a manifest when it was saved
+PROVENANCE_ITEM = "facts"  # stays as named in the first checkpoints, so that old and new ones are read alike
+HAD_MANIFEST = "manifest"  # key of the provenance of a checkpoint that had a manifest when it was saved
 # What Orbax, TensorStore and json raise for damaged files; devices and networks raise other errors.
 _UNREADABLE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NotImplementedError, RecursionError),
@@ -114,13 +115,13 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, facts: Mapping[str, Any], position: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Any, provenance: Mapping[str, Any], position: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint; the arrays are copied before this returns, so the state may be donated.
 
         Args:
           step: number of steps taken.
           state: tree of arrays.
-          facts: JSON-serialisable facts that a resumed run must agree with.
+          provenance: what the state was trained on, JSON-serialisable; a resumed run must agree with it.
           position: position of this process in the data, JSON-serialisable, with `step` as its "next_batch".
 
         Raises:
@@ -128,7 +129,7 @@ class Checkpoints:
         """
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state, save_args=jax.tree.map(_save_args, state)),
-            facts=ocp.args.JsonSave({**facts, MANIFEST_FACT: True}),
+            **{PROVENANCE_ITEM: ocp.args.JsonSave({**provenance, HAD_MANIFEST: True})},
             config=ocp.args.JsonSave(self.config),
             data=SaveDataPosition(position),
         )
@@ -139,20 +140,22 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
         self._being_written = step
 
-    def restore(self, abstract_state: Any, facts: Mapping[str, Any]) -> tuple[Any, Sequence[Mapping[str, Any]]] | None:
+    def restore(
+        self, abstract_state: Any, provenance: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[Mapping[str, Any]]] | None:
         """Restores the newest intact checkpoint, and renames damaged newer ones, so that they can be saved again.
 
         Args:
           abstract_state: shapes, dtypes and shardings of the state.
-          facts: the facts of this run; each must equal the checkpoint's.
+          provenance: that of this run; each value must equal the checkpoint's.
 
         Returns:
           The state, sharded like `abstract_state`, and the data positions of all processes that saved it; None if there
           is no checkpoint.
 
         Raises:
-          UserError: if the checkpoint was made with other facts (other data, other frozen weights), or does not fit; if
-            no checkpoint is intact; or, if `strict`, the newest is damaged.
+          UserError: if the checkpoint has another provenance (other data, other frozen weights), or does not fit; if no
+            checkpoint is intact; or, if `strict`, the newest is damaged.
         """
         steps = finished_steps(self.folder)
         if not steps:
@@ -160,7 +163,7 @@ class Checkpoints:
 
         def load(folder: epath.Path) -> tuple[int, Any, Sequence[Mapping[str, Any]]]:
             step = int(folder.name)
-            self._check_facts(step, read_facts(folder), facts)
+            self._check_provenance(step, read_provenance(folder), provenance)
             positions = DataPositionHandler().restore(folder / "data")
             found = [position.get("next_batch") for position in positions]
             if not found or any(type(number) is not int or number != step for number in found):
@@ -176,8 +179,8 @@ class Checkpoints:
         self._set_aside([damaged for damaged in steps if damaged > step])
         return state, positions
 
-    def _check_facts(self, step: int, recorded: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        for name, value in facts.items():
+    def _check_provenance(self, step: int, recorded: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        for name, value in provenance.items():
             if recorded.get(name) != value:
                 raise UserError(
                     f"{self.folder}: the checkpoint of step {step} was trained with {name} = "
@@ -490,7 +493,7 @@ def verify_checkpoint(folder: epath.Path) -> bool:
     damage, has_manifest = "", False
     try:
         has_manifest = verify(folder, jax.process_index(), jax.process_count())
-        had_manifest = read_facts(folder).get(MANIFEST_FACT)
+        had_manifest = read_provenance(folder).get(HAD_MANIFEST)
         if had_manifest and not has_manifest:
             raise DamagedError(f"{MANIFEST_FILE} is missing")
     except DamagedError as error:
@@ -513,19 +516,19 @@ def _first_of_hosts(message: str) -> str:
     return next(filter(None, messages), "")
 
 
-def read_facts(folder: epath.Path) -> Mapping[str, Any]:
-    """Returns the facts of a checkpoint.
+def read_provenance(folder: epath.Path) -> Mapping[str, Any]:
+    """Returns the provenance that a checkpoint records: what it was trained on.
 
     Raises:
       DamagedError: if they can't be read.
     """
     try:
-        facts = ocp.JsonCheckpointHandler().restore(folder / "facts")
+        provenance = ocp.JsonCheckpointHandler().restore(folder / PROVENANCE_ITEM)
     except _UNREADABLE as error:
-        raise DamagedError(f"its facts can't be read: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(facts, dict):
-        raise DamagedError(f"its facts are {facts!r:.80}, not an object")
-    return facts
+        raise DamagedError(f"its provenance can't be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(provenance, dict):
+        raise DamagedError(f"its provenance is {provenance!r:.80}, not an object")
+    return provenance
 
 
 def _metadata(folder: epath.Path, weights: str) -> Mapping[str, Any]:

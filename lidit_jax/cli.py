@@ -109,6 +109,11 @@ def define_config(default: str | None = None) -> flags.FlagHolder:
     )
 
 
+def define_num_images(default: int, text: str) -> flags.FlagHolder:
+    """Defines --num_images with the help `text`."""
+    return flags.DEFINE_integer("num_images", default, text, lower_bound=1, upper_bound=1_000_000)
+
+
 def define_sampling() -> Callable[[], dict[str, Any]]:
     """Defines the flags of commands that sample images.
 

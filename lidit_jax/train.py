@@ -318,7 +318,7 @@ def train(
     metrics: Metrics,
     *,
     seed: int,
-    facts: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     initial_params: Callable[[Any], Any] | None = None,
     later_steps: float = 0.0,
     goodput: Goodput | None = None,
@@ -332,7 +332,7 @@ def train(
       checkpoints: where the state is restored from and saved to.
       metrics: where metrics and samples are written.
       seed: seed of the initialisation and of the random numbers in the steps.
-      facts: JSON-serialisable facts that the checkpoint records and a resumed run must agree with (fingerprint of the
+      provenance: what the state is trained on, JSON-serialisable; a resumed run must agree with it (fingerprint of the
         data, digests of the frozen networks).
       initial_params: (shapes, dtypes and shardings of the parameters) -> parameters to start from instead of random
         ones, for fine-tuning; called if there is no checkpoint.
@@ -345,12 +345,12 @@ def train(
     Raises:
       Preempted: if SIGTERM was received; the last step is saved.
       UserError: after too many non-finite steps in a row, if no step was finite, if the weights ended up non-finite, or
-        if the checkpoint's facts differ.
+        if the checkpoint has another provenance.
     """
     config, task = trainer.config, trainer.task
     goodput = goodput or Goodput()
     with watched(config.stalled_after, task.name), goodput.timed("restoring"):
-        state, positions = _first_state(trainer, checkpoints, seed, facts, initial_params)
+        state, positions = _first_state(trainer, checkpoints, seed, provenance, initial_params)
     step = first_step = int(state.step)
     if step >= config.steps:
         return state
@@ -408,7 +408,7 @@ def train(
             if step % config.checkpoint_every == 0 or last or preempted:
                 goodput.saved()
                 with progress.paused(), goodput.timed("saving"), activity(f"saving step {step}"):
-                    checkpoints.save(step, state, facts, stream.get_state())
+                    checkpoints.save(step, state, provenance, stream.get_state())
                     if preempted or last:
                         checkpoints.wait()
                 watchdog.beat()
@@ -420,10 +420,14 @@ def train(
 
 
 def _first_state(
-    trainer: Trainer, checkpoints: Checkpoints, seed: int, facts: Mapping[str, Any], initial_params: Callable | None
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    seed: int,
+    provenance: Mapping[str, Any],
+    initial_params: Callable | None,
 ) -> tuple[TrainState, Sequence[Mapping[str, Any]]]:
     """Returns the newest checkpoint's state, or an initial one, and the data positions that belong to it."""
-    found = checkpoints.restore(trainer.abstract_state(), facts)
+    found = checkpoints.restore(trainer.abstract_state(), provenance)
     if found is not None:
         restored, positions = found
         if int(restored.step) != (expected := positions[0]["next_batch"]):

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from lidit_jax.checkpoint import load_weights, read_facts, require_checkpoint
+from lidit_jax.checkpoint import load_weights, read_provenance, require_checkpoint
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder
@@ -150,7 +150,7 @@ def compare_frozen(
     moved = {f"encoders.{name}": f"--encoder={name}={folder}" for name, folder in (encoders or {}).items()}
     if vae:
         moved["vae"] = f"--vae={vae}"
-    recorded = read_facts(checkpoint).get("frozen")
+    recorded = read_provenance(checkpoint).get("frozen")
     if not isinstance(recorded, dict):  # of an early version
         return
     for key, digest in experiment.frozen_digests().items():

@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -31,6 +33,7 @@ VOCAB_SIZE = 64
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5}
 LLAMA = {**SIZES, "num_attention_heads": 4, "rope_theta": 500_000.0, "rms_norm_eps": 1e-5}
 QWEN = {**SIZES, "num_attention_heads": 4, "rope_theta": 1_000_000.0, "rms_norm_eps": 1e-6}
+PHI = {**SIZES, "num_attention_heads": 4, "rms_norm_eps": 1e-5, "pad_token_id": None}
 GEMMA = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-6}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -78,6 +81,9 @@ MODELS = {
             },
         ),
     ),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**PHI, num_key_value_heads=2)),
+    "phi3_wide_heads": (Phi3ForCausalLM, Phi3Config(**PHI, num_key_value_heads=1, head_dim=12)),
+    "phi3_sliding": (Phi3ForCausalLM, Phi3Config(**PHI, num_key_value_heads=4, sliding_window=4)),
 }
 OURS = LLMConfig(**LLAMA, num_key_value_heads=2, dtype="float32")
 CONFIGS = {

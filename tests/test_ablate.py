@@ -19,7 +19,7 @@ from lidit_jax.ablate import language_models, report, runs
 from lidit_jax.ablate.corpus import Corpus, DocumentStream, DocumentTokenizer, describe
 from lidit_jax.ablate.language_models import FAMILIES, TUNED, _tokenizer, masked_token_task, next_token_task
 from lidit_jax.ablate.report import Mean
-from lidit_jax.ablate.rows import BASE_LLMS, ROWS, T5, TABLES
+from lidit_jax.ablate.rows import BASE_LLMS, OURS, ROWS, T5, TABLES
 from lidit_jax.config import build, claim_workdir
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.shapes.layout import SceneLayout
@@ -59,8 +59,31 @@ def prompts(tokenizer, instruction, length=300):
 
 def test_rows_are_one_run_exactly_where_the_papers_scores_are_equal():
     entries = {f"table{table}_{name}": entry for table, rows in TABLES.items() for name, entry in rows.items()}
-    for (name, one), (other_name, other) in itertools.combinations(entries.items(), 2):
+    of_paper = {name: entry for name, entry in entries.items() if entry.paper is not None}
+    for (name, one), (other_name, other) in itertools.combinations(of_paper.items(), 2):
         assert (one.row == other.row) == (one.paper == other.paper), (name, other_name)
+
+
+def test_rows_of_ours_differ_from_one_of_the_papers_rows_beside_them_and_are_in_no_table_of_the_paper():
+    paper = {entry.row for table in TABLES.values() for entry in table.values() if entry.paper is not None}
+    own = {name: entry for name, entry in TABLES[OURS].items() if entry.paper is None}
+    assert own
+    for name, entry in own.items():
+        assert TABLES[OURS][entry.compared_with].row in paper
+        assert entry.row not in paper
+        assert ROWS[name] == entry.row
+    assert all(entry.paper for table, rows in TABLES.items() if table != OURS for entry in rows.values())
+
+
+def test_a_row_of_ours_sets_its_field_and_nothing_else():
+    config, out = load_config("ablation_scenes"), epath.Path("/out")
+    entry = TABLES[OURS]["refiner_without_rotary"]
+    own = runs.run_config(config, runs.Run(entry.row, 5), out)
+    other = runs.run_config(config, runs.Run(TABLES[OURS][entry.compared_with].row, 5), out)
+    assert own.model.refiner_rotary is False
+    assert "refiner_rotary" not in other.model and LIDiTConfig.refiner_rotary
+    del own.model.refiner_rotary
+    assert own.to_dict() == other.to_dict()
 
 
 def test_rows_have_one_name_each():
@@ -70,7 +93,7 @@ def test_rows_have_one_name_each():
 
 
 def test_the_instruction_goes_with_the_multimodal_llm_in_all_tables_but_the_one_about_it():
-    for name, row in ROWS.items():
+    for name, row in ((name, row) for name, row in ROWS.items() if name not in TABLES[OURS]):
         is_base = bool(set(row.encoders) & set(BASE_LLMS))
         if row.encoders != (T5,) and not name.startswith("table4_"):
             assert is_base == (not row.instruction), name
@@ -327,17 +350,33 @@ def test_tables_say_what_the_runs_scored(tmp_path):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_table_marks_rows_of_ours_and_compares_them_with_the_papers(tmp_path):
+    out = epath.Path(tmp_path)
+    tables = report.choose([OURS])
+    for place, entry in enumerate(tables[OURS].values()):
+        for seed in range(3):
+            write_scores(out, entry.row, seed, 40 + 5 * place + seed)
+    report.write(out, tables, 3)
+    text = (out / "tables.md").read_text()
+    scores = "46.0 ± 2.5 | 46.0 ± 2.5 | 46.0 ± 2.5 | 46.0 ± 2.5 | 45.0, 46.0, 47.0"
+    assert f"| LLaMA + refiner without rotary positions | base LLaMA | {scores} | ours | ours |" in text
+    assert "| LLaMA + refiner without rotary positions, LLaMA + refiner | +5.0 ± 0.0 | 3 of 3 | +5.0 ± 0.0 |" in text
+    assert "over LLaMA + refiner without" not in text  # the paper has no ordering of it
+    assert (out / "ours.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_row_has_its_own_description():
     labels = {row: report.describe(row) for row in ROWS.values()}
     assert len(set(labels.values())) == len(labels)
     assert labels[ROWS["table3_llama_causal_token_refiner"]] == "base LLaMA + causal refiner"
     assert labels[ROWS["table5_2_blocks_without_gate"]] == "base LLaMA + refiner without gate"
+    assert labels[ROWS["refiner_without_rotary"]] == "base LLaMA + refiner + refiner_rotary=False"
     assert labels[ROWS["table6_qwen"]] == "tuned Qwen + instruction + refiner"
 
 
 @pytest.mark.parametrize("names", [["7"], ["2", "x"]])
 def test_an_unknown_table_is_rejected(names):
-    with pytest.raises(UserError, match="choose from 2, 3, 4, 5, 6, figure3"):
+    with pytest.raises(UserError, match="choose from 2, 3, 4, 5, 6, ours, figure3"):
         report.choose(names)
 
 
@@ -384,7 +423,7 @@ def test_what_is_wrong_is_said_in_one_line_before_anything_is_trained(tmp_path):
     assert found.returncode == 2
     assert "was created with another config" in found.stderr
     for out, words in (("gs://bucket/a", "local folders only"), (ROOT / "setup.py", "is a file: name a folder")):
-        found = ablate("--table=2", f"--out={out}")
+        found = ablate("--table=ours", f"--out={out}")
         assert found.returncode == 2
         assert words in found.stderr
     assert not (tmp_path / "a").exists()

@@ -21,7 +21,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.manifest import MANIFEST_FILE, DamagedError, verify, write_manifest
 
 logger = logging.getLogger("lidit_jax.checkpoint")
-FACTS = {"data": "random numbers"}
+PROVENANCE = {"data": "random numbers"}
 SHAPES = {"step": ((), jnp.int32), "params": ((40,), jnp.float32), "ema": ((8, 3), jnp.float32)}
 
 
@@ -39,7 +39,7 @@ def abstract_state():
 def save(folder, *steps):
     checkpoints = Checkpoints(folder, {"name": "tiny"})
     for step in steps:
-        checkpoints.save(step, state_of(step), FACTS, {"next_batch": step, "fingerprint": "x"})
+        checkpoints.save(step, state_of(step), PROVENANCE, {"next_batch": step, "fingerprint": "x"})
     checkpoints.close()
 
 
@@ -65,7 +65,7 @@ def propagated(monkeypatch):
 def restore(folder, strict=False):
     checkpoints = Checkpoints(folder, {}, strict=strict)
     try:
-        return checkpoints.restore(abstract_state(), FACTS)
+        return checkpoints.restore(abstract_state(), PROVENANCE)
     finally:
         checkpoints.close()
 
@@ -151,12 +151,15 @@ def move_and_link(folder):
 DAMAGE = {
     "flipped weights": (lambda folder: flip(folder, "state/d/*"), "other contents"),
     "flipped position": (lambda folder: flip(folder, "data/process_*"), "other contents"),
-    "a longer file": (lambda folder: (folder / "facts/metadata").write_text(json.dumps(FACTS) + " "), "bytes instead"),
+    "a longer file": (
+        lambda folder: (folder / "facts/metadata").write_text(json.dumps(PROVENANCE) + " "),
+        "bytes instead",
+    ),
     "missing weights": (remove_weights, "is missing"),
     "another position": (add_process, "not in its manifest"),
     "no manifest": (lambda folder: (folder / MANIFEST_FILE).unlink(), "manifest.json is missing"),
     "link": (link_out, "is a link"),
-    "empty folder": (lambda folder: (folder.rmtree(), folder.mkdir()), "facts can't be read"),
+    "empty folder": (lambda folder: (folder.rmtree(), folder.mkdir()), "provenance can't be read"),
     "a file in its place": (write_over, "it is not a folder"),
     "a link in its place": (move_and_link, "it is a link"),
 }
@@ -221,7 +224,7 @@ def test_a_chunk_that_cannot_be_decoded_is_said_in_one_line(copy, caplog, conten
     forge_array(copy / "7", b"params.w/0", content)
     if not has_manifest:
         (copy / "7" / MANIFEST_FILE).unlink()
-        (copy / "7/facts/metadata").write_text(json.dumps(FACTS))
+        (copy / "7/facts/metadata").write_text(json.dumps(PROVENANCE))
         assert_is_of(load_weights(copy, "params")[0] and restore(copy)[0], 3)
         assert "checkpoint of step 7 is damaged (it can't be read: " in caplog.text
         return
@@ -258,19 +261,19 @@ def test_without_an_intact_checkpoint_nothing_starts_from_scratch(copy):
 def test_a_damaged_step_is_saved_again(copy):
     flip(copy / "7", "state/d/*")
     checkpoints = Checkpoints(copy, {}, keep=1)
-    state, [position] = checkpoints.restore(abstract_state(), FACTS)
+    state, [position] = checkpoints.restore(abstract_state(), PROVENANCE)
     assert position["next_batch"] == 3
-    checkpoints.save(7, state_of(7), FACTS, {"next_batch": 7})
+    checkpoints.save(7, state_of(7), PROVENANCE, {"next_batch": 7})
     checkpoints.close()
     assert finished_steps(copy) == [7] and verify(copy / "7")
     assert_is_of(restore(copy)[0], 7)
 
 
 @pytest.mark.parametrize("has_manifest", [True, False])
-def test_other_facts_are_said_and_are_no_damage(copy, has_manifest):
+def test_another_provenance_is_said_and_is_no_damage(copy, has_manifest):
     if not has_manifest:
         (copy / "7" / MANIFEST_FILE).unlink()
-        (copy / "7/facts/metadata").write_text(json.dumps(FACTS))
+        (copy / "7/facts/metadata").write_text(json.dumps(PROVENANCE))
     checkpoints = Checkpoints(copy, {})
     with pytest.raises(UserError, match=r"checkpoints: the checkpoint of step 7 was trained with data = 'random"):
         checkpoints.restore(abstract_state(), {"data": "others"})
@@ -280,7 +283,7 @@ def test_other_facts_are_said_and_are_no_damage(copy, has_manifest):
 
 def test_a_checkpoint_from_before_manifests_is_read_and_said(copy, caplog):
     (copy / "7" / MANIFEST_FILE).unlink()
-    (copy / "7/facts/metadata").write_text(json.dumps(FACTS))
+    (copy / "7/facts/metadata").write_text(json.dumps(PROVENANCE))
     assert_is_of(restore(copy)[0], 7)
     [said] = [record.getMessage() for record in caplog.records if record.name == "lidit_jax.checkpoint"]
     assert "has no manifest.json (from an earlier version), so it was not verified" in said

@@ -210,6 +210,7 @@ def save_llms(root: Path) -> dict[str, Path]:
         ),
         "mistral": transformers.MistralForCausalLM(transformers.MistralConfig(**TINY, sliding_window=4)),
         "qwen3": transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TINY)),
+        "phi3": transformers.Phi3ForCausalLM(transformers.Phi3Config(**TINY, sliding_window=4)),
         "llava": transformers.LlavaForConditionalGeneration(
             transformers.LlavaConfig(
                 vision_config=transformers.CLIPVisionConfig(**vision), text_config=text, image_token_index=299
@@ -243,7 +244,9 @@ def rename(folder: Path, old: str, new: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("names", [("gemma2", "gemma3", "mistral", "qwen3"), ("llava", "old_llava", "own_llava")])
+@pytest.mark.parametrize(
+    "names", [("gemma2", "gemma3", "mistral", "qwen3"), ("llava", "old_llava", "own_llava", "phi3")]
+)
 def test_every_llm_family_has_the_same_features_in_pytorch(workdir, tmp_path, names):
     llms = save_llms(tmp_path)
     config = random_config()

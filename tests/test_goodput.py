@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import FACTS, Numbers, make_trainer
+from test_train import PROVENANCE, Numbers, make_trainer
 
 from lidit_jax import goodput as goodput_module
 from lidit_jax.checkpoint import Checkpoints
@@ -215,7 +215,7 @@ def test_a_preempted_and_resumed_training_is_measured_in_full(tmp_path):
         checkpoints = Checkpoints(tmp_path / "checkpoints", {})
         started = time.monotonic()
         with Goodput(epath.Path(tmp_path)) as goodput, pytest.raises(Preempted) if stops else contextlib.nullcontext():
-            train(trainer, Slow, checkpoints, metrics, seed=0, facts=FACTS, goodput=goodput)
+            train(trainer, Slow, checkpoints, metrics, seed=0, provenance=PROVENANCE, goodput=goodput)
         lived += time.monotonic() - started
         checkpoints.close()
         metrics.close()

@@ -1,4 +1,4 @@
-"""Compares the LLM with transformers' LLaMA, Mistral, Qwen and Gemma, and tests its prefix cache and properties."""
+"""Compares the LLM with transformers' LLaMA, Mistral, Qwen, Gemma and Phi-3; tests its prefix cache and properties."""
 
 import dataclasses
 
@@ -140,7 +140,7 @@ def test_a_batch_has_the_features_of_its_rows_one_by_one(qwen_params, rows):
         assert_close(batch[index], features(CONFIG, qwen_params, np.array([row]))[0])
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "qwen_mha", "qwen3", "gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen_mha", "qwen3", "gemma", "gemma2", "gemma3", "phi3"])
 def test_bfloat16_is_as_close_to_float32_as_transformers_own(name, tmp_path):
     model = reference(name)
     model.save_pretrained(tmp_path)

@@ -138,6 +138,27 @@ PUBLISHED = {  # keys that determine the model, from the published config.json
             "embedding_scale": 2560**0.5,
         },
     ),
+    "Phi-3-mini-4k-instruct": (
+        {
+            "model_type": "phi3",
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "sliding_window": 2047,
+            "tie_word_embeddings": False,
+            "vocab_size": 32064,
+        },
+        {"head_dim": 96, "attention_bias": False, "sliding_window": 2047, "sliding_layers": (True,) * 32},
+    ),
     "gemma-2b": (
         {
             "model_type": "gemma",
@@ -163,7 +184,7 @@ def test_published_configs_are_read(name):
     assert {key: getattr(config, key) for key in expected} == expected
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gemma2"])
+@pytest.mark.parametrize("name", ["llama_gqa", "gemma2", "phi3"])
 def test_parameters_are_sharded_over_the_mesh_and_equal_those_of_one_device(name, tmp_path):
     reference(name).save_pretrained(tmp_path)
     expected = load_llm_encoder(tmp_path)[1]
@@ -332,6 +353,57 @@ def test_a_tensor_of_another_shape_is_named(folder):
     change_tensors(folder, lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.weight": np.zeros((32, 48))}))
     with pytest.raises(UserError, match=r"up_proj\.weight has shape \(32, 48\), config\.json requires \(48, 32\)"):
         load_llm_encoder(folder)
+
+
+@pytest.fixture
+def phi3(tmp_path):
+    reference("phi3").save_pretrained(tmp_path / "phi3")
+    return tmp_path / "phi3"
+
+
+def test_a_fused_tensor_of_another_shape_is_named(phi3):
+    name = "model.layers.1.self_attn.qkv_proj.weight"
+    change_tensors(phi3, lambda tensors: tensors.update({name: np.zeros((48, 32), np.float32)}))
+    with pytest.raises(UserError, match=r"qkv_proj\.weight has shape \(48, 32\), config\.json requires \(64, 32\)"):
+        load_llm_encoder(phi3)
+
+
+def test_a_fused_tensor_that_is_missing_is_named(phi3):
+    change_tensors(phi3, lambda tensors: tensors.pop("model.layers.0.mlp.gate_up_proj.weight"))
+    with pytest.raises(UserError, match=r"tensor model\.layers\.0\.mlp\.gate_up_proj\.weight is missing"):
+        load_llm_encoder(phi3)
+
+
+@pytest.mark.parametrize("row", [0, 40, 63])  # of query, key and value
+def test_a_fused_tensor_that_is_not_finite_is_named(phi3, row):
+    name = "model.layers.2.self_attn.qkv_proj.weight"
+
+    def change(tensors):
+        tensors[name] = tensors[name].copy()
+        tensors[name][row, 2] = np.nan
+
+    change_tensors(phi3, change)
+    with pytest.raises(UserError, match=f"tensor {name} has values that are not finite"):
+        load_llm_encoder(phi3)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (
+            {"partial_rotary_factor": 0.75},
+            "partial_rotary_factor=0.75 is not supported: use a model that rotates",
+        ),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 8.0},
+            "rope_type 'longrope' is not supported: use one of default, linear",
+        ),
+    ],
+)
+def test_phi3_with_other_rotary_positions_is_rejected(phi3, rope, message):
+    change_config(phi3, rope_parameters={"rope_theta": 10_000.0, "rope_type": "default"} | rope)
+    with pytest.raises(UserError, match=message):
+        load_llm_encoder(phi3)
 
 
 def test_integer_weights_are_rejected(folder):

@@ -14,10 +14,10 @@ from PIL import Image
 from vqa_models import random_image, save_blip, save_vilt
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluate.adjective_pairs import NUM_PROMPTS, Pair, find_prompts, join_phrases, parse_phrase, parse_prompt
 from lidit_jax.evaluate.attributes import ATTRIBUTES, KINDS
 from lidit_jax.evaluate.benchmarks import open_benchmark
 from lidit_jax.evaluate.generate import Request
+from lidit_jax.evaluate.positional_bias import NUM_PROMPTS, Pair, find_prompts, join_phrases, parse_phrase, parse_prompt
 from lidit_jax.score import positional_bias
 from lidit_jax.score.positional_bias import ScoredPair, chart, mean_by_quarter, score, summary
 from lidit_jax.score.quarters import QUARTER_NAMES, interval_by_quarter, mean_over_prompts, quarter_weights

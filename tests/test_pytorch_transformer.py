@@ -19,7 +19,7 @@ from lidit_jax.models.lidit import LIDiT, TextFeatures
 from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.pytorch import transformer_lidit
 from lidit_jax.pytorch.transformer_lidit import LIDiTTransformer2DModel
-from lidit_jax.weights.torch_lidit import FIELDS, save_lidit, torch_tensors
+from lidit_jax.weights.diffusers_lidit import FIELDS, save_lidit, torch_tensors
 
 FILE = Path(transformer_lidit.__file__)
 TINY = LIDiTConfig(

@@ -14,7 +14,7 @@ import torch
 from absl import flags
 from conftest import ROOT, load_config, tiny_config
 
-from lidit_jax.benchmarks import sample, torch_lidit, train_step, workload
+from lidit_jax.benchmarks import pytorch_baseline, sample, train_step, workload
 from lidit_jax.diffusion import samplers
 from lidit_jax.diffusion.schedules import DDPM, RectifiedFlow
 from lidit_jax.errors import UserError
@@ -78,8 +78,10 @@ def test_pytorch_predicts_what_jax_predicts(text, model, tolerance):
     params = random_params(ours, latents, timesteps, features)
     expected = jax.jit(ours.apply)({"params": params}, latents, timesteps, features)
 
-    torch_model = torch_lidit.from_flax(work.model, work.text_widths, params, dtype=getattr(torch, work.model.dtype))
-    arguments = torch_lidit.channels_first(latents), torch.from_numpy(timesteps)
+    torch_model = pytorch_baseline.from_flax(
+        work.model, work.text_widths, params, dtype=getattr(torch, work.model.dtype)
+    )
+    arguments = pytorch_baseline.channels_first(latents), torch.from_numpy(timesteps)
     with torch.no_grad():
         actual = torch_model(*arguments, **workload.torch_features(work, "cpu")).sample
     assert_close(actual.movedim(1, -1), expected, tolerance)
@@ -98,14 +100,16 @@ def test_pytorch_learns_what_jax_learns(one_device):
     trainer, batch = train_step.make_trainer(work, config, experiment.config.mesh)
     state, key, text = trainer.init(0), jax.random.key(1), workload.torch_features(work, "cpu")
     before = jax.device_get(state.params)
-    start = torch_lidit.state_dict_from_flax(work.model, before)
+    start = pytorch_baseline.state_dict_from_flax(work.model, before)
     torch_models = []
     for remat in ("none", "full", "dots"):
         model = dataclasses.replace(work.model, remat=remat)
-        torch_models.append(torch_lidit.Trainer(torch_lidit.from_flax(model, work.text_widths, before), config))
+        torch_models.append(
+            pytorch_baseline.Trainer(pytorch_baseline.from_flax(model, work.text_widths, before), config)
+        )
     for number in range(2):
         arrays = train_step.random_inputs(work, batch["moments"], key, number)
-        [inputs] = torch_lidit.split_steps({name: array[None] for name, array in arrays.items()})
+        [inputs] = pytorch_baseline.split_steps({name: array[None] for name, array in arrays.items()})
         rate = float(trainer.learning_rate(number))
         with jax.set_mesh(trainer.mesh):
             state, metrics = trainer.step(state, trainer.task.frozen, batch, key, number)
@@ -114,7 +118,9 @@ def test_pytorch_learns_what_jax_learns(one_device):
             loss, norm = torch_model.step(inputs, text, rate)
             assert loss.item() == pytest.approx(float(metrics["loss"].mean), rel=1e-5)
             assert norm.item() == pytest.approx(float(metrics["grad_norm"]), rel=1e-4)
-    ours = [torch_lidit.state_dict_from_flax(work.model, jax.device_get(tree)) for tree in (state.params, state.ema)]
+    ours = [
+        pytorch_baseline.state_dict_from_flax(work.model, jax.device_get(tree)) for tree in (state.params, state.ema)
+    ]
     for torch_model in torch_models:
         names = [name for name, _ in torch_model.model.named_parameters()]
         assert set(names) == set(start)
@@ -151,7 +157,7 @@ def test_pytorch_takes_the_steps_of_a_jax_sampler(name, schedule):
 
     noise, table = np.random.default_rng(0).standard_normal((2, 3), np.float32), samplers.step_table(name, schedule, 4)
     expected = samplers.sample(name, schedule, predict, noise, 4)
-    drawn = torch_lidit.Sampler(Model(), table, schedule.prediction, 1.0)(torch.from_numpy(noise), {})
+    drawn = pytorch_baseline.Sampler(Model(), table, schedule.prediction, 1.0)(torch.from_numpy(noise), {})
     assert_close(drawn, expected, 1e-5)
 
 

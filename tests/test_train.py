@@ -36,7 +36,7 @@ from lidit_jax.train_config import TrainConfig
 from lidit_jax.weighted_mean import WeightedMean
 
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}
-FACTS = {"data": "random numbers"}
+PROVENANCE = {"data": "random numbers"}
 
 
 class Toy(nn.Module):
@@ -101,10 +101,10 @@ def make_trainer(mesh_sizes=ONE_DEVICE, task=None, **changes):
     )
 
 
-def run(folder, trainer, stream=Numbers, facts=FACTS):
+def run(folder, trainer, stream=Numbers, provenance=PROVENANCE):
     checkpoints, metrics = Checkpoints(folder / "checkpoints", {}, trainer.config.keep), Metrics(folder)
     try:
-        return train(trainer, stream, checkpoints, metrics, seed=0, facts=facts)
+        return train(trainer, stream, checkpoints, metrics, seed=0, provenance=provenance)
     finally:
         checkpoints.close()
         metrics.close()
@@ -241,7 +241,7 @@ def test_the_learning_rate_warms_up_to_its_value_and_never_exceeds_it(warmup, st
 def test_other_data_than_the_checkpoints_is_rejected(tmp_path):
     run(tmp_path, make_trainer(steps=5))
     with pytest.raises(UserError, match="data = 'random numbers', now it is 'others'"):
-        run(tmp_path, make_trainer(), facts={"data": "others"})
+        run(tmp_path, make_trainer(), provenance={"data": "others"})
 
 
 def test_weights_are_read_without_the_optimiser(tmp_path):

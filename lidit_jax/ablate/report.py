@@ -1,4 +1,7 @@
-"""Compares the ablations' results with the paper's: tables with intervals over seeds, orderings, and plots."""
+"""Compares the ablations' results with the paper's: tables with intervals over seeds, orderings, and plots.
+
+Rows of ours stand in the same tables, marked "ours" where the others have the paper's scores.
+"""
 
 import dataclasses
 import itertools
@@ -11,7 +14,7 @@ import numpy as np
 from etils import epath
 from scipy import stats
 
-from lidit_jax.ablate.rows import BASE_LLAMA, BASE_QWEN, LLAMA, QWEN, T5, TABLES, Row, TableRow
+from lidit_jax.ablate.rows import BASE_LLAMA, BASE_QWEN, LLAMA, OURS, QWEN, T5, TABLES, Row, TableRow
 from lidit_jax.ablate.runs import Run
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import COUNTS, SCORES_FILE, named_at
@@ -109,7 +112,7 @@ def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: 
     write_bytes(out / "tables.md", text.encode())
     for name, table in tables.items():
         if name != FIGURE_3:
-            _plot_table(out / f"table{name}.png", name, table, results)
+            _plot_table(out / f"{OURS if name == OURS else f'table{name}'}.png", name, table, results)
     _plot_places(out / "figure3.png", labels, results)
     logger.info("\n%s\n%s", text, out / "tables.md")
 
@@ -166,7 +169,7 @@ def _percent(file: epath.Path, scores: Any, group: str, measure: str) -> float:
 
 def _markdown(name: str, table: Mapping[str, TableRow], results: Mapping[Row, Result]) -> str:
     lines = [
-        f"### Table {name}",
+        f"### {_title(name)}",
         "",
         f"| row | encoder here | {' | '.join(COLUMNS)} | pairs, seed by seed | paper: T2I-CompBench | DPG-Bench |",
     ]
@@ -174,23 +177,42 @@ def _markdown(name: str, table: Mapping[str, TableRow], results: Mapping[Row, Re
     for entry in table.values():
         cells = [str(results[entry.row].columns[column]) for column in COLUMNS]
         cells.append(", ".join(f"{value:.1f}" for value in results[entry.row].columns["pairs"].values))
-        cells = [entry.label, _encoders(entry.row), *cells, *(f"{score:.2f}" for score in entry.paper)]
+        cells = [entry.label, _encoders(entry.row), *cells, *_paper_cells(entry)]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| the paper's ordering | its difference | pairs here | seeds | scenes here | appears |"]
     lines.append("|---" * 6 + "|")
     for worse, better in orderings(table):
-        worse_means, better_means = results[worse.row].columns, results[better.row].columns
-        pairs, scenes = (better_means[column] - worse_means[column] for column in ("pairs", "scenes"))
+        pairs, *cells = _differences(better, worse, results)
         paper = better.paper.t2i_compbench - worse.paper.t2i_compbench
-        seeds = f"{sum(value > 0 for value in pairs.values)} of {len(pairs.values)}"
-        cells = (f"{better.label} over {worse.label}", f"{paper:+.2f}", _signed(pairs), seeds, _signed(scenes))
+        cells = (f"{better.label} over {worse.label}", f"{paper:+.2f}", *cells)
         lines.append(f"| {' | '.join(cells)} | {verdict(pairs)} |")
+    if ours := [entry for entry in table.values() if entry.paper is None]:
+        lines += ["", "| ours, compared with | pairs here | seeds | scenes here |", "|---|---|---|---|"]
+        for entry in ours:
+            other = table[entry.compared_with]
+            _, *cells = _differences(entry, other, results)
+            lines.append(f"| {' | '.join((f'{entry.label}, {other.label}', *cells))} |")
     return "\n".join([*lines, ""])
 
 
+def _title(name: str) -> str:
+    return "Ours" if name == OURS else f"Table {name}"
+
+
+def _paper_cells(entry: TableRow) -> Sequence[str]:
+    return ("ours", "ours") if entry.paper is None else [f"{score:.2f}" for score in entry.paper]
+
+
+def _differences(a: TableRow, b: TableRow, results: Mapping[Row, Result]) -> tuple[Mean, str, str, str]:
+    """Returns how much more pairs `a` has right than `b`; and as texts that, in how many seeds, and for scenes."""
+    pairs, scenes = (results[a.row].columns[column] - results[b.row].columns[column] for column in ("pairs", "scenes"))
+    seeds = f"{sum(value > 0 for value in pairs.values)} of {len(pairs.values)}"
+    return pairs, _signed(pairs), seeds, _signed(scenes)
+
+
 def orderings(table: Mapping[str, TableRow]) -> list[tuple[TableRow, TableRow]]:
-    """Returns all pairs of rows as (worse, better) by the paper's T2I-CompBench, in the table's order."""
-    pairs = itertools.combinations(table.values(), 2)
+    """Returns all pairs of the paper's rows as (worse, better) by its T2I-CompBench, in the table's order."""
+    pairs = itertools.combinations((entry for entry in table.values() if entry.paper is not None), 2)
     return [(a, b) if a.paper < b.paper else (b, a) for a, b in pairs]
 
 
@@ -218,6 +240,7 @@ def describe(row: Row) -> str:
         words.append(f"{kind}{size}{'' if row.refiner_gated else ' without gate'}")
     if len(row.encoders) > 1:
         words.append("collaborative refiner" if row.fusion == "collaborative" else "concatenation")
+    words += [f"{name}={value}" for name, value in row.changes]
     return " + ".join(words)
 
 
@@ -251,7 +274,11 @@ def _plot_table(file: epath.Path, name: str, table: Mapping[str, TableRow], resu
         for bar, mean in zip(bars, means, strict=True):
             axes[0].plot(mean.values, [bar] * len(mean.values), "o", ms=3.5, mfc="white", mec="black", mew=0.8)
     for i, (column, color) in enumerate(theirs):
-        axes[1].barh(at + 0.2 - 0.4 * i, [entry.paper[i] for entry in table.values()], 0.38, color=color, label=column)
+        scores = [entry.paper[i] if entry.paper else 0.0 for entry in table.values()]
+        axes[1].barh(at + 0.2 - 0.4 * i, scores, 0.38, color=color, label=column)
+    for place, entry in zip(at, table.values(), strict=True):
+        if entry.paper is None:
+            axes[1].text(1, place, "ours: no score of the paper", va="center")
     axes[0].set_yticks(at, [entry.label for entry in table.values()])
     axes[0].set_title("built-in scenes, here (points: seeds)")
     axes[1].set_title("the paper")
@@ -259,7 +286,7 @@ def _plot_table(file: epath.Path, name: str, table: Mapping[str, TableRow], resu
         axis.set_xlim(0, 102)
         axis.set_xlabel("per cent")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Table {name}")
+    figure.suptitle(_title(name))
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     _save(figure, file)
 

@@ -1,4 +1,4 @@
-"""Rows of the paper's ablation tables (section 5.3), with what each changes and the paper's scores.
+"""Rows of the paper's ablation tables (section 5.3), with what each changes and the paper's scores, and rows of ours.
 
 A row uses the base LLM or the multi-modal (instruction-tuned) one. The paper states which for Table 2's baseline, "DiT
 with pre-trained LLaMA3-8B", and for Table 4, which has a column for it. For the other rows it is inferred from the
@@ -10,6 +10,8 @@ assumption that equal scores are one trained model.
   so it is on the base LLM too, and with it the rest of Tables 3 and 5, Qwen's rows included.
 - 56.79/78.62, instruction and refiner, stands in Tables 2 and 6. The instruction row above is multi-modal, so these and
   the rest of Table 6 are too.
+
+Rows of ours ask what the paper does not: they have no scores of the paper and are compared with a row of the paper.
 """
 
 import dataclasses
@@ -31,6 +33,7 @@ class Row:
       encoders: names, sorted as the model's branches are.
       instruction: True puts the instruction before every prompt (Table 2).
       refiner_blocks, refiner_causal, refiner_gated, fusion: as in `LIDiTConfig`.
+      changes: further fields of `LIDiTConfig` as (name, value), for rows of ours.
     """
 
     encoders: tuple[str, ...]
@@ -39,11 +42,12 @@ class Row:
     refiner_causal: bool = False
     refiner_gated: bool = True
     fusion: str = "collaborative"
+    changes: tuple[tuple[str, Any], ...] = ()
 
     def model(self) -> dict[str, Any]:
         """Returns the fields of the config's `model` section that the row sets."""
         names = ("refiner_blocks", "refiner_causal", "refiner_gated", "fusion")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | dict(self.changes)
 
     @property
     def name(self) -> str:
@@ -55,6 +59,7 @@ class Row:
             words += ["causal"] * self.refiner_causal + ["no-gate"] * (not self.refiner_gated)
         if len(self.encoders) > 1:
             words.append(self.fusion)
+        words += [f"{name}={value}" for name, value in self.changes]
         return "-".join(words)
 
 
@@ -66,17 +71,19 @@ class Scores(NamedTuple):
 
 
 class TableRow(NamedTuple):
-    """A row of one of the paper's tables.
+    """A row of a table.
 
     Attributes:
       label: shown in our tables.
       row: what to train.
-      paper: the paper's scores.
+      paper: the paper's scores; None for a row of ours.
+      compared_with: for a row of ours, the name of the row in the same table that it is compared with.
     """
 
     label: str
     row: Row
-    paper: Scores
+    paper: Scores | None
+    compared_with: str = ""
 
 
 _PLAIN = Row((BASE_LLAMA,))
@@ -85,6 +92,7 @@ _INSTRUCTED = Row((LLAMA,), instruction=True)
 _FULL = dataclasses.replace(_INSTRUCTED, refiner_blocks=2)
 _BOTH = dataclasses.replace(_FULL, encoders=(LLAMA, QWEN))
 
+OURS = "ours"  # table of our rows, beside the paper's rows that they are compared with
 # Table -> {the row's name in this code: the row}.
 TABLES: Mapping[str, Mapping[str, TableRow]] = {
     "2": {
@@ -129,8 +137,35 @@ TABLES: Mapping[str, Mapping[str, TableRow]] = {
         ),
         "collaborative_refiner": TableRow("both, collaborative refiner", _BOTH, Scores(60.31, 80.25)),
     },
+    OURS: {
+        "token_refiner": TableRow("LLaMA + refiner", _REFINED, Scores(54.02, 77.08)),
+        # The refiner's rotary positions are ours: cross-attention to bare features has no positions.
+        "refiner_without_rotary": TableRow(
+            "LLaMA + refiner without rotary positions",
+            dataclasses.replace(_REFINED, changes=(("refiner_rotary", False),)),
+            paper=None,
+            compared_with="token_refiner",
+        ),
+        "multimodal_llm_token_refiner": TableRow(
+            "multi-modal LLM + refiner",
+            dataclasses.replace(_REFINED, encoders=(LLAMA,)),
+            paper=None,
+            compared_with="token_refiner",
+        ),
+        "collaborative_refiner": TableRow("+ both, two LLMs, collaborative refiner", _BOTH, Scores(60.31, 80.25)),
+        # The paper's only image positions; in all other rows they are those of the config.
+        "position_conv": TableRow(
+            "the same with position=conv",
+            dataclasses.replace(_BOTH, changes=(("position", "conv"),)),
+            paper=None,
+            compared_with="collaborative_refiner",
+        ),
+    },
 }
-# All rows by their names in `configs/ablation.py`: "table2_baseline".
+# All rows by their names in `configs/ablation.py`: "table2_baseline"; rows of ours by their names alone.
 ROWS: Mapping[str, Row] = {
-    f"table{table}_{name}": entry.row for table, entries in TABLES.items() for name, entry in entries.items()
+    name if entry.paper is None else f"table{table}_{name}": entry.row
+    for table, entries in TABLES.items()
+    for name, entry in entries.items()
+    if table != OURS or entry.paper is None
 }

@@ -28,26 +28,23 @@ from absl import flags
 from PIL import Image
 
 from lidit_jax import cli
+from lidit_jax.benchmarks import shared_flags
 from lidit_jax.benchmarks.contest import Contestant, Result, contest, describe_host, format_table
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.data_config import MAX_SIDE, DataConfig
 from lidit_jax.data.formats import decoding
 from lidit_jax.errors import UserError
 
-_SAMPLES = flags.DEFINE_integer("samples", 1024, "samples per round", lower_bound=1, upper_bound=1_000_000_000)
-_IMAGES = flags.DEFINE_integer("num_images", 1024, "number of different images", lower_bound=1, upper_bound=1_000_000)
-_BATCH = flags.DEFINE_integer("batch", 32, "samples per batch", lower_bound=1, upper_bound=65_536)
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "how often each contestant is timed", lower_bound=1, upper_bound=1_000_000)
+_SAMPLES = shared_flags.define_samples("samples", 1024, "samples per round")
+_IMAGES = cli.define_num_images(1024, "number of different images")
+_BATCH = shared_flags.define_batch(32, "samples per batch")
+_ROUNDS = shared_flags.define_rounds(7)
 _WORKERS = flags.DEFINE_integer(
     "workers", 1, "threads of our loader and of the limit; webdataset has one", lower_bound=1, upper_bound=4096
 )
 _SHORTER = flags.DEFINE_list("shorter", ["512", "512"], "smallest and largest shorter side of the images, in pixels")
-_MEMORY = flags.DEFINE_integer(
-    "memory",
-    0,
-    "print our loader's memory while it loads so many samples; 0 runs the benchmark",
-    lower_bound=0,
-    upper_bound=1_000_000_000,
+_MEMORY = shared_flags.define_samples(
+    "memory", 0, "print our loader's memory while it loads so many samples; 0 runs the benchmark", lowest=0
 )
 _PARQUET = flags.DEFINE_bool("parquet", False, "also read the images from Parquet files")
 _SEQUENTIAL = flags.DEFINE_bool("sequential", False, "with --memory: read shards in sequence, without their indexes")

@@ -16,16 +16,16 @@ import tempfile
 from collections.abc import Callable
 
 import numpy as np
-from absl import flags
 
 from lidit_jax import cli
+from lidit_jax.benchmarks import shared_flags
 from lidit_jax.benchmarks.contest import Contestant, contest, describe_host, format_table, largest_difference
 
-_BATCH = flags.DEFINE_integer("batch", 32, "prompts encoded at once", lower_bound=1, upper_bound=65_536)
-_PREFIX = flags.DEFINE_integer("prefix", 40, "tokens of the prefix", lower_bound=1, upper_bound=65_536)
-_PROMPT = flags.DEFINE_integer("prompt", 40, "tokens per prompt", lower_bound=1, upper_bound=65_536)
-_ROUNDS = flags.DEFINE_integer("rounds", 20, "how often each contestant is timed", lower_bound=1, upper_bound=1_000_000)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype")
+_BATCH = shared_flags.define_batch(32, "prompts encoded at once")
+_PREFIX = shared_flags.define_tokens("prefix", 40, "tokens of the prefix")
+_PROMPT = shared_flags.define_tokens("prompt", 40, "tokens per prompt")
+_ROUNDS = shared_flags.define_rounds(20)
+_DTYPE = shared_flags.define_dtype("float32")
 
 SIZES = {
     "vocab_size": 32_000,

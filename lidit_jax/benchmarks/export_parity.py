@@ -23,7 +23,7 @@ _OUT = flags.DEFINE_string("out", None, "file for the sheet, a .png")
 _PROMPTS = flags.DEFINE_multi_string(
     "prompt", ["a red circle above a blue star", "绿三角在黄方块左边"], "a prompt; can be repeated"
 )
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "images per prompt", lower_bound=1, upper_bound=1_000_000)
+_NUM_IMAGES = cli.define_num_images(4, "images per prompt")
 
 
 def main() -> None:

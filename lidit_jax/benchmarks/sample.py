@@ -4,7 +4,7 @@ From noise and encoder features to latents by the config's sampler, with its cla
 prompts in one batch. The frozen LLMs and the VAE's decoder are left out on both sides.
 
     lidit_jax         as in `lidit_jax.pipeline`: all steps in one program, on one device
-    PyTorch           the exported model (`torch_lidit.py`), loaded in the compute dtype
+    PyTorch           the exported model (`pytorch_baseline.py`), loaded in the compute dtype
     PyTorch compiled  the guided prediction under `torch.compile`
 
 All have the same weights and start from the same noise, so that their latents can be compared. A step is one evaluation
@@ -110,15 +110,17 @@ def pytorch(
     workload: "Workload", sampler: str, steps: int, guidance_scale: float, *, folder: Path, device: str, compiled: bool
 ) -> "Work":
     """Prepares PyTorch's sampler with the weights that `ours` saved; arguments as there."""
-    from lidit_jax.benchmarks import torch_lidit
+    from lidit_jax.benchmarks import pytorch_baseline
     from lidit_jax.benchmarks.workload import load_torch_model, torch_features
     from lidit_jax.diffusion.samplers import step_table
 
     model = load_torch_model(workload, folder, device, workload.model.dtype)
     rows = step_table(sampler, workload.schedule, steps)
-    sample_latents = torch_lidit.Sampler(model, rows, workload.schedule.prediction, guidance_scale, compiled=compiled)
+    sample_latents = pytorch_baseline.Sampler(
+        model, rows, workload.schedule.prediction, guidance_scale, compiled=compiled
+    )
     text = torch_features(workload, device, with_empty=guidance_scale != 1.0)
-    noise = torch_lidit.channels_first(workload.noise(), device)
+    noise = pytorch_baseline.channels_first(workload.noise(), device)
     return lambda: sample_latents(noise, text).movedim(1, -1).cpu().numpy()
 
 

@@ -4,7 +4,7 @@ The step of `lidit_jax.train` (refiners, DiT, loss, gradient, clipping, AdamW an
 precomputed latents and encoder features. The frozen LLMs and the VAE are left out on both sides.
 
     lidit_jax         on all devices, over the config's mesh
-    PyTorch           the exported model (`torch_lidit.py`) on one device, under autocast
+    PyTorch           the exported model (`pytorch_baseline.py`) on one device, under autocast
     PyTorch compiled  its loss and gradient under `torch.compile`
 
 All start from the same weights and use the same timesteps and noise, so that losses and gradient norms can be compared:
@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from lidit_jax import cli
-from lidit_jax.benchmarks import workload_flags
+from lidit_jax.benchmarks import shared_flags, workload_flags
 from lidit_jax.benchmarks.contest import Result, largest_difference
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lidit_jax.train_config import TrainConfig
 
 flags.adopt_module_key_flags(workload_flags)  # shows them in --help
-_STEPS = flags.DEFINE_integer("steps_a_round", 4, "steps per round", lower_bound=1, upper_bound=1_000_000)
+_STEPS = shared_flags.define_repeats("steps_a_round", 4, "steps per round")
 
 INPUTS_FILE = "inputs.npz"
 
@@ -139,7 +139,7 @@ def make_trainer(workload: "Workload", config: "TrainConfig", mesh_sizes: Mappin
 
 
 def random_inputs(workload: "Workload", moments: "jax.Array", key: "jax.Array", number: int) -> dict[str, np.ndarray]:
-    """Returns the task's random inputs in step `number`, under the field names of `torch_lidit.StepInputs`."""
+    """Returns the task's random inputs in step `number`, under the field names of `pytorch_baseline.StepInputs`."""
     import jax
 
     from lidit_jax.models.vae import DiagonalGaussian, to_model_latents
@@ -167,15 +167,17 @@ def pytorch(
     """
     import torch
 
-    from lidit_jax.benchmarks import torch_lidit
+    from lidit_jax.benchmarks import pytorch_baseline
     from lidit_jax.benchmarks.workload import load_torch_model, torch_features
 
     dtype = getattr(torch, workload.model.dtype)
-    trainer = torch_lidit.Trainer(load_torch_model(workload, folder, device), config, dtype=dtype, compiled=compiled)
+    trainer = pytorch_baseline.Trainer(
+        load_torch_model(workload, folder, device), config, dtype=dtype, compiled=compiled
+    )
     text = torch_features(workload, device)
     with np.load(folder / INPUTS_FILE) as file:
         learning_rates = file["learning_rate"].tolist()
-        inputs = torch_lidit.split_steps(file, device)
+        inputs = pytorch_baseline.split_steps(file, device)
     schedule = itertools.cycle(zip(inputs, learning_rates, strict=True))
 
     def work() -> np.ndarray:

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Callable
 
 import numpy as np
-from absl import flags
 
 from lidit_jax import cli
+from lidit_jax.benchmarks import shared_flags
 from lidit_jax.benchmarks.contest import (
     Contestant,
     contest,
@@ -24,18 +24,12 @@ from lidit_jax.benchmarks.contest import (
 from lidit_jax.benchmarks.sd3_vae import CONFIG
 from lidit_jax.errors import UserError
 
-_BATCH = flags.DEFINE_integer("batch", 1, "images per batch", lower_bound=1, upper_bound=65_536)
-_SIZE = flags.DEFINE_integer(
-    "size", 256, "side of the images in pixels, a multiple of 8", lower_bound=1, upper_bound=65_536
-)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each contestant is timed", lower_bound=1, upper_bound=1_000_000)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype")
-_TILE = flags.DEFINE_integer(
-    "tile",
-    0,
-    "compare decoding at once with tiles of so many pixels; 0 compares encoding and decoding",
-    lower_bound=0,
-    upper_bound=65_536,
+_BATCH = shared_flags.define_batch(1, "images per batch")
+_SIZE = shared_flags.define_side("size", 256, "side of the images in pixels, a multiple of 8")
+_ROUNDS = shared_flags.define_rounds(5)
+_DTYPE = shared_flags.define_dtype("float32")
+_TILE = shared_flags.define_side(
+    "tile", 0, "compare decoding at once with tiles of so many pixels; 0 compares encoding and decoding", lowest=0
 )
 
 FACTOR = CONFIG.downsampling_factor

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from lidit_jax import cli
+from lidit_jax.benchmarks import shared_flags
 from lidit_jax.benchmarks.contest import describe_host
 from lidit_jax.benchmarks.sd3_vae import CONFIG
+from lidit_jax.benchmarks.shared_flags import MAX_SIDE
 from lidit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,8 +22,7 @@ if TYPE_CHECKING:
 
 _SIZES = flags.DEFINE_list("sizes", ["1024", "2048"], "sides of the images, in pixels")
 _TILES = flags.DEFINE_list("tiles", ["256", "512"], "sides of the tiles, in pixels")
-LARGEST = 65_536  # side in pixels
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "compute dtype")
+_DTYPE = shared_flags.define_dtype("float32")
 
 
 def main() -> None:
@@ -60,14 +61,14 @@ def _numbers(name: str, values: list[str]) -> list[int]:
     """Parses the values of the flag `name`.
 
     Raises:
-      UserError: one is not a multiple of the down-sampling factor from 1 to `LARGEST`.
+      UserError: one is not a multiple of the down-sampling factor from 1 to `MAX_SIDE`.
     """
     for value in values:
-        is_side = re.fullmatch("[0-9]{1,9}", value) and 0 < int(value) <= LARGEST
+        is_side = re.fullmatch("[0-9]{1,9}", value) and 0 < int(value) <= MAX_SIDE
         if not is_side or int(value) % CONFIG.downsampling_factor:
             raise UserError(
                 f"--{name}={','.join(values):.80}: {value[:20]!r} is not a multiple of {CONFIG.downsampling_factor} "
-                f"from {CONFIG.downsampling_factor} to {LARGEST}: give sides in pixels, separated by commas"
+                f"from {CONFIG.downsampling_factor} to {MAX_SIDE}: give sides in pixels, separated by commas"
             )
     return [int(value) for value in values]
 

@@ -33,7 +33,7 @@ from lidit_jax.parallel.chips import chip_of
 from lidit_jax.text.load_encoder import open_encoder
 
 if TYPE_CHECKING:
-    from lidit_jax.benchmarks import torch_lidit
+    from lidit_jax.benchmarks import pytorch_baseline
     from lidit_jax.pytorch import transformer_lidit
 
 WEIGHTS = "weights.safetensors"
@@ -211,14 +211,14 @@ def load_torch_model(
     import torch
     from safetensors.numpy import load_file
 
-    from lidit_jax.benchmarks import torch_lidit
+    from lidit_jax.benchmarks import pytorch_baseline
 
     disable_tf32()
     params = load_file(folder / WEIGHTS)
-    return torch_lidit.from_flax(workload.model, workload.text_widths, params, device, getattr(torch, dtype))
+    return pytorch_baseline.from_flax(workload.model, workload.text_widths, params, device, getattr(torch, dtype))
 
 
-def torch_features(workload: Workload, device: str, *, with_empty: bool = False) -> "torch_lidit.Text":
+def torch_features(workload: Workload, device: str, *, with_empty: bool = False) -> "pytorch_baseline.Text":
     """Returns `Workload.features` as arguments of the PyTorch model."""
     import torch
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from lidit_jax.checkpoint import finished_steps, read_facts, verify_checkpoint
+from lidit_jax.checkpoint import finished_steps, read_provenance, verify_checkpoint
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import LIDIT, Experiment
@@ -48,7 +48,7 @@ def check_workdir(workdir: epath.Path) -> Iterator[Finding]:
         for step in finished_steps(folder):
             finding = _check_checkpoint(folder / str(step), f"training/{folder.parent.name}/checkpoints/{step}")
             if folder.parent.name == LIDIT and not finding.is_damaged:
-                recorded = recorded or read_facts(folder / str(step)).get("frozen", {})
+                recorded = recorded or read_provenance(folder / str(step)).get("frozen", {})
             findings += 1
             yield finding
     for finding in _check_networks(experiment, recorded if isinstance(recorded, dict) else {}):

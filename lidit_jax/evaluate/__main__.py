@@ -21,7 +21,7 @@ _DISTRIBUTED = cli.define_distributed()
 _BENCHMARK = flags.DEFINE_string("benchmark", None, f"benchmark: {', '.join(_BENCHMARKS)}")
 _FILE = flags.DEFINE_string("file", None, "file or folder with the benchmark's prompts; none for shapes")
 _OUT = flags.DEFINE_string("out", None, "output folder for the images")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "images per prompt", lower_bound=1, upper_bound=1_000_000)
+_NUM_IMAGES = cli.define_num_images(4, "images per prompt")
 _NUM_SCENES = flags.DEFINE_integer(
     "num_scenes", 256, "prompts of each kind (shapes only)", lower_bound=1, upper_bound=1_000_000
 )

@@ -4,7 +4,7 @@
     t2i_compbench    file of prompts, one per line; samples/PROMPT_000000.png                   (Huang et al. 2023)
     dpg_bench        folder of ID.txt, or JSONL of id and prompt; ID.png, a grid of four        (Hu et al. 2024)
     positional_bias  folder of T2I-CompBench's lists, or file of prompts of adjective-noun pairs, one per line; output
-                     as for geneval, see `adjective_pairs.py`                                   (Ma et al. 2024)
+                     as for geneval, see `positional_bias.py`                                   (Ma et al. 2024)
     prompts          file of prompts, one per line; 00000_0.png
 
 The files of a prompt are written in a fixed order, so its last file marks the prompt as complete.
@@ -19,8 +19,8 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluate.adjective_pairs import PositionalBias, parse_prompt
 from lidit_jax.evaluate.attributes import KINDS
+from lidit_jax.evaluate.positional_bias import PositionalBias, parse_prompt
 from lidit_jax.files import is_hidden, read_text, split_lines, write_json
 from lidit_jax.images import save_png
 

@@ -20,11 +20,11 @@ from ml_collections import ConfigDict
 from lidit_jax.diffusion.schedules import RectifiedFlow, Schedule
 from lidit_jax.errors import UserError
 from lidit_jax.weights import diffusers_scheduler
+from lidit_jax.weights.diffusers_lidit import read_lidit_config
 from lidit_jax.weights.diffusers_vae import DIFFUSERS_VERSION
 from lidit_jax.weights.folders import HUB_NAME, is_there
 from lidit_jax.weights.published_config import check_format_version
 from lidit_jax.weights.safetensors_folder import read_config, read_json_object
-from lidit_jax.weights.torch_lidit import read_lidit_config
 
 INDEX_FILE = "model_index.json"
 PIPELINE = ("pipeline_lidit", "LIDiTPipeline")  # module and class

@@ -15,8 +15,8 @@ from lidit_jax.experiment import Experiment, check_start
 from lidit_jax.export.folder import INDEX_FILE, read_folder
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.trained_model import TrainedModel
+from lidit_jax.weights.diffusers_lidit import load_lidit
 from lidit_jax.weights.folders import is_there
-from lidit_jax.weights.torch_lidit import load_lidit
 
 logger = logging.getLogger(__name__)
 

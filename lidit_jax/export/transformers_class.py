@@ -16,6 +16,7 @@ LLM_CLASSES = {
     "gemma": "GemmaModel",
     "gemma2": "Gemma2Model",
     "gemma3_text": "Gemma3TextModel",
+    "phi3": "Phi3Model",
 }
 MULTIMODAL_CLASSES = {
     "llava": "LlavaModel",

@@ -43,9 +43,9 @@ from lidit_jax.text.encoders import T5TextEncoder
 from lidit_jax.text.load_encoder import open_encoder, tokenizer_folder
 from lidit_jax.trained_model import compare_frozen, move_weights
 from lidit_jax.weights import diffusers_scheduler, diffusers_vae, huggingface_llm
+from lidit_jax.weights.diffusers_lidit import save_lidit
 from lidit_jax.weights.folders import HUB_NAME
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, local_folder, new_folder, read_config
-from lidit_jax.weights.torch_lidit import save_lidit
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,8 @@
-"""Decoder-only language models: one module whose config selects LLaMA, Mistral, Qwen or Gemma.
+"""Decoder-only language models: one module whose config selects LLaMA, Mistral, Qwen, Gemma or Phi-3.
 
-The outputs match transformers' `LlamaModel`, `MistralModel`, `Qwen2Model`, `Qwen3Model`, `GemmaModel`, `Gemma2Model`
-and `Gemma3TextModel` (see the parity tests). As a prompt encoder a model runs only up to its third-to-last block (paper
-section 5.1); as a language model it runs to its logits.
+The outputs match transformers' `LlamaModel`, `MistralModel`, `Qwen2Model`, `Qwen3Model`, `GemmaModel`, `Gemma2Model`,
+`Gemma3TextModel` and `Phi3Model` (see the parity tests). As a prompt encoder a model runs only up to its third-to-last
+block (paper section 5.1); as a language model it runs to its logits.
 """
 
 import dataclasses

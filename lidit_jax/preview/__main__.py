@@ -13,7 +13,7 @@ from lidit_jax import cli
 
 _CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", None, "PNG file to write")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 40, "images on the sheet", lower_bound=1, upper_bound=1_000_000)
+_NUM_IMAGES = cli.define_num_images(40, "images on the sheet")
 
 
 def main() -> None:

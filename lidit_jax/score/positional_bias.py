@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError, cannot_write
-from lidit_jax.evaluate.adjective_pairs import METADATA_FILE, SAMPLES, Pair, read_pairs
+from lidit_jax.evaluate.positional_bias import METADATA_FILE, SAMPLES, Pair, read_pairs
 from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.files import is_hidden, write_bytes
 from lidit_jax.score.eval_extra import png_of

@@ -147,9 +147,9 @@ def train_lidit(
             with_features=stored is not None,
         )
 
-    facts = {"data": dataset.fingerprint, "frozen": experiment.frozen_digests()}
+    provenance = {"data": dataset.fingerprint, "frozen": experiment.frozen_digests()}
     initial_params = _initial_params(experiment, mesh, rules)
-    state = train_network(experiment, task, config, batches, mesh, rules, facts, goodput, initial_params)
+    state = train_network(experiment, task, config, batches, mesh, rules, provenance, goodput, initial_params)
     return pipeline, state
 
 

@@ -208,8 +208,8 @@ def scalars(scores: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def is_evaluated(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
-    """Returns True if the workdir's `reconstruction.json` was written for the same facts."""
+def is_evaluated(workdir: epath.Path, provenance: Mapping[str, Any]) -> bool:
+    """Returns True if the workdir's `reconstruction.json` has the same provenance."""
     file = workdir / SCORES_FILE
     if not file.exists():
         return False
@@ -217,11 +217,11 @@ def is_evaluated(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
         scores = read_json(file)
     except ValueError:
         return False
-    return isinstance(scores, dict) and all(scores.get(name) == value for name, value in facts.items())
+    return isinstance(scores, dict) and all(scores.get(name) == value for name, value in provenance.items())
 
 
 def report(
-    scores: Mapping[str, Any], sheet: np.ndarray, config: VAEConfig, facts: Mapping[str, Any], workdir: epath.Path
+    scores: Mapping[str, Any], sheet: np.ndarray, config: VAEConfig, provenance: Mapping[str, Any], workdir: epath.Path
 ) -> None:
     """Logs the scores, and writes `reconstruction.json` and `reconstruction.png` into the workdir.
 
@@ -229,7 +229,7 @@ def report(
       scores: scores of `evaluate_reconstruction`.
       sheet: its sheet, uint8 [H, W, 3].
       config: the VAE's config, whose scaling and shift are written too.
-      facts: JSON-serialisable: what was evaluated, and how.
+      provenance: what was evaluated, and how, JSON-serialisable.
       workdir: folder of the run.
     """
     if jax.process_index():
@@ -242,7 +242,7 @@ def report(
                 scores["images"], scores["psnr"], scores["ssim"], workdir / SHEET_FILE)  # fmt: skip
     save_png(sheet, workdir / SHEET_FILE)
     factors = {"shift_factor": config.shift_factor, "scaling_factor": config.scaling_factor}
-    write_json(workdir / SCORES_FILE, finite({**scores, **factors}) | facts)
+    write_json(workdir / SCORES_FILE, finite({**scores, **factors}) | provenance)
 
 
 def _stack_vertically(original: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:

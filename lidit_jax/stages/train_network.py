@@ -28,7 +28,7 @@ def train_network(
     batches: Callable,
     mesh: Mesh,
     rules: ShardingRules,
-    facts: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     goodput: Goodput,
     initial_params: Callable[[Any], Any] | None = None,
 ) -> TrainState:
@@ -41,7 +41,7 @@ def train_network(
       batches: first step -> stream of batches from that step on.
       mesh: devices to train on.
       rules: sharding rules.
-      facts: JSON-serialisable facts that a resumed run must agree with.
+      provenance: what the network is trained on, JSON-serialisable; a resumed run must agree with it.
       goodput: the run's clock.
       initial_params: (shapes, dtypes and shardings of the parameters) -> parameters to start from, for fine-tuning.
 
@@ -63,7 +63,7 @@ def train_network(
             checkpoints,
             metrics,
             seed=experiment.config.seed,
-            facts=facts,
+            provenance=provenance,
             initial_params=initial_params,
             later_steps=later_steps(experiment, task.name),
             goodput=goodput,

@@ -196,7 +196,7 @@ class VAEStage:
             )
         else:
             self.evaluation_data = dataset
-        if self.to_train or not is_evaluated(experiment.workdir, self._facts()):
+        if self.to_train or not is_evaluated(experiment.workdir, self._provenance()):
             if not experiment.data.holds_out:
                 logger.info("vae: evaluated on training images, because none are held out (data.held_out_shards=0)")
             self.images = self.evaluation_data.images(self.evaluation.num_images)
@@ -223,7 +223,7 @@ class VAEStage:
         taken = latest_step(checkpoint_folder(self.experiment.workdir, "vae"))
         return self.experiment.has_lidit or taken >= self.experiment.vae.train.steps
 
-    def _facts(self) -> dict[str, Any]:
+    def _provenance(self) -> dict[str, Any]:
         """Returns what an evaluation depends on: VAE, data and settings."""
         return {
             "vae": folder_digest(self.experiment.vae_folder()),
@@ -266,10 +266,10 @@ class VAEStage:
         def batches(first: int):
             return self.dataset.batches(training.batch_size, experiment.config.seed, tokenize=None, first=first)
 
-        facts = {"data": self.dataset.fingerprint}
+        provenance = {"data": self.dataset.fingerprint}
         if self.lpips is not None:
-            facts["perceptual"] = file_digest(perceptual.weights)
-        state = train_network(experiment, task, training, batches, mesh, rules, facts, goodput)
+            provenance["perceptual"] = file_digest(perceptual.weights)
+        state = train_network(experiment, task, training, batches, mesh, rules, provenance, goodput)
         measured = itertools.islice(batches(training.steps), STATISTICS_BATCHES)
         latents = autoencoding.latent_statistics(state.averaged["vae"], measured)
         factors = {"shift_factor": latents.shift_factor, "scaling_factor": latents.scaling_factor}
@@ -288,4 +288,4 @@ class VAEStage:
         config, params = load_vae(self.experiment.vae_folder())
         params = jax.device_put(params, replicated(mesh))
         scores, sheet = evaluate_reconstruction(autoencoding, params, self.images, self.evaluation)
-        reconstruction.report(scores, sheet, config, self._facts(), self.experiment.workdir)
+        reconstruction.report(scores, sheet, config, self._provenance(), self.experiment.workdir)

@@ -1,4 +1,4 @@
-"""Converts a published config.json to `LLMConfig`: LLaMA, Mistral, Qwen, Gemma, or the language model of a LLaVA."""
+"""Converts a published config.json to `LLMConfig`: LLaMA, Mistral, Qwen, Gemma, Phi-3, or a LLaVA's language model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # imports torch where it is installed, which takes seconds
     from transformers import PreTrainedConfig
 
 # transformers' model types of the decoder-only models that `LLM` implements.
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
 # Multi-modal model type -> type of its language model, if its `text_config` does not name one.
 MULTIMODAL_TYPES = {
     "llava": "llama",
@@ -90,6 +90,11 @@ def norm_offset(values: Mapping[str, Any], file: Any) -> float:
     return 1.0 if _language_model(values, file)[0].startswith("gemma") else 0.0
 
 
+def fuses_projections(values: Mapping[str, Any], file: Any) -> bool:
+    """Returns True if the weights have query, key and value as one tensor, and the FFN's gate and up as one (Phi-3)."""
+    return _language_model(values, file)[0] == "phi3"
+
+
 def _language_model(values: Mapping[str, Any], file: Any) -> tuple[str, dict[str, Any]]:
     """Returns the type of the language model, one of `MODEL_TYPES`, and its part of the config."""
     model_type = values.get("model_type")
@@ -146,7 +151,7 @@ def _switches(model_type: str, config: "PreTrainedConfig", file: Any) -> dict[st
 def _windows(model_type: str, config: "PreTrainedConfig", file: Any) -> dict[str, Any]:
     if model_type in ("llama", "gemma"):  # these models ignore sliding-window keys
         return {}
-    if model_type == "mistral":  # all blocks have a sliding window, or none has
+    if model_type in ("mistral", "phi3"):  # all blocks have a sliding window, or none has
         kind = "full_attention" if config.sliding_window is None else "sliding_attention"
         layer_types = [kind] * config.num_hidden_layers
     else:
@@ -174,7 +179,10 @@ def _rotary(config: "PreTrainedConfig", file: Any) -> dict[str, Any]:
             raise UserError(f"{file}: rope_parameters: sliding_attention must have rope_type 'default'")
         rotary["local_rope_theta"] = positive_number(local, "rope_theta", file)
     if (rope.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError(f"{file}: partial_rotary_factor={rope['partial_rotary_factor']!r:.80} is not supported")
+        raise UserError(
+            f"{file}: partial_rotary_factor={rope['partial_rotary_factor']!r:.80} is not supported: use a model that "
+            "rotates whole heads"
+        )
     rotary["rope_theta"] = positive_number(rope, "rope_theta", file)
     if _rope_type(rope) != "default":
         rotary["rope_scaling"] = _rope_scaling(rope, file)

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from lidit_jax.errors import UserError
 from lidit_jax.models.llm import LLM, CausalLM, LLMConfig
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.weights.huggingface_config import llm_config, norm_offset
-from lidit_jax.weights.loading import Placement, abstract_parameters, place_parameters
+from lidit_jax.weights.huggingface_config import fuses_projections, llm_config, norm_offset
+from lidit_jax.weights.loading import FusedRows, Placement, abstract_parameters, place_parameters
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, new_folder, read_config
 
 WEIGHTS_STEM = "model"
@@ -49,6 +49,11 @@ SANDWICH_MODULES = BLOCK_MODULES | {
     "attention_out_norm": "post_attention_layernorm",
     "feed_forward_norm": "pre_feedforward_layernorm",
     "feed_forward_out_norm": "post_feedforward_layernorm",
+}
+# Fused tensors -> our modules whose rows they hold, in this order (Phi-3).
+FUSED_MODULES = {
+    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
 }
 # Fields of `LLMConfig` that fully describe a LLaMA or Qwen2 model.
 SAVED_FIELDS = (
@@ -112,10 +117,11 @@ def load_llm_encoder(
     values = read_config(folder)
     config = llm_config(values, folder / CONFIG_FILE, dtype=dtype, attention=attention)
     encoder, offset = config.as_encoder(), norm_offset(values, folder / CONFIG_FILE)
+    modules = _stored_modules(encoder, is_fused=fuses_projections(values, folder / CONFIG_FILE))
     with SafetensorsFolder(folder, WEIGHTS_STEM) as weights:
         prefix = _prefix(weights)
         boxed = _boxed_parameters(encoder)
-        names = {path: _stored_names(encoder, prefix, path) for path in boxed}
+        names = {path: _stored_names(encoder, modules, prefix, path) for path in boxed}
         blocks = tuple(f"{prefix}layers.{block}." for block in range(encoder.num_hidden_layers))
         params = place_parameters(
             weights,
@@ -126,6 +132,7 @@ def load_llm_encoder(
             belonging=blocks,
             derived=DERIVED_TENSOR,
             norm_offset=offset,
+            fused=_fused_rows(modules, boxed),
         )
     return config, params
 
@@ -186,20 +193,19 @@ def config_to_dict(config: LLMConfig, tokenizer: PreTrainedTokenizerBase | None 
     }
 
 
-def torch_name(config: LLMConfig, path: tuple[str, ...], block: int | None) -> str:
+def torch_name(modules: Mapping[str, str], path: tuple[str, ...], block: int | None) -> str:
     """Returns the name that a parameter of `LLM` has in transformers' `LlamaModel`.
 
     `("layers", "q_proj", "kernel")` in block 3 -> `"layers.3.self_attn.q_proj.weight"`.
 
     Args:
-      config: config of the LLM.
+      modules: our name of a block's submodule -> transformers' name.
       path: path of the parameter in Flax's tree.
       block: index of the block; None for a parameter outside the blocks.
     """
     if block is None:
         return f"{path[0]}.weight"
     _, module, leaf = path
-    modules = SANDWICH_MODULES if config.sandwich_norm else BLOCK_MODULES
     return f"layers.{block}.{modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
 
 
@@ -219,10 +225,33 @@ def _abstract(model: nn.Module) -> dict[tuple[str, ...], nn.LogicallyPartitioned
     return flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
 
 
-def _stored_names(config: LLMConfig, prefix: str, path: tuple[str, ...]) -> list[str]:
+def _stored_modules(config: LLMConfig, is_fused: bool = False) -> Mapping[str, str]:
+    """Returns {our name of a block's submodule: transformers' name}; fused modules share theirs."""
+    modules = SANDWICH_MODULES if config.sandwich_norm else BLOCK_MODULES
+    if not is_fused:
+        return modules
+    return modules | {module: tensor for tensor, fused in FUSED_MODULES.items() for module in fused}
+
+
+def _stored_names(config: LLMConfig, modules: Mapping[str, str], prefix: str, path: tuple[str, ...]) -> list[str]:
     """Returns transformers' names of a parameter's tensors: one per block, or a single one outside the blocks."""
     blocks = range(config.num_hidden_layers) if path[0] == "layers" else (None,)
-    return [prefix + torch_name(config, path, block) for block in blocks]
+    return [prefix + torch_name(modules, path, block) for block in blocks]
+
+
+def _fused_rows(
+    modules: Mapping[str, str], boxed: Mapping[tuple[str, ...], nn.LogicallyPartitioned]
+) -> dict[tuple[str, ...], FusedRows]:
+    """Returns {path: its rows} of the parameters whose tensors are fused: their widths, one after the other."""
+    found = {}
+    for path in boxed:
+        together = FUSED_MODULES.get(modules[path[1]], ()) if path[0] == "layers" else ()
+        if not together:
+            continue
+        widths = [boxed["layers", module, path[2]].value.shape[-1] for module in together]
+        end = sum(widths[: together.index(path[1]) + 1])
+        found[path] = FusedRows(range(end - boxed[path].value.shape[-1], end), sum(widths))
+    return found
 
 
 def _prefix(weights: SafetensorsFolder) -> str:
@@ -253,16 +282,17 @@ def _to_torch(config: LLMConfig, params: Mapping[tuple[str, ...], Any]) -> dict[
 
 
 def _torch_tensors(config: LLMConfig, arrays: Mapping[tuple[str, ...], np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    modules = _stored_modules(config)
     for (root, *path), value in arrays.items():
         if root == "norm":
             yield "model.norm.weight", value
         elif root == "lm_head":
             yield "lm_head.weight", _transposed(value)
         elif path[0] == "layers":
-            for block, name in enumerate(_stored_names(config, "model.", tuple(path))):
+            for block, name in enumerate(_stored_names(config, modules, "model.", tuple(path))):
                 yield name, _transposed(value[block]) if path[-1] == "kernel" else value[block]
         else:
-            yield _stored_names(config, "model.", tuple(path))[0], value
+            yield _stored_names(config, modules, "model.", tuple(path))[0], value
 
 
 def _transposed(kernel: np.ndarray) -> np.ndarray:

@@ -28,6 +28,19 @@ Path = tuple[str, ...]  # path of a parameter in its tree: ("layers", "q_proj", 
 
 
 @dataclasses.dataclass(frozen=True)
+class FusedRows:
+    """Rows of a parameter in a tensor that fuses several, in PyTorch's axes: those of the keys in Phi-3's `qkv_proj`.
+
+    Attributes:
+      rows: indices of the rows.
+      total: number of rows of the tensor.
+    """
+
+    rows: range
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Placement:
     """Where parameters go: sharded over a mesh by the sharding rules or, without a mesh, on the first device.
 
@@ -56,6 +69,7 @@ def place_parameters(
     belonging: tuple[str, ...],
     derived: str = "",
     norm_offset: float = 0.0,
+    fused: Mapping[Path, FusedRows] | None = None,
 ) -> dict[str, Any]:
     """Loads a model's parameters, each directly into its shards; logs progress if that takes long.
 
@@ -71,6 +85,7 @@ def place_parameters(
       belonging: passed to `SafetensorsFolder.check_no_unused`.
       derived: passed to `SafetensorsFolder.check_no_unused`.
       norm_offset: added to the norm scales.
+      fused: path -> its rows, for parameters that share their tensors with others; only these rows are read.
 
     Returns:
       A nested dict of arrays.
@@ -78,12 +93,16 @@ def place_parameters(
     Raises:
       UserError: for the reasons of `SafetensorsFolder.read` and `check_no_unused`, or a value is not finite.
     """
-    for path, leaf in boxed.items():  # check all shapes before allocating memory for any
+    fused = fused or {}
+    file_shapes = {path: shape_in_file(path, leaf) for path, leaf in boxed.items()}
+    for path, part in fused.items():
+        file_shapes[path] = (part.total, *file_shapes[path][1:])
+    for path in boxed:  # check all shapes before allocating memory for any
         for name in names[path]:
-            weights.check(name, shape_in_file(path, leaf))
-    weights.check_no_unused(itertools.chain.from_iterable(names.values()), belonging, derived)
-    total = sum(weights.num_bytes(name) for tensors in names.values() for name in tensors)
-    progress = _Progress(str(weights.folder), total)
+            weights.check(name, file_shapes[path])
+    tensors = set(itertools.chain.from_iterable(names.values()))
+    weights.check_no_unused(tensors, belonging, derived)
+    progress = _Progress(str(weights.folder), sum(map(weights.num_bytes, tensors)))
     flat = {}
     for path, leaf in boxed.items():
         flat[path] = _load_parameter(
@@ -92,7 +111,8 @@ def place_parameters(
             leaf,
             placement.sharding(leaf),
             dtype=_dtype_of(path, dtype),
-            file_shape=shape_in_file(path, leaf),
+            file_shape=file_shapes[path],
+            rows=fused[path].rows if path in fused else None,
             transposed=is_transposed(path),
             offset=norm_offset if _is_norm(path) else 0.0,
             progress=progress,
@@ -127,6 +147,7 @@ def _load_parameter(
     *,
     dtype: np.dtype,
     file_shape: tuple[int, ...],
+    rows: range | None,
     transposed: bool,
     offset: float,
     progress: "_Progress",
@@ -140,7 +161,9 @@ def _load_parameter(
     sharding_in_file = _sharding_in_file(sharding, stacked, transposed, len(shape))
     stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)() if stacked else None
     for i, name in enumerate(names):
-        value = weights.read(name, file_shape).astype(dtype, copy=False)
+        value = weights.read(name, file_shape, rows)
+        num_bytes = value.nbytes
+        value = value.astype(dtype, copy=False)
         value = jax.make_array_from_callback(value.shape, sharding_in_file, lambda index, value=value: value[index])
         if stacked:
             stack, is_finite = _set_entry(sharding, transposed, offset)(stack, value, np.int32(i))
@@ -148,7 +171,7 @@ def _load_parameter(
             value, is_finite = _convert(sharding, transposed, offset)(value)
         if not is_finite:  # waits for the device, so that this tensor's memory is free before the next one
             raise UserError(f"{weights.folder}: tensor {name} has values that are not finite; copy the file again")
-        progress.add(weights.num_bytes(name))
+        progress.add(num_bytes)
     return stack if stacked else value
 
 

@@ -86,13 +86,21 @@ class SafetensorsFile:
         begin, end = self._entries[name][2]
         return end - begin
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns the tensor in its stored dtype, as a read-only array.
+    def read(self, name: str, rows: range | None = None) -> np.ndarray:
+        """Returns the tensor, or consecutive rows of it, in its stored dtype, as a read-only array.
+
+        Args:
+          name: name of the tensor, which the file must have.
+          rows: indices of the rows that are read, along the first axis; None reads all.
 
         Raises:
           UserError: the tensor cannot be read, or the file ends within it.
         """
         dtype, shape, (begin, end) = self._entries[name]
+        if rows is not None:
+            row_bytes = (end - begin) // shape[0]
+            begin, end = begin + rows.start * row_bytes, begin + rows.stop * row_bytes
+            shape = (len(rows), *shape[1:])
         try:
             self._stream.seek(self._start + begin)
             data = self._stream.read(end - begin)

@@ -90,14 +90,19 @@ class SafetensorsFolder:
         """
         return self._file_of(name).num_bytes(name)
 
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """Returns a tensor in its stored dtype.
+    def read(self, name: str, shape: tuple[int, ...], rows: range | None = None) -> np.ndarray:
+        """Returns a tensor, or consecutive rows of it, in its stored dtype.
+
+        Args:
+          name: name of the tensor.
+          shape: shape of the whole tensor.
+          rows: indices of the rows that are read, along the first axis; None reads all.
 
         Raises:
           UserError: for the reasons of `check`, or the tensor cannot be read.
         """
         self.check(name, shape)
-        return self._file_of(name).read(name)
+        return self._file_of(name).read(name, rows)
 
     def check_no_unused(self, asked_for: Iterable[str], belonging: tuple[str, ...], derived: str = "") -> None:
         """Checks that the folder has no unused tensor of the model.

@@ -21,7 +21,7 @@ from lidit_jax.diffusion.schedules import noise_from_output, x0_from_output
 from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.pytorch.transformer_lidit import LIDiTTransformer2DModel
 from lidit_jax.train_config import TrainConfig
-from lidit_jax.weights.torch_lidit import FIELDS, torch_tensors
+from lidit_jax.weights.diffusers_lidit import FIELDS, torch_tensors
 
 _checkpoint = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 _keep_matmuls = functools.partial(

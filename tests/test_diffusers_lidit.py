@@ -27,8 +27,8 @@ from lidit_jax.models.lidit import LIDiT, TextFeatures
 from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.parallel.rules import ShardingRules, shardings
 from lidit_jax.pytorch.transformer_lidit import LIDiTTransformer2DModel
+from lidit_jax.weights.diffusers_lidit import FIELDS, load_lidit, read_lidit_config, save_lidit, torch_name
 from lidit_jax.weights.safetensors_file import SafetensorsWriter
-from lidit_jax.weights.torch_lidit import FIELDS, load_lidit, read_lidit_config, save_lidit, torch_name
 
 CONFIG = LIDiTConfig(depth=3, hidden_size=16, num_heads=2, latent_channels=3, refiner_blocks=1, dtype="float32")
 WIDTHS = (24, 10)
@@ -402,10 +402,10 @@ def test_a_model_of_a_billion_is_written_in_the_memory_of_a_shard(tmp_path, dtyp
 import jax, jax.numpy as jnp, sys
 from lidit_jax.checkpoint import Checkpoints
 from lidit_jax.models.lidit_config import LIDiTConfig
-from lidit_jax.weights import torch_lidit
+from lidit_jax.weights import diffusers_lidit
 import flax
 config = LIDiTConfig(**{model})
-boxed, key = torch_lidit._boxed_parameters(config, (4096, 4096)), jax.random.key(0)
+boxed, key = diffusers_lidit._boxed_parameters(config, (4096, 4096)), jax.random.key(0)
 shapes = {{path: leaf.value.shape for path, leaf in boxed.items()}}
 params = {{path: jax.random.normal(jax.random.fold_in(key, len(str(path))), shape) for path, shape in shapes.items()}}
 print(sum(x.size for x in params.values()))
@@ -418,7 +418,7 @@ import sys
 from pathlib import Path
 from lidit_jax.checkpoint import open_weights
 from lidit_jax.models.lidit_config import LIDiTConfig
-from lidit_jax.weights.torch_lidit import save_lidit
+from lidit_jax.weights.diffusers_lidit import save_lidit
 config = LIDiTConfig(**{model})
 with open_weights(sys.argv[1] + "/checkpoints", "params") as weights:
     save_lidit(sys.argv[1] + "/transformer", config, weights, dtype={dtype!r}, max_shard_bytes=10**9)
