@@ -29,7 +29,7 @@ def train_network(
     mesh: Mesh,
     rules: ShardingRules,
     provenance: Mapping[str, Any],
-    goodput: Goodput,
+    goodput: Goodput | None = None,
     initial_params: Callable[[Any], Any] | None = None,
 ) -> TrainState:
     """Trains one network with `train.train`, in its folder of the workdir.
@@ -42,12 +42,13 @@ def train_network(
       mesh: devices to train on.
       rules: sharding rules.
       provenance: what the network is trained on, JSON-serialisable; a resumed run must agree with it.
-      goodput: the run's clock.
+      goodput: the run's clock; None measures this training alone, and writes nothing.
       initial_params: (shapes, dtypes and shardings of the parameters) -> parameters to start from, for fine-tuning.
 
     Returns:
       The state after the last step.
     """
+    goodput = goodput or Goodput()
     trainer = Trainer(task, config, mesh, rules)
     params = trainer.abstract_state().params
     for name in task.networks or (task.name,):
