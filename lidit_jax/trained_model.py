@@ -10,7 +10,8 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from lidit_jax.checkpoint import load_weights, read_provenance, require_checkpoint
+from lidit_jax.checkpoint import read_provenance, require_checkpoint
+from lidit_jax.checkpoint_weights import load_weights
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lidit_jax import manifest
-from lidit_jax.checkpoint import Checkpoints, finished_steps, load_weights, open_weights
+from lidit_jax.checkpoint import Checkpoints, finished_steps
+from lidit_jax.checkpoint_weights import load_weights, open_weights
 from lidit_jax.errors import UserError
 from lidit_jax.manifest import MANIFEST_FILE, DamagedError, verify, write_manifest
 

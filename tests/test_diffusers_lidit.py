@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from lidit_jax import checkpoint
-from lidit_jax.checkpoint import Checkpoints, load_weights, open_weights
+from lidit_jax import checkpoint, checkpoint_weights
+from lidit_jax.checkpoint import Checkpoints
+from lidit_jax.checkpoint_weights import load_weights, open_weights
 from lidit_jax.errors import UserError
 from lidit_jax.models.lidit import LIDiT, TextFeatures
 from lidit_jax.models.lidit_config import LIDiTConfig
@@ -344,7 +345,7 @@ def save_checkpoint(folder, leaves, **trees):
 @pytest.mark.parametrize("read_bytes", [1, 9000, 1 << 30])
 def test_a_checkpoint_is_read_array_by_array(leaves, tmp_path, monkeypatch, cut_from, read_bytes):
     monkeypatch.setattr(checkpoint, "LARGE_STACK_BYTES", cut_from)
-    monkeypatch.setattr(checkpoint, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(checkpoint_weights, "READ_BYTES", read_bytes)
     save_checkpoint(tmp_path / "checkpoints", leaves)
     with open_weights(tmp_path / "checkpoints", "params") as weights:
         assert weights.step == 7
@@ -416,7 +417,7 @@ checkpoints.close()
     export = f"""
 import sys
 from pathlib import Path
-from lidit_jax.checkpoint import open_weights
+from lidit_jax.checkpoint_weights import open_weights
 from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.weights.diffusers_lidit import save_lidit
 config = LIDiTConfig(**{model})

@@ -20,7 +20,7 @@ from etils import epath
 from PIL import Image
 
 from lidit_jax import trained_model
-from lidit_jax.checkpoint import load_weights
+from lidit_jax.checkpoint_weights import load_weights
 from lidit_jax.config import claim_workdir, read_workdir
 from lidit_jax.config_fields import with_defaults
 from lidit_jax.errors import UserError

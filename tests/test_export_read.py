@@ -10,7 +10,7 @@ from conftest import tiny_config
 from etils import epath
 from PIL import Image
 
-from lidit_jax.checkpoint import load_weights
+from lidit_jax.checkpoint_weights import load_weights
 from lidit_jax.errors import UserError
 from lidit_jax.export import write
 from lidit_jax.export.read import load_exported, start_from_exported

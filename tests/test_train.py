@@ -21,7 +21,8 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lidit_jax.checkpoint import Checkpoints, latest_step, load_weights
+from lidit_jax.checkpoint import Checkpoints, latest_step
+from lidit_jax.checkpoint_weights import load_weights
 from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError

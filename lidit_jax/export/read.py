@@ -8,7 +8,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from lidit_jax.checkpoint import check_same_model
+from lidit_jax.checkpoint_weights import check_same_model
 from lidit_jax.config_fields import with_defaults
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment, check_start

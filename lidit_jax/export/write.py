@@ -19,7 +19,7 @@ from typing import Any
 import tqdm
 from etils import epath
 
-from lidit_jax.checkpoint import open_weights
+from lidit_jax.checkpoint_weights import open_weights
 from lidit_jax.config import read_workdir
 from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder

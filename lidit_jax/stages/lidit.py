@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from lidit_jax.checkpoint import load_weights
+from lidit_jax.checkpoint_weights import load_weights
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.diffusion.losses import diffusion_loss
 from lidit_jax.diffusion.schedules import Schedule
