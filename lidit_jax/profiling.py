@@ -61,16 +61,9 @@ class StepProfiler:
             options.python_tracer_level = 0  # the loop's Python calls would outnumber everything else
             jax.profiler.start_trace(self._temporary.name, profiler_options=options)
 
-    def after(self, step: int, arrays: Any) -> None:
-        """Ends the trace if `step` was the last one to trace.
-
-        Args:
-          step: the step that was dispatched, counted from 0.
-          arrays: its results; the trace ends when they are ready.
-        """
-        if self._temporary is not None and step + 1 >= self._steps.stop:
-            jax.block_until_ready(arrays)
-            self.close()
+    def ends_after(self, step: int) -> bool:
+        """Returns True if the trace must be closed once the results of `step`, counted from 0, are ready."""
+        return self._temporary is not None and step + 1 >= self._steps.stop
 
     def close(self) -> None:
         """Ends a trace that has begun, and writes it."""
