@@ -349,8 +349,8 @@ def train(
     """
     config, task = trainer.config, trainer.task
     goodput = goodput or Goodput()
-    with watched(config.stalled_after, task.name), goodput.timed("restoring"):
-        state, positions = _first_state(trainer, checkpoints, seed, provenance, initial_params)
+    with watched(config.stalled_after, task.name):
+        state, positions = _first_state(trainer, checkpoints, seed, provenance, initial_params, goodput)
     step = first_step = int(state.step)
     if step >= config.steps:
         return state
@@ -388,7 +388,10 @@ def train(
             profiler.before(step, state.step)
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 state, step_metrics = trainer.step(state, task.frozen, batch, key, step)
-            profiler.after(step, state.step)
+            if profiler.ends_after(step):
+                jax.block_until_ready(state.step)
+                with progress.paused(), goodput.timed("saving"):
+                    profiler.close()
             step += 1
             goodput.stepped(step)
             pending.append(step_metrics)  # stay on the devices until they are logged: no step waits for the host
@@ -425,9 +428,11 @@ def _first_state(
     seed: int,
     provenance: Mapping[str, Any],
     initial_params: Callable | None,
+    goodput: Goodput,
 ) -> tuple[TrainState, Sequence[Mapping[str, Any]]]:
     """Returns the newest checkpoint's state, or an initial one, and the data positions that belong to it."""
-    found = checkpoints.restore(trainer.abstract_state(), provenance)
+    with goodput.timed("restoring"):
+        found = checkpoints.restore(trainer.abstract_state(), provenance)
     if found is not None:
         restored, positions = found
         if int(restored.step) != (expected := positions[0]["next_batch"]):
