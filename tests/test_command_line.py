@@ -510,7 +510,7 @@ from lidit_jax import cli
 def fail():
     memory = SharedMemory(create=True, size=8)
     print(memory.name, flush=True)
-    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,), daemon=True)
+    worker = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True)
     worker.start()
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -518,7 +518,7 @@ if __name__ == "__main__":
     cli.run(fail)
 """
     (tmp_path / "fail.py").write_text(program)
-    done = python(str(tmp_path / "fail.py"), stdin=subprocess.DEVNULL, timeout=50)  # it waits for the worker's output
+    done = python(str(tmp_path / "fail.py"), stdin=subprocess.DEVNULL, timeout=300)  # it waits for the worker's output
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert not Path(f"/dev/shm/{done.stdout.strip()}").exists()
 

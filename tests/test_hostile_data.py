@@ -50,9 +50,9 @@ def test_a_malformed_tfds_record_is_counted(tmp_path):
 @pytest.mark.parametrize("make", [lambda n: "a-" * n, lambda n: "a." * n, lambda n: "img" + " " * n + "x"])
 def test_no_caption_takes_long_to_filter(make):
     candidate = Candidate({"txt": make(500_000)}, {}, 64, 64)
-    started = time.monotonic()
+    started = time.process_time()
     assert url_caption(candidate) is None and file_name_caption(candidate) is None
-    assert time.monotonic() - started < 10  # took hours without the limit on the length of captions
+    assert time.process_time() - started < 10  # took hours without the limit on the length of captions
 
 
 def test_class_numbers_without_a_name_are_unusable():

@@ -1,5 +1,6 @@
 """Runs on two hosts, simulated by two processes with two CPU devices each."""
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
+from environment import XLA_FLAGS
 from etils import epath
 
 from lidit_jax.checkpoint import latest_step
@@ -32,6 +34,9 @@ def get_config():
     config.vae.adversarial = {{"weight": 0.5, "start": 1, "width": 4, "layers": 1}}
     return config
 """
+# Leave out what takes long to compile where it does not matter.
+NO_DISCRIMINATOR = "--config.vae.adversarial.weight=0.0"
+NO_EVALUATION = "--config.vae.evaluate=None"
 
 
 def start(folder, workdir, devices, process=None, port=None, *options, config=CONFIG, before=""):
@@ -49,7 +54,7 @@ def start(folder, workdir, devices, process=None, port=None, *options, config=CO
     """
     file = folder / "config.py"
     file.write_text(config)
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     if process is not None:
         environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
@@ -57,6 +62,20 @@ def start(folder, workdir, devices, process=None, port=None, *options, config=CO
     run = f"{before}\nimport runpy\nrunpy.run_module('lidit_jax.main', run_name='__main__')"
     arguments = [sys.executable, "-c", run, f"--config={file}", f"--workdir={workdir}", *options]
     return subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@contextlib.contextmanager
+def two_hosts(folder, workdir, devices, *options, config=CONFIG, before=("", "")):
+    """Starts both hosts with the arguments of `start`, and kills them at the end of the context if they still run."""
+    port, hosts = free_port(), []
+    try:
+        for process in (0, 1):
+            more = {"config": config, "before": before[process]}
+            hosts.append(start(folder, workdir, devices, process, port, *options, **more))
+        yield hosts
+    finally:
+        for host in hosts:
+            host.kill()
 
 
 def free_port():
@@ -67,9 +86,8 @@ def free_port():
 
 @pytest.mark.slow
 def test_two_hosts_train_and_score_the_same_autoencoder_as_one(tmp_path):
-    port = free_port()
-    hosts = [start(tmp_path, tmp_path / "two", 2, process, port) for process in (0, 1)]
-    errors = [host.communicate(timeout=600)[1] for host in hosts]
+    with two_hosts(tmp_path, tmp_path / "two", 2) as hosts:
+        errors = [host.communicate(timeout=600)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], "\n".join(errors)
     assert "host 1 of 2" in errors[1]
     one = start(tmp_path, tmp_path / "one", 4)
@@ -90,18 +108,18 @@ def test_two_hosts_train_and_score_the_same_autoencoder_as_one(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_at_one_host_saves_on_both_and_one_host_resumes(tmp_path):
-    port, more = free_port(), "--config.vae.train.steps=5000"
-    hosts = [start(tmp_path, tmp_path / "run", 2, process, port, more) for process in (0, 1)]
-    for line in hosts[0].stderr:
-        if line.startswith("vae 5/"):
-            break
-    hosts[1].send_signal(signal.SIGTERM)
-    errors = [host.communicate(timeout=120)[1] for host in hosts]
+    with two_hosts(tmp_path, tmp_path / "run", 2, NO_DISCRIMINATOR, "--config.vae.train.steps=5000") as hosts:
+        for line in hosts[0].stderr:
+            if line.startswith("vae 5/"):
+                break
+        hosts[1].send_signal(signal.SIGTERM)
+        errors = [host.communicate(timeout=600)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], "\n".join(errors)
     stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", errors[0])[1])
     assert f"after step {stopped}, which is saved" in errors[1]
     assert latest_step(tmp_path / "run/training/vae/checkpoints") == stopped
-    alone = start(tmp_path, tmp_path / "run", 4, None, None, f"--config.vae.train.steps={stopped + 2}")
+    more = (NO_DISCRIMINATOR, f"--config.vae.train.steps={stopped + 2}")
+    alone = start(tmp_path, tmp_path / "run", 4, None, None, *more)
     error = alone.communicate(timeout=600)[1]
     assert alone.returncode == 0, error
     assert f"resuming from step {stopped}" in error
@@ -131,18 +149,16 @@ FAULTS = {
 @pytest.mark.parametrize(("fault", "faulty"), [*((fault, 1) for fault in FAULTS), ("killed", 0)])
 def test_a_fault_of_one_host_ends_the_other_with_a_message(tmp_path, fault, faulty):
     code, status, message = FAULTS[fault]
-    port, more = free_port(), ["--config.vae.train.steps=5000"]
+    more = [NO_DISCRIMINATOR, NO_EVALUATION, "--config.vae.train.steps=5000"]
     if fault == "waits for ever":
         more += ["--config.vae.train.stalled_after=60.0"]  # longer than a busy host needs to compile
     short_timeout = "from lidit_jax.parallel import hosts\nhosts.HEARTBEAT_TIMEOUT_S = 30\n"
     config = CONFIG.replace("steps=3,", "steps=3, stalled_after=1800.0,")
-    hosts = [
-        start(tmp_path, tmp_path / "run", 2, process, port, *more, config=config, before=short_timeout + before)
-        for process, before in enumerate(("", code) if faulty else (code, ""))
-    ]
-    hosts[faulty].wait(300)
-    begun = time.monotonic()
-    errors = [host.communicate(timeout=300)[1] for host in hosts]
+    before = [short_timeout + (code if process == faulty else "") for process in (0, 1)]
+    with two_hosts(tmp_path, tmp_path / "run", 2, *more, config=config, before=before) as hosts:
+        hosts[faulty].wait(600)
+        begun = time.monotonic()
+        errors = [host.communicate(timeout=600)[1] for host in hosts]
     assert hosts[0].returncode != 0 and hosts[1].returncode != 0
     if fault == "failed":
         assert "error: its disk is gone" in errors[faulty]

@@ -25,6 +25,7 @@ SCRIPTS = sorted(LAUNCH.glob("**/*.sh"))
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 WHERE = ("--name=dit", "--zone=us-east5-a")
 MAIN = ("--config=configs/10b.py", "--workdir=gs://bucket/10b")
+TIMEOUT_S = 120  # of a script with fakes, which takes a second or two on an idle machine
 QUEUED = "gcloud compute tpus queued-resources"
 MISSING = 'if [ -f lidit/code/launch/worker.sh ]; then {}; else echo "worker $(hostname) none"; fi'
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
@@ -76,7 +77,7 @@ if [ "$(wc -l <"$PLAY/plays-$WORKER")" -gt 1 ]; then sed -i 1d "$PLAY/plays-$WOR
 trap 'echo "lidit: stopped by SIGTERM after step 7, which is saved; run it again to resume" >&2; exit 0' TERM
 echo "$WORKER" >>"$PLAY/listening"
 if [ "$ending" = hang ]; then trap "" TERM; fi
-if [ "$ending" = train ] || [ "$ending" = hang ]; then for _ in {1..600}; do sleep 0.02; done; fi
+if [ "$ending" = train ] || [ "$ending" = hang ]; then for _ in {1..9000}; do sleep 0.02; done; fi
 echo "ending with $ending" >&2
 exit "$ending"
 """
@@ -87,11 +88,11 @@ def executable(path, text):
     path.chmod(0o755)
 
 
-def tpu_vm(*arguments, environment=None, timeout=20):
+def tpu_vm(*arguments, environment=None):
     command = ["bash", str(LAUNCH / "tpu_vm.sh"), *arguments]
     ours = {name: value for name, value in os.environ.items() if not name.startswith("LIDIT_")}
     environment = {**ours, "TMPDIR": "/tmp", **(environment or {})}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
 
 
 def dry(*arguments):
@@ -144,12 +145,21 @@ class Play:
 
     def wait_for_runs(self, number):
         """Waits until main has been started `number` times in all, and listens for signals."""
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            if (self.folder / "listening").exists() and len(self.lines("listening")) == number:
-                return
+        self.wait_until(lambda: (self.folder / "listening").exists() and len(self.lines("listening")) == number)
+
+    def wait_for_checks(self, number):
+        """Waits until the workers have been asked `number` times more for their status."""
+        before = self._checks()
+        self.wait_until(lambda: self._checks() >= before + number)
+
+    def _checks(self):
+        return sum(r"worker.sh\ status" in line for line in self.lines("calls"))
+
+    def wait_until(self, condition):
+        deadline = time.monotonic() + TIMEOUT_S
+        while not condition():
+            assert time.monotonic() < deadline
             time.sleep(0.02)
-        raise TimeoutError
 
     def calls(self):
         """Returns the verbs of the calls to gcloud, without queries of states."""
@@ -338,7 +348,7 @@ def test_keep_runs_again_what_sigterm_stopped(play):
     play.wait_for_runs(2)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         keeping = pool.submit(play, "keep", "--failures=1")
-        time.sleep(0.5)  # keep has seen the run
+        play.wait_for_checks(2)  # keep has seen the run: it asks again after an answer
         for worker in play.workers:  # like a host that shuts down, unlike `stop`
             os.kill(int(play.lines(f"{worker}/lidit/pids")[0].split()[0]), signal.SIGTERM)
     done = keeping.result()
@@ -391,20 +401,20 @@ def test_run_says_what_is_to_be_done_next(tmp_path, last_words, ending, status):
     executable(tmp_path / "python", f'#!/usr/bin/env bash\ncat <<"EOF" >&2\n{last_words}\nEOF\nexit {ending}\n')
     command = ["bash", str(LAUNCH / "run.sh"), "v5p", *MAIN]
     environment = {**os.environ, "PYTHON": str(tmp_path / "python")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
     assert (done.returncode, done.stderr) == (status, last_words + "\n")
 
 
 @pytest.mark.slow
 def test_run_tells_how_main_itself_ended(tmp_path):
-    from test_hosts import CONFIG
+    from test_hosts import CONFIG, NO_DISCRIMINATOR, NO_EVALUATION
 
     (tmp_path / "config.py").write_text(CONFIG)
     command = ["bash", str(LAUNCH / "run.sh"), "v4", f"--config={tmp_path}/config.py", f"--workdir={tmp_path}/run"]
     environment = {**os.environ, "PYTHON": sys.executable}
 
     def start(steps):
-        more = ["--distributed=False", f"--config.vae.train.steps={steps}"]
+        more = ["--distributed=False", NO_DISCRIMINATOR, NO_EVALUATION, f"--config.vae.train.steps={steps}"]
         return subprocess.Popen([*command, *more], env=environment, stderr=subprocess.PIPE, text=True)
 
     stopped = start(5000)
@@ -412,7 +422,7 @@ def test_run_tells_how_main_itself_ended(tmp_path):
         if line.startswith("vae 5/"):
             break
     stopped.send_signal(signal.SIGTERM)
-    error = stopped.communicate(timeout=120)[1]
+    error = stopped.communicate(timeout=600)[1]
     assert stopped.returncode == 143, error
     step = int(re.search(r"stopped by SIGTERM after step (\d+)", error)[1])
     finished = start(step + 2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 from etils import epath
-from test_hosts import free_port, start
+from test_hosts import two_hosts
 
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules, replicated
@@ -52,9 +52,8 @@ def run_on_two_hosts(trained, folder, workdir, steps):
     config = lidit_config(trained, (2, 4, 1), steps)
     config.train.sample_every = steps  # sampling works on two hosts too
     text = json.dumps(config.to_dict())
-    port = free_port()
-    hosts = [start(folder, workdir, 4, process, port, config=FROM_JSON.format(text=text)) for process in (0, 1)]
-    errors = [host.communicate(timeout=600)[1] for host in hosts]
+    with two_hosts(folder, workdir, 4, config=FROM_JSON.format(text=text)) as hosts:
+        errors = [host.communicate(timeout=600)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], "\n".join(errors)
     return losses(workdir)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from environment import XLA_FLAGS
 from PIL import Image
 
 README = ROOT / "README.md"
@@ -99,7 +100,7 @@ def test_the_readmes_blocks_run_in_order_and_write_what_it_says(tmp_path):
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": XLA_FLAGS,
     }
     for part, changes in RUN.items():
         language, text = block_with(part)

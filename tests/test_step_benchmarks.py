@@ -13,6 +13,7 @@ import pytest
 import torch
 from absl import flags
 from conftest import ROOT, load_config, tiny_config
+from environment import XLA_FLAGS
 
 from lidit_jax.benchmarks import pytorch_baseline, sample, train_step, workload
 from lidit_jax.diffusion import samplers
@@ -177,7 +178,7 @@ def test_sizes_come_from_the_config_and_from_what_is_given():
 def run(name, *arguments):
     """Runs the command on one device with the least possible work."""
     command = [sys.executable, "-m", f"lidit_jax.benchmarks.{name}", "--rounds=1", "--batch=2", *arguments]
-    environment = dict(os.environ) | {"XLA_FLAGS": "", "OMP_NUM_THREADS": "1"}
+    environment = dict(os.environ) | {"XLA_FLAGS": XLA_FLAGS, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
