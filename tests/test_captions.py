@@ -163,6 +163,12 @@ def test_a_text_that_is_not_a_caption_never_becomes_one(half_captioned, kind):
     loader.close()
 
 
+def test_a_text_that_shows_nothing_is_no_caption():
+    texts = ["\u200b", "\ufeff\u2060 ", "\x00", "\ud800", "?", "a\u200bb", "👩\u200d🚀"]
+    expected = {"caption/4": "?", "caption/5": "a\u200bb", "caption/6": "👩\u200d🚀"}
+    assert captions_of({"caption": texts}) == expected
+
+
 def test_which_caption_of_a_list_is_chosen_depends_on_the_batch_alone(half_captioned):
     def captions(first: int) -> list[str]:
         loader = open_dataset(half_captioned["tar"], 8).batches(4, 3, None, with_captions=True, first=first)
