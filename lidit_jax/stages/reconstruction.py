@@ -208,9 +208,8 @@ def scalars(scores: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def is_evaluated(workdir: epath.Path, facts: Mapping[str, Any]) -> bool:
-    """Returns True if the workdir's `reconstruction.json` was written for the same facts."""
-    file = workdir / SCORES_FILE
+def is_evaluated(file: epath.Path, facts: Mapping[str, Any]) -> bool:
+    """Returns True if a file of scores was written for the same facts."""
     if not file.exists():
         return False
     try:
