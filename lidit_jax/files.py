@@ -20,7 +20,10 @@ MAX_BYTES = 64 << 20  # of a file that is read as a whole
 _MAX_JSON_DEPTH = 100
 # Entries that operating systems and other programs add to folders, besides those whose names start with a dot (._NAME,
 # .ipynb_checkpoints, .Trash, …).
-_ADDED_ENTRIES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
+_ADDED_ENTRIES = (
+    *("__MACOSX", "__pycache__", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "RECYCLER", "lost+found"),
+    "System Volume Information",
+)
 
 
 def finite(value: Any) -> Any:

@@ -10,6 +10,7 @@ from stored_data import data_of, numbered_image
 from test_tar_source import encode, write_tar
 
 from lidit_jax.data.captions import CaptionChooser
+from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.formats.shards import captions_of
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.errors import UserError
@@ -163,6 +164,12 @@ def test_a_text_that_is_not_a_caption_never_becomes_one(half_captioned, kind):
     loader.close()
 
 
+def test_a_text_that_shows_nothing_is_no_caption():
+    texts = ["\u200b", "\ufeff\u2060 ", "\x00", "\ud800", "?", "a\u200bb", "👩\u200d🚀"]
+    expected = {"caption/4": "?", "caption/5": "a\u200bb", "caption/6": "👩\u200d🚀"}
+    assert captions_of({"caption": texts}) == expected
+
+
 def test_which_caption_of_a_list_is_chosen_depends_on_the_batch_alone(half_captioned):
     def captions(first: int) -> list[str]:
         loader = open_dataset(half_captioned["tar"], 8).batches(4, 3, None, with_captions=True, first=first)
@@ -179,6 +186,13 @@ def test_texts_become_captions_if_the_config_names_them(half_captioned):
     assert set(dataset.captions(8, 0)) == {"0.jpg"}
     with pytest.raises(UserError, match="data.captions names 'synthetic', which no sample has"):
         open_dataset(dataclasses.replace(config, captions={"original": 1.0, "synthetic": 1.0}), 8)
+
+
+def test_a_caption_field_that_the_built_in_scenes_lack_is_rejected():
+    captions = {"en": 1.0, "en/x": 1.0}
+    config = DataConfig(source="shapes", resolution=32, num_examples=8, captions=captions)
+    with pytest.raises(UserError, match=r"names 'en/x', which no sample has \(there are en, zh\)"):
+        open_dataset(config, 8)
 
 
 def test_data_without_any_caption_say_which_texts_there_are(tmp_path):

@@ -65,6 +65,15 @@ def test_errors_of_an_encoder_name_its_entry():
         build(EncoderConfig, {"dtype": "float16"}, "encoders.qwen")
 
 
+def test_a_dtype_of_an_llm_that_its_encoder_would_ignore_is_rejected():
+    sizes = load_config("shapes").encoders.qwen.model
+    with pytest.raises(UserError, match="^encoders.qwen.model: leave out dtype='text'; that of the encoder, 'float32'"):
+        build(EncoderConfig, {"dtype": "float32", "model": {**sizes, "dtype": "text"}}, "encoders.qwen")
+    for dtype in (LLMConfig.dtype, "float32"):  # a workdir's config.json states the default
+        built = build(EncoderConfig, {"dtype": "float32", "model": {**sizes, "dtype": dtype}}, "encoders.qwen")
+        assert built.language_model.dtype == "float32"
+
+
 def test_an_llm_to_train_has_the_biases_of_its_family():
     sizes = load_config("shapes").encoders.qwen.model
     qwen = build(EncoderConfig, {"family": "qwen2", "dtype": "float32", "model": sizes}, "encoders.qwen")

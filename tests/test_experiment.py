@@ -62,7 +62,9 @@ def test_the_demos_llms_are_transformers_models(trained_workdir):
 def test_a_second_start_trains_nothing_and_changes_no_weight(trained_workdir, tmp_path):
     before, step = load_weights(trained_workdir / CHECKPOINTS, "params")
     lines = (trained_workdir / "training/lidit/metrics.jsonl").read_text()
+    written = (trained_workdir / "scores.json").stat().mtime
     run_stages(tiny_config(), trained_workdir)
+    assert (trained_workdir / "scores.json").stat().mtime == written  # not evaluated again
     after, same = load_weights(trained_workdir / CHECKPOINTS, "params")
     assert step == same == 6
     jax.tree.map(np.testing.assert_array_equal, before, after)

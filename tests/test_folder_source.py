@@ -189,7 +189,7 @@ def test_splits_are_never_classes(tmp_path, others):
     assert captions(tmp_path) == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("unread", [None, "llava.json", "annotations/captions.json", "captions.csv"])
+@pytest.mark.parametrize("unread", [None, "llava.json", "annotations/captions.json", "captions.csv", "metadata.jsonl"])
 def test_folders_are_not_classes_if_there_is_one_alone_or_captions_that_cannot_be_read(tmp_path, unread, caplog):
     write_images(
         tmp_path, [f"{folder}/{i}.png" for i in range(2) for folder in (("coco", "sam") if unread else ("coco",))]
@@ -283,7 +283,7 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path):
         list(visited)
 
 
-HIDDEN = (".ipynb_checkpoints", "__MACOSX", ".Trash", ".Trash-1000")
+HIDDEN = (".ipynb_checkpoints", "__MACOSX", ".Trash", ".Trash-1000", "lost+found", "System Volume Information")
 
 
 def test_hidden_entries_are_skipped_in_data_and_in_scored_folders(tmp_path):

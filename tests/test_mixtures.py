@@ -80,6 +80,12 @@ def test_mixed_sources_keep_their_own_captions_and_filters_and_do_not_depend_on_
     resumed.close()
 
 
+def test_an_error_of_a_source_names_its_own_fields_on_the_command_line():
+    sources = {"scenes": {}, "pairs": {"source": "tar"}}
+    with pytest.raises(UserError, match=r"^data.mixture.pairs.path is empty: give --config.data.mixture.pairs.path="):
+        build(DataConfig, {"source": "shapes", "resolution": 32, "mixture": sources}, "data")
+
+
 def test_the_captions_of_a_source_whose_texts_are_not_counted_are_not_missing(stored):
     mixture = {"pairs": {"captions": {"txt": 1.0}}, "scenes": {"source": "shapes", "captions": {"en": 1.0}}}
     config = build(DataConfig, vars(stored["tar"]) | {"mixture": mixture, "num_examples": 4}, "data")

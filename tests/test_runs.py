@@ -1,5 +1,8 @@
 """Tests a run's lock, compilation cache, estimate of the time left, and final summary."""
 
+import json
+import types
+
 import jax
 import pytest
 from conftest import load_config, tiny_config
@@ -7,6 +10,7 @@ from etils import epath
 
 from lidit_jax.config import claim_workdir
 from lidit_jax.errors import UserError
+from lidit_jax.evaluate.scenes import SceneEvaluation
 from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.parallel import compilation_cache
 from lidit_jax.parallel.compilation_cache import cache_compilations
@@ -115,6 +119,39 @@ def test_a_finished_run_that_can_not_be_written_says_what_it_left_and_writes_not
     config.train.steps = 7  # not finished
     with pytest.raises(UserError, match="can't be written"):
         run_stages(config, workdir)
+
+
+def test_a_checkpoint_is_evaluated_again_only_with_other_settings_or_weights(tmp_path, monkeypatch):
+    workdir, calls = epath.Path(tmp_path), []
+    manifest = workdir / "training/lidit/checkpoints/6/manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("one")
+
+    def evaluate(*arguments):
+        calls.append(arguments)
+        (workdir / "scores.json").write_text(json.dumps({"all scenes": {}} | arguments[-1]))
+
+    monkeypatch.setattr(run, "train_lidit", lambda *arguments: (None, types.SimpleNamespace(averaged=None)))
+    monkeypatch.setattr(run, "evaluate_scenes", evaluate)
+    config, evaluation = tiny_config(), SceneEvaluation(two_objects=8)
+
+    def count() -> int:
+        run._train_lidit(Experiment(config, workdir), None, None, None, evaluation)
+        return len(calls)
+
+    (workdir / "scores.json").write_text('{"all scenes": {}}')  # of an earlier version
+    assert (count(), count()) == (1, 1)
+    config.sample.batch_size = 4
+    assert count() == 1
+    config.sample.steps = 3
+    assert (count(), count()) == (2, 2)
+    evaluation = SceneEvaluation(two_objects=4)
+    assert (count(), count()) == (3, 3)
+    manifest.write_text("two")
+    assert (count(), count()) == (4, 4)
+    manifest.parent.rename(manifest.parent.parent / "7")
+    assert (count(), count()) == (5, 5)
+    assert json.loads((workdir / "scores.json").read_text())["evaluated"]["step"] == 7
 
 
 def test_the_summary_of_a_vae_says_how_to_use_it(tmp_path):

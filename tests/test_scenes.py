@@ -11,6 +11,7 @@ from etils import epath
 from stored_data import write_folder
 from test_evaluate import request
 
+from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.shapes.checker import check
 from lidit_jax.data.shapes.layout import QUADRANTS, SceneLayout
 from lidit_jax.data.shapes.rendering import render
@@ -18,7 +19,16 @@ from lidit_jax.data.shapes.scene import DEPTH_RELATIONS, HELD_OUT_PAIRS
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.generate import generate_benchmark
 from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
-from lidit_jax.evaluate.scenes import COUNTS, HELD_OUT, OVERLAP, SceneEvaluation, named_at, report_scenes, score_scenes
+from lidit_jax.evaluate.scenes import (
+    COUNTS,
+    HELD_OUT,
+    OVERLAP,
+    SceneEvaluation,
+    check_evaluation,
+    named_at,
+    report_scenes,
+    score_scenes,
+)
 from lidit_jax.score.quarters import mean_by_quarter
 from lidit_jax.stages.run import run_stages
 
@@ -175,6 +185,11 @@ def test_free_scenes_are_judged_by_place_depth_and_named_position(free_prompts, 
     # On an empty image everything is wrong.
     blank = [np.full_like(image, 255) for image in images]
     assert score_scenes(free_prompts, blank)["all scenes"]["place"].correct == 0
+
+
+def test_an_evaluation_without_prompts_is_rejected():
+    with pytest.raises(UserError, match="evaluate asks for no prompts: set a field above 0"):
+        check_evaluation(SceneEvaluation(0, 0, 0, 0), DataConfig(source="shapes", resolution=32))
 
 
 def test_only_counts_of_the_training_are_asked_of_each():

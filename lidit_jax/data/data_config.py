@@ -1,6 +1,7 @@
 """The `data` section of a config: where samples come from, how they are filtered, bucketed and captioned."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -194,7 +195,11 @@ class DataConfig:
             for key in changes:
                 if key not in PER_SOURCE:
                     raise UserError(f"config key {where}.{key} is unknown; known are {', '.join(PER_SOURCE)}")
-            source_configs[name] = build(DataConfig, {**shared, "mixture": None, **changes}, where)
+            try:
+                source_configs[name] = build(DataConfig, {**shared, "mixture": None, **changes}, where)
+            except UserError as error:
+                field = rf"--config\.data\.(?=(?:{'|'.join(PER_SOURCE)})\b)"
+                raise UserError(re.sub(field, f"--config.{where}.", str(error))) from error
         given = [config.weight is not None for config in source_configs.values()]
         if any(given) and not all(given):
             raise UserError("data.mixture: give every source a weight above 0, or none of them")

@@ -13,6 +13,7 @@ from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.captions import CaptionChooser, is_used, list_field
 from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.shapes.captions import LANGUAGES
 from lidit_jax.data.stored_features import StoredPrompts
 from lidit_jax.errors import UserError
 
@@ -60,12 +61,14 @@ class Dataset(abc.ABC):
         Args:
           no_samples: subject of the error message.
         """
-        found = set().union(*self.fields.values())
+        built_in = [name for name, source_config in self._source_configs.items() if source_config.source == "shapes"]
+        known = {name: set(fields) for name, fields in self.fields.items()} | dict.fromkeys(built_in, set(LANGUAGES))
+        found = set().union(*known.values())
         if not self._with_captions or not found:
             return
         named, not_counted = set(), set()
         for name, source_config in self._source_configs.items():
-            fields = named if name in self.fields else not_counted
+            fields = named if name in known else not_counted
             if source_config.captions is not None:
                 fields.update(source_config.chooser(0.0).used)
         for field in sorted(named - not_counted):

@@ -167,6 +167,8 @@ def check_evaluation(evaluation: SceneEvaluation, config: DataConfig) -> None:
     """Raises UserError if the config sections `evaluate` and `data` do not go together."""
     if not all(source.source == "shapes" for source in config.source_configs().values()):
         raise UserError("evaluate: only scenes of data.source='shapes' can be checked; remove the section `evaluate`")
+    if not any(dataclasses.astuple(evaluation)):
+        raise UserError("evaluate asks for no prompts: set a field above 0, or give --config.evaluate=None")
     one_each = {name: min(count, 1) for name, count in dataclasses.asdict(evaluation).items()}
     SceneEvaluation(**one_each).prompts(config.scene_layout, config.resolution, config.resolution)
 
@@ -179,6 +181,7 @@ def evaluate_scenes(
     dataset: Dataset,
     workdir: epath.Path,
     beat: Callable[[], None] = lambda: None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, dict[str, Accuracy]]:
     """Generates images of evaluation scenes, checks them, and writes `scores.json` and `grid.png` to the workdir.
 
@@ -190,6 +193,7 @@ def evaluate_scenes(
       dataset: the training data set, which gives the layout and the size of the images.
       workdir: folder for the results, written by the first host.
       beat: heartbeat, called after each batch of images.
+      provenance: see `report_scenes`.
 
     Returns:
       See `score_scenes`.
@@ -212,7 +216,7 @@ def evaluate_scenes(
         beat()
     scores = score_scenes(prompts, images)
     if jax.process_index() == 0:
-        report_scenes(scores, prompts, images, workdir)
+        report_scenes(scores, prompts, images, workdir, provenance)
     return scores
 
 
@@ -269,6 +273,7 @@ def report_scenes(
     prompts: Sequence[ScenePrompt],
     images: Sequence[np.ndarray],
     folder: epath.Path,
+    provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Logs the scores and writes them to `scores.json`; writes some images of each kind to `grid.png`.
 
@@ -277,6 +282,7 @@ def report_scenes(
       prompts: the prompt of each image.
       images: uint8 [H, W, 3] each.
       folder: folder for the files.
+      provenance: JSON-serialisable: what else `scores.json` states, beside the groups.
     """
     columns = [column for column in COLUMNS if any(column in accuracy for accuracy in scores.values())]
     width = 2 + max(26, *map(len, scores))
@@ -298,4 +304,4 @@ def report_scenes(
         group: {name: {"correct": a.correct, "total": a.total, "interval": a.interval} for name, a in accuracy.items()}
         for group, accuracy in scores.items()
     }
-    write_json(folder / SCORES_FILE, table)
+    write_json(folder / SCORES_FILE, {**table, **(provenance or {})})

@@ -208,9 +208,8 @@ def scalars(scores: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def is_evaluated(workdir: epath.Path, provenance: Mapping[str, Any]) -> bool:
-    """Returns True if the workdir's `reconstruction.json` has the same provenance."""
-    file = workdir / SCORES_FILE
+def is_evaluated(file: epath.Path, provenance: Mapping[str, Any]) -> bool:
+    """Returns True if a file of scores states this provenance."""
     if not file.exists():
         return False
     try:

@@ -1,11 +1,13 @@
 """Runs the stages: trains every network that has no weights yet, LI-DiT last, then evaluates it."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +28,7 @@ from lidit_jax.export.folder import read_folder
 from lidit_jax.export.read import is_exported
 from lidit_jax.files import check_writable, is_writable
 from lidit_jax.goodput import GOODPUT_FILE, Goodput
+from lidit_jax.manifest import MANIFEST_FILE
 from lidit_jax.parallel.compilation_cache import COMPILED, cache_compilations
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.preemption import activity
@@ -34,10 +37,11 @@ from lidit_jax.parallel.watchdog import watched
 from lidit_jax.stages import reconstruction
 from lidit_jax.stages.language_model import train_language_model
 from lidit_jax.stages.lidit import train_lidit
+from lidit_jax.stages.reconstruction import is_evaluated
 from lidit_jax.stages.vae import VAEStage
 from lidit_jax.train import check_batch_size
 from lidit_jax.train_config import TrainConfig
-from lidit_jax.weights.digest import folder_digest
+from lidit_jax.weights.digest import file_digest, folder_digest
 from lidit_jax.workdir_lock import LOCK_FILE, lock
 
 logger = logging.getLogger(__name__)
@@ -104,7 +108,7 @@ def _is_archived(experiment: Experiment, vae_stage: VAEStage) -> bool:
         taken = latest_step(checkpoint_folder(workdir, LIDIT))
         is_finished = is_finished and taken >= experiment.train.steps
         is_finished = is_finished and ("evaluate" not in experiment.config or (workdir / SCORES_FILE).exists())
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(is_finished)))
+    return _on_first_host(is_finished)
 
 
 def _checked_data(experiment: Experiment, mesh: Mesh, rules: ShardingRules) -> Dataset:
@@ -151,15 +155,43 @@ def _train_lidit(
     """Trains LI-DiT, and evaluates it if the config asks for it."""
     with activity("preparing to train LI-DiT"):
         pipeline, state = train_lidit(experiment, dataset, mesh, rules, goodput)
-    if evaluation:
-        with (
-            activity("evaluating"),
-            goodput.timed("evaluating"),
-            watched(experiment.train.stalled_after, "evaluate") as watchdog,
-        ):
-            evaluate_scenes(
-                pipeline, state.averaged, experiment.sample, evaluation, dataset, experiment.workdir, watchdog.beat
-            )
+    if evaluation is None:
+        return
+    provenance = {"evaluated": _evaluated(experiment, evaluation)}
+    if _on_first_host(is_evaluated(experiment.workdir / SCORES_FILE, provenance)):
+        if jax.process_index() == 0:
+            logger.info("%s has the scores of this checkpoint", experiment.workdir / SCORES_FILE)
+        return
+    with (
+        activity("evaluating"),
+        goodput.timed("evaluating"),
+        watched(experiment.train.stalled_after, "evaluate") as watchdog,
+    ):
+        evaluate_scenes(
+            *(pipeline, state.averaged, experiment.sample, evaluation, dataset, experiment.workdir),
+            watchdog.beat,
+            provenance,
+        )
+
+
+def _evaluated(experiment: Experiment, evaluation: SceneEvaluation) -> dict[str, Any]:
+    """Returns what the scores depend on: the newest checkpoint, the prompts, and how images are sampled."""
+    checkpoints = checkpoint_folder(experiment.workdir, LIDIT)
+    step = latest_step(checkpoints)
+    manifest = checkpoints / str(step) / MANIFEST_FILE
+    sampling = dataclasses.asdict(experiment.sample)
+    del sampling["batch_size"]  # images don't depend on it
+    return {
+        "step": step,
+        "checkpoint": file_digest(manifest) if manifest.exists() else None,
+        "evaluate": dataclasses.asdict(evaluation),
+        "sample": sampling,
+    }
+
+
+def _on_first_host(value: bool) -> bool:
+    """Returns the value of the first host on all hosts."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def _summary(experiment: Experiment) -> str:

@@ -196,7 +196,7 @@ class VAEStage:
             )
         else:
             self.evaluation_data = dataset
-        if self.to_train or not is_evaluated(experiment.workdir, self._provenance()):
+        if self.to_train or not is_evaluated(experiment.workdir / reconstruction.SCORES_FILE, self._provenance()):
             if not experiment.data.holds_out:
                 logger.info("vae: evaluated on training images, because none are held out (data.held_out_shards=0)")
             self.images = self.evaluation_data.images(self.evaluation.num_images)

@@ -54,6 +54,10 @@ class EncoderConfig:
         if self.family not in LLM_FAMILIES:
             raise UserError(f"encoder.family={self.family!r}: use one of {', '.join(LLM_FAMILIES)}")
         check_dtype("encoder.dtype", self.dtype)
+        if self.model is not None and self.model.dtype not in (LLMConfig.dtype, self.dtype):
+            raise UserError(
+                f"encoder.model: leave out dtype={self.model.dtype!r:.80}; that of the encoder, {self.dtype!r}, is used"
+            )
 
     @property
     def language_model(self) -> LLMConfig:

@@ -159,14 +159,15 @@ def _texts_by_stem(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def unread_tables(folder: str) -> list[str]:
     """Returns the files of a folder that may have the captions of its images, but cannot be read for them.
 
-    These are JSON files, also in a folder "annotations" (as COCO's), and tables without a column that names the images.
+    These are JSON files, also in a folder "annotations" (as COCO's), and tables that are damaged or without a column
+    that names the images.
     """
     return [
         os.path.join(below, name)
         for below in ("", *(name for name in _folders_in(folder) if name.lower() == "annotations"))
         for name in sorted(os.listdir(os.path.join(folder, below)))
         if not is_hidden(name)
-        if name.lower().endswith(".json") or is_table(name) and columns_of(os.path.join(folder, below, name))
+        if name.lower().endswith(".json") or is_table(name) and os.path.getsize(os.path.join(folder, below, name))
     ]
 
 

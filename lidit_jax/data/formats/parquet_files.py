@@ -1,5 +1,6 @@
 """Reads rows of Parquet files, on a disk or through fsspec, in bounded memory even if the files are forged."""
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -83,13 +84,7 @@ class Footer:
         Raises:
           DamagedParquet: the file lacks one of them, or the footer is damaged.
         """
-        chunks, found = column_chunks(self.metadata, group), []
-        for name in columns:
-            named = [chunk for chunk in chunks if f"{chunk.path}.".startswith(f"{name}.")]
-            if not named:
-                raise DamagedParquet(f"no column {name!r}"[:200])
-            found += named
-        return found
+        return _chunks_of(column_chunks(self.metadata, group), columns)
 
 
 def column_chunks(metadata: pq.FileMetaData, group: int) -> list[Chunk]:
@@ -103,6 +98,33 @@ def column_chunks(metadata: pq.FileMetaData, group: int) -> list[Chunk]:
         return [_chunk(row_group.column(i)) for i in range(row_group.num_columns)]
     except Exception as error:  # pyarrow raises OSError, ValueError and others on damaged data
         raise DamagedParquet("damaged Parquet footer") from error
+
+
+def _chunks_of(chunks: Sequence[Chunk], columns: Sequence[str]) -> list[Chunk]:
+    """Returns the chunks that belong to the given columns or fields.
+
+    Raises:
+      DamagedParquet: one of them has none.
+    """
+    found: list[Chunk] = []
+    for name, numbers in _numbers_of(chunks, columns).items():
+        if not numbers:
+            raise DamagedParquet(f"no column {name!r}"[:200])
+        found += (chunks[number] for number in numbers)
+    return found
+
+
+def _numbers_of(chunks: Sequence[Chunk], columns: Sequence[str]) -> dict[str, list[int]]:
+    """Returns the numbers of the chunks that belong to each of the columns or fields."""
+    # Sorted, so that files of very many columns do not take the square of their number.
+    paths = sorted((f"{chunk.path}.", number) for number, chunk in enumerate(chunks))
+    found = {}
+    for name in columns:
+        first = end = bisect.bisect_left(paths, (f"{name}.", 0))
+        while end < len(paths) and paths[end][0].startswith(f"{name}."):
+            end += 1
+        found[name] = sorted(number for _, number in paths[first:end])
+    return found
 
 
 def _chunk(chunk: pq.ColumnChunkMetaData) -> Chunk:
@@ -213,14 +235,14 @@ class ParquetFiles:
             return
         file = _GroupFile(self, number, footer.file_size)
         try:
-            paths = [f"{chunk.path}." for chunk in column_chunks(footer.metadata, group)]
-            columns = [name for name in columns if any(path.startswith(f"{name}.") for path in paths)]
+            chunks = column_chunks(footer.metadata, group)
+            columns = [name for name, numbers in _numbers_of(chunks, columns).items() if numbers]
             if not columns and not image:
                 yield from ({} for _ in range(footer.starts[group + 1] - footer.starts[group]))
                 return
-            file.prepare(footer.chunks(group, (*columns, *image)))
+            file.prepare(_chunks_of(chunks, (*columns, *image)))
             for names, limit in ((columns, MAX_TEXT_PAGE_BYTES), (image, MAX_PAGE_BYTES)):
-                for chunk in footer.chunks(group, names):
+                for chunk in _chunks_of(chunks, names):
                     check_pages(file.at, chunk.start, chunk.end, chunk.num_values, limit)
             parquet = pq.ParquetFile(
                 pa.PythonFile(file, mode="r"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -18,6 +19,8 @@ CLASS_FIELD = "class"
 CLASS_NUMBER_FIELD = "class_number"
 # Fields that img2dataset adds to a sample's json; they are never captions.
 _BOOKKEEPING = frozenset(("key", "url", "status", "error_message", "sha256", "md5", "uid", "exif"))
+# Unicode categories of characters that show nothing: controls, format characters, unpaired surrogates.
+_INVISIBLE = ("Cc", "Cf", "Cs")
 
 
 class Sample(NamedTuple):
@@ -143,12 +146,11 @@ def captions_of(values: Mapping[str, Any]) -> dict[str, str]:
 
 def stripped(texts: Mapping[str, Any]) -> dict[str, str]:
     """Returns the texts that are neither blank nor img2dataset's bookkeeping; stripped, without unpaired surrogates."""
-    found = {
+    return {
         _replace_surrogates(name): _replace_surrogates(text).strip()
         for name, text in texts.items()
-        if isinstance(text, str) and name.split("/")[0] not in _BOOKKEEPING
+        if isinstance(text, str) and name.split("/")[0] not in _BOOKKEEPING and not _is_blank(text)
     }
-    return {name: text for name, text in found.items() if text}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "", depth: int = 0) -> dict[str, Any]:
@@ -185,6 +187,11 @@ def _flatten_list(values: list, name: str) -> dict[str, Any]:
 def printable(name: str) -> str:
     r"""Returns the name of a file with bytes that are not UTF-8 as "\xe9": distinct, and safe to print and encode."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _is_blank(text: str) -> bool:
+    """Returns True if all characters are spaces or invisible: zero-width spaces, NUL, unpaired surrogates."""
+    return all(character.isspace() or unicodedata.category(character) in _INVISIBLE for character in text)
 
 
 def _replace_surrogates(text: str) -> str:

@@ -37,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 1 << 26  # default limit for an image
 SUFFIX = ".index"
-_VERSION = 3  # version 2 has no nested texts; version 1 no lists of captions, and may expand without bound
+# Version 3 has texts of invisible characters; version 2 no nested texts; version 1 no lists of captions, and may expand
+# without bound.
+_VERSION = 4
 _NUMBER_COLUMNS = ("start", "end", "height", "width")
 _TEXT_COLUMNS = ("key", "captions", "metadata")
 _SCHEMA = pa.schema(
