@@ -7,14 +7,17 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from etils import epath
 
 from lidit_jax.errors import UserError
+from lidit_jax.files import write_json
 from lidit_jax.parallel.host_memory import keep_freed_memory
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -112,6 +115,46 @@ def largest_difference(results: Sequence[Result]) -> float:
     first = results[0].output.astype(np.float32)
     differences = [np.abs(result.output.astype(np.float32) - first).max() for result in results]
     return float(max(differences) / np.abs(first).max())
+
+
+def measurements(results: Sequence[Result], *, steps: int, **amounts: float) -> list[dict[str, Any]]:
+    """Returns the figures of each contestant, JSON-serialisable.
+
+    Args:
+      results: measurements; the first one is the reference.
+      steps: steps, calls or whatever else is repeated in a round.
+      **amounts: what is done in a round, in units of that name, such as samples=32.
+
+    Returns:
+      Per contestant: "name", "ms_per_step", "UNIT_per_second" of each amount, "times_as_slow" as the reference, and
+      "peak_mib" of memory.
+    """
+    return [
+        {
+            "name": result.name,
+            "ms_per_step": 1e3 * result.median / steps,
+            **{f"{unit}_per_second": amount / result.median for unit, amount in amounts.items()},
+            "times_as_slow": result.median / results[0].median,
+            "peak_mib": result.peak_bytes / 2**20,
+        }
+        for result in results
+    ]
+
+
+def write_figures(file: str | None, what: str, rounds: int, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
+    """Writes the figures of a benchmark to a JSON file, unless `file` is None.
+
+    Args:
+      file: the file.
+      what: what was measured.
+      rounds: rounds that the figures are medians of.
+      rows: the return value of `measurements`.
+      **more: further figures, JSON-serialisable.
+    """
+    if file:
+        names = " ".join(row["name"] for row in rows).lower()
+        host = describe_host(*(["torch"] if "torch" in names or "transformers" in names else []))
+        write_json(epath.Path(file), {"what": what, "host": host, "rounds": rounds, "results": list(rows), **more})
 
 
 def format_table(results: Sequence[Result], amount: int, unit: str) -> str:

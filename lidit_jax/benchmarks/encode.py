@@ -19,13 +19,22 @@ import numpy as np
 
 from lidit_jax import cli
 from lidit_jax.benchmarks import shared_flags
-from lidit_jax.benchmarks.contest import Contestant, contest, describe_host, format_table, largest_difference
+from lidit_jax.benchmarks.contest import (
+    Contestant,
+    contest,
+    describe_host,
+    format_table,
+    largest_difference,
+    measurements,
+    write_figures,
+)
 
 _BATCH = shared_flags.define_batch(32, "prompts encoded at once")
 _PREFIX = shared_flags.define_tokens("prefix", 40, "tokens of the prefix")
 _PROMPT = shared_flags.define_tokens("prompt", 40, "tokens per prompt")
 _ROUNDS = shared_flags.define_rounds(20)
 _DTYPE = shared_flags.define_dtype("float32")
+_JSON = shared_flags.define_json()
 
 SIZES = {
     "vocab_size": 32_000,
@@ -55,12 +64,15 @@ def main() -> None:
             Contestant(name, functools.partial(prepare, *arguments)) for name, prepare in prepare_functions.items()
         ]
         results = contest(contestants, _ROUNDS.value)
-    print(
+    what = (
         f"{num_parameters / 1e6:.0f}M parameters in {_DTYPE.value}, prefix of {_PREFIX.value} tokens, {_BATCH.value} "
-        f"prompts of {_PROMPT.value}, median of {_ROUNDS.value} rounds"
+        f"prompts of {_PROMPT.value}"
     )
-    print(format_table(results, _BATCH.value * _PROMPT.value, "tokens"))
+    tokens = _BATCH.value * _PROMPT.value
+    print(f"{what}, median of {_ROUNDS.value} rounds")
+    print(format_table(results, tokens, "tokens"))
     print(f"largest difference from plain: {largest_difference(results):.1e} of plain's largest value")
+    write_figures(_JSON.value, what, _ROUNDS.value, measurements(results, steps=1, tokens=tokens))
 
 
 def save_model(folder: str) -> int:

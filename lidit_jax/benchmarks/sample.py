@@ -22,7 +22,7 @@ from absl import flags
 
 from lidit_jax import cli
 from lidit_jax.benchmarks import workload_flags
-from lidit_jax.benchmarks.contest import largest_difference
+from lidit_jax.benchmarks.contest import largest_difference, write_figures
 from lidit_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ _GUIDANCE = flags.DEFINE_float(
 
 
 def main() -> None:
-    from lidit_jax.benchmarks.workload import format_table, from_flags, run_contest
+    from lidit_jax.benchmarks.workload import format_table, from_flags, measurements, run_contest
     from lidit_jax.diffusion.samplers import step_table
 
     workload, experiment = from_flags()
@@ -56,10 +56,13 @@ def main() -> None:
     evaluations, batch = len(rows.timesteps), workload.batch
     flops = evaluations * workload.forward_flops(batch if guidance_scale == 1.0 else 2 * batch)
     print(f"{workload}; {sampler}, guidance {guidance_scale:g}")
-    print(format_table(results, steps=evaluations, samples=batch, unit="images", flops=flops))
-    for result in results[1:]:
-        difference = largest_difference([results[0], result])
-        print(f"{result.name}: latents differ by {difference:.1e} of the largest")
+    figures = measurements(results, steps=evaluations, samples=batch, flops=flops)
+    print(format_table(figures, evaluations, "images"))
+    differences = {result.name: largest_difference([results[0], result]) for result in results[1:]}
+    for name, difference in differences.items():
+        print(f"{name}: latents differ by {difference:.1e} of the largest")
+    what = f"sampling, {workload}; {sampler}, {evaluations} evaluations, guidance {guidance_scale:g}"
+    write_figures(workload_flags.JSON.value, what, workload_flags.ROUNDS.value, figures, differences=differences)
 
 
 # --- contestants -------------------------------------------------------------------------------------------------

@@ -20,6 +20,11 @@ def define_batch(default: int | None, text: str) -> flags.FlagHolder:
     return flags.DEFINE_integer("batch", default, text, lower_bound=1, upper_bound=_MAX_BATCH)
 
 
+def define_json() -> flags.FlagHolder:
+    """Defines --json."""
+    return flags.DEFINE_string("json", None, "JSON file to write the figures to")
+
+
 def define_rounds(default: int) -> flags.FlagHolder:
     """Defines --rounds."""
     return define_repeats("rounds", default, "how often each contestant is timed")

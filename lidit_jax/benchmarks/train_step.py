@@ -25,7 +25,7 @@ from absl import flags
 
 from lidit_jax import cli
 from lidit_jax.benchmarks import shared_flags, workload_flags
-from lidit_jax.benchmarks.contest import Result, largest_difference
+from lidit_jax.benchmarks.contest import Result, largest_difference, write_figures
 
 if TYPE_CHECKING:
     import jax
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from lidit_jax.train_config import TrainConfig
 
 flags.adopt_module_key_flags(workload_flags)  # shows them in --help
+_TRACE = flags.DEFINE_string(
+    "trace", None, "folder for a trace of one round of ours, which is not timed, for XProf or TensorBoard"
+)
 _STEPS = shared_flags.define_repeats("steps_a_round", 4, "steps per round")
 
 INPUTS_FILE = "inputs.npz"
@@ -43,20 +46,31 @@ INPUTS_FILE = "inputs.npz"
 def main() -> None:
     import jax
 
-    from lidit_jax.benchmarks.workload import format_table, from_flags, run_contest
+    from lidit_jax.benchmarks.workload import format_table, from_flags, measurements, run_contest
     from lidit_jax.models.flops import FORWARD_AND_BACKWARD
 
     workload, experiment = from_flags()
     steps = _STEPS.value
     arguments, mesh = (workload, experiment.train, steps), dict(experiment.config.mesh)
-    results = run_contest(functools.partial(ours, *arguments, mesh=mesh), functools.partial(pytorch, *arguments))
+    prepare = functools.partial(ours, *arguments, mesh=mesh, trace=_TRACE.value)
+    results = run_contest(prepare, functools.partial(pytorch, *arguments))
     flops = steps * FORWARD_AND_BACKWARD * workload.forward_flops(workload.batch)
     print(workload)
     samples, devices = steps * workload.batch, jax.device_count()
-    print(format_table(results, steps=steps, samples=samples, unit="samples", flops=flops, devices=devices))
+    rows = measurements(results, steps=steps, samples=samples, flops=flops, devices=devices)
+    print(format_table(rows, steps, "samples"))
+    differences = {}
     for result in results[1:]:
         losses, norms = (largest_difference([_select_row(results[0], i), _select_row(result, i)]) for i in range(2))
         print(f"{result.name}: losses differ by {losses:.1e} of the largest, gradient norms by {norms:.1e}")
+        differences[result.name] = {"losses": losses, "gradient_norms": norms}
+    write_figures(
+        workload_flags.JSON.value,
+        f"training step, {workload}",
+        workload_flags.ROUNDS.value,
+        rows,
+        differences=differences,
+    )
 
 
 def _select_row(result: Result, index: int) -> Result:
@@ -68,7 +82,13 @@ def _select_row(result: Result, index: int) -> Result:
 
 
 def ours(
-    workload: "Workload", config: "TrainConfig", steps: int, *, mesh: Mapping[str, int], folder: Path | None
+    workload: "Workload",
+    config: "TrainConfig",
+    steps: int,
+    *,
+    mesh: Mapping[str, int],
+    folder: Path | None,
+    trace: str | None = None,
 ) -> "Work":
     """Prepares our training step; a round returns the losses and gradient norms of its steps, float32 [2, S].
 
@@ -79,10 +99,13 @@ def ours(
       mesh: sizes of the device mesh's axes.
       folder: where the weights and the random inputs of the first two rounds (warm-up, and the one whose outputs are
         compared) are saved for `pytorch`; None if it does not run.
+      trace: folder for a trace of the second round; None traces nothing.
     """
     import jax
+    from etils import epath
 
     from lidit_jax.benchmarks.workload import save_weights
+    from lidit_jax.profiling import StepProfiler
 
     trainer, batch = make_trainer(workload, config, mesh)
     state, key = trainer.init(0), jax.random.key(1)
@@ -91,15 +114,21 @@ def ours(
         inputs = [random_inputs(workload, batch["moments"], key, number) for number in range(2 * steps)]
         arrays = {name: np.stack([of_step[name] for of_step in inputs]) for name in inputs[0]}
         np.savez(folder / INPUTS_FILE, **arrays, learning_rate=[trainer.learning_rate(i) for i in range(2 * steps)])
-    number = itertools.count()
+    numbers = itertools.count()
+    profiler = StepProfiler(range(steps, 2 * steps) if trace else range(0), epath.Path(trace or "."))
 
     def work() -> np.ndarray:
         nonlocal state
         metrics = []
         with jax.set_mesh(trainer.mesh):
-            for _ in range(steps):
-                state, step_metrics = trainer.step(state, trainer.task.frozen, batch, key, next(number))
+            for number in itertools.islice(numbers, steps):
+                profiler.before(number, state.step)
+                with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                    state, step_metrics = trainer.step(state, trainer.task.frozen, batch, key, number)
                 metrics.append((step_metrics["loss"].mean, step_metrics["grad_norm"]))
+                if profiler.ends_after(number):
+                    jax.block_until_ready(state.step)
+                    profiler.close()
         return np.array(jax.device_get(metrics), np.float32).T
 
     return work

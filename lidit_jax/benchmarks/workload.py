@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from lidit_jax import cli
 from lidit_jax.benchmarks import workload_flags
 from lidit_jax.benchmarks.contest import Contestant, Result, contest, describe_host, disable_tf32
+from lidit_jax.benchmarks.contest import measurements as contest_measurements
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
@@ -278,27 +279,43 @@ def _torch_device() -> str:
     return "cuda"
 
 
-def format_table(
-    results: Sequence[Result], *, steps: int, samples: int, unit: str, flops: float, devices: int = 1
-) -> str:
-    """Formats one line per contestant, with how many times as fast as it ours is.
+def measurements(
+    results: Sequence[Result], *, steps: int, samples: int, flops: float, devices: int = 1
+) -> list[dict[str, Any]]:
+    """Returns the figures of each contestant, those of `contest.measurements` and its MFU.
 
     Args:
       results: measurements, ours first.
       steps: steps per round.
       samples: samples per round.
-      unit: plural name of a sample.
       flops: FLOPs per round.
       devices: number of devices that ours uses.
+
+    Returns:
+      Per contestant, also "mfu": None where the peak of the chip is unknown.
     """
     chip = chip_of(jax.devices()[0])
-    peak = chip and chip.flops * devices
-    heads = ["ms per step", f"{unit}/s", "TFLOP/s", *(["MFU"] if peak else []), f"{results[0].name} is", "peak MiB"]
+    rows = contest_measurements(results, steps=steps, samples=samples, tflops=flops / 1e12)
+    return [
+        row | {"mfu": flops / result.median / (chip.flops * devices) if chip else None}
+        for row, result in zip(rows, results, strict=True)
+    ]
+
+
+def format_table(rows: Sequence[Mapping[str, Any]], steps: int, unit: str) -> str:
+    """Formats one line per contestant, with how many times as fast as it ours is.
+
+    Args:
+      rows: the return value of `measurements`.
+      steps: steps per round.
+      unit: plural name of a sample.
+    """
+    has_peak = rows[0]["mfu"] is not None
+    heads = ["ms per step", f"{unit}/s", "TFLOP/s", *(["MFU"] if has_peak else []), f"{rows[0]['name']} is", "peak MiB"]
     lines = [f"{'':18}" + "".join(f"{head:>13}" for head in heads)]
-    for result in results:
-        speed = flops / result.median
-        cells = [f"{1e3 * result.median / steps:.1f}", f"{samples / result.median:.4g}", f"{speed / 1e12:.3g}"]
-        cells += [f"{speed / peak:.1%}"] if peak else []
-        cells += [f"{result.median / results[0].median:.2f} x", f"{result.peak_bytes / 2**20:.0f}"]
-        lines.append(f"{result.name:18}" + "".join(f"{cell:>13}" for cell in cells))
+    for row in rows:
+        cells = [f"{row['ms_per_step']:.1f}", f"{row['samples_per_second']:.4g}", f"{row['tflops_per_second']:.3g}"]
+        cells += [f"{row['mfu']:.1%}"] if has_peak else []
+        cells += [f"{row['times_as_slow']:.2f} x", f"{row['peak_mib']:.0f}"]
+        lines.append(f"{row['name']:18}" + "".join(f"{cell:>13}" for cell in cells))
     return f"median of {workload_flags.ROUNDS.value} rounds of {steps} steps\n" + "\n".join(lines)

@@ -13,6 +13,7 @@ BATCH = shared_flags.define_batch(None, "samples per batch (default: the config'
 RESOLUTION = shared_flags.define_side("resolution", None, "side of the images in pixels (default: the config's)")
 DTYPE = shared_flags.define_dtype(None, "compute dtype (default: the config's)")
 ROUNDS = shared_flags.define_rounds(5)
+JSON = shared_flags.define_json()
 PREFIX_TOKENS = shared_flags.define_tokens(
     "prefix_tokens", 64, "tokens of system prompt and instruction, for LLMs without a local tokenizer", lowest=0
 )
