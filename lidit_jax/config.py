@@ -97,7 +97,9 @@ def find_config(text: str) -> tuple[Path, tuple[str, ...]]:
         return own[file.stem], arguments
     if is_own:
         raise UserError(f"--config={text}: there is no config {file.stem!r}{nearest(file.stem, own)}")
-    raise UserError(f"--config={text}: no such config file; give a .py file, or one of {', '.join(own)}")
+    found = near(file.stem, own)
+    advice = f"did you mean {found!r}?" if found else f"give a .py file, or one of {', '.join(own)}"
+    raise UserError(f"--config={text}: no such config file; {advice}")
 
 
 def _run_config_file(file: Path, *arguments: str) -> ConfigDict:

@@ -12,7 +12,7 @@ _DISK_ERRORS = (
     (
         (errno.ENOSPC, errno.EDQUOT),
         re.compile(
-            "no space left on device|quota exceeded|ENOSPC|EDQUOT|"
+            "no space left on device|quota exceeded|ENOSPC|EDQUOT|not enough free space|"  # the last one is NumPy's
             r"RESOURCE_EXHAUSTED(?!.*no space left).*writ(?:e|ing)",
             re.I | re.S,
         ),

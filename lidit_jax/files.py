@@ -122,9 +122,14 @@ def new_file(file: epath.Path) -> Iterator[epath.Path]:
 
 
 def name_file(error: BaseException, file: os.PathLike | str, temporary: os.PathLike | None = None) -> None:
-    """Sets the file name of a system's error that names its temporary file or, as for a full disk, no file."""
-    if isinstance(error, OSError) and error.errno and error.filename in (None, temporary and os.fspath(temporary)):
-        error.filename = os.fspath(file)
+    """Sets the attribute `filename` of an error that names its temporary file or, as for a full disk, no file.
+
+    Errors of libraries, which lack the attribute, get it too: `describe_system_error` looks there first.
+    """
+    if isinstance(error, OSError) and not error.errno:  # its text would get "[Errno None]"
+        return
+    if getattr(error, "filename", None) in (None, temporary and os.fspath(temporary)):
+        setattr(error, "filename", os.fspath(file))  # noqa: B010  mypy knows no such attribute of BaseException
 
 
 def is_unused(folder: epath.Path) -> bool:

@@ -209,11 +209,7 @@ class Pipeline:
 
     def check_size(self, height: int, width: int) -> None:
         """Raises UserError unless both sides are multiples of the latent cell times the patch size."""
-        multiple = self.vae.config.downsampling_factor * self.model.config.patch_size
-        for name, side in (("height", height), ("width", width)):
-            if side < multiple or side % multiple:
-                below = max(multiple, side // multiple * multiple)
-                raise UserError(f"{name}={side} is not a multiple of {multiple}: use {below} or {below + multiple}")
+        check_size(height, width, self.vae.config.downsampling_factor * self.model.config.patch_size)
 
     @functools.cached_property
     def _sample_program(self):
@@ -271,6 +267,14 @@ class Pipeline:
         sharded = PartitionSpec(self.rules.batch)
         specs = sharded, *[PartitionSpec() for _ in shared]
         return jax.shard_map(function, in_specs=specs, out_specs=sharded, check_vma=False)(rows, *shared)
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raises UserError unless both sides of an image, in pixels, are multiples of `multiple`."""
+    for name, side in (("height", height), ("width", width)):
+        if side < multiple or side % multiple:
+            below = max(multiple, side // multiple * multiple)
+            raise UserError(f"{name}={side} is not a multiple of {multiple}: use {below} or {below + multiple}")
 
 
 def _seed_words(seeds: Sequence[int]) -> np.ndarray:

@@ -99,6 +99,18 @@ def move_weights(config: ConfigDict, encoders: Mapping[str, str], vae: str | Non
     return config
 
 
+def open_run(workdir: epath.Path, encoders: Mapping[str, str] | None = None, vae: str | None = None) -> Experiment:
+    """Returns the experiment of a trained run, without loading its networks; see `load` for arguments and errors."""
+    experiment = Experiment(move_weights(read_workdir(workdir), encoders or {}, vae), workdir)
+    if not experiment.has_lidit:
+        raise UserError(
+            f"{workdir} is the run of a VAE alone, without a LI-DiT to sample from: name the workdir of one that has"
+        )
+    require_checkpoint(checkpoint_folder(workdir, LIDIT))
+    experiment.check_folders()
+    return experiment
+
+
 def load(
     workdir: str | epath.Path,
     weights: str = "ema",
@@ -119,15 +131,9 @@ def load(
       UserError: if the workdir has no config or no checkpoint of LI-DiT, or the checkpoint has no such weights; or the
         folder of an encoder or of the VAE is missing, or has other weights than the run was trained with.
     """
-    workdir, encoders = epath.Path(workdir), encoders or {}
-    experiment = Experiment(move_weights(read_workdir(workdir), encoders, vae), workdir)
-    if not experiment.has_lidit:
-        raise UserError(
-            f"{workdir} is the run of a VAE alone, without a LI-DiT to sample from: name the workdir of one that has"
-        )
+    workdir = epath.Path(workdir)
+    experiment = open_run(workdir, encoders, vae)
     checkpoints = checkpoint_folder(workdir, LIDIT)
-    require_checkpoint(checkpoints)
-    experiment.check_folders()
     pipeline = experiment.pipeline(*experiment.sampling_mesh(devices))
     params, step = load_weights(checkpoints, weights, pipeline.abstract_params(), experiment.train.strict_restore)
     compare_frozen(experiment, checkpoints / str(step), encoders, vae)

@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from lidit_jax.config import claim_workdir, find_config, flatten, sibling_config
 from lidit_jax.config import load_config as load_named_config
 from lidit_jax.config_fields import apply_overrides, find_fields, with_defaults
 from lidit_jax.console import COMMANDS
+from lidit_jax.data.indexed.shared_array import SharedArray
 from lidit_jax.data.precomputed import DTYPES
 from lidit_jax.errors import UserError, describe_system_error
 from lidit_jax.evaluate import generate as evaluate
@@ -31,7 +34,7 @@ from lidit_jax.evaluate.benchmarks import BENCHMARKS
 from lidit_jax.export.write import DTYPES as EXPORT_DTYPES
 from lidit_jax.export.write import TEXT_ENCODERS, export
 from lidit_jax.export.write import Request as ExportRequest
-from lidit_jax.files import check_writable, is_unused, write_json
+from lidit_jax.files import check_writable, is_unused, new_file, write_json
 from lidit_jax.images import save_png
 from lidit_jax.preview.contact_sheet import draw_contact_sheet
 from lidit_jax.print_config import format_config, paper_keys
@@ -216,7 +219,9 @@ def test_configs_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
     for text, says in (
         ("shapse", "did you mean 'shapes'"),
         ("x/y.py", "no such config file"),
-        ("x/configs/shapes.py", "no such"),
+        ("x/configs/shapes.py", "no such config file; did you mean 'shapes'"),
+        ("shapes.py", "no such config file; did you mean 'shapes'"),
+        ("./emojis.py:3", "no such config file; did you mean 'emoji'"),
     ):
         with pytest.raises(UserError, match=says):
             find_config(text)
@@ -479,6 +484,31 @@ def test_a_missing_accelerator_is_one_line(monkeypatch):
     wrapped = ValueError("could not save")
     wrapped.__cause__ = OSError(errno.EROFS, "Read-only file system", "/x")
     assert describe_system_error(wrapped).startswith("/x: Read-only file system")
+
+
+def test_a_librarys_error_of_a_full_disk_names_the_file_that_was_to_be_written(tmp_path):
+    file = epath.Path(tmp_path / "000.array_record")
+    with pytest.raises(RuntimeError) as raised, new_file(file) as temporary:
+        temporary.write_bytes(b"x")
+        raise RuntimeError(f"write() failed: No space left on device; writing out/{temporary.name}")  # ArrayRecord's
+    assert describe_system_error(raised.value).startswith(f"{file}: No space left on device: free disk space")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_folder_of_temporary_files_is_named_and_nothing_stays_in_it(tmp_path, monkeypatch):
+    def save(file, array):
+        file.write(b"a part")
+        raise OSError("Not enough free space to write 16777216 bytes after offset 128")  # NumPy's, without a number
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(np, "save", save)
+    array = SharedArray(np.arange(1 << 21))
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{tmp_path}, for temporary files, .* 16777216 bytes .*: free .* TMPDIR"):
+            pickle.dumps(array)
+        assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(array)).array, array.array)
 
 
 def test_a_full_disk_is_one_line_after_a_library_has_logged_it_in_every_thread():

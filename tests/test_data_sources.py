@@ -216,6 +216,21 @@ def test_features_of_tfds_that_are_neither_image_nor_text_are_not_decoded(tmp_pa
         open_dataset(data_of("tfds", path, image_key="photo"), 8)
 
 
+def test_the_only_image_of_a_tfds_data_set_is_used_whatever_its_name(tmp_path):
+    import tensorflow_datasets as tfds
+
+    words = {"caption": tfds.features.Text()}
+    features = tfds.features.FeaturesDict({"inputs": {"photo": tfds.features.Image()}, **words})
+    sample = {"inputs": {"photo": io.BytesIO(encode(numbered_image(3)))}, "caption": "one"}
+    path = write_tfds_samples(tmp_path / "a", features, [sample])
+    dataset = open_dataset(data_of("tfds", path), 8)
+    assert dataset.captions(1, 0) == ["one"]
+
+    path = write_tfds_samples(tmp_path / "b", tfds.features.FeaturesDict(words), [{"caption": "one"}])
+    with pytest.raises(UserError, match="has no image: its features are caption"):
+        open_dataset(data_of("tfds", path), 8)
+
+
 # --- invalid configs --------------------------------------------------------------------------------------------
 
 

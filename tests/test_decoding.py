@@ -44,6 +44,16 @@ def test_a_png_without_its_end_is_damaged(cut):
         decoding.decode(encode(SIDE_BY_SIDE)[:-cut], MAX_PIXELS)
 
 
+def test_an_indexed_png_without_its_palette_is_damaged():
+    colors = Image.fromarray(np.array([[[200, 30, 30], [30, 60, 200]]], np.uint8)).convert("P", palette=Image.ADAPTIVE)
+    png = encode(colors)
+    start = png.index(b"PLTE") - 4
+    end = start + 12 + int.from_bytes(png[start : start + 4], "big")
+    assert abs(decoding.decode(png, 1000)[0, 0].astype(int) - [200, 30, 30]).max() < 3
+    with pytest.raises(decoding.BrokenImage, match="damaged image"):
+        decoding.decode(png[:start] + png[end:], 1000)
+
+
 def test_png_chunks_out_of_order_are_damaged():
     png = encode(Image.fromarray(SIDE_BY_SIDE).quantize(4))
     late = [(b"IDAT", b""), (b"IHDR", png[16:29]), (b"PLTE", bytes(6)), (b"ABCD", b"")]

@@ -38,6 +38,22 @@ def request(workdir, benchmark, file, out, **more):
     return Request(workdir=epath.Path(workdir), benchmark=benchmark, file=file, out=epath.Path(out), **more)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 33}, "height=33 is not a multiple of 8: use 32 or 40"),
+        ({"sampler": "ddim"}, "euler"),
+    ],
+)
+def test_options_that_do_not_fit_are_reported_before_weights_are_loaded(
+    trained_workdir, geneval, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.setattr("lidit_jax.trained_model.load", None)
+    with pytest.raises(UserError, match=message):
+        generate_benchmark(request(trained_workdir, "geneval", geneval, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
 def test_geneval_is_drawn_and_goes_on_where_it_was_stopped(trained_workdir, geneval, tmp_path, monkeypatch):
     out = tmp_path / "out"
     asked = request(trained_workdir, "geneval", geneval, out, num_images=3)

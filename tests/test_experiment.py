@@ -200,7 +200,11 @@ def test_images_decoded_in_slices_or_tiles_equal_those_decoded_at_once(
         ({"prompt": "x", "weights": "best"}, "ema or params"),
     ],
 )
-def test_invalid_sampling_requests_are_reported_and_nothing_is_written(trained_workdir, tmp_path, changes, message):
+def test_invalid_sampling_requests_are_reported_before_weights_are_loaded(
+    trained_workdir, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.setattr("lidit_jax.trained_model.load_weights", None)
+    monkeypatch.setattr("lidit_jax.experiment.load_vae", None)
     with pytest.raises(UserError, match=message):
         sample_to_folder(Request(trained_workdir, epath.Path(tmp_path / "out"), **changes))
     assert not (tmp_path / "out").exists()

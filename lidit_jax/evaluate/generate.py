@@ -89,8 +89,9 @@ def generate_benchmark(request: Request) -> None:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
     read_claim(request.out, FACTS_FILE)  # raises if the folder can't be used, before the model is loaded
     benchmark = request.open()
+    experiment = trained_model.open_run(request.workdir, request.encoders, request.vae)
+    sampling, height, width = request.resolve_options(experiment)
     model = trained_model.load(request.workdir, request.weights, encoders=request.encoders, vae=request.vae)
-    sampling, height, width = request.resolve_options(model)
     facts = _facts(request, benchmark, model) | {"height": height, "width": width}
     facts |= {name: getattr(sampling, name) for name in SAMPLING}
     _claim(request.out, facts)

@@ -26,6 +26,15 @@ def is_exported(folder: epath.Path) -> bool:
     return is_there(folder / INDEX_FILE)
 
 
+def open_exported(folder: epath.Path) -> Experiment:
+    """Returns the experiment that an exported folder describes, without loading its networks.
+
+    Raises:
+      UserError: the folder's index is missing, damaged, or of a newer format.
+    """
+    return Experiment(read_folder(folder), folder)
+
+
 def load_exported(folder: str | epath.Path, devices: Sequence[jax.Device] | None = None) -> TrainedModel:
     """Loads an exported folder for sampling.
 
@@ -37,7 +46,7 @@ def load_exported(folder: str | epath.Path, devices: Sequence[jax.Device] | None
       UserError: a component is missing, damaged, or of a newer format.
     """
     folder = epath.Path(folder)
-    experiment = Experiment(read_folder(folder), folder)
+    experiment = open_exported(folder)
     mesh, rules = experiment.sampling_mesh(devices)
     pipeline = experiment.pipeline(mesh, rules)
     return TrainedModel(experiment, pipeline, load_params(folder, pipeline.abstract_params(), mesh, rules))

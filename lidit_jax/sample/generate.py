@@ -13,10 +13,11 @@ from etils import epath
 from lidit_jax import __version__, trained_model
 from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
-from lidit_jax.export.read import load_exported
+from lidit_jax.experiment import Experiment
+from lidit_jax.export.read import load_exported, open_exported
 from lidit_jax.files import check_writable, read_text, split_lines, write_json
 from lidit_jax.images import grid, save_png
-from lidit_jax.pipeline import MAX_GUIDANCE, MAX_SEED, SampleConfig
+from lidit_jax.pipeline import MAX_GUIDANCE, MAX_SEED, SampleConfig, check_size
 from lidit_jax.sample.image_list import IMAGE_NAME, LIST_FILE, png_text, read_list
 from lidit_jax.text.encoders import truncated_prompts
 from lidit_jax.trained_model import TrainedModel
@@ -61,11 +62,11 @@ class SamplingOptions:
         if self.guidance_scale is not None and not 0 <= self.guidance_scale <= MAX_GUIDANCE:
             raise UserError(f"--guidance={self.guidance_scale:g} must be from 0 to {MAX_GUIDANCE:g}")
 
-    def resolve_options(self, model: TrainedModel) -> tuple[SampleConfig, int, int]:
-        """Resolves the options with the config of the model.
+    def resolve_options(self, experiment: Experiment) -> tuple[SampleConfig, int, int]:
+        """Resolves the options with the config of the model, which need not be loaded.
 
         Args:
-          model: the model to sample from.
+          experiment: the experiment of the model to sample from.
 
         Returns:
           The sampling options, and height and width of the images in pixels.
@@ -75,13 +76,13 @@ class SamplingOptions:
         """
         overrides = {name: getattr(self, name) for name in ("sampler", "steps", "guidance_scale", "decode_pixels")}
         sampling = dataclasses.replace(
-            model.experiment.sample, **{name: value for name, value in overrides.items() if value is not None}
+            experiment.sample, **{name: value for name, value in overrides.items() if value is not None}
         )
         # Raises if the sampler and the schedule do not go together.
-        step_table(sampling.sampler, model.pipeline.schedule, sampling.steps)
-        resolution = model.experiment.data.resolution
+        step_table(sampling.sampler, experiment.schedule, sampling.steps)
+        resolution = experiment.data.resolution
         height, width = self.height or resolution, self.width or resolution
-        model.pipeline.check_size(height, width)
+        check_size(height, width, experiment.size_multiple())
         return sampling, height, width
 
 
@@ -134,13 +135,17 @@ def sample_to_folder(request: Request) -> None:
     if request.from_torch is not None:
         if request.weights != "ema" or request.encoders or request.vae:
             raise UserError("--weights, --encoder and --vae go with --workdir: an export has its own weights")
+        experiment = open_exported(request.from_torch)
+    else:
+        experiment = trained_model.open_run(request.workdir, request.encoders, request.vae)
+    sampling, height, width = request.resolve_options(experiment)
+    if request.negative_prompt and not sampling.is_guided:
+        raise UserError("--negative_prompt has no effect without guidance: give --guidance above 1, or leave it out")
+    if request.from_torch is not None:
         model, origin = load_exported(request.from_torch), str(request.from_torch)
     else:
         model = trained_model.load(request.workdir, request.weights, encoders=request.encoders, vae=request.vae)
         origin = f"step {model.step}"
-    sampling, height, width = request.resolve_options(model)
-    if request.negative_prompt and not sampling.is_guided:
-        raise UserError("--negative_prompt has no effect without guidance: give --guidance above 1, or leave it out")
     warn_of_truncated(model, [*prompts, *filter(None, [request.negative_prompt])])
 
     seeds = [request.seed + i for i in range(count)]

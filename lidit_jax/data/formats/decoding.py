@@ -41,6 +41,7 @@ _MAX_SCANS = 32
 # Chunks that a PNG needs, in order; they and transparency (tRNS) determine its pixels. Texts, colour profiles and the
 # further frames of an animation do not.
 _NEEDED_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+_PNG_COLOR_TYPE, _INDEXED = 25, 3  # offset in the file, and its value for images with a palette
 
 
 def read_size(file: BinaryIO, max_pixels: int) -> tuple[int, int]:
@@ -113,7 +114,8 @@ def _pixels_of_png(data: bytes) -> bytes:
     """Returns a PNG without the chunks that do not determine its pixels.
 
     Raises:
-      BrokenImage: a checksum is wrong, the end is missing, or a chunk is out of order or unknown and not optional.
+      BrokenImage: a checksum is wrong, the end or the palette is missing, or a chunk is out of order or unknown and not
+        optional.
     """
     view, kept, needed, previous = memoryview(data), [PNG_SIGNATURE], -1, b""
     for kind, start, length in _whole_chunks(data):
@@ -123,6 +125,8 @@ def _pixels_of_png(data: bytes) -> bytes:
         if kind[:1].isupper():
             if kind not in _NEEDED_CHUNKS[needed + 1 :] and not kind == previous == b"IDAT":
                 raise BrokenImage("damaged image")
+            if kind == b"IDAT" and data[_PNG_COLOR_TYPE] == _INDEXED and needed < _NEEDED_CHUNKS.index(b"PLTE"):
+                raise BrokenImage("damaged image")  # as libpng does; Pillow would take the indices for grey
             needed = _NEEDED_CHUNKS.index(kind)
         if kind in _NEEDED_CHUNKS or kind == b"tRNS" and needed < _NEEDED_CHUNKS.index(b"IDAT"):
             kept.append(view[start - 8 : end])

@@ -185,11 +185,15 @@ class TfdsShards:
         builder, info = self._builder
         images, labels, others = _usable_features(info)
         if not image_key:
-            image_key = "image" if "image" in images else images.pop() if len(images) == 1 else ""
+            image_key = "image" if len(images) != 1 else next(iter(images))
+        if not images:
+            raise UserError(
+                f"data set {name!r} has no image: its features are {', '.join(info.features)}; images in sequences "
+                "and videos are not read"
+            )
         if image_key not in images:
             raise UserError(
-                f"data set {name!r} has the images {', '.join(sorted(images)) or '(none)'}: "
-                "name one with --config.data.image_key"
+                f"data set {name!r} has the images {', '.join(sorted(images))}: name one with --config.data.image_key"
             )
         self._image_key = image_key
         self._labels = labels

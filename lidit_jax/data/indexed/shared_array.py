@@ -6,6 +6,8 @@ import weakref
 
 import numpy as np
 
+from lidit_jax.errors import UserError
+
 _SMALL = 1 << 20  # bytes; smaller arrays are cheaper to copy
 
 
@@ -24,8 +26,16 @@ class SharedArray:
             return SharedArray, (self.array,)
         if self._file is None:
             descriptor, self._file = tempfile.mkstemp(prefix="lidit-", suffix=".npy")
-            with os.fdopen(descriptor, "wb") as file:
-                np.save(file, self.array)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    np.save(file, self.array)
+            except OSError as error:
+                _remove(self._file, os.getpid())
+                folder, self._file = os.path.dirname(self._file), None
+                raise UserError(
+                    f"{folder}, for temporary files, can't be written ({error}): free disk space, or set TMPDIR to "
+                    "another folder"
+                ) from error
             weakref.finalize(self, _remove, self._file, os.getpid())
         return _mapped, (self._file,)
 
