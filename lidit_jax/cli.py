@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax.config import expand_home, find_config, load_config, near
-from lidit_jax.errors import UserError, describe_system_error
+from lidit_jax.errors import UserError, describe_system_error, one_line
 from lidit_jax.parallel.preemption import Preempted, interruptible
 
 USER_MISTAKE = 2
@@ -357,7 +357,7 @@ def _config_fields(name: str, words: Sequence[str]) -> Iterator[str]:
 
 
 def _exit(message: str) -> NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    print("error: " + one_line(message), file=sys.stderr, flush=True)
     if _is_distributed():
         _leave(USER_MISTAKE)
     sys.exit(USER_MISTAKE)
@@ -371,7 +371,7 @@ def _workdir() -> epath.Path | None:
 
 def _end(message: str) -> NoReturn:
     """Prints an error as the last line: ends the process without what libraries do, and print, at an orderly exit."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    print("error: " + one_line(message), file=sys.stderr, flush=True)
     _leave(USER_MISTAKE)
 
 

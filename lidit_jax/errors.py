@@ -35,6 +35,15 @@ class UserError(ValueError):
     """
 
 
+def one_line(text: str) -> str:
+    """Returns a text as one line, with control characters escaped.
+
+    Names in files and in folders of others may hold escape sequences, which a terminal would obey.
+    """
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def cannot_write(named: str, error: BaseException) -> UserError:
     """Returns the one-line error for a place that can't be written, which says what to do about the reason.
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from etils import epath
 
+from lidit_jax.check.workdir import Finding
+from lidit_jax.errors import one_line
 from lidit_jax.evaluate.benchmarks import open_benchmark
 from lidit_jax.files import finite, read_json, read_text, split_lines
 from lidit_jax.metrics import Metrics
@@ -84,3 +86,10 @@ def test_a_json_file_that_cannot_be_read_is_a_value_error(tmp_path, monkeypatch,
 def test_a_json_file_has_its_value(tmp_path):
     (tmp_path / "x.json").write_text('{"a": [1, "ü"]}')
     assert read_json(epath.Path(tmp_path / "x.json")) == {"a": [1, "ü"]}
+
+
+def test_text_of_others_cannot_command_the_terminal():
+    name = "../../x\x00\x1b]0;owned\x07\n\u202e一\udcff"
+    line = "../../x\\x00\\x1b]0;owned\\x07 \\u202e一\\udcff"
+    assert one_line(name) == line
+    assert str(Finding("training/lidit/checkpoints/7", name, is_damaged=True)).endswith(f"damaged: {line}")

@@ -9,7 +9,7 @@ from etils import epath
 
 from lidit_jax.checkpoint import finished_steps, read_provenance, verify_checkpoint
 from lidit_jax.config import read_workdir
-from lidit_jax.errors import UserError
+from lidit_jax.errors import UserError, one_line
 from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.manifest import MANIFEST_FILE, DamagedError
 from lidit_jax.weights import diffusers_vae, huggingface_llm
@@ -33,7 +33,7 @@ class Finding:
     is_damaged: bool = False
 
     def __str__(self) -> str:
-        return f"{self.name}: {'damaged: ' if self.is_damaged else ''}{self.text}"
+        return one_line(f"{self.name}: {'damaged: ' if self.is_damaged else ''}{self.text}")
 
 
 def check_workdir(workdir: epath.Path) -> Iterator[Finding]:
