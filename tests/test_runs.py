@@ -12,6 +12,7 @@ from lidit_jax.config import claim_workdir
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import SceneEvaluation
 from lidit_jax.experiment import LIDIT, Experiment
+from lidit_jax.goodput import Goodput
 from lidit_jax.parallel import compilation_cache
 from lidit_jax.parallel.compilation_cache import cache_compilations
 from lidit_jax.stages import run
@@ -136,7 +137,7 @@ def test_a_checkpoint_is_evaluated_again_only_with_other_settings_or_weights(tmp
     config, evaluation = tiny_config(), SceneEvaluation(two_objects=8)
 
     def count() -> int:
-        run._train_lidit(Experiment(config, workdir), None, None, None, evaluation)
+        run._train_lidit(Experiment(config, workdir), None, None, None, evaluation, Goodput())
         return len(calls)
 
     (workdir / "scores.json").write_text('{"all scenes": {}}')  # of an earlier version
