@@ -22,7 +22,6 @@ from etils import epath
 from lidit_jax import cli
 from lidit_jax.errors import UserError
 from lidit_jax.files import check_writable, write_bytes, write_json
-from lidit_jax.metrics import duration
 from lidit_jax.parallel.preemption import activity, dies_with_this
 
 _OUT = flags.DEFINE_string("out", None, "output folder")
@@ -123,6 +122,8 @@ PIECES = (
 
 
 def main() -> None:
+    from lidit_jax.metrics import duration
+
     out = epath.Path(cli.require(_OUT.name))
     check_writable(out, f"--out={out}")
     (out / "pieces").mkdir(parents=True, exist_ok=True)
@@ -149,6 +150,8 @@ def main() -> None:
 
 def _run(piece: Piece, out: epath.Path, seconds: float) -> str | None:
     """Runs a benchmark, whose JSON file it writes; returns the reason if it fails or takes longer than `seconds`."""
+    from lidit_jax.metrics import duration
+
     command = [sys.executable, "-m", f"lidit_jax.benchmarks.{piece.module}", f"--json={_file(out, piece)}"]
     command += piece.toy if _TOY.value else piece.arguments
     if piece.has_torch and not _TORCH.value:
