@@ -1,11 +1,13 @@
 """The benchmark of an accelerator: its pieces' command lines, its report, and how it goes on after a stop."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+from environment import XLA_FLAGS
 
 from lidit_jax.benchmarks import accelerator
 from lidit_jax.benchmarks.accelerator import PIECES, Piece, report
@@ -49,7 +51,7 @@ def run(tmp_path, monkeypatch):
 
     def run(pieces, minutes=5.0):
         monkeypatch.setattr(accelerator, "PIECES", pieces)
-        for name, value in (("_OUT", str(tmp_path)), ("_MINUTES", minutes), ("_TOY", True), ("_TORCH", False)):
+        for name, value in (("_OUT", str(tmp_path)), ("_MINUTES", minutes), ("_TOY", True), ("_PYTORCH", False)):
             monkeypatch.setattr(accelerator, name, type("Flag", (), {"value": value, "name": name.strip("_").lower()}))
         monkeypatch.setattr(accelerator.cli, "require", lambda name: str(tmp_path))
         accelerator.main()
@@ -89,7 +91,9 @@ def test_a_piece_is_measured_and_one_that_takes_too_long_is_stopped(run, monkeyp
 def test_a_round_of_ours_is_traced_and_the_figures_are_written(tmp_path):
     piece = next(piece for piece in PIECES if piece.name == "trace")
     command = [sys.executable, "-m", "lidit_jax.benchmarks.train_step", *piece.toy, f"--trace={tmp_path}/trace"]
-    done = subprocess.run([*command, f"--json={tmp_path}/a.json"], cwd=ROOT, capture_output=True, text=True)
+    command.append(f"--json={tmp_path}/a.json")
+    one_device = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
+    done = subprocess.run(command, cwd=ROOT, env=one_device, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
     [row] = json.loads((tmp_path / "a.json").read_text())["results"]

@@ -29,7 +29,7 @@ _MINUTES = flags.DEFINE_float(
     "minutes", 8.0, "time for all benchmarks together, compilation included", lower_bound=0.1, upper_bound=10_000
 )
 _TOY = flags.DEFINE_bool("toy", False, "run everything at toy size, to see that it works")
-_TORCH = flags.DEFINE_bool("torch", True, "compare with PyTorch")
+_PYTORCH = flags.DEFINE_bool("pytorch", True, "compare with PyTorch")
 
 LEAST_S = 20.0  # no benchmark is begun with less time left
 LAST_LINES = 3  # of the output of a benchmark that failed, kept as its reason
@@ -154,7 +154,7 @@ def _run(piece: Piece, out: epath.Path, seconds: float) -> str | None:
 
     command = [sys.executable, "-m", f"lidit_jax.benchmarks.{piece.module}", f"--json={_file(out, piece)}"]
     command += piece.toy if _TOY.value else piece.arguments
-    if piece.has_torch and not _TORCH.value:
+    if piece.has_torch and not _PYTORCH.value:
         command.append("--notorch")
     if piece.name == "trace":
         command.append(f"--trace={out / 'trace'}")
