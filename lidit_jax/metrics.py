@@ -165,14 +165,13 @@ def device_memory() -> dict[str, float]:
       "memory_gb" (in use) and "peak_memory_gb" (so far) of the device that has the most, and with several devices
       "memory_gb/device_N" and "peak_memory_gb/device_N" of each, by its id.
     """
-    devices = jax.local_devices()
+    stats_of = {device.id: device.memory_stats() or {} for device in jax.local_devices()}
     memory: dict[str, float] = {}
     for name, statistic in (("memory_gb", "bytes_in_use"), ("peak_memory_gb", "peak_bytes_in_use")):
-        found = {device.id: device.memory_stats() or {} for device in devices}
-        sizes = {number: stats[statistic] / 1e9 for number, stats in found.items() if statistic in stats}
+        sizes = {number: stats[statistic] / 1e9 for number, stats in stats_of.items() if statistic in stats}
         if sizes:
             memory[name] = max(sizes.values())
-        if len(devices) > 1:
+        if len(stats_of) > 1:
             memory |= {f"{name}/device_{number}": size for number, size in sizes.items()}
     return memory
 

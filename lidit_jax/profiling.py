@@ -56,10 +56,11 @@ class StepProfiler:
         """
         if step in self._steps and self._is_traced and self._temporary is None:
             jax.block_until_ready(arrays)
-            self._temporary = tempfile.TemporaryDirectory()
+            temporary = tempfile.TemporaryDirectory()
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # the loop's Python calls would outnumber everything else
-            jax.profiler.start_trace(self._temporary.name, profiler_options=options)
+            jax.profiler.start_trace(temporary.name, profiler_options=options)
+            self._temporary = temporary  # only now is there a trace to end
 
     def ends_after(self, step: int) -> bool:
         """Returns True if the trace must be closed once the results of `step`, counted from 0, are ready."""

@@ -1,4 +1,4 @@
-"""The benchmark of an accelerator: its pieces' command lines, its report, and how it goes on after a stop."""
+"""The benchmark of an accelerator: its pieces' command lines, its report, and what a second start runs."""
 
 import json
 import os
@@ -61,14 +61,15 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_finished_piece_is_not_run_again_and_a_failed_one_is(run, tmp_path, capsys):
-    (tmp_path / "pieces").mkdir()
-    (tmp_path / "pieces" / "done.json").write_text(json.dumps(FIGURES))
+    (tmp_path / "toy_pieces").mkdir()
+    (tmp_path / "toy_pieces" / "done.json").write_text(json.dumps(FIGURES))
     broken = Piece("broken", "no_such_benchmark", (), (), has_torch=False)
     for _ in range(2):
         found = run((Piece("done", "no_such_benchmark", (), ()), broken))
         assert found["pieces"] == {"done": FIGURES}
         assert "No module named lidit_jax.benchmarks.no_such_benchmark" in found["failed"]["broken"]
         assert "broken (2 of 2)" in capsys.readouterr().err
+    assert not (tmp_path / "pieces").exists()  # figures at toy size are kept apart
 
 
 def test_pieces_for_which_no_time_is_left_are_named(run):
@@ -90,8 +91,8 @@ def test_a_piece_is_measured_and_one_that_takes_too_long_is_stopped(run, monkeyp
 @pytest.mark.slow
 def test_a_round_of_ours_is_traced_and_the_figures_are_written(tmp_path):
     piece = next(piece for piece in PIECES if piece.name == "trace")
-    command = [sys.executable, "-m", "lidit_jax.benchmarks.train_step", *piece.toy, f"--trace={tmp_path}/trace"]
-    command.append(f"--json={tmp_path}/a.json")
+    arguments = [word.replace("{out}", str(tmp_path)) for word in piece.toy]
+    command = [sys.executable, "-m", "lidit_jax.benchmarks.train_step", *arguments, f"--json={tmp_path}/a.json"]
     one_device = {**os.environ, "XLA_FLAGS": XLA_FLAGS}
     done = subprocess.run(command, cwd=ROOT, env=one_device, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

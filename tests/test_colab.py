@@ -79,6 +79,21 @@ def test_attention_maps_are_those_of_the_model(changes):
     assert_maps_make_the_outputs(module, params, inputs, maps)
 
 
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_attention_maps_have_the_lengths_and_head_sizes_of_the_real_configs(remat):
+    """A prefix of 64 tokens, prompts of 256, heads of 72 as in 1b.py, and rematerialised blocks."""
+    mask = jnp.arange(256) < jnp.asarray([[256], [20]])
+    text = [TextFeatures(normal(i, (64, 24)), normal(i + 2, (2, 256, 24)), mask) for i in range(2)]
+    module = TextCondition(LIDiTConfig(depth=1, hidden_size=144, num_heads=2, dtype="float32", remat=remat))
+    inputs = text, normal(20, (2, 144))
+    maps = attention_maps(module, random_params(module, *inputs), *inputs)
+    assert len(maps) == 6
+    for weights in maps.values():
+        assert weights.shape == (2, 2, 320, 320)
+        np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-4)
+        assert not weights[1, ..., 64 + 20 :].any()
+
+
 def test_attention_maps_take_normalised_queries_and_a_context():
     module, inputs = Attention(LayerConfig(HEADS, qk_norm=True)), (normal(0, (2, 4, WIDTH)), normal(1, (2, 3, WIDTH)))
     params = random_params(module, *inputs)

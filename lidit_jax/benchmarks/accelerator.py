@@ -3,7 +3,7 @@
 Runs the benchmarks of training, sampling, attention and prompt encoding at the sizes of configs/1b.py and 10b.py, each
 in a process of its own and beside PyTorch, the most telling first, as long as --minutes allow. After each one, DIR has
 all figures so far as accelerator.json and accelerator.md; DIR/trace has a trace of the training step for XProf. The
-same command goes on with those that are missing. --toy runs all of them at toy size, on any machine.
+same command runs those that are missing. --toy runs all of them at toy size, on any machine.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Piece:
     Attributes:
       name: of its JSON file.
       module: in `lidit_jax.benchmarks`.
-      arguments: of its command line.
+      arguments: of its command line; {out} stands for the output folder.
       toy: the arguments that --toy replaces them with.
       has_torch: whether it takes --notorch.
     """
@@ -113,9 +113,9 @@ PIECES = (
         "train_step",
         (
             *("--config=1b", "--resolution=512", "--batch=16", "--rounds=1", "--steps_a_round=3", "--notorch"),
-            "--config.model.remat=dots",
+            *("--config.model.remat=dots", "--trace={out}/trace"),
         ),
-        (*TOY_MODEL, "--steps_a_round=1", "--notorch"),
+        (*TOY_MODEL, "--steps_a_round=1", "--notorch", "--trace={out}/trace"),
         has_torch=False,
     ),
 )
@@ -126,7 +126,7 @@ def main() -> None:
 
     out = epath.Path(cli.require(_OUT.name))
     check_writable(out, f"--out={out}")
-    (out / "pieces").mkdir(parents=True, exist_ok=True)
+    _file(out, PIECES[0]).parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * _MINUTES.value
     failed: dict[str, str] = {}
     for number, piece in enumerate(PIECES, 1):
@@ -153,11 +153,9 @@ def _run(piece: Piece, out: epath.Path, seconds: float) -> str | None:
     from lidit_jax.metrics import duration
 
     command = [sys.executable, "-m", f"lidit_jax.benchmarks.{piece.module}", f"--json={_file(out, piece)}"]
-    command += piece.toy if _TOY.value else piece.arguments
+    command += [word.replace("{out}", str(out)) for word in (piece.toy if _TOY.value else piece.arguments)]
     if piece.has_torch and not _PYTORCH.value:
         command.append("--notorch")
-    if piece.name == "trace":
-        command.append(f"--trace={out / 'trace'}")
     started = time.monotonic()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
@@ -184,7 +182,8 @@ def _kill(process: subprocess.Popen) -> None:
 
 
 def _file(out: epath.Path, piece: Piece) -> epath.Path:
-    return out / "pieces" / f"{piece.name}.json"
+    # Figures at toy size must not pass for those that are missing.
+    return out / ("toy_pieces" if _TOY.value else "pieces") / f"{piece.name}.json"
 
 
 def _write(out: epath.Path, failed: Mapping[str, str]) -> None:

@@ -29,7 +29,7 @@ _NAME = re.compile(r"%?([\w.\-]+)")
 
 
 class Operation(NamedTuple):
-    """What an instruction computes; instructions that differ in nothing of this are counted together.
+    """Kind and origin of an instruction; the costs of equal ones are added up.
 
     Attributes:
       scope: modules and functions that it was traced in, such as "jit(step)/jvp(LIDiT)/dit/…"; "" if the compiler added
