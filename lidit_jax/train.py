@@ -471,7 +471,7 @@ def _compile(
     notice: Notice,
     is_first: bool,
 ) -> None:
-    """Compiles the step `step` for a batch and, with `train.compile_ahead`, for every bucket and phase from then on.
+    """Compiles the step `step` for a batch and, with `train.compile_ahead`, for every shape and phase from then on.
 
     Args:
       trainer: the task and its jitted functions.
@@ -494,8 +494,8 @@ def _compile(
         trainer,
         name,
         batch,
-        stream.bucket,
-        stream.buckets,
+        stream.shape,
+        stream.shapes,
         range(step, config.steps if config.compile_ahead else step + 1),
         compiled,
     )

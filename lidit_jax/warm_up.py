@@ -1,4 +1,4 @@
-"""Compiles the train step, for every bucket before the first step or for each on its first batch, and says so."""
+"""Compiles the train step, for every batch shape before the first step or for each on its first batch, and says so."""
 
 import sys
 import time
@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from lidit_jax.data.assembler import shapes_in_bucket
-from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.assembler import BatchShape, reshaped
 from lidit_jax.metrics import duration
 from lidit_jax.parallel.preemption import activity
 
@@ -81,10 +80,10 @@ class Trains(Protocol):
 
 
 class _Planned(NamedTuple):
-    """A program to compile: the number of its bucket, counted from 1, and what it is compiled for."""
+    """A program to compile: the number of its shape, counted from 1, and what it is compiled for."""
 
     number: int
-    bucket: Bucket
+    shape: BatchShape
     phase: int
     batch: dict[str, jax.ShapeDtypeStruct]
 
@@ -93,27 +92,27 @@ def warm_up(
     trainer: Trains,
     name: str,
     batch: Mapping[str, jax.Array],
-    bucket: Bucket,
-    buckets: Sequence[Bucket],
+    shape: BatchShape,
+    shapes: Sequence[BatchShape],
     steps: range,
     compiled: Callable[[], None],
 ) -> None:
-    """Compiles the step for each bucket, in order, and for each phase that the steps pass through, unless it is.
+    """Compiles the step for each batch shape, in order, and for each phase that the steps pass through, unless it is.
 
     Nothing runs and no arrays are allocated. On several hosts, all compile the same programs in the same order.
 
     Args:
       trainer: compiles the step.
       name: name of the trained component, for the progress lines.
-      batch: any batch, as passed to the step; shapes that do not depend on the bucket are taken from it.
-      bucket: bucket of that batch.
-      buckets: all buckets of the data; if there is one step only, just the batch's own is compiled.
+      batch: any batch, as passed to the step; arrays that do not depend on its shape are as in it.
+      shape: shape of that batch.
+      shapes: all shapes of the data's batches; if there is one step only, just the batch's own is compiled.
       steps: the steps to compile for.
       compiled: called after each program.
     """
     planned = [
         program
-        for program in _plan(trainer, batch, bucket, buckets, steps)
+        for program in _plan(trainer, batch, shape, shapes, steps)
         if not trainer.is_compiled(program.batch, program.phase)
         and (len(steps) > 1 or batch_key(program.batch) == batch_key(batch))
     ]
@@ -126,7 +125,7 @@ def warm_up(
     started = time.monotonic()
     for done, program in enumerate(planned):
         elapsed = time.monotonic() - started
-        what = _describe(program, len(buckets)) + (
+        what = _describe(program, len(shapes)) + (
             f", phase {phases.index(program.phase) + 1} of {len(phases)}" if len(phases) > 1 else ""
         )
         _print(f"{name}: {what}" + (f", eta {duration(elapsed / done * (len(planned) - done))}" if done else ""))
@@ -137,23 +136,23 @@ def warm_up(
         _print(f"{name}: compiled in {duration(time.monotonic() - started)}")
 
 
-def _describe(program: _Planned, num_buckets: int) -> str:
-    """Returns what compiles, as in "compiling bucket 64x48 (2 of 4)"; batches of text do not depend on the bucket."""
+def _describe(program: _Planned, num_shapes: int) -> str:
+    """Returns what compiles, as in "compiling bucket 64x48 (2 of 4)"; batches of text alone have one shape."""
     if "image" in program.batch or "moments" in program.batch:
-        return f"compiling bucket {program.bucket} ({program.number} of {num_buckets})"
+        return f"compiling bucket {program.shape} ({program.number} of {num_shapes})"
     return "compiling the step"
 
 
 def _plan(
-    trainer: Trains, batch: Mapping[str, jax.Array], bucket: Bucket, buckets: Sequence[Bucket], steps: range
+    trainer: Trains, batch: Mapping[str, jax.Array], shape: BatchShape, shapes: Sequence[BatchShape], steps: range
 ) -> list[_Planned]:
-    """Returns the programs by phase, then bucket; buckets whose batches have the same shapes share one."""
+    """Returns the programs by phase, then batch shape; batches whose arrays have the same shapes share one."""
     planned = {}
     for phase in range(trainer.phase(steps.start), trainer.phase(steps.stop - 1) + 1):
-        for number, other in enumerate(buckets, 1):
-            shapes = shapes_in_bucket({key: array.shape for key, array in batch.items()}, bucket, other)
+        for number, other in enumerate(shapes, 1):
+            sizes = reshaped({key: array.shape for key, array in batch.items()}, shape, other)
             abstract = {
-                key: jax.ShapeDtypeStruct(shapes[key], array.dtype, sharding=array.sharding)
+                key: jax.ShapeDtypeStruct(sizes[key], array.dtype, sharding=array.sharding)
                 for key, array in batch.items()
             }
             planned.setdefault((phase, batch_key(abstract)), _Planned(number, other, phase, abstract))

@@ -12,7 +12,7 @@ from test_tar_source import encode, write_tar
 
 from lidit_jax.data.filters import no_caption
 from lidit_jax.data.formats.tar_shards import TarShards
-from lidit_jax.data.indexed import index
+from lidit_jax.data.indexed import index_files
 from lidit_jax.data.indexed.index import IndexOptions, examine
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.open_dataset import open_dataset
@@ -22,7 +22,7 @@ from lidit_jax.errors import UserError
 
 def test_an_index_is_built_once_and_rebuilt_when_its_shard_changes(tmp_path, monkeypatch, caplog):
     folder = write_tars(tmp_path / "tar", 6)
-    first = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+    first = IndexedSource(TarShards(folder))
     assert sorted(os.listdir(folder)) == ["00000.tar", "00000.tar.index", "00001.tar", "00001.tar.index"]
 
     def no_scan(self, shard):
@@ -30,18 +30,18 @@ def test_an_index_is_built_once_and_rebuilt_when_its_shard_changes(tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(TarShards, "scan", no_scan)
-        again = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+        again = IndexedSource(TarShards(folder))
     assert again.fingerprint == first.fingerprint
     np.testing.assert_array_equal(again.sizes(), first.sizes())
 
     write_tar(folder / "00001.tar", {"9.png": encode(numbered_image(9)), "9.txt": b"nine"})
-    changed = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+    changed = IndexedSource(TarShards(folder))
     assert (len(changed), changed[3]["captions"]) == (4, {"txt": "nine"})
     assert changed.fingerprint != first.fingerprint
 
     for content in (b"", b"PAR1 no parquet PAR1", (folder / "00001.tar.index").read_bytes()[:-9]):
         (folder / "00000.tar.index").write_bytes(content)
-        mended = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+        mended = IndexedSource(TarShards(folder))
         assert mended.fingerprint == changed.fingerprint
     assert "not an index" in caplog.text
 
@@ -60,10 +60,10 @@ def test_an_index_is_built_once_and_rebuilt_when_its_shard_changes(tmp_path, mon
 )
 def test_a_forged_index_is_rebuilt(tmp_path, forge):
     folder = write_tars(tmp_path / "tar", 4, shards=1)
-    expected = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+    expected = IndexedSource(TarShards(folder))
     path = folder / "00000.tar.index"
     pq.write_table(forge(pq.read_table(path)), path)
-    found = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+    found = IndexedSource(TarShards(folder))
     assert found.fingerprint == expected.fingerprint
     np.testing.assert_array_equal(found.sizes(), expected.sizes())
 
@@ -127,7 +127,7 @@ def test_an_index_with_wrong_places_breaks_its_examples_only(tmp_path):
     starts = table.column("start").to_numpy().copy()
     starts[1] += 512
     pq.write_table(table.set_column(0, "start", pa.array(starts)), path)
-    source = IndexedSource(TarShards(folder), examine(TarShards(folder)))
+    source = IndexedSource(TarShards(folder))
     with pytest.raises(BrokenExample, match="changed since"):
         source[1]
     assert source[2]["captions"]["txt"] == caption(2)
@@ -135,7 +135,7 @@ def test_an_index_with_wrong_places_breaks_its_examples_only(tmp_path):
 
 def test_many_shards_are_indexed_by_processes_from_any_first_shard(tmp_path):
     folder = write_tars(tmp_path / "tar", 66, shards=33)
-    source = IndexedSource(TarShards(folder), examine(TarShards(folder), first=20))
+    source = IndexedSource(TarShards(folder), first=20)
     assert len(source) == 66 and len(list(folder.glob("*.index"))) == 33
     assert [source[i]["captions"]["txt"] for i in (0, 1, 65)] == [caption(0), caption(33), caption(65)]
 
@@ -143,13 +143,11 @@ def test_many_shards_are_indexed_by_processes_from_any_first_shard(tmp_path):
 def test_without_write_permission_indexes_serve_one_run(tmp_path, caplog):
     folder = write_tars(tmp_path / "tar", 4)
     (tmp_path / "file").write_text("in the way")
-    index._warn_once.cache_clear()
-    source = IndexedSource(
-        TarShards(folder), examine(TarShards(folder), options=IndexOptions(str(tmp_path / "file/x")))
-    )
+    index_files._warn_once.cache_clear()
+    source = IndexedSource(TarShards(folder), options=IndexOptions(str(tmp_path / "file/x")))
     assert len(source) == 4 and "set data.index_dir" in caplog.text
     elsewhere = IndexOptions(str(tmp_path / "indexes"))
-    assert len(IndexedSource(TarShards(folder), examine(TarShards(folder), options=elsewhere))) == 4
+    assert len(IndexedSource(TarShards(folder), options=elsewhere)) == 4
     assert len(list((tmp_path / "indexes").glob("*.tar.index"))) == 2
     assert not list(folder.glob("*.index"))
 

@@ -22,7 +22,7 @@ from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.filters import no_caption
 from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.tar_shards import TarShards
-from lidit_jax.data.indexed.index import MAX_PIXELS, IndexOptions, examine
+from lidit_jax.data.indexed.index import MAX_PIXELS, IndexOptions
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.sources import BrokenExample
 from lidit_jax.data.streamed.sample_stream import ReadStatistics, SampleReader, SampleStream
@@ -37,7 +37,7 @@ SIDE_BY_SIDE = np.array([[[200, 30, 30], [30, 60, 200]]], np.uint8).repeat(8, ax
 
 def tar_source(path, max_pixels: int = MAX_PIXELS) -> IndexedSource:
     shards = TarShards(path)
-    return IndexedSource(shards, examine(shards, [no_caption], IndexOptions(max_pixels=max_pixels)), max_pixels)
+    return IndexedSource(shards, [no_caption], IndexOptions(max_pixels=max_pixels))
 
 
 def find_shards(path) -> tuple[str, ...]:
@@ -757,7 +757,7 @@ def test_a_vanished_shard_breaks_its_examples_only(numbered, tmp_path):
 @needs_emoji
 def test_all_of_the_emoji_shards_is_read(tmp_path):
     shards = TarShards(EMOJI / "{00000..00003}.tar")
-    source = IndexedSource(shards, examine(shards, options=IndexOptions(str(tmp_path))))
+    source = IndexedSource(shards, options=IndexOptions(str(tmp_path)))
     assert len(source) == 928
     assert source.broken == {}
     assert source.sizes().min() >= 50

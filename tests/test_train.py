@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from lidit_jax.checkpoint import Checkpoints, latest_step
 from lidit_jax.checkpoint_weights import load_weights
+from lidit_jax.data.assembler import BatchShape
 from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
@@ -80,11 +81,11 @@ class Numbers(BatchStream):
         x = np.random.default_rng(self._next_batch).normal(size=(16, 8)).astype(np.float32)
         if self._next_batch in self.bad:
             x[3, 2] = np.nan
-        return {"x": x, STATISTICS: BatchStatistics(Bucket(8, 8), 16)}
+        return {"x": x, STATISTICS: BatchStatistics(BatchShape(Bucket(8, 8)), 16)}
 
     @property
-    def buckets(self):
-        return (Bucket(8, 8),)
+    def shapes(self):
+        return (BatchShape(Bucket(8, 8)),)
 
     def start_prefetch(self):
         pass

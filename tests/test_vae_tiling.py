@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
 from lidit_jax.data.formats.tar_shards import TarShards
-from lidit_jax.data.indexed.index import IndexOptions, examine
+from lidit_jax.data.indexed.index import IndexOptions
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.errors import UserError
 from lidit_jax.images import to_float
@@ -178,7 +178,7 @@ def test_tiled_decoding_needs_a_fraction_of_the_memory():
 def test_tiles_of_real_images_have_no_seam(model_and_params, tmp_path):
     model, params = model_and_params
     shards = TarShards(EMOJI / "00003.tar")
-    source = IndexedSource(shards, examine(shards, options=IndexOptions(str(tmp_path))))
+    source = IndexedSource(shards, options=IndexOptions(str(tmp_path)))
     images = [resize_to_cover_and_crop(source[i]["image"], Bucket(64, 64)) for i in range(12)]
     collage = np.concatenate([np.concatenate(images[row : row + 4], axis=1) for row in (0, 4, 8)])
     encode = jax.jit(lambda p, x: model.apply({"params": p}, x, method=AutoencoderKL.encode).mode())

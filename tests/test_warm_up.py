@@ -14,7 +14,7 @@ from stored_data import data_of, write_tars
 from test_train import ONE_DEVICE, assert_equal_trees, make_trainer, run
 
 from lidit_jax.checkpoint import latest_step
-from lidit_jax.data.assembler import shapes_in_bucket
+from lidit_jax.data.assembler import BatchShape, reshaped
 from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.open_dataset import open_dataset
@@ -35,14 +35,14 @@ class Images(BatchStream):
         self._buckets, self._compiled, self._seen = buckets, compiled, [] if seen is None else seen
 
     @property
-    def buckets(self):
-        return self._buckets
+    def shapes(self):
+        return tuple(map(BatchShape, self._buckets))
 
     def _next(self):
         self._seen.append(len(self._compiled))
         bucket = self._buckets[self._next_batch % len(self._buckets)]
         image = np.random.default_rng(self._next_batch).normal(size=(8, *bucket, 3)).astype(np.float32)
-        return {"image": image, "label": image.sum(axis=(1, 2, 3)), STATISTICS: BatchStatistics(bucket, 8)}
+        return {"image": image, "label": image.sum(axis=(1, 2, 3)), STATISTICS: BatchStatistics(BatchShape(bucket), 8)}
 
     def start_prefetch(self):
         pass
@@ -223,21 +223,26 @@ def test_loaders_name_the_buckets_that_have_images_and_that_of_the_last_batch(tm
     config = data_of("tar", write_tars(tmp_path / "tar"), sequential=sequential, max_aspect=4.0)
     dataset = open_dataset(config, 8)
     loader = dataset.batches(2, 0, None)
-    assert len(dataset.buckets) == 5 and loader.buckets == (Bucket(32, 32), Bucket(24, 40))
+    assert len(dataset.buckets) == 5 and loader.shapes == (BatchShape(Bucket(32, 32)), BatchShape(Bucket(24, 40)))
     shapes = set()
     for batch in itertools.islice(loader, 6):
-        assert batch["image"].shape[1:3] == loader.bucket
-        shapes.add(loader.bucket)
+        assert batch["image"].shape[1:3] == loader.shape.bucket
+        shapes.add(loader.shape)
     loader.close()
-    assert shapes == set(loader.buckets)
+    assert shapes == set(loader.shapes)
 
 
 @pytest.mark.parametrize(
     ("resolution", "bucket", "latents"), [(256, Bucket(192, 320), (24, 40)), (512, Bucket(640, 384), (80, 48))]
 )
-def test_shapes_of_other_buckets_are_those_of_their_images_and_latents(resolution, bucket, latents):
-    square, side = Bucket(resolution, resolution), resolution // 8
-    shapes = {"image": (4, *square, 3), "moments": (4, side, side, 32), "llama3/tokens": (4, 256)}
-    found = shapes_in_bucket(shapes, square, bucket)
-    assert found == {"image": (4, *bucket, 3), "moments": (4, *latents, 32), "llama3/tokens": (4, 256)}
-    assert shapes_in_bucket(found, bucket, square) == shapes
+def test_arrays_of_other_batch_shapes_are_those_of_their_images_latents_and_prompts(resolution, bucket, latents):
+    square, side = BatchShape(Bucket(resolution, resolution), 256), resolution // 8
+    shapes = {"image": (4, *square.bucket, 3), "moments": (4, side, side, 32), "llama3/truncated": (4,)}
+    shapes |= {"llama3/tokens": (4, 256), "llama3/mask": (4, 256), "t5/encoded": (4, 30 + 256, 64), "t5/mask": (4, 256)}
+    other = BatchShape(bucket, 80)
+    found = reshaped(shapes, square, other)
+    expected = {"image": (4, *bucket, 3), "moments": (4, *latents, 32), "llama3/truncated": (4,)}
+    expected |= {"llama3/tokens": (4, 80), "llama3/mask": (4, 80), "t5/encoded": (4, 30 + 80, 64), "t5/mask": (4, 80)}
+    assert found == expected
+    assert reshaped(found, other, square) == shapes
+    assert reshaped(shapes, BatchShape(square.bucket), BatchShape(bucket))["llama3/tokens"] == (4, 256)

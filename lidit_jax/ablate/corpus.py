@@ -13,6 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from lidit_jax.data.assembler import BatchShape
 from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.captions import CaptionChooser
@@ -20,7 +21,7 @@ from lidit_jax.data.shapes.scene import Scene
 from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.text.prompts import PromptTokenizer
 
-_NO_BUCKET = Bucket(0, 0)  # documents have no image
+_NO_IMAGES = BatchShape(Bucket(0, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +145,11 @@ class DocumentStream(BatchStream):
         first = batch * self._batch_size
         numbers = range(first + self._rows.start, first + self._rows.stop)
         tokenized = self._tokenizer([self._corpus[number % len(self._corpus)] for number in numbers])
-        return tokenized | {STATISTICS: BatchStatistics(_NO_BUCKET, len(numbers))}
+        return tokenized | {STATISTICS: BatchStatistics(_NO_IMAGES, len(numbers))}
 
     @property
-    def buckets(self) -> tuple[Bucket, ...]:
-        return (_NO_BUCKET,)
+    def shapes(self) -> tuple[BatchShape, ...]:
+        return (_NO_IMAGES,)
 
     def start_prefetch(self) -> None:
         if self._batches is None:

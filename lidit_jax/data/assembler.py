@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,6 +13,33 @@ from lidit_jax.data.stored_features import StoredPrompts
 from lidit_jax.errors import UserError
 
 Tokenize = Callable[[list[str]], Mapping[str, np.ndarray]]
+
+
+class BatchShape(NamedTuple):
+    """What the shapes of a batch's arrays depend on, so that each is one program to compile.
+
+    Attributes:
+      bucket: size of the images.
+      prompt_length: tokens that every prompt is padded to; 0: `text.max_length`.
+    """
+
+    bucket: Bucket
+    prompt_length: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.bucket}, {self.prompt_length} tokens" if self.prompt_length else str(self.bucket)
+
+
+class PlannedCaptions(NamedTuple):
+    """Captions of a batch whose prompts are padded to a length that holds them all.
+
+    Attributes:
+      names: name of each row's caption.
+      length: tokens that the prompts are padded to.
+    """
+
+    names: Sequence[str]
+    length: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,29 +71,40 @@ class Assembler:
         if not 0 <= self.seed < 1 << 64:
             raise UserError(f"seed={self.seed} is out of range: use 0 to 2^64 - 1")
 
-    def __call__(self, batch: int, first_row: int, examples: Sequence[Example]) -> dict[str, Any]:
+    def __call__(
+        self, batch: int, first_row: int, examples: Sequence[Example], planned: PlannedCaptions | None = None
+    ) -> dict[str, Any]:
         """Assembles consecutive rows of a batch.
 
         Args:
           batch: number of the batch.
           first_row: row of the first example within the batch.
           examples: the examples of these rows.
+          planned: their captions, before caption dropout, and the length of the prompts; None: sample the captions, and
+            pad the prompts as `tokenize` does.
 
         Returns:
           The arrays described above, with one row per example.
+
+        Raises:
+          UserError: an example lacks its planned caption, or a caption is longer than planned.
         """
         elements: dict[str, Any] = {}
         if self.tokenize or self.stored or self.with_captions:
             generators = _RowGenerators(self.seed, batch)
+            names = planned.names if planned else [None] * len(examples)
             sampled = [
-                self.choosers[example.get("source", 0)].sample(example["captions"], generators.for_row(first_row + row))
-                for row, example in enumerate(examples)
+                self.choosers[example.get("source", 0)].sample(
+                    example["captions"], generators.for_row(first_row + row), name
+                )
+                for row, (example, name) in enumerate(zip(examples, names, strict=True))
             ]
             fields, captions = zip(*sampled, strict=True)
             if self.stored:
-                elements |= self.stored(examples, fields)
+                elements |= self.stored(examples, fields, planned.length if planned else None)
             elif self.tokenize:
-                elements |= self.tokenize(list(captions))
+                tokenized = self.tokenize(list(captions))
+                elements |= _without_padding(tokenized, planned.length) if planned else tokenized
             if self.with_captions:
                 elements["caption"] = list(captions)
         if self.with_images:
@@ -75,16 +113,30 @@ class Assembler:
         return elements
 
 
-def shapes_in_bucket(
-    shapes: Mapping[str, tuple[int, ...]], bucket: Bucket, other: Bucket
-) -> dict[str, tuple[int, ...]]:
-    """Converts the array shapes of a batch in `bucket` to those of a batch in the bucket `other`."""
+def _without_padding(tokenized: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """Cuts off the padding beyond `length` tokens; raises UserError if a prompt is longer."""
+    if any(array[:, length:].any() for name, array in tokenized.items() if name.endswith("/mask")):
+        raise UserError(
+            f"a caption has more than the {length} tokens that were counted: the data changed while training; start "
+            "again, and delete the files *.lengths-* beside the data's indexes if this persists"
+        )
+    return {name: array[:, :length] if array.ndim == 2 else array for name, array in tokenized.items()}
+
+
+def reshaped(shapes: Mapping[str, tuple[int, ...]], shape: BatchShape, other: BatchShape) -> dict[str, tuple[int, ...]]:
+    """Converts the array shapes of a batch of shape `shape` to those of a batch of shape `other`."""
     found = dict(shapes)
     for content in ("image", "moments"):
         if content in shapes:
             rows, height, width, channels = shapes[content]  # for moments in latent cells, so scale by the ratio
-            height, width = height * other.height // bucket.height, width * other.width // bucket.width
+            height, width = (
+                height * other.bucket.height // shape.bucket.height,
+                width * other.bucket.width // shape.bucket.width,
+            )
             found[content] = (rows, height, width, channels)
+    for name, (rows, *sizes) in shapes.items():
+        if name.endswith(("/tokens", "/mask", "/encoded")):  # those with precomputed prefix features are longer
+            found[name] = (rows, sizes[0] + other.prompt_length - shape.prompt_length, *sizes[1:])
     return found
 
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import grain
 
+from lidit_jax.data.assembler import BatchShape
 from lidit_jax.data.broken_count import BrokenCount
-from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 
 MAX_BATCHES = 1 << 48  # batches of a stream; the position of a later one is damaged
@@ -19,14 +19,14 @@ class BatchStatistics(NamedTuple):
     """Statistics of one batch, carried inside it from the threads or workers that read it.
 
     Attributes:
-      bucket: bucket of the batch.
+      shape: bucket and prompt length of the batch.
       read: number of examples read for the batch.
       broken: (key, reason) of each example that could not be used.
       dropped: number of samples that filters dropped, by reason; only for loaders that filter while reading.
       borrowed: number of examples taken from another bucket; see `ShuffleBuffer`.
     """
 
-    bucket: Bucket
+    shape: BatchShape
     read: int
     broken: Sequence[tuple[str, str]] = ()
     dropped: Mapping[str, int] = {}
@@ -45,21 +45,21 @@ class BatchStream(grain.DatasetIterator):
         self._next_batch = first_batch
         self._broken = BrokenCount(max_broken)
         self._dropped: collections.Counter[str] = collections.Counter()
-        self._bucket_counts: collections.Counter[Bucket] = collections.Counter()
+        self._shape_counts: collections.Counter[BatchShape] = collections.Counter()
         self._read = self._borrowed = 0
-        self._bucket: Bucket | None = None
+        self._shape: BatchShape | None = None
 
     @property
     @abc.abstractmethod
-    def buckets(self) -> tuple[Bucket, ...]:
-        """Buckets that batches come from; excludes buckets that never occur."""
+    def shapes(self) -> tuple[BatchShape, ...]:
+        """Shapes that batches have; excludes those that never occur."""
 
     @property
-    def bucket(self) -> Bucket:
-        """Bucket of the batch returned last; raises ValueError before the first."""
-        if self._bucket is None:
+    def shape(self) -> BatchShape:
+        """Shape of the batch returned last; raises ValueError before the first."""
+        if self._shape is None:
             raise ValueError("no batch has been returned yet")
-        return self._bucket
+        return self._shape
 
     @property
     def broken(self) -> collections.Counter[str]:
@@ -82,8 +82,8 @@ class BatchStream(grain.DatasetIterator):
         elements = self._next()
         self._next_batch += 1
         statistics: BatchStatistics = elements.pop(STATISTICS)
-        self._bucket = statistics.bucket
-        self._bucket_counts[statistics.bucket] += 1
+        self._shape = statistics.shape
+        self._shape_counts[statistics.shape] += 1
         self._dropped.update(statistics.dropped)
         self._read += statistics.read
         self._borrowed += statistics.borrowed
@@ -91,16 +91,24 @@ class BatchStream(grain.DatasetIterator):
         return elements
 
     def report(self) -> dict[str, float]:
-        """Returns metrics for the log: share of each bucket since the last report, and samples left out so far."""
-        batches = self._bucket_counts.total()
-        numbers = {f"bucket/{bucket}": count / batches for bucket, count in sorted(self._bucket_counts.items())}
-        self._bucket_counts.clear()
+        """Returns metrics for the log.
+
+        These are the share of each bucket, and of each prompt length if there are several, in the batches since the
+        last report, and the number of samples left out so far.
+        """
+        batches = self._shape_counts.total()
+        numbers: dict[str, float] = collections.defaultdict(float)
+        for shape, count in sorted(self._shape_counts.items()):
+            numbers[f"bucket/{shape.bucket}"] += count / batches
+            if shape.prompt_length:
+                numbers[f"prompt_length/{shape.prompt_length}"] += count / batches
+        self._shape_counts.clear()
         for name, count in (("broken", self.broken), ("dropped", self.dropped)):
             if count:
                 numbers[f"data/{name}"] = count.total()
         if self._borrowed:
             numbers["data/borrowed"] = self._borrowed
-        return numbers
+        return dict(numbers)
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position after the batch returned last, as JSON values."""

@@ -83,25 +83,33 @@ class CaptionChooser:
         """Samples a caption as `sample` does, and returns its text alone."""
         return self.sample(captions, rng)[1]
 
-    def sample(self, captions: Mapping[str, str], rng: np.random.Generator) -> tuple[str | None, str]:
+    def sample(
+        self, captions: Mapping[str, str], rng: np.random.Generator, planned: str | None = None
+    ) -> tuple[str | None, str]:
         """Samples a caption; with probability `dropout`, the empty one.
 
         Args:
           captions: {name: text}.
           rng: generator of the random numbers.
+          planned: name of the caption to use unless it is dropped; None samples one.
 
         Returns:
           (name, text): name and text of the sampled caption; or None with the empty caption, or with all captions,
           joined by " = ".
 
         Raises:
-          UserError: the example has none of the fields, or lacks a field that its template names.
+          UserError: the example has none of the fields, or lacks a field that its template names or the planned
+            caption.
         """
         # Always draw both numbers, so that changing the dropout does not change the captions of other examples.
         dropped, position = rng.random() < self.dropout, rng.random()
         if dropped:
             return None, ""
-        shares = self._shares(captions)
+        if planned is not None:
+            if planned not in captions:
+                raise UserError(f"an example no longer has the caption {planned!r}: the data changed; start again")
+            return planned, self._fill(planned, captions)
+        shares = self.shares(captions)
         if self.join:
             names = rng.permutation(list(shares)).tolist()
             return None, " = ".join(self._fill(name, captions) for name in names)
@@ -110,8 +118,12 @@ class CaptionChooser:
         name = list(shares)[sampled]
         return name, self._fill(name, captions)
 
-    def _shares(self, captions: Mapping[str, str]) -> dict[str, float]:
-        """Returns the weights of the captions that the example has."""
+    def shares(self, captions: Mapping[str, str]) -> dict[str, float]:
+        """Returns the weights, in any unit, of the captions that the example has, {name: weight}.
+
+        Raises:
+          UserError: the example has none of the fields.
+        """
         texts: dict[str, list[str]] = {}  # names by field
         for name in sorted(fields_of(captions, self.used)):
             texts.setdefault(name if name in (self.used or ()) else list_field(name), []).append(name)

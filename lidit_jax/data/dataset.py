@@ -11,8 +11,10 @@ import numpy as np
 from lidit_jax.data.assembler import Assembler, Tokenize
 from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.caption_lengths import TokenCounter
 from lidit_jax.data.captions import CaptionChooser, is_used, list_field
 from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.indexed.prompt_lengths import PromptLengths
 from lidit_jax.data.shapes.captions import LANGUAGES
 from lidit_jax.data.stored_features import StoredPrompts
 from lidit_jax.errors import UserError
@@ -131,6 +133,19 @@ class Dataset(abc.ABC):
         """Returns log text: number of samples, share of each bucket, samples left out by reason."""
 
     @abc.abstractmethod
+    def prompt_lengths(self, count_tokens: TokenCounter, num_lengths: int, max_length: int) -> PromptLengths:
+        """Counts the prompt tokens of every caption, and chooses the lengths that prompts are padded to.
+
+        Args:
+          count_tokens: counts the tokens of prompts.
+          num_lengths: largest number of lengths.
+          max_length: longest prompt; longer ones are truncated.
+
+        Raises:
+          UserError: the data are read sequentially.
+        """
+
+    @abc.abstractmethod
     def check_batch_size(self, batch_size: int) -> None:
         """Raises UserError if a batch of this size cannot be divided over the processes."""
 
@@ -169,6 +184,7 @@ class Dataset(abc.ABC):
         with_images: bool = True,
         with_captions: bool = False,
         with_features: bool = False,
+        prompts: PromptLengths | None = None,
     ) -> BatchStream:
         """Returns an iterator over this process's rows of batches `first`, `first` + 1, ….
 
@@ -182,6 +198,8 @@ class Dataset(abc.ABC):
           with_images: see `Assembler`.
           with_captions: see `Assembler`.
           with_features: use the precomputed features of the prompts instead of `tokenize`.
+          prompts: what `prompt_lengths` returned, to pad the prompts of a batch to the length that they need; None: pad
+            them as `tokenize` does.
         """
         assembler = Assembler(
             self.buckets,
@@ -192,11 +210,17 @@ class Dataset(abc.ABC):
             with_captions=with_captions,
             with_images=with_images,
         )
-        return self._loader(assembler, batch_size, first, jax.process_index(), jax.process_count())
+        return self._loader(assembler, batch_size, first, jax.process_index(), jax.process_count(), prompts)
 
     @abc.abstractmethod
     def _loader(
-        self, assembler: Assembler, batch_size: int, first: int, process_index: int, process_count: int
+        self,
+        assembler: Assembler,
+        batch_size: int,
+        first: int,
+        process_index: int,
+        process_count: int,
+        prompts: PromptLengths | None,
     ) -> BatchStream: ...
 
 

@@ -17,7 +17,7 @@ from lidit_jax.data.formats.record_shards import ArrayRecordShards, TfdsShards
 from lidit_jax.data.formats.shards import CLASS_FIELD, Shards
 from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.indexed.dataset import IndexedDataset
-from lidit_jax.data.indexed.index import IndexOptions, examine
+from lidit_jax.data.indexed.index import IndexOptions
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.data.shapes.source import HELD_OUT_SEED, ShapesSource
@@ -90,7 +90,7 @@ def open_source(config: DataConfig, buckets: Sequence[Bucket], held_out: bool, w
     # Each process begins at another shard, so that together they build every missing index once.
     first = len(shards.paths) * jax.process_index() // jax.process_count()
     chosen = make_filters(config, buckets, with_captions)
-    return IndexedSource(shards, examine(shards, chosen, IndexOptions(config.index_dir), first))
+    return IndexedSource(shards, chosen, IndexOptions(config.index_dir), first)
 
 
 def open_shards(config: DataConfig, held_out: bool = False) -> Shards:

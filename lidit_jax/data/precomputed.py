@@ -4,6 +4,7 @@
     plan.json                   the same facts while the folder is incomplete
     features.safetensors        only if prompts' features are stored too: the features that all prompts share
     BUCKET-NUMBER.array_record  records of one bucket, in the order of the data set
+    BUCKET-NUMBER.array_record.lengths   only with features: the token counts of its captions (`caption_lengths.py`)
 
 A record is a safetensors file: "moments" [h, w, 2C] (mean and log-variance); "features/ENCODER/FIELD" of every caption,
 if features are stored (see `stored_features.py`); and "text", JSON in UTF-8 with the key of the example, its captions,
@@ -11,6 +12,7 @@ and the captions that an encoder truncated.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,9 +21,12 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+import tqdm
 from etils import epath
 
 from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.caption_lengths import CaptionLengths, TokenCounter
+from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.filters import Candidate, Filter, first_reason
 from lidit_jax.data.formats.record_shards import RecordReaders
 from lidit_jax.data.formats.shards import Unusable, parse_json, stripped
@@ -30,6 +35,7 @@ from lidit_jax.data.stored_features import FEATURES, ConstantFeatures, EncoderFi
 from lidit_jax.errors import UserError
 from lidit_jax.files import read_json
 
+LENGTHS = ".lengths"  # suffix of the file with a file's token counts
 FORMAT = 3  # format 1 has no features; formats 1 and 2 hold all texts of a sample, also those that are no captions
 MANIFEST, PLAN = "manifest.json", "plan.json"
 DTYPES = ("float16", "float32")
@@ -166,6 +172,23 @@ class PrecomputedSource(Source):
     def describe(self, indices: Sequence[int]) -> list[Example | BrokenExample]:
         return self.load(indices)
 
+    def caption_lengths(self, chooser: CaptionChooser, count_tokens: TokenCounter) -> CaptionLengths:
+        """Returns the token counts of the stored features, or, without them, counts as `Source` does."""
+        if not self.encoders:
+            return super().caption_lengths(chooser, count_tokens)
+        digest, counts = features_digest(self.encoders), [count for _, _, count in self.manifest.files]
+        parts = []
+        for shard in tqdm.tqdm(range(len(counts)), desc="counting prompt tokens", unit="file", disable=None):
+            path, first = f"{self._readers.paths[shard]}{LENGTHS}", int(self._starts[shard])
+            lengths = CaptionLengths.read(path, digest, counts[shard])
+            if lengths is None:  # written by a version that did not store them
+                examples = (self._read(index) for index in range(first, first + counts[shard]))
+                features = ({} if isinstance(found, BrokenExample) else found["features"] for found in examples)
+                lengths = CaptionLengths.of(tokens_of(found, self.encoders) for found in features)
+                lengths.write(path, digest)
+            parts.append(lengths)
+        return CaptionLengths.concatenate(parts, counts)
+
     def _read(self, index: int) -> Example | BrokenExample:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         number = index - int(self._starts[shard])
@@ -199,6 +222,27 @@ def _summary(buckets: Sequence[Bucket]) -> str:
     multiple = math.gcd(*(side for bucket in buckets for side in bucket))
     count = f"{len(buckets)} bucket{'s' * (len(buckets) > 1)}"
     return f"{count} from {buckets[0]} to {buckets[-1]}, multiples of {multiple} px"
+
+
+def features_digest(encoders: Mapping[str, EncoderFingerprint]) -> str:
+    """Returns a digest of the encoders that features were computed by, under which their token counts are stored."""
+    facts = {name: dataclasses.asdict(encoder) for name, encoder in encoders.items()}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def tokens_of(
+    features: Mapping[tuple[str, str], np.ndarray], encoders: Mapping[str, EncoderFingerprint]
+) -> dict[str, int]:
+    """Returns the prompt tokens of each caption of an example, the largest number over all encoders.
+
+    Args:
+      features: {(encoder, caption field): [lead + n, D]}.
+      encoders: the encoders.
+    """
+    tokens: dict[str, int] = {}
+    for (name, field), array in features.items():
+        tokens[field] = max(tokens.get(field, 0), len(array) - encoders[name].lead)
+    return tokens
 
 
 def to_record(

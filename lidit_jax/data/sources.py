@@ -7,14 +7,18 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+import tqdm
 
 from lidit_jax.data.buckets import Bucket, resize_to_cover_and_crop
+from lidit_jax.data.caption_lengths import CaptionLengths, TokenCounter
+from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.filters import NO_CAPTION
 from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.shards import Sample
 from lidit_jax.errors import UserError
 
 Example = dict[str, Any]
+_COUNTED_AT_ONCE = 1024  # examples that are described at once to count their tokens
 
 
 class BrokenExample(Exception):
@@ -132,6 +136,22 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def describe(self, indices: Sequence[int]) -> list[Example | BrokenExample]:
         """Reads examples as `load` does, but without their images."""
+
+    def caption_lengths(self, chooser: CaptionChooser, count_tokens: TokenCounter) -> CaptionLengths:
+        """Counts the prompt tokens of every caption; shows progress on a terminal.
+
+        Args:
+          chooser: tells which texts are captions, and has their templates.
+          count_tokens: counts the tokens of prompts.
+        """
+        chunks = range(0, len(self), _COUNTED_AT_ONCE)
+        progress = tqdm.tqdm(chunks, desc="counting prompt tokens", unit_scale=_COUNTED_AT_ONCE, disable=None)
+        captions = (
+            {} if isinstance(example, BrokenExample) else chooser.filled(example["captions"])
+            for start in progress
+            for example in self.describe(range(start, min(start + _COUNTED_AT_ONCE, len(self))))
+        )
+        return CaptionLengths.count(captions, count_tokens)
 
     def __getitem__(self, index: int) -> Example:
         """Reads one example, with its image in its own size.

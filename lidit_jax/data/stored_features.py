@@ -123,24 +123,35 @@ class StoredPrompts:
         """Instruction features of each encoder; see `ConstantFeatures`."""
         return self.constant.prefix
 
-    def __call__(self, examples: Sequence[Example], fields: Sequence[str | None]) -> dict[str, np.ndarray]:
+    def __call__(
+        self, examples: Sequence[Example], fields: Sequence[str | None], length: int | None = None
+    ) -> dict[str, np.ndarray]:
         """Returns the encoded prompts of a batch.
 
         Args:
           examples: B examples with "features" and "truncated".
           fields: caption field of each example; None: the empty prompt.
+          length: L, tokens to pad the prompts to; None: each encoder's `max_length`.
 
         Returns:
           For each encoder, {"NAME/encoded": [B, lead + L, D], "NAME/mask": bool [B, L], "NAME/truncated": bool [B]}.
+
+        Raises:
+          UserError: a prompt is longer than `length`.
         """
         batch: dict[str, Any] = {}
         for name, encoder in self.encoders.items():
-            shape = (len(examples), encoder.lead + encoder.max_length, encoder.hidden_size)
-            encoded = np.zeros(shape, encoder.numpy_dtype)
-            mask = np.zeros((len(examples), encoder.max_length), bool)
+            tokens = min(length or encoder.max_length, encoder.max_length)
+            encoded = np.zeros((len(examples), encoder.lead + tokens, encoder.hidden_size), encoder.numpy_dtype)
+            mask = np.zeros((len(examples), tokens), bool)
             truncated = np.zeros(len(examples), bool)
             for row, (example, field) in enumerate(zip(examples, fields, strict=True)):
                 features = self.constant.empty[name] if field is None else example["features"][name, field]
+                if len(features) > encoded.shape[1]:
+                    raise UserError(
+                        f"features of {len(features) - encoder.lead} tokens, {tokens} were counted: the folder of "
+                        "latents changed; start again"
+                    )
                 encoded[row, : len(features)] = features
                 mask[row, : len(features) - encoder.lead] = True
                 truncated[row] = field is not None and (name, field) in example["truncated"]

@@ -18,13 +18,14 @@ from ml_collections import ConfigDict
 
 from lidit_jax.data.broken_count import BrokenCount
 from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.caption_lengths import CaptionLengths
 from lidit_jax.data.formats.array_record import array_record_module
 from lidit_jax.data.formats.record_shards import RecordReaders
 from lidit_jax.data.indexed.dataset import IndexedDataset
 from lidit_jax.data.open_dataset import open_indexed_dataset
-from lidit_jax.data.precomputed import MANIFEST, PLAN, Manifest, to_record
+from lidit_jax.data.precomputed import LENGTHS, MANIFEST, PLAN, Manifest, features_digest, to_record, tokens_of
 from lidit_jax.data.sources import BrokenExample
-from lidit_jax.data.stored_features import FEATURES
+from lidit_jax.data.stored_features import FEATURES, EncoderFingerprint
 from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.experiment import Experiment
 from lidit_jax.files import check_writable, is_unused, new_file, write_json
@@ -103,7 +104,7 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
     with tqdm.tqdm(total=sum(len(output.indices) for output in own_outputs), unit="image", desc="latents") as bar:
         for output in own_outputs:
             if not (out / output.name).exists():
-                _write_output(out / output.name, output, dataset, encode, encode_captions, broken, bar)
+                _write_output(out / output.name, output, dataset, encode, encode_captions, encoders, broken, bar)
             else:
                 bar.update(len(output.indices))
     multihost_utils.sync_global_devices("wrote latents")
@@ -200,6 +201,7 @@ def _write_output(
     dataset: IndexedDataset,
     encode: _Encoder,
     encode_captions: CaptionEncoder | None,
+    encoders: Mapping[str, EncoderFingerprint],
     broken: BrokenCount,
     bar: tqdm.tqdm,
 ) -> None:
@@ -211,6 +213,7 @@ def _write_output(
       dataset: the data set.
       encode: encoder of the images.
       encode_captions: encoder of the captions; None stores no features.
+      encoders: fingerprints of the encoders; empty stores no features.
       broken: counter of the examples left out.
       bar: progress bar to advance.
 
@@ -218,6 +221,7 @@ def _write_output(
       UserError: too many examples are broken, or moments or features are not finite.
     """
     chooser = dataset.config.chooser(0.0)
+    tokens: list[dict[str, int]] = []
     with new_file(file) as temporary:
         writer = array_record_module().ArrayRecordWriter(os.fspath(temporary), "group_size:1")
         for examples in _examples(dataset, output, encode.rows):
@@ -232,8 +236,11 @@ def _write_output(
                     good, captions, moments, features, strict=True
                 ):
                     writer.write(to_record(example["key"], texts, example_moments, *example_features))
+                    tokens.append(tokens_of(example_features[0], encoders))
             bar.update(len(examples))
         writer.close()
+        if encoders:
+            CaptionLengths.of(tokens).write(f"{os.fspath(file)}{LENGTHS}", features_digest(encoders))
 
 
 def _caption_features(

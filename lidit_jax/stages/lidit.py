@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from lidit_jax.checkpoint_weights import load_weights
 from lidit_jax.data.dataset import Dataset
+from lidit_jax.data.indexed.prompt_lengths import PromptLengths
 from lidit_jax.diffusion.losses import diffusion_loss
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder
@@ -26,7 +27,14 @@ from lidit_jax.parallel.rules import ShardingRules, replicate, replicated
 from lidit_jax.parallel.watchdog import watched
 from lidit_jax.pipeline import NotFiniteError, Pipeline
 from lidit_jax.stages.train_network import train_network
-from lidit_jax.text.encoders import PrecomputedEncoder, PromptEncoder, encode, text_flops_and_lengths, tokenize
+from lidit_jax.text.encoders import (
+    PrecomputedEncoder,
+    PromptEncoder,
+    PromptTokenCounter,
+    encode,
+    text_flops_and_lengths,
+    tokenize,
+)
 from lidit_jax.train import Batch, Evaluate, Task, TrainState
 from lidit_jax.weighted_mean import WeightedMean
 
@@ -137,6 +145,8 @@ def train_lidit(
         evaluate,
     )
 
+    lengths = _prompt_lengths(experiment, dataset, pipeline.encoders)
+
     def batches(first: int):
         return dataset.batches(
             config.batch_size,
@@ -145,12 +155,27 @@ def train_lidit(
             first=first,
             caption_dropout=experiment.data.caption_dropout,
             with_features=stored is not None,
+            prompts=lengths,
         )
 
-    provenance = {"data": dataset.fingerprint, "frozen": experiment.frozen_digests()}
+    order = f" by {lengths.fingerprint}" if lengths else ""
+    provenance = {"data": dataset.fingerprint + order, "frozen": experiment.frozen_digests()}
     initial_params = _initial_params(experiment, mesh, rules)
     state = train_network(experiment, task, config, batches, mesh, rules, provenance, goodput, initial_params)
     return pipeline, state
+
+
+def _prompt_lengths(
+    experiment: Experiment, dataset: Dataset, encoders: Mapping[str, PromptEncoder]
+) -> PromptLengths | None:
+    """Returns the lengths that prompts are padded to, and logs them; None if there is one, `text.max_length`."""
+    text = experiment.text
+    if text.num_lengths == 1:
+        return None
+    with watched(experiment.train.stalled_after, "counting prompt tokens"):
+        lengths = dataset.prompt_lengths(PromptTokenCounter(encoders), text.num_lengths, text.max_length)
+    logger.info("%s", lengths.summary(text.max_length))
+    return lengths
 
 
 def _initial_params(experiment: Experiment, mesh: Mesh, rules: ShardingRules) -> Callable[[Any], Any] | None:

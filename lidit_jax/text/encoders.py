@@ -243,6 +243,20 @@ def tokenize(encoders: Mapping[str, PromptEncoder], prompts: Sequence[str]) -> d
     return arrays
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptTokenCounter:
+    """Counts the tokens of prompts, for `data/caption_lengths.py`: the largest number over several encoders."""
+
+    encoders: Mapping[str, PromptEncoder]
+
+    @property
+    def digest(self) -> str:
+        return " ".join(encoder.tokenizer.count_digest for encoder in self.encoders.values())
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        return np.max([encoder.tokenizer.count(prompts) for encoder in self.encoders.values()], axis=0)
+
+
 def encode_batch(
     encoders: Mapping[str, PromptEncoder], frozen: Mapping[str, Any], batch: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:

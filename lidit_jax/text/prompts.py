@@ -6,13 +6,13 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lidit_jax.errors import UserError
-from lidit_jax.ranges import Size, check_ranges
+from lidit_jax.ranges import Size, between, check_ranges
 
 # The instruction of the paper, section 3.1.
 INSTRUCTION = (
@@ -37,12 +37,16 @@ class TextConfig:
       instruction: see `PromptTokenizer`.
       system_prompt: see `PromptTokenizer`.
       chat_template: see `PromptTokenizer`.
+      num_lengths: number of lengths that prompts are padded to in training, chosen from the data so that the fewest
+        tokens are padding; a batch has prompts of one length, and each length is one more program to compile for every
+        bucket. 1: pad all prompts to `max_length`, which needs no look at the captions ahead of training.
     """
 
     max_length: Size
     instruction: str
     system_prompt: str = ""
     chat_template: bool = True
+    num_lengths: Annotated[int, between(1, 16)] = 1
 
     def __post_init__(self):
         check_ranges(self, "text.")
@@ -184,13 +188,32 @@ class PromptTokenizer:
         tokens = np.full(shape, self.tokenizer.eos_token_id, np.int32)  # padding is masked: any valid token works
         mask = np.zeros(shape, bool)
         truncated = np.zeros(len(prompts), bool)
-        texts = [p if not p or p.startswith(" ") else f"{self.separator}{p}" for p in prompts]
+        texts = self._separated(prompts)
         for row, ids in enumerate(self._encode([text[:MAX_CHARACTERS] for text in texts])):
             truncated[row] = len(ids) > self.max_length - 1 or len(texts[row]) > MAX_CHARACTERS
             ids = [*ids[: self.max_length - 1], self.tokenizer.eos_token_id]
             tokens[row, : len(ids)] = ids
             mask[row, : len(ids)] = True
         return {"tokens": tokens, "mask": mask, "truncated": truncated}
+
+    def count(self, prompts: Sequence[str]) -> np.ndarray:
+        """Returns the number of tokens of each prompt, end token included, at most `max_length`: int64 [B]."""
+        ids = self._encode([text[:MAX_CHARACTERS] for text in self._separated(prompts)])
+        return np.array([min(len(row) + 1, self.max_length) for row in ids], np.int64)
+
+    @functools.cached_property
+    def count_digest(self) -> str:
+        """Hash (16 hexadecimal digits) of what the token counts depend on: tokenizer, separator, `max_length`."""
+        tokenizer = self.tokenizer
+        if tokenizer.is_fast:
+            content = cast(Any, tokenizer).backend_tokenizer.to_str()
+        else:
+            content = repr((type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs))
+        facts = [content, self.separator, self.max_length]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def _separated(self, prompts: Sequence[str]) -> list[str]:
+        return [p if not p or p.startswith(" ") else f"{self.separator}{p}" for p in prompts]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:

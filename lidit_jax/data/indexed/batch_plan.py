@@ -119,7 +119,8 @@ class BatchPlan:
     Buckets occur in proportion to their numbers of examples.
 
     In a weighted mixture, the rows of a bucket interleave one such stream per source with examples in the bucket; each
-    source has its own epochs.
+    source has its own epochs. Examples that occur more or less often than others (`share_of_example`) have a stream for
+    each share.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class BatchPlan:
         seed: int,
         source_of_example: np.ndarray | None = None,
         weights: Sequence[float] | None = None,
+        share_of_example: np.ndarray | None = None,
     ):
         """Initializes the plan.
 
@@ -139,6 +141,8 @@ class BatchPlan:
           source_of_example: source of each example in a weighted mixture, int [N]; None without weights.
           weights: each source's share of the rows, in any unit; None: a single source, or sources that are mixed in
             proportion to their examples.
+          share_of_example: how often each example occurs relative to the others of its source, float [N], above 0 and
+            with few distinct values; None: equally often.
 
         Raises:
           ValueError: there are no examples or too many, or an argument is out of bounds.
@@ -148,9 +152,15 @@ class BatchPlan:
         self.batch_size = batch_size
         self._seed = seed
         self._num_sources = 1 if weights is None else len(weights)
-        stratum_of_example = np.asarray(bucket_of_example)  # (bucket, source) of each example as one number
+        stratum_of_example = np.asarray(bucket_of_example)  # (bucket, source, share) of each example as one number
         if weights is not None:
             stratum_of_example = stratum_of_example * self._num_sources + source_of_example
+        # Without shares the strata keep their numbers, from which the permutations of existing runs derive.
+        self._shares: list[float] = [1]
+        if share_of_example is not None:
+            distinct, number_of_share = np.unique(share_of_example, return_inverse=True)
+            self._shares = distinct.tolist()
+            stratum_of_example = stratum_of_example * len(distinct) + number_of_share
         sizes = np.bincount(stratum_of_example)  # [strata]
         if sizes.max() > _MAX_BUCKET_SIZE:
             raise ValueError(f"a bucket of {sizes.max()} examples: at most 2^32 can be shuffled")
@@ -162,20 +172,23 @@ class BatchPlan:
 
     def _periods(self, weights: Sequence[float] | None) -> dict[int, dict[int, float]]:
         """Returns {bucket: {stratum: 1 / share of all rows}}."""
-        source_sizes = [0] * self._num_sources
+        masses: dict[tuple[int, int, int], float] = {}  # of (stratum, bucket, source)
+        source_masses: list[float] = [0] * self._num_sources
         for stratum, size in enumerate(self._sizes):
-            source_sizes[stratum % self._num_sources] += size
-        if weights is None:
-            weights = source_sizes
-        if not (all(weight > 0 for weight in weights) and all(source_sizes)):
-            raise ValueError(f"{weights=}, sources of {source_sizes} examples: all must be above 0")
-        periods: dict[int, dict[int, float]] = {}
-        for stratum, size in enumerate(self._sizes):
+            bucket_and_source, share = divmod(stratum, len(self._shares))
+            bucket, source = divmod(bucket_and_source, self._num_sources)
             if size:
-                bucket, source = divmod(stratum, self._num_sources)
-                # Without weights these are integers, so that only the quotient is rounded.
-                period = sum(weights) * source_sizes[source] / (weights[source] * size)
-                periods.setdefault(bucket, {})[stratum] = period
+                masses[stratum, bucket, source] = size * self._shares[share]
+                source_masses[source] += size * self._shares[share]
+        if weights is None:
+            weights = source_masses
+        if not (all(weight > 0 for weight in weights) and all(mass > 0 for mass in (*source_masses, *masses.values()))):
+            raise ValueError(f"{weights=}, sources of {source_masses} examples: all must be above 0")
+        periods: dict[int, dict[int, float]] = {}
+        for (stratum, bucket, source), mass in masses.items():
+            # Without weights and shares these are integers, so that only the quotient is rounded.
+            period = sum(weights) * source_masses[source] / (weights[source] * mass)
+            periods.setdefault(bucket, {})[stratum] = period
         return periods
 
     def __call__(self, batch: int) -> tuple[int, np.ndarray]:

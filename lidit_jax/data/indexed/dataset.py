@@ -10,10 +10,12 @@ import numpy as np
 from lidit_jax.data.assembler import Assembler
 from lidit_jax.data.broken_count import check_broken
 from lidit_jax.data.buckets import Bucket, assign
+from lidit_jax.data.caption_lengths import TokenCounter
 from lidit_jax.data.captions import list_field
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset, spread
 from lidit_jax.data.indexed.loader import Loader, make_loader, make_plan, rows_of_process
+from lidit_jax.data.indexed.prompt_lengths import PromptLengths
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.precomputed import PrecomputedSource
 from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source
@@ -173,8 +175,22 @@ class IndexedDataset(Dataset):
             raise UserError(f"none of the {len(self.source)} images can be read: check the data files")
         return images
 
+    def prompt_lengths(self, count_tokens: TokenCounter, num_lengths: int, max_length: int) -> PromptLengths:
+        choosers = self._choosers(0.0)
+        captions = [
+            source.caption_lengths(chooser, count_tokens)
+            for source, chooser in zip(self._sources, choosers, strict=True)
+        ]
+        return PromptLengths(captions, choosers, list(map(len, self._sources)), num_lengths, max_length)
+
     def _loader(
-        self, assembler: Assembler, batch_size: int, first: int, process_index: int, process_count: int
+        self,
+        assembler: Assembler,
+        batch_size: int,
+        first: int,
+        process_index: int,
+        process_count: int,
+        prompts: PromptLengths | None,
     ) -> Loader:
         config = self.config
         return make_loader(
@@ -182,6 +198,7 @@ class IndexedDataset(Dataset):
             assembler,
             batch_size,
             weights=self._weights,
+            prompts=prompts,
             num_threads=config.num_threads,
             num_workers=config.num_workers,
             prefetch=config.prefetch,

@@ -11,29 +11,22 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import tqdm
 
 from lidit_jax.data.captions import list_field
 from lidit_jax.data.filters import Candidate, Filter, first_reason
 from lidit_jax.data.formats import decoding
-from lidit_jax.data.formats.files import is_remote, modification_time, remote_filesystem
-from lidit_jax.data.formats.parquet_files import column_chunks
-from lidit_jax.data.formats.parquet_pages import check_pages
+from lidit_jax.data.formats.files import modification_time
 from lidit_jax.data.formats.shards import Place, Sample, Shards
-from lidit_jax.errors import UserError
+from lidit_jax.data.indexed.index_files import facts_of, read_table, write_table
 from lidit_jax.parallel.preemption import ignore_ctrl_c
-
-logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 1 << 26  # default limit for an image
 SUFFIX = ".index"
@@ -45,12 +38,6 @@ _TEXT_COLUMNS = ("key", "captions", "metadata")
 _SCHEMA = pa.schema(
     [*((name, pa.int64()) for name in _NUMBER_COLUMNS), *((name, pa.string()) for name in _TEXT_COLUMNS)],
 )
-_ROWS_AT_ONCE = 1 << 14
-# Snappy shortens data at most 21-fold, and texts have no dictionary, so an index that would take more memory than this
-# multiple of its size is forged. (With another compression or encoding, 19 KB can become 2 GiB.)
-_TEXT_ENCODINGS = {"PLAIN", "RLE", "BIT_PACKED"}  # the last two are those of nulls
-_MAX_EXPANSION, _EXPANSION_SLACK = 32, 1 << 20
-_TEXTS_AT_ONCE = 64
 _MAX_SAMPLE_BYTES = 1 << 29  # above any format's limit: a forged index must not cause huge reads
 # Starting a process takes as long as reading the headers of a few hundred samples.
 _SHARDS_FOR_PROCESSES = 32
@@ -95,19 +82,22 @@ class IndexOptions:
     folder: str = ""
     max_pixels: int = MAX_PIXELS
 
-    def path(self, shard: str) -> str:
-        """Returns the path of a shard's index."""
+    def path(self, shard: str, suffix: str = SUFFIX) -> str:
+        """Returns the path of a shard's index or, with another suffix, of another file beside it."""
         if not self.folder:
-            return shard + SUFFIX
+            return shard + suffix
         # Shards in different folders may have the same name.
-        name = f"{hashlib.sha256(shard.encode()).hexdigest()[:8]}-{os.path.basename(shard)}{SUFFIX}"
+        name = f"{hashlib.sha256(shard.encode()).hexdigest()[:8]}-{os.path.basename(shard)}{suffix}"
         return f"{self.folder.rstrip('/')}/{name}"
+
+
+DEFAULT_OPTIONS = IndexOptions()
 
 
 def examine(
     shards: Shards,
     filters: Sequence[Filter] = (),
-    options: IndexOptions = IndexOptions(),
+    options: IndexOptions = DEFAULT_OPTIONS,
     first: int = 0,
 ) -> list[ExaminedShard]:
     """Reads or builds the index of every shard, on all cores if there are many; shows progress on a terminal.
@@ -136,6 +126,16 @@ def examine(
     return [found[shard] for shard in range(count)]
 
 
+def captions_of(
+    shards: Shards, filters: Sequence[Filter], options: IndexOptions, shard: int
+) -> Iterator[dict[str, str]]:
+    """Yields the captions, {name: text}, of a shard's samples that filters keep; see `examine` for the arguments."""
+    table = _table(shards, options, shard, with_texts=True)
+    kept = _filtered(table, filters)[0] if filters else np.arange(table.num_rows)
+    for text in table.column("captions").take(kept):
+        yield json.loads(text.as_py())
+
+
 def _in_processes(examine_shard, order: Sequence[int]) -> Iterator[tuple[int, ExaminedShard]]:
     workers = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     context = multiprocessing.get_context("spawn")
@@ -150,7 +150,7 @@ def _examine_shard(
 
 
 def _filtered_shard(table: pa.Table, filters: Sequence[Filter]) -> ExaminedShard:
-    facts = json.loads(table.schema.metadata[b"facts"])
+    facts = facts_of(table)
     places = np.stack([table.column(name).to_numpy() for name in _NUMBER_COLUMNS], axis=1).reshape(-1, 4)
     keep, dropped, fields, keys = _filtered(table, filters) if filters else (slice(None), {}, {}, {})
     digest = hashlib.sha256(facts["digest"].encode())
@@ -195,70 +195,20 @@ def _table(shards: Shards, options: IndexOptions, shard: int, with_texts: bool) 
     table = _read(path, names, expected, modification_time(source))
     if table is None:
         table = _to_table(shards.scan(shard), expected)
-        _write(table, path)
+        write_table(table, path)
         table = table.select(names)
     return table
 
 
 def _read(path: str, names: Sequence[str], expected: dict[str, Any], not_before: float | None) -> pa.Table | None:
     """Reads an index; returns None if it is missing, damaged, outdated, or older than `not_before` (seconds)."""
-    try:
-        if is_remote(path):
-            filesystem, name = remote_filesystem(path)
-            opened = filesystem.open(name, "rb")
-        else:
-            if not_before is not None and os.stat(path).st_mtime < not_before:
-                return None
-            opened = open(path, "rb")  # noqa: SIM115
-        with opened:
-            table = _read_table(opened, names)
-        facts = dict(json.loads(table.schema.metadata[b"facts"]))
-    except FileNotFoundError:
+    table = read_table(path, names, not_before)
+    if table is None:
         return None
-    except Exception as error:  # whatever is wrong with an index, it can be rebuilt from its shard
-        logger.warning("%s: not an index (%s); rebuilding it", path, " ".join(str(error).split())[:100])
-        return None
+    facts = facts_of(table)
     if any(facts.get(name) != value for name, value in expected.items()) or not _is_valid(table, facts):
         return None
     return table
-
-
-def _read_table(file: BinaryIO, names: Sequence[str]) -> pa.Table:
-    """Reads columns of a Parquet file that may be forged, in memory proportional to its size.
-
-    Raises:
-      ValueError: the columns expand to more than an index can.
-      DamagedPages: a page does, or is damaged.
-      DamagedParquet: the footer is damaged.
-    """
-    limit = _MAX_EXPANSION * file.seek(0, os.SEEK_END) + _EXPANSION_SLACK
-    parquet = pq.ParquetFile(file)
-    metadata, schema = parquet.metadata, parquet.schema_arrow
-    groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
-    columns = (group.column(number) for group in groups for number in range(metadata.num_columns))
-    num_bytes = 8 * len(_NUMBER_COLUMNS) * metadata.num_rows
-    if num_bytes > limit or any(_can_expand(column) for column in columns if column.path_in_schema in names):
-        raise ValueError("too large when it is decompressed")
-    for chunk in (chunk for group in range(metadata.num_row_groups) for chunk in column_chunks(metadata, group)):
-        check_pages(functools.partial(_read_bytes, file), chunk.start, chunk.end, chunk.num_values, limit)
-    batches, num_bytes = [], 0
-    rows = _TEXTS_AT_ONCE if set(names) & set(_TEXT_COLUMNS) else _ROWS_AT_ONCE
-    for batch in parquet.iter_batches(rows, columns=list(names), use_threads=False):
-        num_bytes += batch.nbytes
-        if num_bytes > limit:
-            raise ValueError("too large when it is decompressed")
-        batches.append(batch)
-    schema = pa.schema([schema.field(name) for name in names], metadata=schema.metadata)
-    return pa.Table.from_batches(batches, schema)
-
-
-def _read_bytes(file: BinaryIO, start: int, size: int) -> bytes:
-    file.seek(start)
-    return file.read(size)
-
-
-def _can_expand(column: pq.ColumnChunkMetaData) -> bool:
-    return column.path_in_schema not in _NUMBER_COLUMNS and not set(column.encodings) <= _TEXT_ENCODINGS
 
 
 def _is_valid(table: pa.Table, facts: dict[str, Any]) -> bool:
@@ -332,35 +282,3 @@ def _to_table(scanned: Iterable[tuple[Place, Sample] | str], facts: dict[str, An
             digest.update(len(part).to_bytes(8, "big") + part.encode())
     facts = facts | {"broken": broken, "digest": digest.hexdigest()}
     return pa.table(rows, schema=_SCHEMA.with_metadata({"facts": json.dumps(facts)}))
-
-
-def _write(table: pa.Table, path: str) -> None:
-    """Writes an index atomically; without write permission, warns once, and the index serves this run alone."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="snappy", use_dictionary=False, row_group_size=_ROWS_AT_ONCE)
-    encoded = sink.getvalue()
-    try:
-        if path.startswith("hf://"):
-            raise OSError(f"{path!r} would be a commit to the data set's repository")
-        if is_remote(path):
-            filesystem, name = remote_filesystem(path)
-            filesystem.pipe_file(name, encoded.to_pybytes())  # objects appear only when complete
-            return
-        folder = os.path.dirname(os.path.abspath(path))
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".index-", delete=False) as file:
-            try:
-                file.write(encoded)
-                file.flush()
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except (OSError, UserError) as error:
-        _warn_once(f"indexes cannot be written, so the next run builds them again: {error}; set data.index_dir")
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning("%s", message)

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import grain
+import numpy as np
 from absl import flags
 
-from lidit_jax.data.assembler import Assembler
+from lidit_jax.data.assembler import Assembler, BatchShape, PlannedCaptions
 from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket, assign
 from lidit_jax.data.indexed.batch_plan import BatchPlan
+from lidit_jax.data.indexed.prompt_lengths import PromptLengths
 from lidit_jax.data.sources import BrokenExample, Example, Source
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.preemption import ignore_ctrl_c
@@ -30,6 +32,7 @@ def make_loader(
     assembler: Assembler,
     batch_size: int,
     weights: Sequence[float] | None = None,
+    prompts: PromptLengths | None = None,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
@@ -41,7 +44,7 @@ def make_loader(
     """Returns an endless, checkpointable iterator over batches, of which this process reads only its own rows.
 
     Process p reads B / process_count examples of each batch, from row p * B / process_count. All rows of a batch are of
-    one bucket.
+    one bucket and, with `prompts`, of one prompt length.
 
     Args:
       source: source of the examples.
@@ -49,6 +52,8 @@ def make_loader(
       batch_size: B, over all processes.
       weights: share of the rows of each source of a `ConcatenatedSource`, in any unit; None: in proportion to its
         examples.
+      prompts: lengths of the captions, to make batches of prompts of similar lengths; None: sample the captions
+        independently of their lengths.
       process_index: `jax.process_index()`.
       process_count: `jax.process_count()`.
       num_threads: threads per worker that make batches; 0 makes them on demand.
@@ -65,18 +70,32 @@ def make_loader(
     buckets = assembler.buckets
     if not len(source) or not buckets:
         raise UserError(f"{len(source)} examples and {len(buckets)} buckets: a loader needs at least one of each")
-    plan = make_plan(source, buckets, batch_size, assembler.seed, weights)
-    return Loader(
-        BatchReader(source, plan, assembler, rows), num_threads, num_workers, prefetch, first_batch, max_broken
-    )
+    plan = make_plan(source, buckets, batch_size, assembler.seed, weights, prompts)
+    reader = BatchReader(source, plan, assembler, rows, prompts)
+    return Loader(reader, num_threads, num_workers, prefetch, first_batch, max_broken)
 
 
 def make_plan(
-    source: Source, buckets: Sequence[Bucket], batch_size: int, seed: int, weights: Sequence[float] | None = None
+    source: Source,
+    buckets: Sequence[Bucket],
+    batch_size: int,
+    seed: int,
+    weights: Sequence[float] | None = None,
+    prompts: PromptLengths | None = None,
 ) -> BatchPlan:
-    """Returns the plan of a source's batches; see `make_loader` for the arguments."""
+    """Returns the plan of a source's batches; see `make_loader` for the arguments.
+
+    With `prompts`, the plan's examples are captions, and its buckets are pairs of a bucket and a prompt length,
+    numbered bucket by bucket.
+    """
     source_of_example = source.source_of_example if weights is not None else None
-    return BatchPlan(assign(source.sizes(), buckets), batch_size, seed, source_of_example, weights)
+    bucket_of_example = assign(source.sizes(), buckets)
+    if prompts is None:
+        return BatchPlan(bucket_of_example, batch_size, seed, source_of_example, weights)
+    examples = prompts.examples
+    shapes = bucket_of_example[examples].astype(np.int64) * len(prompts.lengths) + prompts.length_indices
+    sources = None if source_of_example is None else source_of_example[examples]
+    return BatchPlan(shapes, batch_size, seed, sources, weights, prompts.shares)
 
 
 def rows_of_process(batch_size: int, process_index: int, process_count: int) -> range:
@@ -106,41 +125,56 @@ class BatchReader:
     plan: BatchPlan
     assembler: Assembler
     rows: range
+    prompts: PromptLengths | None = None
 
     def __call__(self, batch: int) -> dict[str, Any]:
-        bucket_index, indices = self.plan.rows(batch, self.rows.start, self.rows.stop)
-        bucket = self.assembler.buckets[bucket_index]
-        indices, broken = indices.tolist(), []
-        examples = self._read(indices, bucket)
+        number, planned = self.plan.rows(batch, self.rows.start, self.rows.stop)
+        shape = self.shape(number)
+        # Indices into the plan's list: of examples or, with planned captions, of captions.
+        indices, broken = planned.tolist(), []
+        examples = self._read(indices, shape.bucket)
         for row, example in enumerate(examples):
             if isinstance(example, BrokenExample):
                 broken.append(example)
-                examples[row] = self._replacement(indices[row], bucket, broken)
-        elements = self.assembler(batch, self.rows.start, examples)
-        statistics = BatchStatistics(bucket, len(examples), [(example.key, example.reason) for example in broken])
+                indices[row], examples[row] = self._replacement(indices[row], shape, broken)
+        captions = self.prompts and PlannedCaptions(self.prompts.names_of(indices), shape.prompt_length)
+        elements = self.assembler(batch, self.rows.start, examples, captions)
+        statistics = BatchStatistics(shape, len(examples), [(example.key, example.reason) for example in broken])
         return elements | {STATISTICS: statistics}
 
+    def shape(self, number: int) -> BatchShape:
+        """Returns the batch shape that is the plan's bucket `number`."""
+        if self.prompts is None:
+            return BatchShape(self.assembler.buckets[number])
+        bucket, length = divmod(number, len(self.prompts.lengths))
+        return BatchShape(self.assembler.buckets[bucket], self.prompts.lengths[length])
+
     def _read(self, indices: Sequence[int], bucket: Bucket) -> list[Example | BrokenExample]:
+        if self.prompts is not None:
+            indices = self.prompts.examples[np.asarray(indices)].tolist()
         if self.assembler.with_images:
             return self.source.load(indices, bucket)
         return self.source.describe(indices)
 
-    def _replacement(self, index: int, bucket: Bucket, broken: list[BrokenExample]) -> Example:
-        """Returns a readable example to replace a broken one.
+    def _replacement(self, index: int, shape: BatchShape, broken: list[BrokenExample]) -> tuple[int, Example]:
+        """Returns index and content of a readable example to replace a broken one.
 
         Tries the following examples of its bucket, then, except for latents, of any bucket. Further broken ones are
         appended to `broken`.
         """
+        total = len(self.source) if self.prompts is None else len(self.prompts.examples)
         own = [self.plan.neighbour(index, i) for i in range(1, min(self.plan.list_size(index), _MAX_REPLACEMENTS))]
-        others = ((index + i) % len(self.source) for i in range(1, min(len(self.source), _MAX_REPLACEMENTS)))
+        others = [(index + i) % total for i in range(1, min(total, _MAX_REPLACEMENTS))]
+        if self.prompts is not None:
+            others = [other for other in others if self.prompts.length_of(other) <= shape.prompt_length]
         fits = self.source.content == "image" or not self.assembler.with_images  # latents fit one bucket alone
         for other in (*own, *(others if fits else ())):
-            [example] = self._read([other], bucket)
+            [example] = self._read([other], shape.bucket)
             if not isinstance(example, BrokenExample):
-                return example
+                return other, example
             broken.append(example)
         raise UserError(
-            f"no readable example for bucket {bucket}, {len(own) + 1} of it were tried, last {broken[-1]}: "
+            f"no readable example for bucket {shape}, {len(own) + 1} of it were tried, last {broken[-1]}: "
             "check the data files"
         )
 
@@ -151,7 +185,7 @@ class Loader(BatchStream):
     Its state does not depend on the number of processes, threads or workers, nor on prefetching.
 
     Attributes:
-      shares: share of the batches of each bucket; buckets without examples are left out.
+      shares: share of the batches of each shape; shapes without examples are left out.
     """
 
     def __init__(
@@ -168,11 +202,10 @@ class Loader(BatchStream):
         self._num_workers = num_workers
         self._read_options = grain.ReadOptions(min(num_threads, prefetch), prefetch)
         self._batches: grain.DatasetIterator | None = None
-        shares = enumerate(reader.plan.shares().tolist())
-        self.shares = {reader.assembler.buckets[bucket]: share for bucket, share in shares if share}
+        self.shares = {reader.shape(i): share for i, share in enumerate(reader.plan.shares().tolist()) if share}
 
     @property
-    def buckets(self) -> tuple[Bucket, ...]:
+    def shapes(self) -> tuple[BatchShape, ...]:
         return tuple(self.shares)
 
     def start_prefetch(self) -> None:

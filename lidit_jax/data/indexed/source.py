@@ -5,10 +5,14 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import tqdm
 
 from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.caption_lengths import CaptionLengths, TokenCounter, digest_of
+from lidit_jax.data.captions import CaptionChooser
+from lidit_jax.data.filters import Filter
 from lidit_jax.data.formats.shards import Sample, Shards, Unusable
-from lidit_jax.data.indexed.index import MAX_PIXELS, ExaminedShard
+from lidit_jax.data.indexed.index import DEFAULT_OPTIONS, IndexOptions, captions_of, examine
 from lidit_jax.data.indexed.shared_array import SharedArray
 from lidit_jax.data.sources import BrokenExample, Example, Source, decode_to_bucket, no_samples_error, without_image
 
@@ -29,26 +33,24 @@ class IndexedSource(Source):
     def __init__(
         self,
         shards: Shards,
-        examined: Sequence[ExaminedShard],
-        max_pixels: int = MAX_PIXELS,
+        filters: Sequence[Filter] = (),
+        options: IndexOptions = DEFAULT_OPTIONS,
+        first: int = 0,
     ):
-        """Collects the samples of all shards.
-
-        Args:
-          shards: the shards.
-          examined: the results of `examine`, one per shard.
-          max_pixels: larger images are broken.
+        """Examines all shards, and builds the indexes that are missing; see `examine` for the arguments.
 
         Raises:
           UserError: no sample is left.
         """
-        self._shards, self._max_pixels = shards, max_pixels
+        examined = examine(shards, filters, options, first)
+        self._shards, self._filters, self._options, self._first = shards, tuple(filters), options, first
+        self._digests, self._counts = [shard.digest for shard in examined], [len(shard.places) for shard in examined]
         self.broken = sum((shard.broken for shard in examined), collections.Counter())
         self.dropped = sum((shard.dropped for shard in examined), collections.Counter())
         self.num_samples = sum(shard.num_samples for shard in examined)
         self.fields = sum((shard.fields for shard in examined), collections.Counter())
         self.keys = sum((shard.keys for shard in examined), collections.Counter())
-        counts = [len(shard.places) for shard in examined]
+        counts = self._counts
         if not sum(counts):
             raise no_samples_error(shards.paths, self.num_samples, self.broken, self.dropped, self.fields, self.keys)
         self._shard = SharedArray(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
@@ -62,6 +64,25 @@ class IndexedSource(Source):
 
     def sizes(self) -> np.ndarray:
         return self._sizes.array
+
+    def caption_lengths(self, chooser: CaptionChooser, count_tokens: TokenCounter) -> CaptionLengths:
+        """Counts the prompt tokens of every caption, as `Source` does, but once: the counts are stored.
+
+        They lie beside the shards' indexes.
+        """
+        parts: dict[int, CaptionLengths] = {}
+        order = range(self._first, self._first + len(self._counts))
+        for shard in tqdm.tqdm(order, desc="counting prompt tokens", unit="shard", disable=None, leave=False):
+            shard %= len(self._counts)
+            digest = digest_of(self._digests[shard], chooser, count_tokens)
+            path = self._options.path(self._shards.paths[shard], f".lengths-{digest}")
+            lengths = CaptionLengths.read(path, digest, self._counts[shard])
+            if lengths is None:
+                captions = captions_of(self._shards, self._filters, self._options, shard)
+                lengths = CaptionLengths.count(map(chooser.filled, captions), count_tokens)
+                lengths.write(path, digest)
+            parts[shard] = lengths
+        return CaptionLengths.concatenate([parts[i] for i in range(len(parts))], self._counts)
 
     def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[Example | BrokenExample]:
         return [
@@ -86,5 +107,5 @@ class IndexedSource(Source):
 
     def _with_image(self, index: int, sample: Sample, bucket: Bucket | None) -> Example | BrokenExample:
         size = tuple(self._sizes.array[index].tolist())
-        image = decode_to_bucket(sample.key, sample.image.read(), self._max_pixels, size, bucket)
+        image = decode_to_bucket(sample.key, sample.image.read(), self._options.max_pixels, size, bucket)
         return image if isinstance(image, BrokenExample) else without_image(sample) | {"image": image}

@@ -19,11 +19,13 @@ import numpy as np
 from lidit_jax.data.assembler import Assembler
 from lidit_jax.data.broken_count import check_broken
 from lidit_jax.data.buckets import Bucket
+from lidit_jax.data.caption_lengths import TokenCounter
 from lidit_jax.data.captions import list_field
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset, spread
 from lidit_jax.data.formats.files import is_remote
 from lidit_jax.data.indexed.loader import rows_of_process
+from lidit_jax.data.indexed.prompt_lengths import PromptLengths
 from lidit_jax.data.sources import BrokenExample, no_samples_error
 from lidit_jax.data.streamed.loader import StreamLoader, StreamPlan
 from lidit_jax.data.streamed.sample_stream import SECTION_BYTES, Entry, ReadStatistics, SampleReader
@@ -170,9 +172,22 @@ class StreamedDataset(Dataset):
         count = streams // process_count
         return streams, range(process_index * count, (process_index + 1) * count)
 
+    def prompt_lengths(self, count_tokens: TokenCounter, num_lengths: int, max_length: int) -> PromptLengths:
+        raise UserError(
+            f"text.num_lengths={num_lengths} needs the length of every caption, which is unknown with data.sequential: "
+            "give --config.text.num_lengths=1 or --config.data.sequential=False"
+        )
+
     def _loader(
-        self, assembler: Assembler, batch_size: int, first: int, process_index: int, process_count: int
+        self,
+        assembler: Assembler,
+        batch_size: int,
+        first: int,
+        process_index: int,
+        process_count: int,
+        prompts: PromptLengths | None,
     ) -> StreamLoader:
+        assert prompts is None  # see `prompt_lengths`
         self.check_batch_size(batch_size)
         streams, numbers = self._streams_of_process(batch_size, process_index, process_count)
         # Buckets not met among the first samples never occur: their samples go to the nearest bucket that does.

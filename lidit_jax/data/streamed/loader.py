@@ -14,7 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from lidit_jax.data.assembler import Assembler
+from lidit_jax.data.assembler import Assembler, BatchShape
 from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.indexed.batch_plan import BatchSchedule
@@ -174,7 +174,11 @@ class _Batches(grain.DatasetIterator):
         self._batch += 1
         return elements | {
             STATISTICS: BatchStatistics(
-                self._buckets[bucket_index], statistics.read, statistics.broken, statistics.dropped, statistics.borrowed
+                BatchShape(self._buckets[bucket_index]),
+                statistics.read,
+                statistics.broken,
+                statistics.dropped,
+                statistics.borrowed,
             )
         }
 
@@ -227,8 +231,8 @@ class StreamLoader(BatchStream):
         self._snapshots: dict[int, list[Snapshot]] = {}
 
     @property
-    def buckets(self) -> tuple[Bucket, ...]:
-        return self._plan.buckets
+    def shapes(self) -> tuple[BatchShape, ...]:
+        return tuple(map(BatchShape, self._plan.buckets))
 
     def start_prefetch(self) -> None:
         if self._batches is None:
