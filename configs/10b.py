@@ -22,6 +22,9 @@ def get_config() -> ConfigDict:
     config.data.resolution = 512  # paper
     config.data.min_side = 512  # ours; the paper drops low resolutions and states no limit
 
+    # Ours: 15 programs. The LLMs are a smaller share of a step than in 1b.py, so that more lengths would save little.
+    config.text.num_lengths = 3
+
     # The default mlp_ratio of 4 gives blocks of 9.52B parameters, the 10B of the name.
     config.model.depth = 48  # paper
     config.model.hidden_size = 2816  # paper

@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
 
     config.text = {
         "max_length": 256,  # ours
+        "num_lengths": 4,  # ours: lengths that prompts are padded to, chosen from the data; 12 programs with 3 buckets
         "system_prompt": "You are a helpful assistant.",  # ours; the paper has one and does not state it
         # paper, section 3.1
         "instruction": (

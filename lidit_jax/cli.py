@@ -9,6 +9,8 @@ import logging
 import math
 import os
 import re
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,7 +55,7 @@ def run(main: Callable[[], None], resumable: bool = False) -> None:
     """Parses the flags and calls `main`.
 
     A UserError, and a failure of the system such as a full disk, ends the process with exit code 2, SIGTERM and Ctrl-C
-    with 143 and 130. Any other exception is raised or, in a distributed run, written to a file before the process
+    with 143 and 130, a closed output (`… | head`) with 141, as in other programs. Any other exception is raised or, in a distributed run, written to a file before the process
     leaves the run with exit code 1.
 
     Args:
@@ -69,6 +71,10 @@ def run(main: Callable[[], None], resumable: bool = False) -> None:
         keep_freed_memory()
         try:
             main()
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _leave_closed_output()
+            raise
         except UserError as error:
             (_end if describe_system_error(error) else _exit)(str(error))
         except Exception as error:
@@ -389,6 +395,15 @@ def _is_distributed() -> bool:
 def _is_news(record: logging.LogRecord) -> bool:
     """Returns False for the stack traces of a full disk, which Orbax logs in every thread and then raises."""
     return not (record.exc_info and record.exc_info[1] and describe_system_error(record.exc_info[1]))
+
+
+def _leave_closed_output() -> None:
+    """Ends the process without a word if what reads its output has ended, so that nothing can be said."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)
+    if any(event & select.POLLERR for _, event in poll.poll(0)):
+        os._exit(128 + signal.SIGPIPE)
 
 
 def _set_up_logging() -> None:

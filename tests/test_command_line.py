@@ -295,6 +295,15 @@ def test_output_that_nobody_reads_to_its_end_is_no_error():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_output_nobody_reads_ends_without_a_trace(unbuffered):
+    command = "import time; from lidit_jax import cli; cli.run(lambda: [time.sleep(0.5), print('a line')])"
+    run = f'{sys.executable} -c "{command}" | true; exit ${{PIPESTATUS[0]}}'
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", run], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_the_console_command_names_the_commands():
     call = "import sys; from lidit_jax.console import main; sys.argv = ['lidit', *{}]; main()"
     assert all(f"  {command} " in python("-c", call.format([])).stdout for command in ("train", "sample", "ablate"))

@@ -16,6 +16,7 @@ from etils import epath
 from lidit_jax.compile import compile_step
 from lidit_jax.compile.compile_step import AssumedTokenizer, abstract_batch, abstract_frozen, topology_devices
 from lidit_jax.compile.report import worst
+from lidit_jax.data.assembler import BatchShape
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
@@ -27,7 +28,7 @@ from lidit_jax.train import Trainer
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 RULES = ShardingRules()
-SQUARE = Bucket(32, 32)
+SHAPE = BatchShape(Bucket(32, 32), 12)
 PASSES = ("jvp(LIDiT)", "transpose(jvp(LIDiT))")  # forward and backward
 
 
@@ -66,7 +67,7 @@ def step(with_weights):
     vae = part.autoencoder(part.vae_config)
     task = lidit_task(part.model, part.schedule, encoders, vae, frozen)
     trainer = Trainer(task, part.train, mesh, RULES)
-    return trainer, frozen, abstract_batch(part, encoders, mesh, RULES, SQUARE)
+    return trainer, frozen, abstract_batch(part, encoders, mesh, RULES, SHAPE)
 
 
 def test_the_parts_of_the_model_have_names_in_the_program(step):
@@ -82,7 +83,7 @@ def test_the_parts_of_the_model_have_names_in_the_program(step):
 @pytest.fixture(scope="module")
 def report(step):
     trainer, frozen, batch = step
-    return compile_step._compile(trainer, frozen, batch, "v5e:2x4", V5E, SQUARE), trainer
+    return compile_step._compile(trainer, frozen, batch, "v5e:2x4", V5E, SHAPE), trainer
 
 
 def test_the_report_gives_memory_and_cost_of_a_chip(report):
@@ -148,9 +149,11 @@ def of_buckets(with_weights, report, monkeypatch):
     with config.unlocked():
         config.data.update(resolution=512, max_aspect=2.0, bucket_multiple=64)
 
-    def record(trainer, frozen, batch, topology, chip, bucket):
-        batches.append(batch["image"].shape)
-        return dataclasses.replace(report[0], bucket=bucket, peak=1000 + (bucket != Bucket(512, 512)), seconds=2)
+    def record(trainer, frozen, batch, topology, chip, shape):
+        batches.append((batch["image"].shape, batch["llama/tokens"].shape))
+        bucket, length = shape
+        peak = 1000 + (bucket != Bucket(512, 512))
+        return dataclasses.replace(report[0], bucket=bucket, prompt_length=length, peak=peak, seconds=2)
 
     monkeypatch.setattr(compile_step, "_compile", record)
     return config, batches
@@ -159,11 +162,11 @@ def of_buckets(with_weights, report, monkeypatch):
 def test_the_square_and_the_extreme_bucket_are_compiled_and_the_larger_one_decides(of_buckets):
     config, batches = of_buckets
     report = compile_step.compile_step(config, "v5e:2x4")
-    assert batches == [(8, 512, 512, 3), (8, 384, 640, 3)]
+    assert batches == [((8, 512, 512, 3), (8, 12)), ((8, 384, 640, 3), (8, 12))]
     assert report.bucket == Bucket(384, 640) and report.peak == 1001 and report.seconds == 4
     assert report.bytes_by_bucket == {"512x512": 1000, "384x640": 1001}
     text = "\n".join(report.lines())
-    assert "batch 8 of 384x640, compiled in 4 s\n\npeak memory by bucket\n  512x512 " in text
+    assert "batch 8 of 384x640, prompts of 12 tokens, compiled in 4 s\n\npeak memory by bucket\n  512x512 " in text
     assert "the rest is for 384x640, which needs the most" in text
     assert json.loads(json.dumps(report.to_json()))["bytes_by_bucket"]["384x640"] == 1001
 
@@ -171,14 +174,24 @@ def test_the_square_and_the_extreme_bucket_are_compiled_and_the_larger_one_decid
 def test_one_bucket_can_be_compiled_alone(of_buckets):
     config, batches = of_buckets
     report = compile_step.compile_step(config, "v5e:2x4", bucket="576x448")
-    assert batches == [(8, 576, 448, 3)] and "peak memory by bucket" not in "\n".join(report.lines())
+    assert batches == [((8, 576, 448, 3), (8, 12))] and "peak memory by bucket" not in "\n".join(report.lines())
     with pytest.raises(
         UserError, match="--bucket=500x500: the config has no such bucket: use one of 640x384, 576x448,"
     ):
         compile_step.compile_step(config, "v5e:2x4", bucket="500x500")
     config.data.max_aspect = 1.0
     assert "peak memory by bucket" not in "\n".join(compile_step.compile_step(config, "v5e:2x4").lines())
-    assert batches[1:] == [(8, 512, 512, 3)]
+    assert batches[1:] == [((8, 512, 512, 3), (8, 12))]
+
+
+def test_the_program_for_short_prompts_can_be_compiled(of_buckets):
+    config, batches = of_buckets
+    report = compile_step.compile_step(config, "v5e:2x4", bucket="512x512", prompt_length=5)
+    assert batches == [((8, 512, 512, 3), (8, 5))] and "prompts of 5 tokens" in "\n".join(report.lines())
+    with pytest.raises(UserError, match="--prompt_length=13 is above text.max_length=12"):
+        compile_step.compile_step(config, "v5e:2x4", prompt_length=13)
+    with pytest.raises(UserError, match="--prompt_length: sampling pads"):
+        compile_step.compile_step(config, "v5e:2x4", program="sample", prompt_length=5)
 
 
 def test_a_bucket_that_does_not_fit_decides_whatever_the_others_need(report):

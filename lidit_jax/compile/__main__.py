@@ -3,10 +3,11 @@
     python -m lidit_jax.compile --config=configs/10b.py --topology=v5p:8x8x4
 
 Compiles the step for the square bucket and for the most extreme one, and reports the one that needs more memory;
-`--bucket=640x384` compiles that one alone. `--program=sample` compiles the sampling of images instead; `--weights`
-lists the sharding of each weight, `--traffic=20` the operations that move the most bytes. Reports the memory that a
-chip needs, whether it fits, what each part of the model costs, and a lower bound on the time of a step. Needs no TPU,
-but the TPU compiler: `pip install -e ".[tpu]"`. Exit code 1 if the program does not fit.
+`--bucket=640x384` compiles that one alone, `--prompt_length=64` the program for short prompts (`text.num_lengths`).
+`--program=sample` compiles the sampling of images instead; `--weights` lists the sharding of each weight,
+`--traffic=20` the operations that move the most bytes. Reports the memory that a chip needs, whether it fits, what each
+part of the model costs, and a lower bound on the time of a step. Needs no TPU, but the TPU compiler:
+`pip install -e ".[tpu]"`. Exit code 1 if the program does not fit.
 """
 
 import sys
@@ -32,6 +33,9 @@ _BUCKET = flags.DEFINE_string(
     "",
     "bucket to compile, as 640x384 (height, width); default: the square one and, for training, the most extreme one",
 )
+_PROMPT_LENGTH = flags.DEFINE_integer(
+    "prompt_length", 0, "tokens that the prompts are padded to; 0: text.max_length, the most", lower_bound=0
+)
 _WEIGHTS = flags.DEFINE_bool("weights", False, "list the sharding of each weight, and compile nothing")
 _TRAFFIC = flags.DEFINE_integer(
     "traffic", 0, "number of operations to list, those with the most HBM traffic first", lower_bound=0
@@ -53,7 +57,9 @@ def main() -> None:
     if _WEIGHTS.value:
         print("\n".join(where_weights_go(config, topology, _SLICES.value)))
         return
-    report = compile_step(config, topology, _SLICES.value, _PREFIX.value, _PROGRAM.value, _BUCKET.value)
+    report = compile_step(
+        config, topology, _SLICES.value, _PREFIX.value, _PROGRAM.value, _BUCKET.value, _PROMPT_LENGTH.value
+    )
     print("\n".join(report.lines()))
     if _TRAFFIC.value:
         print("\n".join(["", *report.traffic(_TRAFFIC.value)]))

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from lidit_jax.compile.hlo import cost_of
 from lidit_jax.compile.report import Report, worst
+from lidit_jax.data.assembler import BatchShape
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
@@ -76,6 +77,7 @@ def compile_step(
     prefix_tokens: int = 64,
     program: str = "train",
     bucket: str = "",
+    prompt_length: int = 0,
 ) -> Report:
     """Compiles the train step of a config (frozen encoders, VAE's encoder, LI-DiT, AdamW, EMA), or its sampling.
 
@@ -90,23 +92,31 @@ def compile_step(
       program: "train", or "sample" for the sampling of one batch of images, as a run samples for its log.
       bucket: the only bucket to compile, as "640x384" (height, width); "" compiles the square one and, for training,
         the most extreme one.
+      prompt_length: tokens that prompts are padded to in the train step; 0: text.max_length.
 
     Returns:
       The report on the bucket that needs the most memory.
 
     Raises:
-      UserError: if the config does not fit the mesh, there is no such bucket, or the TPU compiler is not installed.
+      UserError: if the config does not fit the mesh, there is no such bucket, the prompt length is above
+        text.max_length or given for sampling, or the TPU compiler is not installed.
     """
     run = _abstract_run(config, topology, num_slices, prefix_tokens)
     buckets = _buckets(run.experiment, bucket)
+    max_length = run.experiment.text.max_length
+    if prompt_length > max_length:
+        raise UserError(f"--prompt_length={prompt_length} is above text.max_length={max_length}: give at most that")
     if program == "sample":
+        if prompt_length:
+            raise UserError("--prompt_length: sampling pads prompts to text.max_length: give it for --program=train")
         return _compile_sampling(run, topology, buckets[0])
     check_batch_size(run.experiment.train, run.mesh, run.rules)
     trainer, reports = run.trainer(run.experiment.train), []
     for each in buckets:
         logger.info("compiling the step for bucket %s", each)
-        batch = abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, each)
-        reports.append(_compile(trainer, run.frozen, batch, topology, run.chip, each))
+        shape = BatchShape(each, prompt_length or max_length)
+        batch = abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, shape)
+        reports.append(_compile(trainer, run.frozen, batch, topology, run.chip, shape))
     return worst(reports)
 
 
@@ -161,13 +171,13 @@ def _on_devices(experiment: Experiment, devices: Sequence[jax.Device], chip: Chi
 
 
 def _compile(
-    trainer: Trainer, frozen: Any, batch: Mapping[str, Any], topology: str, chip: Chip, bucket: Bucket
+    trainer: Trainer, frozen: Any, batch: Mapping[str, Any], topology: str, chip: Chip, shape: BatchShape
 ) -> Report:
     state, mesh = trainer.abstract_state(), trainer.mesh
     parts = {"weights": state.params, "ema": state.ema, "optimiser": state.opt_state, **_named(frozen), "batch": batch}
     lower = functools.partial(trainer.lower, state, frozen, batch)
     rows = trainer.config.batch_size
-    return _report(lower, mesh, parts, topology, chip, "train", rows, bucket, trainer.task.flops(batch))
+    return _report(lower, mesh, parts, topology, chip, "train", rows, shape, trainer.task.flops(batch))
 
 
 def _compile_sampling(run: _Run, topology: str, bucket: Bucket) -> Report:
@@ -180,7 +190,17 @@ def _compile_sampling(run: _Run, topology: str, bucket: Bucket) -> Report:
     beside = state.opt_state if state.ema is None else (state.params, state.opt_state)
     parts = {"weights": state.averaged, **_named(run.frozen), "beside": beside}
     rows, flops = pipeline.rows(sampling), pipeline.flops(*bucket, sampling)
-    return _report(lower, run.mesh, parts, topology, run.chip, "sample", rows, bucket, flops)
+    return _report(
+        lower,
+        run.mesh,
+        parts,
+        topology,
+        run.chip,
+        "sample",
+        rows,
+        BatchShape(bucket, experiment.text.max_length),
+        flops,
+    )
 
 
 def _named(frozen: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +216,7 @@ def _report(
     chip: Chip,
     program: str,
     batch_size: int,
-    bucket: Bucket,
+    shape: BatchShape,
     model_flops: float,
 ) -> Report:
     started, compiled, needed = time.monotonic(), None, None
@@ -214,7 +234,8 @@ def _report(
         devices=mesh.devices.size,
         mesh={axis: mesh.shape[axis] for axis in mesh.axis_names},
         batch_size=batch_size,
-        bucket=bucket,
+        bucket=shape.bucket,
+        prompt_length=shape.prompt_length,
         parts={name: _bytes_a_chip(tree) for name, tree in parts.items()},
         temporaries=memory and memory.temp_size_in_bytes,
         peak=memory and memory.peak_memory_in_bytes + _bytes_a_chip(parts.get("beside")),
@@ -323,17 +344,17 @@ def abstract_frozen(
 
 
 def abstract_batch(
-    experiment: Experiment, encoders: Mapping[str, PromptEncoder], mesh: Mesh, rules: ShardingRules, bucket: Bucket
+    experiment: Experiment, encoders: Mapping[str, PromptEncoder], mesh: Mesh, rules: ShardingRules, shape: BatchShape
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a batch of images of one bucket and their tokens."""
-    rows, length = experiment.train.batch_size, experiment.text.max_length
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((rows, *bucket, 3), jnp.uint8)}
+    """Returns the shapes of a batch of images and their tokens, whose prompt length must be given."""
+    rows, length = experiment.train.batch_size, shape.prompt_length
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((rows, *shape.bucket, 3), jnp.uint8)}
     for name in encoders:
         shapes[f"{name}/tokens"] = (rows, length), jnp.int32
         shapes[f"{name}/mask"] = (rows, length), jnp.bool_
         shapes[f"{name}/truncated"] = (rows,), jnp.bool_
     sharding = batch_sharding(mesh, rules)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
+    return {name: jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding) for name, (sizes, dtype) in shapes.items()}
 
 
 def _replicated(tree: Any, mesh: Mesh) -> Any:

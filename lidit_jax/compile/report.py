@@ -34,6 +34,7 @@ class Report:
       mesh: axis -> size.
       batch_size: samples on all chips together.
       bucket: size of the images.
+      prompt_length: tokens that the prompts are padded to.
       parts: bytes on a chip of the arrays that stay in memory during the step: "weights", "ema", "optimiser", "encoder
         NAME" of each encoder, "VAE" and "batch"; for sampling also "beside", the train state that sampling does not
         read.
@@ -54,6 +55,7 @@ class Report:
     mesh: Mapping[str, int]
     batch_size: int
     bucket: Bucket
+    prompt_length: int
     parts: Mapping[str, int]
     temporaries: int | None
     peak: int | None
@@ -149,8 +151,8 @@ class Report:
 
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.items())
         rows = [
-            f"{self.topology}: {self.devices} chips ({mesh}), batch {self.batch_size} of {self.bucket}, compiled in "
-            f"{self.seconds:.0f} s"
+            f"{self.topology}: {self.devices} chips ({mesh}), batch {self.batch_size} of {self.bucket}, prompts of "
+            f"{self.prompt_length} tokens, compiled in {self.seconds:.0f} s"
         ]
         if len(self.bytes_by_bucket) > 1:
             rows += ["", "peak memory by bucket"]
