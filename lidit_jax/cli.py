@@ -55,8 +55,8 @@ def run(main: Callable[[], None], resumable: bool = False) -> None:
     """Parses the flags and calls `main`.
 
     A UserError, and a failure of the system such as a full disk, ends the process with exit code 2, SIGTERM and Ctrl-C
-    with 143 and 130, a closed output (`… | head`) with 141, as in other programs. Any other exception is raised or, in a distributed run, written to a file before the process
-    leaves the run with exit code 1.
+    with 143 and 130, a closed output (`… | head`) with 141, as in other programs. Any other exception is raised or, in
+    a distributed run, written to a file before the process leaves the run with exit code 1.
 
     Args:
       main: the command.
