@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from lidit_jax.diffusion.samplers import StepTable
 from lidit_jax.diffusion.schedules import noise_from_output, x0_from_output
+from lidit_jax.errors import UserError
 from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.pytorch.transformer_lidit import LIDiTTransformer2DModel
 from lidit_jax.train_config import TrainConfig
@@ -28,6 +29,7 @@ _keep_matmuls = functools.partial(
     create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 )
 # Checkpointing function per value of `remat`; they keep the same activations as `models/remat.py`.
+# Policies that PyTorch has, too.
 REMAT = {"none": None, "full": _checkpoint, "dots": functools.partial(_checkpoint, context_fn=_keep_matmuls)}
 
 # The model's text arguments by name; each is a list with one entry per LLM.
@@ -68,7 +70,7 @@ def from_flax(
       dtype: of the weights.
 
     Raises:
-      UserError: the parameters do not match the config.
+      UserError: the parameters do not match the config, or PyTorch lacks its rematerialisation policy.
     """
     with torch.device("meta"):  # allocates no memory for the initial weights, which are replaced
         model = LIDiTTransformer2DModel(**{name: getattr(config, name) for name in FIELDS}, text_widths=text_widths)
@@ -77,6 +79,8 @@ def from_flax(
         for name, array in state_dict_from_flax(config, params).items()
     }
     model.load_state_dict(state, assign=True)
+    if config.remat not in REMAT:
+        raise UserError(f"model.remat={config.remat!r} has no counterpart in PyTorch: use one of {', '.join(REMAT)}")
     if remat := REMAT[config.remat]:
         model.enable_gradient_checkpointing(remat)
     return model

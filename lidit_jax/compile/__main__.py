@@ -5,12 +5,15 @@
 Compiles the step for the square bucket and for the most extreme one, and reports the one that needs more memory;
 `--bucket=640x384` compiles that one alone, `--prompt_length=64` the program for short prompts (`text.num_lengths`).
 `--program=sample` compiles the sampling of images instead; `--weights` lists the sharding of each weight,
-`--traffic=20` the operations that move the most bytes. Reports the memory that a chip needs, whether it fits, what each
+`--traffic=20` the operations that move the most bytes. `--search=all` compiles the step with every rematerialisation
+policy and prints a table. Reports the memory that a chip needs, whether it fits, what each
 part of the model costs, and a lower bound on the time of a step. Needs no TPU, but the TPU compiler:
 `pip install -e ".[tpu]"`. Exit code 1 if the program does not fit.
 """
 
 import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from etils import epath
@@ -18,6 +21,9 @@ from etils import epath
 from lidit_jax import cli
 from lidit_jax.errors import UserError
 from lidit_jax.files import check_writable, write_json
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU generation and slice shape: v5p:8x8x4, v5e:16x16, v4:2x2x2 …")
@@ -40,6 +46,9 @@ _WEIGHTS = flags.DEFINE_bool("weights", False, "list the sharding of each weight
 _TRAFFIC = flags.DEFINE_integer(
     "traffic", 0, "number of operations to list, those with the most HBM traffic first", lower_bound=0
 )
+_SEARCH = flags.DEFINE_list(
+    "search", None, "rematerialisation policies (model.remat) to compile the train step with and compare, or all"
+)
 _JSON = flags.DEFINE_string("json", None, "JSON file to write all numbers to")
 
 
@@ -57,9 +66,12 @@ def main() -> None:
     if _WEIGHTS.value:
         print("\n".join(where_weights_go(config, topology, _SLICES.value)))
         return
-    report = compile_step(
-        config, topology, _SLICES.value, _PREFIX.value, _PROGRAM.value, _BUCKET.value, _PROMPT_LENGTH.value
-    )
+    options = {"num_slices": _SLICES.value, "prefix_tokens": _PREFIX.value, "program": _PROGRAM.value}
+    options |= {"bucket": _BUCKET.value, "prompt_length": _PROMPT_LENGTH.value}
+    if _SEARCH.value:
+        _search(config, topology, options)
+        return
+    report = compile_step(config, topology, **options)
     print("\n".join(report.lines()))
     if _TRAFFIC.value:
         print("\n".join(["", *report.traffic(_TRAFFIC.value)]))
@@ -67,6 +79,25 @@ def main() -> None:
         write_json(epath.Path(_JSON.value), report.to_json())
     if not report.fits:
         sys.exit(1)
+
+
+def _search(config: "ConfigDict", topology: str, options: Mapping[str, Any]) -> None:
+    """Compiles with several policies, prints a row for each as soon as it is there, and names the best."""
+    from lidit_jax.compile.compile_step import search
+    from lidit_jax.compile.report import SearchTable
+
+    if options["program"] != "train":
+        raise UserError(f"--search compares train steps: leave out --program={options['program']}")
+    table = SearchTable()
+    print(table.HEADER, flush=True)
+    for policy, report in search(config, topology, _SEARCH.value, **options):
+        print(table.add(policy, report), flush=True)
+        if _JSON.value:
+            write_json(epath.Path(_JSON.value), {name: one.to_json() for name, one in table.reports.items()})
+    if (best := table.best()) is None:
+        print("none fits: use more chips, or --config.train.accumulate=2 (times what it is)")
+        sys.exit(1)
+    print(f"the highest bound has --config.model.remat={best}")
 
 
 if __name__ == "__main__":

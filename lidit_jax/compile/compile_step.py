@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -30,6 +30,7 @@ from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.llm import LLM
+from lidit_jax.models.remat import REMAT_POLICIES
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.chips import TPUS, Chip
 from lidit_jax.parallel.mesh import check_model, make_mesh
@@ -118,6 +119,35 @@ def compile_step(
         batch = abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, shape)
         reports.append(_compile(trainer, run.frozen, batch, topology, run.chip, shape))
     return worst(reports)
+
+
+def search(
+    config: ConfigDict, topology: str, policies: Sequence[str], bucket: str = "", **options: Any
+) -> Iterator[tuple[str, Report]]:
+    """Compiles the train step with several rematerialisation policies, those that repeat the least first.
+
+    Args:
+      config: as for `compile_step`.
+      topology: as for `compile_step`.
+      policies: names of policies, or "all".
+      bucket: as for `compile_step`, but "" is the square one alone.
+      **options: further arguments of `compile_step`.
+
+    Yields:
+      Each policy and its report.
+
+    Raises:
+      UserError: as `compile_step` raises, or a policy is unknown.
+    """
+    known = list(reversed(REMAT_POLICIES))
+    if unknown := set(policies) - {*known, "all"}:
+        raise UserError(f"--search={','.join(sorted(unknown))}: use all, or some of {','.join(known)}")
+    side = config.data.resolution
+    for policy in known if "all" in policies else [policy for policy in known if policy in policies]:
+        config = config.copy_and_resolve_references()
+        with config.unlocked():
+            config.model.remat = policy
+        yield policy, compile_step(config, topology, bucket=bucket or f"{side}x{side}", **options)
 
 
 def _buckets(experiment: Experiment, only: str) -> list[Bucket]:

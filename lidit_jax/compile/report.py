@@ -216,6 +216,32 @@ class Report:
         )
 
 
+class SearchTable:
+    """Table of the reports on several rematerialisation policies, printed row by row as they are compiled."""
+
+    HEADER = (
+        f"{'policy':12}{'peak':>10}  {'fits':4}{'FLOPs':>8}{'compute':>10}{'memory':>10}{'network':>10}  MFU at most"
+    )
+
+    def __init__(self) -> None:
+        self.reports: dict[str, Report] = {}
+
+    def add(self, policy: str, report: Report) -> str:
+        """Adds a report, and returns its row: peak, compiled FLOPs over the model's, and lower bounds of the time."""
+        self.reports[policy] = report
+        row = f"{policy:12}{report.bytes / 1e9:7.1f} GB  {'yes' if report.fits else 'no':4}"
+        mfu = report.mfu_bound()
+        if mfu is None:
+            return row
+        seconds = "".join(f"{bound:8.3f} s" for bound in report.bounds().values())
+        return f"{row}{report.flops_ratio:8.2f}{seconds}{100 * mfu:9.0f} %"
+
+    def best(self) -> str | None:
+        """Returns the policy with the highest bound on the MFU among those that fit; None if none does."""
+        fitting = {policy: report.mfu_bound() or 0.0 for policy, report in self.reports.items() if report.fits}
+        return max(fitting, key=fitting.__getitem__) if fitting else None
+
+
 def _part(scope: str) -> str:
     for part, pattern in _PARTS.items():
         if found := re.search(pattern, scope):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
+from lidit_jax.models.remat import ATTENTION_OUTPUT, FFN_OUTPUT, PROJECTION, saved_as
 from lidit_jax.models.rotary import RotaryTables, rotate
 from lidit_jax.models.sharded_matmul import add_bias, convolve, matmul
 
@@ -199,7 +200,7 @@ class FeedForward(nn.Module):
         features, dtype = x.shape[-1], self.layers.dtype
         x = Dense(int(features * self.layers.mlp_ratio), ("embed", "mlp"), dtype=dtype, name="in")(x)
         x = nn.gelu(x, approximate=True)
-        return Dense(features, ("mlp", "embed"), dtype=dtype, name="out")(x)
+        return saved_as(FFN_OUTPUT, Dense(features, ("mlp", "embed"), dtype=dtype, name="out")(x))
 
 
 def rotate_query_and_key(
@@ -248,6 +249,7 @@ class Attention(nn.Module):
         query = Dense(features, ("embed", "heads"), dtype=dtype, name="query")(x)
         key = Dense(features, ("embed", "heads"), dtype=dtype, name="key")(context)
         value = Dense(features, ("embed", "heads"), dtype=dtype, name="value")(context)
+        query, key, value = (saved_as(PROJECTION, x) for x in (query, key, value))
         query = query.reshape(batch, length, *head_shape)  # [B, L, H, D]
         key = key.reshape(batch, -1, *head_shape)  # [B, M, H, D]
         value = value.reshape(batch, -1, *head_shape)
@@ -259,4 +261,4 @@ class Attention(nn.Module):
             query, key, value, key_mask=key_mask, is_causal=self.is_causal, implementation=self.layers.attention
         )
         y = y.reshape(batch, length, features)
-        return Dense(features, ("heads", "embed"), dtype=dtype, name="out")(y)
+        return saved_as(ATTENTION_OUTPUT, Dense(features, ("heads", "embed"), dtype=dtype, name="out")(y))
