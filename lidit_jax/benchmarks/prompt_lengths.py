@@ -31,7 +31,7 @@ _PRECOMPUTED = flags.DEFINE_bool("precomputed", False, "latents and prompt featu
 def main() -> None:
     import numpy as np
 
-    from lidit_jax.data.indexed.prompt_lengths import choose_lengths
+    from lidit_jax.data.prompt_lengths import choose_lengths
 
     experiment = _experiment()
     max_length = experiment.text.max_length

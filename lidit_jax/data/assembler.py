@@ -31,7 +31,7 @@ class BatchShape(NamedTuple):
 
 
 class PlannedCaptions(NamedTuple):
-    """Captions of a batch whose prompts are padded to a length that holds them all.
+    """Captions of a batch whose prompts are padded to one length; longer ones are truncated.
 
     Attributes:
       names: name of each row's caption.
@@ -87,7 +87,7 @@ class Assembler:
           The arrays described above, with one row per example.
 
         Raises:
-          UserError: an example lacks its planned caption, or a caption is longer than planned.
+          UserError: an example lacks its planned caption, or its features are longer than planned.
         """
         elements: dict[str, Any] = {}
         if self.tokenize or self.stored or self.with_captions:
@@ -104,7 +104,7 @@ class Assembler:
                 elements |= self.stored(examples, fields, planned.length if planned else None)
             elif self.tokenize:
                 tokenized = self.tokenize(list(captions))
-                elements |= _without_padding(tokenized, planned.length) if planned else tokenized
+                elements |= _shortened(tokenized, planned.length) if planned else tokenized
             if self.with_captions:
                 elements["caption"] = list(captions)
         if self.with_images:
@@ -113,14 +113,20 @@ class Assembler:
         return elements
 
 
-def _without_padding(tokenized: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
-    """Cuts off the padding beyond `length` tokens; raises UserError if a prompt is longer."""
-    if any(array[:, length:].any() for name, array in tokenized.items() if name.endswith("/mask")):
-        raise UserError(
-            f"a caption has more than the {length} tokens that were counted: the data changed while training; start "
-            "again, and delete the files *.lengths-* beside the data's indexes if this persists"
-        )
-    return {name: array[:, :length] if array.ndim == 2 else array for name, array in tokenized.items()}
+def _shortened(tokenized: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """Returns the arrays of `tokenize` with prompts of at most `length` tokens; longer ones are truncated.
+
+    The result is that of tokenizing with this as the maximum length: a truncated prompt keeps its end token.
+    """
+    found = {name: array[:, :length] if array.ndim == 2 else array for name, array in tokenized.items()}
+    for key, mask in tokenized.items():
+        name, _, kind = key.rpartition("/")
+        if kind == "mask" and mask.shape[1] > length and (longer := mask[:, length]).any():
+            tokens, rows = tokenized[f"{name}/tokens"], np.flatnonzero(longer)
+            found[f"{name}/tokens"] = found[f"{name}/tokens"].copy()
+            found[f"{name}/tokens"][rows, -1] = tokens[rows, mask[rows].sum(1) - 1]
+            found[f"{name}/truncated"] = found[f"{name}/truncated"] | longer
+    return found
 
 
 def reshaped(shapes: Mapping[str, tuple[int, ...]], shape: BatchShape, other: BatchShape) -> dict[str, tuple[int, ...]]:

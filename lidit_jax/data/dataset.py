@@ -14,7 +14,7 @@ from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.caption_lengths import TokenCounter
 from lidit_jax.data.captions import CaptionChooser, is_used, list_field
 from lidit_jax.data.data_config import DataConfig
-from lidit_jax.data.indexed.prompt_lengths import PromptLengths
+from lidit_jax.data.prompt_lengths import PromptLengths
 from lidit_jax.data.shapes.captions import LANGUAGES
 from lidit_jax.data.stored_features import StoredPrompts
 from lidit_jax.errors import UserError
@@ -136,13 +136,12 @@ class Dataset(abc.ABC):
     def prompt_lengths(self, count_tokens: TokenCounter, num_lengths: int, max_length: int) -> PromptLengths:
         """Counts the prompt tokens of every caption, and chooses the lengths that prompts are padded to.
 
+        With sequential reading, those of the first samples' captions are counted.
+
         Args:
           count_tokens: counts the tokens of prompts.
           num_lengths: largest number of lengths.
           max_length: longest prompt; longer ones are truncated.
-
-        Raises:
-          UserError: the data are read sequentially.
         """
 
     @abc.abstractmethod

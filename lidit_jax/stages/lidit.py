@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from lidit_jax.checkpoint_weights import load_weights
 from lidit_jax.data.dataset import Dataset
-from lidit_jax.data.indexed.prompt_lengths import PromptLengths
+from lidit_jax.data.prompt_lengths import PromptLengths
 from lidit_jax.diffusion.losses import diffusion_loss
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.experiment import LIDIT, Experiment, checkpoint_folder
@@ -174,7 +174,7 @@ def _prompt_lengths(
         return None
     with watched(experiment.train.stalled_after, "counting prompt tokens"):
         lengths = dataset.prompt_lengths(PromptTokenCounter(encoders), text.num_lengths, text.max_length)
-    logger.info("%s", lengths.summary(text.max_length))
+    logger.info("%s", lengths.summary())
     return lengths
 
 

@@ -15,9 +15,9 @@ from lidit_jax.data.captions import list_field
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset, spread
 from lidit_jax.data.indexed.loader import Loader, make_loader, make_plan, rows_of_process
-from lidit_jax.data.indexed.prompt_lengths import PromptLengths
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.precomputed import PrecomputedSource
+from lidit_jax.data.prompt_lengths import IndexedPromptLengths, PromptLengths
 from lidit_jax.data.sources import BrokenExample, ConcatenatedSource, Source
 from lidit_jax.data.stored_features import EncoderFingerprint, StoredPrompts
 from lidit_jax.errors import UserError
@@ -181,7 +181,7 @@ class IndexedDataset(Dataset):
             source.caption_lengths(chooser, count_tokens)
             for source, chooser in zip(self._sources, choosers, strict=True)
         ]
-        return PromptLengths(captions, choosers, list(map(len, self._sources)), num_lengths, max_length)
+        return IndexedPromptLengths(captions, choosers, list(map(len, self._sources)), num_lengths, max_length)
 
     def _loader(
         self,
@@ -192,6 +192,7 @@ class IndexedDataset(Dataset):
         process_count: int,
         prompts: PromptLengths | None,
     ) -> Loader:
+        assert prompts is None or isinstance(prompts, IndexedPromptLengths)
         config = self.config
         return make_loader(
             self.source,

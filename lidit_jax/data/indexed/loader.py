@@ -16,7 +16,7 @@ from lidit_jax.data.assembler import Assembler, BatchShape, PlannedCaptions
 from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket, assign
 from lidit_jax.data.indexed.batch_plan import BatchPlan
-from lidit_jax.data.indexed.prompt_lengths import PromptLengths
+from lidit_jax.data.prompt_lengths import IndexedPromptLengths
 from lidit_jax.data.sources import BrokenExample, Example, Source
 from lidit_jax.errors import UserError
 from lidit_jax.parallel.preemption import ignore_ctrl_c
@@ -32,7 +32,7 @@ def make_loader(
     assembler: Assembler,
     batch_size: int,
     weights: Sequence[float] | None = None,
-    prompts: PromptLengths | None = None,
+    prompts: IndexedPromptLengths | None = None,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
@@ -81,7 +81,7 @@ def make_plan(
     batch_size: int,
     seed: int,
     weights: Sequence[float] | None = None,
-    prompts: PromptLengths | None = None,
+    prompts: IndexedPromptLengths | None = None,
 ) -> BatchPlan:
     """Returns the plan of a source's batches; see `make_loader` for the arguments.
 
@@ -125,7 +125,7 @@ class BatchReader:
     plan: BatchPlan
     assembler: Assembler
     rows: range
-    prompts: PromptLengths | None = None
+    prompts: IndexedPromptLengths | None = None
 
     def __call__(self, batch: int) -> dict[str, Any]:
         number, planned = self.plan.rows(batch, self.rows.start, self.rows.stop)

@@ -16,19 +16,19 @@ from collections.abc import Iterable, Mapping
 import jax
 import numpy as np
 
-from lidit_jax.data.assembler import Assembler
+from lidit_jax.data.assembler import Assembler, BatchShape
 from lidit_jax.data.broken_count import check_broken
 from lidit_jax.data.buckets import Bucket
-from lidit_jax.data.caption_lengths import TokenCounter
+from lidit_jax.data.caption_lengths import CaptionLengths, TokenCounter
 from lidit_jax.data.captions import list_field
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.dataset import Dataset, spread
 from lidit_jax.data.formats.files import is_remote
 from lidit_jax.data.indexed.loader import rows_of_process
-from lidit_jax.data.indexed.prompt_lengths import PromptLengths
+from lidit_jax.data.prompt_lengths import PromptLengths, StreamedPromptLengths
 from lidit_jax.data.sources import BrokenExample, no_samples_error
 from lidit_jax.data.streamed.loader import StreamLoader, StreamPlan
-from lidit_jax.data.streamed.sample_stream import SECTION_BYTES, Entry, ReadStatistics, SampleReader
+from lidit_jax.data.streamed.sample_stream import SECTION_BYTES, CaptionPlan, Entry, ReadStatistics, SampleReader
 from lidit_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -173,10 +173,13 @@ class StreamedDataset(Dataset):
         return streams, range(process_index * count, (process_index + 1) * count)
 
     def prompt_lengths(self, count_tokens: TokenCounter, num_lengths: int, max_length: int) -> PromptLengths:
-        raise UserError(
-            f"text.num_lengths={num_lengths} needs the length of every caption, which is unknown with data.sequential: "
-            "give --config.text.num_lengths=1 or --config.data.sequential=False"
-        )
+        choosers = self._choosers(0.0)
+        captions = [
+            CaptionLengths.count((chooser.filled(entry.sample.captions) for entry in samples), count_tokens)
+            for samples, chooser in zip(self._samples, choosers, strict=True)
+        ]
+        buckets = [np.array([entry.bucket for entry in samples]) for samples in self._samples]
+        return StreamedPromptLengths(captions, choosers, buckets, self._shares, count_tokens, num_lengths, max_length)
 
     def _loader(
         self,
@@ -187,17 +190,27 @@ class StreamedDataset(Dataset):
         process_count: int,
         prompts: PromptLengths | None,
     ) -> StreamLoader:
-        assert prompts is None  # see `prompt_lengths`
+        assert prompts is None or isinstance(prompts, StreamedPromptLengths)
         self.check_batch_size(batch_size)
         streams, numbers = self._streams_of_process(batch_size, process_index, process_count)
         # Buckets not met among the first samples never occur: their samples go to the nearest bucket that does.
         [occurring] = np.nonzero(self._shares.sum(0))
         buckets = tuple(self.buckets[i] for i in occurring)
-        buffer_size = self.config.shuffle_buffer or _BATCHES_PER_BUCKET * len(buckets) * batch_size
+        lengths = prompts.lengths if prompts else (0,)
+        shares = prompts.shares if prompts else self._shares[..., None]  # [sources, buckets, lengths]
+        shares = shares[:, occurring].reshape(len(self._readers), -1)
+        num_shapes = int(np.count_nonzero(shares.sum(0)))
+        buffer_size = self.config.shuffle_buffer or _BATCHES_PER_BUCKET * num_shapes * batch_size
+        readers = [
+            dataclasses.replace(
+                reader, buckets=buckets, captions=CaptionPlan(chooser, prompts, assembler.seed) if prompts else None
+            )
+            for reader, chooser in zip(self._readers, self._choosers(0.0), strict=True)
+        ]
         plan = StreamPlan(
-            readers=tuple(dataclasses.replace(reader, buckets=buckets) for reader in self._readers),
-            shares=self._shares[:, occurring],
-            buckets=buckets,
+            readers=tuple(readers),
+            shares=shares,
+            shapes=tuple(BatchShape(bucket, length) for bucket in buckets for length in lengths),
             batch_size=batch_size,
             num_streams=streams,
             capacity=buffer_size // streams,

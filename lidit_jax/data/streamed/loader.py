@@ -14,7 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from lidit_jax.data.assembler import Assembler, BatchShape
+from lidit_jax.data.assembler import Assembler, BatchShape, PlannedCaptions
 from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.indexed.batch_plan import BatchSchedule
@@ -41,8 +41,8 @@ class StreamPlan:
 
     Attributes:
       readers: reader of each source.
-      shares: share of all rows of each source and bucket, float64 [sources, buckets]; they sum to 1.
-      buckets: the buckets.
+      shares: share of all rows of each source and shape, float64 [sources, shapes]; they sum to 1.
+      shapes: the shapes of batches: the buckets, or bucket by bucket its prompt lengths.
       batch_size: rows of a batch over all processes.
       num_streams: number of streams over all processes; a divisor of batch_size.
       capacity: number of samples in the shuffle buffers of a stream.
@@ -52,7 +52,7 @@ class StreamPlan:
 
     readers: tuple[SampleReader, ...]
     shares: np.ndarray
-    buckets: tuple[Bucket, ...]
+    shapes: tuple[BatchShape, ...]
     batch_size: int
     num_streams: int
     capacity: int
@@ -63,8 +63,24 @@ class StreamPlan:
         """Returns a digest of everything that determines the order of the samples, except the shards themselves."""
         filters = [check for reader in self.readers for check in reader.filters]
         rules = [(getattr(f, "func", f).__name__, str(getattr(f, "keywords", {}))) for f in filters]
-        facts = [self.shares.tolist(), self.buckets, self.batch_size, self.num_streams, self.capacity, self.seed, rules]
+        # Without prompt lengths, the digest is that of checkpoints from before they existed.
+        shapes = self.shapes if self.lengths else self.buckets
+        facts = [self.shares.tolist(), shapes, self.batch_size, self.num_streams, self.capacity, self.seed, rules]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The buckets, in the order of the readers."""
+        return tuple(dict.fromkeys(shape.bucket for shape in self.shapes))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The prompt lengths; empty if prompts are padded to `text.max_length`."""
+        return tuple(dict.fromkeys(shape.prompt_length for shape in self.shapes if shape.prompt_length))
+
+    def split(self, number: int) -> tuple[int, int]:
+        """Returns the indices of the bucket and the prompt length of shape `number`."""
+        return divmod(number, max(len(self.lengths), 1))
 
     @property
     def rows_per_stream(self) -> int:
@@ -72,10 +88,10 @@ class StreamPlan:
         return self.batch_size // self.num_streams
 
     def schedule(self) -> BatchSchedule:
-        """Returns the bucket of every batch and the source of every row."""
+        """Returns the shape of every batch and the source of every row."""
         periods: dict[int, dict[int, float]] = {}
-        for source, bucket_index in zip(*np.nonzero(self.shares), strict=True):
-            periods.setdefault(int(bucket_index), {})[int(source)] = float(1 / self.shares[source, bucket_index])
+        for source, number in zip(*np.nonzero(self.shares), strict=True):
+            periods.setdefault(int(number), {})[int(source)] = float(1 / self.shares[source, number])
         return BatchSchedule(periods, self.seed)
 
 
@@ -95,25 +111,24 @@ class _Stream:
             seed = (plan.seed, _SEED_BUFFER, source, number)
             self._buffers.append(ShuffleBuffer(samples, plan.buckets, capacity, seed, plan.allow_enlarging))
 
-    def examples(
-        self, batch: int, bucket_index: int, nth: int, with_images: bool
-    ) -> tuple[list[Example], ReadStatistics]:
+    def examples(self, batch: int, number: int, nth: int, with_images: bool) -> tuple[list[Example], ReadStatistics]:
         """Returns the stream's rows of a batch, and statistics of reading them.
 
         Args:
           batch: number of the batch.
-          bucket_index: index of its bucket.
-          nth: number of earlier batches of that bucket.
+          number: index of its shape.
+          nth: number of earlier batches of that shape.
           with_images: whether to decode images.
         """
         plan, statistics = self._plan, ReadStatistics()
         first = nth * plan.batch_size + self._first_row
-        sources = np.array([s for s, _ in self._schedule.rows(bucket_index, first, first + plan.rows_per_stream)])
-        bucket = plan.buckets[bucket_index] if with_images else None
+        sources = np.array([s for s, _ in self._schedule.rows(number, first, first + plan.rows_per_stream)])
+        bucket_index, length = plan.split(number)
+        bucket = plan.shapes[number].bucket if with_images else None
         examples: list[Any] = [None] * len(sources)
         for source in np.unique(sources).tolist():
             [rows] = np.nonzero(sources == source)
-            chosen, others = self._buffers[source].take(bucket_index, len(rows), batch, statistics)
+            chosen, others = self._buffers[source].take(bucket_index, length, len(rows), batch, statistics)
             spares = iter(others)
             for row, entry in zip(rows.tolist(), chosen, strict=True):
                 example = self._load(source, entry, spares, bucket, statistics)
@@ -153,7 +168,7 @@ class _Batches(grain.DatasetIterator):
     ):
         super().__init__()
         self._assembler, self._batch = assembler, first_batch
-        self._buckets, self._schedule = plan.buckets, plan.schedule()
+        self._shapes, self._schedule = plan.shapes, plan.schedule()
         self._first_row = numbers.start * plan.rows_per_stream
         self._streams = {number: _Stream(plan, self._schedule, number) for number in numbers}
         self._pool = concurrent.futures.ThreadPoolExecutor(max(1, num_threads), "lidit-stream")
@@ -162,19 +177,20 @@ class _Batches(grain.DatasetIterator):
 
     def __next__(self) -> dict[str, Any]:
         batch = self._batch
-        bucket_index, nth = self._schedule(batch)
-        with_images = self._assembler.with_images
-        results = list(
-            self._pool.map(lambda s: s.examples(batch, bucket_index, nth, with_images), self._streams.values())
-        )
-        elements = self._assembler(batch, self._first_row, [example for examples, _ in results for example in examples])
+        number, nth = self._schedule(batch)
+        with_images, shape = self._assembler.with_images, self._shapes[number]
+        results = list(self._pool.map(lambda s: s.examples(batch, number, nth, with_images), self._streams.values()))
+        examples = [example for of_stream, _ in results for example in of_stream]
+        names = [example.pop("caption", None) for example in examples]
+        planned = PlannedCaptions(names, shape.prompt_length) if shape.prompt_length else None
+        elements = self._assembler(batch, self._first_row, examples, planned)
         statistics = ReadStatistics()
         for _, stream_statistics in results:
             statistics.add(stream_statistics)
         self._batch += 1
         return elements | {
             STATISTICS: BatchStatistics(
-                BatchShape(self._buckets[bucket_index]),
+                shape,
                 statistics.read,
                 statistics.broken,
                 statistics.dropped,
@@ -232,7 +248,7 @@ class StreamLoader(BatchStream):
 
     @property
     def shapes(self) -> tuple[BatchShape, ...]:
-        return tuple(map(BatchShape, self._plan.buckets))
+        return tuple(shape for shape, share in zip(self._plan.shapes, self._plan.shares.sum(0), strict=True) if share)
 
     def start_prefetch(self) -> None:
         if self._batches is None:

@@ -9,17 +9,19 @@ import dataclasses
 import io
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lidit_jax.data.buckets import Bucket, assign
+from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.filters import Candidate, Filter, first_reason
 from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.shards import Sample, SequentialShards, Unusable
 from lidit_jax.data.formats.tar_shards import MAX_SAMPLE_BYTES
 from lidit_jax.data.indexed.index import MAX_PIXELS
+from lidit_jax.data.prompt_lengths import StreamedPromptLengths
 from lidit_jax.data.sources import BrokenExample, Example, decode_to_bucket, without_image
 from lidit_jax.errors import UserError
 
@@ -32,6 +34,8 @@ _RESTORE_BATCH = 16  # number of samples, when a buffer is restored
 # A larger encoded image does not wait in memory: four uncompressed 16-bit channels, plus metadata.
 _BYTES_PER_PIXEL, _EXTRA_BYTES = 8, 1 << 20
 BufferedPlace = tuple[int, int, int, int]  # epoch, shard, first byte and end of a sample in a buffer
+_SEED_CAPTION = 6  # mixed into the seed; `StreamLoader` and `BatchSchedule` use the numbers before
+_READ_AHEAD = 4  # most samples in a buffer that lacks prompts of a batch's length, as a multiple of its capacity
 MAX_REPLACEMENTS = 100  # most samples that are tried to replace one with a broken image
 
 
@@ -45,6 +49,8 @@ class Entry(NamedTuple):
       size: height and width in pixels.
       sample: the sample; its encoded image is in memory, or empty if it is far larger than its pixels and has to be
         read again.
+      caption: name of the caption that is used; None if it is sampled later.
+      length: index of the length that its prompt is padded to; 0 if there is one.
     """
 
     epoch: int
@@ -52,6 +58,30 @@ class Entry(NamedTuple):
     bucket: int
     size: tuple[int, int]
     sample: Sample
+    caption: str | None = None
+    length: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionPlan:
+    """Chooses the caption of a sample when it is read, so that its length is known before its batch.
+
+    Attributes:
+      chooser: samples captions, without dropout.
+      lengths: the lengths that prompts are padded to.
+      seed: of the choice, beside the sample's epoch and place.
+    """
+
+    chooser: CaptionChooser
+    lengths: StreamedPromptLengths
+    seed: int
+
+    def __call__(self, epoch: int, place: tuple[int, int, int], captions: Mapping[str, str]) -> tuple[str, int]:
+        """Returns the name of the caption to use, and the index of its length."""
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, _SEED_CAPTION, epoch, *place))))
+        name, text = self.chooser.sample(captions, rng)
+        assert name is not None  # there is no dropout
+        return name, int(self.lengths.indices(self.lengths.count_tokens([text]))[0])
 
 
 @dataclasses.dataclass
@@ -87,12 +117,14 @@ class SampleReader:
       buckets: the buckets.
       filters: filters that samples must pass.
       max_pixels: larger images count as broken.
+      captions: chooses the captions; None if they are sampled later.
     """
 
     shards: SequentialShards
     buckets: tuple[Bucket, ...]
     filters: tuple[Filter, ...] = ()
     max_pixels: int = MAX_PIXELS
+    captions: CaptionPlan | None = None
 
     def check(
         self,
@@ -127,13 +159,18 @@ class SampleReader:
         with_image &= num_bytes <= _BYTES_PER_PIXEL * size[0] * size[1] + _EXTRA_BYTES
         sample.image.seek(0)
         sample = sample._replace(image=io.BytesIO(sample.image.read() if with_image else b""))
-        return Entry(epoch, place, int(assign(np.array([size]), self.buckets)[0]), size, sample)
+        caption, length = self.captions(epoch, place, sample.captions) if self.captions else (None, 0)
+        return Entry(epoch, place, int(assign(np.array([size]), self.buckets)[0]), size, sample, caption, length)
 
     def load(self, entry: Entry, bucket: Bucket | None) -> Example | BrokenExample:
-        """Returns the example of an entry, with its image resized to `bucket`, or without an image if that is None."""
+        """Returns the example of an entry, with its image resized to `bucket`, or without an image if that is None.
+
+        If captions are chosen when a sample is read, the example has the name of its own as "caption".
+        """
         sample = entry.sample
+        example = without_image(sample) | ({"caption": entry.caption} if self.captions else {})
         if bucket is None:
-            return without_image(sample)
+            return example
         encoded = sample.image.getvalue()
         if not encoded:
             [again] = self.shards.read([entry.place])
@@ -141,7 +178,7 @@ class SampleReader:
                 return BrokenExample(sample.key, str(again))
             encoded = again.image.read()
         image = decode_to_bucket(sample.key, encoded, self.max_pixels, entry.size, bucket)
-        return image if isinstance(image, BrokenExample) else without_image(sample) | {"image": image}
+        return image if isinstance(image, BrokenExample) else example | {"image": image}
 
     def read_again(self, entries: Sequence["BufferedPlace"]) -> list[Entry | None]:
         """Reads samples again by their places; returns None for those that can no longer be read."""
@@ -266,7 +303,8 @@ class ShuffleBuffer:
 
     The buffer is filled at least to its capacity before each batch, and no sample is lost: if a bucket has too few
     samples, those of the buckets with the nearest aspect ratio are taken. Within a bucket, all samples of an epoch come
-    before those of the next one.
+    before those of the next one. With several prompt lengths, a batch takes prompts of its own length, then shorter
+    ones; longer ones, which are truncated, only if the next `_READ_AHEAD` times the capacity brings too few others.
     """
 
     def __init__(
@@ -291,11 +329,14 @@ class ShuffleBuffer:
         self._aspects = np.log([bucket.width / bucket.height for bucket in buckets])
         self._entries: tuple[Entry, ...] = ()
 
-    def take(self, bucket: int, count: int, batch: int, statistics: ReadStatistics) -> tuple[list[Entry], list[Entry]]:
+    def take(
+        self, bucket: int, length: int, count: int, batch: int, statistics: ReadStatistics
+    ) -> tuple[list[Entry], list[Entry]]:
         """Takes the samples of a batch.
 
         Args:
           bucket: index of the batch's bucket.
+          length: index of the batch's prompt length.
           count: number of samples.
           batch: number of the batch, which is mixed into the seed.
           statistics: updated in place.
@@ -305,17 +346,26 @@ class ShuffleBuffer:
           and stay in the buffer.
         """
         entries = list(self._entries)
-        while len(entries) < max(self._capacity, count):
+        fitting = sum(entry.length <= length for entry in entries)
+        while len(entries) < max(self._capacity, count) or (
+            fitting < count and len(entries) < _READ_AHEAD * max(self._capacity, count)
+        ):
             entries.append(self._stream.next(statistics))
-        buckets, epochs = (np.array([getattr(entry, name) for entry in entries]) for name in ("bucket", "epoch"))
+            fitting += entries[-1].length <= length
+        buckets, epochs, lengths = (
+            np.array([getattr(entry, name) for entry in entries]) for name in ("bucket", "epoch", "length")
+        )
         order = shuffled(len(entries), *self._seed, batch)
         distances = np.abs(self._aspects[buckets] - self._aspects[bucket])
+        excess = np.maximum(lengths - length, 0)  # above 0: prompts that would be truncated
+        missing = np.maximum(length - lengths, 0)
         if self._buckets is not None:
             sizes = np.array([entry.size for entry in entries])
             distances = np.where((sizes < self._buckets[bucket]).any(1), np.inf, distances)
-        order = order[np.lexsort((epochs[order], distances[order]))]  # a stable sort, so ties keep the shuffled order
+        keys = (epochs, missing, distances, excess)  # the last is the first to sort by
+        order = order[np.lexsort([key[order] for key in keys])]  # a stable sort, so ties keep the shuffled order
         chosen, others = order[:count], order[count : count + MAX_REPLACEMENTS]
-        statistics.borrowed += int((buckets[chosen] != bucket).sum())
+        statistics.borrowed += int(((buckets[chosen] != bucket) | (lengths[chosen] != length)).sum())
         taken = set(chosen.tolist())
         self._entries = tuple(entry for i, entry in enumerate(entries) if i not in taken)
         return [entries[i] for i in chosen], [entries[i] for i in others]

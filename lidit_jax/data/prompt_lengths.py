@@ -1,17 +1,18 @@
 """Static prompt lengths: which captions are padded to which length, so that short prompts meet in a batch.
 
 The lengths are a few, chosen so that the fewest tokens of all prompts are padding. Which caption of an example a row
-uses is decided here too, ahead of the batch: a batch then has captions of one length, and it remains a function of its
-number, the same on every host.
+uses is decided ahead of the batch, too: a batch then has captions of one length, which every host knows from the
+batch's number.
 """
 
+import abc
 import functools
 import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from lidit_jax.data.caption_lengths import CaptionLengths
+from lidit_jax.data.caption_lengths import CaptionLengths, TokenCounter
 from lidit_jax.data.captions import CaptionChooser, fields_of
 from lidit_jax.data.indexed.shared_array import SharedArray
 from lidit_jax.errors import UserError
@@ -19,14 +20,49 @@ from lidit_jax.errors import UserError
 MULTIPLE = 16  # of every length but `max_length`: the rows of a bfloat16 tile of a TPU
 
 
-class PromptLengths:
-    """All captions of a data set, with the length that each is padded to. Picklable; safe to read from threads.
+class PromptLengths(abc.ABC):
+    """The lengths that a data set's prompts are padded to.
 
     Attributes:
       lengths: the lengths, ascending.
-      mean_tokens: mean number of tokens of a prompt, without padding.
-      mean_length: mean length that a prompt is padded to.
     """
+
+    def __init__(self, tokens: np.ndarray, weights: np.ndarray, num_lengths: int, max_length: int):
+        """Chooses the lengths.
+
+        Args:
+          tokens: tokens of each caption, int [captions].
+          weights: how often each occurs, in any unit, float [captions].
+          num_lengths: largest number of lengths.
+          max_length: longest prompt; longer ones are truncated.
+        """
+        tokens = np.minimum(tokens, max_length)
+        self.lengths = choose_lengths(np.bincount(tokens, weights=weights, minlength=max_length + 1), num_lengths)
+        indices = self.indices(tokens)
+        shares = np.bincount(indices, weights=weights, minlength=len(self.lengths)) / weights.sum()
+        padded = np.average(np.array(self.lengths)[indices], weights=weights)
+        parts = ", ".join(f"{length} {share:.0%}" for length, share in zip(self.lengths, shares, strict=True))
+        self._summary = (
+            f"prompts have {np.average(tokens, weights=weights):.1f} tokens on average and are padded to {parts}, on "
+            f"average to {padded:.1f} in place of {max_length}"
+        )
+
+    def indices(self, tokens: np.ndarray) -> np.ndarray:
+        """Returns the index in `lengths` of the length that prompts of so many tokens are padded to."""
+        return np.searchsorted(self.lengths, np.minimum(tokens, self.lengths[-1]))
+
+    def summary(self) -> str:
+        """Returns log text: the share of the prompts that are padded to each length."""
+        return self._summary
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Text that identifies the order of the captions; a run resumes only with equal text."""
+
+
+class IndexedPromptLengths(PromptLengths):
+    """All captions of a data set with random access, and their lengths. Picklable; safe to read from threads."""
 
     def __init__(
         self,
@@ -49,22 +85,19 @@ class PromptLengths:
           UserError: no example has a caption.
         """
         found = CaptionLengths.concatenate(captions, num_examples)
-        shares = np.concatenate([_shares(*source) for source in zip(captions, choosers, strict=True)])
+        shares = np.concatenate(
+            [caption_shares(*source) for source in zip(captions, choosers, strict=True)] or [np.zeros(0)]
+        )
         if not shares.any():
             raise UserError("no example has any of the caption fields: see data.captions")
         found, shares = found.where(shares > 0), shares[shares > 0]
+        super().__init__(found.tokens, shares, num_lengths, max_length)
         distinct, share_indices = np.unique(shares, return_inverse=True)
-        tokens = np.minimum(found.tokens, max_length)
-        counts = np.bincount(tokens, weights=shares, minlength=max_length + 1)  # [max_length + 1]
-        self.lengths = choose_lengths(counts, num_lengths)
-        length_indices = np.searchsorted(self.lengths, tokens)
-        self.mean_tokens = float(np.average(tokens, weights=shares))
-        self.mean_length = float(np.average(np.array(self.lengths)[length_indices], weights=shares))
         self._distinct_shares, self._names = distinct, found.names
         self._examples = SharedArray(found.rows)
         self._share_indices = SharedArray(share_indices.astype(_smallest(len(distinct))))
         self._name_indices = SharedArray(found.name_indices.astype(_smallest(len(found.names))))
-        self._length_indices = SharedArray(length_indices.astype(np.uint8))
+        self._length_indices = SharedArray(self.indices(found.tokens).astype(np.uint8))
 
     @property
     def examples(self) -> np.ndarray:
@@ -91,21 +124,58 @@ class PromptLengths:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Text that identifies the order that the lengths give; a run resumes only with equal text."""
         digest = hashlib.sha256(self._examples.array.tobytes())
         for array in (self._name_indices.array, self._length_indices.array, self.shares):
             digest.update(array.tobytes())
         return f"prompts of {', '.join(map(str, self.lengths))} tokens ({digest.hexdigest()[:16]})"
 
-    def summary(self, max_length: int) -> str:
-        """Returns log text: the share of the prompts that are padded to each length."""
-        shares = np.bincount(self._length_indices.array, weights=self.shares, minlength=len(self.lengths))
-        shares /= shares.sum()
-        parts = [f"{length} {100 * share:.0f}%" for length, share in zip(self.lengths, shares, strict=True)]
-        return (
-            f"prompts have {self.mean_tokens:.1f} tokens on average and are padded to {', '.join(parts)}, on average "
-            f"to {self.mean_length:.1f} in place of {max_length}"
-        )
+
+class StreamedPromptLengths(PromptLengths):
+    """Lengths chosen for the first samples of a data set that is read sequentially.
+
+    Attributes:
+      count_tokens: counts the tokens of prompts.
+      shares: share of all rows of each source, bucket and length, float64 [sources, buckets, lengths].
+    """
+
+    def __init__(
+        self,
+        captions: Sequence[CaptionLengths],
+        choosers: Sequence[CaptionChooser],
+        buckets: Sequence[np.ndarray],
+        shares: np.ndarray,
+        count_tokens: TokenCounter,
+        num_lengths: int,
+        max_length: int,
+    ):
+        """Chooses the lengths.
+
+        Args:
+          captions: token counts of the captions of each source's first samples.
+          choosers: the caption chooser of each source, for the captions' probabilities.
+          buckets: index of the bucket of each of these samples, by source, int [samples].
+          shares: share of all rows of each source and bucket, float64 [sources, buckets].
+          count_tokens: counted these tokens.
+          num_lengths: largest number of lengths.
+          max_length: longest prompt; longer ones are truncated.
+        """
+        self.count_tokens, tokens, weights = count_tokens, [], []
+        for number, (source, chooser) in enumerate(zip(captions, choosers, strict=True)):
+            of_samples = np.bincount(buckets[number], minlength=shares.shape[1])  # [buckets]
+            bucket_of_caption = buckets[number][source.rows]
+            of_sample = shares[number] / np.maximum(of_samples, 1)  # share of all rows of each sample of a bucket
+            weights.append(caption_shares(source, chooser) * of_sample[bucket_of_caption])
+            tokens.append(source.tokens)
+        super().__init__(np.concatenate(tokens), np.concatenate(weights), num_lengths, max_length)
+        self.shares = np.zeros((*shares.shape, len(self.lengths)))
+        for number, source in enumerate(captions):
+            cells = buckets[number][source.rows], self.indices(source.tokens)
+            np.add.at(self.shares[number], cells, weights[number])
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.shares.tobytes() + self.count_tokens.digest.encode()).hexdigest()[:16]
+        return f"prompts of {', '.join(map(str, self.lengths))} tokens ({digest})"
 
 
 def choose_lengths(counts: np.ndarray, num_lengths: int) -> tuple[int, ...]:
@@ -143,7 +213,7 @@ def choose_lengths(counts: np.ndarray, num_lengths: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
-def _shares(captions: CaptionLengths, chooser: CaptionChooser) -> np.ndarray:
+def caption_shares(captions: CaptionLengths, chooser: CaptionChooser) -> np.ndarray:
     """Returns the probability of each caption among those of its example, float64 [captions]; 0 for other texts."""
     shares = np.zeros(len(captions.rows))
     of_names: dict[bytes, list[float]] = {}  # examples with the same captions share their probabilities
