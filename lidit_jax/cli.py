@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from lidit_jax.config import expand_home, find_config, load_config, near
 from lidit_jax.errors import UserError, describe_system_error, one_line
-from lidit_jax.parallel.preemption import Preempted, interruptible
+from lidit_jax.parallel.preemption import Preempted, end_process, interruptible
 
 USER_MISTAKE = 2
 
@@ -90,7 +90,10 @@ def run(main: Callable[[], None], resumable: bool = False) -> None:
             app.run(guarded, flags_parser=_parse)
     except Preempted as stop:
         print(stop, file=sys.stderr, flush=True)
-        sys.exit(0 if resumable else 128 + stop.signal)
+        status = 0 if resumable else 128 + stop.signal
+        if not _is_distributed():
+            end_process(status)
+        sys.exit(status)
     finally:
         gc.freeze()  # or Python's last collection walks through all objects of JAX and TensorFlow, for seconds
 
