@@ -42,7 +42,7 @@ _UNREADABLE = (
 )
 # Statuses in TensorStore's ValueErrors that do not mean damage.
 _PASSING = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|UNAUTHENTICATED|PERMISSION")
-_STEP = re.compile(r"[1-9][0-9]{0,17}")  # name of a checkpoint's folder
+_STEP = re.compile(r"[1-9][0-9]*")  # name of a checkpoint's folder, as for Orbax, which removes old ones
 
 
 class DataPositionHandler(ocp.CheckpointHandler):
@@ -334,11 +334,24 @@ def verify_checkpoint(folder: epath.Path) -> bool:
         had_manifest = read_provenance(folder).get(HAD_MANIFEST)
         if had_manifest and not has_manifest:
             raise DamagedError(f"{MANIFEST_FILE} is missing")
+        _check_step(folder)
     except DamagedError as error:
         damage = str(error)
     if damage := _first_of_hosts(damage):
         raise DamagedError(damage)
     return has_manifest
+
+
+def _check_step(folder: epath.Path) -> None:
+    """Raises DamagedError if a checkpoint is that of another step than its name says, as a copy named by its date is."""
+    for file in (folder / "data").glob("process_*.json"):
+        try:
+            position = read_json(file)
+        except ValueError as error:
+            raise DamagedError(f"its data position can't be read: {error}") from error
+        number = position.get("next_batch") if isinstance(position, dict) else None
+        if type(number) is int and str(number) != folder.name:
+            raise DamagedError(f"its files are those of step {number!r:.40}: it was copied or renamed")
 
 
 def _first_of_hosts(message: str) -> str:
