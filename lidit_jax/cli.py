@@ -390,7 +390,13 @@ def _is_distributed() -> bool:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Returns False for the stack traces of a full disk, which Orbax logs in every thread and then raises."""
+    """Returns False for what is said otherwise.
+
+    That is the stack traces of a full disk, which Orbax logs in every thread and then raises, and its warning at every
+    save that waits for the one before; see `Checkpoints.save`.
+    """
+    if str(record.msg).startswith("Waiting for previous save"):
+        return False
     return not (record.exc_info and record.exc_info[1] and describe_system_error(record.exc_info[1]))
 
 

@@ -15,7 +15,7 @@ from etils.epath import backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lidit_jax import manifest
+from lidit_jax import checkpoint, manifest
 from lidit_jax.checkpoint import Checkpoints, finished_steps
 from lidit_jax.checkpoint_weights import load_weights, open_weights
 from lidit_jax.errors import UserError
@@ -351,6 +351,13 @@ def test_folders_that_are_not_named_like_a_step_are_no_checkpoints(copy, name):
     shutil.copytree(copy / "7", copy / name)
     assert finished_steps(copy) == [7, 3]
     assert_is_of(restore(copy)[0], 7)
+
+
+def test_saves_that_wait_for_the_one_before_are_said_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LONG_WAIT_S", -1.0)
+    caplog.set_level(logging.INFO, "lidit_jax")
+    save(tmp_path / "checkpoints", 1, 2, 3)
+    assert caplog.text.count("until the checkpoint before was written: a larger checkpoint_every") == 1
 
 
 def test_hosts_share_the_verification(copy):
