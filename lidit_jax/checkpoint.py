@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ T = TypeVar("T")
 # Shard size in bytes above which an array that stacks the transformer blocks is written as one chunk for each block. In
 # a single chunk, the 14 GB stack of a 10B model would take twice that memory to read one block.
 LARGE_STACK_BYTES = 64 << 20
+LONG_WAIT_S = 1.0  # seconds that a save may wait for the one before without a line about it
 PROVENANCE_ITEM = "facts"  # stays as named in the first checkpoints, so that old and new ones are read alike
 HAD_MANIFEST = "manifest"  # key of the provenance of a checkpoint that had a manifest when it was saved
 # What Orbax, TensorStore and json raise for damaged files; devices and networks raise other errors.
@@ -42,7 +44,7 @@ _UNREADABLE = (
 )
 # Statuses in TensorStore's ValueErrors that do not mean damage.
 _PASSING = re.compile(r"UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|UNAUTHENTICATED|PERMISSION")
-_STEP = re.compile(r"[1-9][0-9]{0,17}")  # name of a checkpoint's folder
+_STEP = re.compile(r"[1-9][0-9]*")  # name of a checkpoint's folder, as for Orbax, which removes old ones
 
 
 class DataPositionHandler(ocp.CheckpointHandler):
@@ -98,6 +100,7 @@ class Checkpoints:
             raise cannot_write(str(self.folder), error) from error
         self._manager = self._open()
         self._being_written: int | None = None  # step of a checkpoint that is not announced yet
+        self._has_waited = False  # whether it was said that saving delays the training
 
     def _open(self) -> ocp.CheckpointManager:
         # Called on the first host, in the thread that saves, when all hosts have written their files and before the
@@ -130,7 +133,14 @@ class Checkpoints:
             config=ocp.args.JsonSave(self.config),
             data=SaveDataPosition(position),
         )
+        started = time.monotonic()
         self.wait()  # for the checkpoint before, as Orbax would: until then `_saving` is its step
+        if (waited := time.monotonic() - started) > LONG_WAIT_S and not self._has_waited:
+            self._has_waited = True
+            logger.info(
+                "waited %.0f s until the checkpoint before was written: a larger checkpoint_every saves this time",
+                waited,
+            )
         with self._writing():
             self._saving = step
             # Without force, Orbax polls for preemption notices itself, with other step numbers than `preemption.py`.
@@ -334,11 +344,24 @@ def verify_checkpoint(folder: epath.Path) -> bool:
         had_manifest = read_provenance(folder).get(HAD_MANIFEST)
         if had_manifest and not has_manifest:
             raise DamagedError(f"{MANIFEST_FILE} is missing")
+        _check_step(folder)
     except DamagedError as error:
         damage = str(error)
     if damage := _first_of_hosts(damage):
         raise DamagedError(damage)
     return has_manifest
+
+
+def _check_step(folder: epath.Path) -> None:
+    """Raises DamagedError if a checkpoint is of another step than its name says, as a copy named by its date is."""
+    for file in (folder / "data").glob("process_*.json"):
+        try:
+            position = read_json(file)
+        except ValueError as error:
+            raise DamagedError(f"its data position can't be read: {error}") from error
+        number = position.get("next_batch") if isinstance(position, dict) else None
+        if type(number) is int and str(number) != folder.name:
+            raise DamagedError(f"its files are those of step {number!r:.40}: it was copied or renamed")
 
 
 def _first_of_hosts(message: str) -> str:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from lidit_jax.config import expand_home, find_config, load_config, near
 from lidit_jax.errors import UserError, describe_system_error, one_line
-from lidit_jax.parallel.preemption import Preempted, interruptible
+from lidit_jax.parallel.preemption import Preempted, end_process, interruptible
 
 USER_MISTAKE = 2
 
@@ -96,7 +96,10 @@ def run(main: Callable[[], None], resumable: bool = False) -> None:
             app.run(guarded, flags_parser=_parse)
     except Preempted as stop:
         print(stop, file=sys.stderr, flush=True)
-        sys.exit(0 if resumable else 128 + stop.signal)
+        status = 0 if resumable else 128 + stop.signal
+        if not _is_distributed():
+            end_process(status)
+        sys.exit(status)
     finally:
         gc.freeze()  # or Python's last collection walks through all objects of JAX and TensorFlow, for seconds
 
@@ -393,7 +396,13 @@ def _is_distributed() -> bool:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Returns False for the stack traces of a full disk, which Orbax logs in every thread and then raises."""
+    """Returns False for what is said otherwise.
+
+    That is the stack traces of a full disk, which Orbax logs in every thread and then raises, and its warning at every
+    save that waits for the one before; see `Checkpoints.save`.
+    """
+    if str(record.msg).startswith("Waiting for previous save"):
+        return False
     return not (record.exc_info and record.exc_info[1] and describe_system_error(record.exc_info[1]))
 
 

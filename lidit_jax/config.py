@@ -35,12 +35,16 @@ CONFIG_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 # Fields of any section that name a file or folder.
 PATH_FIELDS = ("path", "data_dir", "class_names", "index_dir", "start_from", "weights")
 MAX_NUMBER = 10**30  # largest int accepted for a float field
-# Keys that may differ when a run resumes, because none changes what a step computes. (`steps` may differ too.)
+# Fields of any section that may differ when a run resumes, because none changes what a step computes, except its
+# rounding. (`steps` may differ too.)
 CHANGEABLE_FIELDS = (
-    *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch", "mesh"),
-    *("decode_pixels", "decode_tile", "evaluate", "index_dir", "max_broken", "compile_ahead"),
-    *("stalled_after", "max_skipped_in_row", "strict_restore", "profile", "profile_all_hosts"),
+    *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch"),
+    *("index_dir", "max_broken", "compile_ahead", "stalled_after", "max_skipped_in_row", "strict_restore"),
+    *("profile", "profile_all_hosts", "remat", "scan_unroll", "attention"),
 )
+CHANGEABLE_SECTIONS = ("mesh", "vae.evaluate")  # likewise
+# Sections whose entries have free names and no fields: a caption may be called as a field is.
+_CAPTIONS = re.compile(r"data\.(mixture\.[^.]+\.)?captions\..+")
 # Removed keys of earlier versions, as section and name; they never affected results, so they are ignored.
 OBSOLETE_KEYS = (("text", "encode"),)
 
@@ -240,8 +244,8 @@ def claim_workdir(
 ) -> None:
     """Writes the config into a new workdir, or checks that an existing one belongs to the same training.
 
-    What does not change the training may differ: see `CHANGEABLE_FIELDS`; sampling options; and paths, if they name the
-    same place or files of the same digest.
+    What does not change the training may differ: see `CHANGEABLE_FIELDS` and `CHANGEABLE_SECTIONS`; sampling options;
+    and paths, if they name the same place or files of the same digest.
 
     Fields that a config does not state count, and are written, with their defaults.
 
@@ -290,9 +294,11 @@ def _is_free(key: str, now: Mapping[str, Any], may_grow: bool) -> bool:
         return True
     # Steps of the last trained component, and sections that are read after training or for the log.
     last_steps = "train.steps" if "train.steps" in now else "vae.train.steps"
-    if key == last_steps or key.startswith(("evaluate.", "sample.")):
+    if key == last_steps or f"{key}.".startswith(("evaluate.", "sample.")):
         return may_grow
-    return any(part in CHANGEABLE_FIELDS for part in key.split("."))
+    if any(f"{key}.".startswith(f"{section}.") for section in CHANGEABLE_SECTIONS):
+        return True
+    return key.rpartition(".")[2] in CHANGEABLE_FIELDS and not _CAPTIONS.fullmatch(key)
 
 
 def _has_moved(key: str, before: Any, now: Any, digest_before: str | None, digest: str | None) -> bool:
@@ -309,7 +315,7 @@ def _has_moved(key: str, before: Any, now: Any, digest_before: str | None, diges
 def _another_config(workdir: epath.Path, key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> UserError:
     resume = f"give --config.{key}={before.get(key)} or " if _is_one_word(before.get(key)) and key in now else ""
     # A run may begin with the weights of one with the same model; a VAE alone can't.
-    can_start = not key.startswith("model.") and "model.depth" in now
+    can_start = (not key.startswith("model.") or key == "model.dtype") and "model.depth" in now
     start = f", where --config.start_from={workdir} begins with its weights" if can_start else ""
     return UserError(
         f"{workdir} was created with another config: {key} was {before.get(key, 'absent')!r:.200}, "

@@ -31,6 +31,11 @@ def main() -> None:
         print("\nlidit COMMAND --help describes a command and its flags. For example:\n")
         print("  lidit train --config=shapes --workdir=runs/shapes")
         return
+    if name == "--version":
+        from lidit_jax import __version__
+
+        print(f"lidit {__version__}")
+        return
     if name not in COMMANDS:
         from lidit_jax.config import nearest
 

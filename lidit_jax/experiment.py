@@ -328,9 +328,10 @@ class Experiment:
         """Returns the digests of the files that the config names, by config key, to find them where they moved.
 
         Args:
-          data: fingerprint of the data set, which covers all of its paths.
+          data: fingerprint of the data set, which covers what is in all of its files.
         """
-        found = {f"data.{key}": data for key in flatten(self.config.data) if key.rpartition(".")[2] == "path"}
+        paths = ("path", "data_dir", "class_names")
+        found = {f"data.{key}": data for key in flatten(self.config.data) if key.rpartition(".")[2] in paths}
         for name, encoder in self.encoders.items() if self.has_lidit else ():
             if encoder.weights:
                 found[f"encoders.{name}.weights"] = self.encoder_digest(name)

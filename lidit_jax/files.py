@@ -121,6 +121,21 @@ def new_file(file: epath.Path) -> Iterator[epath.Path]:
         raise
 
 
+@contextlib.contextmanager
+def created_folder(folder: epath.Path) -> Iterator[None]:
+    """Creates a folder for what the body writes; removes it again if an exception is raised and nothing is in it."""
+    is_local = "://" not in os.fspath(folder)
+    created = [place for place in (folder, *folder.parents) if is_local and not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for place in created:
+            with contextlib.suppress(OSError):  # something is in it, or the disk fails: the first error is raised
+                os.rmdir(place)
+        raise
+
+
 def name_file(error: BaseException, file: os.PathLike | str, temporary: os.PathLike | None = None) -> None:
     """Sets the attribute `filename` of an error that names its temporary file or, as for a full disk, no file.
 

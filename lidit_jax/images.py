@@ -19,7 +19,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from lidit_jax.errors import UserError
-from lidit_jax.files import name_file
+from lidit_jax.files import created_folder, name_file
 
 _SHEET_COLOR = (255, 255, 255)
 _FRAME_COLOR = (222, 222, 222)
@@ -125,26 +125,26 @@ def save_png(image: Image.Image | np.ndarray, path: epath.PathLike, text: Mappin
       text: text chunks of the file, by keyword of up to 79 Latin-1 characters; None for none.
 
     Raises:
-      OSError: the path cannot be written; an existing file is kept.
+      OSError: the path cannot be written; an existing file is kept, and no folder is left that was created for it.
     """
     file, chunks = io.BytesIO(), PngImagePlugin.PngInfo()
     for keyword, value in (text or {}).items():
         chunks.add_itxt(keyword, value.encode("utf-8", "replace").decode())
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, "PNG", pnginfo=chunks)
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if "://" in str(path):
-        path.write_bytes(file.getvalue())
-        return
-    temporary = Path(path.parent, f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_bytes(file.getvalue())
-        os.replace(temporary, path)
-    except OSError as error:
-        name_file(error, path, temporary)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with created_folder(path.parent):
+        if "://" in str(path):
+            path.write_bytes(file.getvalue())
+            return
+        temporary = Path(path.parent, f".{path.name[:64]}.{secrets.token_hex(8)}.tmp")
+        try:
+            temporary.write_bytes(file.getvalue())
+            os.replace(temporary, path)
+        except OSError as error:
+            name_file(error, path, temporary)
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def wrap(text: str, measure: Callable[[str], float], width: float, max_lines: int) -> list[str]:

@@ -141,7 +141,15 @@ def _wait_for_holder(file: epath.Path, what: str, has_kernel_lock: bool) -> None
     Raises:
       UserError: a living process holds it.
     """
+    if not file.exists():
+        return
+    is_new = has_kernel_lock and not file.stat().length  # created by taking the kernel's lock
     holder = _read(file)
+    if not holder and not is_new:
+        time.sleep(POLL_S)  # its holder may be writing it
+        holder = _read(file)
+        if not holder:
+            logger.warning("%s: taking over the lock, whose file %s is damaged", what, file.name)
     if not holder:
         return
     ours = _this_process()

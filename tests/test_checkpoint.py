@@ -15,7 +15,7 @@ from etils.epath import backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lidit_jax import manifest
+from lidit_jax import checkpoint, manifest
 from lidit_jax.checkpoint import Checkpoints, finished_steps
 from lidit_jax.checkpoint_weights import load_weights, open_weights
 from lidit_jax.errors import UserError
@@ -304,7 +304,7 @@ def test_a_manifest_that_is_none_is_damage(copy, text):
     assert load_weights(copy, "ema")[1] == 3
 
 
-@pytest.mark.parametrize("number", [-1, 10**30, 6, 7.0, True, None, "7", [7], {}])
+@pytest.mark.parametrize("number", [7.0, True, None, "7", [7], {}])
 def test_a_position_other_than_the_step_is_not_resumed_from(copy, number):
     """With a manifest that fits it."""
     (copy / "7/data/process_00000.json").write_text(json.dumps({"next_batch": number, "fingerprint": "x"}))
@@ -312,6 +312,25 @@ def test_a_position_other_than_the_step_is_not_resumed_from(copy, number):
     write_manifest(copy / "7")
     with pytest.raises(UserError, match="step 7 belongs to another model or another version .*data positions"):
         restore(copy)
+
+
+@pytest.mark.parametrize("number", [-1, 10**30, 6])
+def test_a_position_of_another_step_is_damage(copy, number):
+    """With a manifest that fits it."""
+    (copy / "7/data/process_00000.json").write_text(json.dumps({"next_batch": number, "fingerprint": "x"}))
+    (copy / "7" / MANIFEST_FILE).unlink()
+    write_manifest(copy / "7")
+    assert_is_of(restore(copy)[0], 3)
+
+
+@pytest.mark.parametrize("name", ["20260131", "20260131120000", "9" * 30])
+def test_a_copy_of_a_checkpoint_under_another_number_is_set_aside(copy, caplog, name):
+    shutil.copytree(copy / "7", copy / name)
+    assert load_weights(copy, "ema")[1] == 7
+    assert f"step {name} is damaged (its files are those of step 7: it was copied or renamed)" in caplog.text
+    assert_is_of(restore(copy)[0], 7)
+    save(copy, 8, 9, 10)  # which removes the old ones
+    assert sorted(path.name for path in copy.iterdir()) == ["10", "9", f"damaged-{name}"]
 
 
 @pytest.mark.parametrize("text", ["3", "null", "[[1]]", "[" * 100_000, "{", ""])
@@ -327,11 +346,18 @@ def test_any_json_in_a_checkpoint_ends_in_one_line(copy, file, text):
             restore(copy)
 
 
-@pytest.mark.parametrize("name", ["８", "007", "-1", "1e3", "9" * 30, "9.orbax-checkpoint-tmp"])
+@pytest.mark.parametrize("name", ["８", "007", "-1", "1e3", "9.orbax-checkpoint-tmp"])
 def test_folders_that_are_not_named_like_a_step_are_no_checkpoints(copy, name):
     shutil.copytree(copy / "7", copy / name)
     assert finished_steps(copy) == [7, 3]
     assert_is_of(restore(copy)[0], 7)
+
+
+def test_saves_that_wait_for_the_one_before_are_said_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LONG_WAIT_S", -1.0)
+    caplog.set_level(logging.INFO, "lidit_jax")
+    save(tmp_path / "checkpoints", 1, 2, 3)
+    assert caplog.text.count("until the checkpoint before was written: a larger checkpoint_every") == 1
 
 
 def test_hosts_share_the_verification(copy):

@@ -20,6 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
+import lidit_jax
 from lidit_jax import cli
 from lidit_jax.ablate import report
 from lidit_jax.config import claim_workdir, find_config, flatten, sibling_config
@@ -308,6 +309,7 @@ def test_the_console_command_names_the_commands():
     call = "import sys; from lidit_jax.console import main; sys.argv = ['lidit', *{}]; main()"
     assert all(f"  {command} " in python("-c", call.format([])).stdout for command in ("train", "sample", "ablate"))
     assert python("-c", call.format(["sample", "--help"])).stdout.startswith("Samples images")
+    assert python("-c", call.format(["--version"])).stdout == f"lidit {lidit_jax.__version__}\n"
     wrong = python("-c", call.format(["samle"]))
     assert (wrong.returncode, wrong.stderr) == (2, "error: lidit samle: no such command; did you mean 'sample'?\n")
 
@@ -434,6 +436,8 @@ def test_a_failed_write_leaves_nothing_that_makes_a_retry_fail(tmp_path, monkeyp
         write_json(out / "x.json", {})
     with pytest.raises(OSError, match="No space"):
         save_png(np.zeros((8, 8, 3), np.uint8), out / "x.png")
+    with pytest.raises(OSError, match="No space"):
+        save_png(np.zeros((8, 8, 3), np.uint8), out / "new/folder/x.png")
     assert not list(tmp_path.iterdir())
     assert describe_system_error(error.value).endswith(
         "x.json: No space left on device: free disk space, then run the same command again"
@@ -538,6 +542,23 @@ cli.run(fail)
     done = python("-c", program)
     expected = "error: run/x: No space left on device: free disk space, then run the same command again\n"
     assert (done.returncode, done.stderr) == (2, expected)
+
+
+def test_warnings_of_libraries_are_shown_except_what_is_said_otherwise():
+    program = """
+from absl import logging
+from lidit_jax import cli
+
+def main():
+    logging.warning("Waiting for previous save to complete took %f seconds. If this number is high, …", 1.5)
+    logging.warning("a file is %s", "odd")
+
+cli.run(main)
+"""
+    done = python("-c", program)
+    assert done.returncode == 0
+    assert done.stderr.endswith("a file is odd\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_end_after_a_full_disk_leaves_no_worker(tmp_path):

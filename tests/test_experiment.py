@@ -243,6 +243,34 @@ def test_sampling_options_and_intervals_may_change_when_a_run_resumes(tmp_path):
     assert read_workdir(epath.Path(tmp_path)).sample.steps == 7
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("model.remat", "full"), ("model.scan_unroll", 2), ("model.attention", "xla"), ("mesh.fsdp", 2)],
+        *[("encoders.llama.model.remat", True), ("vae.evaluate", {"num_images": 8}), ("data.prefetch", 1)],
+    ],
+)
+def test_how_a_run_computes_may_change_when_it_resumes(tmp_path, key, value):
+    resumed(tmp_path)
+    resumed(tmp_path, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model.dtype", "bfloat16"), ("train.accumulate", 2), ("data.captions.keep", 2.0), ("vae.kl_weight", 0.5)],
+)
+def test_what_a_run_computes_may_not_change_when_it_resumes(tmp_path, key, value):
+    resumed(tmp_path, **{"data.captions.keep": 1.0})  # a caption named as a field of another section
+    with pytest.raises(UserError, match=f"{key} was .*, where --config.start_from="):
+        resumed(tmp_path, **{"data.captions.keep": 1.0} | {key: value})
+
+
+def test_an_entry_named_as_a_field_is_compared(tmp_path):
+    resumed(tmp_path, **{"data.mixture": {"mesh": {"num_examples": 8}}})
+    with pytest.raises(UserError, match=r"data\.mixture\.mesh\.num_examples was 8, now 9"):
+        resumed(tmp_path, **{"data.mixture": {"mesh": {"num_examples": 9}}})
+
+
 def test_a_change_of_the_training_names_start_from(tmp_path):
     resumed(tmp_path)
     words = "train.batch_size was 8, now 16; give --config.train.batch_size=8 or use another --workdir, where "
@@ -252,7 +280,7 @@ def test_a_change_of_the_training_names_start_from(tmp_path):
         resumed(tmp_path, **{"model.depth": 3})
 
 
-@pytest.mark.parametrize("key", ["data.path", "encoders.llama.weights", "vae.weights"])
+@pytest.mark.parametrize("key", ["data.path", "data.data_dir", "encoders.llama.weights", "vae.weights"])
 def test_files_that_moved_are_accepted_if_their_digests_are_equal(tmp_path, key):
     resumed(tmp_path, {key: "d1"}, **{key: "/old/folder"})
     resumed(tmp_path, {key: "d1"}, **{key: "/new/folder"})
@@ -318,9 +346,10 @@ def test_the_digests_name_every_file_of_the_config(trained_workdir, tmp_path):
     config.encoders.llama.weights = str(trained_workdir / "encoders/llama")
     config.vae.weights = str(trained_workdir / "vae")
     with config.unlocked():
-        config.data.mixture = {"a": {"path": "x"}}
+        config.data.mixture = {"a": {"path": "x", "data_dir": "y", "class_names": "z"}}
     digests = Experiment(config, epath.Path(tmp_path)).named_digests("data")
-    assert digests.pop("data.mixture.a.path") == "data"
+    for field in ("path", "data_dir", "class_names"):
+        assert digests.pop(f"data.mixture.a.{field}") == "data"
     assert sorted(digests) == ["encoders.llama.weights", "vae.weights"]
 
 

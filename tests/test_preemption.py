@@ -131,6 +131,30 @@ with activity("importing"):
     assert end(process) == (0, "stopped by SIGTERM while importing; run it again to resume\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_an_extension_module_is_loaded_waits_for_it(number):
+    body = """
+import importlib.machinery
+
+class Loader(importlib.machinery.ExtensionFileLoader):
+    def exec_module(self, module):  # as C++ code that imports NumPy
+        try:
+            ready()
+            time.sleep(1)
+        except BaseException as error:
+            raise ImportError("numpy failed to import") from error
+        print("loaded", file=sys.stderr, flush=True)
+
+with activity("starting"):
+    Loader("extension", "extension.so").exec_module(None)
+    time.sleep(60)
+"""
+    process = start(body)
+    process.send_signal(number)
+    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
+    assert end(process) == (0, f"loaded\nstopped by {name} while starting; run it again to resume\n")
+
+
 def test_sigterm_twice_does_not_kill():
     process = start(WAITS.format(1))
     for _ in range(2):
@@ -178,9 +202,18 @@ cli.run(main, resumable="--resumable" in sys.argv.pop())
 """
 
 
+NOT_RESUMABLE = "import sys\nsys.argv.append('')\n"
+
+
 @pytest.mark.parametrize(("resumable", "status"), [(True, 0), (False, 143)])
 def test_commands_that_resume_end_with_0_and_others_with_143(resumable, status):
     argument = f"sys.argv.append('{'--resumable' if resumable else ''}')\n"
     process = start("ready()\ntime.sleep(60)", "import sys\n" + argument + CLI)
     process.send_signal(signal.SIGTERM)
     assert end(process) == (status, "stopped by SIGTERM\n")
+
+
+def test_a_stopped_command_ends_without_the_shutdown_of_python_in_which_libraries_may_crash():
+    process = start("import atexit, os\natexit.register(os.abort)\nready()\ntime.sleep(60)", NOT_RESUMABLE + CLI)
+    process.send_signal(signal.SIGTERM)
+    assert end(process) == (143, "stopped by SIGTERM\n")

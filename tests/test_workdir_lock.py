@@ -114,12 +114,22 @@ def test_a_lock_that_is_being_written_is_not_given_up(file, impatient, without_k
         pass
 
 
+def test_a_lock_that_was_being_written_at_first_is_respected(file, impatient, without_kernel_locks, monkeypatch):
+    file.parent.mkdir()
+    file.write_text("")
+    found = iter([{}, facts(host="tpu-7", boot="other"), facts(host="tpu-7", boot="other", beat=2)])
+    monkeypatch.setattr(workdir_lock, "_read", lambda file: next(found))
+    with pytest.raises(UserError, match="in use by process 1 on host tpu-7"), lock(file, "the workdir"):
+        pass
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"pid": "x"}', '{"pid": 1e400}', "[" * 200_000])
-def test_damaged_lock_files_are_taken_over(file, impatient, content):
+def test_damaged_lock_files_are_taken_over(file, impatient, caplog, content):
     file.parent.mkdir()
     file.write_text(content)
     with lock(file, "the workdir"):
         assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert ("taking over the lock" in caplog.text) == bool(content)
 
 
 def test_a_folder_that_can_not_be_written_is_a_user_error(tmp_path):

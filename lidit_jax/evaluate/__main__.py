@@ -14,6 +14,7 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
+from lidit_jax.parallel.preemption import activity
 
 _BENCHMARKS = ("geneval", "t2i_compbench", "dpg_bench", "positional_bias", "prompts", "shapes")
 _WORKDIR = flags.DEFINE_string("workdir", None, "workdir of a training run")
@@ -39,19 +40,19 @@ def main() -> None:
     from lidit_jax.parallel.hosts import join_hosts
 
     join_hosts(_DISTRIBUTED.value)
-    generate_benchmark(
-        Request(
-            workdir=epath.Path(cli.require(_WORKDIR.name)),
-            benchmark=cli.require(_BENCHMARK.name),
-            file=epath.Path(_FILE.value) if _FILE.value else None,
-            out=epath.Path(cli.require(_OUT.name)),
-            num_images=_NUM_IMAGES.value,
-            num_scenes=_NUM_SCENES.value,
-            mixed_pairs=_MIXED_PAIRS.value,
-            **_MOVED(),
-            **_SAMPLING(),
-        )
+    request = Request(
+        workdir=epath.Path(cli.require(_WORKDIR.name)),
+        benchmark=cli.require(_BENCHMARK.name),
+        file=epath.Path(_FILE.value) if _FILE.value else None,
+        out=epath.Path(cli.require(_OUT.name)),
+        num_images=_NUM_IMAGES.value,
+        num_scenes=_NUM_SCENES.value,
+        mixed_pairs=_MIXED_PAIRS.value,
+        **_MOVED(),
+        **_SAMPLING(),
     )
+    with activity("generating images"):
+        generate_benchmark(request)
 
 
 if __name__ == "__main__":

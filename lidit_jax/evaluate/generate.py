@@ -21,7 +21,7 @@ from lidit_jax.evaluate.benchmarks import FACTS_FILE, Benchmark, open_benchmark
 from lidit_jax.evaluate.output_folder import check_claim, read_claim
 from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
 from lidit_jax.experiment import Experiment
-from lidit_jax.files import write_json
+from lidit_jax.files import created_folder, write_json
 from lidit_jax.sample.generate import SamplingOptions, warn_of_truncated
 from lidit_jax.sample.image_list import png_text
 from lidit_jax.trained_model import TrainedModel
@@ -161,8 +161,8 @@ def _claim(out: epath.Path, facts: dict[str, Any]) -> None:
     multihost_utils.sync_global_devices("checked the folder")
     if jax.process_index() == 0 and found is None:
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / FACTS_FILE, facts)
+            with created_folder(out):
+                write_json(out / FACTS_FILE, facts)
         except OSError as error:
             raise cannot_write(f"--out={out}", error) from error
 

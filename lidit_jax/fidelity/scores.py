@@ -16,7 +16,7 @@ from etils import epath
 from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.evaluate.output_folder import check_claim, read_claim
 from lidit_jax.fidelity.image_folder import ImageFile, find_images_and_prompts
-from lidit_jax.files import finite, write_json
+from lidit_jax.files import created_folder, finite, write_json
 from lidit_jax.score.eval_extra import require_extra
 from lidit_jax.score.load_model import device, load_model, load_processor, model_folder
 from lidit_jax.weights.digest import file_digest, folder_digest
@@ -264,7 +264,7 @@ def _digest(file: epath.Path) -> str:
 
 def _write(out: epath.Path, scores: Mapping[str, Any]) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / SCORES_FILE, finite(scores))
+        with created_folder(out):
+            write_json(out / SCORES_FILE, finite(scores))
     except OSError as error:
         raise cannot_write(f"--out={out}", error) from error

@@ -1,14 +1,19 @@
 """Ends a command with one line at SIGTERM and Ctrl-C while it imports what it needs to parse its flags.
 
 These imports take half a second, in which Ctrl-C would print a stack trace. `preemption.py`, which takes longer to
-import, takes over when the command runs.
+import, takes over when the command runs. This module imports only what Python itself has loaded at its start.
 """
+
+from __future__ import annotations
 
 import os
 import signal
 import sys
-from types import FrameType
-from typing import NoReturn
+
+TYPE_CHECKING = False  # `typing` takes longer to import than all else here
+if TYPE_CHECKING:
+    from types import FrameType
+    from typing import NoReturn
 
 
 def end_on_signals() -> None:

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.parallel.preemption import forward_ctrl_c, kill_children
+from lidit_jax.parallel.preemption import end_process, forward_ctrl_c
 from lidit_jax.parallel.stderr_relay import HOST_GONE, relay_stderr
 
 logger = logging.getLogger(__name__)
@@ -93,12 +93,9 @@ def leave(status: int) -> NoReturn:
     Args:
       status: exit status of the process.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
     if jax.distributed.is_initialized() and jax.process_index() == 0:
         time.sleep(SHUTDOWN_DELAY_S)
-    kill_children()
-    os._exit(status)
+    end_process(status)
 
 
 def _environment_names_hosts() -> bool:

@@ -5,6 +5,7 @@ On cloud TPUs, SIGTERM comes some thirty seconds before the host is reclaimed. W
 """
 
 import contextlib
+import importlib.machinery
 import itertools
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from lidit_jax.parallel.early_signals import end_at_once
 
@@ -106,14 +107,16 @@ class Notice:
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
         """Handles a signal in the main thread."""
-        del frame
         if self.received and not self._was_ignored:
             return
         self.number, self._was_ignored = self.number or number, False
+        if not self._polling and _is_loading_extension(frame):
+            self.raise_again()
+            return
         self._raise_if_received()
 
     def raise_again(self) -> None:
-        """Makes `Preempted` rise again in the main thread, soon, after it rose where Python ignores exceptions."""
+        """Makes `Preempted` rise in the main thread, soon, after it rose, or would have, where it is lost."""
         self._was_ignored = True
         timer = threading.Timer(RAISE_AGAIN_S, self._send_again)
         timer.daemon = True
@@ -185,6 +188,21 @@ def dies_with_this(session: subprocess.Popen) -> Iterator[subprocess.Popen]:
         yield session
     finally:
         _sessions.remove(session)
+
+
+def end_process(status: int) -> NoReturn:
+    """Ends this process and its children at once, without Python's shutdown.
+
+    Where a signal interrupts a library at any point, threads of its C++ code may crash in the shutdown.
+
+    Args:
+      status: exit status of the process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it any more
+            stream.flush()
+    kill_children()
+    os._exit(status)
 
 
 def kill_children() -> None:
@@ -264,11 +282,24 @@ def _listen(signals: socket.socket) -> None:
         for number in numbers:
             if first is not None and number == signal.SIGINT:
                 _print("killed by Ctrl-C; the last checkpoint is kept")
-                kill_children()
-                os._exit(128 + number)
+                end_process(128 + number)
             if first is None and number in STOP_SIGNALS:
                 first = number
                 signals.settimeout(REMINDER_S)
+
+
+def _is_loading_extension(frame: FrameType | None) -> bool:
+    """Returns True if a frame runs below the initialisation of an extension module.
+
+    C++ code imports modules and calls Python there without expecting an exception: it would abort the process, or
+    raise an ImportError instead.
+    """
+    while frame is not None:
+        is_loader = frame.f_code.co_name in ("create_module", "exec_module")
+        if is_loader and isinstance(frame.f_locals.get("self"), importlib.machinery.ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _print(line: str) -> None:

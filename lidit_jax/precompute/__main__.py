@@ -11,6 +11,7 @@ from absl import flags
 from etils import epath
 
 from lidit_jax import cli
+from lidit_jax.parallel.preemption import activity
 
 _CONFIG = cli.define_config()
 _OUT = flags.DEFINE_string("out", None, "output folder")
@@ -26,7 +27,8 @@ def main() -> None:
 
     join_hosts(_DISTRIBUTED.value)
     out = epath.Path(cli.require(_OUT.name))
-    precompute(cli.read_config(_CONFIG), out, _BATCH.value, _DTYPE.value, _FEATURES.value)
+    with activity("precomputing"):
+        precompute(cli.read_config(_CONFIG), out, _BATCH.value, _DTYPE.value, _FEATURES.value)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from lidit_jax.data.sources import BrokenExample
 from lidit_jax.data.stored_features import FEATURES, EncoderFingerprint
 from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.experiment import Experiment
-from lidit_jax.files import check_writable, is_unused, new_file, write_json
+from lidit_jax.files import check_writable, created_folder, is_unused, new_file, write_json
 from lidit_jax.images import to_float
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.parallel.mesh import make_mesh
@@ -162,8 +162,8 @@ def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Ou
     multihost_utils.sync_global_devices("checked the folder")
     if jax.process_index() == 0:
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / PLAN, plan.to_json())
+            with created_folder(out):
+                write_json(out / PLAN, plan.to_json())
         except OSError as error:
             raise cannot_write(f"--out={out}", error) from error
     multihost_utils.sync_global_devices("claimed the folder")

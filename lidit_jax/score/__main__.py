@@ -21,6 +21,7 @@ from etils import epath
 
 from lidit_jax import cli
 from lidit_jax.errors import UserError
+from lidit_jax.parallel.preemption import activity
 
 logger = logging.getLogger("lidit_jax.score")  # not __name__, "__main__" here: only the package's logs are shown
 
@@ -58,7 +59,8 @@ def main() -> None:
         questions=epath.Path(_QUESTIONS.value) if _QUESTIONS.value else None,
     )
     check_writable(request.out, f"--out={request.out}")
-    report = importlib.import_module(f"lidit_jax.score.{SCORERS[request.benchmark]}").score(request)
+    with activity("scoring"):
+        report = importlib.import_module(f"lidit_jax.score.{SCORERS[request.benchmark]}").score(request)
     logger.info("\n%s\n%s", write_report(report, request.out, _MODEL_NAME.value), request.out)
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.evaluate.benchmarks import FACTS_FILE
 from lidit_jax.evaluate.output_folder import check_claim, read_claim
-from lidit_jax.files import write_json
+from lidit_jax.files import created_folder, write_json
 from lidit_jax.score.load_model import model_folder
 from lidit_jax.weights.digest import folder_digest
 from lidit_jax.weights.folders import is_there
@@ -105,8 +105,8 @@ class ResultsFile:
 
     def _save(self) -> None:
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._file, {"facts": self._facts, "results": self._results}, indent=None)
+            with created_folder(self._file.parent):
+                write_json(self._file, {"facts": self._facts, "results": self._results}, indent=None)
         except OSError as error:
             raise cannot_write(f"--out={self._file.parent}", error) from error
         self._saved = time.monotonic()

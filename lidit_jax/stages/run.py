@@ -85,12 +85,14 @@ def run_stages(
     with _lock_workdir(workdir), Goodput(workdir, time.monotonic() - started) as goodput:
         claim()
         multihost_utils.sync_global_devices("claimed the workdir")
-        captions = log_data(experiment, dataset)
+        with activity("sampling the data"):
+            captions = log_data(experiment, dataset)
         if keep_compiled:
             cache_compilations(workdir / COMPILED)
         if experiment.has_lidit:
             _train_encoders(experiment, dataset, mesh, rules, goodput)
-            log_prompts(experiment, captions, experiment.encoders)
+            with activity("sampling the prompts"):
+                log_prompts(experiment, captions, experiment.encoders)
         with activity("training the VAE"):
             vae_stage.run(mesh, rules, goodput)
         del vae_stage  # frees its images and its frozen network
