@@ -15,7 +15,7 @@ from lidit_jax.diffusion.schedules import DDPM
 from lidit_jax.models.layers import Dense
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.stages.language_model import language_model_task
-from lidit_jax.train import Task
+from lidit_jax.trainer import Task
 
 MICRO_BATCHES = 4
 LENGTH = 256  # caption length in configs/1b.py and 10b.py

@@ -24,7 +24,7 @@ from lidit_jax.parallel.chips import V5E
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.lidit import lidit_task
-from lidit_jax.train import Trainer
+from lidit_jax.trainer import Trainer
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 RULES = ShardingRules()

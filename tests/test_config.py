@@ -114,7 +114,7 @@ def test_10b_differs_from_1b_only_in_what_its_file_states():
     differing = {key for key in small | large if small.get(key) != large.get(key)}
     assert differing == {
         *("mesh.data", "data.resolution", "data.min_side", "model.depth", "model.hidden_size", "model.num_heads"),
-        *("model.position_grid", "train.steps", "train.batch_size", "text.num_lengths"),
+        *("model.position_grid", "train.steps", "train.batch_size", "text.num_lengths", "model.remat"),
     }
 
 

@@ -10,7 +10,7 @@ from test_train import Numbers, assert_equal_trees, make_trainer, run, still_tas
 
 from lidit_jax.checkpoint import latest_step
 from lidit_jax.errors import UserError
-from lidit_jax.train import learning_rate
+from lidit_jax.optimizer import learning_rate
 
 BAD = (1, 3, 4, 5)  # of steps 0 to 11, logged every three steps: one of the first interval, all of the second
 

@@ -29,12 +29,14 @@ from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import Metrics, Progress, device_memory, duration
 from lidit_jax.models.layers import Dense
+from lidit_jax.optimizer import learning_rate
 from lidit_jax.parallel.chips import chip_of
 from lidit_jax.parallel.mesh import make_mesh, resolve_sizes
 from lidit_jax.parallel.preemption import Preempted
 from lidit_jax.parallel.rules import ShardingRules
-from lidit_jax.train import Task, Trainer, learning_rate, train
+from lidit_jax.train import train
 from lidit_jax.train_config import TrainConfig
+from lidit_jax.trainer import Task, Trainer
 from lidit_jax.weighted_mean import WeightedMean
 
 ONE_DEVICE = {"data": 1, "fsdp": 1, "tensor": 1}

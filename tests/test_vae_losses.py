@@ -28,8 +28,8 @@ from lidit_jax.models.vae_loss import (
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.vae import VAEObjective, vae_task
-from lidit_jax.train import Trainer
 from lidit_jax.train_config import TrainConfig
+from lidit_jax.trainer import Trainer
 from lidit_jax.weights.lpips import load_lpips
 
 CONFIG = VAEConfig(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, mid_block_add_attention=False)

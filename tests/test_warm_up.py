@@ -19,7 +19,7 @@ from lidit_jax.data.batch_stream import STATISTICS, BatchStatistics, BatchStream
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.parallel.preemption import Preempted
-from lidit_jax.train import Task
+from lidit_jax.trainer import Task
 from lidit_jax.weighted_mean import WeightedMean
 
 BUCKETS = (Bucket(24, 8), Bucket(16, 16))

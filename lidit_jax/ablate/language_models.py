@@ -36,8 +36,8 @@ from lidit_jax.stages.train_network import on_host, train_network
 from lidit_jax.text.load_encoder import LLM_FAMILIES
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
-from lidit_jax.train import Task
 from lidit_jax.train_config import TrainConfig
+from lidit_jax.trainer import Task
 from lidit_jax.weights.huggingface_llm import save_llm
 from lidit_jax.weights.huggingface_t5 import save_t5_encoder
 

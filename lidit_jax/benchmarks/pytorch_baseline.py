@@ -107,7 +107,7 @@ def channels_first(latents: np.ndarray, device: str = "cpu") -> Tensor:
 
 
 class Trainer:
-    """Trains with AdamW, clipping and EMA as `lidit_jax.train.Trainer` does, on one device.
+    """Trains with AdamW, clipping and EMA as `lidit_jax.trainer.Trainer` does, on one device.
 
     Unlike there, steps with a non-finite loss are not skipped: checking would make every step wait for the host.
     """

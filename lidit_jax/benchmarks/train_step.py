@@ -1,6 +1,6 @@
 """Benchmarks a training step against PyTorch: `python -m lidit_jax.benchmarks.train_step [--config=configs/1b.py …]`.
 
-The step of `lidit_jax.train` (refiners, DiT, loss, gradient, clipping, AdamW and EMA, as the config has them) on
+The step of `lidit_jax.trainer` (refiners, DiT, loss, gradient, clipping, AdamW and EMA, as the config has them) on
 precomputed latents and encoder features. The frozen LLMs and the VAE are left out on both sides.
 
     lidit_jax         on all devices, over the config's mesh
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import jax
 
     from lidit_jax.benchmarks.workload import Work, Workload
-    from lidit_jax.train import Batch, Trainer
     from lidit_jax.train_config import TrainConfig
+    from lidit_jax.trainer import Batch, Trainer
 
 flags.adopt_module_key_flags(workload_flags)  # shows them in --help
 _TRACE = flags.DEFINE_string(
@@ -146,7 +146,7 @@ def make_trainer(workload: "Workload", config: "TrainConfig", mesh_sizes: Mappin
     from lidit_jax.parallel.rules import ShardingRules, replicated
     from lidit_jax.stages.lidit import lidit_task
     from lidit_jax.text.encoders import PrecomputedEncoder
-    from lidit_jax.train import Trainer
+    from lidit_jax.trainer import Trainer
 
     mesh = make_mesh(mesh_sizes)
     check_model(mesh, workload.model.hidden_size, workload.model.num_heads)

@@ -39,8 +39,8 @@ from lidit_jax.pipeline import Pipeline
 from lidit_jax.stages.lidit import lidit_task
 from lidit_jax.text.encoders import FrozenLLM, LLMTextEncoder, PromptEncoder
 from lidit_jax.text.load_encoder import open_encoder
-from lidit_jax.train import Trainer, TrainState, check_batch_size
 from lidit_jax.train_config import TrainConfig
+from lidit_jax.trainer import Trainer, TrainState, check_batch_size
 from lidit_jax.weights.huggingface_llm import abstract_encoder
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.train_network import on_host, train_network
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
-from lidit_jax.train import Task
+from lidit_jax.trainer import Task
 from lidit_jax.weighted_mean import Perplexity, WeightedMean
 from lidit_jax.weights.huggingface_llm import save_llm
 

@@ -35,7 +35,7 @@ from lidit_jax.text.encoders import (
     text_flops_and_lengths,
     tokenize,
 )
-from lidit_jax.train import Batch, Evaluate, Task, TrainState
+from lidit_jax.trainer import Batch, Evaluate, Task, TrainState
 from lidit_jax.weighted_mean import WeightedMean
 
 logger = logging.getLogger(__name__)

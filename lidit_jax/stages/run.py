@@ -39,8 +39,8 @@ from lidit_jax.stages.language_model import train_language_model
 from lidit_jax.stages.lidit import train_lidit
 from lidit_jax.stages.reconstruction import is_evaluated
 from lidit_jax.stages.vae import VAEStage
-from lidit_jax.train import check_batch_size
 from lidit_jax.train_config import TrainConfig
+from lidit_jax.trainer import check_batch_size
 from lidit_jax.weights.digest import file_digest, folder_digest
 from lidit_jax.workdir_lock import LOCK_FILE, lock
 

@@ -15,8 +15,9 @@ from lidit_jax.models.lidit import num_parameters
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.parallel.watchdog import watched
 from lidit_jax.stages.work_left import later_steps
-from lidit_jax.train import Task, Trainer, TrainState, train
+from lidit_jax.train import train
 from lidit_jax.train_config import TrainConfig
+from lidit_jax.trainer import Task, Trainer, TrainState
 
 logger = logging.getLogger(__name__)
 

@@ -37,7 +37,7 @@ from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.stages import reconstruction
 from lidit_jax.stages.reconstruction import Autoencoding, evaluate_reconstruction, is_evaluated
 from lidit_jax.stages.train_network import on_host, train_network
-from lidit_jax.train import Evaluate, Task, TrainState
+from lidit_jax.trainer import Evaluate, Task, TrainState
 from lidit_jax.weighted_mean import WeightedMean
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
 from lidit_jax.weights.digest import file_digest, folder_digest
