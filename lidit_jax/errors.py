@@ -24,6 +24,13 @@ _DISK_ERRORS = (
         "name a place that can be read and written",
     ),
 )
+# XLA's errors on devices without enough memory: when a program is compiled (TPU), is loaded, or allocates its arrays.
+_DEVICE_MEMORY = (
+    re.compile(r"Used \S+ of \S+ hbm"),
+    re.compile(r"Out of memory (?:while trying to )?allocat\w+ [0-9.]+ ?\w+"),
+    re.compile(r"Attempting to (?:allocate|reserve) [0-9.]+\w+"),
+    re.compile(r"out of memory[^.\n]*", re.I),
+)
 _PATH = re.compile(r"(?<![\w/])(?:[a-z][a-z0-9+.-]*:/)?/[^\s;:,'\"\])]+")
 
 
@@ -73,6 +80,11 @@ def describe_system_error(error: BaseException) -> str | None:
                 f"JAX_PLATFORMS={platforms!r} gives JAX no device to run on ({reason}): leave it out, or install "
                 'JAX for it, as in pip install -e ".[cuda]"'
             )
+        if reason := _lack_of_device_memory(cause):
+            return (
+                f"a device is out of memory ({reason}): use smaller batches or images, or more devices; in training, "
+                "--config.train.accumulate=2 (times what it is) or --config.model.remat=full"
+            )
         if isinstance(cause, MemoryError):
             reason = " ".join(str(cause).split())[:200] or "an allocation failed"
             return f"out of memory ({reason}): use smaller sizes or batches, or a host with more memory"
@@ -83,6 +95,15 @@ def describe_system_error(error: BaseException) -> str | None:
                 place = getattr(cause, "filename", None) or _path_in(str(cause))
                 return f"{f'{place}: ' if place else ''}{reason}: {advice}"
     return None
+
+
+def _lack_of_device_memory(error: BaseException) -> str | None:
+    """Returns what XLA lacked memory for on a device; None for any other error."""
+    # By name: JAX takes long to import, and may not be in use.
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") or "RESOURCE_EXHAUSTED" not in str(error):
+        return None
+    found = (pattern.search(str(error)) for pattern in _DEVICE_MEMORY)
+    return next((match.group() for match in found if match), None)
 
 
 def _path_in(text: str) -> str | None:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -475,6 +476,36 @@ def test_commands_check_their_output_before_anything_is_loaded(tmp_path):
             command()
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 27.04G of "
+            "15.48G hbm. Exceeded hbm capacity by 11.56G.\n\nTotal hbm usage >= 27.56G:\n    reserved 530.00M",
+            "Used 27.04G of 15.48G hbm",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.\nBufferAssignment OOM",
+            "Out of memory while trying to allocate 17179869184 bytes",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 1.50G. That was not possible. "
+            "There are 1.20G free.; (0x0x0_HBM0)",
+            "Attempting to allocate 1.50G",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Error loading program: Attempting to reserve 5.40G at the bottom of memory. That was "
+            "not possible.",
+            "Attempting to reserve 5.40G",
+        ),
+    ],
+)
+def test_a_device_without_enough_memory_is_one_line(text, says):
+    found = describe_system_error(jax.errors.JaxRuntimeError(text))
+    assert found.startswith(f"a device is out of memory ({says}): ") and "\n" not in found
+    assert describe_system_error(jax.errors.JaxRuntimeError("INTERNAL: a bug")) is None
+
+
 def test_a_missing_accelerator_is_one_line(monkeypatch):
     program = "import jax\nfrom lidit_jax import cli\ncli.run(lambda: print(jax.devices()))"
     done = python("-c", program, env={"JAX_PLATFORMS": "cuda"})
@@ -488,6 +519,11 @@ def test_a_missing_accelerator_is_one_line(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS")
     assert describe_system_error(error).endswith(": set JAX_PLATFORMS=cpu to run without an accelerator")
     assert describe_system_error(RuntimeError("a bug")) is None
+    with pytest.raises(jax.errors.JaxRuntimeError) as exhausted:
+        jax.block_until_ready(jax.numpy.zeros(1 << 42))
+    found = describe_system_error(exhausted.value)
+    assert found.startswith("a device is out of memory (Out of memory allocating 17592186044416 bytes): use smaller")
+    assert "--config.train.accumulate=2" in found and "\n" not in found
     assert describe_system_error(MemoryError("Unable to allocate 7 TiB")).startswith("out of memory (Unable to all")
     assert "Read-only file system" in describe_system_error(ValueError("INTERNAL: Read-only file system [OS error 30]"))
     library = ValueError(

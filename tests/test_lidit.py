@@ -323,10 +323,10 @@ def check_rematerialisation(config, side, *text):
     inputs = jnp.zeros((2, side, side, config.latent_channels)), jnp.ones(2), text
     params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))["params"]
     program = str(jax.make_jaxpr(lambda p, *a: model.apply({"params": p}, *a))(params, *inputs))
-    is_full = config.remat == "full"
+    repeats = config.remat != "none"
     refiners = len(text) * (config.refiner_blocks + config.collaborative_blocks)
-    assert program.count("prevent_cse=True") == (refiners if is_full else 0)
-    assert program.count("prevent_cse=False") == is_full  # the body of the scan over the DiT's blocks
+    assert program.count("prevent_cse=True") == (refiners if repeats else 0)
+    assert program.count("prevent_cse=False") == repeats  # the body of the scan over the DiT's blocks
 
 
 @pytest.mark.parametrize(
@@ -417,7 +417,7 @@ def test_latents_that_the_patch_does_not_divide_are_rejected():
     [
         ({"num_heads": 5}, "hidden_size=32 is not divisible by model.num_heads=5"),
         ({"fusion": "sum"}, "collaborative, concatenate"),
-        ({"remat": "some"}, "full, dots, none"),
+        ({"remat": "some"}, "full, ffn, outputs, attention, projections, dots, none"),
     ],
 )
 def test_impossible_configs_are_rejected(changes, message):
