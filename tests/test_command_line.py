@@ -480,8 +480,8 @@ def test_commands_check_their_output_before_anything_is_loaded(tmp_path):
     ("text", "says"),
     [
         (
-            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 27.04G of "
-            "15.48G hbm. Exceeded hbm capacity by 11.56G.\n\nTotal hbm usage >= 27.56G:\n    reserved 530.00M",
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 27.04G "
+            "of 15.48G hbm. Exceeded hbm capacity by 11.56G.\n\nTotal hbm usage >= 27.56G:\n    reserved 530.00M",
             "Used 27.04G of 15.48G hbm",
         ),
         (
