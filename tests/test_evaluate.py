@@ -120,15 +120,15 @@ def test_another_model_or_another_way_to_draw_needs_another_folder(trained_workd
     asked = request(trained_workdir, "geneval", geneval, out)
     model = generate.trained_model.load(asked.workdir)
     benchmark = open_benchmark("geneval", geneval, 2)
-    facts = generate._facts(asked, benchmark, model)
-    generate._claim(asked.out, facts)
-    generate._claim(asked.out, facts)
+    provenance = generate._provenance(asked, benchmark, model)
+    generate._claim(asked.out, provenance)
+    generate._claim(asked.out, provenance)
     for changed in ({"step": 7}, {"config": "another"}, {"weights": "params"}, {"num_images": 4}):
         with pytest.raises(UserError, match=f"has images of another {next(iter(changed))} "):
-            generate._claim(asked.out, facts | changed)
+            generate._claim(asked.out, provenance | changed)
     (out / "drawn_with.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
-        generate._claim(asked.out, facts)
+        generate._claim(asked.out, provenance)
 
 
 def test_t2i_compbench_names_its_images_by_prompt_and_number(tmp_path):

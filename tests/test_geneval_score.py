@@ -518,7 +518,7 @@ def test_images_must_be_there_for_every_prompt(drawn):
 # --- results ------------------------------------------------------------------------------------------------------
 
 
-def test_results_are_kept_when_scoring_fails_and_belong_to_their_facts(tmp_path):
+def test_results_are_kept_when_scoring_fails_and_belong_to_their_provenance(tmp_path):
     out, calls = epath.Path(tmp_path / "out"), []
 
     def fails_at_c(name):

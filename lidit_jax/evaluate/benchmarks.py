@@ -25,7 +25,7 @@ from lidit_jax.files import is_hidden, read_text, split_lines, write_json
 from lidit_jax.images import save_png
 
 MAX_NAME = 255  # longest file name in bytes
-FACTS_FILE = "drawn_with.json"  # beside the images: the model and settings that generated them
+PROVENANCE_FILE = "drawn_with.json"  # beside the images: the model and settings that generated them
 
 Texts = Sequence[Mapping[str, str]]  # of the PNG files of a prompt, see `png_text`
 

@@ -17,7 +17,7 @@ from lidit_jax import __version__, trained_model
 from lidit_jax.config import read_workdir
 from lidit_jax.config_fields import with_defaults
 from lidit_jax.errors import UserError, cannot_write
-from lidit_jax.evaluate.benchmarks import FACTS_FILE, Benchmark, open_benchmark
+from lidit_jax.evaluate.benchmarks import PROVENANCE_FILE, Benchmark, open_benchmark
 from lidit_jax.evaluate.output_folder import check_claim, read_claim
 from lidit_jax.evaluate.scene_benchmark import ShapesBenchmark
 from lidit_jax.experiment import Experiment
@@ -87,16 +87,16 @@ def generate_benchmark(request: Request) -> None:
     """
     if request.num_images < 1:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
-    read_claim(request.out, FACTS_FILE)  # raises if the folder can't be used, before the model is loaded
+    read_claim(request.out, PROVENANCE_FILE)  # raises if the folder can't be used, before the model is loaded
     benchmark = request.open()
     experiment = trained_model.open_run(request.workdir, request.encoders, request.vae)
     sampling, height, width = request.resolve_options(experiment)
     model = trained_model.load(request.workdir, request.weights, encoders=request.encoders, vae=request.vae)
-    facts = _facts(request, benchmark, model) | {"height": height, "width": width}
-    facts |= {name: getattr(sampling, name) for name in SAMPLING}
-    _claim(request.out, facts)
+    provenance = _provenance(request, benchmark, model) | {"height": height, "width": width}
+    provenance |= {name: getattr(sampling, name) for name in SAMPLING}
+    _claim(request.out, provenance)
     settings = {"model": str(request.workdir), "version": __version__}
-    settings |= {name: facts[name] for name in ("height", "width", *SAMPLING, "weights", "step")}
+    settings |= {name: provenance[name] for name in ("height", "width", *SAMPLING, "weights", "step")}
     pending = _pending_prompts(request.out, benchmark)
     warn_of_truncated(model, benchmark.prompts)
     logger.info(
@@ -130,8 +130,8 @@ def seed_of(prompt: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{index} {prompt}".encode("utf-8", "surrogatepass")).digest()[:4], "big")
 
 
-def _facts(request: Request, benchmark: Benchmark, model: TrainedModel) -> dict[str, Any]:
-    """Returns the facts that identify the images of a request: benchmark, prompts, model and step."""
+def _provenance(request: Request, benchmark: Benchmark, model: TrainedModel) -> dict[str, Any]:
+    """Returns the provenance of the images of a request: benchmark, prompts, model and step."""
     config = json.dumps(with_defaults(read_workdir(request.workdir)), sort_keys=True, default=str)
     prompts = json.dumps(benchmark.prompts)
     return {
@@ -149,20 +149,20 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _claim(out: epath.Path, facts: dict[str, Any]) -> None:
-    """Writes the facts into the output folder.
+def _claim(out: epath.Path, provenance: dict[str, Any]) -> None:
+    """Writes the provenance into the output folder.
 
     Raises:
       UserError: the folder belongs to another request, or cannot be written. Nothing is overwritten.
     """
-    found = read_claim(out, FACTS_FILE)
+    found = read_claim(out, PROVENANCE_FILE)
     if found is not None:
-        check_claim(out, "images", found, facts, facts)
+        check_claim(out, "images", found, provenance, provenance)
     multihost_utils.sync_global_devices("checked the folder")
     if jax.process_index() == 0 and found is None:
         try:
             with created_folder(out):
-                write_json(out / FACTS_FILE, facts)
+                write_json(out / PROVENANCE_FILE, provenance)
         except OSError as error:
             raise cannot_write(f"--out={out}", error) from error
 

@@ -1,4 +1,4 @@
-"""Output folders that a command fills over several runs, with a file of facts that protects them from other runs."""
+"""Output folders that a command fills over several runs; a file of their provenance protects them from other runs."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,17 +10,17 @@ from lidit_jax.files import check_writable, is_unused, read_json
 
 
 def read_claim(out: epath.Path, name: str) -> dict[str, Any] | None:
-    """Reads the facts of an output folder.
+    """Reads the provenance of an output folder.
 
     Args:
       out: the folder.
-      name: name of the JSON file of facts in it.
+      name: name of the JSON file that holds it.
 
     Returns:
-      The facts; None if the folder is missing or empty.
+      The provenance; None if the folder is missing or empty.
 
     Raises:
-      UserError: `out` is a file or a folder with other content, or the file of facts is damaged.
+      UserError: `out` is a file or a folder with other content, or the file of its provenance is damaged.
     """
     check_writable(out, f"--out={out}")
     file = out / name
@@ -38,23 +38,23 @@ def read_claim(out: epath.Path, name: str) -> dict[str, Any] | None:
 
 
 def check_claim(
-    out: epath.Path, content: str, found: Mapping[str, Any], facts: Mapping[str, Any], keys: Iterable[str]
+    out: epath.Path, content: str, found: Mapping[str, Any], provenance: Mapping[str, Any], keys: Iterable[str]
 ) -> None:
     """Checks that an output folder belongs to the current run.
 
     Args:
       out: the folder.
       content: name of its content in error messages, such as "images" or "results".
-      found: facts in the folder.
-      facts: facts of the current run.
+      found: provenance in the folder.
+      provenance: provenance of the current run.
       keys: keys whose values must be equal.
 
     Raises:
       UserError: a value differs.
     """
     for key in keys:
-        if found.get(key) != facts.get(key):
+        if found.get(key) != provenance.get(key):
             raise UserError(
-                f"--out={out} has {content} of another {key} ({found.get(key)!r:.80}, now {facts.get(key)!r:.80}): "
-                "choose another folder"
+                f"--out={out} has {content} of another {key} ({found.get(key)!r:.80}, now "
+                f"{provenance.get(key)!r:.80}): choose another folder"
             )

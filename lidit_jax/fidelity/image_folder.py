@@ -15,7 +15,7 @@ from etils import epath
 
 from lidit_jax.data.formats.files import is_remote
 from lidit_jax.errors import UserError
-from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut, open_benchmark
+from lidit_jax.evaluate.benchmarks import PROVENANCE_FILE, cut, open_benchmark
 from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.files import is_hidden, read_json, walk
 from lidit_jax.sample.image_list import IMAGE_NAME, LIST_FILE, read_list
@@ -88,7 +88,7 @@ def find_images_and_prompts(folder: epath.Path, prompts_file: epath.Path | None)
         the number of prompts, or a metadata file is damaged.
     """
     files = image_files(folder, "images")
-    benchmark, num_images = _read_facts(folder)
+    benchmark, num_images = _read_provenance(folder)
     if benchmark in ("geneval", "positional_bias", "t2i_compbench"):
         files = [file for file in files if file.parent.name == "samples"]
         if not files:
@@ -131,16 +131,16 @@ def _listed_images(folder: epath.Path, sampled: list[epath.Path], listed: Mappin
     return [ImageFile(file, prompt) for file, prompt in files]
 
 
-def _read_facts(folder: epath.Path) -> tuple[str, int]:
-    """Returns (benchmark, images per prompt) from `lidit_jax.evaluate`'s facts or the folder's layout, else ("", 1)."""
-    file = folder / FACTS_FILE
+def _read_provenance(folder: epath.Path) -> tuple[str, int]:
+    """Returns (benchmark, images per prompt) as `lidit_jax.evaluate` or the folder's layout says, else ("", 1)."""
+    file = folder / PROVENANCE_FILE
     if not file.exists():
         if any(folder.glob("*/metadata.jsonl")):
             return "geneval", 1
         return ("t2i_compbench", 1) if any(folder.glob(f"samples/*_{'[0-9]' * 6}.png")) else ("", 1)
     try:
-        facts = read_json(file)
-        return str(facts["benchmark"]), int(facts["num_images"])
+        provenance = read_json(file)
+        return str(provenance["benchmark"]), int(provenance["num_images"])
     except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{file} is damaged: generate the benchmark again") from None
 

@@ -90,7 +90,7 @@ def score_fidelity(request: FidelityRequest) -> dict[str, Any]:
         raise UserError(
             f"FID needs at least 2 images and 2 reference images: there are {count} and {request.reference.count}"
         )
-    scores = _facts(request) | {"num_images": count}
+    scores = _provenance(request) | {"num_images": count}
     if (found := read_claim(request.out, SCORES_FILE)) is not None:
         check_claim(request.out, "scores", found, scores, FACTS)
     fid = None if request.inception is None else FrechetDistance(load_network(request.inception))
@@ -244,7 +244,7 @@ def _warn_if_few(count: int, num_features: int) -> None:
 # --- the report -------------------------------------------------------------------------------------------------
 
 
-def _facts(request: FidelityRequest) -> dict[str, Any]:
+def _provenance(request: FidelityRequest) -> dict[str, Any]:
     """Returns the images and models of the scores as JSON values."""
     return {
         "images": str(request.images),

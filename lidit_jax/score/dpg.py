@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from lidit_jax.errors import UserError
-from lidit_jax.evaluate.benchmarks import FACTS_FILE, cut
+from lidit_jax.evaluate.benchmarks import PROVENANCE_FILE, cut
 from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.files import is_hidden, read_json
 from lidit_jax.score.dpg_questions import Questions, read_questions
@@ -55,8 +55,8 @@ def score(request: ScoreRequest) -> Report:
         cells = cut(read_image(files[name]), per_file, files[name])
         return [model.answers(cell, questions) for cell in cells]
 
-    facts = {"questions": _questions_digest(prompts), "images_per_file": per_file}
-    with open_results(request, list(files.values()), ("vqa",), **facts) as results:
+    provenance = {"questions": _questions_digest(prompts), "images_per_file": per_file}
+    with open_results(request, list(files.values()), ("vqa",), **provenance) as results:
         answers = results.complete(list(files), ask, unit="prompt")
     right = {
         name: [dict(zip(prompts[name], map(is_yes, cell_answers), strict=True)) for cell_answers in prompt_answers]
@@ -165,7 +165,7 @@ def _prompts_to_score(
 def _images_per_file(folder: epath.Path) -> int:
     """Returns the number of images in a file: 1 if `lidit_jax.evaluate` recorded that, else 4 as in dist_eval.sh."""
     try:
-        noted = read_json(folder / FACTS_FILE)["num_images"]
+        noted = read_json(folder / PROVENANCE_FILE)["num_images"]
     except (OSError, ValueError, KeyError, TypeError):
         return 4
     return 1 if noted == 1 else 4

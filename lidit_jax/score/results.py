@@ -11,7 +11,7 @@ import tqdm
 from etils import epath
 
 from lidit_jax.errors import UserError, cannot_write
-from lidit_jax.evaluate.benchmarks import FACTS_FILE
+from lidit_jax.evaluate.benchmarks import PROVENANCE_FILE
 from lidit_jax.evaluate.output_folder import check_claim, read_claim
 from lidit_jax.files import created_folder, write_json
 from lidit_jax.score.load_model import model_folder
@@ -62,18 +62,18 @@ class ResultsFile:
     Use it as a context manager: on exit, also by an exception or Ctrl-C, it saves the results so far.
     """
 
-    def __init__(self, out: epath.Path, facts: Mapping[str, Any]):
-        """Opens or creates the file; never overwrites results with other facts.
+    def __init__(self, out: epath.Path, provenance: Mapping[str, Any]):
+        """Opens or creates the file; never overwrites results of another provenance.
 
         Args:
           out: folder of the file.
-          facts: what the results depend on, JSON-serialisable.
+          provenance: what the results depend on, JSON-serialisable.
 
         Raises:
-          UserError: the folder is not empty and has no results with these facts, or it cannot be written.
+          UserError: the folder is not empty and has no results of this provenance, or it cannot be written.
         """
-        self._file, self._facts = out / RESULTS_FILE, dict(facts)
-        self._results = _read_results(self._file, self._facts)
+        self._file, self._provenance = out / RESULTS_FILE, dict(provenance)
+        self._results = _read_results(self._file, self._provenance)
         self._save()
 
     def complete(self, names: Sequence[str], score: Callable[[str], Any], unit: str = "image") -> dict[str, Any]:
@@ -106,7 +106,7 @@ class ResultsFile:
     def _save(self) -> None:
         try:
             with created_folder(self._file.parent):
-                write_json(self._file, {"facts": self._facts, "results": self._results}, indent=None)
+                write_json(self._file, {"facts": self._provenance, "results": self._results}, indent=None)
         except OSError as error:
             raise cannot_write(f"--out={self._file.parent}", error) from error
         self._saved = time.monotonic()
@@ -119,24 +119,24 @@ def open_results(
 
     Args:
       request: names the folders and the models.
-      images: files in `request.images`; results depend on their names and sizes, and on the facts that
+      images: files in `request.images`; results depend on their names and sizes, and on the provenance that
         `lidit_jax.evaluate` recorded beside them.
       models: those of "detector", "clip" and "vqa" that the scorer uses; results depend on their weights.
-      **more: further facts that results depend on, JSON-serialisable.
+      **more: what else the results depend on, JSON-serialisable.
 
     Raises:
       UserError: see `ResultsFile`; or a model was not named or does not exist.
     """
-    facts = {"benchmark": request.benchmark, "images": _images_digest(request.images, images)}
-    facts |= {name: folder_digest(model_folder(name, request.require(name))) for name in models}
-    return ResultsFile(request.out, json.loads(json.dumps(facts | more)))
+    provenance = {"benchmark": request.benchmark, "images": _images_digest(request.images, images)}
+    provenance |= {name: folder_digest(model_folder(name, request.require(name))) for name in models}
+    return ResultsFile(request.out, json.loads(json.dumps(provenance | more)))
 
 
-def _read_results(file: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _read_results(file: epath.Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """Reads the results in a file; empty if there is none.
 
     Raises:
-      UserError: they have other facts, or the file is damaged.
+      UserError: they have another provenance, or the file is damaged.
     """
     found = read_claim(file.parent, file.name)
     if found is None:
@@ -144,16 +144,16 @@ def _read_results(file: epath.Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     recorded, results = found.get("facts"), found.get("results")
     if not isinstance(recorded, dict) or not isinstance(results, dict):
         raise UserError(f"{file} is damaged: name another --out")
-    if results:  # a file without results may be reused for other facts
-        check_claim(file.parent, "results", recorded, facts, sorted({*recorded, *facts}))
+    if results:  # a file without results may be reused
+        check_claim(file.parent, "results", recorded, provenance, sorted({*recorded, *provenance}))
     return results
 
 
 def _images_digest(folder: epath.Path, images: Sequence[epath.Path]) -> str:
     sha = hashlib.sha256()
-    facts = folder / FACTS_FILE
-    if facts.exists():
-        sha.update(facts.read_bytes())
+    provenance = folder / PROVENANCE_FILE
+    if provenance.exists():
+        sha.update(provenance.read_bytes())
     for image in images:
         # Sizes, not contents, which would be read twice: images of two models never all have the same sizes in bytes.
         sha.update(f"{image.relative_to(folder)} {image.stat().length}\n".encode("utf-8", "surrogateescape"))
