@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
@@ -15,11 +14,12 @@ from etils import epath
 
 from lidit_jax.compile import compile_step
 from lidit_jax.compile.compile_step import AssumedTokenizer, abstract_batch, abstract_frozen, topology_devices
-from lidit_jax.compile.report import worst
+from lidit_jax.compile.report import SearchTable, worst
 from lidit_jax.data.assembler import BatchShape
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
+from lidit_jax.models.remat import REMAT_POLICIES
 from lidit_jax.parallel.chips import V5E
 from lidit_jax.parallel.mesh import check_model, make_mesh
 from lidit_jax.parallel.rules import ShardingRules
@@ -192,6 +192,34 @@ def test_the_program_for_short_prompts_can_be_compiled(of_buckets):
         compile_step.compile_step(config, "v5e:2x4", prompt_length=13)
     with pytest.raises(UserError, match="--prompt_length: sampling pads"):
         compile_step.compile_step(config, "v5e:2x4", program="sample", prompt_length=5)
+
+
+def test_policies_are_compared_from_the_one_that_repeats_the_least(report, monkeypatch):
+    config, compiled = tiny_config(), []
+
+    def record(config, topology, **options):
+        compiled.append((config.model.remat, topology, options))
+        fits = config.model.remat == "full"
+        return report[0] if fits else dataclasses.replace(report[0], peak=None, needed=9000, cost=None)
+
+    monkeypatch.setattr(compile_step, "compile_step", record)
+    table = SearchTable()
+    found = compile_step.search(config, "v5e:2x4", ["dots", "full", "none"], prefix_tokens=7)
+    rows = [table.add(*one) for one in found]
+    options = {"bucket": "32x32", "prefix_tokens": 7}
+    assert compiled == [(policy, "v5e:2x4", options) for policy in ("none", "dots", "full")]
+    assert [row.split()[0] for row in rows] == ["none", "dots", "full"]
+    assert ["yes" in row for row in rows] == [False, False, True] and "%" in rows[2]
+    assert table.best() == "full" and config.model.remat == "none"
+    assert [one for one, _ in compile_step.search(config, "v5e:2x4", ["all"])] == list(reversed(REMAT_POLICIES))
+    with pytest.raises(UserError, match="--search=some: use all, or some of none,dots,projections,"):
+        next(compile_step.search(config, "v5e:2x4", ["some", "dots"]))
+
+
+def test_no_policy_is_the_best_if_none_fits(report):
+    table = SearchTable()
+    assert "no" in table.add("full", dataclasses.replace(report[0], peak=None, cost=None, needed=9000))
+    assert table.best() is None
 
 
 def test_a_bucket_that_does_not_fit_decides_whatever_the_others_need(report):
