@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lidit_jax.compile import compile_step
 from lidit_jax.compile.hlo import cost_of
+from lidit_jax.data.assembler import BatchShape
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.attention import dot_product_attention
@@ -114,7 +115,8 @@ def run_of(name, dtype="bfloat16"):
 def train_step(run):
     """Returns the StableHLO of a complete train step: LLMs, VAE, LI-DiT forward and backward, AdamW."""
     side = run.experiment.data.resolution
-    batch = compile_step.abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, Bucket(side, side))
+    shape = BatchShape(Bucket(side, side), run.experiment.text.max_length)
+    batch = compile_step.abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, shape)
     trainer = run.trainer(run.experiment.train)
     with jax.set_mesh(run.mesh):
         return trainer.lower(trainer.abstract_state(), run.frozen, batch).as_text()
