@@ -396,10 +396,10 @@ def _is_distributed() -> bool:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Returns False for what is said otherwise.
+    """Returns False for records that repeat what this program reports itself.
 
-    That is the stack traces of a full disk, which Orbax logs in every thread and then raises, and its warning at every
-    save that waits for the one before; see `Checkpoints.save`.
+    These are the stack traces of a full disk, which Orbax logs in every thread and then raises, and its warning at
+    every save that waits for the one before; see `Checkpoints.save`.
     """
     if str(record.msg).startswith("Waiting for previous save"):
         return False
@@ -408,6 +408,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 def _leave_closed_output() -> None:
     """Ends the process without a word if what reads its output has ended, so that nothing can be said."""
+    if not hasattr(select, "poll"):  # on Windows
+        return
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         poll.register(stream.fileno(), 0)

@@ -28,8 +28,8 @@ from lidit_jax.config import claim_workdir, find_config, flatten, sibling_config
 from lidit_jax.config import load_config as load_named_config
 from lidit_jax.config_fields import apply_overrides, find_fields, with_defaults
 from lidit_jax.console import COMMANDS
-from lidit_jax.data.indexed.shared_array import SharedArray
 from lidit_jax.data.precomputed import DTYPES
+from lidit_jax.data.shared_array import SharedArray
 from lidit_jax.errors import UserError, describe_system_error
 from lidit_jax.evaluate import generate as evaluate
 from lidit_jax.evaluate.benchmarks import BENCHMARKS

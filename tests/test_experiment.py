@@ -21,7 +21,7 @@ from PIL import Image
 
 from lidit_jax import trained_model
 from lidit_jax.checkpoint_weights import load_weights
-from lidit_jax.config import claim_workdir, read_workdir
+from lidit_jax.config import claim_workdir, flatten, read_workdir
 from lidit_jax.config_fields import with_defaults
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
@@ -253,6 +253,9 @@ def test_sampling_options_and_intervals_may_change_when_a_run_resumes(tmp_path):
 def test_how_a_run_computes_may_change_when_it_resumes(tmp_path, key, value):
     resumed(tmp_path)
     resumed(tmp_path, **{key: value})
+    recorded = flatten(read_workdir(epath.Path(tmp_path)))
+    expected = {f"{key}.{field}": one for field, one in value.items()} if isinstance(value, dict) else {key: value}
+    assert expected.items() <= recorded.items()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from stored_data import COUNT, caption, data_of, numbered_image, write_tars
 from test_tar_source import encode, write_tar
 
 from lidit_jax.data.filters import no_caption
+from lidit_jax.data.formats import index_files
 from lidit_jax.data.formats.tar_shards import TarShards
-from lidit_jax.data.indexed import index_files
 from lidit_jax.data.indexed.index import IndexOptions, examine
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.open_dataset import open_dataset

@@ -1,5 +1,6 @@
 """Properties of the refiners and of LI-DiT."""
 
+import dataclasses
 import functools
 import math
 
@@ -201,6 +202,26 @@ def test_padding_never_changes_a_result(fusion):
     # The prompt's own tokens do change the result.
     other = TextFeatures(first.prefix, first.prompt.at[:, 0].add(1.0), first.mask)
     assert np.abs(apply(params, x, t, [other, second]) - expected).max() > 1e-4
+
+
+@pytest.mark.parametrize(("name", "heads", "side"), [("1b", 2, 16), ("10b", 2, 32)])
+def test_a_shorter_prompt_length_changes_no_result_at_real_sizes(name, heads, side):
+    """At the grid, head size and prompt lengths of the real configs, with one block and two heads."""
+    found = build(LIDiTConfig, load_config(name).model, "model")
+    sizes = {"depth": 1, "num_heads": heads, "hidden_size": heads * found.head_dim, "remat": "none", "dtype": "float32"}
+    model = LIDiT(dataclasses.replace(found, refiner_blocks=1, patch_size=1, latent_channels=4, **sizes))
+    text = [text_features(seed, prefix=64, lengths=(80, 20)) for seed in (0, 10)]
+
+    def padded(features):
+        extra = 256 - features.prompt.shape[1]
+        prompt = jnp.pad(features.prompt, ((0, 0), (0, extra), (0, 0)), constant_values=7.0)
+        return TextFeatures(features.prefix, prompt, jnp.pad(features.mask, ((0, 0), (0, extra))))
+
+    x, t = normal(5, (2, side, side, 4)), jnp.array([1.0, 900.0])
+    params = opened(nn.unbox(jax.jit(model.init)(jax.random.key(0), x, t, text))["params"])
+    apply = jax.jit(lambda params, text: model.apply({"params": params}, x, t, text))
+    expected, result = apply(params, text), apply(params, [padded(features) for features in text])
+    np.testing.assert_allclose(result, expected, atol=2e-6 * np.abs(expected).max())
 
 
 def test_refiners_attend_to_the_prefix_and_then_drop_it():

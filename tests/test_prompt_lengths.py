@@ -19,7 +19,7 @@ from test_tar_source import encode, write_tar
 
 from lidit_jax.data.assembler import BatchShape
 from lidit_jax.data.caption_lengths import CaptionLengths
-from lidit_jax.data.indexed import index_files
+from lidit_jax.data.formats import index_files
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data.prompt_lengths import MULTIPLE, StreamedPromptLengths, choose_lengths
 from lidit_jax.errors import UserError

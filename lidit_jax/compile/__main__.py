@@ -6,9 +6,9 @@ Compiles the step for the square bucket and for the most extreme one, and report
 `--bucket=640x384` compiles that one alone, `--prompt_length=64` the program for short prompts (`text.num_lengths`).
 `--program=sample` compiles the sampling of images instead; `--weights` lists the sharding of each weight,
 `--traffic=20` the operations that move the most bytes. `--search=all` compiles the step with every rematerialisation
-policy and prints a table. Reports the memory that a chip needs, whether it fits, what each
-part of the model costs, and a lower bound on the time of a step. Needs no TPU, but the TPU compiler:
-`pip install -e ".[tpu]"`. Exit code 1 if the program does not fit.
+policy and prints a table. Reports the memory that a chip needs, whether it fits, what each part of the model costs, and
+a lower bound on the time of a step. Needs no TPU, but the TPU compiler: `pip install -e ".[tpu]"`. Exit code 1 if the
+program does not fit.
 """
 
 import sys

@@ -45,6 +45,8 @@ from lidit_jax.weights.huggingface_llm import abstract_encoder
 
 logger = logging.getLogger(__name__)
 
+_NO_MODEL = "compile: the config trains a VAE alone: give one with a model"
+
 TOPOLOGY = re.compile(r"(v\d+[a-z]*):\d+(x\d+)*")
 
 
@@ -139,6 +141,8 @@ def search(
     Raises:
       UserError: as `compile_step` raises, or a policy is unknown.
     """
+    if "model" not in config:
+        raise UserError(_NO_MODEL)
     known = list(reversed(REMAT_POLICIES))
     if unknown := set(policies) - {*known, "all"}:
         raise UserError(f"--search={','.join(sorted(unknown))}: use all, or some of {','.join(known)}")
@@ -188,7 +192,7 @@ def _abstract_run(config: ConfigDict, topology: str, num_slices: int, prefix_tok
         config.data.path = config.data.get("path") or "unused"
     experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
     if not experiment.has_lidit:
-        raise UserError("compile: the config trains a VAE alone: give one with a model")
+        raise UserError(_NO_MODEL)
     devices, chip = topology_devices(topology, num_slices)
     return _on_devices(experiment, devices, chip, prefix_tokens)
 

@@ -16,7 +16,7 @@ Tokenize = Callable[[list[str]], Mapping[str, np.ndarray]]
 
 
 class BatchShape(NamedTuple):
-    """What the shapes of a batch's arrays depend on, so that each is one program to compile.
+    """Determines the shapes of a batch's arrays; each batch shape is one program to compile.
 
     Attributes:
       bucket: size of the images.
@@ -135,13 +135,11 @@ def reshaped(shapes: Mapping[str, tuple[int, ...]], shape: BatchShape, other: Ba
     for content in ("image", "moments"):
         if content in shapes:
             rows, height, width, channels = shapes[content]  # for moments in latent cells, so scale by the ratio
-            height, width = (
-                height * other.bucket.height // shape.bucket.height,
-                width * other.bucket.width // shape.bucket.width,
-            )
+            height = height * other.bucket.height // shape.bucket.height
+            width = width * other.bucket.width // shape.bucket.width
             found[content] = (rows, height, width, channels)
     for name, (rows, *sizes) in shapes.items():
-        if name.endswith(("/tokens", "/mask", "/encoded")):  # those with precomputed prefix features are longer
+        if name.endswith(("/tokens", "/mask", "/encoded")):  # the latter may hold a prefix, too
             found[name] = (rows, sizes[0] + other.prompt_length - shape.prompt_length, *sizes[1:])
     return found
 

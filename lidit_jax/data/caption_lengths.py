@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from lidit_jax.data.captions import CaptionChooser
-from lidit_jax.data.indexed.index_files import facts_of, read_table, write_table
+from lidit_jax.data.formats.index_files import facts_of, read_table, write_table
 
 _VERSION = 1
 _COLUMNS = ("row", "name", "tokens")
@@ -53,21 +53,22 @@ class CaptionLengths:
     @classmethod
     def count(cls, captions: Iterable[Mapping[str, str]], count_tokens: TokenCounter) -> "CaptionLengths":
         """Counts the tokens of captions, {name: text} of each example."""
-        names: dict[str, int] = {}
-        rows: list[int] = []
-        name_indices: list[int] = []
-        tokens = [np.zeros(0, np.int64)]
         texts = ((row, name, text) for row, found in enumerate(captions) for name, text in found.items())
+        counts: list[tuple[int, str, int]] = []
         while chunk := list(itertools.islice(texts, _TEXTS_AT_ONCE)):
-            rows += [row for row, _, _ in chunk]
-            name_indices += [names.setdefault(name, len(names)) for _, name, _ in chunk]
-            tokens.append(np.asarray(count_tokens([text for _, _, text in chunk]), np.int64))
-        return cls(tuple(names), np.array(rows, np.int64), np.array(name_indices, np.int64), np.concatenate(tokens))
+            tokens = count_tokens([text for _, _, text in chunk]).tolist()
+            counts += [(row, name, count) for (row, name, _), count in zip(chunk, tokens, strict=True)]
+        return cls._from_counts(counts)
 
     @classmethod
     def of(cls, tokens: Iterable[Mapping[str, int]]) -> "CaptionLengths":
         """Returns counts that are known, {name: tokens} of each example."""
         counts = [(row, name, count) for row, found in enumerate(tokens) for name, count in found.items()]
+        return cls._from_counts(counts)
+
+    @classmethod
+    def _from_counts(cls, counts: Sequence[tuple[int, str, int]]) -> "CaptionLengths":
+        """Returns the counts of captions, (row, name, tokens) of each."""
         names = {name: number for number, name in enumerate(dict.fromkeys(name for _, name, _ in counts))}
         columns = np.array([(row, names[name], count) for row, name, count in counts], np.int64).reshape(-1, 3)
         return cls(tuple(names), columns[:, 0], columns[:, 1], columns[:, 2])

@@ -5,7 +5,6 @@ import collections
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-import jax
 import numpy as np
 
 from lidit_jax.data.assembler import Assembler, Tokenize
@@ -209,17 +208,11 @@ class Dataset(abc.ABC):
             with_captions=with_captions,
             with_images=with_images,
         )
-        return self._loader(assembler, batch_size, first, jax.process_index(), jax.process_count(), prompts)
+        return self._loader(assembler, batch_size, first, prompts)
 
     @abc.abstractmethod
     def _loader(
-        self,
-        assembler: Assembler,
-        batch_size: int,
-        first: int,
-        process_index: int,
-        process_count: int,
-        prompts: PromptLengths | None,
+        self, assembler: Assembler, batch_size: int, first: int, prompts: PromptLengths | None
     ) -> BatchStream: ...
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lidit_jax.data.caption_lengths import CaptionLengths, TokenCounter
 from lidit_jax.data.captions import CaptionChooser, fields_of
-from lidit_jax.data.indexed.shared_array import SharedArray
+from lidit_jax.data.shared_array import SharedArray
 from lidit_jax.errors import UserError
 
 MULTIPLE = 16  # of every length but `max_length`: the rows of a bfloat16 tile of a TPU

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from grain.experimental import index_shuffle
 
-from lidit_jax.data.indexed.shared_array import SharedArray
+from lidit_jax.data.shared_array import SharedArray
 
 _CIPHER_ROUNDS = 4  # of the cipher behind grain's index_shuffle; grain's own default
 # The cipher works on at least 16 bits and repeats until its value is a valid index: 20,000 steps per index for a bucket

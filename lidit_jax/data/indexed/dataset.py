@@ -183,15 +183,7 @@ class IndexedDataset(Dataset):
         ]
         return IndexedPromptLengths(captions, choosers, list(map(len, self._sources)), num_lengths, max_length)
 
-    def _loader(
-        self,
-        assembler: Assembler,
-        batch_size: int,
-        first: int,
-        process_index: int,
-        process_count: int,
-        prompts: PromptLengths | None,
-    ) -> Loader:
+    def _loader(self, assembler: Assembler, batch_size: int, first: int, prompts: PromptLengths | None) -> Loader:
         assert prompts is None or isinstance(prompts, IndexedPromptLengths)
         config = self.config
         return make_loader(
@@ -205,6 +197,6 @@ class IndexedDataset(Dataset):
             prefetch=config.prefetch,
             max_broken=config.max_broken,
             first_batch=first,
-            process_index=process_index,
-            process_count=process_count,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )

@@ -24,8 +24,8 @@ from lidit_jax.data.captions import list_field
 from lidit_jax.data.filters import Candidate, Filter, first_reason
 from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.files import modification_time
+from lidit_jax.data.formats.index_files import facts_of, read_table, write_table
 from lidit_jax.data.formats.shards import Place, Sample, Shards
-from lidit_jax.data.indexed.index_files import facts_of, read_table, write_table
 from lidit_jax.parallel.preemption import ignore_ctrl_c
 
 MAX_PIXELS = 1 << 26  # default limit for an image

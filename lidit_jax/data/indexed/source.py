@@ -13,7 +13,7 @@ from lidit_jax.data.captions import CaptionChooser
 from lidit_jax.data.filters import Filter
 from lidit_jax.data.formats.shards import Sample, Shards, Unusable
 from lidit_jax.data.indexed.index import DEFAULT_OPTIONS, IndexOptions, captions_of, examine
-from lidit_jax.data.indexed.shared_array import SharedArray
+from lidit_jax.data.shared_array import SharedArray
 from lidit_jax.data.sources import BrokenExample, Example, Source, decode_to_bucket, no_samples_error, without_image
 
 
@@ -50,10 +50,9 @@ class IndexedSource(Source):
         self.num_samples = sum(shard.num_samples for shard in examined)
         self.fields = sum((shard.fields for shard in examined), collections.Counter())
         self.keys = sum((shard.keys for shard in examined), collections.Counter())
-        counts = self._counts
-        if not sum(counts):
+        if not sum(self._counts):
             raise no_samples_error(shards.paths, self.num_samples, self.broken, self.dropped, self.fields, self.keys)
-        self._shard = SharedArray(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
+        self._shard = SharedArray(np.repeat(np.arange(len(self._counts), dtype=np.int32), self._counts))
         self._places = SharedArray(np.concatenate([shard.places for shard in examined]))
         self._sizes = SharedArray(np.concatenate([shard.sizes for shard in examined]))
         digest = hashlib.sha256("".join(shard.digest for shard in examined).encode())

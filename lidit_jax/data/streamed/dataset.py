@@ -181,18 +181,10 @@ class StreamedDataset(Dataset):
         buckets = [np.array([entry.bucket for entry in samples]) for samples in self._samples]
         return StreamedPromptLengths(captions, choosers, buckets, self._shares, count_tokens, num_lengths, max_length)
 
-    def _loader(
-        self,
-        assembler: Assembler,
-        batch_size: int,
-        first: int,
-        process_index: int,
-        process_count: int,
-        prompts: PromptLengths | None,
-    ) -> StreamLoader:
+    def _loader(self, assembler: Assembler, batch_size: int, first: int, prompts: PromptLengths | None) -> StreamLoader:
         assert prompts is None or isinstance(prompts, StreamedPromptLengths)
         self.check_batch_size(batch_size)
-        streams, numbers = self._streams_of_process(batch_size, process_index, process_count)
+        streams, numbers = self._streams_of_process(batch_size, jax.process_index(), jax.process_count())
         # Buckets not met among the first samples never occur: their samples go to the nearest bucket that does.
         [occurring] = np.nonzero(self._shares.sum(0))
         buckets = tuple(self.buckets[i] for i in occurring)
