@@ -61,6 +61,8 @@ def cannot_write(named: str, error: BaseException) -> UserError:
     reason = describe_system_error(error)
     if reason is None:
         reason = f"{getattr(error, 'strerror', None) or ' '.join(str(error).split())[:200]}: name another place"
+        if file := getattr(error, "filename", None):
+            reason = f"{file}: {reason}"
     return UserError(f"{named} can't be written: {reason}")
 
 

@@ -1,7 +1,10 @@
+import bz2
 import collections
 import datetime
+import gzip
 import io
 import json
+import lzma
 import os
 import pathlib
 import pickle
@@ -167,9 +170,20 @@ def test_a_tar_without_captions_says_what_was_found(tmp_path):
         tar_source(tar)
 
 
-def test_a_file_that_is_not_a_tar_is_reported_as_such(tmp_path):
-    (tmp_path / "a.tar").write_bytes(b"PK\3\4" + os.urandom(3000))
-    with pytest.raises(UserError, match="not a tar: 1"):
+@pytest.mark.parametrize(
+    ("compress", "found"),
+    [
+        (lambda data: b"?" + data, "not a tar"),
+        (lambda data: b"PK\3\4" + data, r"not a tar but a zip archive \(decompress it first\)"),
+        (gzip.compress, r"not a tar but compressed with gzip \(decompress it first\)"),
+        (bz2.compress, r"not a tar but compressed with bzip2 \(decompress it first\)"),
+        (lzma.compress, r"not a tar but compressed with xz \(decompress it first\)"),
+    ],
+    ids=["noise", "zip", "gzip", "bzip2", "xz"],
+)
+def test_a_file_that_is_not_a_tar_is_reported_as_such(tmp_path, compress, found):
+    (tmp_path / "a.tar").write_bytes(compress(os.urandom(3000)))
+    with pytest.raises(UserError, match=f"{found}: 1"):
         tar_source(tmp_path / "a.tar")
 
 
@@ -513,6 +527,12 @@ def test_jpegs_decode_as_in_pillow_up_to_rounding(mode):
 
 
 # --- hostile input ----------------------------------------------------------------------------------------------
+
+
+def test_an_image_of_a_single_column_costs_nothing():
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1 << 16, 8, 2, 0, 0, 0))
+    with pytest.raises(decoding.BrokenImage, match="side over 65535 px"):
+        decoding.read_size(io.BytesIO(b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"")), 1 << 26)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

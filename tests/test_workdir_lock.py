@@ -138,6 +138,13 @@ def test_a_folder_that_can_not_be_written_is_a_user_error(tmp_path):
         pass
 
 
+def test_a_folder_in_place_of_the_lock_file_is_named(file):
+    file.mkdir(parents=True)
+    message = f"the workdir can't be written: {file}: Is a directory"
+    with pytest.raises(UserError, match=message), lock(file, "the workdir"):
+        pass
+
+
 def test_on_a_full_disk_no_lock_stays(file, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -38,6 +38,8 @@ _TO_UPRIGHT = {
 }
 # Encoders of progressive JPEGs write about ten scans; each takes as long as a pass over all pixels.
 _MAX_SCANS = 32
+# Longest side: of JPEGs, of what other formats allow too. Decoders take a time per row, and rows may be of one pixel.
+_MAX_SIDE = 65_535
 # Chunks that a PNG needs, in order; they and transparency (tRNS) determine its pixels. Texts, colour profiles and the
 # further frames of an animation do not.
 _NEEDED_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
@@ -87,6 +89,8 @@ def _read_header(file: BinaryIO, max_pixels: int) -> ImageHeader:
     header = read_header(file)
     if header.height * header.width > max_pixels:
         raise BrokenImage("too many pixels")
+    if max(header.height, header.width) > _MAX_SIDE:
+        raise BrokenImage("side over 65535 px")
     if not header.height * header.width:
         raise BrokenImage("unreadable image")
     return header

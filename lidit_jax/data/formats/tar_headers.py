@@ -23,6 +23,14 @@ _GNU_SPARSE = b"S"
 _ZEROS_AT_ONCE = 1 << 20
 # Archives end in zeros, and other archives may follow (`cat *.tar`). Looking for those has to end in a file of zeros.
 _MAX_ZEROS = 1 << 24
+# First bytes of files that are often given the name of a tar, and what they are.
+_OTHER_FORMATS = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ\0": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"PK\x03\x04": "a zip archive",
+}
 
 
 class Member(NamedTuple):
@@ -73,7 +81,9 @@ def walk(file: File, start: int = 0) -> Iterator[Member]:
             start = position = _skip_zeros(file, position)
             overrides, extensions, is_appended = {}, 0, True
             continue
-        _check(header, "not a tar" if not position else "unknown data after the tar" if is_appended else "damaged tar")
+        _check(
+            header, "unknown data after the tar" if is_appended else "damaged tar" if position else _not_a_tar(header)
+        )
         is_appended = False
         headers += 1
         kind, data = header[156:157], position + BLOCK
@@ -137,6 +147,14 @@ def _skip_sparse_maps(file: File, header: bytes, position: int) -> int:
         block, flag = file.read(position, BLOCK), 504
         position += BLOCK
     raise DamagedTar("damaged tar")
+
+
+def _not_a_tar(header: bytes) -> str:
+    """Returns what a file that does not begin with a tar header is, in a few words."""
+    for magic, found in _OTHER_FORMATS.items():
+        if header.startswith(magic):
+            return f"not a tar but {found} (decompress it first)"
+    return "not a tar"
 
 
 def _check(header: bytes, otherwise: str) -> None:
