@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, Literal, NamedTuple
 
+import numpy as np
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Parts (chunks, segments) that a file may have, whatever its length, and bytes for each one above: walking through a
 # million empty chunks would take as long as decoding hundreds of images. PNGs of many short chunks have 8 KiB in each.
@@ -20,6 +22,7 @@ _ORIENTATION_TAG = 0x0112
 _TRANSPOSED_ORIENTATIONS = (5, 6, 7, 8)
 _START_OF_FRAME = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
 _START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
+_COMPARED_BYTES = 1 << 16  # at once: they stay in the processor's cache
 _WITHOUT_LENGTH = (0x01, *range(0xD0, 0xD8))  # JPEG markers that are not followed by a segment
 
 
@@ -153,7 +156,7 @@ def _jpeg_segments(file: BinaryIO) -> Iterator[tuple[int, int, int]]:
 
 def exceeds_scans(data: bytes, limit: int) -> bool:
     """Returns True if a JPEG has more than `limit` scans; each costs as much as a pass over all pixels."""
-    if data.count(b"\xff\xda") <= limit:
+    if _count_scan_markers(data) <= limit:
         return False  # the usual case; more of these bytes may also be in metadata, or in a video after the image
     position, scans, size = 2, 0, len(data)
     while scans <= limit and position + 4 <= size:
@@ -169,6 +172,15 @@ def exceeds_scans(data: bytes, limit: int) -> bool:
         if position < 0:
             return False
     return scans > limit
+
+
+def _count_scan_markers(data: bytes) -> int:
+    """Returns how often the bytes FF DA occur; several times faster than `data.count`, in constant memory."""
+    markers, count = np.frombuffer(data, np.uint8), 0
+    for first in range(0, len(data), _COMPARED_BYTES):
+        block = markers[first : first + _COMPARED_BYTES + 1]
+        count += int(np.count_nonzero((block[:-1] == 0xFF) & (block[1:] == _START_OF_SCAN)))
+    return count
 
 
 def _read_webp(file: BinaryIO) -> ImageHeader:
