@@ -38,8 +38,11 @@ class UserError(ValueError):
     """A mistake that the user can correct: its message is one line that says what is wrong and what to do.
 
     Raised anywhere in the library. The command lines print the message and exit with code 2 (`cli.py`), so nobody has
-    to read a stack trace to find a misspelt key.
+    to read a stack trace to find a misspelt key. So does a notebook.
     """
+
+    def _render_traceback_(self) -> list[str]:  # IPython calls it in place of printing a stack trace
+        return [f"error: {one_line(str(self))}"]
 
 
 def one_line(text: str) -> str:

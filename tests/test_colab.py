@@ -5,6 +5,7 @@ import base64
 import glob
 import importlib.metadata
 import io
+import logging
 import shlex
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from flax.traverse_util import flatten_dict
 from IPython.core.inputtransformer2 import TransformerManager
 from PIL import Image
 
+from lidit_jax.errors import UserError
 from lidit_jax.models.layers import Attention, LayerConfig
 from lidit_jax.models.lidit import TextCondition, TextFeatures
 from lidit_jax.models.lidit_config import LIDiTConfig
@@ -231,6 +233,32 @@ def test_the_run_is_kept_on_drive_if_the_user_agrees(monkeypatch, keep):
     drive = "/content/drive/MyDrive/lidit-jax/"
     assert str(namespace["workdir"]) == f"{drive if keep else ''}runs/shapes"
     assert mounted == ["/content/drive"] * keep
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"train.steps": 3, "evaluate": None, "vae.model.block_out_channels": (8, 8, 16, 16)}, None),
+        ({"train.step": 3}, "config key train.step is unknown; did you mean 'steps'"),
+        ({"trian.steps": 3}, "config key trian is unknown; did you mean 'train'"),
+        ({"train.steps": "x"}, "config key train.steps"),
+    ],
+    ids=str,
+)
+def test_changes_are_checked_like_those_of_the_command_line(monkeypatch, changes, error):
+    runs = []
+    monkeypatch.setattr("lidit_jax.stages.run.run_stages", lambda config, workdir: runs.append(config))
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
+    namespace = {"CHANGES": changes, "workdir": None}
+    if error:
+        with pytest.raises(UserError, match=error) as caught:
+            exec(cell_with("train").source, namespace)
+        [line] = caught.value._render_traceback_()
+        assert line == f"error: {caught.value}"
+    else:
+        exec(cell_with("train").source, namespace)
+        assert (runs[0].train.steps, runs[0].vae.model.block_out_channels) == (3, (8, 8, 16, 16))
+        assert "evaluate" not in runs[0]
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Costs read from HLO text, compared with XLA's own count, and with loops that XLA counts once."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -172,3 +174,81 @@ ENTRY %main (p: f32[8,8]) -> f32[8,8] {
 }
 """
     assert cost_of(text).kernels == {"tpu_custom_call": 1}
+
+
+def bytes_by_opcode(text: str) -> collections.Counter:
+    counts: collections.Counter = collections.Counter()
+    for operation, count in cost_of(text).operation_bytes.items():
+        counts[operation.opcode] += count
+    return +counts
+
+
+def test_only_arrays_in_hbm_count_as_traffic():
+    """Text of the TPU compiler, which prefetches arrays into the chip's vector memory, S(1)."""
+    hbm, vmem = "f32[64,128]{1,0:T(8,128)}", "f32[64,128]{1,0:T(8,128)S(1)}"
+    update, row, size = "f32[1,128]{1,0:T(1,128)S(1)}", 128 * 4, 64 * 128 * 4
+    text = f"""
+%fused (x: f32[64,128], u: f32[1,128]) -> f32[64,128] {{
+  %x = {hbm} parameter(0)
+  %u = {update} parameter(1)
+  %i = s32[] constant(0)
+  ROOT %w = {hbm} dynamic-update-slice(%x, %u, %i, %i)
+}}
+
+ENTRY %main (p: f32[64,128], i: s32[]) -> f32[64,128] {{
+  %p = {hbm} parameter(0)
+  %i = s32[] parameter(1)
+  %start = ({vmem}, {hbm}, u32[]{{:S(2)}}) copy-start(%p)
+  %prefetched = {vmem} copy-done(%start)
+  %near = {vmem} exponential(%prefetched)
+  %row = {update} dynamic-slice(%near, %i, %i), dynamic_slice_sizes={{1,128}}
+  %fetched = {update} dynamic-slice(%p, %i, %i), dynamic_slice_sizes={{1,128}}
+  %stored = {hbm} fusion(%p, %row), kind=kLoop, calls=%fused
+  ROOT %far = {hbm} add(%near, %stored)
+}}
+"""
+    # Each is read or written once in HBM, a row where only that is touched.
+    assert bytes_by_opcode(text) == {"copy-start": size, "dynamic-slice": row, "fusion": row, "add": 2 * size}
+
+
+def test_arrays_take_whole_tiles_of_hbm():
+    """Heads of 64 features fill half of a tile's lanes; with the tokens last they fill all of them."""
+    text = """
+ENTRY %main (p: bf16[2,1024,44,64]) -> bf16[2,44,64,1024] {
+  %p = bf16[2,1024,44,64]{3,2,1,0:T(8,128)(2,1)} parameter(0)
+  %e = bf16[2,1024,44,64]{1,3,2,0:T(8,128)(2,1)} exponential(%p)
+  ROOT %n = f32[44,100]{1,0:T(8,128)} custom-call(%e), custom_call_target="x"
+}
+"""
+    dense = 2 * 1024 * 44 * 64 * 2
+    padded = 2 * 1024 * 48 * 128 * 2
+    assert bytes_by_opcode(text) == {"exponential": padded + dense, "custom-call": dense + 48 * 128 * 4}
+
+
+def test_of_a_stack_only_the_slice_is_read_also_by_nested_fusions():
+    """Text of the TPU compiler: the product of one layer's activations, which are sliced in a fusion inside of it."""
+    text = """
+%slice (s: f32[48,16,128], i: s32[]) -> f32[16,128] {
+  %s = f32[48,16,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %z = s32[] constant(0)
+  %d = f32[1,16,128]{2,1,0} dynamic-slice(%s, %i, %z, %z), dynamic_slice_sizes={1,16,128}
+  ROOT %b = f32[16,128]{1,0} bitcast(%d)
+}
+
+%product (s: f32[48,16,128], i: s32[], k: f32[128,128]) -> f32[16,128] {
+  %s = f32[48,16,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %k = f32[128,128]{1,0} parameter(2)
+  %x = f32[16,128]{1,0} fusion(%s, %i), kind=kLoop, calls=%slice
+  ROOT %y = f32[16,128]{1,0} dot(%x, %k), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (s: f32[48,16,128], i: s32[], k: f32[128,128]) -> f32[16,128] {
+  %s = f32[48,16,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %k = f32[128,128]{1,0} parameter(2)
+  ROOT %f = f32[16,128]{1,0} fusion(%s, %i, %k), kind=kOutput, calls=%product
+}
+"""
+    assert bytes_by_opcode(text) == {"fusion": (16 * 128 + 128 * 128 + 16 * 128) * 4 + 4}

@@ -114,6 +114,8 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_files(config, latents, tm
         open_dataset(experiment.Experiment(changed(config, source="precomputed", path=str(out)), out).data, 8)
     with pytest.raises(UserError, match="holds latents with dtype=float32, now float16: use another --out"):
         precompute(config, out, batch_size=8, dtype="float16")
+    with pytest.raises(UserError, match="out holds latents without the features of llama, which --features now adds"):
+        precompute(config, out, batch_size=8, dtype="float32", with_features=True)
     precompute(config, out, batch_size=8, dtype="float32")
     assert written == ["001-000000.array_record", "002-000000.array_record", "002-000000.array_record"]
     assert (out / "manifest.json").read_text() == (latents / "manifest.json").read_text()

@@ -95,7 +95,9 @@ def test_the_summary_names_what_there_is_and_the_next_commands(tmp_path):
     assert lines[1] == "  training/lidit/checkpoints: LI-DiT up to step 7, to sample, resume and fine-tune from"
     assert not any("scores.json" in line for line in lines)
     assert f"python -m lidit_jax.sample --workdir='{workdir}' --out='{workdir}/images'" in lines[-2]
-    assert f"python -m lidit_jax.export --workdir='{workdir}'" in lines[-1]
+    assert lines[-1].endswith(f"python -m lidit_jax.export --workdir='{workdir}' --out='{workdir}-torch'")
+    epath.Path(f"{workdir}-torch").mkdir()  # the folder of an earlier export
+    assert _summary(Experiment(tiny_config(), workdir)).endswith("-torch' --overwrite")
 
 
 def test_a_finished_run_that_can_not_be_written_says_what_it_left_and_writes_nothing(tmp_path, monkeypatch, caplog):

@@ -25,6 +25,7 @@ _NO_KERNELS = frozenset(("AllocateBuffer", "AsyncCollectiveStart", "AsyncCollect
 # Instructions that only name existing data, without memory traffic.
 _FREE = frozenset(("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id"))
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
+_PLACED_ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")  # with its layout
 _NAME = re.compile(r"%?([\w.\-]+)")
 
 
@@ -49,8 +50,8 @@ class Cost:
 
     Attributes:
       flops: FLOPs of matrix products and convolutions, two for each multiply-add.
-      bytes: bytes read and written by instructions that are not fused into others; for slices of larger arrays, those
-        of the slice.
+      bytes: bytes of HBM read and written by instructions that are not fused into others; for slices of larger arrays,
+        those of the slice. Arrays that the compiler keeps in the chip's own memory are not in HBM.
       messages: bytes communicated by a chip, by collective: the result of an all-gather, the operand of a
         reduce-scatter, twice the size of an all-reduce.
       gradient_reductions: bytes of `messages` that reduce gradients of weights and biases, by dtype ("f32").
@@ -235,28 +236,49 @@ class _Module:
         return max(0, math.ceil((end - (first or 0)) / step)) if step and step > 0 else None
 
     def _traffic(self, instruction: Instruction, computation: dict[str, Instruction]) -> int:
-        """Returns the bytes that an instruction reads and writes."""
+        """Returns the bytes of HBM that an instruction reads and writes."""
+        shapes = [computation[name].shape if name in computation else "" for name in instruction.operands]
         if instruction.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * _bytes(instruction.shape)
+            return _bytes(instruction.shape) * bool(_hbm_bytes(shapes[0])) + _hbm_bytes(instruction.shape)
         if instruction.opcode in ("copy-start", "slice-start"):
-            return 2 * min(
-                _BYTES.get(kind, 0) * math.prod(sizes) for kind, sizes in list(_arrays(instruction.shape))[:2]
-            )
+            places = list(_places(instruction.shape))[:2]  # destination and source, in either order
+            return min(size for size, _ in places) * sum(in_hbm for _, in_hbm in places)
         if instruction.opcode == "dynamic-update-slice":
-            return 2 * _bytes(computation[instruction.operands[1]].shape)
-        written = _bytes(instruction.shape)
+            return _hbm_bytes(shapes[1]) + _bytes(shapes[1]) * bool(_hbm_bytes(instruction.shape))
+        written = _hbm_bytes(instruction.shape)
         inside = self._computations.get(instruction.called("calls") or "", {}) if instruction.opcode == "fusion" else {}
         read = 0
-        for number, name in enumerate(instruction.operands):
-            size = _bytes(computation[name].shape) if name in computation else 0
-            sliced = _sliced_bytes(inside, number) if inside else None
+        for number, shape in enumerate(shapes):
+            size = _hbm_bytes(shape)
+            sliced = self._sliced_bytes(inside, number) if inside and size else None
             read += size if sliced is None else min(size, sliced)
-        if inside:  # parameters passed through are neither read nor written
-            written -= sum(_bytes(inside[name].shape) for name in _returned_parameters(inside))
+        if inside and written:  # parameters passed through are neither read nor written
+            written -= sum(_hbm_bytes(inside[name].shape) for name in _returned_parameters(inside))
         updates = [i for i in inside.values() if i.opcode == "dynamic-update-slice" and _bytes(i.shape) == written]
         if updates:  # in place: only the update is written
             written = _bytes(inside[updates[0].operands[1]].shape) if updates[0].operands[1] in inside else written
         return read + written
+
+    def _sliced_bytes(self, inside: dict[str, Instruction], number: int) -> int | None:
+        """Returns the bytes that a fusion reads of a parameter that it only slices; None if it reads all of it."""
+        [name] = [i.name for i in inside.values() if i.opcode == "parameter" and i.operands == (str(number),)] or [None]
+        users = [i for i in inside.values() if name in i.operands and i.opcode != "parameter"]
+        total = 0
+        for user in users:
+            is_updated = user.opcode == "dynamic-update-slice" and user.operands[0] == name  # in place: nothing is read
+            if is_updated or (user.opcode == "tuple" and user.is_root):
+                continue
+            if user.opcode == "fusion":  # the TPU compiler nests them
+                nested = self._computations.get(user.called("calls") or "", {})
+                sliced = [self._sliced_bytes(nested, i) for i, operand in enumerate(user.operands) if operand == name]
+            elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+                sliced = [_bytes(user.shape)]
+            else:
+                return None
+            if None in sliced:
+                return None
+            total += sum(sliced)
+        return total if users else None
 
 
 def _parse(line: str) -> Instruction | None:
@@ -297,6 +319,26 @@ def _dims(shape: str) -> tuple[int, ...]:
 
 def _bytes(shape: str) -> int:
     return sum(_bytes_by_dtype([shape]).values())
+
+
+def _hbm_bytes(shape: str) -> int:
+    return sum(size for size, in_hbm in _places(shape) if in_hbm)
+
+
+def _places(shape: str) -> Iterator[tuple[int, bool]]:
+    """Yields, for every array, its size in bytes and True if it is in HBM.
+
+    T(8,128) in a layout says that the array consists of whole tiles of its two minor axes; S(n) names another memory,
+    such as the chip's vector memory (VMEM).
+    """
+    for kind, sizes, layout in _PLACED_ARRAY.findall(shape):
+        dims = [int(side) for side in sizes.split(",") if side]
+        found = re.match(r"\{([\d,]+):T\(([\d,]+)\)", layout)
+        if found:
+            minor_axes, tile = ([int(number) for number in group.split(",")] for group in found.groups())
+            for axis, side in zip(minor_axes, reversed(tile), strict=False):
+                dims[axis] = -(-dims[axis] // side) * side
+        yield _BYTES.get(kind, 0) * math.prod(dims), not re.search(r"S\([1-9]", layout)
 
 
 def _bytes_by_dtype(shapes: Sequence[str]) -> collections.Counter:
@@ -343,23 +385,6 @@ def _scope(instruction: Instruction, computation: dict[str, Instruction]) -> str
 def _target(instruction: Instruction) -> str:
     found = re.search(r'custom_call_target="([^"]*)"', instruction.attributes)
     return found[1] if found else "?"
-
-
-def _sliced_bytes(inside: dict[str, Instruction], number: int) -> int | None:
-    """Returns the bytes that a fusion reads of a parameter that it only slices; None if it reads all of it."""
-    [name] = [i.name for i in inside.values() if i.opcode == "parameter" and i.operands == (str(number),)] or [None]
-    users = [i for i in inside.values() if name in i.operands and i.opcode != "parameter"]
-    total = 0
-    for user in users:
-        if user.opcode == "tuple" and user.is_root:
-            continue
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-            total += _bytes(user.shape)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-            total += _bytes(inside[user.operands[1]].shape) if user.operands[1] in inside else 0
-        else:
-            return None
-    return total if users else None
 
 
 def _returned_parameters(inside: dict[str, Instruction]) -> list[str]:

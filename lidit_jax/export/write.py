@@ -153,9 +153,9 @@ def export(request: Request) -> None:
             card = model_card(run, [e.entry for e in encoders], weights.step, weights.num_parameters, request.dtype)
             (folder / "README.md").write_text(card, encoding="utf-8")
     logger.info(
-        "%s: %s weights of step %d, %.1f GB; load it with diffusers.DiffusionPipeline.from_pretrained(%r, "
+        "%s: %s weights of step %d, %.0f MB; load it with diffusers.DiffusionPipeline.from_pretrained(%r, "
         "trust_remote_code=True)",
-        *(request.out, request.weights, weights.step, (lidit_bytes + copied_bytes) / 1e9, str(request.out)),
+        *(request.out, request.weights, weights.step, (lidit_bytes + copied_bytes) / 1e6, str(request.out)),
     )
 
 
@@ -208,7 +208,8 @@ def _check_space(out: epath.Path, needed: int) -> None:
     free, needed = shutil.disk_usage(existing_parent(out)).free, needed + SPARE_BYTES
     if free < needed:
         raise UserError(
-            f"--out={out} needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free: free some space"
+            f"--out={out} needs {needed / 1e6:,.0f} MB with {SPARE_BYTES / 1e6:.0f} MB to spare, the disk has "
+            f"{free / 1e6:,.0f} MB free: free some space"
         )
 
 

@@ -99,5 +99,6 @@ def resolve_sizes(sizes: Mapping[str, int], num_devices: int) -> tuple[int, int,
     if -1 in shape and num_devices % known == 0:
         shape[shape.index(-1)] = num_devices // known
     if int(np.prod(shape)) != num_devices:
-        raise UserError(f"mesh ({given}) does not fit {num_devices} devices: the sizes must multiply to {num_devices}")
+        devices = "one device" if num_devices == 1 else f"{num_devices} devices"
+        raise UserError(f"mesh ({given}) does not fit {devices}: the sizes must multiply to {num_devices}")
     return tuple(shape)

@@ -110,6 +110,7 @@ def precompute(config: ConfigDict, out: epath.Path, batch_size: int, dtype: str,
     multihost_utils.sync_global_devices("wrote latents")
     if jax.process_index() == 0:
         _finish(out, plan, outputs)
+        logger.info("train on it with --config.data.source=precomputed --config.data.path=%s", out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,24 @@ def _plan_outputs(dataset: IndexedDataset) -> list[_OutputFile]:
     return outputs
 
 
+def _difference(field: str, before: Any, now: Any) -> str:
+    """Returns text on the field of a manifest in which an existing folder differs from what is to be written."""
+    if field != "encoders":
+        return f"latents with {field}={before}, now {now}"
+    for name in sorted({*before, *now}):
+        if name not in before:
+            return f"latents without the features of {name}, which --features now adds"
+        if name not in now:
+            return f"latents with the features of {name}, which are no longer asked for"
+    changes = (
+        f"features of {name} with {fact.name}={old}, now {new}"
+        for name in sorted(now)
+        for fact in dataclasses.fields(EncoderFingerprint)
+        if (old := getattr(before[name], fact.name)) != (new := getattr(now[name], fact.name))
+    )
+    return next(changes)
+
+
 def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_OutputFile] | None:
     """Creates the output folder with its plan, or checks that an existing folder has the same plan.
 
@@ -153,7 +172,7 @@ def _claim(out: epath.Path, plan: Manifest, dataset: IndexedDataset) -> list[_Ou
             for field in dataclasses.fields(Manifest):
                 before, now = getattr(found, field.name), getattr(plan, field.name)
                 if before != now:
-                    raise UserError(f"{out} holds latents with {field.name}={before}, now {now}: use another --out")
+                    raise UserError(f"{out} holds {_difference(field.name, before, now)}: use another --out")
             if name == MANIFEST:
                 return None
             return _plan_outputs(dataset)

@@ -126,7 +126,8 @@ def sample_to_folder(request: Request) -> None:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
     count = len(prompts) * request.num_images
     if not 0 <= request.seed <= MAX_SEED - count + 1:
-        raise UserError(f"--seed={request.seed} must be from 0 to {MAX_SEED - count + 1}, for {count} images")
+        images = "1 image" if count == 1 else f"{count} images"
+        raise UserError(f"--seed={request.seed} must be from 0 to {MAX_SEED - count + 1}, for {images}")
     check_writable(request.out, f"--out={request.out}")
     earlier = earlier_images(request.out)
 

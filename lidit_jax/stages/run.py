@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -219,10 +220,11 @@ def _summary(experiment: Experiment) -> str:
         # Names in the working directory where the workdir, or the folder that it is in, can't be written.
         images = workdir / "images" if is_writable(workdir) else "images"
         exported = f"{workdir if is_writable(workdir.parent) else workdir.name}-torch"
+        replace = " --overwrite" if os.path.exists(exported) else ""
         run, images, exported = (shlex.quote(str(path)) for path in (workdir, images, exported))
         lines += [
             f'sample: python -m lidit_jax.sample --workdir={run} --out={images} --prompt="…"',
-            f"export to PyTorch: python -m lidit_jax.export --workdir={run} --out={exported}",
+            f"export to PyTorch: python -m lidit_jax.export --workdir={run} --out={exported}{replace}",
         ]
     elif not experiment.vae.weights:
         lines.append(f"train LI-DiT with this VAE: give --config.vae.weights={experiment.vae_folder()}")
