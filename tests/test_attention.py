@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_lidit import opened, text_features
 
-from lidit_jax.compile.hlo import cost_of
+from lidit_jax.compile.cost import cost_of
 from lidit_jax.errors import UserError
 from lidit_jax.models import attention
 from lidit_jax.models.attention import dot_product_attention, select_implementation
@@ -158,12 +158,14 @@ def test_unsupported_kernel_inputs_are_rejected(monkeypatch):
         ("dq", "bf16[2,4,256,64]", 3),
     ],
 )
-def test_the_flops_of_the_kernel_are_counted(name, shapes, products):
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_the_flops_of_the_kernel_are_counted(name, shapes, products, is_swapped):
     """The HLO text is in the form of the TPU compiler; no other platform compiles the kernel."""
-    text = f"""ENTRY %main (q: bf16[2,4,256,64], k: bf16[2,2,128,64]) -> bf16[2,4,256,64] {{
+    query, key = ("bf16[2,4,64,256]", "bf16[2,2,64,128]") if is_swapped else ("bf16[2,4,256,64]", "bf16[2,2,128,64]")
+    text = f"""ENTRY %main (q: {query}, k: {key}) -> bf16[2,4,256,64] {{
   %next = s8[1,1,1] constant(0)
-  %q = bf16[2,4,256,64] parameter(0)
-  %k = bf16[2,2,128,64] parameter(1)
+  %q = {query} parameter(0)
+  %k = {key} parameter(1)
   %splash_mha_{name}_no_residuals.3 = ({shapes}) custom-call(%next, %q, %k, %k), custom_call_target="tpu_custom_call"
   ROOT %y = bf16[2,4,256,64] get-tuple-element(%splash_mha_{name}_no_residuals.3), index=0
 }}

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lidit_jax.compile import hlo
-from lidit_jax.compile.hlo import cost_of
+from lidit_jax.compile.cost import cost_of
 
 
 def compiled(function, *arguments, **options):
@@ -109,7 +109,7 @@ def test_loops_may_have_any_start_and_step(first, last, step):
 
 def test_operands_after_comments_are_read():
     line = "  ROOT %f = (f32[8]{0}, /*index=1*/f32[4]{0}) fusion(%a, %b, /*index=2*/%c, %d), kind=kLoop, calls=%x.1"
-    parsed = hlo._parse(line)
+    parsed = hlo.parse_instruction(line)
     assert parsed.operands == ("a", "b", "c", "d")
     assert (parsed.shape, parsed.is_root, parsed.called("calls")) == ("(f32[8]{0}, f32[4]{0})", True, "x.1")
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lidit_jax.compile import compile_step
-from lidit_jax.compile.hlo import cost_of
+from lidit_jax.compile.cost import cost_of
 from lidit_jax.data.assembler import BatchShape
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.experiment import Experiment

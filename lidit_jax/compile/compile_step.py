@@ -23,7 +23,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lidit_jax.compile.hlo import cost_of
+from lidit_jax.compile.cost import cost_of
 from lidit_jax.compile.report import Report, worst
 from lidit_jax.data.assembler import BatchShape
 from lidit_jax.data.buckets import Bucket

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lidit_jax.compile.hlo import Cost
+from lidit_jax.compile.cost import Cost
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.parallel.chips import Chip
 

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 MIN_SHARDED_ELEMENTS = 1 << 14
 
 # Name scope of the matmuls whose results are reduced over the devices as gradients. XLA keeps it in the operation names
-# of a compiled program, where `compile/hlo.py` looks for it.
+# of a compiled program, where `compile/cost.py` looks for it.
 GRADIENT_SCOPE = "gradient_reduction"
 
 MeshAxes = str | tuple[str, ...] | None
