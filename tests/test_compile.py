@@ -121,6 +121,24 @@ def test_the_report_gives_memory_and_cost_of_a_chip(report):
     assert found["flops"] == report.cost.flops and found["gradient_reductions"] == reductions
 
 
+def test_the_schedule_adds_up_and_names_the_collectives(report):
+    report, _ = report
+    schedule, bounds = report.schedule, report.bounds()
+    assert schedule.seconds >= max(bounds.values())
+    assert schedule.seconds <= sum(bounds.values())
+    messages = sum(schedule.exposed.values()) + sum(schedule.overlapped.values())
+    assert messages == pytest.approx(bounds["network"])
+    text = "\n".join(report.lines())
+    assert f"one instruction after another, each at the chip's peak rates: {schedule.seconds:.3f} s" in text
+    assert "  blocking all-gather: waits for" in text  # the CPU's collectives are blocking
+    header, *rows = report.collectives(5)
+    assert header.split() == ["waits", "overlaps", "collective"] and len(rows) == 5
+    waits = [float(row.split()[0]) for row in rows]
+    assert waits == sorted(waits, reverse=True)
+    assert all(" blocking all-" in row for row in rows)
+    assert json.loads(json.dumps(report.to_json()))["schedule"]["seconds"] == schedule.seconds
+
+
 def test_the_shares_of_the_parts_sum_to_the_cost(report):
     report, _ = report
     shares = report.shares()

@@ -8,7 +8,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lidit_jax.compile import hlo
-from lidit_jax.compile.cost import cost_of
+from lidit_jax.compile.cost import Costs, cost_of
+from lidit_jax.compile.hlo import Module
+from lidit_jax.compile.schedule import schedule_of
+from lidit_jax.parallel.chips import Chip
 
 
 def compiled(function, *arguments, **options):
@@ -252,3 +255,122 @@ ENTRY %main (s: f32[48,16,128], i: s32[], k: f32[128,128]) -> f32[16,128] {
 }
 """
     assert bytes_by_opcode(text) == {"fusion": (16 * 128 + 128 * 128 + 16 * 128) * 4 + 4}
+
+
+CHIP = Chip("of round numbers", flops=1e12, memory=1e9, memory_bandwidth=1e9, network_bandwidth=1e9)
+MS = (1 << 20) / 1e9  # seconds in which the memory or the network passes a mebibyte
+
+
+def schedule(text):
+    return schedule_of(Costs(Module(text)), CHIP)
+
+
+def waits_of(text) -> dict[tuple[str, bool], tuple[float, float]]:
+    """Returns the seconds that a chip waits for, and overlaps with, the messages of each kind."""
+    found = schedule(text)
+    return {
+        (message.kind, message.is_asynchronous): (exposed, pytest.approx(found.overlapped[message], abs=1e-9))
+        for message, exposed in found.exposed.items()
+    }
+
+
+def program(*lines) -> str:
+    """Text of the TPU compiler; the results of collectives are in VMEM, S(1), so that they have no HBM traffic."""
+    body = "\n  ".join(lines)
+    return f"""
+%add (a: f32[], b: f32[]) -> f32[] {{
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}}
+
+ENTRY %main (x: f32[262144], y: f32[131072]) -> f32[262144] {{
+  %x = f32[262144]{{0:S(1)}} parameter(0)
+  %y = f32[131072]{{0}} parameter(1)
+  {body}
+}}
+"""
+
+
+GATHERED = "f32[262144]{0:S(1)}"  # a mebibyte
+HALF_MS = "f32[131072]{0:S(1)}"  # a copy of y from HBM takes half the time of the message
+
+
+def test_a_blocking_collective_is_waited_for():
+    text = program(f"%c = {HALF_MS} copy(%y)", f"ROOT %g = {GATHERED} all-gather(%x), dimensions={{0}}")
+    assert waits_of(text) == {("all-gather", False): (pytest.approx(MS), 0)}
+    assert schedule(text).seconds == pytest.approx(1.5 * MS)
+
+
+@pytest.mark.parametrize("copies", [0, 1, 2, 3])
+def test_an_asynchronous_collective_is_waited_for_after_what_lies_between_its_start_and_its_end(copies):
+    text = program(
+        f"%s = (f32[262144]{{0:S(1)}}, {GATHERED}) all-gather-start(%x), dimensions={{0}}",
+        *(f"%c{i} = {HALF_MS} copy(%y)" for i in range(copies)),
+        f"ROOT %g = {GATHERED} all-gather-done(%s)",
+    )
+    between = copies * MS / 2
+    waits = max(0.0, MS - between)
+    assert waits_of(text) == {("all-gather", True): (pytest.approx(waits, abs=1e-9), MS - waits)}
+    assert schedule(text).seconds == pytest.approx(max(MS, between))
+
+
+def test_messages_pass_one_after_another():
+    text = program(
+        f"%s = (f32[262144]{{0:S(1)}}, {GATHERED}) all-gather-start(%x), dimensions={{0}}",
+        f"%t = {GATHERED} collective-permute-start(%x), source_target_pairs={{{{0,1}}}}",
+        f"%g = {GATHERED} all-gather-done(%s)",
+        f"ROOT %h = {GATHERED} collective-permute-done(%t)",
+    )
+    assert schedule(text).seconds == pytest.approx(2 * MS)
+
+
+def test_a_collective_that_the_compiler_spread_over_fusions_ends_with_the_last_one():
+    start, middle, end = "async-collective-start.1", "async_collective_fusion.2", "async-collective-done.3"
+    text = ""
+    for name, mark in ((start, "AsyncCollectiveStart"), (middle, None), (end, "AsyncCollectiveDone")):
+        call = f'  %k = f32[8]{{0:S(1)}} custom-call(%p), custom_call_target="{mark}"\n' if mark else ""
+        text += f"%{name} (p: f32[262144]) -> f32[262144] {{\n  %p = {GATHERED} parameter(0)\n{call}"
+        text += f"  ROOT %g = {GATHERED} all-gather(%p), dimensions={{0}}\n}}\n\n"
+    text += program(
+        f"%f0 = {GATHERED} fusion(%x), kind=kCustom, calls=%{start}",
+        f"%f1 = {GATHERED} fusion(%f0), kind=kCustom, calls=%{middle}",
+        f"%c = {HALF_MS} copy(%y)",
+        f"ROOT %f2 = {GATHERED} fusion(%f1), kind=kCustom, calls=%{end}",
+    )
+    assert waits_of(text) == {("all-gather", True): (pytest.approx(MS / 2), MS / 2)}
+
+
+def test_a_prefetch_runs_beside_computation():
+    work = "f32[1024,1024]{1,0:S(1)}"
+    product = f"{work} dot(%m, %m), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}"
+    compute = 2 * 1024**3 / CHIP.flops  # twice the time of the prefetch
+    text = program(
+        f"%m = {work} parameter(2)",
+        "%s = (f32[131072]{0:S(1)}, f32[131072]{0}, u32[]{:S(2)}) copy-start(%y)",
+        f"%d = {product}",
+        f"ROOT %c = {HALF_MS} copy-done(%s)",
+    )
+    assert schedule(text).seconds == pytest.approx(compute)
+    assert not schedule(text).exposed
+
+
+def test_the_body_of_a_loop_is_run_as_often_as_it_says():
+    loop = f"""
+%body (p: (s32[], f32[131072])) -> (s32[], f32[131072]) {{
+  %p = (s32[], f32[131072]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %v = f32[131072]{{0}} get-tuple-element(%p), index=1
+  %c = {HALF_MS} copy(%v)
+  %g = {GATHERED} all-gather(%c), dimensions={{0}}
+  ROOT %t = (s32[], f32[131072]{{0}}) tuple(%i, %v)
+}}
+"""
+    text = loop + program(
+        "%zero = s32[] constant(0)",
+        "%start = (s32[], f32[131072]{0}) tuple(%zero, %y)",
+        "ROOT %w = (s32[], f32[131072]{0}) while(%start), condition=%none, body=%body, "
+        'backend_config={"known_trip_count":{"n":"4"}}',
+    )
+    assert waits_of(text) == {("all-gather", False): (pytest.approx(4 * MS), 0)}
+    assert schedule(text).seconds == pytest.approx(4 * 1.5 * MS)

@@ -5,10 +5,10 @@
 Compiles the step for the square bucket and for the most extreme one, and reports the one that needs more memory;
 `--bucket=640x384` compiles that one alone, `--prompt_length=64` the program for short prompts (`text.num_lengths`).
 `--program=sample` compiles the sampling of images instead; `--weights` lists the sharding of each weight,
-`--traffic=20` the operations that move the most bytes. `--search=all` compiles the step with every rematerialisation
-policy and prints a table. Reports the memory that a chip needs, whether it fits, what each part of the model costs, and
-a lower bound on the time of a step. Needs no TPU, but the TPU compiler: `pip install -e ".[tpu]"`. Exit code 1 if the
-program does not fit.
+`--traffic=20` the operations that move the most bytes, `--collectives=20` those that communicate, with the time that a
+chip waits for them. `--search=all` compiles the step with every rematerialisation policy and prints a table. Reports
+the memory that a chip needs, whether it fits, what each part of the model costs, and a lower bound on the time of a
+step. Needs no TPU, but the TPU compiler: `pip install -e ".[tpu]"`. Exit code 1 if the program does not fit.
 """
 
 import sys
@@ -46,6 +46,12 @@ _WEIGHTS = flags.DEFINE_bool("weights", False, "list the sharding of each weight
 _TRAFFIC = flags.DEFINE_integer(
     "traffic", 0, "number of operations to list, those with the most HBM traffic first", lower_bound=0
 )
+_COLLECTIVES = flags.DEFINE_integer(
+    "collectives",
+    0,
+    "collective operations to list, those that a chip waits for longest first",
+    lower_bound=0,
+)
 _SEARCH = flags.DEFINE_list(
     "search", None, "rematerialisation policies (model.remat) to compile the train step with and compare, or all"
 )
@@ -75,6 +81,8 @@ def main() -> None:
     print("\n".join(report.lines()))
     if _TRAFFIC.value:
         print("\n".join(["", *report.traffic(_TRAFFIC.value)]))
+    if _COLLECTIVES.value:
+        print("\n".join(["", *report.collectives(_COLLECTIVES.value)]))
     if _JSON.value:
         write_json(epath.Path(_JSON.value), report.to_json())
     if not report.fits:

@@ -23,8 +23,10 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lidit_jax.compile.cost import cost_of
+from lidit_jax.compile.cost import Costs
+from lidit_jax.compile.hlo import Module
 from lidit_jax.compile.report import Report, worst
+from lidit_jax.compile.schedule import schedule_of
 from lidit_jax.data.assembler import BatchShape
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
@@ -261,6 +263,7 @@ def _report(
         except jax.errors.JaxRuntimeError as error:
             needed = _requested_bytes(str(error))
     memory = compiled and compiled.memory_analysis()
+    costs = compiled and Costs(Module(compiled.as_text()))
     return Report(
         topology=topology,
         what=program,
@@ -276,7 +279,8 @@ def _report(
         program=memory and memory.generated_code_size_in_bytes,
         needed=needed,
         model_flops=model_flops,
-        cost=compiled and cost_of(compiled.as_text()),
+        cost=costs and costs.total(),
+        schedule=costs and schedule_of(costs, chip),
         seconds=time.monotonic() - started,
     )
 

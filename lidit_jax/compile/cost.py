@@ -5,11 +5,10 @@ XLA's own cost analysis counts a loop's body once, which is meaningless for bloc
 
 import collections
 import dataclasses
-import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from lidit_jax.compile.hlo import (
-    NAME,
     Instruction,
     Module,
     arrays,
@@ -21,11 +20,12 @@ from lidit_jax.compile.hlo import (
     result_shape,
     scope_of,
     target_of,
+    without_memory,
 )
 from lidit_jax.compile.operation_flops import attention_flops, convolution_flops, dot_flops
 from lidit_jax.parallel.rules import GRADIENT_SCOPE
 
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _REDUCTIONS = ("all-reduce", "reduce-scatter")
 # Custom calls of the TPU compiler that compute nothing.
 _NO_KERNELS = frozenset(("AllocateBuffer", "AsyncCollectiveStart", "AsyncCollectiveDone", "ConcatBitcast",
@@ -116,6 +116,7 @@ class Costs:
         return self.of_computation(self.module.entry, False)
 
     def of_computation(self, name: str, fused: bool) -> Cost:
+        """Returns the cost of a computation; `fused` if it is part of a fusion, whose inside has no HBM traffic."""
         if (name, fused) not in self._known:
             total = Cost()
             for instruction in self.module.computations.get(name, {}).values():
@@ -134,15 +135,8 @@ class Costs:
             cost.add(self.of_computation(instruction.called("body"), fused), 1 if trips is None else trips)
             return cost, 1
         if instruction.opcode == "conditional":
-            branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-            names = (
-                NAME.findall(branches[1])
-                if branches
-                else [instruction.called(f"{b}_computation") for b in ("true", "false")]
-            )
-            return max(
-                (self.of_computation(name, fused) for name in names), key=lambda cost: (cost.flops, cost.bytes)
-            ), 1
+            costs = (self.of_computation(name, fused) for name in self.module.branches(instruction))
+            return max(costs, key=lambda cost: (cost.flops, cost.bytes)), 1
         cost = Cost()
         if instruction.opcode in ("call", "async-start"):
             cost.add(self.of_computation(instruction.called("to_apply") or instruction.called("calls"), fused))
@@ -168,9 +162,9 @@ class Costs:
             if not cost.flops:
                 cost.kernels[target] += 1
         if cost.flops and instruction.opcode != "fusion":
-            cost.operation_flops[_operation(instruction)] = cost.flops
+            cost.operation_flops[operation_of(instruction)] = cost.flops
         kind = instruction.opcode.removesuffix("-start")
-        if kind in _COLLECTIVES:
+        if kind in COLLECTIVES:
             shapes = [result_shape(instruction)]
             if kind == "reduce-scatter":
                 shapes = [computation[name].shape for name in instruction.operands if name in computation]
@@ -182,7 +176,7 @@ class Costs:
         if not fused and instruction.opcode not in _FREE and not instruction.opcode.endswith("-done"):
             traffic = self._traffic(instruction, computation)
             cost.bytes += traffic
-            cost.operation_bytes[_operation(instruction)] += traffic
+            cost.operation_bytes[operation_of(instruction)] += traffic
         return cost, 1
 
     def continues_collective(self, name: str) -> bool:
@@ -206,18 +200,13 @@ class Costs:
             return min(size for size, _ in ends) * sum(in_hbm for _, in_hbm in ends)
         if instruction.opcode == "dynamic-update-slice":
             return hbm_bytes(shapes[1]) + bytes_of(shapes[1]) * bool(hbm_bytes(instruction.shape))
-        written = hbm_bytes(instruction.shape)
         inside = self.module.computation(instruction) if instruction.opcode == "fusion" else {}
+        written = sum(_written_sizes(instruction, inside))
         read = 0
         for number, shape in enumerate(shapes):
             size = hbm_bytes(shape)
             sliced = self._sliced_bytes(inside, number) if inside and size else None
             read += size if sliced is None else min(size, sliced)
-        if inside and written:  # parameters passed through are neither read nor written
-            written -= sum(hbm_bytes(inside[name].shape) for name in _returned_parameters(inside))
-        updates = [i for i in inside.values() if i.opcode == "dynamic-update-slice" and bytes_of(i.shape) == written]
-        if updates:  # in place: only the update is written
-            written = bytes_of(inside[updates[0].operands[1]].shape) if updates[0].operands[1] in inside else written
         return read + written
 
     def _sliced_bytes(self, inside: dict[str, Instruction], number: int) -> int | None:
@@ -242,18 +231,29 @@ class Costs:
         return total if users else None
 
 
-def _returned_parameters(inside: dict[str, Instruction]) -> list[str]:
-    """Returns the names of the parameters that a fusion returns unchanged."""
-    roots = [instruction for instruction in inside.values() if instruction.is_root and instruction.opcode == "tuple"]
-    return [
-        name
-        for instruction in roots
-        for name in instruction.operands
-        if name in inside and inside[name].opcode == "parameter"
-    ]
+def _written_sizes(instruction: Instruction, inside: dict[str, Instruction]) -> Iterator[int]:
+    """Yields the bytes of HBM that an instruction writes for each of its results; `inside` are those of a fusion.
+
+    Parameters that are passed through are not written, and of a result that is updated in place only the update is.
+    """
+    results = [size if in_hbm else 0 for size, in_hbm in places(instruction.shape)]
+    [root] = [each for each in inside.values() if each.is_root] or [None]
+    names = root.operands if root and root.opcode == "tuple" else [root.name] if root else []
+    if len(names) != len(results):
+        yield sum(results)
+        return
+    for name, size in zip(names, results, strict=True):
+        source = inside.get(name)
+        while source and source.opcode == "bitcast":
+            source = inside.get(source.operands[0])
+        if source and source.opcode == "parameter" and root and root.opcode == "tuple":
+            continue
+        if source and source.opcode == "dynamic-update-slice" and source.operands[1] in inside:
+            size = min(size, hbm_bytes(without_memory(inside[source.operands[1]].shape)))
+        yield size
 
 
-def _operation(instruction: Instruction) -> Operation:
+def operation_of(instruction: Instruction) -> Operation:
     shapes = [f"{kind}[{','.join(map(str, sizes))}]" for kind, sizes in arrays(instruction.shape)]
     shape = shapes[0] if len(shapes) == 1 else f"({', '.join(shapes)})"
     return Operation(own_scope(instruction), instruction.opcode, shape)

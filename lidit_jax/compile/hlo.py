@@ -10,7 +10,7 @@ _BYTES = {"pred": 1, "s4": 1, "u4": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf
           "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}  # fmt: skip
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 _PLACED_ARRAY = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\](\{[^{}]*\})?")  # with its layout
-NAME = re.compile(r"%?([\w.\-]+)")
+_NAME = re.compile(r"%?([\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,14 @@ class Module:
         """Returns the computation that attribute `key` of an instruction names; empty if it names none."""
         return self.computations.get(instruction.called(key) or "", {})
 
+    def branches(self, conditional: Instruction) -> list[str]:
+        """Returns the names of the computations of which a conditional runs one."""
+        found = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
+        if found:
+            return _NAME.findall(found[1])
+        names = (conditional.called(f"{value}_computation") for value in ("true", "false"))
+        return [name for name in names if name]
+
     def trips(self, loop: Instruction, computation: dict[str, Instruction]) -> int | None:
         """Returns the trip count of a loop that counts up to a constant; None for other loops."""
         if found := re.search(r"known_trip_count[^0-9]*(\d+)", loop.attributes):
@@ -94,7 +102,7 @@ def parse_instruction(line: str) -> Instruction | None:
     if opcode == "constant":
         operands: Sequence[str] = (inside,)
     else:
-        operands = [match[1] for match in re.finditer(r"(?:^|[,\s])%([\w.\-]+)", inside)] or NAME.findall(inside)
+        operands = [match[1] for match in re.finditer(r"(?:^|[,\s])%([\w.\-]+)", inside)] or _NAME.findall(inside)
     return Instruction(name.lstrip("%"), shape, opcode, tuple(operands), rest[end:], line.startswith("ROOT "))
 
 
@@ -123,6 +131,11 @@ def bytes_of(shape: str) -> int:
 
 def hbm_bytes(shape: str) -> int:
     return sum(size for size, in_hbm in places(shape) if in_hbm)
+
+
+def without_memory(shape: str) -> str:
+    """Returns a shape as it is in HBM, without the memory that its layout names."""
+    return re.sub(r"S\(\d+\)", "", shape)
 
 
 def places(shape: str) -> Iterator[tuple[int, bool]]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lidit_jax.compile.cost import Cost
+from lidit_jax.compile.schedule import Schedule
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.parallel.chips import Chip
 
@@ -44,6 +45,7 @@ class Report:
       needed: bytes of temporaries requested by XLA when compilation ran out of memory; None if it did not.
       model_flops: model FLOPs of all chips together, without rematerialisation.
       cost: cost of the compiled program on one chip; None if the compiler ran out of memory.
+      schedule: estimated course of the program on one chip; None if the compiler ran out of memory.
       seconds: time of lowering and compiling.
       bytes_by_bucket: bucket -> `bytes` of its report, for every compiled bucket.
     """
@@ -63,6 +65,7 @@ class Report:
     needed: int | None
     model_flops: float
     cost: Cost | None
+    schedule: Schedule | None
     seconds: float
     bytes_by_bucket: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -124,6 +127,22 @@ class Report:
             rows.append(f"{size / 1e9:9.2f}  {100 * size / self.cost.bytes:4.1f}%  {opcode} {shape} {scope}")
         return rows
 
+    def collectives(self, count: int) -> list[str]:
+        """Returns lines of text on the collective operations that the chip waits for, the longest waits first.
+
+        Args:
+          count: number of operations.
+        """
+        if self.schedule is None:
+            return []
+        rows = [f"{'waits':>9}  {'overlaps':>9}  collective"]
+        exposed, overlapped = self.schedule.exposed, self.schedule.overlapped
+        for message in sorted(exposed, key=lambda each: (exposed[each], overlapped[each]), reverse=True)[:count]:
+            how = "asynchronous" if message.is_asynchronous else "blocking"
+            seconds = f"{exposed[message]:7.4f} s  {overlapped[message]:7.4f} s"
+            rows.append(f"{seconds}  {how} {message.kind} {message.operation.shape} {message.operation.scope}")
+        return rows
+
     def mfu_bound(self) -> float | None:
         """Returns an upper bound on the MFU: the model FLOPs at the speed of the slowest resource, over the peak."""
         if not self.bounds():
@@ -138,6 +157,11 @@ class Report:
             field.name: getattr(self.cost, field.name)
             for field in dataclasses.fields(Cost)
             if not field.name.startswith("operation_")
+        }
+        values["schedule"] = self.schedule and {
+            "seconds": self.schedule.seconds,
+            "exposed": sum(self.schedule.exposed.values()),
+            "overlapped": sum(self.schedule.overlapped.values()),
         }
         values["shares"] = {part: {"flops": flops, "bytes": size} for part, (flops, size) in self.shares().items()}
         values |= {"fits": self.fits, "flops_ratio": self.flops_ratio, "bounds": self.bounds()}
@@ -190,12 +214,32 @@ class Report:
         rows += ["", f"{'a step' if self.what == 'train' else 'a batch of images'} takes at least"]
         rows += [f"  {seconds:7.3f} s for {name}" for name, seconds in self.bounds().items()]
         rows.append(f"  so the MFU is at most {100 * self.mfu_bound():.0f} %")
+        rows += self._schedule_lines()
         if self.cost.kernels or self.cost.unknown_loops:
             kernels = ", ".join(f"{name}: {count}" for name, count in self.cost.kernels.items())
             rows.append(
                 f"not counted: custom calls ({kernels or 'none'}), iterations of {self.cost.unknown_loops} loops "
                 "after the first"
             )
+        return rows
+
+    def _schedule_lines(self) -> list[str]:
+        """Returns lines on the step in the compiler's order of instructions, and on the messages in it."""
+        if self.schedule is None or not self.schedule.seconds:
+            return []
+        per_chip = self.model_flops / self.devices / self.chip.flops
+        rows = [
+            f"one instruction after another, each at the chip's peak rates: {self.schedule.seconds:.3f} s, an MFU of "
+            f"{100 * per_chip / self.schedule.seconds:.0f} %"
+        ]
+        sums: dict[tuple[str, bool], list[float]] = {}
+        for message, exposed in self.schedule.exposed.items():
+            both = sums.setdefault((message.kind, message.is_asynchronous), [0.0, 0.0])
+            both[0] += exposed
+            both[1] += self.schedule.overlapped[message]
+        for (kind, is_asynchronous), (exposed, overlapped) in sorted(sums.items()):
+            how = "asynchronous" if is_asynchronous else "blocking"
+            rows.append(f"  {how} {kind}: waits for {exposed:.3f} s, overlaps with {overlapped:.3f} s of computation")
         return rows
 
     def advice(self) -> str:
