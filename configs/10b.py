@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.model.position_grid = 32  # ours: tokens along a side at 512 px
 
     # Ours: repeats no matrix product, and needs 89.9 GB a chip on v5p:8x8x4. Less memory (docs/tpu.md): "outputs" on
-    # v4:8x8x4 (and, not compiled yet, v6e:16x16), "full" on v5e:16x16, all with mesh.data=1.
+    # v4:8x8x4 and v6e:16x16, "full" on v5e:16x16, all with mesh.data=1.
     config.model.remat = "dots"
 
     config.train.steps = 1_000_000  # paper: over 1M
