@@ -228,6 +228,31 @@ ENTRY %main (p: bf16[2,1024,44,64]) -> bf16[2,44,64,1024] {
     assert bytes_by_opcode(text) == {"exponential": padded + dense, "custom-call": dense + 48 * 128 * 4}
 
 
+def test_of_a_stack_that_is_updated_in_place_only_the_update_is_written():
+    """Text of the TPU compiler: a fusion writes activations, and saves them for the backward pass; heads fill half."""
+    stack, slot = "bf16[48,2,1024,64]{3,2,1,0:T(8,128)(2,1)}", "bf16[1,2,1024,64]{3,2,1,0:T(8,128)(2,1)}"
+    text = f"""
+%fused (s: bf16[48,2,1024,64], x: bf16[1,2,1024,64], i: s32[]) -> (bf16[48,2,1024,64], bf16[1,2,1024,64]) {{
+  %s = {stack} parameter(0)
+  %x = {slot} parameter(1)
+  %i = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %e = {slot} exponential(%x)
+  %u = {stack} dynamic-update-slice(%s, %e, %i, %z, %z, %z)
+  ROOT %t = ({stack}, {slot}) tuple(%u, %e)
+}}
+
+ENTRY %main (s: bf16[48,2,1024,64], x: bf16[1,2,1024,64], i: s32[]) -> (bf16[48,2,1024,64], bf16[1,2,1024,64]) {{
+  %s = {stack} parameter(0)
+  %x = {slot} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %f = ({stack}, {slot}) fusion(%s, %x, %i), kind=kLoop, calls=%fused
+}}
+"""
+    padded = 2 * 1024 * 128 * 2
+    assert bytes_by_opcode(text) == {"fusion": 3 * padded + 4}  # x, its exponential twice, and i
+
+
 def test_of_a_stack_only_the_slice_is_read_also_by_nested_fusions():
     """Text of the TPU compiler: the product of one layer's activations, which are sliced in a fusion inside of it."""
     text = """

@@ -13,14 +13,13 @@ from lidit_jax.compile.hlo import (
     Module,
     arrays,
     bytes_by_dtype,
-    bytes_of,
     hbm_bytes,
     own_scope,
     places,
     result_shape,
     scope_of,
+    stored_bytes,
     target_of,
-    without_memory,
 )
 from lidit_jax.compile.operation_flops import attention_flops, convolution_flops, dot_flops
 from lidit_jax.parallel.rules import GRADIENT_SCOPE
@@ -105,7 +104,11 @@ def cost_of(text: str) -> Cost:
 
 
 class Costs:
-    """Costs of the instructions and computations of a module."""
+    """Costs of the instructions and computations of a module.
+
+    Attributes:
+      module: the program.
+    """
 
     def __init__(self, module: Module):
         self.module = module
@@ -194,12 +197,12 @@ class Costs:
         """Returns the bytes of HBM that an instruction reads and writes."""
         shapes = [computation[name].shape if name in computation else "" for name in instruction.operands]
         if instruction.opcode in ("dynamic-slice", "slice", "gather"):
-            return bytes_of(instruction.shape) * bool(hbm_bytes(shapes[0])) + hbm_bytes(instruction.shape)
+            return stored_bytes(instruction.shape) * bool(hbm_bytes(shapes[0])) + hbm_bytes(instruction.shape)
         if instruction.opcode in ("copy-start", "slice-start"):
             ends = list(places(instruction.shape))[:2]  # destination and source, in either order
             return min(size for size, _ in ends) * sum(in_hbm for _, in_hbm in ends)
         if instruction.opcode == "dynamic-update-slice":
-            return hbm_bytes(shapes[1]) + bytes_of(shapes[1]) * bool(hbm_bytes(instruction.shape))
+            return hbm_bytes(shapes[1]) + stored_bytes(shapes[1]) * bool(hbm_bytes(instruction.shape))
         inside = self.module.computation(instruction) if instruction.opcode == "fusion" else {}
         written = sum(_written_sizes(instruction, inside))
         read = 0
@@ -222,7 +225,7 @@ class Costs:
                 nested = self.module.computation(user)
                 sliced = [self._sliced_bytes(nested, i) for i, operand in enumerate(user.operands) if operand == name]
             elif user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-                sliced = [bytes_of(user.shape)]
+                sliced = [stored_bytes(user.shape)]
             else:
                 return None
             if None in sliced:
@@ -249,11 +252,12 @@ def _written_sizes(instruction: Instruction, inside: dict[str, Instruction]) -> 
         if source and source.opcode == "parameter" and root and root.opcode == "tuple":
             continue
         if source and source.opcode == "dynamic-update-slice" and source.operands[1] in inside:
-            size = min(size, hbm_bytes(without_memory(inside[source.operands[1]].shape)))
+            size = min(size, stored_bytes(inside[source.operands[1]].shape))
         yield size
 
 
 def operation_of(instruction: Instruction) -> Operation:
+    """Returns the kind and origin of an instruction; its scope is "" if the compiler added it."""
     shapes = [f"{kind}[{','.join(map(str, sizes))}]" for kind, sizes in arrays(instruction.shape)]
     shape = shapes[0] if len(shapes) == 1 else f"({', '.join(shapes)})"
     return Operation(own_scope(instruction), instruction.opcode, shape)

@@ -125,17 +125,14 @@ def dims(shape: str) -> tuple[int, ...]:
     return next(arrays(shape))[1]
 
 
-def bytes_of(shape: str) -> int:
-    return sum(bytes_by_dtype([shape]).values())
-
-
 def hbm_bytes(shape: str) -> int:
+    """Returns the size, in whole tiles, of the arrays that are in HBM."""
     return sum(size for size, in_hbm in places(shape) if in_hbm)
 
 
-def without_memory(shape: str) -> str:
-    """Returns a shape as it is in HBM, without the memory that its layout names."""
-    return re.sub(r"S\(\d+\)", "", shape)
+def stored_bytes(shape: str) -> int:
+    """Returns the size of arrays in whole tiles, whatever memory they are in."""
+    return sum(size for size, _ in places(shape))
 
 
 def places(shape: str) -> Iterator[tuple[int, bool]]:

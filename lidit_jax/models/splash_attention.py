@@ -23,7 +23,7 @@ LANES = 128
 LONGEST_BLOCK = 1024
 # Tokens are the minor axis of queries, keys and values. Heads of 64 or 72 features would fill about half of the 128
 # lanes of a tile, so that norms, rotations and transposes before the kernel would move twice the bytes: for a block of
-# the 10B model, 64 GB where this moves 45 GB (TPU compiler, v6e).
+# the 10B model, 66 GB where this moves 45 GB (TPU compiler, v6e).
 _LAYOUTS = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.SEQ_MINOR)
 # Checkpoint name of the kernel's results, for rematerialisation policies.
 CHECKPOINT_NAME = "splash_attention"
