@@ -174,10 +174,10 @@ def test_a_tar_without_captions_says_what_was_found(tmp_path):
     ("compress", "found"),
     [
         (lambda data: b"?" + data, "not a tar"),
-        (lambda data: b"PK\3\4" + data, r"not a tar but a zip archive \(decompress it first\)"),
-        (gzip.compress, r"not a tar but compressed with gzip \(decompress it first\)"),
-        (bz2.compress, r"not a tar but compressed with bzip2 \(decompress it first\)"),
-        (lzma.compress, r"not a tar but compressed with xz \(decompress it first\)"),
+        (lambda data: b"PK\3\4" + data, r"not a tar but a zip archive \(unpack it first\)"),
+        (gzip.compress, r"not a tar but compressed with gzip \(unpack it first\)"),
+        (bz2.compress, r"not a tar but compressed with bzip2 \(unpack it first\)"),
+        (lzma.compress, r"not a tar but compressed with xz \(unpack it first\)"),
     ],
     ids=["noise", "zip", "gzip", "bzip2", "xz"],
 )

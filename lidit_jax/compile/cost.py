@@ -151,7 +151,7 @@ class Costs:
                 cost.messages = collections.Counter({"reduce-scatter": cost.messages["all-reduce"] // 2})
                 halves = {kind: count // 2 for kind, count in cost.gradient_reductions.items()}
                 cost.gradient_reductions = collections.Counter(halves)
-            elif self.continues_collective(name):
+            elif self.continues_collective(instruction):
                 cost.messages, cost.gradient_reductions = collections.Counter(), collections.Counter()
         if instruction.opcode == "dot":
             cost.flops = dot_flops(instruction, computation)
@@ -182,15 +182,12 @@ class Costs:
             cost.operation_bytes[operation_of(instruction)] += traffic
         return cost, 1
 
-    def continues_collective(self, name: str) -> bool:
+    def continues_collective(self, fusion: Instruction) -> bool:
         """Returns True if a fusion continues or ends an asynchronous collective, which each of its fusions repeats."""
-        targets = {
-            target_of(instruction)
-            for instruction in self.module.computations.get(name, {}).values()
-            if instruction.opcode == "custom-call"
-        }
+        targets = self.module.custom_calls(fusion)
         return "AsyncCollectiveDone" in targets or (
-            name.startswith("async_collective_fusion") and "AsyncCollectiveStart" not in targets
+            (fusion.called("calls") or "").startswith("async_collective_fusion")
+            and "AsyncCollectiveStart" not in targets
         )
 
     def _traffic(self, instruction: Instruction, computation: dict[str, Instruction]) -> int:

@@ -55,6 +55,10 @@ class Module:
         """Returns the computation that attribute `key` of an instruction names; empty if it names none."""
         return self.computations.get(instruction.called(key) or "", {})
 
+    def custom_calls(self, fusion: Instruction) -> set[str]:
+        """Returns the targets of the custom calls in a fusion."""
+        return {target_of(each) for each in self.computation(fusion).values() if each.opcode == "custom-call"}
+
     def branches(self, conditional: Instruction) -> list[str]:
         """Returns the names of the computations of which a conditional runs one."""
         found = re.search(r"branch_computations=\{([^}]*)\}", conditional.attributes)
@@ -90,6 +94,7 @@ class Module:
 
 
 def parse_instruction(line: str) -> Instruction | None:
+    """Parses a line of HLO text; returns None if it is no instruction."""
     line = re.sub(r"/\*.*?\*/", "", line).strip()  # comments number the operands
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
     end = _closing(rest) if rest.startswith("(") else rest.find(" ")
@@ -117,11 +122,13 @@ def _closing(text: str) -> int:
 
 
 def arrays(shape: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields the dtype and the dimensions of each array of a shape."""
     for kind, sizes in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", shape)):
         yield kind, tuple(int(size) for size in sizes.split(",") if size)
 
 
 def dims(shape: str) -> tuple[int, ...]:
+    """Returns the dimensions of the first array of a shape."""
     return next(arrays(shape))[1]
 
 

@@ -138,9 +138,9 @@ class Report:
         rows = [f"{'waits':>9}  {'overlaps':>9}  collective"]
         exposed, overlapped = self.schedule.exposed, self.schedule.overlapped
         for message in sorted(exposed, key=lambda each: (exposed[each], overlapped[each]), reverse=True)[:count]:
-            how = "asynchronous" if message.is_asynchronous else "blocking"
+            mode = "asynchronous" if message.is_asynchronous else "blocking"
             seconds = f"{exposed[message]:7.4f} s  {overlapped[message]:7.4f} s"
-            rows.append(f"{seconds}  {how} {message.kind} {message.operation.shape} {message.operation.scope}")
+            rows.append(f"{seconds}  {mode} {message.kind} {message.operation.shape} {message.operation.scope}")
         return rows
 
     def mfu_bound(self) -> float | None:
@@ -238,8 +238,8 @@ class Report:
             both[0] += exposed
             both[1] += self.schedule.overlapped[message]
         for (kind, is_asynchronous), (exposed, overlapped) in sorted(sums.items()):
-            how = "asynchronous" if is_asynchronous else "blocking"
-            rows.append(f"  {how} {kind}: waits for {exposed:.3f} s, overlaps with {overlapped:.3f} s of computation")
+            mode = "asynchronous" if is_asynchronous else "blocking"
+            rows.append(f"  {mode} {kind}: waits for {exposed:.3f} s, overlaps with {overlapped:.3f} s of computation")
         return rows
 
     def advice(self) -> str:

@@ -1,15 +1,15 @@
 """Estimates the course of a compiled program on one chip: which messages are hidden behind computation."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from lidit_jax.compile.cost import COLLECTIVES, Costs, Operation, operation_of
-from lidit_jax.compile.hlo import Instruction, scope_of, target_of
+from lidit_jax.compile.hlo import Instruction, scope_of
 from lidit_jax.parallel.chips import Chip
 
 _PREFETCHES = ("copy-start", "slice-start")  # from one memory of the chip to another
+_STARTED = (*COLLECTIVES, "async")  # what instructions named "…-start" start
 # Instructions that hand on the result of a collective that is still under way.
 _HANDS_ON = ("get-tuple-element", "tuple", "bitcast")
 
@@ -83,11 +83,11 @@ class _Scheduler:
         self._costs, self._chip = costs, chip
         self._known: dict[str, Schedule] = {}
 
-    def of_computation(self, name: str | None) -> Schedule:
-        instructions = self._costs.module.computations.get(name or "", {})
+    def of_computation(self, name: str) -> Schedule:
         if name not in self._known:
-            self._known[name or ""] = _Run(self, self._costs, self._chip, instructions).schedule
-        return self._known[name or ""]
+            instructions = self._costs.module.computations.get(name, {})
+            self._known[name] = _Run(self, self._costs, self._chip, instructions).schedule
+        return self._known[name]
 
 
 class _Run:
@@ -107,12 +107,14 @@ class _Run:
         module = self._costs.module
         if instruction.opcode == "while":
             trips = module.trips(instruction, self._instructions)
-            self.schedule.add(self._scheduler.of_computation(instruction.called("body")), 1 if trips is None else trips)
+            self.schedule.add(
+                self._scheduler.of_computation(instruction.called("body") or ""), 1 if trips is None else trips
+            )
         elif instruction.opcode == "conditional":
             branches = [self._scheduler.of_computation(name) for name in module.branches(instruction)]
             self.schedule.add(max(branches, key=lambda branch: branch.seconds))
         elif instruction.opcode == "call":
-            self.schedule.add(self._scheduler.of_computation(instruction.called("to_apply")))
+            self.schedule.add(self._scheduler.of_computation(instruction.called("to_apply") or ""))
         else:
             self._run(instruction)
 
@@ -127,16 +129,15 @@ class _Run:
             self._flights[instruction.name] = _Flight(self._memory_end, None, 0.0)
             return
         done = max(now + cost.flops / self._chip.flops, self._memory_end if traffic else now)
-        operation = operation_of(instruction)._replace(scope=scope_of(instruction, self._instructions))
-        message = Message("+".join(sorted(cost.messages)), self._is_start(instruction), operation)
         if sending:
             self._network_end = max(now, self._network_end) + sending
-        if sending and message.is_asynchronous:
-            self._flights[instruction.name] = _Flight(self._network_end, message, sending)
-            # What starts a message alone costs no time; a fusion may compute as well.
-            self.schedule.seconds = done if instruction.opcode == "fusion" else now
-            return
-        if sending:
+            operation = operation_of(instruction)._replace(scope=scope_of(instruction, self._instructions))
+            message = Message("+".join(sorted(cost.messages)), self._is_start(instruction), operation)
+            if message.is_asynchronous:
+                self._flights[instruction.name] = _Flight(self._network_end, message, sending)
+                # What starts a message alone costs no time; a fusion may compute as well.
+                self.schedule.seconds = done if instruction.opcode == "fusion" else now
+                return
             self.schedule.record(message, sending, self._network_end - now)
             done = max(done, self._network_end)
         flights = [self._flights[name] for name in instruction.operands if name in self._flights]
@@ -145,25 +146,21 @@ class _Run:
                 if flight.message:
                     self.schedule.record(flight.message, flight.sending, max(0.0, flight.end - done))
                 done = max(done, flight.end)
-            elif instruction.opcode in _HANDS_ON or self._continues(instruction):
+            elif self._hands_on(instruction):
                 self._flights[instruction.name] = flight
         self.schedule.seconds = done
 
     def _is_start(self, instruction: Instruction) -> bool:
-        kind = instruction.opcode.removesuffix("-start")
-        is_named = instruction.opcode.endswith("-start") and kind in (*COLLECTIVES, "async")
-        targets = self._targets(instruction)
-        return is_named or ("AsyncCollectiveStart" in targets and "AsyncCollectiveDone" not in targets)
+        if instruction.opcode == "fusion":  # other fusions with messages are blocking
+            return "AsyncCollectiveStart" in self._costs.module.custom_calls(instruction)
+        return instruction.opcode.endswith("-start") and instruction.opcode.removesuffix("-start") in _STARTED
 
     def _is_end(self, instruction: Instruction) -> bool:
-        return instruction.opcode.endswith("-done") or "AsyncCollectiveDone" in self._targets(instruction)
+        if instruction.opcode == "fusion":
+            return "AsyncCollectiveDone" in self._costs.module.custom_calls(instruction)
+        return instruction.opcode.endswith("-done")
 
-    def _continues(self, instruction: Instruction) -> bool:
-        name = instruction.called("calls") or ""
-        return instruction.opcode.endswith("-update") or bool(re.match("async_collective_fusion", name))
-
-    def _targets(self, instruction: Instruction) -> set[str]:
-        if instruction.opcode != "fusion":
-            return set()
-        inside = self._costs.module.computation(instruction).values()
-        return {target_of(each) for each in inside if each.opcode == "custom-call"}
+    def _hands_on(self, instruction: Instruction) -> bool:
+        if instruction.opcode == "fusion":
+            return self._costs.continues_collective(instruction)
+        return instruction.opcode in _HANDS_ON or instruction.opcode.endswith("-update")

@@ -81,9 +81,8 @@ def walk(file: File, start: int = 0) -> Iterator[Member]:
             start = position = _skip_zeros(file, position)
             overrides, extensions, is_appended = {}, 0, True
             continue
-        _check(
-            header, "unknown data after the tar" if is_appended else "damaged tar" if position else _not_a_tar(header)
-        )
+        reason = "damaged tar" if position else _not_a_tar(header)
+        _check(header, "unknown data after the tar" if is_appended else reason)
         is_appended = False
         headers += 1
         kind, data = header[156:157], position + BLOCK
@@ -153,7 +152,7 @@ def _not_a_tar(header: bytes) -> str:
     """Returns what a file that does not begin with a tar header is, in a few words."""
     for magic, found in _OTHER_FORMATS.items():
         if header.startswith(magic):
-            return f"not a tar but {found} (decompress it first)"
+            return f"not a tar but {found} (unpack it first)"
     return "not a tar"
 
 
