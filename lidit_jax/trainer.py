@@ -110,6 +110,7 @@ class Trainer:
         self._boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
         self.state_shardings = shardings(self._boxed, mesh, rules)
         self.batch_sharding = batch_sharding(mesh, rules)
+        self._init = jax.jit(lambda key: nn.unbox(self._init_boxed(key)), out_shardings=self.state_shardings)
         step = jax.jit(
             self._take_step,
             in_shardings=(self.state_shardings, None, self.batch_sharding, replicated(mesh)),
@@ -121,9 +122,8 @@ class Trainer:
 
     def init(self, seed: int) -> TrainState:
         """Returns a randomly initialised state, created sharded: no device ever holds all of it."""
-        init = jax.jit(lambda key: nn.unbox(self._init_boxed(key)), out_shardings=self.state_shardings)
         with jax.set_mesh(self.mesh):
-            return init(jax.random.key(seed))
+            return self._init(jax.random.key(seed))
 
     def abstract_state(self) -> TrainState:
         """Returns shapes, dtypes and shardings of the state, to restore into."""

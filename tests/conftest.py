@@ -80,7 +80,7 @@ def tiny_config() -> ConfigDict:
         encoder.train.update(steps=3, batch_size=8, log_every=1)
     config.vae.model.update(block_out_channels=(8, 8, 8, 8))
     config.vae.train.update(steps=3, batch_size=8, log_every=1)
-    config.model.update(depth=2, hidden_size=16, num_heads=2, scan_unroll=1)
+    config.model.update(depth=2, hidden_size=16, num_heads=2, refiner_blocks=1, scan_unroll=1)
     config.train.update(steps=6, batch_size=8, log_every=1, checkpoint_every=2, sample_every=0, warmup_steps=2)
     config.sample.update(steps=2, batch_size=8, decode_tile=32)
     config.evaluate.update(two_objects=8, held_out_pairs=0, three_objects=0, four_objects=0)

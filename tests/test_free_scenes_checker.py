@@ -16,7 +16,7 @@ from lidit_jax.data.shapes.rendering import render
 from lidit_jax.data.shapes.scene import Scene, SceneObject
 from lidit_jax.data.shapes.scores import ObjectCheck, accuracies
 
-COUNT = 30  # scenes per canvas
+COUNT = 24  # scenes per canvas
 
 DEGRADATIONS = {"clean": lambda image: image, "blur and noise": lambda image: noised(blurred(image, 0.8), 6)}
 degraded = pytest.mark.parametrize("degrade", DEGRADATIONS.values(), ids=DEGRADATIONS.keys())

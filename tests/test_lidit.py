@@ -27,6 +27,7 @@ from lidit_jax.sample.attention_maps import attention_maps
 
 WIDTH = 32
 SMALL = {"depth": 2, "hidden_size": WIDTH, "num_heads": 4, "patch_size": 1, "latent_channels": 4, "dtype": "float32"}
+SMALL |= {"refiner_blocks": 1}
 LAYERS = LayerConfig(num_heads=4)
 
 
@@ -50,11 +51,19 @@ def opened(params, seed=0):
 
 
 @functools.cache
-def model_and_params(**changes):
-    model = LIDiT(LIDiTConfig(**{**SMALL, **changes}))
+def initial_params(model):
     text = [text_features(0), text_features(10, width=16)]
     init = jax.jit(lambda key: nn.unbox(model.init(key, normal(2, (2, 4, 4, 4)), jnp.ones(2), text))["params"])
-    return model, init(jax.random.key(0)), jax.jit(lambda p, x, t, c: model.apply({"params": p}, x, t, c))
+    return init(jax.random.key(0))
+
+
+@functools.cache
+def model_and_params(**changes):
+    config = LIDiTConfig(**{**SMALL, **changes})
+    # They depend neither on remat (tested below) nor on dtype, and `init` takes long to compile.
+    params = initial_params(LIDiT(dataclasses.replace(config, remat="none", dtype="float32")))
+    model = LIDiT(config)
+    return model, params, jax.jit(lambda p, x, t, c: model.apply({"params": p}, x, t, c))
 
 
 def refiner_and_params(module, *args):
@@ -389,7 +398,7 @@ def product_flops(program) -> int:
 
 
 def test_parameters_do_not_depend_on_rematerialisation():
-    (_, none, _), (_, full, _) = (model_and_params(remat=remat) for remat in ("none", "full"))
+    none, full = (initial_params(LIDiT(LIDiTConfig(**SMALL, remat=remat))) for remat in ("none", "full"))
     jax.tree.map(np.testing.assert_array_equal, none, full)
 
 

@@ -137,14 +137,11 @@ def conditions(model, batch=1, seed=0):
     return rows(text), jnp.ones((batch, 2), bool), rows(vector[:, 0])
 
 
-def random_params(model, latents, seed=0):
-    """Returns random parameters, also for the gates and the output, which are zero at initialisation."""
-    params = nn.unbox(jax.jit(model.init)(jax.random.key(seed), latents, *conditions(model)))["params"]
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
-    return tree.unflatten(
-        [jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype) if not np.any(x) else x for x in leaves]
-    )
+def random_params(model, latents):
+    """Returns random parameters, none of which is zero, made by NumPy since `init` would compile."""
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), latents, *conditions(model)))["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), shapes)
 
 
 def num_distinct_tokens(position, side, head_dim):
@@ -245,11 +242,6 @@ def model_of_fixed_image(position, steps=100, side=16):
 
 def test_a_small_model_learns_a_fixed_image_on_16x16_tokens():
     assert model_of_fixed_image(LIDiTConfig.position)(16, 16) < 0.1
-
-
-def test_with_conv_alone_it_stays_near_the_best_constant():
-    """Shows that the test above can fail."""
-    assert model_of_fixed_image("conv")(16, 16) > 0.5
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (32, 32), (12, 20)])

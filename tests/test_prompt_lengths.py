@@ -7,6 +7,7 @@ import json
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -403,8 +404,9 @@ def test_the_loss_and_its_gradient_do_not_depend_on_the_length(config):
     batch = tokenize(pipeline.encoders, captions) | {
         "image": np.stack([np.full((32, 32, 3), i * 60, np.uint8) for i in range(4)])
     }
-    params = task.init(jax.random.key(0))
-    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape), params)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype), shapes)
 
     @jax.jit
     def value_and_grad(batch):
