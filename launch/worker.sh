@@ -66,9 +66,20 @@ status() {
   fi
 }
 
+# Sets runner and main to the processes of the active run, if there is one. A run that has just begun has not written
+# them yet, so this waits, for at most ten seconds.
+find_processes() {
+  for _ in {1..200}; do
+    running || return
+    ! read -r runner main 2>/dev/null <"$home/pids" || return 0
+    sleep 0.05
+  done
+  return 1
+}
+
 stop() {
   local runner main
-  if running && read -r runner main <"$home/pids"; then
+  if find_processes; then
     touch "$home/stopped"
     if [ "${1:-}" = --kill ]; then
       kill -KILL -- "$runner" "-$main" 2>/dev/null || true

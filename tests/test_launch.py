@@ -88,6 +88,13 @@ def executable(path, text):
     path.chmod(0o755)
 
 
+def wait_until(condition):
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def tpu_vm(*arguments, environment=None):
     command = ["bash", str(LAUNCH / "tpu_vm.sh"), *arguments]
     ours = {name: value for name, value in os.environ.items() if not name.startswith("LIDIT_")}
@@ -145,21 +152,15 @@ class Play:
 
     def wait_for_runs(self, number):
         """Waits until main has been started `number` times in all, and listens for signals."""
-        self.wait_until(lambda: (self.folder / "listening").exists() and len(self.lines("listening")) == number)
+        wait_until(lambda: (self.folder / "listening").exists() and len(self.lines("listening")) == number)
 
     def wait_for_checks(self, number):
         """Waits until the workers have been asked `number` times more for their status."""
         before = self._checks()
-        self.wait_until(lambda: self._checks() >= before + number)
+        wait_until(lambda: self._checks() >= before + number)
 
     def _checks(self):
         return sum(r"worker.sh\ status" in line for line in self.lines("calls"))
-
-    def wait_until(self, condition):
-        deadline = time.monotonic() + TIMEOUT_S
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
     def calls(self):
         """Returns the verbs of the calls to gcloud, without queries of states."""
@@ -316,6 +317,35 @@ def test_create_wait_install_run_stop(play):
     assert (play.folder / "worker-1-1/lidit/status").read_text() == "exited 143\n"
     assert "stopped by SIGTERM after step 7" in (play.folder / "worker-1-1/lidit/log").read_text()
     assert play.calls() == ["create", "scp", "install", "start", "stop"]
+
+
+# A run that holds the lock but has not written its processes, as launch/run.sh while it starts main.
+BEGINNING = """
+exec 9>lock
+flock -n 9
+touch locked
+until [ -e go ]; do sleep 0.02; done
+sleep 600 9>&- &
+trap "kill $!; exit" TERM
+echo "$$ $!" >pids
+wait
+"""
+
+
+def test_a_run_that_has_only_just_begun_is_stopped(tmp_path):
+    (tmp_path / "code/launch").mkdir(parents=True)
+    worker = shutil.copy(LAUNCH / "worker.sh", tmp_path / "code/launch")
+    run = subprocess.Popen(["bash", "-euc", BEGINNING], cwd=tmp_path)
+    environment = os.environ | {"LIDIT_STOP_SECONDS": "60"}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        wait_until((tmp_path / "locked").exists)
+        arguments = {"env": environment, "capture_output": True, "text": True, "timeout": TIMEOUT_S}
+        stopping = pool.submit(subprocess.run, ["bash", worker, "stop"], **arguments)
+        time.sleep(0.5)
+        assert not stopping.done()
+        (tmp_path / "go").touch()
+        assert stopping.result().stdout.endswith(" stopped\n")
+    assert run.wait(TIMEOUT_S) == 0
 
 
 def test_what_hangs_is_said_and_can_be_killed(play):
