@@ -14,6 +14,7 @@ COMMANDS = {
     "fidelity": ("lidit_jax.fidelity", "compute FID and CLIP score"),
     "preview": ("lidit_jax.preview", "show training batches"),
     "precompute": ("lidit_jax.precompute", "compute latents and features ahead of training"),
+    "describe": ("lidit_jax.describe", "show what language models generate for a prompt"),
     "export": ("lidit_jax.export", "export a run to PyTorch"),
     "check": ("lidit_jax.check", "verify the checkpoints of a workdir"),
     "compile": ("lidit_jax.compile", "compile a train step for a TPU slice without having one"),

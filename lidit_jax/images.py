@@ -23,6 +23,7 @@ from lidit_jax.files import created_folder, name_file
 
 _SHEET_COLOR = (255, 255, 255)
 _FRAME_COLOR = (222, 222, 222)
+_HEADING_COLOR = (243, 244, 246)
 _TEXT_COLOR = (48, 48, 48)
 _TARGET_SIZE = 160  # pixels: smaller images are enlarged up to this size, and captions get at least this width
 _CAPTION_GAP = 6
@@ -110,9 +111,48 @@ def grid(
             _paste(sheet, images[index], scale, left + cell_width / 2, top + image_height)
             baseline = top + image_height + _CAPTION_GAP + font_size
             for line in lines[index]:
-                _draw_line(sheet, line, fonts, left + cell_width / 2, baseline)
+                _draw_line(sheet, line, fonts, left + (cell_width - _line_width(line, fonts)) / 2, baseline)
                 baseline += line_height
         top += image_height + caption_height + gap
+    return sheet
+
+
+def text_table(
+    rows: Sequence[Sequence[str]], widths: Sequence[int], gap: int = 12, font_size: int = 13, max_lines: int = 24
+) -> Image.Image:
+    """Draws a table of texts.
+
+    Args:
+      rows: cells of each row, any Unicode, wrapped to their columns. A row with a single cell is a heading over all
+        columns.
+      widths: pixels of each column.
+      gap: pixels between cells and around the table.
+      font_size: font size in pixels.
+      max_lines: longer texts end in an ellipsis.
+
+    Returns:
+      The table, an RGB image.
+    """
+    fonts, line_height = _fonts(font_size), round(1.35 * font_size)
+    total = sum(widths) + gap * (len(widths) - 1)
+    wrapped = [
+        [_caption_lines(cell, fonts, width, max_lines) for cell, width in zip(row, cell_widths, strict=True)]
+        for row in rows
+        for cell_widths in [[total] if len(row) == 1 else widths]
+    ]
+    heights = [gap + line_height * max(1, *map(len, cells), 0) for cells in wrapped]
+    sheet = Image.new("RGB", (total + 2 * gap, sum(heights) + gap), _SHEET_COLOR)
+    draw, top = ImageDraw.Draw(sheet), gap // 2
+    for cells, height in zip(wrapped, heights, strict=True):
+        is_heading = len(cells) == 1
+        draw.rectangle((0, top, sheet.width, top + height), fill=_HEADING_COLOR if is_heading else _SHEET_COLOR)
+        draw.line((0, top, sheet.width, top), _FRAME_COLOR)
+        left = gap
+        for lines, width in zip(cells, [total] if is_heading else widths, strict=True):
+            for number, line in enumerate(lines):
+                _draw_line(sheet, line, fonts, left, top + gap // 2 + number * line_height + font_size)
+            left += width + gap
+        top += height
     return sheet
 
 
@@ -241,13 +281,12 @@ def _caption_lines(caption: str, fonts: tuple[ImageFont.FreeTypeFont, ...], widt
 
 
 def _draw_line(
-    sheet: Image.Image, line: str, fonts: tuple[ImageFont.FreeTypeFont, ...], center: float, baseline: int
+    sheet: Image.Image, line: str, fonts: tuple[ImageFont.FreeTypeFont, ...], left: float, baseline: int
 ) -> None:
     draw = ImageDraw.Draw(sheet)
-    x = center - _line_width(line, fonts) / 2
     for font, run in _runs(line, fonts):
-        draw.text((x, baseline), run, _TEXT_COLOR, font, anchor="ls")
-        x += font.getlength(run)
+        draw.text((left, baseline), run, _TEXT_COLOR, font, anchor="ls")
+        left += font.getlength(run)
 
 
 # --- fonts ------------------------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from lidit_jax.errors import one_line
 from lidit_jax.evaluate.benchmarks import open_benchmark
 from lidit_jax.files import finite, read_json, read_text, split_lines
 from lidit_jax.metrics import Metrics
-from lidit_jax.sample.generate import Request, read_prompts
 from lidit_jax.score.report import Report, write_report
+from lidit_jax.text.prompts_file import read_prompts
 
 
 def strict_json(text):
@@ -49,8 +49,7 @@ def test_only_line_feeds_end_a_line(tmp_path, inside):
     assert split_lines(f"a{inside}b\r\nc\n\nd") == [f"a{inside}b", "c", "", "d"]
     file = tmp_path / "prompts.txt"
     file.write_bytes(f"a{inside}b\r\nc\n".encode())
-    request = Request(workdir=None, out=epath.Path(tmp_path), prompts_file=str(file))
-    assert read_prompts(request) == [f"a{inside}b", "c"]
+    assert read_prompts(None, str(file)) == [f"a{inside}b", "c"]
     assert open_benchmark("prompts", epath.Path(file), 1).prompts == [f"a{inside}b", "c"]
 
 

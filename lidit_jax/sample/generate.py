@@ -15,11 +15,12 @@ from lidit_jax.diffusion.samplers import step_table
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.export.read import load_exported, open_exported
-from lidit_jax.files import check_writable, read_text, split_lines, write_json
+from lidit_jax.files import check_writable, write_json
 from lidit_jax.images import grid, save_png
 from lidit_jax.pipeline import MAX_GUIDANCE, MAX_SEED, SampleConfig, check_size
 from lidit_jax.sample.image_list import IMAGE_NAME, LIST_FILE, png_text, read_list
 from lidit_jax.text.encoders import truncated_prompts
+from lidit_jax.text.prompts_file import read_prompts
 from lidit_jax.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def sample_to_folder(request: Request) -> None:
       UserError: the request is invalid; raised before any image is sampled or written.
       OSError: the images can't be written; those of this call are removed.
     """
-    prompts = read_prompts(request)
+    prompts = read_prompts(request.prompt, request.prompts_file)
     if request.num_images < 1:
         raise UserError(f"--num_images={request.num_images} must be at least 1")
     count = len(prompts) * request.num_images
@@ -244,23 +245,3 @@ def warn_of_truncated(model: TrainedModel, prompts: Sequence[str]) -> None:
                 "%d of %d prompts are longer than text.max_length=%d tokens for %s: their ends are truncated",
                 *(count, len(prompts), model.experiment.text.max_length, name),
             )
-
-
-def read_prompts(request: Request) -> list[str]:
-    """Returns the prompts of a request: `prompt`, or the lines of `prompts_file` that are not blank.
-
-    Raises:
-      UserError: neither or both are given, or the file is missing, too large, empty or not UTF-8.
-    """
-    if (request.prompt is None) == (request.prompts_file is None):
-        raise UserError('give either --prompt="…" or --prompts_file=FILE')
-    if request.prompt is not None:
-        return [request.prompt]
-    file = epath.Path(request.prompts_file)
-    if not file.exists() or file.is_dir():
-        raise UserError(f"--prompts_file={file}: no such file; name a text file of prompts")
-    text = read_text(file, f"--prompts_file={file}", "a list of prompts")
-    prompts = [line.strip() for line in split_lines(text) if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts_file={file} has no prompt in it: write one per line")
-    return prompts

@@ -117,19 +117,38 @@ class PromptTokenizer:
         facts = [self._prefix, self.separator, self.max_length]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
+    def suffix(self) -> np.ndarray:
+        """Returns the tokens between a prompt and a generated answer, int32 [S]; none without a chat template.
+
+        They end the user's turn and begin the model's. Encoders do not read them.
+
+        Raises:
+          UserError: as `prefix` does.
+        """
+        text = self._render_chat(with_answer=True)[1] if self.uses_chat_template else ""
+        return np.asarray(self._encode_template(text), np.int32)
+
     @functools.cached_property
     def _prefix(self) -> list[int]:
         if self.uses_chat_template:
-            # Special tokens in the rendered template are parsed as such; the template includes any begin token.
-            text = _replace_unpaired_surrogates(self._chat_prefix())
-            return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return self._encode_template(self._render_chat()[0])
         text = " ".join(part for part in (self.system_prompt, self.instruction) if part)
         tokens = self._encode([text])[0] if text else []
         begin = self.tokenizer.bos_token_id
         adds_begin = begin is not None and self.tokenizer("", verbose=False)["input_ids"][:1] == [begin]
         return [begin, *tokens] if adds_begin else tokens
 
-    def _chat_prefix(self) -> str:
+    def _encode_template(self, text: str) -> list[int]:
+        """Tokenizes a part of a rendered chat template, which spells its special tokens out, the begin token too."""
+        text = _replace_unpaired_surrogates(text)
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+    def _render_chat(self, with_answer: bool = False) -> tuple[str, str]:
+        """Returns the rendered chat template before and after the prompt.
+
+        Args:
+          with_answer: whether the model's turn begins after the user's.
+        """
         instruction = f"{self.instruction}{PLACEHOLDER}"
         conversations = [[("user", instruction)]]
         if self.system_prompt:
@@ -145,19 +164,21 @@ class PromptTokenizer:
             ]
             try:
                 template = FIXED_DATE_MACRO + self.tokenizer.get_chat_template()
-                rendered = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+                rendered = self.tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=with_answer
+                )
             except MemoryError:
                 raise
             except Exception as error:  # a template is a program and can raise anything
                 errors.append(" ".join(str(error).split())[:200])
                 continue
-            before, found, _ = cast(str, rendered).partition(PLACEHOLDER)  # without `tokenize`, text
+            before, found, after = cast(str, rendered).partition(PLACEHOLDER)  # without `tokenize`, text
             if not found or not before.rstrip().endswith(self.instruction.rstrip()):
                 errors.append("it alters the text of the user's turn")
             elif self.system_prompt.strip() not in before:  # a template may ignore roles that it does not know
                 errors.append("it drops or alters the system prompt")
             else:
-                return before
+                return before, after
         raise UserError(f"the tokenizer's chat template fails ({errors[0]}): set text.chat_template=False")
 
     @functools.cached_property

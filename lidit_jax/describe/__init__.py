@@ -1,0 +1,1 @@
+"""`python -m lidit_jax.describe`: shows what language models generate for a prompt."""
