@@ -4,6 +4,7 @@ import collections
 import contextlib
 import itertools
 import json
+import signal
 import subprocess
 import sys
 
@@ -476,6 +477,31 @@ def test_runs_that_are_judged_otherwise_are_not_put_into_one_table(tmp_path):
     config.evaluate.four_objects = 8
     with pytest.raises(UserError, match="evaluate.four_objects was 512, now 8"):
         runs.run_all(config, out, [runs.Run(BASELINE, 0)], 1)
+
+
+def test_after_its_hours_the_runs_are_stopped(tmp_path, monkeypatch):
+    started = []
+
+    def start(job, out):
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        return started[-1]
+
+    monkeypatch.setattr(runs, "_start", start)
+    out = epath.Path(tmp_path / "out")
+    assert not runs.run_all(load_config("ablation_scenes"), out, [runs.Run(BASELINE, 0)], 1, hours=0.001)
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
+
+
+def test_seeds_count_as_complete_if_no_row_lacks_them(tmp_path):
+    out, tables = epath.Path(tmp_path), report.choose(["figure3"])
+    rows = [entry.row for entry in tables["figure3"].values()]
+    assert report.complete_seeds(out, tables, 3) == 0
+    for row, seeds in zip(rows, (3, 2, 1), strict=True):
+        for seed in range(seeds):
+            write_scores(out, row, seed, 40)
+    assert report.complete_seeds(out, tables, 3) == 1
+    write_scores(out, rows[2], 1, 40)
+    assert [report.complete_seeds(out, tables, seeds) for seeds in (1, 2, 3)] == [1, 2, 2]
 
 
 def test_two_processes_do_not_train_the_same(tmp_path):

@@ -82,6 +82,13 @@ def choose(names: Sequence[str]) -> dict[str, Mapping[str, TableRow]]:
     return found
 
 
+def complete_seeds(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: int) -> int:
+    """Returns for how many seeds, of at most `seeds`, all runs of the tables are done."""
+    rows = dict.fromkeys(entry.row for table in tables.values() for entry in table.values())
+    found = itertools.takewhile(lambda seed: all(Run(row, seed).is_done(out) for row in rows), range(seeds))
+    return sum(1 for _ in found)
+
+
 def complete(out: epath.Path, seeds: int) -> list[str]:
     """Returns the names of the tables all of whose runs are done, in this call of the command or an earlier one."""
     return [

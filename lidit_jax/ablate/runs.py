@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -189,7 +190,9 @@ def run_job(out: epath.Path, job: Job) -> None:
         job.do(config, out)
 
 
-def run_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], num_processes: int) -> None:
+def run_all(
+    config: ConfigDict, out: epath.Path, runs: Sequence[Run], num_processes: int, hours: float | None = None
+) -> bool:
     """Trains the missing shared networks, then does the missing runs, `num_processes` at a time.
 
     Args:
@@ -197,6 +200,10 @@ def run_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], num_proces
       out: folder of the ablations.
       runs: those wanted; finished ones are skipped.
       num_processes: jobs at a time.
+      hours: time after which the runs are stopped, saved; None sets no limit.
+
+    Returns:
+      True if all runs are finished, False if the time was up before.
 
     Raises:
       UserError: the folder was created with another config, or a run failed (the others are stopped after saving a
@@ -205,17 +212,25 @@ def run_all(config: ConfigDict, out: epath.Path, runs: Sequence[Run], num_proces
     """
     check(config, out, runs)
     claim_workdir(out, config, may_grow=False)
+    deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
     parts = dict.fromkeys(part for run in runs for part in run.parts())
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for jobs in (list(parts), list(runs)):
         missing = [job for job in jobs if not job.is_done(out)]
         logger.info("%d of %d left: %s", len(missing), len(jobs), ", ".join(map(str, missing)))
-        if missing:
-            _run_in_processes(missing, config, out, num_processes)
+        if missing and not _run_in_processes(missing, config, out, num_processes, deadline):
+            return False
+    return True
 
 
-def _run_in_processes(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, num_processes: int) -> None:
-    """Runs each job in its own process, with one progress bar over all steps."""
+def _run_in_processes(
+    jobs: Sequence[Job], config: ConfigDict, out: epath.Path, num_processes: int, deadline: float
+) -> bool:
+    """Runs each job in its own process, with one progress bar over all steps, until `time.monotonic()` is `deadline`.
+
+    Returns:
+      True if all jobs are done; False if the time was up before, and those begun have saved a checkpoint.
+    """
     waiting, working = iter(jobs), {}
     bar = tqdm.tqdm(total=sum(job.steps(config) for job in jobs), unit="step", smoothing=0.02, mininterval=5)
     with bar, catch_sigterm() as notice, contextlib.ExitStack() as children:
@@ -224,7 +239,9 @@ def _run_in_processes(jobs: Sequence[Job], config: ConfigDict, out: epath.Path, 
                 for job in _take(waiting, num_processes - len(working)):
                     working[job] = children.enter_context(dies_with_this(_start(job, out)))
                 if not working:
-                    return
+                    return True
+                if time.monotonic() >= deadline:
+                    return False
                 time.sleep(POLL_INTERVAL_S)
                 if notice.received:
                     break
