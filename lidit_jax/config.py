@@ -40,7 +40,7 @@ MAX_NUMBER = 10**30  # largest int accepted for a float field
 CHANGEABLE_FIELDS = (
     *("log_every", "checkpoint_every", "sample_every", "keep", "num_threads", "num_workers", "prefetch"),
     *("index_dir", "max_broken", "compile_ahead", "stalled_after", "max_skipped_in_row", "strict_restore"),
-    *("profile", "profile_all_hosts", "remat", "scan_unroll", "attention"),
+    *("tensorboard", "profile", "profile_all_hosts", "remat", "scan_unroll", "attention"),
 )
 CHANGEABLE_SECTIONS = ("mesh", "vae.evaluate")  # likewise
 # Sections whose entries have free names and no fields: a caption may be called as a field is.

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from typing import IO
 
 import jax
 import numpy as np
@@ -24,25 +25,38 @@ class Metrics:
     `metrics.jsonl` has one object for each logged step. When a run resumes, steps that are taken again have a second
     line. Values that are not finite are null. Names without a measurement are left out: the loss if every step of the
     interval was skipped, the loss of a quarter of the noise schedule that no sample fell into.
+
+    Attributes:
+      folder: the component's folder.
     """
 
-    def __init__(self, folder: str | epath.Path):
+    def __init__(self, folder: str | epath.Path, tensorboard: bool = True):
+        """Opens the files.
+
+        Args:
+          folder: the component's folder; created if necessary.
+          tensorboard: whether to write for TensorBoard too, which takes TensorFlow.
+        """
         self.folder = epath.Path(folder)
-        self._writer = None
-        if jax.process_index() == 0:
+        self._lines: IO[str] | None = None
+        self._tensorboard = None
+        if jax.process_index():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if tensorboard:
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
             os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences a message about rounding at every start
             # Imports TensorFlow, which takes seconds: only the process that writes should pay for it.
             from clu import metric_writers
 
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._writer = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(self.folder)))
-            self._lines = (self.folder / "metrics.jsonl").open("a")
+            self._tensorboard = metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(self.folder)))
+        self._lines = (self.folder / "metrics.jsonl").open("a")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes named scalars to TensorBoard and to `metrics.jsonl`."""
-        if self._writer:
-            self._writer.write_scalars(step, dict(values))
+        """Writes named scalars to `metrics.jsonl` and to TensorBoard."""
+        if self._tensorboard:
+            self._tensorboard.write_scalars(step, dict(values))
+        if self._lines:
             try:
                 self._lines.write(json.dumps(finite({"step": step, **values}), allow_nan=False) + "\n")
                 self._lines.flush()
@@ -51,19 +65,21 @@ class Metrics:
                 raise
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Writes named images, uint8 [H, W, 3], to TensorBoard and to samples/NAME_STEP.png."""
-        if self._writer:
-            self._writer.write_images(step, {name: image[None] for name, image in images.items()})
+        """Writes named images, uint8 [H, W, 3], to samples/NAME_STEP.png and to TensorBoard."""
+        if self._tensorboard:
+            self._tensorboard.write_images(step, {name: image[None] for name, image in images.items()})
+        if self._lines:
             for name, image in images.items():
                 file = self.folder / "samples" / f"{name}_{step:07d}.png"
                 save_png(image, file)
                 logger.info("step %d: %s", step, file)
 
     def close(self) -> None:
-        if self._writer:
-            self._writer.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._lines:
             self._lines.close()
-            self._writer = None
+        self._tensorboard = self._lines = None
 
 
 class Progress:

@@ -54,6 +54,8 @@ class TrainConfig:
       sample_every: steps between evaluations by `Task.evaluate`; 0 for none.
       keep: number of checkpoints kept.
       strict_restore: what a damaged newest checkpoint leads to: True stops, False uses the newest intact one.
+      tensorboard: whether scalars and images are also written for TensorBoard; False spares the import of TensorFlow,
+        which takes several seconds of a start.
       profile: steps to trace for XProf, START:STOP counted from 0 ("100:105" are 100 to 104); "" traces none.
       profile_all_hosts: True traces these steps on every host, False on the first.
     """
@@ -78,6 +80,7 @@ class TrainConfig:
     sample_every: CountOrZero = 0
     keep: Count = 2
     strict_restore: bool = False
+    tensorboard: bool = True
     profile: str = ""
     profile_all_hosts: bool = False
 

@@ -83,6 +83,8 @@ def tiny_config() -> ConfigDict:
     config.model.update(depth=2, hidden_size=16, num_heads=2, refiner_blocks=1, scan_unroll=1)
     config.train.update(steps=6, batch_size=8, log_every=1, checkpoint_every=2, sample_every=0, warmup_steps=2)
     config.sample.update(steps=2, batch_size=8, decode_tile=32)
+    for section in (config.train, config.vae.train, *(encoder.train for encoder in config.encoders.values())):
+        section.tensorboard = False  # TensorFlow takes seconds to import
     config.evaluate.update(two_objects=8, held_out_pairs=0, three_objects=0, four_objects=0)
     return config
 

@@ -28,12 +28,14 @@ def test_what_is_not_finite_becomes_null_at_any_depth():
     assert strict_json(json.dumps(finite(value))) == expected
 
 
-def test_a_logged_value_that_is_not_finite_is_null_in_its_line(tmp_path):
-    metrics = Metrics(tmp_path)
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_a_logged_value_that_is_not_finite_is_null_in_its_line(tmp_path, tensorboard):
+    metrics = Metrics(tmp_path, tensorboard)
     metrics.scalars(1, {"loss": 0.5, "a": math.nan, "b": math.inf, "c": np.float64("-inf"), "skipped": 2})
     metrics.close()
     [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert strict_json(line) == {"step": 1, "loss": 0.5, "a": None, "b": None, "c": None, "skipped": 2}
+    assert bool(list(tmp_path.glob("events.out.tfevents*"))) == tensorboard
 
 
 def test_a_reports_details_are_strict_json_as_its_columns_are(tmp_path):

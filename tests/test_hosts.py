@@ -30,6 +30,7 @@ def get_config():
     config.data.update(source="shapes", path="", held_out_shards=0, resolution=32)
     config.vae.model.update(block_out_channels=(8, 8), norm_num_groups=4)
     config.vae.train.update(steps=3, batch_size=8, log_every=1, checkpoint_every=2, sample_every=2, warmup_steps=0)
+    config.vae.train.tensorboard = False
     config.vae.evaluate.update(num_images=9, batch_size=4, sheet=4)
     config.vae.adversarial = {{"weight": 0.5, "start": 1, "width": 4, "layers": 1}}
     return config

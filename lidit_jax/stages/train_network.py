@@ -57,7 +57,7 @@ def train_network(
         logger.info("%s: %.2fM parameters", name, count / 1e6)
     folder = checkpoint_folder(experiment.workdir, task.name)
     checkpoints = Checkpoints(folder, experiment.config.to_dict(), config.keep, config.strict_restore)
-    metrics = Metrics(experiment.training_folder(task.name))
+    metrics = Metrics(experiment.training_folder(task.name), config.tensorboard)
     try:
         return train(
             trainer,
