@@ -205,7 +205,7 @@ def test_the_help_lists_the_flags_that_both_commands_have(module, own):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["train_step", "sample"])
 def test_the_benchmark_compares_three_that_agree(name):
-    done = run(name, "--config=configs/shapes.py", "--config.model.depth=1")
+    done = run(name, "--config=configs/shapes.py", "--config.model.depth=1", "--config.model.refiner_blocks=1")
     assert done.returncode == 0, done.stderr
     for way in ("lidit_jax", "PyTorch", "PyTorch compiled"):
         assert re.search(rf"^{way} +[\d.]+ +[\d.e+]+ +[\d.e-]+ +[\d.]+ x +\d+$", done.stdout, re.MULTILINE), done.stdout
