@@ -11,12 +11,12 @@ data is a high-quality subset.
 
 from ml_collections import ConfigDict
 
-from lidit_jax.config import sibling_config
+from lidit_jax.config import TO_FILL_IN, sibling_config
 
 
 def get_config() -> ConfigDict:
     config = sibling_config(__file__, "10b")
-    config.start_from = ""  # to fill in: the workdir of a 10b.py run
+    config.start_from = TO_FILL_IN  # the workdir of a 10b.py run
 
     # With bucket_multiple=64 there are 9 buckets; with 0, which means 16 px (latent cell times patch), 37.
     config.data.resolution = 1024  # paper

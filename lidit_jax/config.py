@@ -34,6 +34,7 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIG_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 # Fields of any section that name a file or folder.
 PATH_FIELDS = ("path", "data_dir", "class_names", "index_dir", "start_from", "weights")
+TO_FILL_IN = "TO_FILL_IN"  # value of `start_from` in a config that is meant to start from another run
 MAX_NUMBER = 10**30  # largest int accepted for a float field
 # Fields of any section that may differ when a run resumes, because none changes what a step computes, except its
 # rounding. (`steps` may differ too.)

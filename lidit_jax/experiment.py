@@ -5,6 +5,8 @@ A workdir is self-contained:
     config.json            the config of the run
     digests.json           digests of the data and weights that the config names
     run.lock               the process that uses the workdir; removed when it ends
+    goodput.json           where the time of the run went, over all starts
+    trace_hostN.txt        stack trace of host N, if it left a run on several hosts
     compiled/              compiled programs, which a resumed run reuses
     encoders/NAME/         an LLM trained by the run, in Hugging Face's format (others are in their `weights` folder)
     vae/                   a VAE trained by the run, in diffusers' format (others are in their `weights` folder)

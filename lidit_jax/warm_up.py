@@ -70,7 +70,7 @@ def batch_key(batch: Mapping[str, Any]) -> Hashable:
 
 
 class Trains(Protocol):
-    """The methods of `train.Trainer` that the warm-up calls."""
+    """The methods of `trainer.Trainer` that the warm-up calls."""
 
     def phase(self, number: int) -> int: ...
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from lidit_jax import trained_model
 from lidit_jax.checkpoint_weights import load_weights
-from lidit_jax.config import claim_workdir, flatten, read_workdir
+from lidit_jax.config import TO_FILL_IN, claim_workdir, flatten, read_workdir
 from lidit_jax.config_fields import with_defaults
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
@@ -446,6 +446,15 @@ def test_fine_tuning_does_not_start_from_a_model_that_computes_something_else(tr
     with pytest.raises(UserError, match=rf"model\.{field} is {value!r}, in .*: {restore}"):
         run_stages(config, epath.Path(tmp_path / "tuned"))
     assert not (tmp_path / "tuned").exists()
+
+
+def test_a_config_that_is_to_start_from_another_run_asks_for_it(tmp_path):
+    assert load_config("10b_1024").start_from == TO_FILL_IN
+    config = tiny_config()
+    config.start_from = TO_FILL_IN
+    with pytest.raises(UserError, match="give --config.start_from=DIR"):
+        run_stages(config, epath.Path(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_without_a_run_is_reported(tmp_path):

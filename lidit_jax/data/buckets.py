@@ -25,8 +25,9 @@ def make_buckets(resolution: int, multiple: int, max_aspect: float = 1.0) -> tup
     """Returns image sizes of nearly equal area, and so of nearly equal cost.
 
     For each length of the shorter side, the other side is the longest that keeps the area within `resolution` squared.
-    Each bucket is one more shape to compile, and `multiple` determines how many there are: at max_aspect 2, resolutions
-    of 256, 512 and 1024 px have 9, 19 and 37 buckets with a multiple of 16, and 3, 5 and 9 with a multiple of 64.
+    For each bucket as many programs are compiled as there are prompt lengths. `multiple` determines the number of
+    buckets: at max_aspect 2, resolutions of 256, 512 and 1024 px have 9, 19 and 37 with a multiple of 16, and 3, 5 and
+    9 with a multiple of 64.
 
     Args:
       resolution: side of the square bucket in pixels; no bucket has a larger area.

@@ -3,7 +3,8 @@
 Every sampler here is a table of coefficients with one row per model evaluation. In each row the model is evaluated at
 (x, t); its output implies a clean sample x0 and a noise eps; the next x is a linear combination of x, x0, eps, one
 memory array and fresh noise, with the coefficients of the row. The table depends only on the schedule and the number of
-steps, so it is computed beforehand in float64, and one `jax.lax.scan` runs all rows. The coefficients are those of
+steps, so it is computed beforehand in float64, and one `jax.lax.scan` runs all rows. `guided` makes the model whose
+output has classifier-free guidance. The coefficients are those of
 diffusers' schedulers without clipping or thresholding (samples are latents), all of which end at zero noise:
 
 | name     | schedule      | equivalent in diffusers                          | default timestep spacing       |

@@ -1,7 +1,8 @@
-"""Layout of an exported folder: writes its model_index.json, and reads the folder back as a config.
+"""Layout of an exported folder: makes the contents of its model_index.json, and reads the folder back as a config.
 
     model_index.json   classes of the components, and under "lidit" the facts of the run that none of their configs hold
     pipeline_lidit.py  the pipeline
+    README.md          the model card
     transformer/       LI-DiT, with its code
     vae/  scheduler/   in diffusers' format
     text_encoder/  tokenizer/  text_encoder_2/  tokenizer_2/  …   in transformers' format, sorted by name in the config

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lidit_jax.checkpoint import latest_step, require_checkpoint
-from lidit_jax.config import CONFIG_FILE, build, claim_workdir, read_workdir
+from lidit_jax.config import CONFIG_FILE, TO_FILL_IN, build, claim_workdir, read_workdir
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.data.open_dataset import open_dataset
 from lidit_jax.data_report import log_data, log_prompts
@@ -243,6 +243,11 @@ def _lock_workdir(workdir: epath.Path) -> Iterator[None]:
 
 def _check_start(experiment: Experiment) -> None:
     """Raises UserError if a new run starts from weights that do not exist, or that belong to a different model."""
+    if experiment.config.get("start_from") == TO_FILL_IN:
+        raise UserError(
+            "this config fine-tunes, and start_from is to be filled in: give --config.start_from=DIR, a workdir or an "
+            "exported folder; --config.start_from= trains from random weights"
+        )
     source = epath.Path(experiment.config.get("start_from") or "")
     has_begun = experiment.has_lidit and latest_step(checkpoint_folder(experiment.workdir, LIDIT))
     if not experiment.config.get("start_from") or has_begun:
