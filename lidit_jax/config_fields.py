@@ -19,7 +19,7 @@ from lidit_jax.evaluate.scenes import SceneEvaluation
 from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.t5 import T5Config
-from lidit_jax.models.vae_training import VAESectionConfig
+from lidit_jax.models.vae_section import VAESectionConfig
 from lidit_jax.parallel.mesh import MeshConfig
 from lidit_jax.pipeline import SampleConfig
 from lidit_jax.text.load_encoder import EncoderConfig

@@ -43,8 +43,8 @@ from lidit_jax.models.lidit_config import COMPUTE_FIELDS, LIDiTConfig
 from lidit_jax.models.lpips import SMALLEST_SIDE
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
+from lidit_jax.models.vae_section import VAESectionConfig
 from lidit_jax.models.vae_tiling import smallest_tile
-from lidit_jax.models.vae_training import VAESectionConfig
 from lidit_jax.parallel.mesh import MeshConfig, make_mesh
 from lidit_jax.parallel.rules import ShardingRules, frozen_shardings, put_sharded
 from lidit_jax.pipeline import Pipeline, SampleConfig

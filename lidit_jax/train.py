@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lidit_jax.checkpoint import Checkpoints
+from lidit_jax.compile_ahead import compile_ahead
 from lidit_jax.data.batch_stream import BatchStream
 from lidit_jax.errors import UserError
 from lidit_jax.goodput import Goodput
@@ -23,7 +24,6 @@ from lidit_jax.parallel.watchdog import Watchdog, watched
 from lidit_jax.profiling import StepProfiler
 from lidit_jax.train_config import TrainConfig
 from lidit_jax.trainer import Batch, Evaluate, Trainer, TrainState
-from lidit_jax.warm_up import warm_up
 from lidit_jax.weighted_mean import mean_of_steps
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ def _compile(
         if is_first and notice.should_stop():
             raise notice.stopped(name, f"before step {step + 1}")
 
-    warm_up(
+    compile_ahead(
         trainer,
         name,
         batch,

@@ -17,12 +17,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from lidit_jax.compile_ahead import Program
 from lidit_jax.errors import UserError
 from lidit_jax.models.sharded_matmul import reduce_gradients_in
 from lidit_jax.optimizer import count_updates, learning_rate, make_optimizer
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated, shardings
 from lidit_jax.train_config import TrainConfig
-from lidit_jax.warm_up import Program
 from lidit_jax.weighted_mean import WeightedMean
 
 Batch = Mapping[str, Any]

@@ -17,7 +17,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.vae_config import VAEConfig
-from lidit_jax.models.vae_training import VAESectionConfig
+from lidit_jax.models.vae_section import VAESectionConfig
 from lidit_jax.print_config import format_config, paper_keys
 from lidit_jax.text.load_encoder import EncoderConfig
 from lidit_jax.train_config import TrainConfig

@@ -25,7 +25,7 @@ from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.rotary import RopeScaling
 from lidit_jax.models.t5 import T5Config
 from lidit_jax.models.vae_config import VAEConfig
-from lidit_jax.models.vae_training import (
+from lidit_jax.models.vae_section import (
     AdversarialConfig,
     PerceptualConfig,
     ReconstructionEvaluation,

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from stored_data import data_of, write_tars
+from test_compile_ahead import compilations
 from test_precompute import losses
 from test_tar_source import encode, write_tar
-from test_warm_up import compilations
 
 from lidit_jax.checkpoint import Checkpoints
 from lidit_jax.data.data_config import DataConfig

@@ -28,7 +28,7 @@ from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import SCORES_FILE, SceneEvaluation
 from lidit_jax.experiment import LIDIT, Experiment
 from lidit_jax.files import check_writable
-from lidit_jax.models.vae_training import VAESectionConfig
+from lidit_jax.models.vae_section import VAESectionConfig
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.preemption import Preempted, catch_sigterm, dies_with_this
 from lidit_jax.parallel.rules import ShardingRules

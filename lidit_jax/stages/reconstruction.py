@@ -20,7 +20,7 @@ from lidit_jax.images import grid, save_png, to_float, to_uint8
 from lidit_jax.models.image_similarity import psnr, ssim
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_config import VAEConfig
-from lidit_jax.models.vae_training import ReconstructionEvaluation
+from lidit_jax.models.vae_section import ReconstructionEvaluation
 from lidit_jax.parallel.rules import ShardingRules, batch_sharding, num_batch_shards, replicated
 
 logger = logging.getLogger(__name__)

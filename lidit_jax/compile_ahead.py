@@ -70,7 +70,7 @@ def batch_key(batch: Mapping[str, Any]) -> Hashable:
 
 
 class Trains(Protocol):
-    """The methods of `trainer.Trainer` that the warm-up calls."""
+    """The methods of `trainer.Trainer` that `compile_ahead` calls."""
 
     def phase(self, number: int) -> int: ...
 
@@ -88,7 +88,7 @@ class _Planned(NamedTuple):
     batch: dict[str, jax.ShapeDtypeStruct]
 
 
-def warm_up(
+def compile_ahead(
     trainer: Trains,
     name: str,
     batch: Mapping[str, jax.Array],
