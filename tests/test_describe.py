@@ -180,8 +180,8 @@ def test_bad_models_and_prompts_are_named_in_one_line(llama, t5_folder, image, t
     transformers.LlamaModel(transformers.LlamaConfig(**SIZES)).save_pretrained(headless)
     train_tokenizer(CAPTIONS, 299).save_pretrained(headless)
     cases = [
-        (request(str(headless)), "lm_head"),
-        (request(str(t5_folder)), "decoder"),
+        (request(str(headless)), "lacks weights .*lm_head"),
+        (request(str(t5_folder)), "lacks weights .*decoder"),
         (request(llama, image=image), "takes no images"),
         (request(llama, image=epath.Path(tmp_path / "none.png")), "none.png"),
         (request(llama, max_tokens=200), "reads at most 128 tokens"),

@@ -64,7 +64,8 @@ def load_model(class_name: str, flag: str, name: str, **options: Any) -> Any:
     missing = sorted(found["missing_keys"]) + sorted(str(key) for key in found.get("mismatched_keys", ()))
     if missing:
         raise UserError(
-            f"--{flag}={name} is not a {class_name}: {len(missing)} weights are missing, such as {missing[0]}"
+            f"--{flag}={name} lacks weights that {class_name} needs ({len(missing)}, such as {missing[0]}): "
+            "name a complete model of this kind"
         )
     return model.to(device()).eval()
 
