@@ -140,7 +140,7 @@ def text_table(
         for row in rows
         for cell_widths in [[total] if len(row) == 1 else widths]
     ]
-    heights = [gap + line_height * max(1, *map(len, cells), 0) for cells in wrapped]
+    heights = [gap + line_height * max(1, *map(len, cells)) for cells in wrapped]
     sheet = Image.new("RGB", (total + 2 * gap, sum(heights) + gap), _SHEET_COLOR)
     draw, top = ImageDraw.Draw(sheet), gap // 2
     for cells, height in zip(wrapped, heights, strict=True):

@@ -27,7 +27,6 @@ from lidit_jax.sample.attention_maps import attention_maps
 
 WIDTH = 32
 SMALL = {"depth": 2, "hidden_size": WIDTH, "num_heads": 4, "patch_size": 1, "latent_channels": 4, "dtype": "float32"}
-SMALL |= {"refiner_blocks": 1}
 LAYERS = LayerConfig(num_heads=4)
 
 

@@ -244,6 +244,12 @@ def test_a_small_model_learns_a_fixed_image_on_16x16_tokens():
     assert model_of_fixed_image(LIDiTConfig.position)(16, 16) < 0.1
 
 
+@pytest.mark.slow
+def test_with_conv_alone_it_stays_near_the_best_constant():
+    """Shows that the test above can fail."""
+    assert model_of_fixed_image("conv")(16, 16) > 0.5
+
+
 @pytest.mark.parametrize(("height", "width"), [(24, 24), (32, 32), (12, 20)])
 def test_the_learned_layout_is_kept_at_another_resolution(height, width):
     assert model_of_fixed_image(LIDiTConfig.position)(height, width) < 0.2

@@ -27,7 +27,7 @@ _SEEDS = flags.DEFINE_integer("seeds", 3, "runs per row", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "folder for the runs and the tables")
 _JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1)
 _HOURS = flags.DEFINE_float(
-    "hours", None, "stop after this many hours, with all runs saved; the same command goes on", lower_bound=0.001
+    "hours", None, "stop after this many hours, with all runs saved; the same command resumes", lower_bound=0.001
 )
 _ONLY = flags.DEFINE_string("only", None, "ROW/SEED or parts/NAME: train only this, with the config in --out")
 
@@ -57,7 +57,7 @@ def main() -> None:
         report.write(out, report.choose([*tables, *report.complete(out, seeds)]), seeds)
     if not finished:
         done = f"the tables have {seeds} of {_SEEDS.value} seeds" if seeds else "no table is complete yet"
-        print(f"stopped after {_HOURS.value:g} hours, {done}: run the same command again to go on", file=sys.stderr)
+        print(f"stopped after {_HOURS.value:g} hours, {done}: run the same command again to resume", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -91,11 +91,7 @@ def complete_seeds(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]]
 
 def complete(out: epath.Path, seeds: int) -> list[str]:
     """Returns the names of the tables all of whose runs are done, in this call of the command or an earlier one."""
-    return [
-        name
-        for name, table in choose(CHOICES).items()
-        if all(Run(entry.row, seed).is_done(out) for entry in table.values() for seed in range(seeds))
-    ]
+    return [name for name, table in choose(CHOICES).items() if complete_seeds(out, {name: table}, seeds) == seeds]
 
 
 def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: int) -> None:

@@ -1,4 +1,4 @@
-"""What language models generate for prompts, by transformers."""
+"""Generates answers of language models to prompts, with transformers."""
 
 import dataclasses
 import itertools
@@ -16,11 +16,11 @@ from lidit_jax.score.eval_extra import require_extra
 from lidit_jax.score.load_model import device, load_model, load_processor, model_folder
 from lidit_jax.text.load_encoder import load_tokenizer, tokenizer_folder
 from lidit_jax.text.prompts import INSTRUCTION, PromptTokenizer
+from lidit_jax.weights import huggingface_t5
 from lidit_jax.weights.safetensors_folder import read_config
 
 FLAG = "weights"
 MAX_PROMPT_TOKENS = 4096
-T5_TYPES = ("t5", "mt5", "umt5")  # whose encoders, saved alone, do not say that they have a decoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class DescribeRequest:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model generates for a prompt.
+    """An answer of a model to a prompt.
 
     Attributes:
       weights: the model, as the request names it.
@@ -114,7 +114,9 @@ class _Model:
 
     @property
     def has_encoder(self) -> bool:
-        return bool(self.config.get("is_encoder_decoder")) or self.config.get("model_type") in T5_TYPES
+        return (
+            bool(self.config.get("is_encoder_decoder")) or self.config.get("model_type") in huggingface_t5.MODEL_TYPES
+        )
 
     @property
     def class_name(self) -> str:
