@@ -15,7 +15,7 @@ from PIL import Image, ImageFont
 from lidit_jax import images
 from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.errors import UserError
-from lidit_jax.images import grid, save_png, wrap
+from lidit_jax.images import grid, save_png, text_table, wrap
 
 ANY_CHARACTER = st.characters(codec=None, exclude_categories=())
 
@@ -250,6 +250,17 @@ def test_without_fontconfig_fonts_are_still_looked_for(monkeypatch):
 
 
 # --- saving -----------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_text_table_are_as_high_as_their_tallest_cell_and_a_single_cell_spans_all_columns():
+    text, widths = "six words that need some lines", (60, 60, 60)
+    one_line, wrapped = (text_table([["a", "b", cell]], widths) for cell in ("c", text))
+    assert one_line.width == wrapped.width == 3 * 60 + 4 * 12
+    assert wrapped.height >= one_line.height + 2 * 17
+    heading = text_table([[text], ["a", "b", "c"]], widths)
+    assert heading.height < wrapped.height  # the same text fits into fewer lines
+    ink = np.asarray(wrapped).min(axis=(0, 2)) < 100  # columns of pixels with text
+    assert ink[12:72].any() and ink[84:144].any() and ink[156:216].any() and not ink[:12].any() and not ink[216:].any()
 
 
 @pytest.mark.parametrize("make_path", [str, epath.Path, os.fspath], ids=["str", "epath", "fspath"])
