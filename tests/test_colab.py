@@ -10,7 +10,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -142,8 +144,7 @@ def install(tmp_path, monkeypatch):
             assert magic == "pip"
             arguments.extend(shlex.split(line.format(**namespace)))
 
-        programs = tmp_path / "programs"
-        programs.mkdir()
+        programs = Path(tempfile.mkdtemp(dir=tmp_path))
         if driver:
             (programs / "nvidia-smi").write_text(f"#!/bin/sh\necho {driver}\n")
             (programs / "nvidia-smi").chmod(0o755)
@@ -217,6 +218,58 @@ def test_without_the_code_the_notebook_stops_with_one_line(install, tmp_path, re
         install(tmp_path, repository=repository)
     [line] = error.value._render_traceback_()
     assert "\n" not in line
+
+
+@pytest.fixture
+def upload(monkeypatch, tmp_path):
+    """Returns a function that stands in for Colab's upload of `files`, which lie in the current folder afterwards."""
+
+    def answer(*files):
+        colab = SimpleNamespace(files=SimpleNamespace(upload=lambda: {str(file): b"" for file in files}))
+        monkeypatch.setitem(sys.modules, "google.colab", colab)
+        (tmp_path / "content").mkdir(exist_ok=True)
+        return tmp_path / "content"
+
+    return answer
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar"])
+@pytest.mark.parametrize("inner", ["repository", "."])
+def test_in_colab_the_code_is_uploaded_once(install, upload, tmp_path, kind, inner):
+    make_checkout(tmp_path / "archive" / "repository")
+    root = tmp_path / "archive" / ("" if inner == "repository" else "repository")
+    content = upload(shutil.make_archive(str(tmp_path / "lidit-jax"), kind, root))
+    code = content / "lidit-jax"
+    assert install(content)[2] == str(code)
+    assert (code / "launch" / "colab.ipynb").exists()
+    assert [path.name for path in content.iterdir()] == ["lidit-jax"]
+    upload()  # a second run of the cell, after a restart, must not ask again
+    assert install(content)[2] == str(code)
+
+
+def test_an_upload_without_the_code_stops_with_one_line_and_leaves_nothing(install, upload, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").touch()
+    whole = Path(shutil.make_archive(str(tmp_path / "other"), "zip", tmp_path / "other"))
+    cut = tmp_path / "cut.tar.gz"
+    cut.write_bytes(Path(shutil.make_archive(str(tmp_path / "all"), "gztar", tmp_path / "other")).read_bytes()[:20])
+    damaged = tmp_path / "damaged.zip"
+    damaged.write_bytes(b"PK\x03\x04 and nothing more")
+    for files, message in {
+        (): "^0 files were uploaded instead of one",
+        (whole, cut): "^2 files were uploaded",
+        (whole,): "other.zip holds no lidit_jax/",
+        (cut,): "cut.tar.gz could not be unpacked",
+        (damaged,): "damaged.zip could not be unpacked",
+    }.items():
+        content = upload(*files)
+        with pytest.raises(Exception, match=message) as error:
+            install(content)
+        assert len(error.value._render_traceback_()) == 1
+        assert list(content.iterdir()) == []
+    (content / "lidit-jax").mkdir()
+    with pytest.raises(Exception, match="lidit-jax exists and is no checkout"):
+        install(content)
 
 
 def test_a_package_that_was_imported_before_its_upgrade_needs_a_restart(install, tmp_path):
