@@ -32,8 +32,8 @@ QWEN1_5_7B = {
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.seed = 0
-    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}  # ours
+    config.seed = 0  # ours
+    config.mesh = {"fsdp": -1}  # ours: weights sharded over all devices
 
     config.data = {
         "source": "tar",
@@ -61,12 +61,12 @@ def get_config() -> ConfigDict:
     config.encoders = {
         "llama3": {  # paper: LLaMA3-8B, multi-modally tuned
             "weights": "",
-            "model": LLAMA3_8B,
+            "model": LLAMA3_8B,  # paper: by the name
         },
         "qwen": {  # paper: Qwen1.5-7B, multi-modally tuned
             "weights": "",
             "family": "qwen2",
-            "model": QWEN1_5_7B,
+            "model": QWEN1_5_7B,  # paper: by the name
         },
     }
     config.vae = {

@@ -29,7 +29,7 @@ def get_config(row: str = "") -> ConfigDict:
 
     config = ConfigDict()
     config.seed = 0
-    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}  # ours
+    config.mesh = {"fsdp": -1}  # ours
     config.data = {
         "source": "tar",
         "path": "",  # to fill in; paper: ImageNet and 1.3M pairs of CC12M

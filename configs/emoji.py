@@ -16,7 +16,7 @@ from lidit_jax.text.prompts import INSTRUCTION
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+    config.mesh = {"fsdp": -1}
 
     config.data = {
         "source": "tar",  # or parquet, folder, array_record, tfds

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+    config.mesh = {"fsdp": -1}
 
     config.data = {
         "source": "shapes",

@@ -38,7 +38,7 @@ def format_config(config: ConfigDict, file: Path, overrides: Collection[str]) ->
     for key, value in flatten(_resolve(config)).items():
         if any(key == override or key.startswith(f"{override}.") for override in overrides):
             source = COMMAND_LINE
-        elif key in paper:
+        elif key in paper or any(key.startswith(f"{section}.") for section in paper):
             source = PAPER
         else:
             source = OURS if key in stated else DEFAULT
@@ -78,7 +78,8 @@ def _as_dict(section: Any) -> Any:
 def paper_keys(file: Path) -> set[str]:
     """Returns the keys whose values a config file, or the sibling config that it modifies, marks as the paper's.
 
-    The mark is a comment that begins with "paper", at the end of the value's line or on the line above it.
+    The mark is a comment that begins with "paper", at the end of the value's line or on the line above it. The key of a
+    section that is stated by name, as in `"model": LLAMA3_8B`, stands for all of its fields.
     """
     source = Path(file).read_text()
     comments = {

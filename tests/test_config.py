@@ -124,7 +124,7 @@ def test_the_papers_values_are_marked():
         *("vae.model.latent_channels", "model.depth", "model.hidden_size", "model.num_heads", "model.patch_size"),
         *("model.latent_channels", "model.refiner_blocks", "model.refiner_gated", "model.refiner_causal"),
         *("model.fusion", "model.collaborative_blocks", "model.dtype", "diffusion.name", "diffusion.prediction"),
-        *("train.steps", "train.batch_size"),
+        *("train.steps", "train.batch_size", "encoders.llama3.model", "encoders.qwen.model"),
     }
     assert paper_keys(ROOT / "configs/1b.py") == config_1b == paper_keys(ROOT / "configs/10b.py")
     # Fine-tuning at 1024 px: the paper states neither its target nor its length.
@@ -139,6 +139,8 @@ def test_every_field_is_printed_with_its_source():
     rows = {line.split()[0]: line.split() for line in printed.splitlines()}
     assert rows["model.depth"] == ["model.depth", "48", "paper"]
     assert rows["mesh.data"] == ["mesh.data", "8", "ours"]
+    assert rows["mesh.tensor"] == ["mesh.tensor", "1", "default"]
+    assert rows["encoders.llama3.model.hidden_size"] == ["encoders.llama3.model.hidden_size", "4096", "paper"]
     assert rows["train.batch_size"] == ["train.batch_size", "64", "command", "line"]
     assert rows["data.num_threads"] == ["data.num_threads", str(DataConfig.num_threads), "default"]
     assert rows["data.path"][1] == "''"

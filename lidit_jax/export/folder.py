@@ -40,7 +40,7 @@ TRAINING_ONLY = ("logit_mean", "logit_std")
 # Sections that `Experiment` requires although a trained model does not use them.
 UNUSED_SECTIONS = {
     "seed": 0,
-    "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+    "mesh": {"fsdp": -1},
     "train": {"steps": 1, "batch_size": 1, "learning_rate": 1e-4},
 }
 
