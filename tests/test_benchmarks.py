@@ -6,8 +6,10 @@ import subprocess
 import sys
 from functools import partial
 
+import diffusers
 import numpy as np
 import pytest
+import transformers
 from conftest import ROOT
 
 from lidit_jax.benchmarks.contest import Contestant, contest, largest_difference
@@ -44,18 +46,17 @@ def test_a_contestant_that_fails_ends_the_contest_in_one_line():
         contest([Contestant("broken", failing)], rounds=1)
 
 
+def run(name, *arguments):
+    command = [sys.executable, "-m", f"lidit_jax.benchmarks.{name}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+
+
 @pytest.mark.slow
-def test_the_encode_benchmark_compares_four_ways_that_agree():
-    command = [
-        sys.executable,
-        "-m",
-        "lidit_jax.benchmarks.encode",
-        "--rounds=1",
-        "--batch=2",
-        "--prefix=8",
-        "--prompt=8",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
+def test_the_encode_benchmark_compares_four_ways_that_agree(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=300, num_key_value_heads=1, **sizes)
+    transformers.LlamaModel(config).save_pretrained(tmp_path)
+    done = run("encode", f"--weights={tmp_path}", "--rounds=1", "--batch=2", "--prefix=8", "--prompt=8")
     assert done.returncode == 0, done.stderr
     for way in ("plain", "shared prefix", "transformers", "transformers compiled"):
         assert re.search(rf"^{way} +[\d.]+ +[\d.e+]+ +[\d.]+ +\d+$", done.stdout, re.MULTILINE), done.stdout
@@ -63,10 +64,17 @@ def test_the_encode_benchmark_compares_four_ways_that_agree():
     assert float(difference) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    diffusers.AutoencoderKL(block_out_channels=(32, 32, 64, 64), latent_channels=4, **blocks).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.slow
-def test_the_vae_benchmark_compares_ways_that_agree():
-    command = [sys.executable, "-m", "lidit_jax.benchmarks.vae", "--rounds=1", "--size=32"]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+def test_the_vae_benchmark_compares_ways_that_agree(vae_folder):
+    done = run("vae", f"--weights={vae_folder}", "--rounds=1", "--size=32")
     assert done.returncode == 0, done.stderr
     for way in ("lidit_jax", "diffusers", "diffusers compiled"):
         lines = re.findall(rf"^{way} +[\d.]+ +[\d.e+]+ +[\d.]+ +\d+$", done.stdout, re.MULTILINE)
@@ -76,9 +84,8 @@ def test_the_vae_benchmark_compares_ways_that_agree():
 
 
 @pytest.mark.slow
-def test_the_vae_benchmark_with_tiles_shows_that_ours_equals_decoding_at_once():
-    command = [sys.executable, "-m", "lidit_jax.benchmarks.vae", "--rounds=1", "--size=64", "--tile=32"]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+def test_the_vae_benchmark_with_tiles_shows_that_ours_equals_decoding_at_once(vae_folder):
+    done = run("vae", f"--weights={vae_folder}", "--rounds=1", "--size=64", "--tile=32")
     assert done.returncode == 0, done.stderr
     differences = dict(re.findall(r"^(.+): largest difference (\S+) of", done.stdout, re.MULTILINE))
     assert float(differences["lidit_jax in tiles"]) < 1e-4
@@ -87,23 +94,22 @@ def test_the_vae_benchmark_with_tiles_shows_that_ours_equals_decoding_at_once():
 
 @pytest.mark.slow
 def test_the_memory_benchmark_shows_tiles_to_take_less():
-    command = [sys.executable, "-m", "lidit_jax.benchmarks.vae_memory", "--sizes=512", "--tiles=128"]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    done = run("vae_memory", "--sizes=512", "--tiles=128")
     assert done.returncode == 0, done.stderr
     at_once, in_tiles = (int(number) for number in re.findall(r"^(?:at once|tiles of 128) +(\d+)$", done.stdout, re.M))
     assert in_tiles < at_once / 2
-    done = subprocess.run([*command[:3], "--sizes=100"], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    done = run("vae_memory", "--sizes=100")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
 
 @pytest.mark.slow
 def test_the_data_benchmark_compares_the_loader_with_its_limit_and_webdataset():
-    command = [sys.executable, "-m", "lidit_jax.benchmarks.data", "--rounds=1", "--num_images=16", "--samples=32"]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+    small = ("--rounds=1", "--num_images=16", "--samples=32")
+    done = run("data", *small)
     assert done.returncode == 0, done.stderr
     for way in ("lidit_jax", "limit", "webdataset"):
         assert re.search(rf"^{way} +[\d.]+ +[\d.e+]+ +[\d.]+ +\d+$", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"^lidit_jax reaches \d+% of the limit$", done.stdout, re.MULTILINE)
     for arguments, status in ((["--memory=320"], 0), (["--shorter=100,x"], 2), (["--samples=33"], 2)):
-        done = subprocess.run([*command, *arguments], cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+        done = run("data", *small, *arguments)
         assert done.returncode == status, done.stderr

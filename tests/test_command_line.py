@@ -178,9 +178,7 @@ def test_configs_state_only_what_the_paper_states_or_the_defaults_lack(name):
     config = load_config(name, *(["table2_baseline"] if name == "ablation" else []))
     stated, paper, full = flatten(config), paper_keys(ROOT / f"configs/{name}.py"), flatten(with_defaults(config))
     # To fill in; needed by workdirs; all kinds of prompts; set by a condition.
-    kept = re.compile(
-        r"(.*\.)?(path|weights|num_images)|model\.position|evaluate\..*|encoders\.\w+\.family|text\..*"
-    )
+    kept = re.compile(r"(.*\.)?(path|weights|num_images)|model\.position|evaluate\..*|encoders\.\w+\.family|text\..*")
     redundant = []
     for key in stated.keys() - paper:
         values = config.to_dict()

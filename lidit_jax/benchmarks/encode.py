@@ -1,11 +1,11 @@
 """Benchmarks prompt encoding against transformers: `python -m lidit_jax.benchmarks.encode`.
 
-A random LLaMA of about 150M parameters is saved in Hugging Face's format. It encodes the same prompts after the same
-prefix in four ways, each up to the third-to-last block:
+An LLM in Hugging Face's format, `--weights` or a random LLaMA of about 150M parameters, encodes the same prompts after
+the same prefix in four ways, each up to the third-to-last block:
 
     plain                  ours, the prefix computed with every prompt
     shared prefix          ours, the prefix computed once (as in training and sampling)
-    transformers           `LlamaModel`
+    transformers           transformers' model
     transformers compiled  the same under `torch.compile`
 
 Tokens per second count prompt tokens only, whether or not the prefix was computed again.
@@ -34,6 +34,7 @@ _PREFIX = shared_flags.define_tokens("prefix", 40, "tokens of the prefix")
 _PROMPT = shared_flags.define_tokens("prompt", 40, "tokens per prompt")
 _ROUNDS = shared_flags.define_rounds(20)
 _DTYPE = shared_flags.define_dtype("float32")
+_WEIGHTS = shared_flags.define_weights("folder of an LLM; by default a random LLaMA of 150M parameters")
 _JSON = shared_flags.define_json()
 
 SIZES = {
@@ -48,11 +49,14 @@ SIZES = {
 
 def main() -> None:
     print(describe_host("torch", "transformers"))
-    with tempfile.TemporaryDirectory() as folder:
-        num_parameters = save_model(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = _WEIGHTS.value or temporary
+        if not _WEIGHTS.value:
+            save_model(folder)
+        vocabulary, num_parameters = sizes(folder)
         random = np.random.default_rng(0)
-        prefix = random.integers(0, SIZES["vocab_size"], _PREFIX.value, np.int32)
-        prompts = random.integers(0, SIZES["vocab_size"], (_BATCH.value, _PROMPT.value), np.int32)
+        prefix = random.integers(0, vocabulary, _PREFIX.value, np.int32)
+        prompts = random.integers(0, vocabulary, (_BATCH.value, _PROMPT.value), np.int32)
         prepare_functions = {
             "plain": plain,
             "shared prefix": shared_prefix,
@@ -75,19 +79,31 @@ def main() -> None:
     write_figures(_JSON.value, what, _ROUNDS.value, measurements(results, steps=1, tokens=tokens))
 
 
-def save_model(folder: str) -> int:
-    """Saves a random LLaMA in Hugging Face's format.
-
-    Returns:
-      Its number of parameters.
-    """
+def save_model(folder: str) -> None:
+    """Saves a random LLaMA in Hugging Face's format."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.LlamaModel(transformers.LlamaConfig(**SIZES))
-    model.save_pretrained(folder)
-    return model.num_parameters()
+    transformers.LlamaModel(transformers.LlamaConfig(**SIZES)).save_pretrained(folder)
+
+
+def sizes(folder: str) -> tuple[int, int]:
+    """Returns the vocabulary size and the number of parameters of the model in a folder, without its weights.
+
+    Raises:
+      UserError: the folder holds no decoder-only LLM of a supported family.
+    """
+    import torch
+    import transformers
+
+    from lidit_jax.weights.huggingface_config import llm_config
+    from lidit_jax.weights.safetensors_folder import CONFIG_FILE, read_config
+
+    vocabulary = llm_config(read_config(folder), f"{folder}/{CONFIG_FILE}", dtype=_DTYPE.value).vocab_size
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(folder))
+    return vocabulary, model.num_parameters()
 
 
 def load(folder: str, dtype: str):
@@ -139,7 +155,7 @@ def transformers_model(
     from lidit_jax.models.llm import BLOCKS_AFTER_FEATURE
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = transformers.LlamaModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device)
+    model = transformers.AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype)).eval().to(device)
     model.layers = model.layers[:-BLOCKS_AFTER_FEATURE]
     model.norm = torch.nn.Identity()
     tokens = np.concatenate([np.broadcast_to(prefix, (len(prompts), len(prefix))), prompts], axis=1)

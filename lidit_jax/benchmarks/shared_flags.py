@@ -25,6 +25,11 @@ def define_json() -> flags.FlagHolder:
     return flags.DEFINE_string("json", None, "JSON file to write the figures to")
 
 
+def define_weights(text: str) -> flags.FlagHolder:
+    """Defines --weights with the help `text`."""
+    return flags.DEFINE_string("weights", None, text)
+
+
 def define_rounds(default: int) -> flags.FlagHolder:
     """Defines --rounds."""
     return define_repeats("rounds", default, "how often each contestant is timed")

@@ -1,8 +1,8 @@
 """Benchmarks the autoencoder against diffusers: `python -m lidit_jax.benchmarks.vae`.
 
-A random `AutoencoderKL` with the widths of Stable Diffusion 3's is saved in diffusers' format. Both libraries encode
-the same images to the means of their latents and decode the same latents; with `--tile=256` they decode only, once
-without tiling and once in tiles of 256 px.
+Both libraries load the same folder in diffusers' format: `--weights`, or a random `AutoencoderKL` with the widths of
+Stable Diffusion 3's. They encode the same images to the means of their latents and decode the same latents; with
+`--tile=256` they decode only, once without tiling and once in tiles of 256 px.
 """
 
 import functools
@@ -23,31 +23,36 @@ from lidit_jax.benchmarks.contest import (
 )
 from lidit_jax.benchmarks.sd3_vae import CONFIG
 from lidit_jax.errors import UserError
+from lidit_jax.models.vae_config import VAEConfig
+from lidit_jax.weights.diffusers_vae import read_config
 
 _BATCH = shared_flags.define_batch(1, "images per batch")
 _SIZE = shared_flags.define_side("size", 256, "side of the images in pixels, a multiple of 8")
 _ROUNDS = shared_flags.define_rounds(5)
 _DTYPE = shared_flags.define_dtype("float32")
+_WEIGHTS = shared_flags.define_weights("folder of an AutoencoderKL; by default random, with the widths of SD 3's")
 _TILE = shared_flags.define_side(
     "tile", 0, "compare decoding at once with tiles of so many pixels; 0 compares encoding and decoding", lowest=0
 )
 
-FACTOR = CONFIG.downsampling_factor
-
 
 def main() -> None:
     print(describe_host("torch", "diffusers"))
-    if _SIZE.value % FACTOR:
-        larger = -(-_SIZE.value // FACTOR) * FACTOR
-        raise UserError(f"--size={_SIZE.value} is not a multiple of {FACTOR}: use {larger}")
+    config = VAEConfig.from_dict(read_config(_WEIGHTS.value)) if _WEIGHTS.value else CONFIG
+    factor = config.downsampling_factor
+    if _SIZE.value % factor:
+        larger = -(-_SIZE.value // factor) * factor
+        raise UserError(f"--size={_SIZE.value} is not a multiple of {factor}: use {larger}")
     random = np.random.default_rng(0)
-    cells = _SIZE.value // FACTOR
+    cells = _SIZE.value // factor
     inputs = {
         "encode": random.uniform(-1, 1, (_BATCH.value, _SIZE.value, _SIZE.value, 3)).astype(np.float32),
-        "decode": random.normal(size=(_BATCH.value, cells, cells, CONFIG.latent_channels)).astype(np.float32),
+        "decode": random.normal(size=(_BATCH.value, cells, cells, config.latent_channels)).astype(np.float32),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = _WEIGHTS.value or temporary
+        if not _WEIGHTS.value:
+            save_model(folder, config)
         for task, prepare_functions in (TILED_CONTESTANTS if _TILE.value else CONTESTANTS).items():
             arguments = folder, task, inputs[task], _DTYPE.value
             contestants = [
@@ -62,21 +67,21 @@ def main() -> None:
                 print(f"{result.name}: largest difference {difference:.1e} of the largest value")
 
 
-def save_model(folder: str) -> None:
+def save_model(folder: str, config: VAEConfig) -> None:
     """Saves a random VAE in diffusers' format."""
     import diffusers
     import torch
 
     torch.manual_seed(0)
-    blocks = len(CONFIG.block_out_channels)
+    blocks = len(config.block_out_channels)
     diffusers.AutoencoderKL(
-        block_out_channels=CONFIG.block_out_channels,
+        block_out_channels=config.block_out_channels,
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
-        layers_per_block=CONFIG.layers_per_block,
-        latent_channels=CONFIG.latent_channels,
-        use_quant_conv=CONFIG.use_quant_conv,
-        use_post_quant_conv=CONFIG.use_post_quant_conv,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        use_quant_conv=config.use_quant_conv,
+        use_post_quant_conv=config.use_post_quant_conv,
     ).save_pretrained(folder)
 
 
@@ -127,7 +132,8 @@ def diffusers_model(
     model = model.to(device).eval()
     if tile:
         model.enable_tiling()
-        model.tile_sample_min_size, model.tile_latent_min_size = tile, tile // FACTOR
+        model.tile_sample_min_size = tile
+        model.tile_latent_min_size = tile // 2 ** (len(model.config.block_out_channels) - 1)
     inputs = torch.from_numpy(arrays).permute(0, 3, 1, 2).to(device, torch_dtype)
     tasks = {"encode": lambda x: model.encode(x).latent_dist.mean, "decode": lambda z: model.decode(z).sample}
     apply = torch.compile(tasks[task]) if compiled else tasks[task]
