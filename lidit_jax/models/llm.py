@@ -287,24 +287,33 @@ class LLM(nn.Module):
           tokens: int32 [B, L].
           cache: keys and values of the prefix before the tokens; None for no prefix.
         """
-        return self._blocks(tokens, cache)[0]
+        return self._blocks(self.embed(tokens), cache)[0]
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Returns the embeddings of tokens, the input of the first block: int32 [B, L] -> [B, L, C]."""
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = self.embed_tokens[tokens].astype(dtype)
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, dtype)  # transformers also rounds the factor to the dtype
+        return x
+
+    def from_embeddings(self, x: jax.Array) -> jax.Array:
+        """Returns the last block's output for embeddings, some of which may be features of an image: [B, L, C]."""
+        return self._blocks(x, None)[0]
 
     def prefix(self, tokens: jax.Array) -> tuple[jax.Array, PrefixCache]:
         """Encodes a shared prefix, int32 [P]: returns its features [P, C] and the cache for the prompts after it."""
         if not tokens.shape[0]:  # no begin token and no instruction; attention kernels reject zero queries
             return jnp.zeros((0, self.config.hidden_size), jnp.dtype(self.config.dtype)), self._empty_cache()
-        x, (key, value) = self._blocks(tokens[None], None)
+        x, (key, value) = self._blocks(self.embed(tokens[None]), None)
         return x[0], PrefixCache(key=key[:, 0], value=value[:, 0])
 
-    def _blocks(self, tokens, cache):
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
+    def _blocks(self, x, cache):
+        config = self.config
         cache = self._empty_cache() if cache is None else cache
         is_sliding = jnp.array(config.sliding_layers or (False,) * config.num_hidden_layers)
-        full, sliding = self._rotary_and_masks(cache.key.shape[1], tokens.shape[1])
-        x = self.embed_tokens[tokens].astype(dtype)  # [B, L, C]
+        full, sliding = self._rotary_and_masks(cache.key.shape[1], x.shape[1])
         x = nn.with_logical_constraint(x, ACTIVATION)
-        if config.embedding_scale != 1.0:
-            x = x * jnp.asarray(config.embedding_scale, dtype)  # transformers also rounds the factor to the dtype
         return self.layers(x, cache, is_sliding, full, sliding)
 
     def _rotary_and_masks(self, prefix_length: int, length: int) -> tuple[RotaryAndMask, RotaryAndMask | None]:
@@ -343,7 +352,19 @@ class CausalLM(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [B, L] -> next-token logits, float32 [B, L, vocab_size]."""
-        x = self.norm(self.model(tokens)).astype(jnp.float32)
+        return self.logits(self.hidden(self.embed(tokens)))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Returns the embeddings of tokens: int32 [B, L] -> [B, L, C]."""
+        return self.model.embed(tokens)
+
+    def hidden(self, embeddings: jax.Array) -> jax.Array:
+        """Returns the input of the output head: embeddings [B, L, C] -> [B, L, C]."""
+        return self.norm(self.model.from_embeddings(embeddings))
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Returns next-token logits: the result of `hidden`, [B, L, C] -> float32 [B, L, vocab_size]."""
+        x = hidden.astype(jnp.float32)
         if self.config.tie_word_embeddings:
             return jnp.matmul(x, self.model.embed_tokens.T, precision=product_precision(x.dtype))
         return self.lm_head(x)

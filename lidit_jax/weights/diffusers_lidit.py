@@ -3,10 +3,8 @@
 In PyTorch, `lidit_jax/pytorch/transformer_lidit.py` reads this folder; this module does not need PyTorch.
 """
 
-import contextlib
 import functools
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any, Protocol
 import flax
 import flax.linen as nn
 import jax
-import ml_dtypes
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -34,15 +31,13 @@ from lidit_jax.weights.published_config import (
     positive_number,
     refuse_quantised,
 )
-from lidit_jax.weights.safetensors_file import SafetensorsWriter
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, read_config
+from lidit_jax.weights.safetensors_shards import DTYPES, MAX_SHARD_BYTES, write_shards
 
 CLASS_NAME = "LIDiTTransformer2DModel"
 # Version of config.json and of the tensor names; the PyTorch class has the same. Version 1 had neither `position` nor
 # `refiner_qk_norm`.
 FORMAT_VERSION = 2
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-MAX_SHARD_BYTES = 5 * 10**9
 MAX_LLMS = 64
 OWN_TENSORS = ("timestep_embedder.", "text_condition.", "dit.")
 
@@ -174,22 +169,12 @@ def save_lidit(
     fields, text_widths = {name: getattr(config, name) for name in FIELDS}, _text_widths(leaves)
     boxed = _matching_boxes(config, leaves)
     shapes = {name: shape_in_file(path, leaf) for path, leaf in boxed.items() for name in torch_names(path, leaf)}
-    shards = _plan_shards(shapes, DTYPES[dtype].itemsize, max_shard_bytes)
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG_FILE, _config_dict(fields, text_widths))
-    if len(shards) > 1:
-        write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", _index(shapes, shards, DTYPES[dtype].itemsize))
-    with contextlib.ExitStack() as stack:
-        writers = {}
-        for file, names in shards.items():
-            file_shapes = {name: shapes[name] for name in names}
-            writer = stack.enter_context(SafetensorsWriter(folder / file, file_shapes, DTYPES[dtype]))
-            writers |= dict.fromkeys(names, writer)
+    with write_shards(folder, WEIGHTS_STEM, shapes, DTYPES[dtype], max_shard_bytes) as write:
         for name, view in torch_tensors(config, leaves):
-            tensor = np.array(view, DTYPES[dtype], order="C")
-            writers[name].write(name, tensor)
-            progress(tensor.nbytes)
+            progress(write(name, view))
 
 
 def torch_tensors(config: LIDiTConfig, leaves: Mapping[ParameterPath, Leaf]) -> Iterator[tuple[str, np.ndarray]]:
@@ -321,35 +306,3 @@ def _matching_boxes(
         if found != shape:
             raise UserError(f"LI-DiT's {'/'.join(path)} has shape {found}, its config requires {shape}")
     return boxed
-
-
-# --- files -------------------------------------------------------------------------------------------------------
-
-
-def _plan_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_bytes: int) -> dict[str, list[str]]:
-    """Returns {file name: names of its tensors}, with the tensors of a block next to each other."""
-    shards, free = [[]], max_shard_bytes
-    for name in sorted(shapes, key=_natural_order):
-        size = math.prod(shapes[name]) * itemsize
-        if size > free and shards[-1]:
-            shards.append([])
-            free = max_shard_bytes
-        shards[-1].append(name)
-        free -= size
-    if len(shards) == 1:
-        return {f"{WEIGHTS_STEM}.safetensors": shards[0]}
-    total = len(shards)
-    return {f"{WEIGHTS_STEM}-{i:05}-of-{total:05}.safetensors": names for i, names in enumerate(shards, start=1)}
-
-
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """Returns a sort key that puts block 2 before block 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
-
-
-def _index(shapes: Mapping[str, tuple[int, ...]], shards: Mapping[str, list[str]], itemsize: int) -> dict[str, Any]:
-    """Returns the contents of the index by which transformers and diffusers find a tensor's shard."""
-    return {
-        "metadata": {"total_size": sum(map(math.prod, shapes.values())) * itemsize},
-        "weight_map": {name: file for file, names in shards.items() for name in names},
-    }

@@ -1,0 +1,93 @@
+"""Cross-entropy over a large vocabulary, without the logits of all tokens at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lidit_jax.models.sharded_matmul import cast_and_gather, product_precision
+from lidit_jax.parallel.rules import GRADIENT_SCOPE, constrain
+
+HEAD_AXES = ("embed", "vocab")  # logical axes of the output head's kernel
+CHUNK = 128  # tokens of a sequence whose logits exist at once
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def token_losses(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, chunk: int = CHUNK) -> jax.Array:
+    """Returns the negative log-likelihood of every target, in nats: float32 [B, L].
+
+    Logits exist for `chunk` tokens of each sequence at once, in float32, forward and backward: with a vocabulary of
+    128k, those of 2,048 tokens would take 1 GB a sequence. The backward pass computes them again. The kernel is
+    gathered once, and its gradient is summed in float32 before it is reduced over the devices.
+
+    Args:
+      hidden: input of the output head, [B, L, C]; its dtype is that of the products, which accumulate in float32.
+      kernel: kernel of the output head, [C, V].
+      targets: int32 [B, L].
+      chunk: tokens of a sequence whose logits exist at once.
+    """
+    return _forward(hidden, kernel, targets, chunk)[0]
+
+
+def _forward(hidden, kernel, targets, chunk):
+    gathered = cast_and_gather(kernel, HEAD_AXES, hidden.dtype)
+
+    def losses_of(x_and_targets):
+        x, target = x_and_targets
+        logits = _logits(x, gathered)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        return normaliser - chosen, normaliser
+
+    chunks = _split(hidden, chunk), _split(targets, chunk)
+    losses, normaliser = jax.lax.map(losses_of, chunks)
+    length = hidden.shape[1]
+    # The empty array carries the stored dtype, which must be a JAX type.
+    residuals = hidden, gathered, targets, normaliser, jnp.zeros((0,), kernel.dtype)
+    return _join(losses, length), residuals
+
+
+def _backward(chunk, residuals, cotangent):
+    hidden, gathered, targets, normaliser, stored = residuals
+
+    def gradients_of(kernel_gradient, chunk_inputs):
+        x, target, normaliser, cotangent = chunk_inputs
+        probabilities = jnp.exp(_logits(x, gathered) - normaliser[..., None])
+        is_target = target[..., None] == jnp.arange(gathered.shape[1])
+        logits_gradient = ((probabilities - is_target) * cotangent[..., None]).astype(x.dtype)
+        precision = product_precision(x.dtype)
+        x_gradient = jnp.matmul(logits_gradient, gathered.T, precision=precision)
+        kernel_gradient += jax.lax.dot_general(
+            x,
+            logits_gradient,
+            (((0, 1), (0, 1)), ((), ())),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        return kernel_gradient, x_gradient
+
+    chunks = _split(hidden, chunk), _split(targets, chunk), normaliser, _split(cotangent, chunk)
+    with jax.named_scope(GRADIENT_SCOPE):
+        kernel_gradient, x_gradient = jax.lax.scan(gradients_of, jnp.zeros(gathered.shape, jnp.float32), chunks)
+        kernel_gradient = constrain(kernel_gradient, HEAD_AXES).astype(stored.dtype)
+    return _join(x_gradient, hidden.shape[1]), kernel_gradient, None
+
+
+token_losses.defvjp(_forward, _backward)
+
+
+def _logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.matmul(x, kernel, precision=product_precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+    """Returns [B, L, …] as [chunks, B, chunk, …], padded with zeros."""
+    padding = [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, padding)
+    return jnp.swapaxes(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 0, 1)
+
+
+def _join(x: jax.Array, length: int) -> jax.Array:
+    """Undoes `_split`."""
+    x = jnp.swapaxes(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
