@@ -53,7 +53,7 @@ def llm_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: s
     Raises:
       UserError: a key is missing or has an invalid value, or `LLM` does not implement the model.
     """
-    model_type, values = _language_model(values, file)
+    model_type, values = language_model_part(values, file)
     config = _parse(model_type, values, file)
     hidden_size = positive_integer(config, "hidden_size", file)
     num_heads = positive_integer(config, "num_attention_heads", file)
@@ -87,16 +87,20 @@ def llm_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: s
 
 def norm_offset(values: Mapping[str, Any], file: Any) -> float:
     """Returns what to add to stored norm weights to get the scale: 1 for Gemma, which scales by 1 + weight, else 0."""
-    return 1.0 if _language_model(values, file)[0].startswith("gemma") else 0.0
+    return 1.0 if language_model_part(values, file)[0].startswith("gemma") else 0.0
 
 
 def fuses_projections(values: Mapping[str, Any], file: Any) -> bool:
     """Returns True if the weights have query, key and value as one tensor, and the FFN's gate and up as one (Phi-3)."""
-    return _language_model(values, file)[0] == "phi3"
+    return language_model_part(values, file)[0] == "phi3"
 
 
-def _language_model(values: Mapping[str, Any], file: Any) -> tuple[str, dict[str, Any]]:
-    """Returns the type of the language model, one of `MODEL_TYPES`, and its part of the config."""
+def language_model_part(values: Mapping[str, Any], file: Any) -> tuple[str, dict[str, Any]]:
+    """Returns the type of the language model, one of `MODEL_TYPES`, and its part of the config.
+
+    Raises:
+      UserError: the config describes no supported language model.
+    """
     model_type = values.get("model_type")
     inner = values.get("text_config")
     if isinstance(model_type, str) and model_type in MULTIMODAL_TYPES and inner is not None:

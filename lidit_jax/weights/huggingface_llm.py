@@ -82,6 +82,7 @@ PREFIXES = (
     "model.language_model.",
     "model.language_model.model.",
 )
+HEADS = ("lm_head.weight", "language_model.lm_head.weight")  # names of the output head
 
 
 def load_llm_encoder(
@@ -114,27 +115,121 @@ def load_llm_encoder(
         point or not finite; or the folder has its weights only as pickles (.bin, .pt), which are never read.
     """
     folder = epath.Path(folder)
-    values = read_config(folder)
-    config = llm_config(values, folder / CONFIG_FILE, dtype=dtype, attention=attention)
-    encoder, offset = config.as_encoder(), norm_offset(values, folder / CONFIG_FILE)
-    modules = _stored_modules(encoder, is_fused=fuses_projections(values, folder / CONFIG_FILE))
+    values, file = read_config(folder), folder / CONFIG_FILE
+    config = llm_config(values, file, dtype=dtype, attention=attention)
+    encoder, layout = config.as_encoder(), StoredLayout.of(values, file)
+    with SafetensorsFolder(folder, WEIGHTS_STEM) as weights:
+        prefix, boxed = _prefix(weights), _boxed_parameters(encoder)
+        names = {path: layout.names(encoder, prefix, path) for path in boxed}
+        params = _place(weights, encoder, layout, prefix, boxed, names, Placement(mesh, rules), dtype)
+    return config, params
+
+
+def load_causal_lm(
+    folder: str | Path | epath.Path,
+    *,
+    dtype: str = "float32",
+    attention: str = "auto",
+    mesh: Mesh | None = None,
+    rules: ShardingRules | None = None,
+) -> tuple[LLMConfig, dict[str, Any]]:
+    """Loads all blocks of a transformers LLM, its final norm and its output head, to train it further.
+
+    Args:
+      folder: folder as for `load_llm_encoder`.
+      dtype: dtype that matrices and biases are stored in, and the config's compute dtype.
+      attention: attention implementation.
+      mesh: device mesh; default: all parameters go to the first device.
+      rules: sharding rules for the mesh; default: `ShardingRules()`.
+
+    Returns:
+      The config, and the parameters for `CausalLM(config)`.
+
+    Raises:
+      UserError: as `load_llm_encoder` raises, or the folder has no output head.
+    """
+    folder = epath.Path(folder)
+    values, file = read_config(folder), folder / CONFIG_FILE
+    config, layout = llm_config(values, file, dtype=dtype, attention=attention), StoredLayout.of(values, file)
     with SafetensorsFolder(folder, WEIGHTS_STEM) as weights:
         prefix = _prefix(weights)
-        boxed = _boxed_parameters(encoder)
-        names = {path: _stored_names(encoder, modules, prefix, path) for path in boxed}
-        blocks = tuple(f"{prefix}layers.{block}." for block in range(encoder.num_hidden_layers))
-        params = place_parameters(
-            weights,
-            boxed,
-            names,
-            Placement(mesh, rules),
-            dtype=dtype,
-            belonging=blocks,
-            derived=DERIVED_TENSOR,
-            norm_offset=offset,
-            fused=_fused_rows(modules, boxed),
-        )
+        head = next((name for name in HEADS if name in weights.names), None)
+        if head is None and not config.tie_word_embeddings:
+            raise UserError(
+                f"{folder} has no output head (lm_head.weight): use the folder of a causal language model, not of an "
+                "encoder"
+            )
+        boxed = causal_lm_parameters(config)
+        names = {path: layout.causal_lm_names(config, prefix, head or "", path) for path in boxed}
+        params = _place(weights, config, layout, prefix, boxed, names, Placement(mesh, rules), dtype)
     return config, params
+
+
+def _place(
+    weights: SafetensorsFolder,
+    config: LLMConfig,
+    layout: "StoredLayout",
+    prefix: str,
+    boxed: Mapping[tuple[str, ...], nn.LogicallyPartitioned],
+    names: Mapping[tuple[str, ...], list[str]],
+    placement: Placement,
+    dtype: str,
+) -> dict[str, Any]:
+    return place_parameters(
+        weights,
+        boxed,
+        names,
+        placement,
+        dtype=dtype,
+        belonging=tuple(f"{prefix}layers.{block}." for block in range(config.num_hidden_layers)),
+        derived=DERIVED_TENSOR,
+        norm_offset=layout.norm_offset,
+        fused=layout.fused_rows(boxed),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLayout:
+    """How a family's tensors in a transformers folder correspond to the parameters of `LLM` and `CausalLM`.
+
+    Attributes:
+      modules: our name of a block's submodule -> transformers' name; fused modules share theirs.
+      norm_offset: our norm scale minus the stored one.
+    """
+
+    modules: Mapping[str, str]
+    norm_offset: float
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], file: Any) -> "StoredLayout":
+        """Returns the layout of a folder, given the contents and path of its config.json."""
+        config = llm_config(values, file, dtype="float32")
+        return cls(_stored_modules(config, fuses_projections(values, file)), norm_offset(values, file))
+
+    def names(self, config: LLMConfig, prefix: str, path: tuple[str, ...]) -> list[str]:
+        """Returns the names of the tensors of a parameter of `LLM`: one per block, or one outside the blocks."""
+        return _stored_names(config, self.modules, prefix, path)
+
+    def causal_lm_names(self, config: LLMConfig, prefix: str, head: str, path: tuple[str, ...]) -> list[str]:
+        """Returns the names of the tensors of a parameter of `CausalLM`, whose output head is called `head`."""
+        if path[0] == "lm_head":
+            return [head]
+        return [f"{prefix}norm.weight"] if path[0] == "norm" else self.names(config, prefix, path[1:])
+
+    def fused_rows(self, boxed: Mapping[tuple[str, ...], nn.LogicallyPartitioned]) -> dict[tuple[str, ...], FusedRows]:
+        """Returns {path: its rows} of the parameters whose tensors are fused: their widths, one after the other."""
+        found = {}
+        for path in boxed:
+            if "layers" not in path:
+                continue
+            *parents, module, leaf = path
+            together = FUSED_MODULES.get(self.modules[module], ())
+            if not together:
+                continue
+            widths = [boxed[*parents, other, leaf].value.shape[-1] for other in together]
+            end = sum(widths[: together.index(module) + 1])
+            found[path] = FusedRows(range(end - boxed[path].value.shape[-1], end), sum(widths))
+        return found
 
 
 def save_llm(
@@ -215,6 +310,11 @@ def abstract_encoder(config: LLMConfig, *, dtype: str, mesh: Mesh, rules: Shardi
     return abstract_parameters(_boxed_parameters(config.as_encoder()), Placement(mesh, rules), dtype=dtype)
 
 
+def causal_lm_parameters(config: LLMConfig) -> dict[tuple[str, ...], nn.LogicallyPartitioned]:
+    """Returns {path: box with shape and logical axes} of every parameter of `CausalLM(config)`."""
+    return _abstract(CausalLM(config))
+
+
 def _boxed_parameters(config: LLMConfig) -> dict[tuple[str, ...], nn.LogicallyPartitioned]:
     """Returns {path: box with shape and logical axes} of every parameter of `LLM(config)`, allocating nothing."""
     return _abstract(LLM(config))
@@ -239,21 +339,6 @@ def _stored_names(config: LLMConfig, modules: Mapping[str, str], prefix: str, pa
     return [prefix + torch_name(modules, path, block) for block in blocks]
 
 
-def _fused_rows(
-    modules: Mapping[str, str], boxed: Mapping[tuple[str, ...], nn.LogicallyPartitioned]
-) -> dict[tuple[str, ...], FusedRows]:
-    """Returns {path: its rows} of the parameters whose tensors are fused: their widths, one after the other."""
-    found = {}
-    for path in boxed:
-        together = FUSED_MODULES.get(modules[path[1]], ()) if path[0] == "layers" else ()
-        if not together:
-            continue
-        widths = [boxed["layers", module, path[2]].value.shape[-1] for module in together]
-        end = sum(widths[: together.index(path[1]) + 1])
-        found[path] = FusedRows(range(end - boxed[path].value.shape[-1], end), sum(widths))
-    return found
-
-
 def _prefix(weights: SafetensorsFolder) -> str:
     """Returns the prefix of the language model's tensor names.
 
@@ -269,7 +354,7 @@ def _prefix(weights: SafetensorsFolder) -> str:
 
 
 def _to_torch(config: LLMConfig, params: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
-    boxed = _abstract(CausalLM(config))
+    boxed = causal_lm_parameters(config)
     if missing := boxed.keys() - params.keys():
         raise UserError(f"the LLM's parameters lack {'/'.join(min(missing))}, which its config requires")
     if unexpected := params.keys() - boxed.keys():

@@ -72,7 +72,7 @@ def read_vision_config(folder: str | epath.Path, *, dtype: str, attention: str =
 
 def vision_config(values: Mapping[str, Any], file: Any, *, dtype: str, attention: str = "auto") -> VisionConfig:
     """Returns the config of an image encoder, given the contents of config.json; see `read_vision_config`."""
-    model_type, values = _vision_part(values, file)
+    model_type, values = vision_part(values, file)
     config = parse(model_type, values, file, blocks="num_hidden_layers", sizes=SIZES)
     if config.num_channels != 3:
         raise UserError(f"{file}: num_channels={config.num_channels!r:.80}: images have 3 channels")
@@ -118,7 +118,7 @@ def load_vision_tower(
     config = read_vision_config(folder, dtype=dtype, attention=attention)
     tower = config.up_to(layer)
     with SafetensorsFolder(folder, WEIGHTS_STEM) as weights:
-        prefix = _prefix(weights)
+        prefix = tower_prefix(weights)
         boxed = boxed_parameters(tower)
         names = {path: stored_names(tower, prefix, path) for path in boxed}
         blocks = tuple(f"{prefix}encoder.layers.{block}." for block in range(tower.num_hidden_layers))
@@ -157,7 +157,12 @@ def stored_names(config: VisionConfig, prefix: str, path: tuple[str, ...]) -> li
     ]
 
 
-def _vision_part(values: Mapping[str, Any], file: Any) -> tuple[str, dict[str, Any]]:
+def vision_part(values: Mapping[str, Any], file: Any) -> tuple[str, dict[str, Any]]:
+    """Returns the type of an image encoder and its part of the config.
+
+    Raises:
+      UserError: the config describes no supported image encoder.
+    """
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise UserError(
@@ -179,7 +184,12 @@ def _default_sizes(model_type: str) -> dict[str, Any]:
     return {key: getattr(config, key) for key in SIZES}
 
 
-def _prefix(weights: SafetensorsFolder) -> str:
+def tower_prefix(weights: SafetensorsFolder) -> str:
+    """Returns the prefix of the image encoder's tensor names.
+
+    Raises:
+      UserError: the folder has no image encoder.
+    """
     for prefix in PREFIXES:
         if f"{prefix}embeddings.patch_embedding.weight" in weights.names:
             return prefix

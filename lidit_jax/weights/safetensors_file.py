@@ -82,6 +82,9 @@ class SafetensorsFile:
         if dtype not in FLOAT_TYPES:
             raise UserError(f"{self.file}: tensor {name} has type {dtype}; only {', '.join(FLOAT_TYPES)} are supported")
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name][1]
+
     def num_bytes(self, name: str) -> int:
         begin, end = self._entries[name][2]
         return end - begin

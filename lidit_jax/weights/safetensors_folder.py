@@ -82,6 +82,14 @@ class SafetensorsFolder:
         """
         self._file_of(name).check(name, shape, CONFIG_FILE)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor.
+
+        Raises:
+          UserError: the tensor or its file is missing, or the file is damaged.
+        """
+        return self._file_of(name).shape(name)
+
     def num_bytes(self, name: str) -> int:
         """Returns the stored size of a tensor in bytes.
 
