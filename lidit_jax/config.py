@@ -174,6 +174,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str, **more: Any) -> T
         message = str(error)
         if not message.startswith(f"{where}."):  # as that of a source in a mixture does
             message = its_section.sub(f"{where}.", message)
+        if where.endswith(".data"):  # a section of its own of a stage
+            message = message.replace("--config.data.", f"--config.{where}.")
         raise UserError(message) from error
 
 
@@ -294,7 +296,8 @@ def _is_free(key: str, now: Mapping[str, Any], may_grow: bool) -> bool:
     if key == "model.position_grid" and now.get("model.position") == "conv":  # which doesn't use it
         return True
     # Steps of the last trained component, and sections that are read after training or for the log.
-    last_steps = "train.steps" if "train.steps" in now else "vae.train.steps"
+    known = ("train.steps", "vae.train.steps", "llava.tune.train.steps", "llava.align.train.steps")
+    last_steps = next((name for name in known if name in now), "")
     if key == last_steps or f"{key}.".startswith(("evaluate.", "sample.")):
         return may_grow
     if any(f"{key}.".startswith(f"{section}.") for section in CHANGEABLE_SECTIONS):

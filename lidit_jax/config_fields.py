@@ -17,6 +17,7 @@ from lidit_jax.diffusion.schedules import SCHEDULES
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.scenes import SceneEvaluation
 from lidit_jax.models.lidit_config import LIDiTConfig
+from lidit_jax.models.llava_section import LlavaSectionConfig
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.t5 import T5Config
 from lidit_jax.models.vae_section import VAESectionConfig
@@ -43,6 +44,7 @@ SECTIONS: dict[str, Hint] = {
     "train": TrainConfig,
     "sample": SampleConfig,
     "evaluate": SceneEvaluation,
+    "llava": LlavaSectionConfig,
     "language_models": {  # of configs/ablation_scenes.py
         "instruction": str,
         "instructed_share": float,
@@ -53,6 +55,7 @@ SECTIONS: dict[str, Hint] = {
         "train": TrainConfig,
     },
 }
+LLAVA_SECTIONS = ("seed", "mesh", "llava")  # all that a config of a multi-modal LLM has
 _FLAG_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _NONE_WORDS = ("none", "null")
 

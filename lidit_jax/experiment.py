@@ -82,6 +82,8 @@ class Experiment:
           UserError: if the config is invalid.
         """
         self._only_shapes = only_shapes
+        if "llava" in config:
+            raise UserError(f"the config of {workdir} tunes a multi-modal LLM, not a LI-DiT: name another workdir")
         known = (*SECTIONS, *LIDIT_SECTIONS, *OPTIONAL_SECTIONS)
         for key in config:
             if key not in known:
@@ -99,6 +101,8 @@ class Experiment:
         build(MeshConfig, config.mesh, "mesh")
         self.config, self.workdir = config, workdir
         self.data = build(DataConfig, config.data, "data")
+        if any(source.source == "llava" for source in self.data.source_configs().values()):
+            raise UserError("data.source='llava' has conversations, not captions: see configs/llava.py for its use")
         self.vae = build(VAESectionConfig, config.vae, "vae")
         self._check_vae()
         if not self.has_lidit:

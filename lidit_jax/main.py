@@ -35,14 +35,17 @@ def main() -> None:
     with activity("starting"):
         from lidit_jax.export.read import start_from_exported
         from lidit_jax.parallel.hosts import join_hosts
-        from lidit_jax.stages.run import run_stages
 
         config = cli.read_config(_CONFIG)
         workdir = epath.Path(cli.require(_WORKDIR.name))
         join_hosts(_DISTRIBUTED.value, workdir)
         if _FROM_TORCH.value:
             config = start_from_exported(config, epath.Path(_FROM_TORCH.value))
-        run_stages(config, workdir, _COMPILATION_CACHE.value, cli.STARTED)
+        if "llava" in config:
+            from lidit_jax.stages.llava import run_llava as run
+        else:
+            from lidit_jax.stages.run import run_stages as run
+        run(config, workdir, _COMPILATION_CACHE.value, cli.STARTED)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from lidit_jax.config import flatten, sibling_file
 from lidit_jax.config_fields import with_defaults
 from lidit_jax.experiment import Experiment
+from lidit_jax.llava_run import fill_in_paths, llava_section
 from lidit_jax.text.load_encoder import EncoderConfig
 
 COMMAND_LINE, PAPER, OURS, DEFAULT = "command line", "paper", "ours", "default"
@@ -51,6 +52,10 @@ def format_config(config: ConfigDict, file: Path, overrides: Collection[str]) ->
 def _resolve(config: ConfigDict) -> dict[str, Any]:
     """Returns the config with the defaults of its sections filled in."""
     checked = config.copy_and_resolve_references()
+    if "llava" in config:
+        fill_in_paths(checked)
+        llava_section(checked)
+        return with_defaults(config)
     with checked.unlocked():
         checked.data.path = checked.data.get("path") or "unused"  # may not be filled in yet
     run = Experiment(checked, epath.Path("unused"), only_shapes=True)

@@ -86,7 +86,9 @@ def train_encoder(experiment: Experiment, name: str, settings: ConfigDict, mesh:
         rows = rows_of_process(training.batch_size, jax.process_index(), jax.process_count())
         return DocumentStream(corpus, documents, training.batch_size, first, rows)
 
-    state = train_network(experiment, task, training, batches, mesh, rules, {"data": corpus.fingerprint})
+    state = train_network(
+        experiment, task, training, batches, mesh, rules, {"data": corpus.fingerprint}, later_steps=0.0
+    )
     params = on_host(state.params, mesh, training.stalled_after)
     if jax.process_index() == 0:
         if isinstance(model, T5Config):

@@ -27,7 +27,7 @@ from lidit_jax.ranges import (
 MAX_SIDE = 2**16  # pixels of an image
 MAX_WORKERS = 4096
 
-SOURCES = ("shapes", "tar", "parquet", "array_record", "tfds", "folder", "precomputed")
+SOURCES = ("shapes", "tar", "parquet", "array_record", "tfds", "folder", "precomputed", "llava")
 # Sources of shards that can be read from end to end, or held out.
 _SHARDED = ("tar", "parquet")
 # Fields that an entry of `mixture` may set.
@@ -147,9 +147,10 @@ class DataConfig:
         if self.source == "shapes" and self.layout == "free":
             layout.check_canvas(self.resolution, self.resolution)
         if self.source != "shapes" and not self.path:
+            instead = "; without data, train on the built-in scenes with --config=shapes"
             raise UserError(
-                f"data.path is empty: give --config.data.path={_PATHS[self.source]}, see docs/data.md; without data, "
-                "train on the built-in scenes with --config=shapes"
+                f"data.path is empty: give --config.data.path={_PATHS[self.source]}, see docs/data.md"
+                + ("" if self.source == "llava" else instead)
             )
         if self.held_out_shards and self.source not in _SHARDED:
             raise UserError(
@@ -242,7 +243,7 @@ class DataConfig:
         # Precomputed captions already include their template.
         template = "" if self.source == "precomputed" else self.class_template.replace("{}", "{class}")
         fields = self.captions
-        if fields is None and self.source not in ("shapes", "precomputed"):
+        if fields is None and self.source not in ("shapes", "precomputed", "llava"):
             fields = dict.fromkeys(USUAL_FIELDS, 1.0)
         return CaptionChooser(fields, dropout, {"class": template} if template else {}, join)
 
@@ -254,4 +255,5 @@ _PATHS = {
     "tfds": "NAME_OF_THE_DATA_SET",
     "folder": "FOLDER_OF_IMAGES",
     "precomputed": "FOLDER_OF_LATENTS",
+    "llava": "FILE_OF_CONVERSATIONS",
 }

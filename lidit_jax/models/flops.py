@@ -8,10 +8,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from lidit_jax.models.lidit_config import LIDiTConfig
+from lidit_jax.models.llava import LlavaConfig
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.positions import CONV, parse_position
 from lidit_jax.models.t5 import T5Config
 from lidit_jax.models.vae_config import VAEConfig
+from lidit_jax.models.vision import VisionConfig
 
 FREQUENCY_FEATURES = 256  # sinusoids of the timestep embedding
 # Forward and backward FLOPs as a multiple of the forward ones: the backward pass has two products for each forward
@@ -133,6 +135,33 @@ def llm_forward(config: LLMConfig, prompts: int, length: int, prefix: int) -> in
     block += attention_products(length, prefix + length, query_width)
     block += 3 * dense(length, width, config.intermediate_size)
     return prompts * config.num_hidden_layers * block
+
+
+def vision_forward(config: VisionConfig, images: int) -> int:
+    """FLOPs of a vision tower's blocks and patch embedding."""
+    tokens, width = config.num_tokens, config.hidden_size
+    block = 4 * dense(tokens, width, width) + attention_products(tokens, tokens, width)
+    block += 2 * dense(tokens, width, config.intermediate_size)
+    patches = dense(config.num_patches, 3 * config.patch_size**2, width)
+    return images * (config.num_hidden_layers * block + patches)
+
+
+def llava_step(config: LlavaConfig, rows: int, length: int, trains_llm: bool) -> int:
+    """FLOPs of a training step of a multi-modal LLM, without rematerialisation.
+
+    Args:
+      config: the networks.
+      rows: conversations of a batch.
+      length: tokens of each, those of the image included.
+      trains_llm: False if the projector alone is trained: the backward pass then goes through the LLM, but computes no
+        gradients of its weights.
+    """
+    llm = config.llm
+    forward = llm_forward(llm, rows, length, 0) + dense(rows * length, llm.hidden_size, llm.vocab_size)
+    tokens = rows * config.tokens_per_image
+    projector = dense(tokens, config.vision.hidden_size, llm.hidden_size) + dense(tokens, *[llm.hidden_size] * 2)
+    passes = FORWARD_AND_BACKWARD if trains_llm else FORWARD_AND_BACKWARD - 1
+    return vision_forward(config.tower, rows) + passes * forward + FORWARD_AND_BACKWARD * projector
 
 
 def t5_forward(config: T5Config, prompts: int, length: int) -> int:

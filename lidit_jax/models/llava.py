@@ -5,6 +5,7 @@ of transformers' `LlavaForConditionalGeneration` (see the parity tests).
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -97,7 +98,7 @@ class Llava(nn.Module):
         return self.linear_2(nn.gelu(self.linear_1(features), approximate=False))
 
 
-def image_features(config: LlavaConfig, tower_params: object, images: jax.Array) -> jax.Array:
+def image_features(config: LlavaConfig, tower_params: Mapping[str, Any], images: jax.Array) -> jax.Array:
     """Returns the vision tower's features that the projector reads.
 
     Args:

@@ -11,6 +11,7 @@ from lidit_jax.goodput import Goodput
 from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.train_network import on_host, train_network
+from lidit_jax.stages.work_left import later_steps
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
 from lidit_jax.trainer import Task
@@ -92,7 +93,10 @@ def train_language_model(
             with_images=False,
         )
 
-    state = train_network(experiment, task, training, batches, mesh, rules, {"data": dataset.fingerprint}, goodput)
+    state = train_network(
+        *(experiment, task, training, batches, mesh, rules, {"data": dataset.fingerprint}, goodput),
+        later_steps=later_steps(experiment, name),
+    )
     with goodput.timed("saving"):
         params = on_host(state.params, mesh, training.stalled_after)
         if jax.process_index() == 0:

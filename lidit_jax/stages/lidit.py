@@ -27,6 +27,7 @@ from lidit_jax.parallel.rules import ShardingRules, replicate, replicated
 from lidit_jax.parallel.watchdog import watched
 from lidit_jax.pipeline import NotFiniteError, Pipeline
 from lidit_jax.stages.train_network import train_network
+from lidit_jax.stages.work_left import later_steps
 from lidit_jax.text.encoders import (
     PrecomputedEncoder,
     PromptEncoder,
@@ -161,7 +162,10 @@ def train_lidit(
     order = f" by {lengths.fingerprint}" if lengths else ""
     provenance = {"data": dataset.fingerprint + order, "frozen": experiment.frozen_digests()}
     initial_params = _initial_params(experiment, mesh, rules)
-    state = train_network(experiment, task, config, batches, mesh, rules, provenance, goodput, initial_params)
+    state = train_network(
+        *(experiment, task, config, batches, mesh, rules, provenance, goodput, initial_params),
+        later_steps=later_steps(experiment, task.name),
+    )
     return pipeline, state
 
 

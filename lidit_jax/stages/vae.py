@@ -37,6 +37,7 @@ from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.stages import reconstruction
 from lidit_jax.stages.reconstruction import Autoencoding, evaluate_reconstruction, is_evaluated
 from lidit_jax.stages.train_network import on_host, train_network
+from lidit_jax.stages.work_left import later_steps
 from lidit_jax.trainer import Evaluate, Task, TrainState
 from lidit_jax.weighted_mean import WeightedMean
 from lidit_jax.weights.diffusers_vae import load_vae, save_vae
@@ -269,7 +270,10 @@ class VAEStage:
         provenance = {"data": self.dataset.fingerprint}
         if self.lpips is not None:
             provenance["perceptual"] = file_digest(perceptual.weights)
-        state = train_network(experiment, task, training, batches, mesh, rules, provenance, goodput)
+        state = train_network(
+            *(experiment, task, training, batches, mesh, rules, provenance, goodput),
+            later_steps=later_steps(experiment, task.name),
+        )
         measured = itertools.islice(batches(training.steps), STATISTICS_BATCHES)
         latents = autoencoding.latent_statistics(state.averaged["vae"], measured)
         factors = {"shift_factor": latents.shift_factor, "scaling_factor": latents.scaling_factor}

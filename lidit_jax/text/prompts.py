@@ -140,7 +140,7 @@ class PromptTokenizer:
 
     def _encode_template(self, text: str) -> list[int]:
         """Tokenizes a part of a rendered chat template, which spells its special tokens out, the begin token too."""
-        text = _replace_unpaired_surrogates(text)
+        text = replace_unpaired_surrogates(text)
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
     def _render_chat(self, with_answer: bool = False) -> tuple[str, str]:
@@ -239,11 +239,11 @@ class PromptTokenizer:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        texts = [_replace_unpaired_surrogates(text) for text in texts]
+        texts = [replace_unpaired_surrogates(text) for text in texts]
         # A special token spelled out in a prompt is tokenized as text, so that it cannot end the prompt early.
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def _replace_unpaired_surrogates(text: str) -> str:
+def replace_unpaired_surrogates(text: str) -> str:
     """Replaces unpaired surrogates, which JSON captions can contain and tokenizers reject, by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")
