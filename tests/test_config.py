@@ -148,7 +148,7 @@ def test_every_field_is_printed_with_its_source():
     assert set(flatten(config)) <= set(rows)
 
 
-@pytest.mark.parametrize("name", ["shapes", "scenes", "emoji", "vae", "ablation"])
+@pytest.mark.parametrize("name", ["shapes", "scenes", "emoji", "vae", "ablation", "llava"])
 def test_every_config_can_be_printed(name):
     argument = ["table2_collaborative_refiner"] if name == "ablation" else []
     config = load_config(name, *argument)

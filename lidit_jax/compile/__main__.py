@@ -25,6 +25,8 @@ from lidit_jax.files import check_writable, write_json
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from lidit_jax.compile.report import Report
+
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_string("topology", None, "TPU generation and slice shape: v5p:8x8x4, v5e:16x16, v4:2x2x2 …")
 _SLICES = flags.DEFINE_integer("slices", 1, "number of such slices", lower_bound=1)
@@ -32,7 +34,10 @@ _PREFIX = flags.DEFINE_integer(
     "prefix_tokens", 64, "tokens of system prompt and instruction, for encoders without weights", lower_bound=0
 )
 _PROGRAM = flags.DEFINE_enum(
-    "program", "train", ["train", "sample"], "compile the train step, or the sampling of images"
+    "program",
+    "train",
+    ["train", "sample", "align", "tune"],
+    "compile the train step, or the sampling of images; of a config with a `llava` section: one of its stages",
 )
 _BUCKET = flags.DEFINE_string(
     "bucket",
@@ -69,6 +74,11 @@ def main() -> None:
     if _JSON.value:
         check_writable(epath.Path(_JSON.value).parent, f"--json={_JSON.value}")
     config, topology = cli.read_config(_CONFIG), cli.require(_TOPOLOGY.name)
+    if "llava" in config:
+        _report(_compile_llava(config, topology))
+        return
+    if _PROGRAM.value in ("align", "tune"):
+        raise UserError(f"--program={_PROGRAM.value}: the config has no section llava: use train or sample")
     if _WEIGHTS.value:
         print("\n".join(where_weights_go(config, topology, _SLICES.value)))
         return
@@ -77,7 +87,23 @@ def main() -> None:
     if _SEARCH.value:
         _search(config, topology, options)
         return
-    report = compile_step(config, topology, **options)
+    _report(compile_step(config, topology, **options))
+
+
+def _compile_llava(config: "ConfigDict", topology: str) -> "Report":
+    from lidit_jax.compile.compile_llava import compile_llava
+
+    given = {"--weights": _WEIGHTS, "--search": _SEARCH, "--bucket": _BUCKET, "--prompt_length": _PROMPT_LENGTH}
+    for name, flag in given.items():
+        if flag.value:
+            raise UserError(f"{name} is for a LI-DiT: leave it out")
+    if _PROGRAM.value == "sample":
+        raise UserError("--program=sample: a multi-modal LLM samples no images: use align or tune")
+    return compile_llava(config, topology, _SLICES.value, "align" if _PROGRAM.value == "align" else "tune")
+
+
+def _report(report: "Report") -> None:
+    """Prints a report, and exits with 1 if the program does not fit."""
     print("\n".join(report.lines()))
     if _TRAFFIC.value:
         print("\n".join(["", *report.traffic(_TRAFFIC.value)]))

@@ -121,7 +121,8 @@ def compile_step(
         logger.info("compiling the step for bucket %s", each)
         shape = BatchShape(each, prompt_length or max_length)
         batch = abstract_batch(run.experiment, run.encoders, run.mesh, run.rules, shape)
-        reports.append(_compile(trainer, run.frozen, batch, topology, run.chip, shape))
+        named = _named(run.frozen)
+        reports.append(compile_trainer(trainer, run.frozen, batch, named, topology, run.chip, shape))
     return worst(reports)
 
 
@@ -206,11 +207,28 @@ def _on_devices(experiment: Experiment, devices: Sequence[jax.Device], chip: Chi
     return _Run(experiment, chip, mesh, rules, encoders, frozen, experiment.autoencoder(experiment.vae_config))
 
 
-def _compile(
-    trainer: Trainer, frozen: Any, batch: Mapping[str, Any], topology: str, chip: Chip, shape: BatchShape
+def compile_trainer(
+    trainer: Trainer,
+    frozen: Any,
+    batch: Mapping[str, Any],
+    frozen_parts: Mapping[str, Any],
+    topology: str,
+    chip: Chip,
+    shape: BatchShape,
 ) -> Report:
+    """Compiles a train step.
+
+    Args:
+      trainer: trainer on the mesh of the topology's devices.
+      frozen: shapes of what the loss reads and no step changes.
+      batch: shapes of a batch.
+      frozen_parts: shapes of the frozen networks, by the names that the report gives them.
+      topology: TPU generation and slice shape.
+      chip: kind of chip.
+      shape: shape of the batch.
+    """
     state, mesh = trainer.abstract_state(), trainer.mesh
-    parts = {"weights": state.params, "ema": state.ema, "optimiser": state.opt_state, **_named(frozen), "batch": batch}
+    parts = {"weights": state.params, "ema": state.ema, "optimiser": state.opt_state, **frozen_parts, "batch": batch}
     lower = functools.partial(trainer.lower, state, frozen, batch)
     rows = trainer.config.batch_size
     return _report(lower, mesh, parts, topology, chip, "train", rows, shape, trainer.task.flops(batch))

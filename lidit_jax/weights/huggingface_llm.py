@@ -310,6 +310,11 @@ def abstract_encoder(config: LLMConfig, *, dtype: str, mesh: Mesh, rules: Shardi
     return abstract_parameters(_boxed_parameters(config.as_encoder()), Placement(mesh, rules), dtype=dtype)
 
 
+def abstract_causal_lm(config: LLMConfig, *, dtype: str, mesh: Mesh, rules: ShardingRules) -> dict[str, Any]:
+    """Returns the parameters of `load_causal_lm` as `jax.ShapeDtypeStruct`s with shardings, without reading files."""
+    return abstract_parameters(causal_lm_parameters(config), Placement(mesh, rules), dtype=dtype)
+
+
 def causal_lm_parameters(config: LLMConfig) -> dict[tuple[str, ...], nn.LogicallyPartitioned]:
     """Returns {path: box with shape and logical axes} of every parameter of `CausalLM(config)`."""
     return _abstract(CausalLM(config))
