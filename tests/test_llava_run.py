@@ -15,6 +15,7 @@ from conftest import ROOT, load_config
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
+from test_hosts import start, two_hosts
 from test_llava import save_llm_of
 from test_vision import save_clip, save_siglip
 
@@ -193,6 +194,25 @@ def test_a_mesh_trains_as_one_device_does(parts, tmp_path):
 
     alone = train({"data": 8}, "data")
     np.testing.assert_allclose(train({"data": 2, "fsdp": 2, "tensor": 2}, "eight"), alone, rtol=2e-3)
+
+
+@pytest.mark.slow
+def test_two_hosts_write_the_folder_of_one(parts, tmp_path):
+    config = f"""
+import json
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict(json.loads({tiny_config(parts).to_json()!r}))
+"""
+    with two_hosts(tmp_path, tmp_path / "two", 2, config=config) as hosts:
+        errors = [host.communicate(timeout=600)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], "\n".join(errors)
+    one = start(tmp_path, tmp_path / "one", 4, config=config)
+    error = one.communicate(timeout=600)[1]
+    assert one.returncode == 0, error
+    first, second = (load_causal_lm(tmp_path / name / "llava")[1] for name in ("one", "two"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), first, second)
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------
