@@ -45,8 +45,8 @@ class DataConfig:
     Attributes:
       source: "shapes" (built in), "tar" (img2dataset or webdataset shards), "parquet" (files with embedded images, as
         of Hugging Face data sets), "array_record" (of tf.train.Example), "tfds" (a TensorFlow Datasets data set),
-        "folder" (images with a captions file, or one folder per class) or "precomputed" (latents written by
-        `python -m lidit_jax.precompute`).
+        "folder" (images with a captions file, or one folder per class), "precomputed" (latents written by
+        `python -m lidit_jax.precompute`) or "llava" (conversations about images, for the `llava` section alone).
       resolution: side of the square bucket in pixels; buckets of other aspect ratios have about the same area.
       path: folder, file, glob pattern or brace range, on a disk or, for "tar" and "parquet", at any fsspec URL
         (gs://…, hf://…); for "tfds", the name of the data set.
@@ -56,7 +56,7 @@ class DataConfig:
         their numbers of samples.
       split: split of a "tfds" source, or of a "parquet" or "folder" source that has several (files or folders named
         train, validation and test).
-      data_dir: data folder of a "tfds" source.
+      data_dir: data folder of a "tfds" source; for "llava", the folder that images are relative to.
       image_key: column or feature that holds the image in a "parquet", "tfds" or "array_record" source; "": the only
         column with images (parquet), the only image feature or the one called "image" (tfds), "image" (array_record).
       class_names: file with one class name per line, for sources whose classes are numbers; without it a number is no
