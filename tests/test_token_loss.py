@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from lidit_jax.compile.cost import Costs
+from lidit_jax.compile.hlo import Module
 from lidit_jax.models.token_loss import token_losses
 from lidit_jax.parallel.mesh import make_mesh
 from lidit_jax.parallel.rules import ShardingRules
@@ -64,6 +66,16 @@ def test_a_mesh_gives_one_devices_values_and_gradients():
         sharded = gradients(lambda *x: token_losses(*x, 4), hidden, kernel, targets)[1]
     np.testing.assert_allclose(sharded, kernel_gradient, atol=1e-5)
     assert sharded.sharding.shard_shape(sharded.shape) == (8, 24)
+
+
+def test_the_kernels_gradient_is_reduced_once():
+    """Not once for each of the 16 chunks: the program has no collective of the kernel's size in its loop."""
+    hidden, kernel, targets = inputs(8, 64, 16, 4096)
+    with jax.set_mesh(make_mesh({"fsdp": -1})), nn.logical_axis_rules(ShardingRules().pairs()):
+        grad = jax.jit(jax.grad(lambda h, k: jnp.sum(token_losses(h, k, targets, 4)), (0, 1)))
+        costs = Costs(Module(grad.lower(hidden, kernel).compile().as_text()))
+    moved = sum(costs.total().messages.values())
+    assert 0 < moved < 4 * kernel.size * 4  # gathered, and its gradient reduced
 
 
 def test_the_logits_of_a_real_vocabulary_never_exist_at_once():

@@ -18,6 +18,7 @@ from lidit_jax.models.llm import KERNEL_INIT, CausalLM, LLMConfig
 from lidit_jax.models.vision import VisionConfig, VisionTower
 
 SELECTIONS = ("default", "full")  # transformers' names
+IMAGE_TEXT = "<image>"  # the image token's text, and where the image is in LLaVA's records
 
 
 @dataclasses.dataclass(frozen=True)

@@ -174,12 +174,13 @@ class RotaryAndMask:
     Attributes:
       cos: cosines, float32 [L, D].
       sin: sines, float32 [L, D].
-      mask: which tokens of prefix and prompt each of the L tokens attends to.
+      mask: which tokens of prefix and prompt each of the L tokens attends to, bool [L, P + L]; None: all up to itself,
+        which attention kernels support.
     """
 
     cos: jax.Array
     sin: jax.Array
-    mask: jax.Array  # bool [L, P + L]
+    mask: jax.Array | None
 
 
 class LLMBlock(nn.Module):
@@ -249,7 +250,8 @@ class LLMBlock(nn.Module):
             query,
             _prepend_prefix(cache.key, key),
             _prepend_prefix(cache.value, value),
-            mask=positions.mask[None, None],
+            mask=None if positions.mask is None else positions.mask[None, None],
+            is_causal=positions.mask is None,
             scale=config.attention_scale or config.head_dim**-0.5,
             softcap=config.attention_softcap,
             implementation=config.attention,
@@ -322,9 +324,10 @@ class LLM(nn.Module):
         positions = prefix_length + jnp.arange(length)
         cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         distances = positions[:, None] - jnp.arange(prefix_length + length)  # [L, P + L], query minus key position
-        full = RotaryAndMask(cos, sin, distances >= 0)
         if not any(config.sliding_layers):
-            return full, None
+            is_plain = not prefix_length and not config.attention_softcap
+            return RotaryAndMask(cos, sin, None if is_plain else distances >= 0), None
+        full = RotaryAndMask(cos, sin, distances >= 0)
         if config.local_rope_theta is not None:
             cos, sin = rotary_tables(positions, config.head_dim, config.local_rope_theta)
         return full, RotaryAndMask(cos, sin, (distances >= 0) & (distances < config.sliding_window))

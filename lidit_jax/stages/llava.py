@@ -29,7 +29,7 @@ from lidit_jax.files import check_writable
 from lidit_jax.goodput import Goodput
 from lidit_jax.llava_run import OUTPUT, LlavaRun
 from lidit_jax.models.flops import llava_step
-from lidit_jax.models.llava import Llava, LlavaConfig, image_features
+from lidit_jax.models.llava import IMAGE_TEXT, Llava, LlavaConfig, image_features
 from lidit_jax.models.llava_section import LlavaStageConfig
 from lidit_jax.models.token_loss import token_losses
 from lidit_jax.parallel.compilation_cache import COMPILED, cache_compilations
@@ -38,7 +38,6 @@ from lidit_jax.parallel.preemption import activity
 from lidit_jax.parallel.rules import ShardingRules, replicated
 from lidit_jax.parallel.watchdog import watched
 from lidit_jax.stages.train_network import train_network
-from lidit_jax.text.conversations import IMAGE_TEXT
 from lidit_jax.trainer import Task, check_batch_size
 from lidit_jax.weighted_mean import Perplexity, WeightedMean
 from lidit_jax.weights.safetensors_folder import new_folder

@@ -11,9 +11,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lidit_jax.errors import UserError
+from lidit_jax.models.llava import IMAGE_TEXT
 from lidit_jax.text.prompts import FIXED_DATE_MACRO, MAX_CHARACTERS, replace_unpaired_surrogates
 
-IMAGE_TEXT = "<image>"  # where the image is, in LLaVA's records and in the tokenizers of its models
 ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names -> those of chat templates
 # Marks a text as a conversation in JSON; any other text is a caption, the answer to a question about its image.
 MARK = "\ue010"

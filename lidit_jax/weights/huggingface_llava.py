@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lidit_jax.errors import UserError
 from lidit_jax.files import write_json
-from lidit_jax.models.llava import Llava, LlavaConfig
+from lidit_jax.models.llava import IMAGE_TEXT, Llava, LlavaConfig
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.weights.huggingface_config import language_model_part
 from lidit_jax.weights.huggingface_llm import WEIGHTS_STEM, StoredLayout
@@ -28,7 +28,6 @@ from lidit_jax.weights.loading import is_stacked, is_transposed, shape_in_file, 
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, read_config
 from lidit_jax.weights.safetensors_shards import DTYPES, MAX_SHARD_BYTES, write_shards
 
-IMAGE_TEXT = "<image>"  # the image token's text, LLaVA's
 LLM_PREFIX = "language_model.model."
 HEAD = "language_model.lm_head.weight"
 TOWER_PREFIX = "vision_tower.vision_model."
