@@ -42,6 +42,9 @@ def test_the_report_has_the_parts_and_the_flops_of_a_stage(on_cpu, stage, most):
     assert report.batch_size == 8 and report.fits
     assert report.parts["optimiser"] > 1.9 * report.parts["weights"]
     assert 0.98 < report.flops_ratio < most
+    shares = report.shares()
+    assert {"vision tower", "projector", "LLM", "output head"} <= shares.keys()
+    assert shares["the rest"][0] < 0.02 * report.cost.flops < shares["vision tower"][0] < shares["LLM"][0]
     assert "128 tokens" in "\n".join(report.lines())
 
 

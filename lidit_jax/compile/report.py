@@ -17,6 +17,10 @@ _PARTS = {
     "VAE": r"\bvae\b|\bAutoencoderKL\b",
     "refiners": r"\btext_condition\b",
     "DiT": r"\bLIDiT\b",
+    "vision tower": r"\bvision_tower\b",
+    "output head": r"\boutput_head\b",
+    "projector": r"\bLlava\b.*\blinear_[12]\b",
+    "LLM": r"\bLlava\b.*\blanguage_model\b",
     "optimiser": r"\boptimizer\b",
 }
 _OTHERS = "the rest"  # the loss, the gradients' clipping, copies that the compiler added

@@ -42,7 +42,8 @@ def _forward(hidden, kernel, targets, chunk):
         return normaliser - chosen, normaliser
 
     chunks = _split(hidden, chunk), _split(targets, chunk)
-    losses, normaliser = jax.lax.map(losses_of, chunks)
+    with jax.named_scope("output_head"):
+        losses, normaliser = jax.lax.map(losses_of, chunks)
     length = hidden.shape[1]
     # The empty array carries the stored dtype, which must be a JAX type.
     residuals = hidden, gathered, targets, normaliser, jnp.zeros((0,), kernel.dtype)
@@ -75,7 +76,7 @@ def _backward(chunk, residuals, cotangent):
         return constrain(kernel_gradient, ("batch", None, "vocab")), x_gradient
 
     chunks = _split(hidden, chunk), _split(targets, chunk), normaliser, _split(cotangent, chunk)
-    with jax.named_scope(GRADIENT_SCOPE):
+    with jax.named_scope("output_head"), jax.named_scope(GRADIENT_SCOPE):
         zeros = constrain(jnp.zeros((shards, *gathered.shape), jnp.float32), ("batch", None, "vocab"))
         kernel_gradient, x_gradient = jax.lax.scan(gradients_of, zeros, chunks)
         kernel_gradient = constrain(jnp.sum(kernel_gradient, axis=0), HEAD_AXES).astype(stored.dtype)
