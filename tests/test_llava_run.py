@@ -161,6 +161,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(parts, tmp_path):
     changed = (whole / "llava/model.safetensors").stat().mtime
     run_llava(tiny_config(parts, **constant), whole)  # nothing is left to do
     assert (whole / "llava/model.safetensors").stat().mtime == changed
+    with pytest.raises(UserError, match="llava.tune.train.steps was 4, now 5; .*use another --workdir"):
+        run_llava(tiny_config(parts, **constant, **{"tune.train.steps": 5}), whole)
 
 
 def test_captions_of_tar_shards_are_answers(parts, tmp_path):

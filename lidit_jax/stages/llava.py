@@ -121,7 +121,7 @@ def run_llava(
             dataset.check_batch_size(stages[name].train.batch_size)
     claim = functools.partial(claim_workdir, workdir, config, write=jax.process_index() == 0)
     if run.output.exists():
-        claim()
+        claim(may_grow=False)  # the folder is of the last step
         if jax.process_index() == 0:
             logger.info("%s", _summary(run))
         return
