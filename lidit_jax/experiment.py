@@ -83,7 +83,7 @@ class Experiment:
         """
         self._only_shapes = only_shapes
         if "llava" in config:
-            raise UserError(f"the config of {workdir} tunes a multi-modal LLM, not a LI-DiT: name another workdir")
+            raise UserError("the config has a section llava: it tunes an LLM and trains no LI-DiT; use another config")
         known = (*SECTIONS, *LIDIT_SECTIONS, *OPTIONAL_SECTIONS)
         for key in config:
             if key not in known:

@@ -27,8 +27,9 @@ from lidit_jax.models.vision import VisionConfig
 from lidit_jax.parallel.mesh import MeshConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.ranges import check_value
-from lidit_jax.text.conversations import CHAT_TEMPLATE, ConversationTokenizer
+from lidit_jax.text.conversations import CHAT_TEMPLATE, FLATTEN, ConversationTokenizer
 from lidit_jax.text.load_encoder import load_tokenizer
+from lidit_jax.weights.digest import folder_digest
 from lidit_jax.weights.folders import find_folder
 from lidit_jax.weights.huggingface_config import llm_config
 from lidit_jax.weights.huggingface_llava import LlavaFiles, add_image_token, extend_vocabulary, read_normalisation
@@ -83,6 +84,25 @@ class LlavaRun:
     def output(self) -> epath.Path:
         return self.workdir / OUTPUT
 
+    @property
+    def is_finished(self) -> bool:
+        """True if the result is written.
+
+        Raises:
+          UserError: its place is taken by something else.
+        """
+        if (self.workdir / CONFIG_FILE).exists() and (self.output / CONFIG_FILE).exists():
+            return True
+        if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
+            raise UserError(f"{self.output} exists and is no result of this run: move it, or use another --workdir")
+        return False
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """Digests of the folders that the training starts from, by config key."""
+        folders = {"llava.llm.weights": self._llm, "llava.vision.weights": self._vision}
+        return {key: folder_digest(folder) for key, folder in folders.items()}
+
     def conversations(self, stage: LlavaStageConfig) -> ConversationTokenizer:
         """Returns the tokenizer of a stage's conversations."""
         return ConversationTokenizer(
@@ -97,7 +117,11 @@ class LlavaRun:
           UserError: they cannot be read, or a conversation is longer than the stage's rows.
         """
         if stage.data.source != "llava":
-            return open_dataset(stage.data, stage.data.resolution)
+            try:
+                return open_dataset(stage.data, stage.data.resolution)
+            except UserError as error:
+                flag = f"--config.llava.{name}.data."
+                raise UserError(f"llava.{name}: {str(error).replace('--config.data.', flag)}") from error
         bucket, data = Bucket(stage.data.resolution, stage.data.resolution), stage.data
         if make_filters(data, [bucket], with_captions=False) or data.mixture:
             raise UserError(f"llava.{name}.data: conversations are neither filtered nor mixed: leave out these fields")
@@ -174,8 +198,8 @@ def _open_tokenizer(folder: epath.Path) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: the tokenizer has no end token (eos_token): set one in its tokenizer_config.json")
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = CHAT_TEMPLATE
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else CHAT_TEMPLATE
+    tokenizer.chat_template = template if template.startswith(FLATTEN) else FLATTEN + template
     return tokenizer
 
 
@@ -183,7 +207,10 @@ def _check_lengths(name: str, source: ConversationSource, conversations: Convers
     """Raises UserError if a conversation has more tokens than a row."""
     texts, limit = source.texts(), conversations.max_length
     for number in tqdm.tqdm(range(len(texts)), desc="counting tokens", disable=None, leave=False):
-        length = len(conversations.encode(conversations.turns(texts[number]))[0])
+        turns = conversations.turns(texts[number])
+        if conversations.surely_fits(turns):
+            continue
+        length = len(conversations.encode(turns)[0])
         if length > limit:
             raise UserError(
                 f"llava.{name}: {source.name(number)} has {length} tokens with its image, more than "

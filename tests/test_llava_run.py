@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,7 @@ from test_vision import save_clip, save_siglip
 from lidit_jax.checkpoint_weights import load_weights
 from lidit_jax.config_fields import apply_overrides
 from lidit_jax.data.conversation_source import ConversationSource, pad_and_resize
+from lidit_jax.describe.answers import DescribeRequest, generate_answers
 from lidit_jax.errors import UserError
 from lidit_jax.llava_run import LlavaRun
 from lidit_jax.models.llava import Llava, image_features
@@ -102,14 +104,25 @@ def test_transformers_answers_with_the_colour_that_it_sees(parts, finished):
     """Generation by transformers from the folder, with its own processor and the LLM's chat template."""
     model = transformers.LlavaForConditionalGeneration.from_pretrained(finished / "llava").eval()
     processor = transformers.AutoProcessor.from_pretrained(finished / "llava")
-    for name, color in COLORS.items():
-        message = [{"role": "user", "content": "<image>\na circle above?"}]
-        text = processor.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    as_list = [{"type": "image"}, {"type": "text", "text": "a circle above?"}]
+    contents = ("<image>\na circle above?", as_list, as_list)
+    for (name, color), content in zip(COLORS.items(), contents, strict=True):
+        message = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         inputs = processor(text=text, images=Image.new("RGB", (33, 36), color), return_tensors="pt")
         with torch.no_grad():
             ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         answer = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert answer.strip() == name
+
+
+def test_describe_answers_with_the_colour_too(finished, tmp_path):
+    Image.new("RGB", (33, 36), COLORS["green"]).save(tmp_path / "green.png")
+    request = DescribeRequest(
+        weights=(str(finished / "llava"),), prompts=("a circle above?",), image=epath.Path(tmp_path / "green.png"),
+        instruction="", system_prompt="", max_tokens=8,
+    )  # fmt: skip
+    assert {answer.text for answer in generate_answers(request)} == {"green"}
 
 
 def test_transformers_has_our_logits(parts, finished):
@@ -311,11 +324,12 @@ def test_a_record_of_another_form_is_named(change, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "cannot be read as JSON"),
+        ("{", "cannot be read as a JSON list"),
         ("{}", "is no list of conversations"),
         ("[]", "is no list of conversations"),
         ("[3]", "record 0 is no object"),
-        ("[" * 100_000, "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as a JSON list"),
+        ('{"id": 1}\n{"id": 2}', "Extra data.*one list"),
         (json.dumps([record("gone", "<image> a?", "b")]), "record 'gone': image 'gone.png' is missing"),
         (json.dumps([record("a", "<image> a?", "b") | {"image": "../x.png"}]), r"image '../x.png' is outside"),
         (json.dumps([record("a", "<image> a?", "b") | {"image": "/etc/passwd"}]), "is outside"),
@@ -325,6 +339,25 @@ def test_a_file_that_is_no_such_list_is_named(tmp_path, text, message):
     (tmp_path / "chat.json").write_text(text)
     with pytest.raises(UserError, match=message):
         ConversationSource(str(tmp_path / "chat.json"), "", 28, (0, 0, 0))
+
+
+def test_paths_may_be_relative(parts, monkeypatch):
+    monkeypatch.chdir(parts)
+    for folder in ("images", "./images/", f"{parts}/images"):
+        source = ConversationSource("chat.json", folder, 28, (0, 0, 0))
+        assert source.load([0])[0]["image"].shape == (28, 28, 3)
+    (parts / "images" / "beside.json").write_text((parts / "chat.json").read_text())
+    monkeypatch.chdir(parts / "images")
+    assert len(ConversationSource("beside.json", "", 28, (0, 0, 0))) == 12
+    with pytest.raises(UserError, match="is missing in .*nowhere"):
+        ConversationSource("beside.json", "nowhere", 28, (0, 0, 0))
+
+
+def test_an_image_that_is_long_and_thin_is_broken(tmp_path):
+    Image.new("RGB", (30_000, 1)).save(tmp_path / "a.png")
+    (tmp_path / "chat.json").write_text(json.dumps([record("a", "<image> a?", "b")]))
+    [example] = ConversationSource(str(tmp_path / "chat.json"), "", 28, (0, 0, 0)).load([0])
+    assert "as a square it has too many pixels" in str(example)
 
 
 def test_an_image_that_cannot_be_decoded_is_broken_and_counted(parts, tmp_path):
@@ -347,6 +380,10 @@ def test_an_image_that_cannot_be_decoded_is_broken_and_counted(parts, tmp_path):
         ({"tune.data.min_side": 20}, "conversations are neither filtered nor mixed"),
         ({"align.train.batch_size": 7}, "llava.align.train: a micro-batch of 7 is not divisible by 8"),
         ({"align.data.max_aspect": 2.0}, "max_aspect=2 must be 1"),
+        (
+            {"align.data.source": "folder", "align.data.path": "/nowhere"},
+            "llava.align: data path '/nowhere'",
+        ),
         ({"save_dtype": "int8"}, "save_dtype='int8'"),
         ({"align.data.path": ""}, "llava.align.data.path is empty: give --config.llava.align.data.path="),
     ],
@@ -365,6 +402,51 @@ def test_the_command_ends_in_one_line(parts):
     assert done.stderr == "error: llava.llm.weights is empty: give --config.llava.llm.weights=FOLDER\n"
 
 
+@pytest.mark.parametrize("taken", ["file", "folder"])
+def test_a_result_that_is_none_is_not_taken_for_one(parts, tmp_path, taken):
+    output = tmp_path / "run" / "llava"
+    output.parent.mkdir()
+    if taken == "file":
+        output.touch()
+    else:
+        output.mkdir()
+        (output / "config.json").touch()
+    with pytest.raises(UserError, match="llava exists and is no result of this run: move it"):
+        run_llava(tiny_config(parts), epath.Path(tmp_path / "run"))
+    assert [path.name for path in output.parent.iterdir()] == ["llava"]
+
+
+def test_rows_without_room_for_an_answer_are_refused(parts, tmp_path):
+    config = tiny_config(parts, **{"align.data.source": "shapes", "align.max_length": 12})
+    del config.llava.tune
+    with pytest.raises(UserError, match="llava.align.max_length=12 has no room for an answer after the image"):
+        run_llava(config, epath.Path(tmp_path / "run"))
+
+
+def test_a_moved_folder_of_the_same_content_is_accepted_on_resume(parts, tmp_path):
+    workdir = epath.Path(tmp_path / "run")
+    config = tiny_config(parts, **{"align.train.steps": 1})
+    del config.llava.tune
+    run_llava(config, workdir)
+    shutil.copytree(parts / "llm", tmp_path / "moved")
+    config.llava.llm.weights = str(tmp_path / "moved")
+    run_llava(config, workdir)
+    shutil.copytree(parts / "siglip", tmp_path / "another")
+    config.llava.vision.weights = str(tmp_path / "another")
+    config.llava.select = "full"
+    with pytest.raises(UserError, match="was created with another config"):
+        run_llava(config, workdir)
+
+
+def test_short_texts_are_not_counted_and_long_ones_are(chat_tokenizer):
+    conversations = conversations_of(chat_tokenizer, max_length=60)
+    for repeats in range(1, 30):
+        turns = [Turn("user", "<image>\na?"), Turn("assistant", "red " * repeats)]
+        fits = len(conversations.encode(turns)[0]) <= 60
+        assert fits or not conversations.surely_fits(turns)
+    assert conversations.surely_fits([Turn("user", "<image>"), Turn("assistant", "red")])
+
+
 def test_a_siglip_tower_needs_all_of_its_tokens(parts, tmp_path):
     with pytest.raises(UserError, match="use select='full'"):
         LlavaRun(tiny_config(parts, **{"vision.weights": parts / "siglip"}), epath.Path(tmp_path))
@@ -376,7 +458,7 @@ def test_a_siglip_tower_needs_all_of_its_tokens(parts, tmp_path):
 def test_other_commands_name_what_such_a_workdir_is(parts, finished, caplog):
     from lidit_jax.experiment import Experiment
 
-    with pytest.raises(UserError, match="tunes a multi-modal LLM, not a LI-DiT"):
+    with pytest.raises(UserError, match="it tunes an LLM and trains no LI-DiT"):
         Experiment(tiny_config(parts), finished)
     config = load_config("1b")
     config.data.update(source="llava", path="chat.json")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.data.formats import decoding
+from lidit_jax.data.formats.files import is_remote
 from lidit_jax.data.formats.folder_layout import is_inside
 from lidit_jax.data.indexed.index import DEFAULT_OPTIONS
 from lidit_jax.data.sources import BrokenExample, Example, Source
@@ -39,12 +40,14 @@ class ConversationSource(Source):
             image is missing or outside the folder.
         """
         path = epath.Path(file)
-        self._folder, self._side, self._pad_color = str(images or path.parent), side, pad_color
+        folder = str(images or path.parent)
+        self._folder = folder if is_remote(folder) else os.path.abspath(folder)
+        self._side, self._pad_color = side, pad_color
         records = _read_records(path)
         self._images, self._texts = [], []
         for number, record in enumerate(records):
             image, turns = parse_record(record, f"{file}, record {_name(record, number)}")
-            if not is_inside(self._folder, image):
+            if not _is_inside(self._folder, image):
                 raise UserError(
                     f"{file}, record {_name(record, number)}: image {image!r:.200} is outside {self._folder}"
                 )
@@ -81,6 +84,8 @@ class ConversationSource(Source):
         file = epath.Path(self._folder) / self._images[index]
         try:
             image = decoding.decode(file.read_bytes(), DEFAULT_OPTIONS.max_pixels)
+            if max(image.shape) ** 2 > DEFAULT_OPTIONS.max_pixels:
+                raise decoding.BrokenImage("as a square it has too many pixels")
         except (decoding.BrokenImage, OSError) as error:
             return BrokenExample(str(file), str(error) if isinstance(error, decoding.BrokenImage) else "unreadable")
         [example] = self.describe([index])
@@ -100,6 +105,13 @@ class ConversationSource(Source):
                     f"{file}, record {_name(records[number], number)}: image {image!r:.200} is missing in "
                     f"{self._folder}: give the folder that images are relative to as data_dir"
                 )
+
+
+def _is_inside(folder: str, name: str) -> bool:
+    """Returns True if an image's name leads into the folder."""
+    if not is_remote(folder):
+        return is_inside(folder, name)
+    return not name.startswith("/") and "://" not in name and ".." not in name.split("/")
 
 
 def pad_and_resize(image: np.ndarray, side: int, color: tuple[int, int, int]) -> np.ndarray:
@@ -133,7 +145,10 @@ def _read_records(path: epath.Path) -> list[object]:
             raise UserError(f"{path} has {size >> 30} GiB: at most {MAX_FILE >> 30} are read; split it")
         records = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(
+            f"{path} cannot be read as a JSON list ({' '.join(str(error).split())[:200]}): use LLaVA's form, one list "
+            "of {id, image, conversations}"
+        ) from error
     if not isinstance(records, list) or not records:
         raise UserError(f"{path} is no list of conversations: use LLaVA's form, a list of {{id, image, conversations}}")
     return records

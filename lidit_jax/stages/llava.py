@@ -46,6 +46,7 @@ from lidit_jax.workdir_lock import LOCK_FILE, lock
 logger = logging.getLogger(__name__)
 
 PROJECTOR = ("linear_1", "linear_2")
+SAMPLED = 300  # conversations on which the share of truncated ones is estimated
 
 
 def llava_task(
@@ -116,17 +117,19 @@ def run_llava(
                 check_batch_size(stage.train, mesh, rules)
             except UserError as error:
                 raise UserError(f"llava.{name}.train: {error}") from None
-        datasets = {} if run.output.exists() else {name: run.open_data(name, stage) for name, stage in stages.items()}
+        claim = functools.partial(claim_workdir, workdir, config, digests=run.digests)
+        is_finished = run.is_finished
+        claim(write=False, may_grow=not is_finished)  # the folder is of the last step
+        datasets = {} if is_finished else {name: run.open_data(name, stage) for name, stage in stages.items()}
         for name, dataset in datasets.items():
             dataset.check_batch_size(stages[name].train.batch_size)
-    claim = functools.partial(claim_workdir, workdir, config, write=jax.process_index() == 0)
-    if run.output.exists():
-        claim(may_grow=False)  # the folder is of the last step
+            _check_answers(run, name, stages[name], dataset)
+    if is_finished:
         if jax.process_index() == 0:
             logger.info("%s", _summary(run))
         return
     with _lock(workdir), Goodput(workdir, time.monotonic() - started) as goodput:
-        claim()
+        claim(write=jax.process_index() == 0)
         multihost_utils.sync_global_devices("claimed the workdir")
         if keep_compiled:
             cache_compilations(workdir / COMPILED)
@@ -167,7 +170,7 @@ def _train_stage(
         params = {"language_model": run.load_llm("float32", mesh, rules, abstract["language_model"])}
         return params | (projector or _random_projector(task, abstract, run.config.seed))
 
-    provenance = {"data": dataset.fingerprint, "image_token": run.llava.image_token}
+    provenance = {"data": dataset.fingerprint, "image_token": run.llava.image_token, **run.digests}
     state = train_network(
         *(run, task, stage.train, batches, mesh, rules, provenance, goodput),
         initial_params=initial_params if name == "tune" else None,
@@ -215,6 +218,19 @@ def _write(run: LlavaRun, params: Any, mesh: Mesh, stalled_after: float) -> None
             except OSError as error:
                 raise cannot_write(str(run.output), error) from error
         multihost_utils.sync_global_devices("wrote the multi-modal LLM")
+
+
+def _check_answers(run: LlavaRun, name: str, stage: LlavaStageConfig, dataset: Dataset) -> None:
+    """Raises UserError if no answer fits into a row; logs the share of truncated conversations on the first host."""
+    tokenized = run.conversations(stage)(dataset.captions(SAMPLED, run.config.seed))
+    if not tokenized["counted"][:, 1:].any():
+        raise UserError(
+            f"llava.{name}.max_length={stage.max_length} has no room for an answer after the image and the question: "
+            "raise it, or shorten llava.question"
+        )
+    truncated = float(tokenized["truncated"].mean())
+    if truncated and jax.process_index() == 0:
+        logger.warning("%s: %.1f%% of conversations are longer than %d tokens", name, 100 * truncated, stage.max_length)
 
 
 def _log_data(run: LlavaRun, name: str, stage: LlavaStageConfig, dataset: Dataset) -> None:

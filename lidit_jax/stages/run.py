@@ -77,14 +77,15 @@ def run_stages(
             check_evaluation(evaluation, experiment.data)
         vae_stage = VAEStage(experiment, dataset)
         digests = experiment.named_digests(dataset.fingerprint)
-        claim = functools.partial(claim_workdir, workdir, config, write=jax.process_index() == 0, digests=digests)
+        claim = functools.partial(claim_workdir, workdir, config, digests=digests)
+        claim(write=False)
     if _is_archived(experiment, vae_stage):
-        claim()
+        claim(write=jax.process_index() == 0)
         if jax.process_index() == 0:
             logger.info("%s can't be written, and nothing is left to do\n%s", workdir, _summary(experiment))
         return
     with _lock_workdir(workdir), Goodput(workdir, time.monotonic() - started) as goodput:
-        claim()
+        claim(write=jax.process_index() == 0)
         multihost_utils.sync_global_devices("claimed the workdir")
         with activity("sampling the data"):
             captions = log_data(experiment, dataset)

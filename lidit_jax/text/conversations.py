@@ -18,6 +18,16 @@ ROLES = {"human": "user", "gpt": "assistant"}  # LLaVA's names -> those of chat 
 # Marks a text as a conversation in JSON; any other text is a caption, the answer to a question about its image.
 MARK = "\ue010"
 MAX_TURNS = 256
+# Makes a template of an LLM take lists of texts and images, as chats with vision-language models are, beside strings.
+FLATTEN = (
+    "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- if message['content'] is string or not message['content'] -%}"
+    "{%- set flat.messages = flat.messages + [message] -%}{%- else -%}{%- set parts = namespace(text='') -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- set parts.text = parts.text + ('" + IMAGE_TEXT + "\\n' if part['type'] == 'image' else part['text']) -%}"
+    "{%- endfor -%}{%- set flat.messages = flat.messages + [{'role': message['role'], 'content': parts.text}] -%}"
+    "{%- endif -%}{%- endfor -%}{%- set messages = flat.messages -%}"
+)
 # For LLMs without a chat template. Lines, because no tokenizer merges a line break with the word after it.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'].upper() }}:\n{{ message['content'] }}"
@@ -62,6 +72,8 @@ def parse_record(record: Any, where: str) -> tuple[str, tuple[Turn, ...]]:
         if not isinstance(turn, Mapping) or turn.get("from") != role or not isinstance(turn.get("value"), str):
             raise UserError(f'{where}, turn {number}: must be {{"from": "{role}", "value": text}}')
         parsed.append(Turn(ROLES[role], turn["value"].strip()))
+        if len(parsed[-1].text) > MAX_CHARACTERS:
+            raise UserError(f"{where}, turn {number}: has {len(parsed[-1].text)} characters, at most {MAX_CHARACTERS}")
         if role == "gpt" and not parsed[-1].text:
             raise UserError(f"{where}, turn {number}: the answer is empty")
     if len(turns) % 2:
@@ -135,7 +147,7 @@ class ConversationTokenizer:
         truncated = np.zeros(len(texts), bool)
         for row, text in enumerate(texts):
             ids, answers = self.encode(self.turns(text))
-            truncated[row] = len(ids) > self.max_length
+            truncated[row] = len(ids) > self.max_length or len(text) > MAX_CHARACTERS
             length = min(len(ids), self.max_length)
             tokens[row, :length], counted[row, :length] = ids[:length], answers[:length]
         return {"tokens": tokens, "counted": counted, "truncated": truncated}
@@ -145,6 +157,14 @@ class ConversationTokenizer:
         if text.startswith(MARK):
             return tuple(Turn(*turn) for turn in json.loads(text[len(MARK) :]))
         return Turn("user", f"{IMAGE_TEXT}\n{self.question}"), Turn("assistant", text.strip())
+
+    def surely_fits(self, turns: Sequence[Turn]) -> bool:
+        """Returns True if a conversation's texts are so short that its tokens need not be counted."""
+        before, ends = self._template(len(turns))
+        template = len(before.ids) + sum(len(end) + len(between.ids) for end, between in ends)
+        # A token has at least one byte, but for a space that some tokenizers begin a text with.
+        texts = sum(len(turn.text.encode("utf-8", "replace")) + 2 for turn in turns)
+        return template + self.tokens_per_image + texts <= self.max_length
 
     def encode(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
         """Returns the tokens of a conversation, and which of them count."""

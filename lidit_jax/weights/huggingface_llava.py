@@ -4,7 +4,6 @@ The LLM and the projector come from a training; the vision tower, which is not t
 folders that it started from.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from etils import epath
 from transformers import PreTrainedTokenizerBase
 
 from lidit_jax.errors import UserError
-from lidit_jax.files import write_json
+from lidit_jax.files import read_json, write_json
 from lidit_jax.models.llava import IMAGE_TEXT, Llava, LlavaConfig
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.weights.huggingface_config import language_model_part
@@ -256,7 +255,7 @@ def read_normalisation(vision: epath.Path, is_clip: bool) -> tuple[tuple[float, 
     if not file.exists():
         return mean, deviation
     try:
-        values = json.loads(file.read_text())
+        values = read_json(file)
         given = values.get("image_mean", mean), values.get("image_std", deviation)
         found = tuple(map(float, given[0])), tuple(map(float, given[1]))
     except (ValueError, TypeError, AttributeError, OSError) as error:
