@@ -168,7 +168,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(parts, tmp_path):
     run_llava(tiny_config(parts, **constant), whole)
     run_llava(tiny_config(parts, **constant, **{"tune.train.steps": 2}), stopped)
     (stopped / "llava").rmtree()  # as after a stop between the last checkpoint and the folder
-    run_llava(tiny_config(parts, **constant), stopped)
+    shutil.copytree(parts / "images", tmp_path / "moved")
+    moved = {"tune.data.data_dir": tmp_path / "moved", "align.data.data_dir": tmp_path / "moved"}
+    run_llava(tiny_config(parts, **constant, **moved), stopped)
     first, second = ((each / "llava/model.safetensors").read_bytes() for each in (whole, stopped))
     assert first == second
     changed = (whole / "llava/model.safetensors").stat().mtime

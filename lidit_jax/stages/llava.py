@@ -117,13 +117,14 @@ def run_llava(
                 check_batch_size(stage.train, mesh, rules)
             except UserError as error:
                 raise UserError(f"llava.{name}.train: {error}") from None
-        claim = functools.partial(claim_workdir, workdir, config, digests=run.digests)
-        is_finished = run.is_finished
-        claim(write=False, may_grow=not is_finished)  # the folder is of the last step
+        is_finished, digests = run.is_finished, dict(run.digests)
         datasets = {} if is_finished else {name: run.open_data(name, stage) for name, stage in stages.items()}
         for name, dataset in datasets.items():
             dataset.check_batch_size(stages[name].train.batch_size)
             _check_answers(run, name, stages[name], dataset)
+            digests |= dict.fromkeys((f"llava.{name}.data.path", f"llava.{name}.data.data_dir"), dataset.fingerprint)
+        claim = functools.partial(claim_workdir, workdir, config, digests=digests)
+        claim(write=False, may_grow=not is_finished)  # the folder is of the last step
     if is_finished:
         if jax.process_index() == 0:
             logger.info("%s", _summary(run))
