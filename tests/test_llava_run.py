@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from functools import partial
 
 import jax
 import numpy as np
@@ -29,7 +30,8 @@ from lidit_jax.llava_run import LlavaRun
 from lidit_jax.models.llava import Llava, image_features
 from lidit_jax.stages.llava import run_llava
 from lidit_jax.text.conversations import CHAT_TEMPLATE, ConversationTokenizer, Turn, parse_record, to_text
-from lidit_jax.text.load_encoder import load_tokenizer
+from lidit_jax.text.load_encoder import load_encoder, load_tokenizer
+from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.weights.huggingface_llm import load_causal_lm, load_llm_encoder
 
 COLORS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
@@ -149,6 +151,17 @@ def test_the_result_is_a_prompt_encoder(finished):
     tuned, _ = load_weights(finished / "training/tune/checkpoints", "params")
     np.testing.assert_array_equal(params["embed_tokens"], tuned["language_model"]["model"]["embed_tokens"])
     assert config.vocab_size == tuned["language_model"]["model"]["embed_tokens"].shape[0]
+    make_prompts = partial(PromptTokenizer, max_length=16, instruction="a circle above?")
+    encoder, frozen = load_encoder(finished / "llava", make_prompts, dtype="float32")
+    assert encoder.tokenizer.uses_chat_template
+    prefix, rows = encoder.tokenizer.prefix(), encoder.tokenizer(["red", "green star"])
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(finished / "llava").eval()
+    with torch.no_grad():
+        ids = np.concatenate([np.tile(prefix, (2, 1)), rows["tokens"]], axis=1)
+        states = model(input_ids=torch.from_numpy(ids).long(), output_hidden_states=True).hidden_states
+    ours = np.asarray(encoder.encode_prompts(frozen, rows["tokens"], rows["mask"]))
+    theirs = states[-3].numpy()[:, len(prefix) :]
+    np.testing.assert_allclose(ours[rows["mask"]], theirs[rows["mask"]], atol=1e-4, rtol=1e-4)
 
 
 def test_the_processors_images_are_those_of_training(parts, finished):
