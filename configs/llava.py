@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # ours
     config.mesh = {"fsdp": -1}  # ours: weights sharded over all devices
-    adam = {"b2": 0.999, "schedule": "cosine"}  # LLaVA
     config.llava = {
         "llm": {
             "weights": "",  # to fill in; the paper: LLaMA3-8B and Qwen1.5-7B
@@ -48,8 +47,9 @@ def get_config() -> ConfigDict:
                 "batch_size": 256,  # LLaVA
                 "learning_rate": 1e-3,  # LLaVA
                 "warmup_steps": 65,  # LLaVA: 3 %
-                "checkpoint_every": 500,
-                **adam,
+                "checkpoint_every": 500,  # ours
+                "b2": 0.999,  # LLaVA
+                "schedule": "cosine",  # LLaVA
             },
         },
         "tune": {
@@ -65,8 +65,9 @@ def get_config() -> ConfigDict:
                 "batch_size": 128,  # LLaVA
                 "learning_rate": 2e-5,  # LLaVA
                 "warmup_steps": 156,  # LLaVA: 3 %
-                "checkpoint_every": 500,
-                **adam,
+                "checkpoint_every": 500,  # ours
+                "b2": 0.999,  # LLaVA
+                "schedule": "cosine",  # LLaVA
             },
         },
     }

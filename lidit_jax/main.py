@@ -18,7 +18,9 @@ _FROM_TORCH = flags.DEFINE_string(
     "from_torch", None, "folder written by `export`: start from its LI-DiT, with its encoders and VAE"
 )
 _PRINT_CONFIG = flags.DEFINE_bool(
-    "print_config", False, "print every field of the config with its source (paper, ours, default, command line); exit"
+    "print_config",
+    False,
+    "print every field of the config with its source (paper, LLaVA, ours, default, command line); exit",
 )
 _COMPILATION_CACHE = flags.DEFINE_bool(
     "compilation_cache", True, "keep compiled programs in WORKDIR/compiled, or where JAX_COMPILATION_CACHE_DIR says"

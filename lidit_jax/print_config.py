@@ -17,14 +17,14 @@ from lidit_jax.experiment import Experiment
 from lidit_jax.llava_run import fill_in_paths, llava_section
 from lidit_jax.text.load_encoder import EncoderConfig
 
-COMMAND_LINE, PAPER, OURS, DEFAULT = "command line", "paper", "ours", "default"
+COMMAND_LINE, PAPER, LLAVA, OURS, DEFAULT = "command line", "paper", "LLaVA", "ours", "default"
 
 
 def format_config(config: ConfigDict, file: Path, overrides: Collection[str]) -> str:
     """Returns one line per field: its key, its value and its source.
 
-    The source is "command line", "paper" (the config file marks the value so), "ours" (any other value of the config
-    file) or "default" (the config file does not state the field).
+    The source is "command line", "paper" or "LLaVA" (the config file marks the value so), "ours" (any other value of
+    the config file) or "default" (the config file does not state the field).
 
     Args:
       config: the config, with the overrides applied.
@@ -34,15 +34,14 @@ def format_config(config: ConfigDict, file: Path, overrides: Collection[str]) ->
     Raises:
       UserError: if the config is invalid.
     """
-    stated, paper = flatten(config), paper_keys(file)
+    stated, marked = flatten(config), {mark: marked_keys(file, mark) for mark in (PAPER, LLAVA)}
     rows = []
     for key, value in flatten(_resolve(config)).items():
         if any(key == override or key.startswith(f"{override}.") for override in overrides):
             source = COMMAND_LINE
-        elif key in paper or any(key.startswith(f"{section}.") for section in paper):
-            source = PAPER
         else:
-            source = OURS if key in stated else DEFAULT
+            marks = [mark for mark, keys in marked.items() if key in keys or _is_within(key, keys)]
+            source = marks[0] if marks else OURS if key in stated else DEFAULT
         rows.append((key, repr(value), source))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     widths[1] = min(widths[1], 60)
@@ -80,11 +79,19 @@ def _as_dict(section: Any) -> Any:
     return dataclasses.asdict(section)
 
 
-def paper_keys(file: Path) -> set[str]:
-    """Returns the keys whose values a config file, or the sibling config that it modifies, marks as the paper's.
+def _is_within(key: str, sections: Collection[str]) -> bool:
+    return any(key.startswith(f"{section}.") for section in sections)
 
-    The mark is a comment that begins with "paper", at the end of the value's line or on the line above it. The key of a
-    section that is stated by name, as in `"model": LLAMA3_8B`, stands for all of its fields.
+
+def marked_keys(file: Path, mark: str = PAPER) -> set[str]:
+    """Returns the keys whose values a config file, or the sibling config that it modifies, marks as another's.
+
+    The mark is a comment that begins with the word, at the end of the value's line or on the line above it. The key of
+    a section that is stated by name, as in `"model": LLAMA3_8B`, stands for all of its fields.
+
+    Args:
+      file: the config file.
+      mark: "paper" or "LLaVA".
     """
     source = Path(file).read_text()
     comments = {
@@ -97,11 +104,11 @@ def paper_keys(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         is_call = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "sibling_config"
         if is_call and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
-            keys |= paper_keys(sibling_file(file, node.args[1].value))
+            keys |= marked_keys(sibling_file(file, node.args[1].value), mark)
     for key, line in _stated_keys(ast.parse(source)):
         above = comments.get(line - 1, "") if lines[line - 2].lstrip().startswith("#") else ""
-        is_paper = any(comment.startswith("paper") for comment in (comments.get(line, ""), above))
-        keys = keys | {key} if is_paper else keys - {key}
+        is_marked = any(comment.startswith(mark) for comment in (comments.get(line, ""), above))
+        keys = keys | {key} if is_marked else keys - {key}
     return keys
 
 

@@ -39,7 +39,7 @@ from lidit_jax.export.write import Request as ExportRequest
 from lidit_jax.files import check_writable, is_unused, new_file, write_json
 from lidit_jax.images import save_png
 from lidit_jax.preview.contact_sheet import draw_contact_sheet
-from lidit_jax.print_config import format_config, paper_keys
+from lidit_jax.print_config import format_config, marked_keys
 from lidit_jax.sample.generate import Request, earlier_images, sample_to_folder
 
 HEAVY = ("jax", "tensorflow", "flax", "transformers", "torch", "grain")
@@ -176,7 +176,7 @@ def test_the_name_of_the_schedule_is_set_before_its_fields_and_removes_those_it_
 @pytest.mark.parametrize("name", ["shapes", "emoji", "1b", "vae", "ablation"])
 def test_configs_state_only_what_the_paper_states_or_the_defaults_lack(name):
     config = load_config(name, *(["table2_baseline"] if name == "ablation" else []))
-    stated, paper, full = flatten(config), paper_keys(ROOT / f"configs/{name}.py"), flatten(with_defaults(config))
+    stated, paper, full = flatten(config), marked_keys(ROOT / f"configs/{name}.py"), flatten(with_defaults(config))
     # To fill in; needed by workdirs; all kinds of prompts; set by a condition.
     kept = re.compile(r"(.*\.)?(path|weights|num_images)|model\.position|evaluate\..*|encoders\.\w+\.family|text\..*")
     redundant = []

@@ -18,7 +18,7 @@ from lidit_jax.experiment import Experiment
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.models.vae_config import VAEConfig
 from lidit_jax.models.vae_section import VAESectionConfig
-from lidit_jax.print_config import format_config, paper_keys
+from lidit_jax.print_config import format_config, marked_keys
 from lidit_jax.text.load_encoder import EncoderConfig
 from lidit_jax.train_config import TrainConfig
 
@@ -126,10 +126,10 @@ def test_the_papers_values_are_marked():
         *("model.fusion", "model.collaborative_blocks", "model.dtype", "diffusion.name", "diffusion.prediction"),
         *("train.steps", "train.batch_size", "encoders.llama3.model", "encoders.qwen.model"),
     }
-    assert paper_keys(ROOT / "configs/1b.py") == config_1b == paper_keys(ROOT / "configs/10b.py")
+    assert marked_keys(ROOT / "configs/1b.py") == config_1b == marked_keys(ROOT / "configs/10b.py")
     # Fine-tuning at 1024 px: the paper states neither its target nor its length.
     changed = {"diffusion.prediction", "train.steps"}
-    assert paper_keys(ROOT / "configs/10b_1024.py") == config_1b - changed
+    assert marked_keys(ROOT / "configs/10b_1024.py") == config_1b - changed
 
 
 def test_every_field_is_printed_with_its_source():
@@ -146,6 +146,14 @@ def test_every_field_is_printed_with_its_source():
     assert rows["data.path"][1] == "''"
     assert rows["encoders.qwen.model.attention_bias"][1] == "True"
     assert set(flatten(config)) <= set(rows)
+
+
+def test_numbers_of_llava_are_named_so():
+    rows = [line.split() for line in format_config(load_config("llava"), ROOT / "configs/llava.py", []).splitlines()]
+    sources = {row[0]: row[-1] for row in rows}
+    for key in ("align.train.learning_rate", "tune.train.batch_size", "tune.train.schedule", "align.data.resolution"):
+        assert sources[f"llava.{key}"] == "LLaVA"
+    assert (sources["llava.align.max_length"], sources["llava.remat"], sources["seed"]) == ("ours", "default", "ours")
 
 
 @pytest.mark.parametrize("name", ["shapes", "scenes", "emoji", "vae", "ablation", "llava"])

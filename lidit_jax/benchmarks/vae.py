@@ -24,7 +24,6 @@ from lidit_jax.benchmarks.contest import (
 from lidit_jax.benchmarks.sd3_vae import CONFIG
 from lidit_jax.errors import UserError
 from lidit_jax.models.vae_config import VAEConfig
-from lidit_jax.weights.diffusers_vae import read_config
 
 _BATCH = shared_flags.define_batch(1, "images per batch")
 _SIZE = shared_flags.define_side("size", 256, "side of the images in pixels, a multiple of 8")
@@ -37,6 +36,8 @@ _TILE = shared_flags.define_side(
 
 
 def main() -> None:
+    from lidit_jax.weights.safetensors_folder import read_config
+
     print(describe_host("torch", "diffusers"))
     config = VAEConfig.from_dict(read_config(_WEIGHTS.value)) if _WEIGHTS.value else CONFIG
     factor = config.downsampling_factor
