@@ -20,7 +20,7 @@ _FROM_TORCH = flags.DEFINE_string(
 _PRINT_CONFIG = flags.DEFINE_bool(
     "print_config",
     False,
-    "print every field of the config with its source (paper, LLaVA, ours, default, command line); exit",
+    "print every field of the config with its source (paper, ours, default, command line, …); exit",
 )
 _COMPILATION_CACHE = flags.DEFINE_bool(
     "compilation_cache", True, "keep compiled programs in WORKDIR/compiled, or where JAX_COMPILATION_CACHE_DIR says"
