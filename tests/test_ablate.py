@@ -199,7 +199,7 @@ def test_base_and_tuned_models_differ_in_their_documents_alone(tmp_path, monkeyp
     config, seen = load_config("ablation_scenes"), {}
     config.data.num_examples = 500
 
-    def record(experiment, task, training, batches, mesh, rules, provenance):
+    def record(experiment, task, training, batches, mesh, rules, provenance, later_steps):
         with contextlib.closing(batches(0)) as stream:
             seen[task.name] = experiment.config.seed, training, provenance["data"], next(stream)
         raise Recorded

@@ -84,7 +84,8 @@ def test_the_parts_of_the_model_have_names_in_the_program(step):
 @pytest.fixture(scope="module")
 def report(step):
     trainer, frozen, batch = step
-    return compile_step._compile(trainer, frozen, batch, "v5e:2x4", V5E, SHAPE), trainer
+    named = compile_step._named(frozen)
+    return compile_step.compile_trainer(trainer, frozen, batch, named, "v5e:2x4", V5E, SHAPE), trainer
 
 
 def test_the_report_gives_memory_and_cost_of_a_chip(report):
@@ -159,7 +160,8 @@ def test_the_shares_of_the_parts_sum_to_the_cost(report):
 def of_buckets(with_weights, report, monkeypatch):
     """The tiny config with 10b.py's resolution, grid and buckets, and a list of the batches to compile.
 
-    `_compile` is replaced: it compiles nothing, and reports one byte more for the extreme bucket than for the square.
+    `compile_trainer` is replaced: it compiles nothing, and reports one byte more for the extreme bucket than for the
+    square.
     """
     monkeypatch.setattr(compile_step, "topology_devices", lambda *_: (jax.devices(), V5E))
     config, batches = with_weights.copy_and_resolve_references(), []
@@ -168,13 +170,13 @@ def of_buckets(with_weights, report, monkeypatch):
     with config.unlocked():
         config.data.update(resolution=512, max_aspect=2.0, bucket_multiple=64)
 
-    def record(trainer, frozen, batch, topology, chip, shape):
+    def record(trainer, frozen, batch, frozen_parts, topology, chip, shape):
         batches.append((batch["image"].shape, batch["llama/tokens"].shape))
         bucket, length = shape
         peak = 1000 + (bucket != Bucket(512, 512))
         return dataclasses.replace(report[0], bucket=bucket, prompt_length=length, peak=peak, seconds=2)
 
-    monkeypatch.setattr(compile_step, "_compile", record)
+    monkeypatch.setattr(compile_step, "compile_trainer", record)
     return config, batches
 
 
