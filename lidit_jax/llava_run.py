@@ -148,11 +148,13 @@ class LlavaRun:
         return extend(params)
 
     def load_tower(self, mesh: Mesh, rules: ShardingRules) -> Any:
+        """Loads the vision tower up to the hidden state that is read, sharded over the mesh."""
         section = self.section
         options = {"layer": section.feature_layer, "dtype": section.dtype}
         return load_vision_tower(self._vision, mesh=mesh, rules=rules, **options)[1]
 
     def files(self) -> LlavaFiles:
+        """Returns what the result is made of beside the trained parameters."""
         return LlavaFiles(self.llava, self._llm, self._vision, self.tokenizer, *self.normalisation)
 
 
