@@ -94,7 +94,7 @@ class LlavaRun:
         if (self.workdir / CONFIG_FILE).exists() and (self.output / CONFIG_FILE).exists():
             return True
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise UserError(f"{self.output} exists and is no result of this run: move it, or use another --workdir")
+            raise UserError(f"{self.output} exists and is not a result of this run: move it, or use another --workdir")
         return False
 
     @functools.cached_property

@@ -301,6 +301,15 @@ def test_a_caption_that_is_too_long_is_truncated_and_said(chat_tokenizer):
     assert tokenized["counted"][0, -1] and not tokenized["counted"][1, -1]
 
 
+def test_many_turns_are_not_truncated_for_their_total_length(chat_tokenizer):
+    turns = [Turn("user", "<image>"), Turn("assistant", "red " * 10_000)] + [
+        Turn("user", "a?"),
+        Turn("assistant", "blue " * 8_000),
+    ]
+    tokenized = conversations_of(chat_tokenizer, max_length=100_000)([to_text(turns)])
+    assert not tokenized["truncated"][0]
+
+
 @pytest.mark.parametrize("template", ["{{ 1/0 }}", "no turns", "{{ messages[0]['content'] * 2 }}"])
 def test_a_template_that_alters_turns_is_refused(parts, template):
     tokenizer = transformers.AutoTokenizer.from_pretrained(parts / "llm")
@@ -340,9 +349,9 @@ def test_a_record_of_another_form_is_named(change, message):
     ("text", "message"),
     [
         ("{", "cannot be read as a JSON list"),
-        ("{}", "is no list of conversations"),
-        ("[]", "is no list of conversations"),
-        ("[3]", "record 0 is no object"),
+        ("{}", "is not a list of conversations"),
+        ("[]", "is not a list of conversations"),
+        ("[3]", "record 0 is not an object"),
         ("[" * 100_000, "cannot be read as a JSON list"),
         ('{"id": 1}\n{"id": 2}', "Extra data.*one list"),
         (json.dumps([record("gone", "<image> a?", "b")]), "record 'gone': image 'gone.png' is missing"),
@@ -426,7 +435,7 @@ def test_a_result_that_is_none_is_not_taken_for_one(parts, tmp_path, taken):
     else:
         output.mkdir()
         (output / "config.json").touch()
-    with pytest.raises(UserError, match="llava exists and is no result of this run: move it"):
+    with pytest.raises(UserError, match="llava exists and is not a result of this run: move it"):
         run_llava(tiny_config(parts), epath.Path(tmp_path / "run"))
     assert [path.name for path in output.parent.iterdir()] == ["llava"]
 

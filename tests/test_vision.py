@@ -101,7 +101,7 @@ def test_a_tower_is_loaded_sharded(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "vit"}, "model_type 'vit' is no supported vision tower"),
+        ({"model_type": "vit"}, "model_type 'vit' is not a supported vision tower"),
         ({"hidden_act": "mish"}, "hidden_act='mish' is not supported"),
         ({"num_attention_heads": 5}, r"hidden size \(48\) is not a multiple of the number of attention heads"),
         ({"patch_size": 0}, "patch_size=0 is not a positive integer"),
@@ -129,7 +129,7 @@ def test_a_block_that_the_tower_lacks_is_refused(tmp_path):
 def test_a_damaged_folder_is_refused(tmp_path):
     save_clip(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": 3}))
-    with pytest.raises(UserError, match="vision_config is missing or no object"):
+    with pytest.raises(UserError, match="vision_config is missing or not an object"):
         load_vision_tower(tmp_path)
 
 

@@ -36,8 +36,8 @@ class ConversationSource(Source):
           pad_color: red, green and blue beside an image that is not a square.
 
         Raises:
-          UserError: the file is missing, too large or no such list; a record is not as `parse_record` wants it; or an
-            image is missing or outside the folder.
+          UserError: the file is missing, too large or not such a list; `parse_record` rejects a record; or an image is
+            missing or outside the folder.
         """
         path = epath.Path(file)
         folder = str(images or path.parent)
@@ -150,7 +150,9 @@ def _read_records(path: epath.Path) -> list[object]:
             "of {id, image, conversations}"
         ) from error
     if not isinstance(records, list) or not records:
-        raise UserError(f"{path} is no list of conversations: use LLaVA's form, a list of {{id, image, conversations}}")
+        raise UserError(
+            f"{path} is not a list of conversations: use LLaVA's form, a list of {{id, image, conversations}}"
+        )
     return records
 
 

@@ -141,7 +141,7 @@ def run_llava(
                 params = _train_stage(run, name, stage, datasets[name], mesh, rules, projector, goodput)
             projector = {layer: params[layer] for layer in PROJECTOR}
         if "tune" not in stages:
-            params = {**projector, "language_model": run.load_llm(run.section.dtype, mesh, rules)}
+            params = {**projector, "language_model": run.load_llm("float32", mesh, rules)}
         with activity("writing the multi-modal LLM"), goodput.timed("saving"):
             _write(run, params, mesh, stages[list(stages)[-1]].train.stalled_after)
     if jax.process_index() == 0:

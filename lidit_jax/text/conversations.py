@@ -41,7 +41,7 @@ class Turn(NamedTuple):
 
     Attributes:
       role: "user" or "assistant".
-      text: what is said.
+      text: question or answer.
     """
 
     role: str
@@ -61,7 +61,7 @@ def parse_record(record: Any, where: str) -> tuple[str, tuple[Turn, ...]]:
         answer is empty.
     """
     if not isinstance(record, Mapping):
-        raise UserError(f"{where} is no object: use LLaVA's form, a list of {{id, image, conversations}}")
+        raise UserError(f"{where} is not an object: use LLaVA's form, a list of {{id, image, conversations}}")
     image, turns = record.get("image"), record.get("conversations")
     if not isinstance(image, str) or not image:
         raise UserError(f"{where} has no image: leave out conversations without one")
@@ -119,7 +119,7 @@ class ConversationTokenizer:
       question: the user's turn before a caption, without the image.
 
     Raises:
-      UserError: if the chat template fails or alters what is said, or the image fills a row.
+      UserError: if the chat template fails or alters the text of a turn, or the image fills a row.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -146,8 +146,9 @@ class ConversationTokenizer:
         tokens, counted = np.full(shape, self.tokenizer.eos_token_id, np.int32), np.zeros(shape, bool)
         truncated = np.zeros(len(texts), bool)
         for row, text in enumerate(texts):
-            ids, answers = self.encode(self.turns(text))
-            truncated[row] = len(ids) > self.max_length or len(text) > MAX_CHARACTERS
+            turns = self.turns(text)
+            ids, answers = self.encode(turns)
+            truncated[row] = len(ids) > self.max_length or any(len(turn.text) > MAX_CHARACTERS for turn in turns)
             length = min(len(ids), self.max_length)
             tokens[row, :length], counted[row, :length] = ids[:length], answers[:length]
         return {"tokens": tokens, "counted": counted, "truncated": truncated}

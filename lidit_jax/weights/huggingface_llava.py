@@ -70,7 +70,7 @@ class LlavaFiles:
         self.config, self._tokenizer, self._vision = config, tokenizer, vision
         self._normalisation = pixel_mean, pixel_deviation
         values, file = read_config(llm), llm / CONFIG_FILE
-        self._layout = StoredLayout.of(values, file)
+        self._layout = StoredLayout.of(config.llm, values, file)
         model_type, self._text = language_model_part(values, file)
         self._text |= {"model_type": model_type, "vocab_size": config.llm.vocab_size}
         generation = llm / "generation_config.json"

@@ -114,10 +114,8 @@ def load_llm_encoder(
       UserError: the model type is not supported; a file or tensor is missing, damaged, of the wrong shape, not floating
         point or not finite; or the folder has its weights only as pickles (.bin, .pt), which are never read.
     """
-    folder = epath.Path(folder)
-    values, file = read_config(folder), folder / CONFIG_FILE
-    config = llm_config(values, file, dtype=dtype, attention=attention)
-    encoder, layout = config.as_encoder(), StoredLayout.of(values, file)
+    config, layout = _read_layout(folder, dtype, attention)
+    encoder = config.as_encoder()
     with SafetensorsFolder(folder, WEIGHTS_STEM) as weights:
         prefix, boxed = _prefix(weights), _boxed_parameters(encoder)
         names = {path: layout.names(encoder, prefix, path) for path in boxed}
@@ -148,9 +146,7 @@ def load_causal_lm(
     Raises:
       UserError: as `load_llm_encoder` raises, or the folder has no output head.
     """
-    folder = epath.Path(folder)
-    values, file = read_config(folder), folder / CONFIG_FILE
-    config, layout = llm_config(values, file, dtype=dtype, attention=attention), StoredLayout.of(values, file)
+    config, layout = _read_layout(folder, dtype, attention)
     with SafetensorsFolder(folder, WEIGHTS_STEM) as weights:
         prefix = _prefix(weights)
         head = next((name for name in HEADS if name in weights.names), None)
@@ -163,6 +159,13 @@ def load_causal_lm(
         names = {path: layout.causal_lm_names(config, prefix, head or "", path) for path in boxed}
         params = _place(weights, config, layout, prefix, boxed, names, Placement(mesh, rules), dtype)
     return config, params
+
+
+def _read_layout(folder: str | Path | epath.Path, dtype: str, attention: str) -> "tuple[LLMConfig, StoredLayout]":
+    """Returns the config of a folder's LLM, and how its tensors are stored."""
+    values, file = read_config(folder), epath.Path(folder) / CONFIG_FILE
+    config = llm_config(values, file, dtype=dtype, attention=attention)
+    return config, StoredLayout.of(config, values, file)
 
 
 def _place(
@@ -201,9 +204,8 @@ class StoredLayout:
     norm_offset: float
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], file: Any) -> "StoredLayout":
-        """Returns the layout of a folder, given the contents and path of its config.json."""
-        config = llm_config(values, file, dtype="float32")
+    def of(cls, config: LLMConfig, values: Mapping[str, Any], file: Any) -> "StoredLayout":
+        """Returns the layout of a folder, given its LLM and the contents and path of its config.json."""
         return cls(_stored_modules(config, fuses_projections(values, file)), norm_offset(values, file))
 
     def names(self, config: LLMConfig, prefix: str, path: tuple[str, ...]) -> list[str]:

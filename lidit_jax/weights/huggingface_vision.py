@@ -166,13 +166,13 @@ def vision_part(values: Mapping[str, Any], file: Any) -> tuple[str, dict[str, An
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise UserError(
-            f"{file}: model_type {model_type!r:.80} is no supported vision tower; use one of {', '.join(MODEL_TYPES)}"
+            f"{file}: model_type {model_type!r:.80} is not a supported vision tower; use one of {', '.join(MODEL_TYPES)}"
         )
     if model_type == MODEL_TYPES[model_type]:
         return model_type, dict(values)
     inner = values.get("vision_config")
     if not isinstance(inner, dict):
-        raise UserError(f"{file}: vision_config is missing or no object; copy the file again")
+        raise UserError(f"{file}: vision_config is missing or not an object; copy the file again")
     # Files leave out values that equal transformers' defaults.
     return MODEL_TYPES[model_type], _default_sizes(MODEL_TYPES[model_type]) | inner
 
