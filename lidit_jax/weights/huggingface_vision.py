@@ -166,7 +166,7 @@ def vision_part(values: Mapping[str, Any], file: Any) -> tuple[str, dict[str, An
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         raise UserError(
-            f"{file}: model_type {model_type!r:.80} is not a supported vision tower; use one of {', '.join(MODEL_TYPES)}"
+            f"{file}: model_type {model_type!r:.80} is not a supported vision tower; use {', '.join(MODEL_TYPES)}"
         )
     if model_type == MODEL_TYPES[model_type]:
         return model_type, dict(values)
