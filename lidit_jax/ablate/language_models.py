@@ -27,6 +27,7 @@ from lidit_jax.data.indexed.loader import rows_of_process
 from lidit_jax.data.shapes.source import ShapesSource
 from lidit_jax.errors import UserError
 from lidit_jax.experiment import Experiment
+from lidit_jax.models.initialize import draw_together
 from lidit_jax.models.layers import Dense
 from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.models.t5 import T5Config, T5Encoder
@@ -132,7 +133,10 @@ def next_token_task(name: str, config: LLMConfig) -> Task:
         logits = model.apply({"params": params}, batch["tokens"])[:, :-1]  # [B, L - 1, V]
         return token_loss(logits, batch["tokens"][:, 1:], batch["mask"][:, 1:])
 
-    return Task(name=name, init=lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32))["params"], loss=loss)
+    def init(key):
+        return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+    return Task(name=name, init=draw_together(init), loss=loss)
 
 
 class MaskedTokenModel(nn.Module):
@@ -161,7 +165,7 @@ def masked_token_task(name: str, config: T5Config, mask_token: int) -> Task:
         logits = model.apply({"params": params}, jnp.where(is_masked, mask_token, tokens), mask)
         return token_loss(logits, tokens, is_masked)
 
-    return Task(name=name, init=init, loss=loss)
+    return Task(name=name, init=draw_together(init), loss=loss)
 
 
 def _tokenizer(corpus: Corpus, instruction: str, vocab_size: int) -> PreTrainedTokenizerBase:

@@ -84,6 +84,7 @@ def ours(workload: "Workload", sampler: str, steps: int, guidance_scale: float, 
 
     from lidit_jax.benchmarks.workload import noisy_init, save_weights
     from lidit_jax.diffusion.samplers import guided, sample
+    from lidit_jax.models.initialize import draw_together
     from lidit_jax.models.lidit import LIDiT
 
     model, is_guided = LIDiT(workload.model), guidance_scale != 1.0
@@ -92,9 +93,9 @@ def ours(workload: "Workload", sampler: str, steps: int, guidance_scale: float, 
 
     def init(key):
         rows = len(text[0].mask)
-        return nn.unbox(model.init(key, jnp.zeros((rows, *noise.shape[1:])), jnp.zeros(rows), text)["params"])
+        return model.init(key, jnp.zeros((rows, *noise.shape[1:])), jnp.zeros(rows), text)["params"]
 
-    params = jax.jit(noisy_init(init))(jax.random.key(0))
+    params = nn.unbox(jax.jit(noisy_init(draw_together(init)))(jax.random.key(0)))
     if folder:
         save_weights(folder, params)
 

@@ -9,8 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lidit_jax.models.layers import Conv, partitioned
+from lidit_jax.models.initialize import partitioned
+from lidit_jax.models.layers import Conv
 
+KERNEL_INIT = nn.initializers.normal(0.02)
 MAX_WIDTH_MULTIPLIER = 8  # largest layer width as a multiple of the first layer's width
 
 
@@ -51,7 +53,7 @@ class PatchDiscriminator(nn.Module):
             padding=((1, 1), (1, 1)),
             use_bias=use_bias,
             bias_axis="norm",
-            kernel_init=nn.initializers.normal(0.02),
+            kernel_init=KERNEL_INIT,
             dtype=dtype or self.dtype,
             name=name,
         )

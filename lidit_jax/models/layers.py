@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
+from lidit_jax.models.initialize import partitioned
 from lidit_jax.models.remat import ATTENTION_OUTPUT, FFN_OUTPUT, PROJECTION, saved_as
 from lidit_jax.models.rotary import RotaryTables, rotate
 from lidit_jax.models.sharded_matmul import add_bias, convolve, matmul
@@ -66,12 +67,6 @@ def check_dtype(key: str, dtype: str) -> None:
     """Raises UserError, with the name of the config field `key`, if `dtype` is not one of `DTYPES`."""
     if dtype not in DTYPES:
         raise UserError(f"{key}={dtype!r:.80} is not supported: use one of {', '.join(DTYPES)}")
-
-
-def partitioned(init: Callable[..., Any], axes: tuple[str | None, ...]) -> Callable[..., jax.Array]:
-    """Returns an initialiser for `Module.param` whose parameter has the logical axes `axes`."""
-    # The initialiser returns a box, which Flax's annotations pass on; `Module.param` returns the array in it.
-    return nn.with_logical_partitioning(init, axes)  # type: ignore[return-value]
 
 
 class Dense(nn.Module):
@@ -134,7 +129,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight_init = partitioned(nn.initializers.ones_init(), ("norm",))
+        weight_init = partitioned(nn.initializers.ones, ("norm",))
         weight = self.param("weight", weight_init, (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)

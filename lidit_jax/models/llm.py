@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Dense, RMSNorm, partitioned
+from lidit_jax.models.initialize import partitioned
+from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Dense, RMSNorm
 from lidit_jax.models.rotary import DEFAULT_THETA, RopeScaling, rotary_tables, rotate
 from lidit_jax.models.sharded_matmul import product_precision
 from lidit_jax.ranges import (

@@ -7,8 +7,9 @@ of a masked token within hundreds of steps, while attention that starts nearly u
 """
 
 import dataclasses
+import functools
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -17,7 +18,8 @@ import numpy as np
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.layers import ACTIVATIONS, Dense, RMSNorm, partitioned
+from lidit_jax.models.initialize import partitioned
+from lidit_jax.models.layers import ACTIVATIONS, Dense, RMSNorm
 from lidit_jax.ranges import Blocks, Count, Epsilon, Size, between, check_ranges
 
 EMBEDDING_INIT = nn.initializers.normal(1.0)
@@ -72,6 +74,12 @@ class T5Config:
             )
 
 
+@functools.cache
+def _normal(scale: float) -> Any:
+    """Returns the normal initialiser of variance `scale` / fan-in; the same object for the same scale."""
+    return nn.initializers.variance_scaling(scale, "fan_in", "normal")
+
+
 class T5Block(nn.Module):
     """Pre-norm self-attention and FFN, without biases."""
 
@@ -87,8 +95,9 @@ class T5Block(nn.Module):
         return RMSNorm(self.config.layer_norm_epsilon, name=name)
 
     def _dense(self, name, features, axes, scale=1.0):
-        init = nn.initializers.variance_scaling(scale, "fan_in", "normal")
-        return Dense(features, axes, use_bias=False, kernel_init=init, dtype=jnp.dtype(self.config.dtype), name=name)
+        return Dense(
+            features, axes, use_bias=False, kernel_init=_normal(scale), dtype=jnp.dtype(self.config.dtype), name=name
+        )
 
     def _feed_forward(self, x):
         config = self.config

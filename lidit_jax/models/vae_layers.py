@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.layers import CONV_INIT, Conv, Dense, partitioned
+from lidit_jax.models.initialize import partitioned
+from lidit_jax.models.layers import CONV_INIT, Conv, Dense
 from lidit_jax.models.sharded_matmul import add_bias, convolve, product_precision
 
 KERNEL_AXES = ("conv_in", "conv_out")  # logical axes of a convolution's input and output channels

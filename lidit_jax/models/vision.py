@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Conv, Dense, partitioned
+from lidit_jax.models.initialize import partitioned
+from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Conv, Dense
 from lidit_jax.ranges import Blocks, Epsilon, Size, check_ranges
 
 EMBEDDING_INIT = nn.initializers.normal(0.02)
@@ -98,8 +99,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.param("weight", partitioned(nn.initializers.ones_init(), ("norm",)), x.shape[-1:], jnp.float32)
-        bias = self.param("bias", partitioned(nn.initializers.zeros_init(), ("norm",)), x.shape[-1:], jnp.float32)
+        weight = self.param("weight", partitioned(nn.initializers.ones, ("norm",)), x.shape[-1:], jnp.float32)
+        bias = self.param("bias", partitioned(nn.initializers.zeros, ("norm",)), x.shape[-1:], jnp.float32)
         x32 = x.astype(jnp.float32)
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from lidit_jax.data.dataset import Dataset
 from lidit_jax.experiment import Experiment
 from lidit_jax.goodput import Goodput
+from lidit_jax.models.initialize import draw_together
 from lidit_jax.models.llm import CausalLM, LLMConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.stages.train_network import on_host, train_network
@@ -47,7 +48,7 @@ def language_model_task(name: str, config: LLMConfig, tokenizer: PromptTokenizer
         logits = logits[:, len(instruction) - 1 : -1]  # [B, L, V]: position i predicts token i
         return token_loss(logits, tokens, mask)
 
-    return Task(name=name, init=init, loss=loss)
+    return Task(name=name, init=draw_together(init), loss=loss)
 
 
 def token_loss(

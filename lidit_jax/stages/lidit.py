@@ -21,6 +21,7 @@ from lidit_jax.export.read import is_exported, load_params
 from lidit_jax.goodput import Goodput
 from lidit_jax.images import grid, to_float
 from lidit_jax.models.flops import FORWARD_AND_BACKWARD, lidit_forward, vae_encoder_forward
+from lidit_jax.models.initialize import draw_together
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.vae import AutoencoderKL, DiagonalGaussian, to_model_latents
 from lidit_jax.parallel.rules import ShardingRules, replicate, replicated
@@ -84,9 +85,10 @@ def lidit_task(
         truncated = jnp.stack([batch[f"{name}/truncated"] for name in encoders])  # [encoders, B]
         return loss, metrics | {"truncated_prompts": WeightedMean.over(truncated)}
 
+    widths = [encoder.hidden_size for encoder in encoders.values()]
     return Task(
         name="lidit",
-        init=functools.partial(model.init_params, [encoder.hidden_size for encoder in encoders.values()]),
+        init=draw_together(functools.partial(model.init_params, widths)),
         loss=loss,
         frozen=frozen,
         evaluate=evaluate,

@@ -29,6 +29,7 @@ from lidit_jax.files import check_writable
 from lidit_jax.goodput import Goodput
 from lidit_jax.llava_run import OUTPUT, LlavaRun
 from lidit_jax.models.flops import llava_step
+from lidit_jax.models.initialize import draw_together
 from lidit_jax.models.llava import IMAGE_TEXT, Llava, LlavaConfig, image_features
 from lidit_jax.models.llava_section import LlavaStageConfig
 from lidit_jax.models.token_loss import token_losses
@@ -91,7 +92,7 @@ def llava_task(
         rows, length = batch["tokens"].shape
         return llava_step(config, rows, length, trains_llm=name == "tune")
 
-    return Task(name=name, init=init, loss=loss, frozen=frozen, flops=flops)
+    return Task(name=name, init=draw_together(init), loss=loss, frozen=frozen, flops=flops)
 
 
 def head_kernel(language_model: Mapping[str, Any]) -> jax.Array:

@@ -21,6 +21,7 @@ from lidit_jax.goodput import Goodput
 from lidit_jax.images import to_float
 from lidit_jax.models.discriminator import PatchDiscriminator, smallest_side
 from lidit_jax.models.image_similarity import psnr
+from lidit_jax.models.initialize import draw_together
 from lidit_jax.models.lpips import LPIPS
 from lidit_jax.models.vae import AutoencoderKL
 from lidit_jax.models.vae_loss import (
@@ -139,7 +140,7 @@ def vae_task(
 
     return Task(
         name="vae",
-        init=init,
+        init=draw_together(init),
         loss=loss,
         frozen=None if lpips is None else {"lpips": lpips},
         evaluate=evaluate,
