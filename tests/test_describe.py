@@ -12,6 +12,7 @@ import transformers
 from conftest import ROOT, change_config
 from etils import epath
 from PIL import Image
+from tiny_llava import CAPTIONS, CHAT_TEMPLATE, SIZES, save, save_llava
 
 from lidit_jax.describe.answers import DescribeRequest, generate_answers
 from lidit_jax.describe.report import draw_answers, format_answers, write_answers
@@ -21,27 +22,7 @@ from lidit_jax.text.load_encoder import load_tokenizer
 from lidit_jax.text.prompts import PromptTokenizer
 from lidit_jax.text.train_tokenizer import train_tokenizer
 
-CAPTIONS = ["a red circle above a blue square", "Describe the objects: colour, shape and size"]
 INSTRUCTION = "Describe the objects:"
-CHAT_TEMPLATE = """\
-{%- for message in messages %}<|{{ message.role }}|>
-{%- if message.content is string %}{{ message.content }}
-{%- else %}{% for part in message.content %}{{ "<image>" if part.type == "image" else part.text }}{% endfor %}
-{%- endif %}{{ eos_token }}
-{%- endfor %}
-{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
-SIZES = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
-
-
-def save(model, folder, chat_template=None):
-    for seed, parameter in enumerate(model.parameters()):
-        torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(seed))
-    model.save_pretrained(folder)
-    tokenizer = train_tokenizer(CAPTIONS, 299)
-    tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -65,27 +46,7 @@ def t5(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"image_size": 8, "patch_size": 4, "projection_dim": 16}
-    folder = tmp_path_factory.mktemp("llava") / "vision"
-    tokenizer = train_tokenizer(CAPTIONS, 299)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**vision),
-        text_config=transformers.LlamaConfig(**SIZES | {"vocab_size": 320}),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    save(transformers.LlavaForConditionalGeneration(config), folder)
-    processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
-        tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
-    processor.save_pretrained(folder)
-    return str(folder)
+    return save_llava(tmp_path_factory.mktemp("llava") / "vision")
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import tqdm
 from etils import epath
-from PIL import Image
 
 from lidit_jax.errors import UserError
 from lidit_jax.evaluate.read_image import read_image
 from lidit_jax.score.eval_extra import require_extra
 from lidit_jax.score.load_model import device, load_model, load_processor, model_folder
+from lidit_jax.text.generation import check_answer_length, decode_greedily, image_inputs
 from lidit_jax.text.load_encoder import load_tokenizer, tokenizer_folder
 from lidit_jax.text.prompts import INSTRUCTION, PromptTokenizer
 from lidit_jax.weights import huggingface_t5
@@ -137,20 +137,21 @@ def _answers_of(model: _Model, request: DescribeRequest, image: np.ndarray | Non
         inputs = [_text_inputs(model, tokenizer, request, *task) for task in tasks]
     else:
         processor = load_processor("AutoProcessor", FLAG, model.name, trust_remote_code=False)
-        inputs = [_image_inputs(processor, request, image, *task) for task in tasks]
+        inputs = [
+            image_inputs(
+                processor,
+                [image],
+                " ".join(part for part in (instruction, prompt) if part),
+                request.system_prompt,
+                request.chat_template,
+            )
+            for prompt, instruction in tasks
+        ]
     network = load_model(model.class_name, FLAG, model.name, trust_remote_code=False)
-    _check_lengths(model, network, max(one["input_ids"].shape[1] for one in inputs), request.max_tokens)
-    own = network.generation_config
-    end = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
-    # Made anew: a folder's generation_config.json may ask for beams, for sampling, or for code of its own.
-    network.generation_config = transformers.GenerationConfig(
-        max_new_tokens=request.max_tokens,
-        do_sample=False,
-        eos_token_id=end,
-        pad_token_id=tokenizer.eos_token_id,
-        bos_token_id=own.bos_token_id,
-        decoder_start_token_id=own.decoder_start_token_id,
-    )
+    longest = max(one["input_ids"].shape[1] for one in inputs)
+    check_answer_length(f"--{FLAG}={model.name}", network, longest, request.max_tokens)
+    decode_greedily(network, tokenizer, request.max_tokens)
+    end = network.generation_config.eos_token_id
     for (prompt, instruction), given in zip(tasks, inputs, strict=True):
         with torch.inference_mode():
             output = network.generate(**{key: x.to(device()) for key, x in given.items()})
@@ -190,31 +191,3 @@ def _text_inputs(
         raise UserError(f"--{FLAG}={model.name} has nothing to continue after an empty prompt: give --prompt")
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _image_inputs(
-    processor: Any, request: DescribeRequest, image: np.ndarray, prompt: str, instruction: str
-) -> dict[str, Any]:
-    """Returns the inputs of a vision-language model: the image, then instruction and prompt, in the user's turn."""
-    text = " ".join(part for part in (instruction, prompt) if part)
-    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-    system = {"role": "system", "content": [{"type": "text", "text": request.system_prompt}]}
-    try:
-        if request.chat_template and processor.chat_template:
-            messages = [system, turn] if request.system_prompt else [turn]
-            text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        else:
-            text = " ".join(part for part in (request.system_prompt, f"{processor.image_token}\n{text}") if part)
-        return dict(processor(images=[Image.fromarray(image)], text=[text], return_tensors="pt"))
-    except Exception as error:  # a template is a program and can raise anything; a prompt may spell an image token out
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the model's processor fails on the prompt {prompt!r:.80} with --image ({reason})") from error
-
-
-def _check_lengths(model: _Model, network: Any, given: int, max_tokens: int) -> None:
-    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and given + max_tokens > longest:
-        raise UserError(
-            f"--{FLAG}={model.name} reads at most {longest} tokens, but a prompt has {given} and its answer up to "
-            f"{max_tokens}: give a shorter prompt or a smaller --max_tokens"
-        )

@@ -86,15 +86,17 @@ class IndexedSource(Source):
     def load(self, indices: Sequence[int], bucket: Bucket | None = None) -> list[Example | BrokenExample]:
         return [
             sample if isinstance(sample, BrokenExample) else self._with_image(index, sample, bucket)
-            for index, sample in zip(indices, self._read(indices), strict=True)
+            for index, sample in zip(indices, self.read_samples(indices), strict=True)
         ]
 
     def describe(self, indices: Sequence[int]) -> list[Example | BrokenExample]:
         return [
-            sample if isinstance(sample, BrokenExample) else without_image(sample) for sample in self._read(indices)
+            sample if isinstance(sample, BrokenExample) else without_image(sample)
+            for sample in self.read_samples(indices)
         ]
 
-    def _read(self, indices: Sequence[int]) -> list[Sample | BrokenExample]:
+    def read_samples(self, indices: Sequence[int]) -> list[Sample | BrokenExample]:
+        """Reads samples as they are stored, with their images encoded."""
         places = [(int(self._shard.array[i]), *self._places.array[i].tolist()) for i in indices]
         read = self._shards.read(places)
         return [

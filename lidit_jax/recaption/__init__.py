@@ -1,0 +1,1 @@
+"""`python -m lidit_jax.recaption`: writes shards with captions by a vision-language model and aesthetic scores."""

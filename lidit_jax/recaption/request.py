@@ -1,0 +1,57 @@
+"""What `recaption` is asked for."""
+
+import dataclasses
+import re
+
+from lidit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RecaptionRequest:
+    """Models and how they are used.
+
+    Attributes:
+      weights: vision-language model that writes the captions: a folder, or its name on the hub; None for no captions.
+      question: what the model is asked of each image.
+      field: caption field of its answers.
+      max_tokens: longest answer in tokens.
+      batch_size: images per batch.
+      clip: CLIP model of the aesthetic scores: a folder, or its name on the hub; None for no scores.
+      aesthetic_head: safetensors file with the linear layers of the scores; goes with `clip`.
+
+    Raises:
+      UserError: nothing is asked for, one of `clip` and `aesthetic_head` is missing, or the field has no name that a
+        config can state.
+    """
+
+    weights: str | None = None
+    question: str = "Describe this image in detail."
+    field: str = "synthetic"
+    max_tokens: int = 256
+    batch_size: int = 8
+    clip: str | None = None
+    aesthetic_head: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.clip is None) != (self.aesthetic_head is None):
+            raise UserError("aesthetic scores need both --clip=MODEL and --aesthetic_head=FILE.safetensors")
+        if self.weights is None and self.clip is None:
+            raise UserError(
+                "nothing to do: give --weights=MODEL for captions, or --clip and --aesthetic_head for scores"
+            )
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", self.field):
+            raise UserError(f"--field={self.field!r:.80} is no caption field: use letters, digits and underscores")
+        if self.weights is not None and not self.question.strip():
+            raise UserError("--question is empty: say what the model should write of an image")
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Parses "NUMBER/COUNT", with 0 <= NUMBER < COUNT.
+
+    Raises:
+      UserError: it is anything else.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise UserError(f"--part={text!r:.80} must be NUMBER/COUNT with NUMBER from 0 to COUNT - 1, such as 0/8")
+    return int(found[1]), int(found[2])

@@ -1,0 +1,378 @@
+"""`recaption`: new shards with captions by a vision-language model and aesthetic scores."""
+
+import collections
+import dataclasses
+import json
+import logging
+import shutil
+import subprocess
+import sys
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ROOT, change_config
+from etils import epath
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+from PIL import Image
+from safetensors.torch import save_file
+from stored_data import COUNT, caption, numbered_image
+from test_tar_source import encode, write_tar
+from tiny_llava import CHAT_TEMPLATE, SIZES, VISION, image_processor, save, save_llava
+
+from lidit_jax.config import build
+from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.formats.tar_shards import TarShards
+from lidit_jax.data.open_dataset import open_dataset, open_shards
+from lidit_jax.errors import UserError
+from lidit_jax.recaption import plan as plans
+from lidit_jax.recaption import write
+from lidit_jax.recaption.aesthetic import AestheticScorer, compose_layers
+from lidit_jax.recaption.captioner import complete_sentences
+from lidit_jax.recaption.request import RecaptionRequest, parse_part
+from lidit_jax.recaption.write import recaption
+
+QUESTION = "Describe the objects: colour"
+LAYERS = {"layers.0.weight": (8, 16), "layers.2.weight": (5, 8), "layers.10.weight": (1, 5)}
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return save_llava(tmp_path_factory.mktemp("llava") / "vision")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(vision_config=VISION, text_config=text, projection_dim=16)
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    save(transformers.CLIPModel(config), folder)
+    image_processor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in LAYERS.items()}
+    tensors |= {
+        name.replace("weight", "bias"): torch.randn(shape[:1], generator=generator) for name, shape in LAYERS.items()
+    }
+    file = tmp_path_factory.mktemp("head") / "head.safetensors"
+    save_file(tensors, file)
+    return str(file)
+
+
+def config_of(data):
+    """Returns a config with the given DataConfig as its `data` section, or with a dict."""
+    values = data if isinstance(data, dict) else dataclasses.asdict(data)
+    return ConfigDict({"data": {name: value for name, value in values.items() if value is not None}})
+
+
+def request_of(llava=None, **changes):
+    return RecaptionRequest(**{"weights": llava, "question": QUESTION, "max_tokens": 6, "batch_size": 4} | changes)
+
+
+def samples_of(shards):
+    """Returns {key: (texts, metadata, encoded image)} of all samples."""
+    found = {}
+    for shard in range(len(shards.paths)):
+        for item in shards.scan(shard):
+            assert not isinstance(item, str), item
+            _, sample = item
+            key = sample.metadata.get("key", sample.key)
+            found[key] = (sample.captions, sample.metadata, sample.image.read())
+    return found
+
+
+def statistics_of(out):
+    counts = collections.Counter()
+    for file in out.glob("*_stats.json"):
+        counts.update(json.loads(file.read_text()))
+    return dict(counts)
+
+
+@pytest.fixture(scope="module")
+def generated_alone(llava):
+    """Captions that transformers generates for each numbered image alone."""
+    processor = transformers.AutoProcessor.from_pretrained(llava)
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(llava)
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    captions = []
+    for i in range(COUNT):
+        inputs = processor(images=Image.fromarray(numbered_image(i)), text=text, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        captions.append(complete_sentences(" ".join(answer.split())))
+    return captions
+
+
+@pytest.mark.parametrize("kind", ["tar", "embedded", "array_record", "jsonl"])
+def test_every_sample_keeps_its_image_and_texts_and_gets_the_models_caption(
+    kind, stored, llava, generated_alone, tmp_path
+):
+    out = epath.Path(tmp_path / "new")
+    recaption(config_of(stored[kind]), request_of(llava), out, (0, 1))
+    before, after = samples_of(open_shards(stored[kind])), samples_of(TarShards(out))
+    assert list(after) == list(before) and len(after) == COUNT
+    model_captions = set()
+    for key, (texts, metadata, image) in before.items():
+        new_texts, new_metadata, new_image = after[key]
+        assert new_image == image
+        assert new_metadata["score"] == metadata["score"]
+        generated = new_texts.pop("synthetic", "")
+        model_captions.add(generated)
+        assert new_texts == texts
+        assert generated == generated_alone[int(metadata["score"])]
+    assert len(model_captions) > 1
+    assert statistics_of(out)["written"] == COUNT
+    assert Image.open(out / write.SHEET).width > 500
+
+
+def test_training_samples_both_captions(stored, llava, tmp_path):
+    out = epath.Path(tmp_path / "new")
+    recaption(config_of(stored["tar"]), request_of(llava), out, (0, 1))
+    data = build(
+        DataConfig,
+        {"source": "tar", "path": str(out), "resolution": 32, "captions": {"txt": 1.0, "synthetic": 1.0}},
+        "data",
+    )
+    dataset = open_dataset(data, 8)
+    batches = dataset.batches(14, 0, tokenize=None, with_captions=True)
+    captions = {text for _ in range(6) for text in next(batches)["caption"]}
+    batches.close()
+    originals = {caption(i) for i in range(COUNT)}
+    assert originals & captions and captions - originals
+
+
+def test_parts_and_a_resumed_run_write_the_shards_of_one_run(stored, llava, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(plans, "SAMPLES_A_SHARD", 5)
+    config, once, parts = config_of(stored["tar"]), epath.Path(tmp_path / "once"), epath.Path(tmp_path / "parts")
+    recaption(config, request_of(llava), once, (0, 1))
+    recaption(config, request_of(llava), parts, (1, 2))
+    assert [file.name for file in sorted(parts.glob("*.tar"))] == ["000001.tar"]
+    assert "1 of 3 shards are complete" in caplog.text
+    original = write._add_sample
+
+    def stop_in_the_last_shard(tar, key, image, new):
+        if key == f"{12:09}":
+            raise KeyboardInterrupt
+        original(tar, key, image, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_add_sample", stop_in_the_last_shard)
+        with pytest.raises(KeyboardInterrupt):
+            recaption(config, request_of(llava), parts, (0, 2))
+    assert [file.name for file in sorted(parts.glob("*.tar"))] == ["000000.tar", "000001.tar"]
+    finished = (parts / "000000.tar").stat().mtime
+    recaption(config, request_of(llava), parts, (0, 2))
+    assert (parts / "000000.tar").stat().mtime == finished
+    names = sorted(file.name for file in once.iterdir())
+    assert sorted(file.name for file in parts.iterdir()) == names
+    for name in names:
+        assert (parts / name).read_bytes() == (once / name).read_bytes(), name
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "Captioner", None)  # a complete folder loads no model
+        recaption(config, request_of(llava), parts, (0, 1))
+
+
+def test_scores_are_linear_layers_on_clips_normalised_features(clip, head):
+    images = [numbered_image(i) for i in range(4)]
+    scores = AestheticScorer(clip, head)(images)
+    model, processor = transformers.CLIPModel.from_pretrained(clip), image_processor()
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in _tensors(head).items()}
+    with torch.no_grad():
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        pooled = model.vision_model(pixel_values=pixels).pooler_output
+        x = torch.nn.functional.normalize(model.visual_projection(pooled), dim=-1)
+        for layer in ("layers.0", "layers.2", "layers.10"):
+            x = torch.nn.functional.linear(x, tensors[f"{layer}.weight"], tensors[f"{layer}.bias"])
+    np.testing.assert_allclose(scores, x[:, 0].numpy(), rtol=1e-5, atol=1e-5)
+    assert np.std(scores) > 1e-3
+
+
+def _tensors(file):
+    from safetensors.numpy import load_file
+
+    return load_file(file)
+
+
+def test_images_that_score_too_low_are_left_out_and_not_captioned(stored, llava, clip, head, tmp_path):
+    images = {
+        int(i): score for i, score in enumerate(AestheticScorer(clip, head)([*map(numbered_image, range(COUNT))]))
+    }
+    minimum = float(np.median(list(images.values())))
+    data = dataclasses.replace(stored["tar"], min_aesthetic=minimum, aesthetic_key="beauty")
+    out = epath.Path(tmp_path / "new")
+    recaption(config_of(data), request_of(llava, clip=clip, aesthetic_head=head), out, (0, 1))
+    kept = {metadata["score"]: metadata["beauty"] for _, metadata, _ in samples_of(TarShards(out)).values()}
+    expected = {i: score for i, score in images.items() if score >= minimum}
+    assert kept == pytest.approx(expected, abs=1e-4) and 0 < len(kept) < COUNT
+    assert statistics_of(out)[f"beauty under {minimum:g}"] == COUNT - len(kept)
+
+
+def test_scores_alone_are_written_without_a_captioner(stored, clip, head, tmp_path):
+    out = epath.Path(tmp_path / "new")
+    recaption(config_of(stored["jsonl"]), request_of(clip=clip, aesthetic_head=head), out, (0, 1))
+    after = samples_of(TarShards(out))
+    assert len(after) == COUNT and all(type(metadata["aesthetic"]) is float for _, metadata, _ in after.values())
+    assert not any("synthetic" in texts for texts, _, _ in after.values())
+
+
+@hypothesis.given(
+    widths=st.lists(st.integers(1, 5), min_size=0, max_size=4), seed=st.integers(0, 99), bias=st.booleans()
+)
+def test_layers_compose_to_their_product(widths, seed, bias):
+    rng = np.random.default_rng(seed)
+    widths = [3, *widths, 1]
+    tensors, x = {}, rng.normal(size=(2, 3))
+    expected = x
+    for i in range(len(widths) - 1):
+        matrix, offset = rng.normal(size=(widths[i + 1], widths[i])), rng.normal(size=widths[i + 1]) * bias
+        tensors[f"layers.{7 * i}.weight"] = matrix
+        if bias:
+            tensors[f"layers.{7 * i}.bias"] = offset
+        expected = expected @ matrix.T + offset
+    weight, constant = compose_layers(tensors, "--aesthetic_head=FILE")
+    np.testing.assert_allclose(x @ weight + constant, expected[:, 0], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "gives 0 numbers"),
+        ({"weight": (2, 4)}, "gives 2 numbers"),
+        ({"bias": (1,)}, "has no weight"),
+        ({"weight": (1, 4), "bias": (2,)}, "a bias of 2 numbers"),
+        ({"conv.weight": (1, 4, 3, 3)}, "only linear layers"),
+        ({"layers.0.weight": (3, 4), "layers.1.weight": (1, 5)}, "layer 1 takes 5 features, the one before gives 3"),
+        ({"running_mean": (4,)}, "only linear layers"),
+    ],
+)
+def test_a_head_of_other_layers_is_rejected_in_one_line(tensors, message):
+    with pytest.raises(UserError, match=message):
+        compose_layers({name: np.ones(shape) for name, shape in tensors.items()}, "--aesthetic_head=FILE")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A cat. It sits on", "A cat."),
+        ("A cat of 3.5 kg", "A cat of 3.5 kg"),
+        ('He says "no." Then', 'He says "no."'),
+        ("一只猫。它坐在", "一只猫。"),
+        ("no end", "no end"),
+        ("All of it.", "All of it."),
+        ("", ""),
+    ],
+)
+def test_a_caption_that_was_cut_off_ends_with_its_last_complete_sentence(text, expected):
+    assert complete_sentences(text) == expected
+
+
+def test_a_broken_image_is_counted_and_left_out(llava, tmp_path):
+    good, out = encode(numbered_image(1)), epath.Path(tmp_path / "new")
+    files = {"a.png": good, "a.txt": b"a cat", "b.png": good[:-30] + b"0" * 30, "b.txt": b"a dog", "c.png": good}
+    write_tar(tmp_path / "old.tar", files)
+    config = config_of({"source": "tar", "path": str(tmp_path / "old.tar"), "resolution": 32})
+    recaption(config, request_of(llava), out, (0, 1))
+    after = samples_of(TarShards(out))
+    assert list(after) == ["a", "c"]
+    assert "txt" not in after["c"][0]  # it had no caption, and now has the model's alone
+    statistics = statistics_of(out)
+    assert statistics["written"] == 2 and sum(statistics.values()) - statistics.get("caption cut off", 0) == 3
+
+
+def test_a_text_of_the_same_name_is_not_overwritten(llava, tmp_path):
+    write_tar(tmp_path / "old.tar", {"a.png": encode(numbered_image(1)), "a.json": b'{"synthetic": "a cat"}'})
+    config = config_of({"source": "tar", "path": str(tmp_path / "old.tar"), "resolution": 32})
+    with pytest.raises(UserError, match="has a text 'synthetic' already: give another --field"):
+        recaption(config, request_of(llava), epath.Path(tmp_path / "new"), (0, 1))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": None}, "give --weights=MODEL for captions"),
+        ({"clip": "CLIP"}, "need both --clip=MODEL and --aesthetic_head"),
+        ({"field": "a/b"}, "letters, digits and underscores"),
+        ({"question": " "}, "--question is empty"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_rejected(changes, message):
+    with pytest.raises(UserError, match=message):
+        request_of(**{"weights": "MODEL"} | changes)
+
+
+@pytest.mark.parametrize("part", ["1/1", "8", "-1/2", "0/0", "1/2/3", "0x1/2"])
+def test_a_wrong_part_is_rejected(part):
+    assert parse_part("3/4") == (3, 4)
+    with pytest.raises(UserError, match="must be NUMBER/COUNT"):
+        parse_part(part)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"source": "shapes", "resolution": 32}, "has no stored images"),
+        ({"source": "precomputed", "path": "p", "resolution": 32}, "has no stored images"),
+        ({"source": "tar", "resolution": 32, "mixture": {"a": {"path": "p"}}}, "write each by itself"),
+        (None, "config key data is missing"),
+    ],
+)
+def test_data_without_stored_images_are_rejected(data, message, tmp_path):
+    config = ConfigDict({"data": data} if data else {})
+    with pytest.raises(UserError, match=message):
+        recaption(config, request_of("MODEL"), epath.Path(tmp_path / "new"), (0, 1))
+
+
+def test_a_model_that_does_not_fit_is_rejected_before_the_folder_is_claimed(stored, llava, clip, tmp_path):
+    out, config = epath.Path(tmp_path / "new"), config_of(stored["tar"])
+    language = save(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)), tmp_path / "llm", CHAT_TEMPLATE)
+    small = tmp_path / "small"
+    shutil.copytree(llava, small)
+    text = json.loads((small / "config.json").read_text())["text_config"]
+    change_config(small, text_config=text | {"max_position_embeddings": 16})
+    save_file({"weight": torch.ones(1, 5)}, tmp_path / "head.safetensors")
+    (tmp_path / "head.bin").write_bytes(b"no safetensors")
+    requests = {
+        "takes no images": request_of(language),
+        "reads at most 16 tokens": request_of(str(small)),
+        "no such folder": request_of(str(tmp_path / "missing")),
+        "takes 5 features": request_of(clip=clip, aesthetic_head=str(tmp_path / "head.safetensors")),
+        "is not a readable safetensors file": request_of(clip=clip, aesthetic_head=str(tmp_path / "head.bin")),
+    }
+    for message, request in requests.items():
+        with pytest.raises(UserError, match=message):
+            recaption(config, request, out, (0, 1))
+        assert not out.exists()
+
+
+def test_a_folder_of_another_request_is_left_alone(stored, llava, tmp_path):
+    out = epath.Path(tmp_path / "new")
+    recaption(config_of(stored["tar"]), request_of(llava), out, (0, 1))
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    for changes in ({"question": "What is it?"}, {"field": "other"}, {"max_tokens": 7}):
+        with pytest.raises(UserError, match=f"was begun with {next(iter(changes))}="):
+            recaption(config_of(stored["tar"]), request_of(llava, **changes), out, (0, 1))
+    with pytest.raises(UserError, match="was begun with data="):
+        recaption(config_of(stored["jsonl"]), request_of(llava), out, (0, 1))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").write_text("mine")
+    with pytest.raises(UserError, match="is not empty"):
+        recaption(config_of(stored["tar"]), request_of(llava), epath.Path(tmp_path / "other"), (0, 1))
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_the_command_writes_shards_and_says_how_to_train_on_them(stored, llava, tmp_path):
+    command = [sys.executable, "-m", "lidit_jax.recaption", "--config=configs/emoji.py", "--max_tokens=4"]
+    command += [f"--config.data.path={stored['tar'].path}", f"--weights={llava}", f"--out={tmp_path / 'new'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    assert "14 images" in done.stderr and "--config.data.captions.synthetic=1" in done.stderr
