@@ -395,37 +395,37 @@ def test_an_unreadable_checkpoint_is_rejected(leaves, tmp_path):
             list(array)
 
 
-A_BILLION = "dict(depth=28, hidden_size=1152, num_heads=16)"
+HALF_A_BILLION = "dict(depth=14, hidden_size=1152, num_heads=16)"
 
 
 @pytest.fixture(scope="module")
-def billion(tmp_path_factory):
-    """Folder with a checkpoint of 1.1 billion random parameters, which are 4.4 GB."""
-    folder = tmp_path_factory.mktemp("billion")
+def large(tmp_path_factory):
+    """Folder with a checkpoint of 0.6 billion random parameters, which are 2.3 GB."""
+    folder = tmp_path_factory.mktemp("large")
     make = f"""
-import jax, jax.numpy as jnp, sys
+import jax, numpy as np, sys
 from lidit_jax.checkpoint import Checkpoints
 from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.weights import diffusers_lidit
 import flax
-config = LIDiTConfig(**{A_BILLION})
-boxed, key = diffusers_lidit._boxed_parameters(config, (4096, 4096)), jax.random.key(0)
+config = LIDiTConfig(**{HALF_A_BILLION})
+boxed, rng = diffusers_lidit._boxed_parameters(config, (4096, 4096)), np.random.default_rng(0)
 shapes = {{path: leaf.value.shape for path, leaf in boxed.items()}}
-params = {{path: jax.random.normal(jax.random.fold_in(key, len(str(path))), shape) for path, shape in shapes.items()}}
+params = {{path: jax.numpy.asarray(rng.random(shape, np.float32)) for path, shape in shapes.items()}}
 print(sum(x.size for x in params.values()))
 checkpoints = Checkpoints(sys.argv[1] + "/checkpoints", {{}})
 checkpoints.save(1, {{"params": flax.traverse_util.unflatten_dict(params)}}, {{}}, {{}})
 checkpoints.close()
 """
     [size] = run(make, folder)
-    assert size > 1e9
+    assert size > 5e8
     yield folder
     shutil.rmtree(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_of_a_billion_is_written_in_the_memory_of_a_shard(billion, tmp_path, dtype):
+def test_a_large_model_is_written_in_the_memory_of_a_shard(large, tmp_path, dtype):
     """Measures the export in a process of its own: memory that this process used before would distort the peak."""
     export = f"""
 import sys
@@ -433,22 +433,22 @@ from pathlib import Path
 from lidit_jax.checkpoint_weights import open_weights
 from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.weights.diffusers_lidit import save_lidit
-config = LIDiTConfig(**{A_BILLION})
-with open_weights({str(billion)!r} + "/checkpoints", "params") as weights:
-    save_lidit(sys.argv[1] + "/transformer", config, weights, dtype={dtype!r}, max_shard_bytes=10**9)
+config = LIDiTConfig(**{HALF_A_BILLION})
+with open_weights({str(large)!r} + "/checkpoints", "params") as weights:
+    save_lidit(sys.argv[1] + "/transformer", config, weights, dtype={dtype!r}, max_shard_bytes=4 * 10**8)
 [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
 print(int(line.split()[1]) * 1024)
 """
     [peak] = run(export, tmp_path)
     shards = sorted((tmp_path / "transformer").glob("*.safetensors"))
     largest = max(file.stat().st_size for file in shards)
-    assert len(shards) >= 3 and largest < 1.001e9
+    assert len(shards) >= 3 and largest < 4.01e8
     print(f"{dtype}: peak {peak / 1e9:.2f} GB, largest shard {largest / 1e9:.2f} GB")
-    assert peak < 1.3 * largest + 1e9
-    with open_weights(billion / "checkpoints", "params") as weights:
+    assert peak < 1.3 * largest + 1e9  # the checkpoint has 2.3 GB
+    with open_weights(large / "checkpoints", "params") as weights:
         index = json.loads((tmp_path / "transformer" / INDEX).read_text())["weight_map"]
         *_, last = weights["dit", "blocks", "modulation", "Dense_0", "kernel"]
-        name = "dit.blocks.27.modulation.linear.weight"
+        name = "dit.blocks.13.modulation.linear.weight"
         written = load_file(tmp_path / "transformer" / index[name])[name]
         np.testing.assert_array_equal(written, last.T.astype(written.dtype))
 
