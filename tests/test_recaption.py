@@ -1,6 +1,7 @@
 """`recaption`: new shards with captions by a vision-language model and aesthetic scores."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import json
 import logging
@@ -25,6 +26,7 @@ from tiny_llava import CHAT_TEMPLATE, SIZES, VISION, image_processor, save, save
 
 from lidit_jax.config import build
 from lidit_jax.data.data_config import DataConfig
+from lidit_jax.data.formats.shards import Sample, Unusable
 from lidit_jax.data.formats.tar_shards import TarShards
 from lidit_jax.data.open_dataset import open_dataset, open_shards
 from lidit_jax.errors import UserError
@@ -33,7 +35,9 @@ from lidit_jax.recaption import write
 from lidit_jax.recaption.aesthetic import AestheticScorer, compose_layers
 from lidit_jax.recaption.captioner import complete_sentences
 from lidit_jax.recaption.request import RecaptionRequest, parse_part
+from lidit_jax.recaption.sample_files import sample_files
 from lidit_jax.recaption.write import recaption
+from lidit_jax.workdir_lock import lock
 
 QUESTION = "Describe the objects: colour"
 LAYERS = {"layers.0.weight": (8, 16), "layers.2.weight": (5, 8), "layers.10.weight": (1, 5)}
@@ -157,15 +161,15 @@ def test_parts_and_a_resumed_run_write_the_shards_of_one_run(stored, llava, tmp_
     recaption(config, request_of(llava), parts, (1, 2))
     assert [file.name for file in sorted(parts.glob("*.tar"))] == ["000001.tar"]
     assert "1 of 3 shards are complete" in caplog.text
-    original = write._add_sample
+    original = write._add_files
 
-    def stop_in_the_last_shard(tar, key, image, new):
+    def stop_in_the_last_shard(tar, key, files):
         if key == f"{12:09}":
             raise KeyboardInterrupt
-        original(tar, key, image, new)
+        original(tar, key, files)
 
     with monkeypatch.context() as patch:
-        patch.setattr(write, "_add_sample", stop_in_the_last_shard)
+        patch.setattr(write, "_add_files", stop_in_the_last_shard)
         with pytest.raises(KeyboardInterrupt):
             recaption(config, request_of(llava), parts, (0, 2))
     assert [file.name for file in sorted(parts.glob("*.tar"))] == ["000000.tar", "000001.tar"]
@@ -250,13 +254,21 @@ def test_layers_compose_to_their_product(widths, seed, bias):
         ({"bias": (1,)}, "has no weight"),
         ({"weight": (1, 4), "bias": (2,)}, "a bias of 2 numbers"),
         ({"conv.weight": (1, 4, 3, 3)}, "only linear layers"),
-        ({"layers.0.weight": (3, 4), "layers.1.weight": (1, 5)}, "layer 1 takes 5 features, the one before gives 3"),
+        ({"layers.0.weight": (3, 4), "layers.1.weight": (1, 5)}, "layer layers.1 takes 5 features, the one before gives 3"),
         ({"running_mean": (4,)}, "only linear layers"),
+        ({"linear.weight": (4, 4), "out.weight": (1, 4)}, "their numbers must tell their order"),
+        ({"a.1.weight": (1, 4), "b.1.weight": (1, 4)}, "their numbers must tell their order"),
     ],
 )
 def test_a_head_of_other_layers_is_rejected_in_one_line(tensors, message):
     with pytest.raises(UserError, match=message):
         compose_layers({name: np.ones(shape) for name, shape in tensors.items()}, "--aesthetic_head=FILE")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_head_that_is_not_finite_is_rejected(value):
+    with pytest.raises(UserError, match="values that are not finite"):
+        compose_layers({"weight": np.full((1, 4), value)}, "--aesthetic_head=FILE")
 
 
 @pytest.mark.parametrize(
@@ -289,11 +301,160 @@ def test_a_broken_image_is_counted_and_left_out(llava, tmp_path):
 
 
 def test_a_text_of_the_same_name_is_not_overwritten(llava, tmp_path):
-    write_tar(tmp_path / "old.tar", {"a.png": encode(numbered_image(1)), "a.json": b'{"synthetic": "a cat"}'})
+    has_it = {"a.png": encode(numbered_image(1)), "a.json": b'{"synthetic": ["a cat", "a dog"]}'}
+    out = epath.Path(tmp_path / "new")
+    write_tar(tmp_path / "old.tar", has_it)
     config = config_of({"source": "tar", "path": str(tmp_path / "old.tar"), "resolution": 32})
     with pytest.raises(UserError, match="has a text 'synthetic' already: give another --field"):
-        recaption(config, request_of(llava), epath.Path(tmp_path / "new"), (0, 1))
-    assert not (tmp_path / "new").exists()
+        recaption(config, request_of(llava), out, (0, 1))
+    assert not out.exists()
+    write_tar(tmp_path / "later.tar", {"0.png": encode(numbered_image(0)), "0.txt": b"first"} | has_it)
+    config = config_of({"source": "tar", "path": str(tmp_path / "later.tar"), "resolution": 32})
+    recaption(config, request_of(llava), out, (0, 1))
+    after = samples_of(TarShards(out))
+    assert after["a"][0] == {"synthetic/0": "a cat", "synthetic/1": "a dog"} and after["0"][0]["synthetic"]
+    assert statistics_of(out)["synthetic was there already"] == 1
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"json": {"caption": ["w" * 15000 + str(i) for i in range(40)], "a": {"b": "c"}, "url": "u", "n": [1, "x"]}},
+        {"json": {"txt": "a\0bcd", "score": 1}},
+        {"json": {"txt": "\ufeffhello"}},
+        {"json": {"txt": "from json"}, "txt": " "},
+        {"json": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}, "txt": "t"},
+        {"cls": "cat", "txt": "a cat"},
+        {"json": {"dotted.name": {"x.y": "z"}, "deep": {"a": {"b": {"c": {"d": {"e": "f"}}}}}}},
+    ],
+)
+def test_files_of_a_sample_read_back_as_it_and_what_is_new(texts, tmp_path):
+    files = {f"a.{name}": (json.dumps(text) if name == "json" else text).encode() for name, text in texts.items()}
+    write_tar(tmp_path / "old.tar", {"a.png": encode(numbered_image(1))} | files)
+    [(captions, metadata, image)] = samples_of(TarShards(tmp_path / "old.tar")).values()
+    sample = Sample("a", captions, metadata, None)
+    written = sample_files(sample, image, {"synthetic": "a new caption", "aesthetic": 5.25})
+    write_tar(tmp_path / "new.tar", {f"000.{name}": content for name, content in written.items()})
+    [(again, new_metadata, new_image)] = samples_of(TarShards(tmp_path / "new.tar")).values()
+    assert again == captions | {"synthetic": "a new caption"} and new_image == image
+    assert new_metadata["aesthetic"] == 5.25 and new_metadata["key"] == "a"
+
+
+def test_texts_that_a_tar_cannot_hold_are_not_written():
+    image = encode(numbered_image(1))
+    with pytest.raises(Unusable, match="texts that a tar can't hold"):  # it would be read as the number of a class
+        sample_files(Sample("a", {"class": "7"}, {}, None), image, {})
+    with pytest.raises(Unusable, match="texts that a tar can't hold"):
+        sample_files(Sample("a", {"x": "w" * 700_000, "y": "w" * 700_000}, {}, None), image, {})
+
+
+def test_an_image_that_the_model_fails_on_is_left_out_alone(stored, llava, tmp_path, monkeypatch):
+    class Picky(write.Captioner):
+        def __call__(self, images):
+            if any((image == numbered_image(6)).all() for image in images if image.shape == (40, 40, 3)):
+                raise UserError("the model's processor fails")
+            return super().__call__(images)
+
+    monkeypatch.setattr(write, "Captioner", Picky)
+    out = epath.Path(tmp_path / "new")
+    recaption(config_of(stored["tar"]), request_of(llava), out, (0, 1))
+    assert statistics_of(out)["the model fails on the image"] == 1 and statistics_of(out)["written"] == COUNT - 1
+    assert 6 not in {metadata["score"] for _, metadata, _ in samples_of(TarShards(out)).values()}
+
+
+def test_an_extreme_aspect_is_left_out(llava, tmp_path):
+    strip = encode(np.zeros((1, 40, 3), np.uint8))
+    write_tar(tmp_path / "old.tar", {"a.png": strip, "b.png": encode(numbered_image(1))})
+    config = config_of({"source": "tar", "path": str(tmp_path / "old.tar"), "resolution": 32})
+    recaption(config, request_of(llava), epath.Path(tmp_path / "new"), (0, 1))
+    assert statistics_of(epath.Path(tmp_path / "new"))["aspect over 32"] == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 30, 3), (3, 50, 3), (3, 3, 3), (50, 3, 3), (40, 40, 3)])
+def test_scores_of_any_shape_are_those_of_pillows_images(shape, clip, head):
+    image = np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+    scorer = AestheticScorer(clip, head)
+    model = transformers.CLIPVisionModelWithProjection.from_pretrained(clip)
+    pixels = image_processor()(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = model(pixel_values=pixels).image_embeds[0].double().numpy()
+    expected = features / np.linalg.norm(features) @ scorer._weight + scorer._bias
+    assert scorer([image]) == pytest.approx([expected], abs=1e-5)
+
+
+def test_two_requests_that_start_at_once_do_not_mix(stored, llava, tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "SAMPLES_A_SHARD", 7)
+    out, config = epath.Path(tmp_path / "new"), config_of(stored["tar"])
+
+    class Slow(write.Captioner):
+        def __init__(self, *arguments):
+            monkeypatch.setattr(write, "Captioner", write.Captioner.__base__)
+            recaption(config, request_of(llava, field="other"), out, (1, 2))
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(write, "Captioner", Slow)
+    with pytest.raises(UserError, match="was begun with field='other', now 'synthetic'"):
+        recaption(config, request_of(llava), out, (0, 2))
+    assert [file.name for file in out.glob("*.tar")] == ["000001.tar"]
+
+
+def test_processes_that_start_at_once_claim_the_folder_together(tmp_path):
+    for number in range(20):
+        out = epath.Path(tmp_path / str(number))
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(plans.claim, out, {"field": "a"}) for _ in range(8)]:
+                done.result()
+        assert [file.name for file in out.iterdir()] == [plans.PLAN]
+
+
+def test_a_shard_that_another_process_writes_is_left_to_it(stored, llava, tmp_path):
+    out = epath.Path(tmp_path / "new")
+    with lock(out / ".000000.tar.lock", "the shard"):
+        plan_folder = tmp_path / "plan"
+        recaption(config_of(stored["tar"]), request_of(llava), epath.Path(plan_folder), (0, 1))
+        shutil.copy(plan_folder / plans.PLAN, out / plans.PLAN)
+        with pytest.raises(UserError, match="000000.tar is in use by"):
+            recaption(config_of(stored["tar"]), request_of(llava), out, (0, 1))
+    assert not (out / "000000.tar").exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"wri', "[1]", None])
+def test_damaged_files_of_the_folder_are_named_in_one_line(content, stored, llava, tmp_path):
+    out, config = epath.Path(tmp_path / "new"), config_of(stored["tar"])
+    recaption(config, request_of(llava), out, (0, 1))
+    for name in (plans.PLAN, "000000_stats.json"):
+        file, before = out / name, (out / name).read_text()
+        file.unlink()
+        if content is None:
+            file.mkdir()
+        else:
+            file.write_text(content)
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            recaption(config, request_of(llava), out, (0, 1))
+        shutil.rmtree(file) if content is None else file.unlink()
+        file.write_text(before)
+
+
+def test_a_changed_processor_is_another_request(stored, llava, tmp_path):
+    model, out = tmp_path / "model", epath.Path(tmp_path / "new")
+    shutil.copytree(llava, model)
+    recaption(config_of(stored["tar"]), request_of(str(model)), out, (0, 1))
+    [file] = [file for file in (model / "processor_config.json", model / "preprocessor_config.json") if file.exists()]
+    file.write_text(file.read_text().replace("0.4", "0.5"))
+    with pytest.raises(UserError, match="was begun with weights="):
+        recaption(config_of(stored["tar"]), request_of(str(model)), out, (0, 1))
+
+
+def test_the_new_folder_is_not_part_of_a_folder_of_images(stored, llava):
+    path = stored["jsonl"].path
+    with pytest.raises(UserError, match="is inside data.path"):
+        recaption(config_of(stored["jsonl"]), request_of(llava), epath.Path(path) / "new", (0, 1))
+
+
+def test_a_field_is_not_the_key_of_the_scores(stored, clip, head, tmp_path):
+    request = request_of("MODEL", clip=clip, aesthetic_head=head, field="aesthetic")
+    with pytest.raises(UserError, match="is data.aesthetic_key"):
+        recaption(config_of(stored["tar"]), request, epath.Path(tmp_path / "new"), (0, 1))
 
 
 @pytest.mark.parametrize(
@@ -303,6 +464,10 @@ def test_a_text_of_the_same_name_is_not_overwritten(llava, tmp_path):
         ({"clip": "CLIP"}, "need both --clip=MODEL and --aesthetic_head"),
         ({"field": "a/b"}, "letters, digits and underscores"),
         ({"question": " "}, "--question is empty"),
+        ({"weights": ""}, "--weights is empty"),
+        ({"clip": "CLIP", "aesthetic_head": ""}, "--aesthetic_head is empty"),
+        ({"field": "url"}, "has another meaning"),
+        ({"field": "class"}, "has another meaning"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_rejected(changes, message):

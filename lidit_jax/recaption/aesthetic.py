@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from lidit_jax.errors import UserError
 from lidit_jax.score.load_model import device, load_model, load_processor
@@ -34,7 +35,7 @@ class AestheticScorer:
         """
         self._processor = load_processor("CLIPImageProcessor", CLIP_FLAG, clip)
         self._network = load_model("CLIPVisionModelWithProjection", CLIP_FLAG, clip, dtype="float32")
-        named = f"--{HEAD_FLAG}={head}"
+        self._named, named = f"--{CLIP_FLAG}={clip}", f"--{HEAD_FLAG}={head}"
         self._weight, self._bias = compose_layers(_read_head(epath.Path(head), named), named)
         width = self._network.config.projection_dim
         if len(self._weight) != width:
@@ -44,14 +45,27 @@ class AestheticScorer:
             )
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[float]:
-        """Returns the score of each image, uint8 [H, W, 3]."""
+        """Returns the score of each image, uint8 [H, W, 3].
+
+        Raises:
+          UserError: the model fails on them.
+        """
         import torch
 
-        pixels = self._processor(images=list(images), return_tensors="pt")["pixel_values"].to(device())
-        with torch.inference_mode():
-            features = self._network(pixel_values=pixels).image_embeds.double().cpu().numpy()
-        features /= np.linalg.norm(features, axis=1, keepdims=True)
-        return [float(score) for score in features @ self._weight + self._bias]
+        try:
+            pixels = self._processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")
+            with torch.inference_mode():
+                output = self._network(pixel_values=pixels["pixel_values"].to(device()))
+        except (RuntimeError, ValueError) as error:  # a processor of other sizes, or no memory
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self._named} fails on {len(images)} images ({reason}): use a CLIP model as published"
+            ) from error
+        features = output.image_embeds.double().cpu().numpy()
+        scores = features / np.linalg.norm(features, axis=1, keepdims=True) @ self._weight + self._bias
+        if not np.isfinite(scores).all():
+            raise UserError(f"{self._named} gives features that are not finite: use a CLIP model as published")
+        return [float(score) for score in scores]
 
 
 def compose_layers(tensors: Mapping[str, np.ndarray], named: str) -> tuple[np.ndarray, float]:
@@ -59,7 +73,8 @@ def compose_layers(tensors: Mapping[str, np.ndarray], named: str) -> tuple[np.nd
 
     Args:
       tensors: "weight" [1, C] and "bias" [1] of one layer, or those of layers with numbers in their names
-        ("layers.0.weight", "layers.2.weight", …), which follow one another in the order of the numbers.
+        ("layers.0.weight", "layers.2.weight", …), which follow one another in the order of the numbers. A layer need
+        not have a bias.
       named: flag and name of the file, for error messages.
 
     Returns:
@@ -68,16 +83,21 @@ def compose_layers(tensors: Mapping[str, np.ndarray], named: str) -> tuple[np.nd
     Raises:
       UserError: the layers do not follow one another, or the last does not give one number.
     """
-    layers: dict[int, dict[str, np.ndarray]] = {}
+    layers: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
-        found = re.fullmatch(r"(?:.*?([0-9]{1,9})\.|.*\.)?(weight|bias)", name)
-        if not found or tensor.ndim != (2 if found[2] == "weight" else 1):
+        layer_name, _, kind = name.rpartition(".")
+        if kind not in ("weight", "bias") or tensor.ndim != (2 if kind == "weight" else 1):
             raise UserError(
                 f"{named} has a tensor {name!r:.80} of shape {list(tensor.shape)}: only linear layers are supported"
             )
-        layers.setdefault(int(found[1] or 0), {})[found[2]] = tensor.astype(np.float64)
+        if not np.isfinite(tensor).all():
+            raise UserError(f"{named}: tensor {name!r:.80} has values that are not finite: convert the head again")
+        layers.setdefault(layer_name, {})[kind] = tensor.astype(np.float64)
+    numbers = {name: tuple(int(number) for number in re.findall(r"[0-9]{1,9}", name)) for name in layers}
+    if len(set(numbers.values())) < len(layers):
+        raise UserError(f"{named} has layers {', '.join(sorted(layers))[:200]}: their numbers must tell their order")
     weight = bias = None
-    for number in sorted(layers):
+    for number in sorted(layers, key=numbers.__getitem__):
         layer = layers[number]
         if "weight" not in layer:
             raise UserError(f"{named}: layer {number} has no weight: only linear layers are supported")
@@ -99,7 +119,10 @@ def compose_layers(tensors: Mapping[str, np.ndarray], named: str) -> tuple[np.nd
 
 
 def _read_head(file: epath.Path, named: str) -> dict[str, np.ndarray]:
-    weights = SafetensorsFile(file)
+    try:
+        weights = SafetensorsFile(file)
+    except UserError as error:
+        raise UserError(f"--{HEAD_FLAG}: {error}") from error
     try:
         for name in weights.names:
             weights.check(name, weights.shape(name), named)  # its type

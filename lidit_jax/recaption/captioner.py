@@ -28,6 +28,10 @@ class GeneratedCaption(NamedTuple):
     complete: bool
 
 
+class OutOfMemory(UserError):
+    """A batch that does not fit into the device's memory."""
+
+
 class Captioner:
     """Asks a vision-language model about batches of images, and takes its most likely answers."""
 
@@ -42,13 +46,10 @@ class Captioner:
         Raises:
           UserError: the folder cannot be read, or its model takes no images.
         """
-        import transformers
-
         if "vision_config" not in read_config(model_folder(FLAG, name)):
             raise UserError(
                 f"--{FLAG}={name} takes no images (no vision_config in its config.json): name a vision-language model"
             )
-        transformers.utils.logging.set_verbosity_error()
         self._named, self._question, self._max_tokens = f"--{FLAG}={name}", question, max_tokens
         self._processor = load_processor("AutoProcessor", FLAG, name, trust_remote_code=False)
         self._network = load_model("AutoModelForImageTextToText", FLAG, name, trust_remote_code=False)
@@ -58,15 +59,24 @@ class Captioner:
         """Returns the caption of each image, uint8 [H, W, 3].
 
         Raises:
-          UserError: the question or the images do not fit the model.
+          UserError: the question or an image does not fit the model.
+          OutOfMemory: the batch is too large.
         """
         import torch
 
         inputs = image_inputs(self._processor, images, self._question)
         given = inputs["input_ids"].shape[1]
         check_answer_length(self._named, self._network, given, self._max_tokens)
-        with torch.inference_mode():
-            tokens = self._network.generate(**{key: x.to(device()) for key, x in inputs.items()})
+        try:
+            with torch.inference_mode():
+                tokens = self._network.generate(**{key: x.to(device()) for key, x in inputs.items()})
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                f"{self._named} runs out of memory on {len(images)} images: give a smaller --batch"
+            ) from error
+        except (RuntimeError, ValueError, IndexError) as error:  # a processor and a model that do not fit each other
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self._named} fails on an image ({reason}): use a model as published") from error
         answers = tokens[:, given:].cpu()
         end = np.atleast_1d(self._network.generation_config.eos_token_id)
         texts = self._processor.tokenizer.batch_decode(answers, skip_special_tokens=True)

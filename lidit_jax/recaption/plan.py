@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import logging
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.files import created_folder, is_unused, read_json, write_json
 from lidit_jax.recaption.request import RecaptionRequest
 from lidit_jax.score.load_model import model_folder
-from lidit_jax.weights.digest import file_digest, folder_digest
+from lidit_jax.weights.digest import file_digest, files_digest, folder_digest
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +60,17 @@ def make_plan(source: IndexedSource, data: DataConfig, request: RecaptionRequest
         "samples_a_shard": SAMPLES_A_SHARD,
         "min_aesthetic": data.min_aesthetic,
         "aesthetic_key": data.aesthetic_key,
-        "weights": request.weights and folder_digest(model_folder("weights", request.weights)),
-        "clip": request.clip and folder_digest(model_folder("clip", request.clip)),
+        "weights": request.weights and _model_digest("weights", request.weights),
+        "clip": request.clip and _model_digest("clip", request.clip),
         "aesthetic_head": request.aesthetic_head and file_digest(request.aesthetic_head),
     }
+
+
+def _model_digest(flag: str, name: str) -> str:
+    """Returns a digest of a model's weights and of all of its settings: processor, chat template, end tokens."""
+    folder = model_folder(flag, name)
+    settings = sorted((*folder.glob("*.json"), *folder.glob("*.jinja")), key=lambda file: file.name)
+    return "-".join((folder_digest(folder), files_digest(settings)))
 
 
 def check_plan(out: epath.Path, plan: Mapping[str, Any]) -> None:
@@ -75,8 +83,8 @@ def check_plan(out: epath.Path, plan: Mapping[str, Any]) -> None:
         if not is_unused(out):
             raise UserError(f"{out} is not empty and holds no shards of recaption: use another --out")
         return
-    found = read_json(out / PLAN)
-    if not isinstance(found, dict):
+    found = _read(out / PLAN)
+    if found is None:
         raise UserError(f"{out / PLAN} is damaged: use another --out")
     for name, now in plan.items():
         if found.get(name) != now:
@@ -84,18 +92,33 @@ def check_plan(out: epath.Path, plan: Mapping[str, Any]) -> None:
 
 
 def claim(out: epath.Path, plan: Mapping[str, Any]) -> None:
-    """Writes the plan into the folder, unless it is there.
+    """Writes the plan into the folder, unless another process has.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: the folder cannot be written, or another process has claimed it for another request.
     """
-    if (out / PLAN).exists():
-        return
     try:
         with created_folder(out):
-            write_json(out / PLAN, dict(plan))
+            # A name of its own: several processes start at once and write the same plan.
+            temporary = out / f".{PLAN}.{secrets.token_hex(8)}.tmp"
+            try:
+                write_json(temporary, dict(plan))
+                if not (out / PLAN).exists():
+                    temporary.replace(out / PLAN)
+            finally:
+                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(f"--out={out}", error) from error
+    check_plan(out, plan)
+
+
+def _read(file: epath.Path) -> dict[str, Any] | None:
+    """Returns the object in a JSON file; None if it is damaged or missing."""
+    try:
+        found = read_json(file)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def report(out: epath.Path, shards: Sequence[OutputShard], request: RecaptionRequest, data: DataConfig) -> None:
@@ -107,8 +130,8 @@ def report(out: epath.Path, shards: Sequence[OutputShard], request: RecaptionReq
     complete = [shard for shard in shards if (out / shard.name).exists()]
     counts: collections.Counter[str] = collections.Counter()
     for shard in complete:
-        statistics = read_json(out / shard.statistics)
-        if not isinstance(statistics, dict) or not all(type(count) is int for count in statistics.values()):
+        statistics = _read(out / shard.statistics)
+        if statistics is None or not all(type(count) is int for count in statistics.values()):
             raise UserError(f"{out / shard.statistics} is damaged: remove it and {shard.name}, and start again")
         counts.update(statistics)
     others = ", ".join(f"{reason}: {count}" for reason, count in counts.most_common() if reason != WRITTEN)

@@ -3,7 +3,11 @@
 import dataclasses
 import re
 
+from lidit_jax.data.formats.shards import BOOKKEEPING, CLASS_FIELD, CLASS_NUMBER_FIELD
 from lidit_jax.errors import UserError
+
+# Names that readers of a sample's json take for something else than a caption.
+RESERVED = frozenset((*BOOKKEEPING, CLASS_FIELD, CLASS_NUMBER_FIELD, "txt"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,9 @@ class RecaptionRequest:
     aesthetic_head: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("weights", "clip", "aesthetic_head"):
+            if getattr(self, name) == "":
+                raise UserError(f"--{name} is empty: name a model, or leave the flag out")
         if (self.clip is None) != (self.aesthetic_head is None):
             raise UserError("aesthetic scores need both --clip=MODEL and --aesthetic_head=FILE.safetensors")
         if self.weights is None and self.clip is None:
@@ -40,7 +47,9 @@ class RecaptionRequest:
                 "nothing to do: give --weights=MODEL for captions, or --clip and --aesthetic_head for scores"
             )
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", self.field):
-            raise UserError(f"--field={self.field!r:.80} is no caption field: use letters, digits and underscores")
+            raise UserError(f"--field={self.field!r:.80} can't name captions: use letters, digits and underscores")
+        if self.field in RESERVED:
+            raise UserError(f"--field={self.field} has another meaning in a sample: use another name")
         if self.weights is not None and not self.question.strip():
             raise UserError("--question is empty: say what the model should write of an image")
 

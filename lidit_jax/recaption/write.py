@@ -3,10 +3,10 @@
 import collections
 import dataclasses
 import io
-import json
 import logging
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
@@ -18,31 +18,34 @@ from PIL import Image
 
 from lidit_jax.config import build
 from lidit_jax.data.broken_count import BrokenCount
+from lidit_jax.data.captions import is_used
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.formats import decoding
-from lidit_jax.data.formats.image_headers import read_header
-from lidit_jax.data.formats.shards import Sample
+from lidit_jax.data.formats.shards import Sample, Unusable
 from lidit_jax.data.indexed.index import MAX_PIXELS
 from lidit_jax.data.indexed.source import IndexedSource
 from lidit_jax.data.open_dataset import open_source
 from lidit_jax.data.sources import BrokenExample
 from lidit_jax.errors import UserError
-from lidit_jax.files import check_writable, finite, new_file, write_json
+from lidit_jax.files import check_writable, new_file, write_json
 from lidit_jax.images import grid, save_png
 from lidit_jax.recaption.aesthetic import AestheticScorer
-from lidit_jax.recaption.captioner import Captioner
+from lidit_jax.recaption.captioner import Captioner, GeneratedCaption, OutOfMemory
 from lidit_jax.recaption.plan import WRITTEN, OutputShard, check_plan, claim, make_plan, output_shards, report
 from lidit_jax.recaption.request import RecaptionRequest
+from lidit_jax.recaption.sample_files import sample_files
 from lidit_jax.score.eval_extra import require_extra
+from lidit_jax.workdir_lock import lock
 
 logger = logging.getLogger(__name__)
 
 SHEET = "recaption.png"
 SOURCES = ("tar", "parquet", "array_record", "tfds", "folder")
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 # Sides of the images that models see, in pixels: a JPEG is decoded at a reduced size, but no side below the first; any
 # image is shrunk to the second. Models resize images to less.
 ENOUGH_SIDE, LARGEST_SIDE = 1024, 2048
+# Longer strips are left out: models enlarge their short side, which can take gigabytes, or reject them.
+MAX_ASPECT = 32
 _SHOWN, _COLUMNS, _THUMBNAIL = 12, 4, 256  # images of the contact sheet, and their sides in pixels
 
 
@@ -69,6 +72,10 @@ def recaption(config: ConfigDict, request: RecaptionRequest, out: epath.Path, pa
         raise UserError(f"--out={out}: tar shards are written to a local disk; name a local folder and copy it")
     check_writable(out, f"--out={out}")
     data = _data_config(config)
+    if request.clip and request.field == data.aesthetic_key:
+        raise UserError(f"--field={request.field} is data.aesthetic_key, the name of the scores: use another name")
+    if data.source == "folder" and Path(data.path).resolve() in Path(out).resolve().parents:
+        raise UserError(f"--out={out} is inside data.path={data.path}, whose images are the data: use another --out")
     # New scores replace the filter by those that are there.
     filtered = dataclasses.replace(data, min_aesthetic=None) if request.clip else data
     source = open_source(filtered, (), held_out=False, with_captions=False)
@@ -81,16 +88,19 @@ def recaption(config: ConfigDict, request: RecaptionRequest, out: epath.Path, pa
     own = [shard for shard in shards[part[0] :: part[1]] if not (out / shard.name).exists()]
     if own:
         writer = _ShardWriter(source, request, data)
-        writer.try_first(own[0])  # what is wrong with the models shows before the folder is claimed
+        writer.try_first(own[0])  # most of what can be wrong with the models shows before the folder is claimed
         claim(out, plan)
         with tqdm.tqdm(total=sum(len(shard.indices) for shard in own), unit="image", desc="recaption") as bar:
             for shard in own:
-                writer.write(out, shard, bar)
+                check_plan(out, plan)  # another process may have claimed the folder at the same moment
+                with lock(out / f".{shard.name}.lock", str(out / shard.name)):
+                    if not (out / shard.name).exists():
+                        writer.write(out, shard, bar)
     report(out, shards, request, data)
 
 
 def _data_config(config: ConfigDict) -> DataConfig:
-    """Returns the `data` section, without what matters in training alone: held-out shards, buckets, chosen captions."""
+    """Returns the `data` section without what matters in training alone: held-out shards and buckets."""
     if "data" not in config:
         raise UserError("config key data is missing: it names the samples")
     data = build(DataConfig, config.data, "data")
@@ -98,7 +108,7 @@ def _data_config(config: ConfigDict) -> DataConfig:
         raise UserError("data.mixture has several sources: write each by itself, and mix the new folders")
     if data.source not in SOURCES:
         raise UserError(f"data.source={data.source!r} has no stored images: use one of {', '.join(SOURCES)}")
-    return dataclasses.replace(data, sequential=False, held_out_shards=0, allow_enlarging=True, captions=None)
+    return dataclasses.replace(data, sequential=False, held_out_shards=0, allow_enlarging=True)
 
 
 class _Image(NamedTuple):
@@ -109,10 +119,21 @@ class _Image(NamedTuple):
     pixels: np.ndarray
 
 
+class _NewSample(NamedTuple):
+    """The files of a new sample by extension, its image as models see it, and its label on the contact sheet."""
+
+    files: dict[str, bytes]
+    pixels: np.ndarray
+    label: str
+
+
 class _ShardWriter:
     """Loads the models and writes shards with them."""
 
     def __init__(self, source: IndexedSource, request: RecaptionRequest, data: DataConfig):
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()  # it would print tables of weights, and warn of unused options
         self._source, self._request, self._data = source, request, data
         self._broken = BrokenCount(data.max_broken, "left out")
         self._caption = self._score = None
@@ -127,11 +148,17 @@ class _ShardWriter:
         Raises:
           UserError: they do not fit each other, the question or the samples.
         """
-        for start in shard.indices:
-            [found] = _load(self._source, [start])
-            if isinstance(found, _Image):
-                self._new_values([found], collections.Counter())
-                return
+        images = (_load(self._source, [index])[0] for index in shard.indices)
+        first = next((image for image in images if isinstance(image, _Image)), None)
+        if first is None:
+            return
+        if self._has_field(first.sample):
+            field = self._request.field
+            raise UserError(f"sample {first.sample.key!r:.80} has a text {field!r} already: give another --field")
+        if self._score:
+            self._score([first.pixels])
+        if self._caption:
+            self._caption([first.pixels])
 
     def write(self, out: epath.Path, shard: OutputShard, bar: tqdm.tqdm) -> None:
         """Writes a shard, which gets its name once it is complete, after its statistics."""
@@ -140,24 +167,18 @@ class _ShardWriter:
         with new_file(out / shard.name) as temporary:
             with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
                 for indices, examples in self._batches(shard):
-                    bad = [(found.key, found.reason) for found in examples if isinstance(found, BrokenExample)]
-                    self._broken.add(len(examples), bad)
-                    counts.update(reason for _, reason in bad)
-                    numbered = [
-                        (i, found) for i, found in zip(indices, examples, strict=True) if isinstance(found, _Image)
-                    ]
-                    values = self._new_values([image for _, image in numbered], counts)
-                    for (index, image), new in zip(numbered, values, strict=True):
-                        if new is not None:
-                            _add_sample(tar, f"{index:09}", image, new)
-                            counts[WRITTEN] += 1
-                            if len(shown) < _SHOWN:
-                                shown.append((_thumbnail(image.pixels), self._label(image.sample, new)))
+                    for index, new in zip(indices, self._process(examples, counts), strict=True):
+                        if new is None:
+                            continue
+                        _add_files(tar, f"{index:09}", new.files)
+                        counts[WRITTEN] += 1
+                        if len(shown) < _SHOWN:
+                            shown.append((_shrink(new.pixels, _THUMBNAIL), new.label))
                     bar.update(len(examples))
+            if not shard.indices.start and shown:
+                images, labels = zip(*shown, strict=True)
+                save_png(grid(images, labels, columns=_COLUMNS, max_lines=12), out / SHEET)
             write_json(out / shard.statistics, dict(counts))
-        if not shard.indices.start and shown:
-            images, labels = zip(*shown, strict=True)
-            save_png(grid(images, labels, columns=_COLUMNS, max_lines=12), out / SHEET)
 
     def _batches(self, shard: OutputShard) -> Iterator[tuple[range, list[_Image | BrokenExample]]]:
         """Yields the samples of a shard in batches, read and decoded ahead by threads."""
@@ -167,41 +188,94 @@ class _ShardWriter:
         loaded = grain.MapDataset.range(len(batches)).map(lambda i: _load(self._source, batches[i]))
         return zip(batches, loaded.to_iter_dataset(options), strict=True)
 
-    def _new_values(self, images: Sequence[_Image], counts: collections.Counter[str]) -> list[dict[str, Any] | None]:
-        """Returns the score and the caption of each image by their keys; None for one whose score is too low.
+    def _process(
+        self, examples: Sequence[_Image | BrokenExample], counts: collections.Counter[str]
+    ) -> list[_NewSample | None]:
+        """Runs the models on a batch.
 
-        Raises:
-          UserError: a sample has a text of the caption's name.
+        Args:
+          examples: the samples.
+          counts: gets the reason of each sample that is left out, and what happened to captions.
+
+        Returns:
+          The new samples; None for one that is left out.
         """
-        if not images:
-            return []
-        key, minimum, field = self._data.aesthetic_key, self._data.min_aesthetic, self._request.field
-        values: list[dict[str, Any] | None] = [{} for _ in images]
-        if self._score:
-            for i, score in enumerate(self._score([image.pixels for image in images])):
-                values[i] = {key: round(score, 4)}
-                if minimum is not None and score < minimum:
-                    values[i] = None
-                    counts[f"{key} under {minimum:g}"] += 1
-        kept = [(image, new) for image, new in zip(images, values, strict=True) if new is not None]
-        if not self._caption or not kept:
-            return values
-        for image, _ in kept:
-            if field in image.sample.captions or field in image.sample.metadata:
-                raise UserError(f"sample {image.sample.key!r:.80} has a text {field!r} already: give another --field")
-        for (_, new), caption in zip(kept, self._caption([image.pixels for image, _ in kept]), strict=True):
+        broken = {i: example for i, example in enumerate(examples) if isinstance(example, BrokenExample)}
+        images = {i: example for i, example in enumerate(examples) if isinstance(example, _Image)}
+        new: dict[int, dict[str, Any]] = {i: {} for i in images}
+        if self._score and images:
+            self._add_scores(images, new, counts)
+        if self._caption:
+            self._add_captions(images, new, broken, counts)
+        results: list[_NewSample | None] = [None] * len(examples)
+        for i, values in new.items():
+            try:
+                files = sample_files(images[i].sample, images[i].encoded, values)
+                results[i] = _NewSample(files, images[i].pixels, self._label(images[i].sample, values))
+            except Unusable as reason:
+                broken[i] = BrokenExample(images[i].sample.key, str(reason))
+        self._broken.add(len(examples), [(example.key, example.reason) for example in broken.values()])
+        counts.update(example.reason for example in broken.values())
+        return results
+
+    def _add_scores(
+        self, images: Mapping[int, _Image], new: dict[int, dict[str, Any]], counts: collections.Counter[str]
+    ) -> None:
+        """Adds the scores to the new values, and removes those of images that score too low."""
+        assert self._score
+        key, minimum = self._data.aesthetic_key, self._data.min_aesthetic
+        for i, score in zip(images, self._score([image.pixels for image in images.values()]), strict=True):
+            new[i][key] = round(score, 4)
+            if minimum is not None and score < minimum:
+                del new[i]
+                counts[f"{key} under {minimum:g}"] += 1
+
+    def _add_captions(
+        self,
+        images: Mapping[int, _Image],
+        new: dict[int, dict[str, Any]],
+        broken: dict[int, BrokenExample],
+        counts: collections.Counter[str],
+    ) -> None:
+        """Adds the captions to the new values, and moves images that the model fails on to the broken ones."""
+        field = self._request.field
+        asked = [i for i in new if not self._has_field(images[i].sample)]
+        if len(asked) < len(new):
+            counts[f"{field} was there already"] += len(new) - len(asked)
+        for i, caption in zip(asked, self._captions([images[i].pixels for i in asked]), strict=True):
+            if caption is None:
+                del new[i]
+                broken[i] = BrokenExample(images[i].sample.key, "the model fails on the image")
+                continue
             if caption.text:
-                new[field] = caption.text
+                new[i][field] = caption.text
             else:
                 counts["empty caption"] += 1
             if not caption.complete:
                 counts["caption cut off"] += 1
-        return values
+
+    def _captions(self, images: Sequence[np.ndarray]) -> list[GeneratedCaption | None]:
+        """Returns the caption of each image; None where the model fails, which one image of a batch makes it do."""
+        assert self._caption
+        if not images:
+            return []
+        try:
+            return list(self._caption(images))
+        except OutOfMemory:
+            raise
+        except UserError as error:
+            if len(images) > 1:
+                return [caption for image in images for caption in self._captions([image])]
+            logger.warning("%s", error)
+            return [None]
+
+    def _has_field(self, sample: Sample) -> bool:
+        return any(is_used(name, (self._request.field,)) for name in (*sample.captions, *sample.metadata))
 
     def _label(self, sample: Sample, new: Mapping[str, Any]) -> str:
         score = new.get(self._data.aesthetic_key) if self._score else None
         texts = [*list(sample.captions.values())[:1], new.get(self._request.field), score and f"({score:.2f})"]
-        return " → ".join(str(text) for text in texts if text)
+        return " → ".join(text for text in texts if text)
 
 
 def _load(source: IndexedSource, indices: Sequence[int]) -> list[_Image | BrokenExample]:
@@ -213,9 +287,14 @@ def _load(source: IndexedSource, indices: Sequence[int]) -> list[_Image | Broken
         encoded = sample.image.read()
         try:
             pixels = decoding.decode(encoded, MAX_PIXELS, (ENOUGH_SIDE, ENOUGH_SIDE))
-            found.append(_Image(sample, encoded, _shrink(pixels, LARGEST_SIDE)))
         except decoding.BrokenImage as error:
             found.append(BrokenExample(sample.key, str(error)))
+            continue
+        height, width, _ = pixels.shape
+        if max(height, width) > MAX_ASPECT * min(height, width):
+            found.append(BrokenExample(sample.key, f"aspect over {MAX_ASPECT}"))
+        else:
+            found.append(_Image(sample, encoded, _shrink(pixels, LARGEST_SIDE)))
     return found
 
 
@@ -228,32 +307,8 @@ def _shrink(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def _thumbnail(pixels: np.ndarray) -> np.ndarray:
-    return _shrink(pixels, _THUMBNAIL)
-
-
-def _add_sample(tar: tarfile.TarFile, key: str, image: _Image, new: Mapping[str, Any]) -> None:
-    """Adds the files of a sample to a tar: its image as it was stored, its texts, its metadata and the new values."""
-    sample = image.sample
-    texts = dict(sample.captions)
-    txt = texts.pop("txt", None)
-    metadata = {name: value for name, value in sample.metadata.items() if _is_json(value)}
-    extension = EXTENSIONS[read_header(io.BytesIO(image.encoded)).format]
-    files = {extension: image.encoded}
-    if txt is not None:
-        metadata.pop("txt", None)
-        files["txt"] = txt.encode()
-    values = finite({"key": sample.key} | metadata | texts | dict(new))
-    files["json"] = json.dumps(values, ensure_ascii=False).encode("utf-8", "replace")
-    for suffix, content in files.items():
-        member = tarfile.TarInfo(f"{key}.{suffix}")
+def _add_files(tar: tarfile.TarFile, key: str, files: Mapping[str, bytes]) -> None:
+    for extension, content in files.items():
+        member = tarfile.TarInfo(f"{key}.{extension}")
         member.size = len(content)
         tar.addfile(member, io.BytesIO(content))
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
-    if isinstance(value, list):
-        return all(map(_is_json, value))
-    return value is None or isinstance(value, str | bool | int | float)

@@ -1,6 +1,7 @@
 """Short digests of weights, which a checkpoint records to identify the frozen networks it was trained with."""
 
 import hashlib
+from collections.abc import Sequence
 
 from etils import epath
 
@@ -40,6 +41,15 @@ def file_digest(file: str | epath.Path) -> str:
       UserError: the file cannot be read.
     """
     return _digest([epath.Path(file)])
+
+
+def files_digest(files: Sequence[epath.Path]) -> str:
+    """Returns the digest of several files, in their order: sixteen hexadecimal digits, as `file_digest`.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    return _digest(list(files))
 
 
 def _digest(files: list[epath.Path]) -> str:

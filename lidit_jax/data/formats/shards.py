@@ -18,7 +18,7 @@ CLASS_FIELD = "class"
 # Text with the number of a class that has no name: a caption only if `DataConfig.captions` names it.
 CLASS_NUMBER_FIELD = "class_number"
 # Fields that img2dataset adds to a sample's json; they are never captions.
-_BOOKKEEPING = frozenset(("key", "url", "status", "error_message", "sha256", "md5", "uid", "exif"))
+BOOKKEEPING = frozenset(("key", "url", "status", "error_message", "sha256", "md5", "uid", "exif"))
 # Unicode categories of characters that show nothing: controls, format characters, unpaired surrogates.
 _INVISIBLE = ("Cc", "Cf", "Cs")
 
@@ -149,7 +149,7 @@ def stripped(texts: Mapping[str, Any]) -> dict[str, str]:
     return {
         _replace_surrogates(name): _replace_surrogates(text).strip()
         for name, text in texts.items()
-        if isinstance(text, str) and name.split("/")[0] not in _BOOKKEEPING and not _is_blank(text)
+        if isinstance(text, str) and name.split("/")[0] not in BOOKKEEPING and not _is_blank(text)
     }
 
 

@@ -11,8 +11,8 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from lidit_jax.data.formats import tar_headers
 from lidit_jax.data.formats.files import File, RangeReader, find_files, open_file, select_shards
@@ -133,18 +133,36 @@ class TarShards:
             raise Unusable(fault)
         check_image(image.size)
         texts = {extension: _read_text(file, files[extension]) for extension in _TEXTS if extension in files}
-        metadata = parse_json(texts["json"]) if "json" in texts else {}
-        values = dict(metadata)
-        if "txt" in texts:
-            values["txt"] = decode_text(texts["txt"])
-        if "cls" in texts:
-            values[CLASS_FIELD] = decode_text(texts["cls"])
+        captions, metadata = parse_texts(texts, self._class_names)
         if isinstance(file, _Bytes):
             encoded = io.BytesIO(file.read(image.offset, image.size))
         else:
             encoded = io.BufferedReader(_Region(file, path, image.offset, image.size))
-        captions = captions_of(with_class_name(values, self._class_names))
         return Sample(printable(found.key), captions, metadata, encoded)
+
+
+def parse_texts(texts: Mapping[str, bytes], class_names: Sequence[str] = ()) -> tuple[dict[str, str], dict[str, Any]]:
+    """Parses the text files of a sample.
+
+    Args:
+      texts: content of the files by extension, "txt", "json" and "cls".
+      class_names: names of the classes that KEY.cls gives as numbers.
+
+    Returns:
+      The captions and the metadata of its `Sample`.
+
+    Raises:
+      Unusable: a text is too long or can't be decoded, or a class has no name.
+    """
+    for encoded in texts.values():
+        check_text(len(encoded))
+    metadata = parse_json(texts["json"]) if "json" in texts else {}
+    values = dict(metadata)
+    if "txt" in texts:
+        values["txt"] = decode_text(texts["txt"])
+    if "cls" in texts:
+        values[CLASS_FIELD] = decode_text(texts["cls"])
+    return captions_of(with_class_name(values, class_names)), metadata
 
 
 class _NamedFile(NamedTuple):
