@@ -254,7 +254,10 @@ def test_layers_compose_to_their_product(widths, seed, bias):
         ({"bias": (1,)}, "has no weight"),
         ({"weight": (1, 4), "bias": (2,)}, "a bias of 2 numbers"),
         ({"conv.weight": (1, 4, 3, 3)}, "only linear layers"),
-        ({"layers.0.weight": (3, 4), "layers.1.weight": (1, 5)}, "layer layers.1 takes 5 features, the one before gives 3"),
+        (
+            {"layers.0.weight": (3, 4), "layers.1.weight": (1, 5)},
+            "layer layers.1 takes 5 features, the one before",
+        ),
         ({"running_mean": (4,)}, "only linear layers"),
         ({"linear.weight": (4, 4), "out.weight": (1, 4)}, "their numbers must tell their order"),
         ({"a.1.weight": (1, 4), "b.1.weight": (1, 4)}, "their numbers must tell their order"),

@@ -74,10 +74,12 @@ def draw_together(init: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any
         alone.
     """
 
+    @functools.cache
+    def shapes() -> Any:
+        return jax.eval_shape(lambda: init(jax.random.key(0)))  # traced once, however often the result is
+
     def draw(key: jax.Array) -> Any:
-        leaves, tree = jax.tree_util.tree_flatten_with_path(
-            jax.eval_shape(init, key), is_leaf=lambda x: isinstance(x, Parameter)
-        )
+        leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(), is_leaf=lambda x: isinstance(x, Parameter))
         boxes = {jax.tree_util.keystr(path): box for path, box in leaves}
         paths_of_kind = collections.defaultdict(list)
         for path, box in boxes.items():

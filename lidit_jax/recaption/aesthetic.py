@@ -33,7 +33,7 @@ class AestheticScorer:
         Raises:
           UserError: one of them cannot be read, or the head does not fit the model's image features.
         """
-        self._processor = load_processor("CLIPImageProcessor", CLIP_FLAG, clip)
+        self._processor = load_processor("AutoImageProcessor", CLIP_FLAG, clip, backend="pil")
         self._network = load_model("CLIPVisionModelWithProjection", CLIP_FLAG, clip, dtype="float32")
         self._named, named = f"--{CLIP_FLAG}={clip}", f"--{HEAD_FLAG}={head}"
         self._weight, self._bias = compose_layers(_read_head(epath.Path(head), named), named)
