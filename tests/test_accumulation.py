@@ -91,7 +91,8 @@ def test_captions_of_the_test_above_tell_a_mean_of_means_from_the_mean(whole_tra
     for i in range(MICRO_BATCHES):
         inside = (np.arange(8) % MICRO_BATCHES == i)[:, None]
         of_micro_batches.append(take_step(whole_trainer, batch | {"lm/mask": batch["lm/mask"] & inside})[1]["loss"])
-    assert abs(np.mean([loss.mean for loss in of_micro_batches]) / whole - 1) > 0.1
+    # Far more than the 1e-5 by which the losses of the test above may differ.
+    assert abs(np.mean([loss.mean for loss in of_micro_batches]) / whole - 1) > 0.03
 
 
 def test_a_batch_without_a_token_has_no_loss_and_no_gradient(parts_trainer):
