@@ -172,6 +172,11 @@ class Trainer:
         """Lowers the step of the first phase, from shapes instead of arrays; see `compile/compile_step.py`."""
         return self._step.lower(state, frozen, batch, self.abstract_key(), 0)
 
+    def lower_init(self) -> jax.stages.Lowered:
+        """Lowers the initialisation; see `benchmarks/startup.py`."""
+        with jax.set_mesh(self.mesh):
+            return self._init.lower(self.abstract_key())
+
     def put(self, batch: Mapping[str, np.ndarray]) -> Batch:
         """Returns global arrays, sharded over the mesh, from this process's rows of a batch."""
         return {

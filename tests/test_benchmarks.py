@@ -93,6 +93,17 @@ def test_the_vae_benchmark_with_tiles_shows_that_ours_equals_decoding_at_once(va
 
 
 @pytest.mark.slow
+def test_the_startup_benchmark_times_each_program_cold_and_from_the_cache():
+    small = ("--config=configs/shapes.py", "--config.model.depth=1", "--config.model.refiner_blocks=1")
+    done = run("startup", *small, "--config.vae.model.block_out_channels=(8,8,8,8)")
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"^(\w.*?) +([\d.]+) +([\d.]+) +([\d.]+)$", done.stdout, re.MULTILINE)
+    assert [name for name, *_ in found] == ["initialisation", "initialisation by Flax", "training step"]
+    for _, tracing, compiling, from_cache in found:
+        assert float(tracing) > 0 and 0 < float(from_cache) < float(compiling)
+
+
+@pytest.mark.slow
 def test_the_memory_benchmark_shows_tiles_to_take_less():
     done = run("vae_memory", "--sizes=512", "--tiles=128")
     assert done.returncode == 0, done.stderr
