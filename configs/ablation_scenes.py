@@ -1,4 +1,4 @@
-"""The paper's ablations in miniature: `python -m lidit_jax.ablate --table=2 --seeds=3 --out=DIR`.
+"""The paper's ablations in miniature: `python -m lidit_jax.ablate --table=2 --out=DIR`.
 
 Built-in scenes of two, three and four objects in equal shares, because adjectives and nouns can be mixed up only where
 there are several; captions, image size, VAE and DiT are the demo's. All numbers are ours.
@@ -22,7 +22,6 @@ def get_config() -> ConfigDict:
     config.language_models = {
         "instruction": INSTRUCTION,  # paper
         "instructed_share": 0.5,  # share of a tuned model's documents; a base model's have no instruction
-        "corpus_seed": 7,
         "length": 88,  # tokens of instruction, caption and answer
         "model": {
             "vocab_size": 512,

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, load_config
 from etils import epath
 from ml_collections import ConfigDict
+from scipy import stats
 
 from lidit_jax.ablate import language_models, report, runs
 from lidit_jax.ablate.corpus import Corpus, DocumentStream, DocumentTokenizer, describe
@@ -103,13 +104,13 @@ def test_the_instruction_goes_with_the_multimodal_llm_in_all_tables_but_the_one_
 
 
 def test_jobs_are_found_by_the_names_they_print():
-    jobs = [runs.SharedNetwork(name) for name in ("vae", "llama3", "llama3_base", "qwen", "qwen_base", "t5")]
+    jobs = [runs.SharedNetwork(name, 3) for name in ("vae", "llama3", "llama3_base", "qwen", "qwen_base", "t5")]
     jobs += [runs.Run(row, 2) for row in ROWS.values()]
     for job in jobs:
         assert runs.find_job(str(job)) == job
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama3/x", "llama2/0", "parts/nothing", ""])
+@pytest.mark.parametrize("name", ["llama3", "llama3/x", "llama2/0", "parts/0/nothing", "parts/vae", "parts/x/vae", ""])
 def test_a_job_that_is_none_is_refused(name):
     with pytest.raises(UserError, match="name ROW/SEED"):
         runs.find_job(name)
@@ -121,16 +122,47 @@ def test_a_run_differs_from_another_by_its_row_and_seed_alone():
     assert run.seed == 5
     assert run.text.instruction == INSTRUCTION
     assert list(run.encoders) == ["llama3", "qwen"]
-    assert run.encoders.qwen.weights == "/out/parts/encoders/qwen"
+    assert run.encoders.qwen.weights == "/out/parts/5/encoders/qwen"
     assert run.model.refiner_blocks == 2
     baseline = runs.run_config(config, runs.Run(BASELINE, 5), epath.Path("/out"))
     assert baseline.encoders.to_dict() == {
-        "llama3_base": {"weights": "/out/parts/encoders/llama3_base", "dtype": "float32"}
+        "llama3_base": {"weights": "/out/parts/5/encoders/llama3_base", "dtype": "float32"}
     }
     assert baseline.text.instruction == ""
     assert baseline.model.refiner_blocks == 0
     for section in ("data", "train", "diffusion", "sample", "evaluate", "vae"):
         assert run[section] == baseline[section]
+    assert run.vae.weights == "/out/parts/5/vae"
+    assert [str(part) for part in runs.Run(BASELINE, 5).parts()] == ["parts/5/vae", "parts/5/llama3_base"]
+
+
+def test_seeds_change_the_shared_networks_too():
+    config = load_config("ablation_scenes")
+    one, other = (runs.parts_config(config, seed) for seed in (0, 1))
+    assert (one.seed, other.seed) == (0, 1)
+    del one.seed, other.seed
+    assert one == other
+
+
+def test_a_run_begins_once_its_networks_are_there(tmp_path):
+    out, rows = epath.Path(tmp_path), (BASELINE, ROWS["table3_t5"])
+    wanted = [runs.Run(row, seed) for seed in range(2) for row in rows]
+    waiting = list(dict.fromkeys(job for run in wanted for job in (*run.parts(), run)))
+    assert len(waiting) == 2 * (3 + 2)
+    first = runs._take_ready(waiting, 2, out)
+    assert list(map(str, first)) == ["parts/0/vae", "parts/0/llama3_base"]
+    assert not runs._take_ready(waiting, 0, out)
+    for job in first:
+        job.folder(out).mkdir(parents=True)
+    assert list(map(str, runs._take_ready(waiting, 2, out))) == ["llama3_base/0", "parts/0/t5"]
+    runs.SharedNetwork("t5", 0).folder(out).mkdir(parents=True)
+    assert list(map(str, runs._take_ready(waiting, 9, out))) == [
+        "t5/0",
+        "parts/1/vae",
+        "parts/1/llama3_base",
+        "parts/1/t5",
+    ]
+    assert list(map(str, waiting)) == ["llama3_base/1", "t5/1"]
 
 
 # --- captions of the full-scale rows ----------------------------------------------------------------------------
@@ -206,7 +238,7 @@ def test_base_and_tuned_models_differ_in_their_documents_alone(tmp_path, monkeyp
 
     monkeypatch.setattr(language_models, "train_network", record)
     monkeypatch.setattr(language_models, "TOKENIZER_DOCUMENTS", 200)
-    parts = Experiment(runs.parts_config(config), epath.Path(tmp_path))
+    parts = Experiment(runs.parts_config(config, 0), epath.Path(tmp_path))
     for name in FAMILIES:
         with pytest.raises(Recorded):
             language_models.train_encoder(parts, name, config.language_models, None, None)
@@ -218,12 +250,16 @@ def test_base_and_tuned_models_differ_in_their_documents_alone(tmp_path, monkeyp
     assert (tuned["mask"].sum(1) > base["mask"].sum(1))[~is_plain].all()
     for name, like in (("qwen", "llama3"), ("qwen_base", "llama3_base"), ("t5", "llama3_base")):
         np.testing.assert_array_equal(seen[name][-1]["tokens"], seen[like][-1]["tokens"])
+    other = Experiment(runs.parts_config(config, 1), epath.Path(tmp_path))
+    with pytest.raises(Recorded):
+        language_models.train_encoder(other, "llama3", config.language_models, None, None)
+    assert seen["llama3"][0] == seed + 1 and seen["llama3"][2] != tuned_on  # another seed has another corpus
 
 
 def test_settings_of_an_older_config_are_rejected(tmp_path):
     config = load_config("ablation_scenes")
     del config.language_models.instructed_share
-    parts = Experiment(runs.parts_config(config), epath.Path(tmp_path))
+    parts = Experiment(runs.parts_config(config, 0), epath.Path(tmp_path))
     with pytest.raises(UserError, match="language_models.instructed_share is missing"):
         language_models.train_encoder(parts, "llama3_base", config.language_models, None, None)
 
@@ -310,8 +346,32 @@ def test_intervals_are_students():
     [((5.0, 6.0, 7.0), "yes"), ((-5.0, -6.0, -7.0), "**reversed**"), ((-1.0, 1.0, 2.0), "inconclusive")],
 )
 def test_an_ordering_appears_only_outside_of_its_interval(difference, words):
-    assert report.verdict(Mean(difference)) == words
-    assert report.verdict(Mean(difference[:1])) == "inconclusive"
+    mean, single = Mean(difference), Mean(difference[:1])
+    assert report.verdict(mean, mean.p_value) == words
+    assert (mean.p_value < 0.05) == (abs(mean.value) > mean.half_width)
+    assert report.verdict(single, single.p_value) == "inconclusive"
+    assert report.verdict(mean, 0.06) == "inconclusive"  # after the correction
+
+
+def test_a_p_value_is_that_of_the_paired_t_test():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(1, 1, 5), rng.normal(0, 1, 5)
+    assert (Mean(tuple(a)) - Mean(tuple(b))).p_value == pytest.approx(stats.ttest_rel(a, b).pvalue)
+    assert (Mean((2.0, 2.0)).p_value, Mean((0.0, 0.0)).p_value) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "corrected"),
+    [
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # the example of R's p.adjust(method="holm")
+        ([0.9, 0.8, 0.02], [1.0, 1.0, 0.06]),
+        ([0.02], [0.02]),
+        ([], []),
+        ([0.01, float("nan"), 0.2], [0.03, float("nan"), 0.4]),
+    ],
+)
+def test_p_values_are_corrected_by_holms_method(p_values, corrected):
+    np.testing.assert_allclose(report.holm(p_values), corrected)
 
 
 def test_orderings_are_the_papers():
@@ -344,7 +404,7 @@ def test_tables_say_what_the_runs_scored(tmp_path):
     scores = "41.0 ± 2.5 | 41.0 ± 2.5 | 41.0 ± 2.5 | 41.0 ± 2.5 | 40.0, 41.0, 42.0 | 38.72 | 66.15"
     assert f"| baseline | base LLaMA | {scores} |" in text
     assert "| + both, two LLMs, collaborative refiner | tuned LLaMA and tuned Qwen |" in text
-    assert "| + instruction over baseline | +9.69 | +5.0 ± 0.0 | 3 of 3 | +5.0 ± 0.0 | yes |" in text
+    assert "| + instruction over baseline | +9.69 | +5.0 ± 0.0 | 3 of 3 | +5.0 ± 0.0 | < 0.001 | yes |" in text
     assert "| base LLaMA | 41.0 ± 2.5 | 41.0 ± 2.5 | 41.0 ± 2.5 | 21.0 ± 2.5 | -20.0 ± 0.0 |" in text
     assert json.loads((out / "tables.json").read_text())["rows"]["llama3_base"]["pairs"] == [40.0, 41.0, 42.0]
     for name in ("table2.png", "figure3.png"):
@@ -508,11 +568,11 @@ def test_seeds_count_as_complete_if_no_row_lacks_them(tmp_path):
 
 
 def test_two_processes_do_not_train_the_same(tmp_path):
-    out, job = epath.Path(tmp_path / "out"), runs.SharedNetwork("vae")
+    out, job = epath.Path(tmp_path / "out"), runs.SharedNetwork("vae", 0)
     claim_workdir(out, load_config("ablation_scenes"))
     with (
         lock(job.log(out).with_suffix(".lock"), "it"),
-        pytest.raises(UserError, match="parts/vae is in use by process"),
+        pytest.raises(UserError, match="parts/0/vae is in use by process"),
     ):
         runs.run_job(out, job)
 
@@ -530,7 +590,7 @@ def test_damaged_scores_are_said_in_one_line(tmp_path, text):
 def test_a_folder_that_is_none_of_ablations_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(ConfigDict({"seed": 0}).to_dict()))
     with pytest.raises(UserError, match="is not a folder of ablations"):
-        runs.run_job(epath.Path(tmp_path), runs.SharedNetwork("vae"))
+        runs.run_job(epath.Path(tmp_path), runs.SharedNetwork("vae", 0))
 
 
 def test_the_papers_position_embedding_has_a_row_of_its_own():

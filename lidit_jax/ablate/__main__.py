@@ -1,13 +1,14 @@
 """The paper's ablation tables in miniature, and rows of ours, on built-in scenes.
 
-    python -m lidit_jax.ablate --table=2 --seeds=3 --out=DIR
+    python -m lidit_jax.ablate --table=2 --out=DIR
 
-trains each row of the table with the same budget, checks every object in the images it generates, and writes tables.md,
-tables.json and plots that compare the scores with the paper's. --table=2,3 makes several tables and trains the rows
-they share once; --table=figure3 is the curve over the position in the prompt, --table=ours has rows that the paper does
-not have. Run it again to resume: finished rows are not trained again, and complete tables stay. --hours=N stops after N
-hours and writes the tables of the seeds that are complete. --jobs=N trains N rows at a time, on a CPU or on one GPU; a
-TPU takes one process at a time. It runs on one host.
+trains each row of the table with the same budget and five seeds, checks every object in the images it generates, and
+writes tables.md, tables.json and plots that compare the scores with the paper's. The frozen language models and the VAE
+are trained once a seed. --table=2,3 makes several tables and trains the rows they share once; --table=figure3 is the
+curve over the position in the prompt, --table=ours has rows that the paper does not have. Run it again to resume:
+finished rows are not trained again, and complete tables stay. --hours=N stops after N hours and writes the tables of
+the seeds that are complete. --jobs=N trains N rows at a time, on a CPU or on one GPU; a TPU takes one process at a
+time. It runs on one host.
 
 As in the paper, rows without the instruction use a base LM and rows with it a tuned one; Table 4 has all four
 combinations. The base LM is trained on captions alone; the tuned one, which stands for the paper's multi-modal LLM,
@@ -23,13 +24,13 @@ from lidit_jax import cli
 
 _CONFIG = cli.define_config("ablation_scenes")
 _TABLE = flags.DEFINE_list("table", None, "tables, separated by commas: 2, 3, 4, 5, 6, ours, figure3")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "runs per row", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 5, "runs per row, each with LMs and a VAE of its own seed", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "folder for the runs and the tables")
 _JOBS = flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1)
 _HOURS = flags.DEFINE_float(
     "hours", None, "stop after this many hours, with all runs saved; the same command resumes", lower_bound=0.001
 )
-_ONLY = flags.DEFINE_string("only", None, "ROW/SEED or parts/NAME: train only this, with the config in --out")
+_ONLY = flags.DEFINE_string("only", None, "ROW/SEED or parts/SEED/NAME: train only this, with the config in --out")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Prompt encoders of the miniature ablations: small language models, trained once on the corpus, then frozen.
+"""Prompt encoders of the miniature ablations: small language models, trained once a seed on its corpus, then frozen.
 
 The causal ones (LLaMA and Qwen type) learn next-token prediction, each twice: the base model on captions alone, the
 tuned one, which stands for the paper's multi-modal LLM, on captions and instructed descriptions. Both start from the
@@ -48,6 +48,7 @@ LLAMA_FAMILY = "llama"
 FAMILIES = {LLAMA: LLAMA_FAMILY, BASE_LLAMA: LLAMA_FAMILY, QWEN: "qwen2", BASE_QWEN: "qwen2", T5: T5}
 TUNED = (LLAMA, QWEN)  # the others are trained on captions alone
 TOKENIZER_DOCUMENTS = 4000
+FIRST_CORPUS_SEED = 7  # of the scenes that the models of seed 0 read about; LI-DiT's scenes have seed 0
 MASKED = 0.3  # share of the tokens; T5's 0.15 would leave few targets per step in texts this short
 
 
@@ -69,7 +70,7 @@ def train_encoder(experiment: Experiment, name: str, settings: ConfigDict, mesh:
         return
     model, training = check_settings(name, settings)
     data = experiment.data
-    side, seed = data.resolution, int(settings.corpus_seed)
+    side, seed = data.resolution, FIRST_CORPUS_SEED + experiment.config.seed
     source = ShapesSource(data.num_examples, side, side, seed, layout=data.scene_layout)
     tuning = Corpus(source, data.captions, float(settings.instructed_share))
     corpus = tuning if name in TUNED else Corpus(source, data.captions, 0.0)
@@ -105,7 +106,7 @@ def check_settings(name: str, settings: ConfigDict) -> tuple[LLMConfig | T5Confi
     Raises:
       UserError: a key is missing there, or a value is impossible.
     """
-    for key in ("instruction", "instructed_share", "corpus_seed", "length", "model", "t5", "train"):
+    for key in ("instruction", "instructed_share", "length", "model", "t5", "train"):
         if key not in settings:
             raise UserError(f"config key language_models.{key} is missing")
     if not 0 < settings.instructed_share <= 1:

@@ -57,6 +57,15 @@ class Mean:
             return math.nan
         return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * np.std(self.values, ddof=1) / math.sqrt(count))
 
+    @property
+    def p_value(self) -> float:
+        """p-value of Student's two-sided t-test that the mean is zero; NaN for a single seed."""
+        if len(self.values) < 2:
+            return math.nan
+        if np.std(self.values) == 0:  # the limit, which the formula divides by zero for
+            return 1.0 if self.value == 0 else 0.0
+        return float(stats.ttest_1samp(self.values, 0.0).pvalue)
+
     def __str__(self) -> str:
         return f"{self.value:.1f}" if math.isnan(self.half_width) else f"{self.value:.1f} ± {self.half_width:.1f}"
 
@@ -104,9 +113,10 @@ def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: 
     results = {row: Result.read(out, row, seeds) for row in rows}
     text = "\n".join(_markdown(name, table, results) for name, table in tables.items() if name != FIGURE_3)
     text += (
-        "\n± is over the seeds of LI-DiT's training alone: every language model and the VAE were trained once, and all "
-        "runs generate the same prompts. A tuned LM, which stands for the paper's multi-modal LLM, was tuned on "
-        "instructions in text; it saw no image.\n\n"
+        "\n± is Student's 95 % interval over seeds, each with language models, a VAE and a training of its own; all "
+        "runs generate the same prompts. An ordering appears if the paired t-test over seeds gives p < 0.05 after "
+        "Holm's correction for all orderings of its table. A tuned LM, which stands for the paper's multi-modal LLM, "
+        "was tuned on instructions in text; it saw no image.\n\n"
     )
     labels = {row: describe(row) for row in rows}
     text += _places_markdown(labels, results)
@@ -182,13 +192,14 @@ def _markdown(name: str, table: Mapping[str, TableRow], results: Mapping[Row, Re
         cells.append(", ".join(f"{value:.1f}" for value in results[entry.row].columns["pairs"].values))
         cells = [entry.label, _encoders(entry.row), *cells, *_paper_cells(entry)]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| the paper's ordering | its difference | pairs here | seeds | scenes here | appears |"]
-    lines.append("|---" * 6 + "|")
-    for worse, better in orderings(table):
-        pairs, *cells = _differences(better, worse, results)
+    lines += ["", "| the paper's ordering | its difference | pairs here | seeds | scenes here | p (Holm) | appears |"]
+    lines.append("|---" * 7 + "|")
+    compared = [(worse, better, *_differences(better, worse, results)) for worse, better in orderings(table)]
+    p_values = holm([pairs.p_value for _, _, pairs, *_ in compared])
+    for (worse, better, pairs, *cells), p_value in zip(compared, p_values, strict=True):
         paper = better.paper.t2i_compbench - worse.paper.t2i_compbench
-        cells = (f"{better.label} over {worse.label}", f"{paper:+.2f}", *cells)
-        lines.append(f"| {' | '.join(cells)} | {verdict(pairs)} |")
+        cells = [f"{better.label} over {worse.label}", f"{paper:+.2f}", *cells, _p_text(p_value)]
+        lines.append(f"| {' | '.join(cells)} | {verdict(pairs, p_value)} |")
     if ours := [entry for entry in table.values() if entry.paper is None]:
         lines += ["", "| ours, compared with | pairs here | seeds | scenes here |", "|---|---|---|---|"]
         for entry in ours:
@@ -219,11 +230,37 @@ def orderings(table: Mapping[str, TableRow]) -> list[tuple[TableRow, TableRow]]:
     return [(a, b) if a.paper < b.paper else (b, a) for a, b in pairs]
 
 
-def verdict(difference: Mean) -> str:
-    """Returns "yes" or "**reversed**" if the interval of a difference, positive in the paper, excludes zero."""
-    if math.isnan(difference.half_width) or abs(difference.value) <= difference.half_width:
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Corrects p-values for their number by the step-down method of Holm (1979); NaN stays NaN and counts as a test.
+
+    The chance that any true null hypothesis has a corrected value below a level is at most that level, however the
+    tests depend on one another.
+    """
+    count, corrected, highest = len(p_values), [math.nan] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(count), key=lambda i: (math.isnan(p_values[i]), p_values[i]))):
+        if math.isnan(p_values[index]):
+            break
+        highest = max(highest, min(1.0, (count - rank) * p_values[index]))
+        corrected[index] = highest
+    return corrected
+
+
+def verdict(difference: Mean, p_value: float) -> str:
+    """Returns "yes" or "**reversed**" for a difference that is positive in the paper and certain here.
+
+    Args:
+      difference: over seeds.
+      p_value: of the difference, corrected for the other orderings; NaN for a single seed.
+    """
+    if math.isnan(p_value) or p_value >= 1 - CONFIDENCE:
         return "inconclusive"
     return "yes" if difference.value > 0 else "**reversed**"
+
+
+def _p_text(p_value: float) -> str:
+    if math.isnan(p_value):
+        return "–"
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
 def _signed(mean: Mean) -> str:

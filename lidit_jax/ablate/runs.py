@@ -1,7 +1,7 @@
-"""Runs the ablations' jobs, each in its own process: first the shared networks, then one run per row and seed.
+"""Runs the ablations' jobs, each in its own process: for each seed the shared networks, and one run per row.
 
 OUT/config.json            config common to all runs
-OUT/parts/                 the frozen language models and the VAE, trained once
+OUT/parts/SEED/            the frozen language models and the VAE that the rows of a seed share
 OUT/runs/ROW/SEED/         an ordinary workdir per run (also for `sample --workdir`), with log.txt and scores.json
 """
 
@@ -11,10 +11,11 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import tqdm
@@ -38,6 +39,7 @@ from lidit_jax.workdir_lock import lock
 logger = logging.getLogger(__name__)
 
 PARTS_SECTIONS = ("seed", "mesh", "data", "vae")
+PARTS = "parts"
 LOG_FILE = "log.txt"
 METRICS_FILE = "metrics.jsonl"
 VAE = "vae"
@@ -47,19 +49,24 @@ POLL_INTERVAL_S = 1.0  # between two checks of the processes
 
 
 class SharedNetwork(NamedTuple):
-    """A frozen network that the runs share.
+    """A frozen network that the runs of a seed share.
 
     Attributes:
       name: "vae", or the name of a language model.
+      seed: seed of its initial weights and its data.
     """
 
     name: str
+    seed: int
+
+    def workdir(self, out: epath.Path) -> epath.Path:
+        return out / PARTS / str(self.seed)
 
     def log(self, out: epath.Path) -> epath.Path:
-        return out / "parts" / f"{self.name}.{LOG_FILE}"
+        return self.workdir(out) / f"{self.name}.{LOG_FILE}"
 
     def metrics(self, out: epath.Path) -> epath.Path:
-        return out / "parts" / "training" / self.name / METRICS_FILE
+        return self.workdir(out) / "training" / self.name / METRICS_FILE
 
     def steps(self, config: ConfigDict) -> int:
         return (config.vae if self.name == VAE else config.language_models).train.steps
@@ -69,18 +76,22 @@ class SharedNetwork(NamedTuple):
 
     def folder(self, out: epath.Path) -> epath.Path:
         """Returns the folder of the finished weights."""
-        return out / "parts" / (VAE if self.name == VAE else f"encoders/{self.name}")
+        return self.workdir(out) / (VAE if self.name == VAE else f"encoders/{self.name}")
+
+    def parts(self) -> "list[SharedNetwork]":
+        """Returns the networks that it needs: none."""
+        return []
 
     def do(self, config: ConfigDict, out: epath.Path) -> None:
-        parts = parts_config(config)
+        parts = parts_config(config, self.seed)
         if self.name == VAE:
-            run_stages(parts, out / "parts")
+            run_stages(parts, self.workdir(out))
         else:
-            experiment = Experiment(parts, out / "parts")
+            experiment = Experiment(parts, self.workdir(out))
             train_encoder(experiment, self.name, config.language_models, make_mesh(parts.mesh), ShardingRules())
 
     def __str__(self) -> str:
-        return f"parts/{self.name}"
+        return f"{PARTS}/{self.seed}/{self.name}"
 
 
 class Run(NamedTuple):
@@ -105,7 +116,8 @@ class Run(NamedTuple):
         return (self.workdir(out) / SCORES_FILE).exists()
 
     def parts(self) -> list[SharedNetwork]:
-        return [SharedNetwork(VAE), *map(SharedNetwork, self.row.encoders)]
+        """Returns the networks that it needs."""
+        return [SharedNetwork(name, self.seed) for name in (VAE, *self.row.encoders)]
 
     def do(self, config: ConfigDict, out: epath.Path) -> None:
         for part in self.parts():
@@ -121,24 +133,27 @@ Job = SharedNetwork | Run
 
 
 def find_job(name: str) -> Job:
-    """Returns the job named "ROW/SEED" or "parts/NAME".
+    """Returns the job named "ROW/SEED" or "parts/SEED/NAME".
 
     Raises:
       UserError: there is no such job.
     """
-    jobs = {str(SharedNetwork(part)): SharedNetwork(part) for part in (VAE, *FAMILIES)}
-    row_name, _, seed = name.rpartition("/")
     rows = {row.name: row for row in ROWS.values()}
-    if name in jobs:
-        return jobs[name]
-    if row_name not in rows or not seed.isdecimal():
-        raise UserError(f"--only={name}: name ROW/SEED, where rows are {', '.join(sorted(rows))}, or {', '.join(jobs)}")
-    return Run(rows[row_name], int(seed))
+    networks = (VAE, *FAMILIES)
+    if found := re.fullmatch(rf"{PARTS}/([0-9]{{1,9}})/(.+)", name):
+        if found[2] in networks:
+            return SharedNetwork(found[2], int(found[1]))
+    elif (found := re.fullmatch(r"(.+)/([0-9]{1,9})", name)) and found[1] in rows:
+        return Run(rows[found[1]], int(found[2]))
+    raise UserError(
+        f"--only={name}: name ROW/SEED, where rows are {', '.join(sorted(rows))}, or {PARTS}/SEED/NAME, where names "
+        f"are {', '.join(networks)}"
+    )
 
 
-def parts_config(config: ConfigDict) -> ConfigDict:
-    """Returns the config of the shared networks, whose sections are those of a VAE's config."""
-    return ConfigDict({section: config[section] for section in PARTS_SECTIONS})
+def parts_config(config: ConfigDict, seed: int) -> ConfigDict:
+    """Returns the config of a seed's shared networks, whose sections are those of a VAE's config."""
+    return ConfigDict({section: config[section] for section in PARTS_SECTIONS} | {"seed": seed})
 
 
 def run_config(config: ConfigDict, run: Run, out: epath.Path) -> ConfigDict:
@@ -148,11 +163,12 @@ def run_config(config: ConfigDict, run: Run, out: epath.Path) -> ConfigDict:
     changed.seed = run.seed
     changed.text.instruction = config.language_models.instruction if run.row.instruction else ""
     changed.vae = {
-        "weights": str(SharedNetwork(VAE).folder(out)),
+        "weights": str(SharedNetwork(VAE, run.seed).folder(out)),
         "dtype": config.vae.get("dtype", VAESectionConfig.dtype),
     }
     changed.encoders = {
-        name: {"weights": str(SharedNetwork(name).folder(out)), "dtype": "float32"} for name in run.row.encoders
+        name: {"weights": str(SharedNetwork(name, run.seed).folder(out)), "dtype": "float32"}
+        for name in run.row.encoders
     }
     changed.model.update(run.row.model())
     return changed
@@ -170,7 +186,7 @@ def check(config: ConfigDict, out: epath.Path, runs: Sequence[Run]) -> None:
     for kind in JUDGED_KINDS:
         if (count := getattr(evaluation, kind)) < 1:
             raise UserError(f"evaluate.{kind}={count}: the tables need scenes of this kind: use at least 1")
-    Experiment(parts_config(config), out / "parts")
+    Experiment(parts_config(config, 0), out)
     for row in dict.fromkeys(run.row for run in runs):
         Experiment(run_config(config, Run(row, 0), out), out)
     for name in dict.fromkeys(name for run in runs for name in run.row.encoders):
@@ -193,12 +209,12 @@ def run_job(out: epath.Path, job: Job) -> None:
 def run_all(
     config: ConfigDict, out: epath.Path, runs: Sequence[Run], num_processes: int, hours: float | None = None
 ) -> bool:
-    """Trains the missing shared networks, then does the missing runs, `num_processes` at a time.
+    """Trains the missing shared networks and does the missing runs, `num_processes` at a time.
 
     Args:
       config: common to all runs.
       out: folder of the ablations.
-      runs: those wanted; finished ones are skipped.
+      runs: those wanted, in order; finished ones are skipped. Each follows the networks that it needs.
       num_processes: jobs at a time.
       hours: time after which the runs are stopped, saved; None sets no limit.
 
@@ -213,14 +229,10 @@ def run_all(
     check(config, out, runs)
     claim_workdir(out, config, may_grow=False)
     deadline = math.inf if hours is None else time.monotonic() + 3600 * hours
-    parts = dict.fromkeys(part for run in runs for part in run.parts())
-    (out / "parts").mkdir(parents=True, exist_ok=True)
-    for jobs in (list(parts), list(runs)):
-        missing = [job for job in jobs if not job.is_done(out)]
-        logger.info("%d of %d left: %s", len(missing), len(jobs), ", ".join(map(str, missing)))
-        if missing and not _run_in_processes(missing, config, out, num_processes, deadline):
-            return False
-    return True
+    jobs = list(dict.fromkeys(job for run in runs for job in (*run.parts(), run)))
+    missing = [job for job in jobs if not job.is_done(out)]
+    logger.info("%d of %d left: %s", len(missing), len(jobs), ", ".join(map(str, missing)))
+    return not missing or _run_in_processes(missing, config, out, num_processes, deadline)
 
 
 def _run_in_processes(
@@ -228,15 +240,18 @@ def _run_in_processes(
 ) -> bool:
     """Runs each job in its own process, with one progress bar over all steps, until `time.monotonic()` is `deadline`.
 
+    A job begins when the networks that it needs are there; they are among the jobs before it, or done.
+
     Returns:
       True if all jobs are done; False if the time was up before, and those begun have saved a checkpoint.
     """
-    waiting, working = iter(jobs), {}
+    waiting: list[Job] = list(jobs)
+    working: dict[Job, subprocess.Popen] = {}
     bar = tqdm.tqdm(total=sum(job.steps(config) for job in jobs), unit="step", smoothing=0.02, mininterval=5)
     with bar, catch_sigterm() as notice, contextlib.ExitStack() as children:
         try:
             while not notice.received:
-                for job in _take(waiting, num_processes - len(working)):
+                for job in _take_ready(waiting, num_processes - len(working), out):
                     working[job] = children.enter_context(dies_with_this(_start(job, out)))
                 if not working:
                     return True
@@ -262,8 +277,12 @@ def _run_in_processes(
                 process.wait()
 
 
-def _take(jobs: Iterator[Job], count: int) -> list[Job]:
-    return list(itertools.islice(jobs, max(count, 0)))
+def _take_ready(waiting: list[Job], count: int, out: epath.Path) -> list[Job]:
+    """Removes from `waiting` the first `count` jobs whose networks are there, and returns them."""
+    ready = (job for job in waiting if all(part.is_done(out) for part in job.parts()))
+    taken = list(itertools.islice(ready, max(count, 0)))
+    waiting[:] = [job for job in waiting if job not in taken]
+    return taken
 
 
 def _start(job: Job, out: epath.Path) -> subprocess.Popen:
