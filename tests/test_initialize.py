@@ -11,7 +11,8 @@ import pytest
 from conftest import load_config
 
 from lidit_jax.config import build
-from lidit_jax.models.initialize import Parameter, _block_key, _hash, draw_together
+from lidit_jax.models import initialize
+from lidit_jax.models.initialize import Parameter, _block_key, _hash, draw_together, is_stacked
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.lidit_config import LIDiTConfig
 from lidit_jax.models.llm import CausalLM, LLMConfig
@@ -60,14 +61,16 @@ def boxes_of(tree):
     return {jax.tree_util.keystr(path): box for path, box in leaves}
 
 
+@pytest.mark.parametrize("large", [initialize.LARGE, 20], ids=["together", "one by one"])
 @pytest.mark.parametrize("name", INITS)
-def test_every_block_of_every_parameter_is_the_draw_of_its_initialiser_from_its_own_key(name):
+def test_every_block_of_every_parameter_is_the_draw_of_its_initialiser_from_its_own_key(name, large, monkeypatch):
+    monkeypatch.setattr(initialize, "LARGE", large)
     key = jax.random.key(7)
     drawn = boxes_of(jax.jit(draw_together(INITS[name]))(key))
     keys = []
     for path, box in drawn.items():
         initializer, shape, _, dtype = box.kind
-        blocks = box.value if box.is_stacked else box.value[None]
+        blocks = box.value if is_stacked(box) else box.value[None]
         for number, block in enumerate(blocks):
             keys.append(_block_key(key, _hash(path), number))
             np.testing.assert_allclose(block, initializer(keys[-1], shape, dtype), rtol=1e-5, atol=1e-7, err_msg=path)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from stored_data import COUNT, caption, numbered_image
 from test_tar_source import encode, write_tar
 from tiny_llava import CHAT_TEMPLATE, SIZES, VISION, image_processor, save, save_llava
+from tokenizers.processors import TemplateProcessing
 
 from lidit_jax.config import build
 from lidit_jax.data.data_config import DataConfig
@@ -33,10 +34,12 @@ from lidit_jax.errors import UserError
 from lidit_jax.recaption import plan as plans
 from lidit_jax.recaption import write
 from lidit_jax.recaption.aesthetic import AestheticScorer, compose_layers
-from lidit_jax.recaption.captioner import complete_sentences
+from lidit_jax.recaption.captioner import Captioner, complete_sentences
+from lidit_jax.recaption.model_errors import OutOfMemory
 from lidit_jax.recaption.request import RecaptionRequest, parse_part
 from lidit_jax.recaption.sample_files import sample_files
 from lidit_jax.recaption.write import recaption
+from lidit_jax.text.generation import image_inputs
 from lidit_jax.workdir_lock import lock
 
 QUESTION = "Describe the objects: colour"
@@ -282,6 +285,9 @@ def test_a_head_that_is_not_finite_is_rejected(value):
         ('He says "no." Then', 'He says "no."'),
         ("一只猫。它坐在", "一只猫。"),
         ("no end", "no end"),
+        ("There are: 1. a cat 2. a do", "There are: 1. a cat 2. a do"),
+        ("A cat. He met Dr. Smi", "A cat."),
+        ("A “stop.” The si", "A “stop.”"),
         ("All of it.", "All of it."),
         ("", ""),
     ],
@@ -328,6 +334,7 @@ def test_a_text_of_the_same_name_is_not_overwritten(llava, tmp_path):
         {"json": {"txt": "from json"}, "txt": " "},
         {"json": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]}, "txt": "t"},
         {"cls": "cat", "txt": "a cat"},
+        {"json": {"aesthetic": "5.1"}, "txt": "its score is replaced"},
         {"json": {"dotted.name": {"x.y": "z"}, "deep": {"a": {"b": {"c": {"d": {"e": "f"}}}}}}},
     ],
 )
@@ -339,6 +346,7 @@ def test_files_of_a_sample_read_back_as_it_and_what_is_new(texts, tmp_path):
     written = sample_files(sample, image, {"synthetic": "a new caption", "aesthetic": 5.25})
     write_tar(tmp_path / "new.tar", {f"000.{name}": content for name, content in written.items()})
     [(again, new_metadata, new_image)] = samples_of(TarShards(tmp_path / "new.tar")).values()
+    captions.pop("aesthetic", None)
     assert again == captions | {"synthetic": "a new caption"} and new_image == image
     assert new_metadata["aesthetic"] == 5.25 and new_metadata["key"] == "a"
 
@@ -363,6 +371,48 @@ def test_an_image_that_the_model_fails_on_is_left_out_alone(stored, llava, tmp_p
     recaption(config_of(stored["tar"]), request_of(llava), out, (0, 1))
     assert statistics_of(out)["the model fails on the image"] == 1 and statistics_of(out)["written"] == COUNT - 1
     assert 6 not in {metadata["score"] for _, metadata, _ in samples_of(TarShards(out)).values()}
+
+
+def test_what_a_model_ends_itself_is_kept_and_what_is_cut_off_ends_with_a_sentence(llava, monkeypatch):
+    captioner = Captioner(llava, QUESTION, 8)
+    tokenizer = captioner._processor.tokenizer
+    captioner._network.generation_config.eos_token_id = tokenizer.eos_token_id
+    ended, cut_off = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("A dog. It", "A cat. It"))
+    length = max(len(ended), len(cut_off)) + 1
+    rows = [ended + (length - len(ended)) * [tokenizer.eos_token_id], cut_off + (length - len(cut_off)) * cut_off[-1:]]
+    answers = torch.tensor(rows)
+    monkeypatch.setattr(captioner._network, "generate", lambda input_ids, **_: torch.cat([input_ids, answers], dim=1))
+    first, second = captioner([numbered_image(0), numbered_image(1)])
+    assert first == ("A dog. It", True)
+    assert second == ("A cat.", False)
+
+
+def test_a_batch_that_does_not_fit_into_memory_stops_the_run(stored, llava, clip, head, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(transformers.LlavaForConditionalGeneration, "generate", fail)
+    with pytest.raises(OutOfMemory, match="give a smaller --batch"):
+        recaption(config_of(stored["tar"]), request_of(llava), epath.Path(tmp_path / "new"), (0, 1))
+    scorer = AestheticScorer(clip, head)
+    monkeypatch.setattr(scorer, "_network", fail)
+    with pytest.raises(OutOfMemory, match="--clip=.* give a smaller --batch"):
+        scorer([numbered_image(0)])
+
+
+def test_a_template_that_writes_the_begin_token_gets_no_second_one(llava):
+    processor = transformers.AutoProcessor.from_pretrained(llava)
+    processor.tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    begin = ("<bos>", processor.tokenizer.bos_token_id)
+    processor.tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[begin])
+    processor.chat_template = "{{ bos_token }}" + CHAT_TEMPLATE
+    content = [{"type": "image", "image": Image.fromarray(numbered_image(0))}, {"type": "text", "text": QUESTION}]
+    expected = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    found = image_inputs(processor, [numbered_image(0)], QUESTION)["input_ids"][0].tolist()
+    assert found == np.ravel(expected["input_ids"]).tolist()
+    assert found.count(processor.tokenizer.bos_token_id) == 1
 
 
 def test_an_extreme_aspect_is_left_out(llava, tmp_path):

@@ -115,8 +115,8 @@ def write(out: epath.Path, tables: Mapping[str, Mapping[str, TableRow]], seeds: 
     text += (
         "\n± is Student's 95 % interval over seeds, each with language models, a VAE and a training of its own; all "
         "runs generate the same prompts. An ordering appears if the paired t-test over seeds gives p < 0.05 after "
-        "Holm's correction for all orderings of its table. A tuned LM, which stands for the paper's multi-modal LLM, "
-        "was tuned on instructions in text; it saw no image.\n\n"
+        "Holm's correction for all orderings of its table; with the opposite sign it is reversed. A tuned LM, which "
+        "stands for the paper's multi-modal LLM, was tuned on instructions in text; it saw no image.\n\n"
     )
     labels = {row: describe(row) for row in rows}
     text += _places_markdown(labels, results)
@@ -230,23 +230,20 @@ def orderings(table: Mapping[str, TableRow]) -> list[tuple[TableRow, TableRow]]:
     return [(a, b) if a.paper < b.paper else (b, a) for a, b in pairs]
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Corrects p-values for their number by the step-down method of Holm (1979); NaN stays NaN and counts as a test.
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Corrects p-values for their number by the step-down method of Holm (1979); all are NaN for a single seed.
 
     The chance that any true null hypothesis has a corrected value below a level is at most that level, however the
     tests depend on one another.
     """
-    count, corrected, highest = len(p_values), [math.nan] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(count), key=lambda i: (math.isnan(p_values[i]), p_values[i]))):
-        if math.isnan(p_values[index]):
-            break
-        highest = max(highest, min(1.0, (count - rank) * p_values[index]))
-        corrected[index] = highest
+    values = np.asarray(p_values, np.float64)
+    order, corrected = np.argsort(values), np.empty_like(values)
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)))
     return corrected
 
 
 def verdict(difference: Mean, p_value: float) -> str:
-    """Returns "yes" or "**reversed**" for a difference that is positive in the paper and certain here.
+    """Returns "yes" or "**reversed**" for a difference that is positive in the paper and significant here.
 
     Args:
       difference: over seeds.

@@ -53,7 +53,7 @@ class SharedNetwork(NamedTuple):
 
     Attributes:
       name: "vae", or the name of a language model.
-      seed: seed of its initial weights and its data.
+      seed: seed of its initial weights and of the order of its data; for a language model also of its corpus.
     """
 
     name: str

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
+from lidit_jax.models.initialize import LAYERS
 from lidit_jax.models.layers import (
     ACTIVATION,
     ZERO_INIT,
@@ -120,7 +121,7 @@ def _scanned_blocks(config: LIDiTConfig) -> nn.Module:
         in_axes=(nn.broadcast,) * 4,
         length=config.depth,
         unroll=config.scan_unroll,
-        metadata_params={nn.PARTITION_NAME: "layers"},
+        metadata_params={nn.PARTITION_NAME: LAYERS},
     )
     return scan(config.dit_layers, name="blocks")
 

@@ -1,7 +1,7 @@
 """Random initialisation by a small program, which draws parameters of the same kind and shape together.
 
 Flax's `Module.init` draws every parameter by operations of its own: a hundred times the same few, each of which XLA
-compiles. For a small model that takes longer than to compile its training step.
+compiles. For a small model that is a considerable part of the time before the first step.
 """
 
 import collections
@@ -32,19 +32,20 @@ class Parameter(nn.LogicallyPartitioned):
     initializer: Callable[..., jax.Array] | None = flax.struct.field(default=None, pytree_node=False)
 
     @property
-    def is_stacked(self) -> bool:
-        """True if the leading axis is that of stacked blocks."""
-        return self.names[:1] == (LAYERS,)
-
-    @property
     def num_blocks(self) -> int:
         """Number of stacked blocks; 1 for a parameter that is not stacked."""
-        return self.value.shape[0] if self.is_stacked else 1
+        return self.value.shape[0] if is_stacked(self) else 1
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Initialiser, shape and logical axes of one block, and dtype."""
-        return self.initializer, self.value.shape[self.is_stacked :], self.names[self.is_stacked :], self.value.dtype
+        start = int(is_stacked(self))
+        return self.initializer, self.value.shape[start:], self.names[start:], self.value.dtype
+
+
+def is_stacked(boxed: nn.LogicallyPartitioned) -> bool:
+    """Returns True if the leading axis of a boxed parameter is that of stacked blocks."""
+    return boxed.names[:1] == (LAYERS,)
 
 
 def partitioned(init: Callable[..., Any], axes: tuple[str | None, ...]) -> Callable[..., jax.Array]:

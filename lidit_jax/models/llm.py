@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.initialize import partitioned
+from lidit_jax.models.initialize import LAYERS, partitioned
 from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Dense, RMSNorm
 from lidit_jax.models.rotary import DEFAULT_THETA, RopeScaling, rotary_tables, rotate
 from lidit_jax.models.sharded_matmul import product_precision
@@ -280,7 +280,7 @@ class LLM(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=config.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            metadata_params={nn.PARTITION_NAME: LAYERS},
         )(config)
 
     def __call__(self, tokens: jax.Array, cache: PrefixCache | None = None) -> jax.Array:

@@ -18,7 +18,7 @@ import numpy as np
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.initialize import partitioned
+from lidit_jax.models.initialize import LAYERS, partitioned
 from lidit_jax.models.layers import ACTIVATIONS, Dense, RMSNorm
 from lidit_jax.ranges import Blocks, Count, Epsilon, Size, between, check_ranges
 
@@ -150,7 +150,7 @@ class T5Encoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=config.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            metadata_params={nn.PARTITION_NAME: LAYERS},
         )(config, name="layers")
         x = embed_tokens[tokens].astype(config.dtype)  # [B, L, C]
         x, _ = blocks(x, self._position_bias(tokens.shape[1]), mask)

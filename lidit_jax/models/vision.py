@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lidit_jax.errors import UserError
 from lidit_jax.models.attention import dot_product_attention
-from lidit_jax.models.initialize import partitioned
+from lidit_jax.models.initialize import LAYERS, partitioned
 from lidit_jax.models.layers import ACTIVATION, ACTIVATIONS, Conv, Dense
 from lidit_jax.ranges import Blocks, Epsilon, Size, check_ranges
 
@@ -172,6 +172,6 @@ class VisionTower(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True},
             length=config.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            metadata_params={nn.PARTITION_NAME: LAYERS},
         )(config, name="layers")
         return blocks(x)[0]

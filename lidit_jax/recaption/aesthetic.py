@@ -1,8 +1,8 @@
 """Aesthetic scores of images: linear layers on the normalised image features of CLIP, as LAION's predictors are.
 
 LAION's aesthetic predictor (https://github.com/LAION-AI/aesthetic-predictor) is one linear layer on OpenAI's CLIP
-ViT-L/14. The improved predictor (https://github.com/christophschuhmann/improved-aesthetic-predictor), whose scores
-LAION-Aesthetics and the paper's threshold of 4.7 mean, is a chain of five without activation functions.
+ViT-L/14. The improved predictor (https://github.com/christophschuhmann/improved-aesthetic-predictor), that of
+LAION-Aesthetics V2 and presumably of the paper's threshold of 4.7, is five linear layers without activation functions.
 """
 
 import re
@@ -13,6 +13,7 @@ from etils import epath
 from PIL import Image
 
 from lidit_jax.errors import UserError
+from lidit_jax.recaption.model_errors import model_errors
 from lidit_jax.score.load_model import device, load_model, load_processor
 from lidit_jax.weights.safetensors_file import SafetensorsFile
 
@@ -37,7 +38,7 @@ class AestheticScorer:
         self._network = load_model("CLIPVisionModelWithProjection", CLIP_FLAG, clip, dtype="float32")
         self._named, named = f"--{CLIP_FLAG}={clip}", f"--{HEAD_FLAG}={head}"
         self._weight, self._bias = compose_layers(_read_head(epath.Path(head), named), named)
-        width = self._network.config.projection_dim
+        width = self._network.visual_projection.out_features
         if len(self._weight) != width:
             raise UserError(
                 f"{named} takes {len(self._weight)} features, --{CLIP_FLAG}={clip} gives {width}: use the CLIP model "
@@ -49,18 +50,13 @@ class AestheticScorer:
 
         Raises:
           UserError: the model fails on them.
+          OutOfMemory: the batch is too large.
         """
         import torch
 
-        try:
+        with model_errors(self._named, len(images)), torch.inference_mode():
             pixels = self._processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")
-            with torch.inference_mode():
-                output = self._network(pixel_values=pixels["pixel_values"].to(device()))
-        except (RuntimeError, ValueError) as error:  # a processor of other sizes, or no memory
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{self._named} fails on {len(images)} images ({reason}): use a CLIP model as published"
-            ) from error
+            output = self._network(pixel_values=pixels["pixel_values"].to(device()))
         features = output.image_embeds.double().cpu().numpy()
         scores = features / np.linalg.norm(features, axis=1, keepdims=True) @ self._weight + self._bias
         if not np.isfinite(scores).all():

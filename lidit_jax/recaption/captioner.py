@@ -7,13 +7,14 @@ from typing import NamedTuple
 import numpy as np
 
 from lidit_jax.errors import UserError
+from lidit_jax.recaption.model_errors import model_errors
 from lidit_jax.score.load_model import device, load_model, load_processor, model_folder
 from lidit_jax.text.generation import check_answer_length, decode_greedily, image_inputs
 from lidit_jax.weights.safetensors_folder import read_config
 
 FLAG = "weights"
-# The end of a sentence: of letters that are followed by spaces, or in Chinese and Japanese.
-_SENTENCE_END = re.compile(r"""[.!?]["')\]]?(?=\s)|[。！？]""")
+# The end of a sentence, before spaces or in Chinese and Japanese; neither the number of a list's entry nor a title.
+_SENTENCE_END = re.compile(r"""(?<!\d)(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bSt)[.!?]["')\]”’»]?(?=\s)|[。！？]""")
 
 
 class GeneratedCaption(NamedTuple):
@@ -26,10 +27,6 @@ class GeneratedCaption(NamedTuple):
 
     text: str
     complete: bool
-
-
-class OutOfMemory(UserError):
-    """A batch that does not fit into the device's memory."""
 
 
 class Captioner:
@@ -67,16 +64,8 @@ class Captioner:
         inputs = image_inputs(self._processor, images, self._question)
         given = inputs["input_ids"].shape[1]
         check_answer_length(self._named, self._network, given, self._max_tokens)
-        try:
-            with torch.inference_mode():
-                tokens = self._network.generate(**{key: x.to(device()) for key, x in inputs.items()})
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"{self._named} runs out of memory on {len(images)} images: give a smaller --batch"
-            ) from error
-        except (RuntimeError, ValueError, IndexError) as error:  # a processor and a model that do not fit each other
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self._named} fails on an image ({reason}): use a model as published") from error
+        with model_errors(self._named, len(images)), torch.inference_mode():
+            tokens = self._network.generate(**{key: x.to(device()) for key, x in inputs.items()})
         answers = tokens[:, given:].cpu()
         end = np.atleast_1d(self._network.generation_config.eos_token_id)
         texts = self._processor.tokenizer.batch_decode(answers, skip_special_tokens=True)

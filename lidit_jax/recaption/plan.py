@@ -1,4 +1,4 @@
-"""What a folder of `recaption` holds: its plan, its shards and their statistics."""
+"""Plan, shards and statistics in the output folder of `recaption`."""
 
 import collections
 import dataclasses
@@ -15,7 +15,7 @@ from lidit_jax.errors import UserError, cannot_write
 from lidit_jax.files import created_folder, is_unused, read_json, write_json
 from lidit_jax.recaption.request import RecaptionRequest
 from lidit_jax.score.load_model import model_folder
-from lidit_jax.weights.digest import file_digest, files_digest, folder_digest
+from lidit_jax.weights.digest import file_digest, folder_digest
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ def make_plan(source: IndexedSource, data: DataConfig, request: RecaptionRequest
 
 
 def _model_digest(flag: str, name: str) -> str:
-    """Returns a digest of a model's weights and of all of its settings: processor, chat template, end tokens."""
+    """Returns a digest of a model's weights, and of its JSON files and chat templates: processor, end tokens, …."""
     folder = model_folder(flag, name)
     settings = sorted((*folder.glob("*.json"), *folder.glob("*.jinja")), key=lambda file: file.name)
-    return "-".join((folder_digest(folder), files_digest(settings)))
+    return "-".join((folder_digest(folder), file_digest(*settings)))
 
 
 def check_plan(out: epath.Path, plan: Mapping[str, Any]) -> None:

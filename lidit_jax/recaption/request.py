@@ -1,4 +1,4 @@
-"""What `recaption` is asked for."""
+"""Request of `recaption`: its models and their settings."""
 
 import dataclasses
 import re

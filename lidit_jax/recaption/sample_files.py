@@ -19,19 +19,20 @@ def sample_files(sample: Sample, encoded: bytes, new: Mapping[str, Any]) -> dict
     Args:
       sample: the sample, with texts and metadata as any storage format gives them.
       encoded: its image, which is written as it is.
-      new: values to add to its json; those that are strings are captions.
+      new: values to add to its json, in place of those of the same names; those that are strings are captions.
 
     Raises:
       Unusable: no such files give the texts back, which are too long or mean something else in a tar.
     """
-    texts = dict(sample.captions)
+    captions = {name: text for name, text in sample.captions.items() if name not in new}
+    texts = dict(captions)
     files = {EXTENSIONS[read_header(io.BytesIO(encoded)).format]: encoded}
     if _is_same_in_a_file(texts.get("txt")):
         files["txt"] = texts.pop("txt").encode()
-    metadata = {name: value for name, value in sample.metadata.items() if _is_json(value)}
+    metadata = {name: value for name, value in sample.metadata.items() if _is_json(value) and name not in new}
     if "txt" in files:
         metadata.pop("txt", None)
-    expected = sample.captions | {name: value for name, value in new.items() if isinstance(value, str)}
+    expected = captions | {name: value for name, value in new.items() if isinstance(value, str)}
     # The metadata as they are hold many of the texts, but perhaps others than those that the sample has.
     for kept in (metadata, _without_texts(metadata)):
         values = {"key": sample.key} | kept

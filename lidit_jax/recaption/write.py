@@ -22,15 +22,16 @@ from lidit_jax.data.captions import is_used
 from lidit_jax.data.data_config import DataConfig
 from lidit_jax.data.formats import decoding
 from lidit_jax.data.formats.shards import Sample, Unusable
-from lidit_jax.data.indexed.index import MAX_PIXELS
+from lidit_jax.data.indexed.index import MAX_PIXELS, IndexOptions
 from lidit_jax.data.indexed.source import IndexedSource
-from lidit_jax.data.open_dataset import open_source
+from lidit_jax.data.open_dataset import make_filters, open_shards
 from lidit_jax.data.sources import BrokenExample
 from lidit_jax.errors import UserError
 from lidit_jax.files import check_writable, new_file, write_json
 from lidit_jax.images import grid, save_png
 from lidit_jax.recaption.aesthetic import AestheticScorer
-from lidit_jax.recaption.captioner import Captioner, GeneratedCaption, OutOfMemory
+from lidit_jax.recaption.captioner import Captioner, GeneratedCaption
+from lidit_jax.recaption.model_errors import OutOfMemory
 from lidit_jax.recaption.plan import WRITTEN, OutputShard, check_plan, claim, make_plan, output_shards, report
 from lidit_jax.recaption.request import RecaptionRequest
 from lidit_jax.recaption.sample_files import sample_files
@@ -64,8 +65,8 @@ def recaption(config: ConfigDict, request: RecaptionRequest, out: epath.Path, pa
       part: number of this process and number of processes, each of which writes its own shards.
 
     Raises:
-      UserError: a model or the data cannot be used, a sample has a text of the name `request.field`, or `out` belongs
-        to other data or another request.
+      UserError: a model or the data cannot be used, the first sample has a text of the name `request.field` (later
+        ones keep theirs), or `out` belongs to other data or another request.
     """
     require_extra("recaption", "torch")
     if "://" in str(out):
@@ -78,14 +79,16 @@ def recaption(config: ConfigDict, request: RecaptionRequest, out: epath.Path, pa
         raise UserError(f"--out={out} is inside data.path={data.path}, whose images are the data: use another --out")
     # New scores replace the filter by those that are there.
     filtered = dataclasses.replace(data, min_aesthetic=None) if request.clip else data
-    source = open_source(filtered, (), held_out=False, with_captions=False)
-    assert isinstance(source, IndexedSource)  # of the kinds in SOURCES
+    shards = open_shards(filtered)
+    first = len(shards.paths) * part[0] // part[1]  # parts that start at once begin to index at another shard
+    filters = make_filters(filtered, (), with_captions=False)
+    source = IndexedSource(shards, filters, IndexOptions(data.index_dir), first)
     left_out = ", ".join(f"{reason}: {count}" for reason, count in (source.broken + source.dropped).most_common())
     logger.info("%d of %d samples are read%s", len(source), source.num_samples, f" ({left_out})" if left_out else "")
     plan = make_plan(source, data, request)
     check_plan(out, plan)
-    shards = output_shards(len(source))
-    own = [shard for shard in shards[part[0] :: part[1]] if not (out / shard.name).exists()]
+    outputs = output_shards(len(source))
+    own = [shard for shard in outputs[part[0] :: part[1]] if not (out / shard.name).exists()]
     if own:
         writer = _ShardWriter(source, request, data)
         writer.try_first(own[0])  # most of what can be wrong with the models shows before the folder is claimed
@@ -96,7 +99,7 @@ def recaption(config: ConfigDict, request: RecaptionRequest, out: epath.Path, pa
                 with lock(out / f".{shard.name}.lock", str(out / shard.name)):
                     if not (out / shard.name).exists():
                         writer.write(out, shard, bar)
-    report(out, shards, request, data)
+    report(out, outputs, request, data)
 
 
 def _data_config(config: ConfigDict) -> DataConfig:
@@ -255,7 +258,10 @@ class _ShardWriter:
                 counts["caption cut off"] += 1
 
     def _captions(self, images: Sequence[np.ndarray]) -> list[GeneratedCaption | None]:
-        """Returns the caption of each image; None where the model fails, which one image of a batch makes it do."""
+        """Returns the caption of each image; None for one on which the model fails.
+
+        If it fails on a batch, its images are tried one by one.
+        """
         assert self._caption
         if not images:
             return []

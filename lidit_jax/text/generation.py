@@ -40,8 +40,18 @@ def image_inputs(
         processor.tokenizer.padding_side = "left"
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
-        rows = [[Image.fromarray(image)] for image in images]
-        return dict(processor(images=rows, text=[prompt] * len(rows), padding=len(rows) > 1, return_tensors="pt"))
+        rows, bos = [[Image.fromarray(image)] for image in images], processor.tokenizer.bos_token
+        # Templates that write the begin token would otherwise get a second one, as in transformers' own tokenisation.
+        add_special_tokens = not (bos and prompt.startswith(bos))
+        return dict(
+            processor(
+                images=rows,
+                text=[prompt] * len(rows),
+                padding=len(rows) > 1,
+                return_tensors="pt",
+                add_special_tokens=add_special_tokens,
+            )
+        )
     except Exception as error:  # a template is a program and can raise anything; a prompt may spell an image token out
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the model's processor fails on an image with the text {text!r:.80} ({reason})") from error

@@ -19,11 +19,12 @@ from jax.sharding import Mesh
 
 from lidit_jax.errors import UserError
 from lidit_jax.files import write_json
+from lidit_jax.models.initialize import is_stacked
 from lidit_jax.models.lidit import LIDiT
 from lidit_jax.models.lidit_config import FUSIONS, LIDiTConfig
 from lidit_jax.parallel.rules import ShardingRules
 from lidit_jax.weights.diffusers_vae import DIFFUSERS_VERSION, WEIGHTS_STEM
-from lidit_jax.weights.loading import Placement, is_stacked, is_transposed, place_parameters, shape_in_file, torch_axes
+from lidit_jax.weights.loading import Placement, is_transposed, place_parameters, shape_in_file, torch_axes
 from lidit_jax.weights.published_config import (
     MAX_BLOCKS,
     check_format_version,

@@ -1,7 +1,6 @@
 """Short digests of weights, which a checkpoint records to identify the frozen networks it was trained with."""
 
 import hashlib
-from collections.abc import Sequence
 
 from etils import epath
 
@@ -34,22 +33,13 @@ def folder_digest(*folders: str | epath.Path) -> str:
     return _digest(sorted(files, key=lambda file: file.name))
 
 
-def file_digest(file: str | epath.Path) -> str:
-    """Returns the digest of one file: sixteen hexadecimal digits over its name, size and contents.
-
-    Raises:
-      UserError: the file cannot be read.
-    """
-    return _digest([epath.Path(file)])
-
-
-def files_digest(files: Sequence[epath.Path]) -> str:
-    """Returns the digest of several files, in their order: sixteen hexadecimal digits, as `file_digest`.
+def file_digest(*files: str | epath.Path) -> str:
+    """Returns the digest of files in their order: sixteen hexadecimal digits over names, sizes and contents.
 
     Raises:
       UserError: a file cannot be read.
     """
-    return _digest(list(files))
+    return _digest([epath.Path(file) for file in files])
 
 
 def _digest(files: list[epath.Path]) -> str:

@@ -18,12 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from lidit_jax.errors import UserError
 from lidit_jax.files import read_json, write_json
+from lidit_jax.models.initialize import is_stacked
 from lidit_jax.models.llava import IMAGE_TEXT, Llava, LlavaConfig
 from lidit_jax.models.llm import LLMConfig
 from lidit_jax.weights.huggingface_config import language_model_part
 from lidit_jax.weights.huggingface_llm import WEIGHTS_STEM, StoredLayout
 from lidit_jax.weights.huggingface_vision import tower_prefix, vision_part
-from lidit_jax.weights.loading import is_stacked, is_transposed, shape_in_file, torch_axes
+from lidit_jax.weights.loading import is_transposed, shape_in_file, torch_axes
 from lidit_jax.weights.safetensors_folder import CONFIG_FILE, SafetensorsFolder, read_config
 from lidit_jax.weights.safetensors_shards import DTYPES, MAX_SHARD_BYTES, write_shards
 

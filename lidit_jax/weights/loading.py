@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from lidit_jax.errors import UserError
 from lidit_jax.metrics import duration
+from lidit_jax.models.initialize import is_stacked
 from lidit_jax.parallel.rules import ShardingRules, shardings
 from lidit_jax.weights.safetensors_folder import SafetensorsFolder
 
@@ -228,11 +229,6 @@ def _from_torch(value: jax.Array, transposed: bool, offset: float) -> jax.Array:
 def torch_axes(ndim: int) -> tuple[int, ...]:
     """Returns the permutation from our axes to PyTorch's: HWIO -> OIHW, IO -> OI, vectors unchanged."""
     return {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[ndim]
-
-
-def is_stacked(boxed: nn.LogicallyPartitioned) -> bool:
-    """Returns True if the first axis is the stack of blocks, for which PyTorch has one tensor per block."""
-    return boxed.names[:1] == ("layers",)
 
 
 def is_transposed(path: Path) -> bool:
