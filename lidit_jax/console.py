@@ -13,6 +13,7 @@ COMMANDS = {
     "score": ("lidit_jax.score", "score generated images as the benchmarks do"),
     "fidelity": ("lidit_jax.fidelity", "compute FID and CLIP score"),
     "preview": ("lidit_jax.preview", "show training batches"),
+    "recaption": ("lidit_jax.recaption", "write shards with captions and aesthetic scores by models"),
     "precompute": ("lidit_jax.precompute", "compute latents and features ahead of training"),
     "describe": ("lidit_jax.describe", "show what language models generate for a prompt"),
     "export": ("lidit_jax.export", "export a run to PyTorch"),

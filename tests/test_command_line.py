@@ -304,6 +304,11 @@ def test_a_command_whose_output_nobody_reads_ends_without_a_trace(unbuffered):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_every_folder_of_a_command_is_a_command_of_the_console():
+    folders = {f"lidit_jax.{file.parent.name}" for file in (ROOT / "lidit_jax").glob("*/__main__.py")}
+    assert folders <= {module for module, _ in COMMANDS.values()}
+
+
 def test_the_console_command_names_the_commands():
     call = "import sys; from lidit_jax.console import main; sys.argv = ['lidit', *{}]; main()"
     assert all(f"  {command} " in python("-c", call.format([])).stdout for command in ("train", "sample", "ablate"))

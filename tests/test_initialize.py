@@ -61,8 +61,7 @@ def boxes_of(tree):
     return {jax.tree_util.keystr(path): box for path, box in leaves}
 
 
-@pytest.mark.parametrize("large", [initialize.LARGE, 20], ids=["together", "one by one"])
-@pytest.mark.parametrize("name", INITS)
+@pytest.mark.parametrize(("name", "large"), [*((name, initialize.LARGE) for name in INITS), ("llm", 20)])
 def test_every_block_of_every_parameter_is_the_draw_of_its_initialiser_from_its_own_key(name, large, monkeypatch):
     monkeypatch.setattr(initialize, "LARGE", large)
     key = jax.random.key(7)
