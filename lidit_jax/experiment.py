@@ -64,6 +64,7 @@ LIDIT = "lidit"
 SECTIONS = ("seed", "mesh", "data", "vae")  # required in every config
 LIDIT_SECTIONS = ("text", "encoders", "model", "diffusion", "train", "sample")  # all of them or, for a VAE alone, none
 OPTIONAL_SECTIONS = ("start_from", "evaluate")
+NO_LIDIT = "the config trains a VAE alone: use one with a model, such as configs/1b.py"
 Seed = Annotated[int, between(0, 2**32 - 1)]  # JAX's random keys ignore higher bits
 
 
@@ -352,6 +353,21 @@ class Experiment:
         """Returns the digests of the frozen weights, which checkpoints record instead of the weights."""
         digests = {f"encoders.{name}": self.encoder_digest(name) for name in self.encoders}
         return digests | {"vae": folder_digest(self.vae_folder())}
+
+
+def abstract_experiment(config: ConfigDict) -> Experiment:
+    """Returns the experiment of a config that is compiled or counted, for which no data and no weights are needed.
+
+    Raises:
+      UserError: the config is invalid, or trains a VAE alone.
+    """
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.data.path = config.data.get("path") or "unused"
+    experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
+    if not experiment.has_lidit:
+        raise UserError(NO_LIDIT)
+    return experiment
 
 
 def checkpoint_folder(workdir: epath.Path, name: str) -> epath.Path:

@@ -52,17 +52,9 @@ def main() -> None:
 
 
 def _experiment() -> "Experiment":
-    from etils import epath
+    from lidit_jax.experiment import abstract_experiment
 
-    from lidit_jax.experiment import Experiment
-
-    config = cli.read_config(_CONFIG)
-    with config.unlocked():
-        config.data.path = config.data.get("path") or "unused"
-    experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
-    if not experiment.has_lidit:
-        raise UserError("the config trains a VAE alone: give one with a model")
-    return experiment
+    return abstract_experiment(cli.read_config(_CONFIG))
 
 
 def _step_flops(experiment: "Experiment") -> Callable[[int], float]:

@@ -59,24 +59,17 @@ def programs(config: "ConfigDict", prefix_tokens: int) -> "Iterator[tuple[str, C
       UserError: the config trains no LI-DiT, or does not fit this host's devices.
     """
     import jax
-    from etils import epath
 
     from lidit_jax.compile.compile_step import abstract_batch, abstract_frozen
     from lidit_jax.data.assembler import BatchShape
-    from lidit_jax.errors import UserError
-    from lidit_jax.experiment import Experiment
+    from lidit_jax.experiment import abstract_experiment
     from lidit_jax.parallel.mesh import make_mesh
     from lidit_jax.parallel.rules import ShardingRules
     from lidit_jax.stages.lidit import lidit_task
     from lidit_jax.trainer import Trainer
 
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.data.path = config.data.get("path") or "unused"
-    experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
-    if not experiment.has_lidit:
-        raise UserError("startup: the config trains a VAE alone: give one with a model")
-    mesh, rules = make_mesh(config.mesh, jax.devices()), ShardingRules()
+    experiment = abstract_experiment(config)
+    mesh, rules = make_mesh(experiment.config.mesh, jax.devices()), ShardingRules()
     encoders, frozen = abstract_frozen(experiment, mesh, rules, prefix_tokens)
     vae = experiment.autoencoder(experiment.vae_config)
     task = lidit_task(experiment.model, experiment.schedule, encoders, vae, frozen)
@@ -96,11 +89,9 @@ def time_program(lower: "Callable[[], jax.stages.Lowered]") -> Seconds:
     from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
-        before = {name: getattr(jax.config, name) for name in settings}
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        reset_cache()
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        reset_cache()  # opens the folder
         times = []
         for _ in range(2):
             jax.clear_caches()
@@ -109,9 +100,6 @@ def time_program(lower: "Callable[[], jax.stages.Lowered]") -> Seconds:
             traced = time.monotonic()
             lowered.compile()
             times.append((traced - begun, time.monotonic() - traced))
-        for name, value in before.items():
-            jax.config.update(name, value)
-        reset_cache()
     return Seconds(times[0][0], times[0][1], times[1][1])
 
 

@@ -16,7 +16,6 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from lidit_jax import cli
@@ -25,7 +24,7 @@ from lidit_jax.benchmarks.contest import Contestant, Result, contest, describe_h
 from lidit_jax.benchmarks.contest import measurements as contest_measurements
 from lidit_jax.diffusion.schedules import Schedule
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import Experiment
+from lidit_jax.experiment import NO_LIDIT, Experiment, abstract_experiment
 from lidit_jax.models.flops import TextLengths, lidit_forward
 from lidit_jax.models.lidit import TextFeatures
 from lidit_jax.models.lidit_config import LIDiTConfig
@@ -142,16 +141,15 @@ def from_config(
     """
     config = config.copy_and_resolve_references()
     if "model" not in config:
-        raise UserError("the config has no `model`, it trains a VAE alone: use one that has, such as configs/1b.py")
+        raise UserError(NO_LIDIT)
     with config.unlocked():
-        config.data.path = config.data.get("path") or "unused"
         config.data.resolution = resolution or config.data.resolution
         config.train.accumulate = 1
         if dtype:
             config.model.dtype = dtype
         if batch:
             config.train.batch_size = config.sample.batch_size = batch
-    experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
+    experiment = abstract_experiment(config)
     side, multiple, vae = experiment.data.resolution, experiment.size_multiple(), experiment.vae_config
     if side % multiple:
         raise UserError(

@@ -19,7 +19,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -30,7 +29,7 @@ from lidit_jax.compile.schedule import schedule_of
 from lidit_jax.data.assembler import BatchShape
 from lidit_jax.data.buckets import Bucket
 from lidit_jax.errors import UserError
-from lidit_jax.experiment import Experiment
+from lidit_jax.experiment import NO_LIDIT, Experiment, abstract_experiment
 from lidit_jax.models.llm import LLM
 from lidit_jax.models.remat import REMAT_POLICIES
 from lidit_jax.models.vae import AutoencoderKL
@@ -46,8 +45,6 @@ from lidit_jax.trainer import Trainer, TrainState, check_batch_size
 from lidit_jax.weights.huggingface_llm import abstract_encoder
 
 logger = logging.getLogger(__name__)
-
-_NO_MODEL = "compile: the config trains a VAE alone: give one with a model"
 
 TOPOLOGY = re.compile(r"(v\d+[a-z]*):\d+(x\d+)*")
 
@@ -145,7 +142,7 @@ def search(
       UserError: as `compile_step` raises, or a policy is unknown.
     """
     if "model" not in config:
-        raise UserError(_NO_MODEL)
+        raise UserError(NO_LIDIT)
     known = list(reversed(REMAT_POLICIES))
     if unknown := set(policies) - {*known, "all"}:
         raise UserError(f"--search={','.join(sorted(unknown))}: use all, or some of {','.join(known)}")
@@ -190,12 +187,7 @@ def _weights(run: _Run) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _abstract_run(config: ConfigDict, topology: str, num_slices: int, prefix_tokens: int) -> _Run:
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.data.path = config.data.get("path") or "unused"
-    experiment = Experiment(config, epath.Path("unused"), only_shapes=True)
-    if not experiment.has_lidit:
-        raise UserError(_NO_MODEL)
+    experiment = abstract_experiment(config)
     devices, chip = topology_devices(topology, num_slices)
     return _on_devices(experiment, devices, chip, prefix_tokens)
 
